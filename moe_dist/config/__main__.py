@@ -14,9 +14,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(help="Dotted key or section, as optimizer.lr; without one, all sections.")] = "",
+    key: Annotated[str, typer.Argument(help="Dotted key or section, as optimizer.lr. Default: all sections.")] = "",
 ) -> None:
-    """Print type, default and meaning of a key or a section."""
+    """Print type, default and meaning of a key, or of all keys of a section."""
     try:
         Console().print(explain_key(key))
     except ConfigError as error:
@@ -26,7 +26,7 @@ def explain(
 @app.command()
 def show(
     config: Annotated[str, typer.Argument(help="Configuration file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: key=value, as train.steps=200.")] = None,
 ) -> None:
     """Print the whole configuration, defaults and overrides included."""
     try:

@@ -1,4 +1,4 @@
-"""Finds configurations by name, and the folder of bundled configurations, Slurm scripts, launchers and tools."""
+"""Finds configuration files by name, in the clone or in the installed package."""
 
 import difflib
 import os
@@ -15,17 +15,17 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file of a path, with or without .yaml: in the current folder, else bundled, also without `configs/`."""
+    """The file of a path, which may lack .yaml: in the current folder, else in `source_root()` or its configs/."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # Not Path.is_file, which raises without permission or for too long a name; the reader of the file reports these.
+    # Path.is_file raises without permission or for too long a name; the code that reads the file reports these errors.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 
 def hint_for_missing(path: Path) -> str:
-    """The end of an error message: the file or bundled name most similar to `path`, else all bundled names."""
+    """The end of an error text: the files or bundled names most similar to `path`, else all bundled names."""
     beside = [str(other) for other in path.parent.glob("*.yaml")]
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)
-    return f"did you mean {' or '.join(near)}?" if near else f"the project brings {', '.join(bundled)}"
+    return f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(bundled)}"

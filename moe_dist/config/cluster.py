@@ -1,11 +1,9 @@
-"""The cluster file: settings of one site. It is never part of a run's identity, so a run may continue at another site.
+"""The cluster file: settings of one site. It is not part of a run's configuration, so a run may continue at another site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
-Its values become part of shell lines. Names may hold no special characters of the shell, all other values are quoted where
-they are used, except `prelude`, which is shell code. So a cluster file is as powerful as a script: read one before you use
-it.
-"""
+Its values become part of shell lines. Names must not have special characters of the shell, and other values are quoted.
+Only `prelude` is shell code, so a cluster file can do everything that a script can: read a file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,15 +14,14 @@ from pydantic import Field, PositiveInt
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
-from moe_dist.config.yaml_text import load_yaml
+from moe_dist.config.yaml_text import read_mapping
 from moe_dist.errors import ConfigError
 
 FOLDER = source_root() / "configs" / "clusters"
 VARIABLE = "MOE_DIST_CLUSTER"
 GUIDE = "docs/scaling.md"
 
-# Account, partition, interface: names that sites choose, also without special characters of the shell.
-SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"
+SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
@@ -32,7 +29,7 @@ LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# Options that the launcher sets itself, from the plan, the run and the other keys of the cluster file.
+# Options that the launcher sets itself, from the run and from the other keys of the cluster file.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
@@ -44,23 +41,23 @@ Line = Annotated[str, Field(pattern=LINE_PATTERN)]
 
 
 class GpuSection(Section):
-    """The GPUs of a node, and how the site asks for them."""
+    """The GPUs of a node, and the form of their request."""
 
     syntax: Literal["gres", "gpus-per-node", "none"] = "gres"
-    """--gres=gpu:8, --gpus-per-node=8, or no GPUs at this site."""
-    type: Name | None = Field(default=None, description="Type in the request, as in gpu:h100:8; null asks for any.")
-    per_node: PositiveInt = Field(default=8, description="GPUs of a node, one rank each.")
+    """Form of the request: --gres=gpu:8, --gpus-per-node=8, or none if the site has no GPUs."""
+    type: Name | None = Field(default=None, description="GPU type in the request, as in gpu:h100:8. null: any type.")
+    per_node: PositiveInt = Field(default=8, description="GPUs of a node; each GPU runs one rank.")
 
 
 class NcclVariable(Section):
-    """One variable of NCCL with the reason why this site sets it."""
+    """An environment variable of NCCL, with the reason why this site sets it."""
 
-    value: Line = Field(description="Its value.")
-    reason: Line = Field(description="Why; a variable that nobody can explain is one that nobody dares to remove.")
+    value: Line = Field(description="Value of the variable.")
+    reason: Line = Field(description="Reason for this value, so that others know when to remove it.")
 
 
 class NoContainer(Section):
-    """Ranks run on the node as it is."""
+    """Ranks run on the node without a container."""
 
     kind: Literal["none"] = "none"
 
@@ -70,7 +67,7 @@ class PyxisContainer(Section):
 
     kind: Literal["pyxis"] = "pyxis"
     image: Line = Field(description="Image: a squashfs file, or registry#name:tag.")
-    mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
+    mounts: tuple[Line, ...] = Field(default=(), description="Mounted folders of the node: SOURCE:TARGET[:FLAGS].")
 
 
 class ApptainerContainer(Section):
@@ -78,7 +75,7 @@ class ApptainerContainer(Section):
 
     kind: Literal["apptainer"] = "apptainer"
     image: Line = Field(description="Image: a .sif file, or docker://name:tag.")
-    mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
+    mounts: tuple[Line, ...] = Field(default=(), description="Mounted folders of the node: SOURCE:TARGET[:FLAGS].")
 
 
 ContainerSection = Annotated[NoContainer | PyxisContainer | ApptainerContainer, Field(discriminator="kind")]
@@ -87,32 +84,32 @@ ContainerSection = Annotated[NoContainer | PyxisContainer | ApptainerContainer, 
 class Cluster(Section):
     """One site."""
 
-    account: SiteName | None = Field(default=None, description="Slurm account that pays.")
-    partition: SiteName | None = Field(default=None, description="Slurm partition; null is the site's default.")
+    account: SiteName | None = Field(default=None, description="Slurm account to which jobs are charged.")
+    partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """Further options of sbatch, for every part of a job, as --mem=0, --exclude=node7, --reservation=x."""
+    """More options of sbatch, as --mem=0, --exclude=node7, --reservation=x. They apply to every part of a job."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
-    ranks_per_node: PositiveInt = Field(default=4, description="Ranks of a node where they compute on the CPU.")
+    ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
-    """CPU cores a rank asks for; null leaves that to the site."""
+    """CPU cores that each rank requests. null: the site's default."""
     interface: SiteName | None = None
-    """Network interface of the interconnect, for gloo and NCCL; null lets them choose."""
+    """Network interface that gloo and NCCL use. null: gloo and NCCL choose."""
     nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)
-    """Variables of NCCL, each with its value and reason."""
+    """Environment variables of NCCL, each with its value and reason."""
     prelude: tuple[Line, ...] = ()
-    """Shell lines before Python starts, as `module load cuda` or `conda activate x`."""
+    """Shell lines that run before Python starts, as `module load cuda` or `conda activate x`."""
     python: PathText | None = None
-    """Interpreter on the nodes; null is that of the clone's .venv, else python3."""
-    container: ContainerSection = Field(default_factory=NoContainer, description="What the ranks run in.")
+    """Python interpreter on the nodes. null: the interpreter in the clone's .venv if there is one, else python3."""
+    container: ContainerSection = Field(default_factory=NoContainer, description="Container in which the ranks run.")
     domain_nodes: PositiveInt | None = None
-    """Nodes of the fastest domain (1: NVLink inside a node), which an EP group must not leave; null: not declared, an EP
-    group may lie on any nodes."""
+    """Number of nodes in the fastest interconnect domain (1: NVLink inside a node). The nodes of an EP group must belong to
+    one domain. null: no domain is declared, an EP group may use any nodes."""
     time: Annotated[str, Field(pattern=TIME_PATTERN)] = "24:00:00"
-    """Time limit of one start of a job, as Slurm writes it."""
+    """Time limit of one attempt of a job, in Slurm's format."""
     signal_seconds: PositiveInt = 300
-    """Seconds before the time limit at which ranks are told to save and stop."""
-    max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
+    """Seconds before the time limit at which Slurm sends the signal to save a checkpoint and stop."""
+    max_restarts: Count = Field(default=20, description="Automatic restarts of a job. After these, it stays stopped.")
 
     @property
     def network_variables(self) -> dict[str, str]:
@@ -121,17 +118,15 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def violations(self) -> Iterator[Violation]:
-        """Two rules. A signal sent at once would stop every job as soon as it trains. A repeated option would override the
-        plan, or be overridden."""
         limit = seconds_of(self.time)
-        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 means none
+        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 means no limit
             problem = (
-                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
-                "and stop as soon as they have begun; lower it, or ask for more time"
+                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, because otherwise every "
+                "attempt stops as soon as it starts; lower it, or raise time"
             )
             yield Violation(("time", "signal_seconds"), problem)
         if ours := [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]:
-            problem = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
+            problem = f"options: {', '.join(ours)}: the launcher sets these options; use the other keys of the cluster file"
             yield Violation(("options",), problem)
 
 
@@ -155,7 +150,6 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
 
     Args:
         name_or_path: A path, or the bare name of a file in configs/clusters.
-        env: The environment.
 
     Raises:
         ConfigError: the file cannot be read, or has faults; lists all of them.
@@ -164,22 +158,18 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     if path is None:
         return Cluster()
     try:
-        values, problems = load_yaml(path.read_text(encoding="utf-8"))
+        values, problems = read_mapping(path, "keys (account, partition, gpus, ...)")
     except (OSError, UnicodeDecodeError) as error:
         there = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml"))) or "none"
         raise ConfigError(
             f"cluster file {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}; give a path, or one "
             f"of those in configs/clusters: {there}"
         ) from error
-    if values is not None and not isinstance(values, dict):
-        problems = [*problems, f"must be a mapping of keys (account, partition, gpus, ...), got {type(values).__name__}"]
-    if problems:
-        raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
-    read = draft(Cluster, values or {})
-    problems = [*read.problems, *(read.broken(read.value.violations()) if read.value is not None else [])]
-    if problems or read.value is None:
-        raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
-    return read.value
+    if values is None or problems:
+        raise ConfigError(problems, see=GUIDE)
+    return draft(Cluster, values).checked(
+        Cluster.violations, lambda problems: ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
+    )
 
 
 def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:

@@ -7,24 +7,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_dist.config.keys import ITEM, NAME, Key, children, find, nearest, tag_key, type_text
-from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.keys import ITEM, NAME, Key, children, find, tag_key, type_text, unknown_key
+from moe_dist.config.load import may_change_on_resume
+from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """Type, default and meaning of a key; for a section (or '' for the whole) those of each of its keys.
+    """Type, default and meaning of a key; for a section, of each of its keys; for '', of each section.
 
     Raises:
-        ConfigError: the key does not exist; the message has the most similar one.
+        ConfigError: the key does not exist; the message names the most similar key.
     """
     if not key:
         return _section(Key("", Config, None))
     found = find(Config, key)
     if not found:
-        near = nearest(Config, key)
-        raise ConfigError(f"{key}: unknown key" + (f"; did you mean {near}?" if near else "; without a key all are listed"))
-    resume = "may" if any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME) else "must not"
+        raise ConfigError(f"{key}: {unknown_key(Config, key)}")
+    resume = "may" if may_change_on_resume(key) else "must not"
     parts: list[RenderableType] = []
     for each in found:
         card = Table.grid(padding=(0, 2))
@@ -33,12 +33,12 @@ def explain(key: str = "") -> RenderableType:
             if text:
                 card.add_row(label, Text(text))
         parts += [card, ""]
-    parts.append(f"It {resume} change when a run is resumed.")
+    parts.append(f"This key {resume} change when a run is resumed.")
     return Group(*parts, *([] if not children(found[0].annotation) else ["", _section(found[0])]))
 
 
 def default_text(key: Key) -> str:
-    """The default in the form of a file; 'required' if there is none."""
+    """The default as it would be written in a file; 'required' if there is none."""
     if key.field is None:
         return ""
     if key.field.is_required():

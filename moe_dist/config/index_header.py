@@ -1,4 +1,4 @@
-"""Reads the header of Megatron's indexed data (<prefix>.idx beside <prefix>.bin), without torch or megatron.
+"""Reads the header of Megatron's indexed data (<prefix>.idx and <prefix>.bin) without torch or Megatron.
 
 Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
 code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
@@ -21,23 +21,14 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """Sizes of one pair of .idx and .bin.
+    """Sizes of one pair of .idx and .bin."""
 
-    Attributes:
-        documents: Number of documents (runs of sequences).
-        sequences: Number of sequences; equal to documents unless documents were split when written.
-        tokens: Tokens of all sequences.
-        dtype: numpy name of the ids' type.
-        itemsize: Bytes of an id.
-        bin_bytes: Size of .bin, equal to tokens x itemsize.
-    """
-
-    documents: int
-    sequences: int
-    tokens: int
-    dtype: str
-    itemsize: int
-    bin_bytes: int
+    documents: int  # a document is a run of sequences
+    sequences: int  # equal to documents, unless documents were split when they were written
+    tokens: int  # of all sequences
+    dtype: str  # numpy name of the ids' type
+    itemsize: int  # bytes of an id
+    bin_bytes: int  # size of .bin: tokens x itemsize
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
@@ -46,8 +37,7 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Byte offsets in an .idx of its three lists: int32 length of each sequence, int64 offset of each in .bin, and int64
-    first sequence of each document, with the total at the end."""
+    """Byte offsets of the three lists in an .idx: lengths, offsets into .bin, and first sequences of documents."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
@@ -55,42 +45,42 @@ def read_index_header(prefix: Path) -> IndexHeader:
     """Reads the .idx of `prefix` and compares it with the size of its .bin. Costs one pass over the list of lengths.
 
     Raises:
-        DataError: a file is missing, of another format or truncated, or the two do not match.
+        DataError: a file is missing, truncated or of another format, or .idx and .bin do not match.
+        StorageError: the file system does not respond.
     """
     idx, bin_ = index_paths(prefix)
     for path in (idx, bin_):
         if not path.is_file():
-            raise DataError(f"{path}: missing; prepare the data again, or mend the path in the manifest (docs/data.md)")
+            raise DataError(f"{path}: missing; prepare the data again, or correct the path in the manifest (docs/data.md)")
     code, sequences, entries = _read_fixed_part(idx)
     dtype = np.dtype(_DTYPES[code])
-    lists = _HEADER.size + sequences * 12 + entries * 8
+    at_lengths, _, at_starts = list_offsets(sequences)
+    lists = at_starts + entries * 8
     size = idx.stat().st_size
-    if size not in (lists, lists + sequences):
-        raise DataError(
-            f"{idx}: {size} bytes, but its header announces {lists}: cut short or damaged; copy or prepare it again"
-        )
+    if size not in (lists, lists + sequences):  # multimodal sets append one mode byte per sequence
+        raise DataError(f"{idx}: {size} bytes, but its header says {lists}: cut short or damaged; copy or prepare it again")
     if sequences == 0 or entries < 2:
         raise DataError(f"{idx}: holds no documents")
-    lengths = np.memmap(idx, np.int32, "r", _HEADER.size, (sequences,))
-    starts = np.memmap(idx, np.int64, "r", _HEADER.size + sequences * 12, (entries,))
+    lengths = np.memmap(idx, np.int32, "r", at_lengths, (sequences,))
+    starts = np.memmap(idx, np.int64, "r", at_starts, (entries,))
     tokens = int(lengths.sum(dtype=np.int64))
     if int(lengths.min()) < 0 or int(starts[0]) != 0 or int(starts[-1]) != sequences:
         raise DataError(f"{idx}: its lists contradict each other: damaged; copy or prepare it again")
     bin_bytes = bin_.stat().st_size
     if bin_bytes != tokens * dtype.itemsize:
         raise DataError(
-            f"{bin_}: {bin_bytes} bytes, but its .idx announces {tokens} tokens of {dtype.itemsize} bytes = "
+            f"{bin_}: {bin_bytes} bytes, but its .idx says {tokens} tokens of {dtype.itemsize} bytes = "
             f"{tokens * dtype.itemsize}: cut short, or of another .idx; copy or prepare both again"
         )
     return IndexHeader(entries - 1, sequences, tokens, dtype.name, dtype.itemsize, bin_bytes)
 
 
 def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
-    """Largest token id in .bin: of all ids up to `max_bytes` (1 GiB, about a second for 1 GiB once cached); of a larger
-    file, of evenly spaced blocks of that size together.
+    """Largest token id in .bin. Reads a file up to `max_bytes` whole (about a second per GiB once cached), and a larger
+    file in evenly spaced blocks of that total size.
 
     Raises:
-        DataError: as `read_index_header`; or the ids are not integers, or one is negative.
+        DataError: as `read_index_header`; or the ids are not integers, or an id is negative.
     """
     header = read_index_header(prefix)
     _, bin_ = index_paths(prefix)
@@ -113,12 +103,7 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
 
 
 def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
-    """Type code, number of sequences, and entries of the document list.
-
-    Raises:
-        DataError: as `read_index_header`.
-        StorageError: the file system does not respond.
-    """
+    """Type code, number of sequences, and entries of the document list."""
     try:
         with idx.open("rb") as stream:
             raw = stream.read(_HEADER.size)

@@ -1,4 +1,4 @@
-"""The keys of a schema as dotted paths: permitted values in words, and the nearest known key for an unknown one."""
+"""The keys of a schema as dotted paths: their permitted values in words, and the known key nearest to an unknown key."""
 
 import difflib
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 
 from moe_dist.config.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
-NAME = "<name>"  # stands for any key of a mapping
-ITEM = "<index>"  # stands for any item of a list
+NAME = "<name>"  # stands for any key of a mapping in a dotted path
+ITEM = "<index>"  # stands for any item of a list in a dotted path
 _PATTERNS = {
     NAME_PATTERN: "text of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
     GROUP_PATTERN: "text of 1 to 32 letters, digits, '_' or '-', the first a letter",
@@ -24,28 +24,21 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key, or section, of a schema.
+    """One key, or section, of a schema."""
 
-    Attributes:
-        path: Dotted path; '<name>' and '<index>' stand for any key of a mapping and any item of a list.
-        annotation: Its type.
-        field: Its field; None for an element of a mapping or list.
-        variant: The variant of its section that has it, as 'kind: wsd'; empty if there is only one.
-    """
-
-    path: str
-    annotation: Any
-    field: FieldInfo | None
-    variant: str = ""
+    path: str  # dotted, with NAME and ITEM
+    annotation: Any  # type of the value
+    field: FieldInfo | None  # None for an element of a mapping or list
+    variant: str = ""  # the kind of section that has the key, as 'kind: wsd'; empty if there is only one kind
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
-        """The possible sections of the key, by tag ('' if there is only one kind); empty if it is not a section."""
+        """The possible sections of the key, as in `variants_of`."""
         return variants_of(self.annotation)
 
 
 def bare(annotation: Any) -> Any:
-    """The type without Annotated and None."""
+    """The type without Annotated and without `| None`."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -56,7 +49,8 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """The field that names a section's variant: it admits a single literal."""
+    """The key that names a section's variant, such as `kind`: its type is one literal. None if the section has no such
+    key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name
@@ -64,7 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The possible sections of a value of this type, by tag; a plain section has the tag ''; empty for other types."""
+    """The sections that a value of this type can be, by tag. A plain section has the tag ''. Empty for other types."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -76,7 +70,8 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
-    """Keys directly below a value of this type, by name; several if variants of a section share a name."""
+    """Keys directly below a value of this type, by name. A name has several keys if variants of a section share the
+    name."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -105,7 +100,7 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """The possible keys of a dotted path: none if it is unknown, several if variants of a section share it."""
+    """The keys that a dotted path can mean: none if it is unknown, several if variants of a section share it."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [
@@ -119,7 +114,7 @@ def find(root: type[BaseModel], path: str) -> list[Key]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """The known key most similar to an unknown one: first in the same section, then with the same name elsewhere."""
+    """The known key most similar to an unknown key: first in the same section, then with the same name elsewhere."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}
@@ -130,6 +125,18 @@ def nearest(root: type[BaseModel], path: str) -> str | None:
         return difflib.get_close_matches(path, same, 1, cutoff=0.0)[0]
     others = [key for key in known if not path.startswith(f"{key}.")]
     return next(iter(difflib.get_close_matches(path, others, 1)), None)
+
+
+def unknown_key(root: type[BaseModel], path: str) -> str:
+    """An error text for a key that is unknown, or that only another variant of its section has."""
+    if elsewhere := [key.variant for key in find(root, path)]:
+        return f"belongs to {' or '.join(elsewhere)}, but the section is of another kind"
+    if near := nearest(root, path):
+        return f"unknown key; did you mean {near}?"
+    holder = path.rpartition(".")[0]
+    found = find(root, holder) if holder else []
+    shown, annotation = (holder, found[0].annotation) if found else ("the whole", root)
+    return f"unknown key; {shown} has the keys {', '.join(children(annotation))}"
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -158,7 +165,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def pattern_text(pattern: str) -> str:
-    """The texts that a pattern admits, in words."""
+    """The texts that a pattern allows, in words."""
     return _PATTERNS.get(pattern, f"text that matches {pattern}")
 
 

@@ -1,4 +1,4 @@
-"""Turns a folder of sections into a choice of kinds: a new file is a new kind, and no list has to name it."""
+"""Makes a choice of kinds from a folder of sections: a new file is a new kind, and no list names it."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -11,8 +11,8 @@ from moe_dist.config.section import Section
 
 
 def kinds_in(package: ModuleType, base: type[Section]) -> Any:
-    """The union of the sections in the files of `package`, distinguished by `kind`, as the type of a field. All derive from
-    `base`, which is in the file of that name. Files are in alphabetical order."""
+    """The type of a field that takes any section in the files of `package`. The key `kind` selects the section. All
+    sections derive from `base`, which is in the file `base.py`."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
     sections = [

@@ -1,4 +1,4 @@
-"""Makes a Config from a YAML file and dotted overrides; and YAML from a Config; and the difference of two."""
+"""Reads a Config from a YAML file and dotted overrides, writes it as YAML, and compares two of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 from pydantic_core import to_jsonable_python
 
 from moe_dist.config.bundled import find_config, hint_for_missing
-from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
+from moe_dist.config.keys import bare, find, tag_key, type_text, unknown_key
 from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.renamed import Rename, new_key, translate
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.config.section import Violation, sections_in
-from moe_dist.config.yaml_text import dump_yaml, load_yaml
+from moe_dist.config.yaml_text import dump_yaml, load_yaml, read_mapping
 from moe_dist.errors import ConfigError
 
 GUIDE = "docs/configuration.md"
 
 
 class Change(NamedTuple):
-    """A key with different values in two configurations; None also if one of them lacks the key."""
+    """A key whose value differs between two configurations; the value is None if a configuration lacks the key."""
 
     key: str
     old: Any
@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: lists every fault of the file and the overrides.
     """
-    return _without_faults(read_draft(path, overrides))
+    return read_draft(path, overrides).checked(model_violations, _error)
 
 
 def load_stored_config(path: Path) -> Config:
@@ -46,18 +46,16 @@ def load_stored_config(path: Path) -> Config:
         ConfigError: lists every fault of the file.
     """
     values, problems = _read_file(path)
-    return _without_faults(PartialConfig(None, tuple(problems)) if values is None else draft(Config, translate(values)))
+    read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
+    return read.checked(model_violations, _error)
 
 
-def _without_faults(read: PartialConfig[Config]) -> Config:
-    problems = [*read.problems, *(read.broken(model_violations(read.value)) if read.value else [])]
-    if problems or read.value is None:
-        raise ConfigError(problems, see=GUIDE)
-    return read.value
+def _error(problems: list[str]) -> ConfigError:
+    return ConfigError(problems, see=GUIDE)
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """Like `load_config`, but returns the faults with the readable values, for callers with further checks."""
+    """Like `load_config`, but returns the faults beside the readable values, for callers that check more."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -73,6 +71,11 @@ def model_violations(config: Config) -> list[Violation]:
         for prefix, section in sections_in(config)
         for violation in section.violations()
     ]
+
+
+def rule_violations(config: Config) -> list[Violation]:
+    """Every violated rule between sections."""
+    return [violation for _, section in sections_in(config) for violation in section.violations_in(config)]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -92,14 +95,14 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             problems.append(Rename(key, today).problem)
             continue
         if not find(Config, key):
-            near = nearest(Config, key)
-            problems.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
+            problems.append(f"{key}: {unknown_key(Config, key)}")
             continue
         value, wrong = _override_value(key, text)
         if wrong:
             problems += [f"{key}: {problem}" for problem in wrong]
         else:
             pairs.append((key, value))
+    # A new variant comes first, because it drops keys of the old variant that another override may set again.
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if problem := _set(values, key, value):
             problems.append(problem)
@@ -113,42 +116,34 @@ def resolved_yaml(config: Config) -> str:
 
 def difference(old: Config, new: Config) -> list[Change]:
     """Dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
-    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
     return [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if (key in before) != (key in after) or before.get(key) != after.get(key)
+        if (key in before) != (key in after) or before.get(key) != after.get(key)  # null and no key differ
     ]
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
     """The differences that forbid resuming a run."""
+    return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
-    def may_change(key: str) -> bool:
-        return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
-    return [change for change in difference(old, new) if not may_change(change.key)]
+def may_change_on_resume(key: str) -> bool:
+    """Whether a key, or a key inside this section, may differ from the run that is resumed."""
+    return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_mapping(path, "sections (run, model, data, ...)")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return None, [f"configuration {str(path)!r} cannot be read: {reason}; {hint_for_missing(path)}"]
-    values, problems = load_yaml(text)
-    problems = [f"{path}: {problem}" for problem in problems]
-    if values is None and not problems:
-        values = {}
-    if not isinstance(values, dict):
-        return None, problems or [
-            f"{path}: must be a mapping of sections (run, model, data, ...), got {type(values).__name__}"
-        ]
-    return values, problems
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """The value read as YAML; for a key of type text (`run.name=2024`) the literal text, unless it is quoted."""
+    """The value read as YAML. For a key of type text (`run.name=2024`) it is the literal text, unless it is quoted."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)
@@ -185,8 +180,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """The value below which an override sets a key that the file leaves out: a list's default items. A section starts
-    empty, since its other keys have defaults of their own."""
+    """The value into which an override writes if the file does not have the key: the default items of a list. A section
+    starts empty, because its other keys have their own defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}
@@ -197,9 +192,10 @@ def _keep_keys_of(holder: dict[str, Any], variant: Any) -> None:
         del holder[name]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values that are not mappings, by dotted key; an empty mapping counts as a value."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, Mapping) and value
-        leaves += _leaves(value, f"{prefix}{name}.") if inner else [(f"{prefix}{name}", value)]
-    return leaves
+        found |= leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found

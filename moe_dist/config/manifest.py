@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt
 
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
@@ -16,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def _inside(path: str) -> str:
-    """A manifest may come from elsewhere, so it may only name files of its own folder."""
+    """Refuses paths outside the manifest's folder, because a manifest may come from an untrusted place."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(
             f"{path!r} leads out of the data set's folder; name a file in it (a symbolic link there may point anywhere)"
@@ -25,23 +25,25 @@ def _inside(path: str) -> str:
 
 
 FilePath = Annotated[PathText, AfterValidator(_inside)]
-IdRange = tuple[Count, PositiveInt]  # [first, past the last)
+IdRange = tuple[Count, PositiveInt]  # [first, last + 1]
 
 
 class SplitSection(Section):
-    """One Megatron indexed data set: <path>.bin and <path>.idx, relative to the manifest."""
+    """One Megatron indexed data set: <path>.bin and <path>.idx."""
 
     path: FilePath = Field(description="Prefix of the .bin and .idx files, relative to the manifest.")
     documents: PositiveInt = Field(description="Documents in the index.")
     tokens: PositiveInt = Field(description="Tokens in the index.")
     tokens_by_modality: dict[Name, Count] = Field(default_factory=dict, description="Tokens of each modality.")
     filler: FilePath | None = None
-    """Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty."""
+    """File of one bit per token, in file order, packed by numpy.packbits: 1 for an empty cell of a picture."""
     prompt: FilePath | None = None
-    """The same kind of bits: 1 where a token belongs to a prompt, which is read and not scored."""
+    """File of bits like filler: 1 for a token of a prompt, which is an input but not a label."""
 
 
 class SourceSection(Section):
+    """One source of documents, with its training and held-out splits."""
+
     train: SplitSection
     valid: SplitSection | None = None
     licence: str = Field(description="Licence of the contents.")
@@ -49,40 +51,42 @@ class SourceSection(Section):
 
 
 class ImageSection(Section):
-    """How a picture became tokens: a grid of codes between two marks."""
+    """Form of a picture in tokens: a grid of codes between a begin and an end token."""
 
     grid: tuple[PositiveInt, PositiveInt] = Field(description="Rows and columns of codes.")
-    begin_id: Count = Field(description="Token before the codes.")
-    end_id: Count = Field(description="Token after the codes.")
+    begin_id: Count = Field(description="Id of the token before the codes.")
+    end_id: Count = Field(description="Id of the token after the codes.")
     codebook: FilePath | None = None
-    """.npy of uint8 [codes, patch, patch, 3], relative to the manifest."""
+    """File .npy of uint8 [codes, patch, patch, 3]: the pixels of each code."""
 
 
-# Taken by losses: they are shown as loss/<name> beside modalities', and eval/<modality>_no_filler.
+# Names of losses: loss/<name> shows them beside the losses of modalities.
 RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
 
 
 class Manifest(Section):
+    """A prepared data set. Paths are relative to the manifest."""
+
     format: Annotated[int, Field(ge=1, le=1)] = 1
     name: str
-    vocab_size: PositiveInt = Field(description="One more than the largest id that may appear.")
+    vocab_size: PositiveInt = Field(description="Largest permitted token id plus 1.")
     modalities: dict[Name, tuple[IdRange, ...]] = Field(min_length=1)
-    """Id ranges of each modality, [first, past the last); together they cover the vocabulary."""
-    pad_id: Count = Field(description="Id that fills up a sequence; never a label.")
-    eos_id: Count = Field(description="Id that ends a document.")
-    tokenizer: FilePath | None = Field(default=None, description="tokenizers JSON file, relative to the manifest.")
+    """Id ranges of each modality, as [first, last + 1]. Together they cover the vocabulary without overlap."""
+    pad_id: Count = Field(description="Id of padding, which is never a label.")
+    eos_id: Count = Field(description="Id of the last token of a document.")
+    tokenizer: FilePath | None = Field(default=None, description="JSON file of the library tokenizers.")
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(default_factory=dict)
-    """Held-out nats a token of count models fitted on the training tokens: 'text/unigram', 'image/left_bigram',
-    'image_no_filler/unigram', ..."""
+    """Held-out loss in nats per token of models that count training tokens, as 'text/unigram', 'image/left_bigram' or
+    'image_no_filler/unigram'."""
 
     def violations(self) -> Iterator[Violation]:
         for problem in self._range_problems():
             yield Violation(("modalities", "vocab_size"), problem)
         for name in self.modalities:
             if name in RESERVED_MODALITIES or name.endswith("_no_filler"):
-                problem = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
+                problem = f"modalities: the name {name!r} is reserved for a loss; choose another name"
                 yield Violation(("modalities",), problem)
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
@@ -116,10 +120,10 @@ class Manifest(Section):
         for first, end, name in ranges:
             where = f"modalities.{name}: [{first}, {end})"
             if end <= first:
-                problems.append(f"{where} is empty; a range is [first, past the last)")
+                problems.append(f"{where} is empty; a range is [first, last + 1]")
             elif first != at:
                 what = "leaves a gap after" if first > at else "overlaps"
-                problems.append(f"{where} {what} what ends at {at}; each id belongs to one modality")
+                problems.append(f"{where} {what} the range that ends at {at}; each id belongs to one modality")
             if end > self.vocab_size:
                 problems.append(f"{where} lies outside [0, vocab_size={self.vocab_size})")
             at = max(at, end)
@@ -129,21 +133,13 @@ class Manifest(Section):
             )
         return problems
 
-    def tokens_by_modality(self) -> dict[str, int]:
-        """Training tokens of each modality over all sources."""
-        totals = dict.fromkeys(self.modalities, 0)
-        for source in self.sources.values():
-            for name, count in source.train.tokens_by_modality.items():
-                totals[name] = totals.get(name, 0) + count
-        return totals
-
 
 def load_manifest(folder: str | Path) -> Manifest:
     """Reads and checks `folder`/manifest.json.
 
     Raises:
         ConfigError: the manifest does not exist; the message has the command that makes one.
-        DataError: it is invalid; lists every fault.
+        DataError: the manifest is invalid; lists every fault.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
@@ -157,13 +153,11 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{path}: no JSON ({error}); see docs/data.md") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")
-    read = draft(Manifest, values)
-    problems = [*read.problems, *(read.broken(read.value.violations()) if read.value else [])]
-    if problems or read.value is None:
-        raise DataError([f"{path}: {problem}" for problem in problems], see="docs/data.md")
-    return read.value
+    return draft(Manifest, values).checked(
+        Manifest.violations, lambda problems: DataError([f"{path}: {problem}" for problem in problems], see="docs/data.md")
+    )
 
 
-def write_manifest(manifest: Manifest, folder: str | Path) -> None:
-    """Writes `folder`/manifest.json."""
+def write_manifest(manifest: BaseModel, folder: str | Path) -> None:
+    """Writes `folder`/manifest.json, of a data set or of router tuning."""
     (Path(folder) / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -1,19 +1,32 @@
-"""The schema of the model: groups of experts, router, balance, mixture of depths. `schema` has the whole."""
+"""The schema of the section `model`: transformer, expert groups, router, controllers, mixture of depths."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config import controllers, experts, routers
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
+from moe_dist.config.experts.lora import AttentionLoRASection
 from moe_dist.config.kinds import kinds_in
-from moe_dist.config.lora_schema import AttentionLoRASection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.config.section import Count, Decay, Experts, GroupName, Layers, Name, NullExperts, Section, Violation
+from moe_dist.config.section import (
+    Count,
+    Decay,
+    Experts,
+    GroupName,
+    Layers,
+    Name,
+    NullExperts,
+    Section,
+    Share,
+    Violation,
+    WholeConfig,
+    default_kind,
+)
 
 if TYPE_CHECKING:  # type checkers see the type of the base
     AnyRouter = RouterSection
@@ -26,22 +39,24 @@ else:
 
 
 class GroupSection(Section):
-    """One group of experts: a token is routed inside the group of its modality."""
+    """One group of experts. A token is routed to experts of its modality's group only."""
 
     num_experts: Experts = Field(description="True experts of the group (n).")
     num_null: NullExperts = 0
-    """Null experts of the group (m): choices that cost nothing. 0 is plain top-k."""
+    """Null experts of the group (m). Choosing one costs no computation and no communication. 0 gives plain top-k."""
     num_identity: Count = 0
-    """Identity experts: they add the token's normed input times its weight, on its own rank."""
+    """Identity experts of the group. Each adds the token's normed input times the routing weight, on the token's own
+    rank."""
     num_constant: Count = 0
-    """Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."""
+    """Constant experts of the group (MoE++). Each mixes a learned vector with the token's input, on the token's own
+    rank."""
     top_k: PositiveInt
-    """Choices a token makes among all experts of its group, null ones included (k). With router.kind=expert_choice the
-    number of experts that take a token on average, unless router.capacity says so."""
+    """Number of experts of its group that a token chooses, null experts included (k). With router.kind=expert_choice: the
+    mean number of experts that take a token, unless router.capacity is set."""
     ffn_dim: PositiveInt
-    """Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."""
+    """Hidden width of each expert's SwiGLU (F). With model.moe.experts.kind=lora: hidden width of the frozen FFN."""
     modalities: tuple[Name, ...] = ()
-    """Modalities routed to this group; empty means the one that has the group's name."""
+    """Modalities whose tokens are routed to this group. Empty means the modality with the group's name."""
 
     @property
     def num_zero_computation(self) -> int:
@@ -50,98 +65,133 @@ class GroupSection(Section):
 
     def violations(self) -> Iterator[Violation]:
         free = self.num_zero_computation
-        if self.top_k <= self.num_experts + self.num_null + free:
-            return
-        problem = (
-            f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
-            f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
-        )
-        yield Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)
+        if self.top_k > self.num_experts + self.num_null + free:
+            problem = (
+                f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
+                f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
+            )
+            yield Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)
 
 
 class CapacitySection(Section):
-    """A bound of the (token, expert) pairs that an expert takes while training; what lies beyond it is dropped."""
+    """Bound of the (token, expert) pairs of each expert in training. Pairs beyond the bound are dropped."""
 
     factor: PositiveFloat
-    """An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."""
+    """An expert takes at most ceil(factor x k x T / columns) pairs of its group's T tokens. factor=1 is the even share."""
     drop: Literal["probability", "position"] = "probability"
-    """Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token."""
+    """Pairs that are dropped first. probability: the pairs with the lowest probability. position: the pairs of the last
+    tokens. Of equal pairs, the later token's is dropped."""
     scope: Literal["rank"] = "rank"
-    """Tokens that compete for an expert's room: those of one rank's micro-batch."""
+    """Ranks whose tokens compete for an expert's capacity: rank means the micro-batch of one rank."""
 
 
 class MoESection(Section):
-    """Expert groups, their router, and which layers hold them."""
+    """Expert groups, their router, and the layers that have experts."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     experts: AnyExperts = Field(default_factory=FFNExpertsSection)
-    """What a true expert is: an FFN, or LoRA over a frozen FFN."""
-    router: AnyRouter = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    """Kind of the true experts: FFNs, or LoRA adapters over a frozen FFN."""
+    router: Annotated[AnyRouter, default_kind("top_k")] = Field(
+        default_factory=TopKRouterSection, description="Router: the rule by which tokens choose experts."
+    )
     capacity: CapacitySection | None = None
-    """Bound of the pairs an expert takes while training; null for none."""
+    """Bound of the (token, expert) pairs of each expert in training. null: no bound."""
     balance: tuple[AnyController, ...] = ()
-    """Controllers of the router's selection bias, one of a kind; what they say is added up."""
-    every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
+    """Controllers of the router's selection bias, at most one of each kind. The bias changes by the sum of their
+    changes."""
+    every: PositiveInt = Field(default=1, description="Every n-th layer is an MoE layer; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
     shared_ffn_dim: Count = 0
-    """Hidden width of a shared expert that sees every token; 0 for none."""
+    """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
-    """Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."""
+    """Multiply the shared expert's output by a learned sigmoid gate, one number per token (Qwen2-MoE)."""
 
     def violations(self) -> Iterator[Violation]:
-        if not self.shared_gate or self.shared_ffn_dim:
-            return
-        problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
-        yield Violation(("shared_gate", "shared_ffn_dim"), problem)
+        if self.shared_gate and not self.shared_ffn_dim:
+            problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+            yield Violation(("shared_gate", "shared_ffn_dim"), problem)
 
-    @field_validator("router", mode="before")
-    @classmethod
-    def _top_k_unless_said(cls, value: Any) -> Any:
-        """`router: {normalise: none}` means the default kind, which has that key."""
-        return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from modality_violations(self.groups, "model.moe.groups")
+        kinds, key = [section.kind for section in self.balance], "model.moe.balance"
+        for kind in dict.fromkeys(kinds):
+            if (count := kinds.count(kind)) > 1:
+                problem = f"{key}: {count} controllers of kind {kind}; keep one, its target may name several groups"
+                yield Violation((key,), problem)
+        if self.balance and not self.router.has_selection_bias:
+            problem = (
+                f"{key}: controllers change the selection bias, which model.moe.router does not have; set "
+                "model.moe.router.selection_bias=true (kind top_k or group_limited), or remove the controllers"
+            )
+            yield Violation((key, "model.moe.router"), problem)
+
+    @property
+    def active_targets(self) -> dict[str, float]:
+        """The controllers' targets in true experts per token, by group."""
+        return {name: target for each in self.balance for name, target in each.targets.items()}
+
+    @property
+    def no_task_gradient(self) -> bool:
+        """Whether cross entropy gives no router a gradient: each token has one choice, and its weight is normalised to
+        1."""
+        return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
+
+
+def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterator[Violation]:
+    """Checks that no modality belongs to two groups. `key` is the dotted key of the groups."""
+    owners: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        for modality in group.modalities or (name,):
+            owners.setdefault(modality, []).append(name)
+    for modality, names in owners.items():
+        if len(names) > 1:
+            problem = f"modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them"
+            yield Violation(tuple(f"{key}.{name}.modalities" for name in names), f"{key}: {problem}")
 
 
 class MixtureOfDepthsSection(Section):
-    """Mixture of depths: some layers compute a share of the tokens alone, and the others pass them by the residual."""
+    """Mixture of depths: some layers compute only a share of the tokens. The other tokens skip such a layer."""
 
-    every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
-    first: Count = Field(default=0, description="Index of the first layer that does.")
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
-    """Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."""
+    every: PositiveInt = Field(default=2, description="Every n-th layer is a mixture-of-depths layer.")
+    first: Count = Field(default=0, description="Index of the first mixture-of-depths layer.")
+    capacity: Share = 0.25
+    """Share of the selection scope's tokens that a mixture-of-depths layer computes (c). MoMa uses 0.25."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
-    """Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all ranks'. The latter
-    two exchange a score for each token in each such layer."""
+    """Ranks whose tokens compete for a layer: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
+    world exchange one score per token in each mixture-of-depths layer."""
     causal: Literal["threshold", "auxiliary"] = "auxiliary"
-    """How evaluation and generation judge a token without looking at later ones: by a threshold that follows the score of
-    the last token taken, or by an auxiliary router, trained beside the model."""
+    """Selection in evaluation and generation, which must not depend on later tokens. threshold: a layer computes tokens
+    above a running mean of its lowest selected score. auxiliary: an auxiliary router decides, trained with the model."""
     threshold_decay: Decay = 0.99
-    """Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."""
+    """Decay per step of the running mean that gives the threshold; it averages over about 1 / (1 - decay) steps."""
 
 
 class ModelSection(Section):
-    """The transformer's shape."""
+    """Sizes and kinds of the transformer's parts."""
 
     hidden_dim: PositiveInt = Field(description="Width of the residual stream (D).")
-    num_layers: Layers = Field(description="Transformer layers.")
-    num_heads: PositiveInt = Field(description="Query heads.")
-    num_kv_heads: PositiveInt = Field(description="Key-value heads; fewer than num_heads is grouped-query attention.")
-    head_dim: PositiveInt | None = Field(default=None, description="Width of a head; default hidden_dim / num_heads.")
-    vocab_size: PositiveInt = Field(description="Rows of the embedding, text and image codes together.")
-    max_seq_len: PositiveInt = Field(description="Longest sequence the model is made for, in tokens.")
-    dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
-    rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
+    num_layers: Layers = Field(description="Number of transformer layers.")
+    num_heads: PositiveInt = Field(description="Number of query heads.")
+    num_kv_heads: PositiveInt = Field(description="Key-value heads. Fewer than num_heads: grouped-query attention.")
+    head_dim: PositiveInt | None = Field(default=None, description="Width of a head. null: hidden_dim / num_heads.")
+    vocab_size: PositiveInt = Field(description="Rows of the embedding: text tokens and image codes together.")
+    max_seq_len: PositiveInt = Field(description="Largest number of tokens of a sequence.")
+    dense_ffn_dim: PositiveInt | None = Field(
+        default=None, description="Hidden width of the FFN in layers without experts."
+    )
+    rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE)."""
+    """RMSNorm of queries and keys. head: over each head (Qwen3). full: over the whole projection (OLMoE)."""
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
-    """Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too."""
+    """Attention projections that have a bias. qkv: queries, keys and values (Qwen2). qkvo: also the output."""
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
     attention_lora: AttentionLoRASection | None = None
-    """LoRA adapters on the attention, trained by train.only=adapters; null for none."""
+    """LoRA adapters on the attention, trained by train.only=adapters. null: no such adapters."""
     mixture_of_depths: MixtureOfDepthsSection | None = None
-    """Layers that compute a share of the tokens alone (mixture of depths); null for none."""
+    """Mixture of depths: layers that compute only a share of the tokens. null: every layer computes all tokens."""
 
     @property
     def resolved_head_dim(self) -> int:
@@ -189,7 +239,10 @@ class ModelSection(Section):
             problem = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
             yield Violation(head_keys, problem)
         elif self.resolved_head_dim % 2:
-            yield Violation(head_keys, f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs")
+            yield Violation(
+                head_keys,
+                f"head_dim={self.resolved_head_dim} must be even, because RoPE rotates pairs of values; change it",
+            )
         if not self.moe_layers:
             problem = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
             yield Violation(("moe.first", "num_layers"), problem)
@@ -199,13 +252,13 @@ class ModelSection(Section):
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
         if self.mixture_of_depths is not None and not self.depth_layers:
             problem = (
-                f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers="
-                f"{self.num_layers}; lower it, or set mixture_of_depths to null"
+                f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no mixture-of-depths layer among "
+                f"num_layers={self.num_layers}; lower it, or set mixture_of_depths to null"
             )
             yield Violation(("mixture_of_depths.first", "num_layers"), problem)
         elif dense:
             problem = (
-                f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first="
+                f"mixture_of_depths: layer {dense[0]} is a mixture-of-depths layer without experts (moe.first="
                 f"{self.moe.first}, moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and "
                 "mixture_of_depths.every to a multiple of moe.every"
             )

@@ -1,15 +1,25 @@
-"""The schema of how ranks share work and where experts live: dispatch, parallel, placement. `schema` has the whole."""
+"""The schema of the sections `parallel` and `placement`: how ranks share the work, and which rank holds which expert."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config import dispatchers
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.kinds import kinds_in
-from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation, WholeConfig
+from moe_dist.config.section import (
+    WATCHDOG_SHARE,
+    Count,
+    Label,
+    Name,
+    Ranks,
+    Section,
+    Violation,
+    WholeConfig,
+    default_kind,
+)
 
 if TYPE_CHECKING:  # type checkers see the type of the base
     AnyDispatch = DispatchSection
@@ -19,59 +29,60 @@ GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes, the stride that g
 
 
 class ParallelSection(Section):
-    """How ranks share the work, and in what precision."""
+    """Distribution of the work over ranks, and precision."""
 
-    ep: Ranks = Field(default=1, description="Ranks over which the experts are sharded (an EP group).")
-    edp: Ranks = Field(default=1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
+    ep: Ranks = Field(default=1, description="Number of ranks over which the experts are sharded: an EP group.")
+    edp: Ranks = Field(default=1, description="Number of EP groups; each holds all experts. The world size is ep x edp.")
     data: Literal["ddp", "fsdp2"] = "ddp"
-    """Replicate the dense parameters (ddp) or shard them (fsdp2)."""
+    """ddp replicates the parameters that are not experts on all ranks. fsdp2 shards all parameters except routers."""
     recompute: Literal["none", "experts", "block"] = "none"
-    """Activations computed again in backward: none; experts (the FFN between the exchanges, which repeats no exchange);
-    block (attention and MoE layers, which repeats the dispatch exchange, never the routing)."""
+    """Activations that backward computes again. experts: the FFNs, which repeats no exchange. block: attention and MoE
+    layers, which repeats the dispatch exchange but not the routing."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute type; master weights and sums stay fp32."""
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one.")
+    """Data type of the computation. Master weights and gradient sums are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA if there is a GPU.")
     expert_pair_budget: PositiveInt | None = None
-    """(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks."""
+    """(token, expert) pairs that the experts of a rank compute at once. More pairs are computed in chunks, with
+    recomputation in backward. null: no bound."""
     expert_gemm: Literal["auto", "grouped", "loop"] = "auto"
-    """The experts' products: torch's grouped GEMM or a loop over experts; auto takes grouped where it is faster: on CUDA in
-    bf16, on CPU from 16 experts of a group on a rank; where the widths allow it."""
+    """Matrix products of the experts: torch's grouped GEMM, or a loop over experts. auto takes grouped where the widths
+    allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
     max_receive_rows: PositiveInt | None = None
-    """Bound of the rows a rank may receive in one layer, an error before the buffer is made; null bounds it by (ep - 1) x
-    the micro-batch's tokens alone."""
-    dispatch: AnyDispatch = Field(default_factory=AllToAllDispatchSection)
-    """How rows travel to the ranks of their experts and back."""
+    """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
+    null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
+    dispatch: Annotated[AnyDispatch, default_kind("all_to_all")] = Field(default_factory=AllToAllDispatchSection)
+    """Exchange that brings rows to the ranks of their experts and back."""
     deterministic: bool = False
-    """Repeat a run bit for bit on the same layout: on CUDA slower kernels instead of atomic additions, and an error at an
-    operation that has no repeatable form. The CPU repeats without it."""
+    """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
+    operation without a repeatable kernel is an error. A CPU run always repeats."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
-    """A collective that takes longer makes every rank write where it is, then ends the run, naming the rank that the others
-    wait for; at most, and by default, 0.8 x timeout_seconds."""
+    """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the
+    report names the rank that the others wait for. null means 0.8 x timeout_seconds, which is also the largest allowed
+    value."""
     check_exchanges: bool = False
-    """Check every row of every exchange by checksum, naming layer, ranks and row where one was damaged; for debugging, its
-    cost is in docs/parallelism.md."""
+    """Compare a checksum of every exchanged row; a damaged row is an error with layer, ranks and row. For debugging,
+    because it is slow (docs/parallelism.md)."""
 
     @property
     def resolved_watchdog_seconds(self) -> float:
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
     def violations(self) -> Iterator[Violation]:
-        if self.resolved_watchdog_seconds <= WATCHDOG_SHARE * self.timeout_seconds:
-            return
-        problem = (
-            f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
-            f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
-        )
-        yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
+        if self.resolved_watchdog_seconds > WATCHDOG_SHARE * self.timeout_seconds:
+            problem = (
+                f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
+                f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
+            )
+            yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks `expert_gemm: grouped` against types and widths, without looking at a device."""
+        """Checks `expert_gemm: grouped` against precision and widths; does not look for a device."""
         if self.expert_gemm != "grouped":
             return
         if self.device == "cuda" and self.precision != "bf16":
             problem = (
-                f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
+                f"parallel.expert_gemm=grouped: on CUDA torch has grouped kernels for bf16 only, but "
                 f"parallel.precision={self.precision}; take bf16, or parallel.expert_gemm=auto"
             )
             yield Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem)
@@ -86,49 +97,46 @@ class ParallelSection(Section):
                 )
                 yield Violation((key, "parallel.expert_gemm", "parallel.precision"), problem)
 
-    @field_validator("dispatch", mode="before")
-    @classmethod
-    def _per_rank_unless_said(cls, value: Any) -> Any:
-        """`parallel.dispatch.overlap=true` alone means the default kind, which has that key."""
-        return {"kind": "all_to_all", **value} if isinstance(value, dict) and "kind" not in value else value
-
 
 class NodeSection(Section):
-    """The nodes that a group's ranks belong on."""
+    """Nodes on which the ranks of a group must run."""
 
     feature: Name | None = None
-    """Feature of the node under Slurm (--constraint); under Ray, where labels are empty, the label `feature` with this
-    value. null: any node."""
-    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels of the node under Ray, name and value.")
-    own: bool = Field(default=False, description="Whole nodes of the group's own: no rank of another group goes there.")
+    """Slurm: feature that the node must have (--constraint). Ray, if labels is empty: value of the node's label `feature`.
+    null: any node."""
+    labels: dict[Label, Label] = Field(
+        default_factory=dict, description="Ray: labels that the node must have, name and value."
+    )
+    own: bool = Field(default=False, description="Use whole nodes, on which no rank of another group runs.")
 
 
 class PinnedGroupSection(Section):
-    """Where one group lives."""
+    """Ranks and nodes of one group."""
 
-    ranks: tuple[Count, ...] = Field(default=(), description="Positions in the EP group that hold this group's experts.")
+    ranks: tuple[Count, ...] = ()
+    """Positions in the EP group that hold the group's experts. Empty: the planner chooses them."""
     node: NodeSection = Field(default_factory=NodeSection)
-    """The nodes that the group's ranks belong on; by default any."""
+    """Nodes on which the group's ranks must run; by default any node."""
 
 
 class InterleavedSection(Section):
-    """Every group is spread over all ranks of an EP group."""
+    """The experts of every group are spread evenly over all ranks of an EP group."""
 
     policy: Literal["interleaved"] = "interleaved"
 
 
 class PinnedSection(Section):
-    """Each group's experts live on ranks of their own; where `ranks` is not given, the planner divides them by load."""
+    """Each group has its own ranks. The planner divides the ranks that are not given among the other groups by load."""
 
     policy: Literal["pinned"] = "pinned"
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")
 
 
 class ExplicitSection(Section):
-    """The experts of each rank written out: any number a rank, none as well."""
+    """The experts of each rank are listed. A rank may have any number of experts, or none."""
 
     policy: Literal["explicit"] = "explicit"
-    slots: tuple[tuple[str, ...], ...] = Field(description="For each rank of an EP group its experts, as 'group/index'.")
+    slots: tuple[tuple[str, ...], ...] = Field(description="Experts of each rank of an EP group, as 'group/index'.")
 
 
 PlacementSection = Annotated[InterleavedSection | PinnedSection | ExplicitSection, Field(discriminator="policy")]

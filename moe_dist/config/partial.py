@@ -1,12 +1,11 @@
 """Reads values into a schema even if they have faults, so that all faults are reported at once.
 
-Unreadable values are replaced (by their default, or by any value of their type) and recorded. The rest stays as written, so
-that later checks can still test it. A run never starts from a partial configuration with faults.
+An unreadable value is replaced, by its default or by any value of its type, and recorded. The other values stay unchanged,
+so that later checks can still test them. A run never starts with a configuration that has faults.
 """
 
-import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from reprlib import Repr
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -25,37 +24,44 @@ from moe_dist.config.keys import (
     pattern_text,
     tag_key,
     type_text,
+    unknown_key,
     variants_of,
 )
 from moe_dist.config.renamed import translation
-from moe_dist.config.section import VIOLATIONS_LATER, Violation
+from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
-_ROUNDS = 20  # a replaced section shows its missing keys in the next round; no schema is nested deeper
+_ROUNDS = 20  # the missing keys of a replaced section show in the next round; schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class PartialConfig(Generic[S]):
-    """Values as far as they could be read.
+    """Values as far as they could be read."""
 
-    Attributes:
-        value: The section; None if no value could be made.
-        problems: Every fault of single keys, in words; not of relations between keys.
-        wrong: Dotted paths whose values were replaced; checks must draw no conclusion from them.
-    """
-
-    value: S | None
-    problems: tuple[str, ...]
-    wrong: frozenset[str] = frozenset()
+    value: S | None  # the section; None if no value could be made
+    problems: tuple[str, ...]  # every fault of a single key, in words; faults of relations between keys are not in it
+    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced: a rule that compares one is not checked
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """The faults among `violations` whose keys could all be read."""
+        """The problems of those `violations` whose keys could all be read."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
+
+    def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
+        """The value, if it has no faults.
+
+        Args:
+            violations: Returns the violated rules of the value.
+            error: Makes the exception that is raised, from all faults.
+        """
+        problems = [*self.problems, *(self.broken(violations(self.value)) if self.value is not None else [])]
+        if problems or self.value is None:
+            raise error(problems)
+        return self.value
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as in JSON) into `schema`, replacing wrong ones until it fits; old names are faults."""
+    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until they fit. Former names are faults."""
     values, renames = translation(json.loads(json.dumps(values)))
     problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
     wrong: set[str] = set()
@@ -64,12 +70,12 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
             return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
-            before = frozenset(wrong)  # a value that an earlier round inserted is not the user's fault
-            # Misspelt keys first: correcting them may provide a key that is reported missing.
+            before = frozenset(wrong)  # the user is not told of a value that an earlier round inserted
+            # Misspelt keys come first, because a misspelt key may be the key that is reported missing.
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
-                if detail["type"] == "missing" and _get(values, where) is not None:
+                if detail["type"] == "missing" and _get(values, where) is not None:  # a misspelt key was moved there
                     continue
                 if not any(_overlap(dotted(where), known) for known in before):
                     problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
@@ -78,10 +84,10 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:
-    """Rewords one of pydantic's errors: key, value, rule, fix."""
+    """Rewrites one of pydantic's errors as key, value, rule and fix."""
     path, value, kind = dotted(where) or "the whole", detail["input"], detail["type"]
     if kind == "extra_forbidden":
-        return f"{path}: {_unknown(schema, path)}"
+        return f"{path}: {unknown_key(schema, path)}"
     if kind == "value_error" or key is None:
         return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
     if detail["loc"][-1] == "[key]":
@@ -95,12 +101,12 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
         tag = tag_key(next(iter(key.sections.values()))) or ""
         given = value.get(tag) if isinstance(value, dict) else None
         shown = f"{path}.{tag}: missing" if kind == "union_tag_not_found" else f"{path}.{tag}={given!r}"
-        return f"{shown}; must be one of {', '.join(map(repr, key.sections))}{_guess(given, key.sections)}"
+        return f"{shown}; must be one of {', '.join(map(repr, key.sections))}{did_you_mean(given, key.sections)}"
     hint = ""
     if kind == "string_type" and isinstance(value, (int, float)):
         hint = "; put it in quotes"
     elif get_origin(bare(key.annotation)) is Literal:
-        hint = _guess(value, get_args(bare(key.annotation)))
+        hint = did_you_mean(value, get_args(bare(key.annotation)))
     elif key.sections and not isinstance(value, dict):
         hint = f" with the keys {', '.join(children(key.annotation))}"
     return f"{path}={_shown(value)}: must be {rule}{hint}{meaning}"
@@ -116,21 +122,6 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _unknown(schema: type[BaseModel], path: str) -> str:
-    if elsewhere := [key.variant for key in find(schema, path)]:
-        return f"goes with {' or '.join(elsewhere)}, which is not what was chosen here"
-    if near := nearest(schema, path):
-        return f"unknown key; did you mean {near}?"
-    holder = path.rpartition(".")[0]
-    section = find(schema, holder)[0].annotation if holder else schema
-    return f"unknown key; {holder or 'the whole'} has the keys {', '.join(children(section))}"
-
-
-def _guess(value: Any, choices: Any) -> str:
-    close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _shown(value: Any) -> str:
     short = Repr()
     short.maxstring = short.maxother = 80
@@ -138,7 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """The keys along one of pydantic's locations, which also contains variants of sections and marks for keys."""
+    """The keys along an error location of pydantic. The location also holds variants of sections and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
@@ -158,9 +149,9 @@ def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tup
 def _repair(
     schema: type[BaseModel], values: Any, keys: list[tuple[str | int, Key]], detail: ErrorDetails, wrong: set[str]
 ) -> None:
-    """Changes `values` in place so that this fault does not hide others."""
+    """Changes `values` in place, so that this fault does not hide other faults in the next round."""
     where, kind = tuple(part for part, _ in keys), detail["type"]
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden":  # a misspelt key: move its value to the key that was probably meant
         holder = _get(values, where[:-1])
         value = holder.pop(where[-1])
         section, _, name = (nearest(schema, dotted(where)) or "").rpartition(".")
@@ -172,7 +163,7 @@ def _repair(
         wrong.add(dotted(where))
         return
     while keys and keys[-1][1].field is None:
-        keys = keys[:-1]  # an item of a list or mapping has no default of its own: replace the whole
+        keys = keys[:-1]  # an item has no default: replace the whole list or mapping
     where = tuple(part for part, _ in keys)
     holder = _get(values, where[:-1])
     if not keys or not isinstance(holder, (dict, list)):
@@ -195,10 +186,10 @@ def _get(values: Any, where: Where) -> Any:
 
 
 def _any_value(annotation: Any) -> Any:
-    """Any value of a type; a section is empty, and its missing keys are filled in the next round."""
+    """Any value of a type. A section is empty here, because the next round fills in its missing keys."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
-    if variants := variants_of(kind):
+    if variants := variants_of(kind):  # the tag must be valid, or the union itself is a fault in each round
         tag, section = next(iter(variants.items()))
         return {tag_key(section): tag} if tag else {}
     if origin is dict:

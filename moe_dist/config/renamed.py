@@ -1,14 +1,14 @@
-"""Former names of keys and kinds, in one table, for error messages and for stored configurations.
+"""Former names of keys and kinds.
 
-A user's file with an old name is refused, and the message gives the new one. Configurations stored in runs or checkpoints
-are translated.
+A former name in a user's file is an error, whose text gives the present name. Configurations in runs and checkpoints are
+translated.
 """
 
 from typing import Any, NamedTuple
 
 from moe_dist.config.keys import ITEM
 
-# Old key, dotted, with the new names of the sections above it -> the new name of its last part.
+# Former key (dotted, with the present names of the sections above it) -> the present name of its last part.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
@@ -16,7 +16,7 @@ KEYS = {
     "model.moe.router.set": "scope",
     "model.moe.router.loads": "active_experts",
 }
-# New key -> old value -> new value.
+# Present key -> former value -> present value.
 VALUES = {
     "model.moe.router.kind": {"fixed_load": "scheduled_top_k"},
     f"model.moe.balance.{ITEM}.kind": {"load_target": "active_experts"},
@@ -36,17 +36,15 @@ class Rename(NamedTuple):
 
 
 def translate(values: Any) -> Any:
-    """A stored configuration with present names; other names stay unchanged.
+    """A copy of a stored configuration with present names; other names stay unchanged.
 
-    Args:
-        values: A whole configuration as plain values (as in YAML or JSON), or a part below its sections' names, as in
-            `{"model": ...}`. It is not changed.
+    `values` are plain values as in YAML or JSON: a whole configuration, or some of its sections, as in `{"model": ...}`.
     """
     return translation(values)[0]
 
 
 def translation(values: Any) -> tuple[Any, list[Rename]]:
-    """Like `translate`, with the renames that were applied."""
+    """Like `translate`, and the renames that were applied."""
     renames: list[Rename] = []
     return _translated(values, "", "", "", renames), renames
 
@@ -60,7 +58,8 @@ def new_key(key: str) -> str | None:
 
 
 def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rename]) -> Any:
-    """`value` translated; `old` and `new` are its dotted keys, `pattern` is `new` with <index> for each index."""
+    """`value` with present names. `old` and `new` are its former and present dotted key; `pattern` is `new` with ITEM for
+    each index."""
     if isinstance(value, list | tuple):
         place = _below(pattern, ITEM)
         return [_translated(item, _below(old, i), _below(new, i), place, renames) for i, item in enumerate(value)]
@@ -73,7 +72,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
     for name, item in value.items():
         today = KEYS.get(_below(pattern, name), name)
         if today != name and today in value:
-            today = name  # if both exist, the old one is an unknown key
+            today = name  # if both names exist, the former name is an unknown key
         if today != name:
             renames.append(Rename(_below(old, name), _below(new, today)))
         found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)

@@ -1,7 +1,7 @@
-"""The schema of a run: frozen, strict and complete. Every key has a type, a meaning, and where sensible a default.
+"""The schema of a run: every key with its type, its meaning and often a default. Frozen and strict.
 
-The resolved configuration is saved with each run. Each section checks only itself here. Relations between sections (experts
-and ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees all sections.
+Each run saves its resolved configuration. `violations` checks the keys of one section, `violations_in` the rules between
+sections. `moe_dist.plan.preflight` reports all violated rules at once.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config import sinks
+from moe_dist.config.experts.lora import adapter_violations
+from moe_dist.config.init_rules import init_violations
 from moe_dist.config.kinds import kinds_in
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.parallel_schema import InterleavedSection, ParallelSection, PlacementSection
@@ -25,6 +27,7 @@ from moe_dist.config.section import (
     Section,
     Violation,
     WholeConfig,
+    unknown_name,
 )
 from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
@@ -34,107 +37,108 @@ from moe_dist.config.tuning_schema import RouterTuningSection
 
 
 class RunSection(Section):
-    """Name, place and seed of the run."""
+    """Name, folder, seed and starting weights of the run."""
 
     name: Name = Field(description="Name of the run; its folder is <root>/<name>. Letters, digits, '.', '_' and '-'.")
     root: PathText = Field(default="runs", description="Folder that holds all runs.")
-    seed: Count = Field(default=0, description="Seed of initial weights, data order and every other random draw.")
+    seed: Count = Field(default=0, description="Seed of the initial weights, the data order and every other random draw.")
     group: Annotated[str, Field(pattern=UNIX_GROUP_PATTERN)] | None = None
-    """Unix group that is given the run folder, and by its setgid bit all that is made in it; null leaves both as the system
-    makes them. What its members may do is the umask's to say."""
+    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides what members
+    of the group may do. null does not change the group."""
     init_from: PathText | None = None
-    """Checkpoint (or run folder) whose weights a new run begins with, as far as names and shapes fit; a run that goes on
-    does not look at it."""
+    """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
+    this key."""
     init_rules: tuple[Literal["copy_nulls", "upcycle", "adapt"], ...] = ()
-    """What else is made of the weights of init_from: copy_nulls gives each null expert the router row of a true one, so
-    that a trained top-k model begins as it is (AdaMoE); upcycle copies a dense FFN, or a group's one expert, into every
-    expert of the group; adapt puts new adapters on that model, which stays as it is (train.only=adapters)."""
+    """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
+    trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
+    expert of the group. adapt puts new adapters on the unchanged model (train.only=adapters)."""
     keep_position: bool = False
-    """With init_from, go on in the data where that checkpoint stands instead of at its beginning; needs the same data, data
-    section and seed. Steps and learning rate begin anew."""
+    """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
+    Steps and learning rate still start at the beginning."""
 
     def violations(self) -> Iterator[Violation]:
-        if self.init_from is not None or not self.keep_position:
-            return
-        problem = (
-            "keep_position=true: there is no init_from whose position could be kept; name a checkpoint in init_from, or "
-            "set keep_position to false"
-        )
-        yield Violation(("keep_position", "init_from"), problem)
+        if self.init_from is None and self.keep_position:
+            problem = "keep_position=true: needs the position of a checkpoint; set init_from, or keep_position=false"
+            yield Violation(("keep_position", "init_from"), problem)
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from init_violations(config)
 
 
 class DataSection(Section):
-    """Which prepared data set, and how it becomes sequences."""
+    """The prepared data set, and how its documents are packed into sequences."""
 
-    path: PathText = Field(description="Folder of a prepared data set: manifest.json with .bin/.idx beside it.")
+    path: PathText = Field(description="Folder of a prepared data set: manifest.json with .bin and .idx files.")
     seq_len: PositiveInt = Field(description="Tokens of a packed training sequence.")
     weights: dict[Name, PositiveFloat] = Field(default_factory=dict)
-    """Share of sequences from each source of the manifest; empty means in proportion to their tokens."""
-    pack_window: PositiveInt = Field(default=512, description="Documents among which the packer looks for a best fit.")
+    """Share of sequences from each source of the manifest. Empty means in proportion to the sources' tokens."""
+    pack_window: PositiveInt = 512
+    """Number of documents that the packer fits into sequences at a time. A larger window needs less padding."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        if self.seq_len <= config.model.max_seq_len:
-            return
-        problem = (
-            f"data.seq_len={self.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; shorten it, or make "
-            "the model for longer sequences"
-        )
-        yield Violation(("data.seq_len", "model.max_seq_len"), problem)
+        longest = config.model.max_seq_len
+        if self.seq_len > longest:
+            problem = (
+                f"data.seq_len={self.seq_len}: longer than model.max_seq_len={longest}; lower it, or raise max_seq_len"
+            )
+            yield Violation(("data.seq_len", "model.max_seq_len"), problem)
 
 
 class ConstantSchedule(Section):
-    """Linear warm-up, then constant."""
+    """Linear warm-up, then a constant learning rate."""
 
     kind: Literal["constant"] = "constant"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
 
 
 class CosineSchedule(Section):
-    """Linear warm-up, then half a cosine down to min_ratio at the last step."""
+    """Linear warm-up, then half a cosine down to min_ratio x lr at the last step."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
-    min_ratio: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
+    min_ratio: Fraction = Field(default=0.1, description="Learning rate of the last step, divided by lr.")
 
 
 class WsdSchedule(Section):
-    """Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio."""
+    """Warm-up, stable, decay: linear warm-up, then constant, then linear down to min_ratio x lr in the last decay_steps."""
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     decay_steps: PositiveInt = Field(description="Steps of the final decay.")
-    min_ratio: Fraction = Field(default=0.0, description="Last learning rate over the peak.")
+    min_ratio: Fraction = Field(default=0.0, description="Learning rate of the last step, divided by lr.")
 
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
 class OptimizerSection(Section):
-    """AdamW, its schedule and the bound of the gradient norm."""
+    """AdamW, its learning rate and the bound of the gradient norm."""
 
     kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = "auto"
-    """auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."""
+    """torch is torch's fused AdamW. apex is NVIDIA Apex's FusedAdam. auto takes apex if it is installed, else torch."""
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the moments.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay; norms, embeddings and routers get none."""
-    clip_norm: PositiveFloat | None = Field(default=1.0, description="Bound of the global gradient norm; null for none.")
-    schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule(), description="Learning rate over steps.")
+    """Decoupled weight decay. Norms, embeddings and routers have none."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm: larger gradients are scaled down to it. null disables clipping."""
+    schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
+    """Learning rate as a function of the step."""
 
 
 class BalanceSection(Section):
     """Load-balance loss."""
 
     kind: Literal["null_averaged", "vanilla", "null_split"] = "null_averaged"
-    """Null experts share one averaged load (AdaMoE), or each has its own; or nothing but the split between true experts and
-    all others is regulated (ZEDA)."""
+    """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
+    load. null_split: the loss balances only the share of true experts against the share of all others (ZEDA)."""
     null_weight: dict[GroupName, PositiveFloat] = Field(default_factory=dict)
-    """By group, the load that a null expert is to carry over that of a true one; 1 where it is not named. Even is then k n
-    / (n + m w) true experts a token."""
+    """By group: target load of a null expert, divided by the target load of a true expert (w); 1 for groups that are not
+    named. A balanced router then takes k n / (n + m w) true experts per token."""
     schedule: tuple[tuple[Count, NonNegative], ...] = ((0, 0.02),)
-    """[first step, coefficient] pairs; each holds until the next one's first step."""
+    """Pairs [first step, coefficient]. A coefficient holds until the first step of the next pair."""
 
     def violations(self) -> Iterator[Violation]:
         starts = [start for start, _ in self.schedule]
@@ -144,39 +148,52 @@ class BalanceSection(Section):
             problem = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
             yield Violation(("null_weight", "kind"), problem)
 
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        where = "loss.balance.null_weight"
+        for name in self.null_weight:
+            if problem := unknown_name("group", name, config.model.moe.groups):
+                yield Violation((where, "model.moe.groups"), f"{where}.{name}: {problem}")
+
 
 class LossSection(Section):
-    """Auxiliary losses beside cross entropy."""
+    """Auxiliary losses that are added to cross entropy."""
 
-    balance: BalanceSection = Field(default_factory=BalanceSection, description="Load-balance loss, per layer and group.")
+    balance: BalanceSection = Field(
+        default_factory=BalanceSection, description="Load-balance loss of each layer and group."
+    )
     z: NonNegative = 0.0
-    """Coefficient of the router z-loss (mean squared log-sum-exp of its logits)."""
+    """Coefficient of the router z-loss: the mean of the squared log-sum-exp of the router's logits."""
 
 
 class TrainSection(Section):
-    """Steps and batches."""
+    """Steps, batches and trained parameters."""
 
     steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
-    global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
-    micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
-    max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
+    global_batch: PositiveInt = Field(description="Sequences per step, over all ranks and micro-batches.")
+    micro_batch: PositiveInt = Field(description="Sequences in a micro-batch: a rank computes them at once.")
+    max_skipped_in_a_row: PositiveInt = 10
+    """A step with non-finite gradients is skipped. This many skipped steps in a row end the run with exit code 70."""
     only: Literal["auxiliary_routers", "adapters", "routers"] | None = None
-    """Train these parameters alone and freeze all others, which run.init_from brings: auxiliary_routers is the second stage
-    of expert choice; adapters are LoRA and the routers; routers is router tuning (section router_tuning). null trains
-    all."""
+    """Train only these parameters and freeze all others, which run.init_from brings. auxiliary_routers: the second stage of
+    expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
+    parameters."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from adapter_violations(config)
+        if self.only == "routers" and config.router_tuning is None:
+            problem = "train.only=routers: needs the section router_tuning; add it, or set train.only to null"
+            yield Violation(("train.only", "router_tuning"), problem)
         ranks = config.parallel.ep * config.parallel.edp
         each = self.micro_batch * ranks
-        if self.global_batch % each == 0:
-            return
-        below = self.global_batch // each * each
-        near = f"{below} or {below + each}" if below else str(each)
-        problem = (
-            f"train.global_batch={self.global_batch}: must be a multiple of train.micro_batch={self.micro_batch} x "
-            f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
-        )
-        yield Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)
+        if self.global_batch % each:
+            below = self.global_batch // each * each
+            near = f"{below} or {below + each}" if below else str(each)
+            problem = (
+                f"train.global_batch={self.global_batch}: must be a multiple of train.micro_batch={self.micro_batch} x "
+                f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of "
+                "ranks"
+            )
+            yield Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)
 
 
 CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fraction", "no_step_skipped"]
@@ -185,31 +202,32 @@ CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fr
 class EvaluationSection(Section):
     """Held-out evaluation."""
 
-    every: PositiveInt = Field(description="Steps between held-out evaluations; there is always one at the end.")
+    every: PositiveInt = Field(description="Steps between held-out evaluations. The last step is always evaluated.")
     sequences: PositiveInt = Field(default=128, description="Held-out sequences of each source in one evaluation.")
     final_sequences: PositiveInt = 512
     """Held-out sequences of each source in the last evaluation."""
     calibration: Count = 4
-    """Of router.causal=threshold and mixture_of_depths.causal=threshold: before each evaluation, thresholds are set so that
-    the last training micro-batches of each rank, so many, give each expert, or layer of depths, as many tokens as it takes
-    of them in training; 0 leaves the running means as they are."""
+    """Number of the last training micro-batches of each rank by which an evaluation sets the thresholds of
+    router.causal=threshold and mixture_of_depths.causal=threshold: on these, an expert or layer takes as many tokens as in
+    training. 0 uses the running means unchanged."""
     balance_efficiency: bool = True
-    """Measure throughput with real against evenly spread routing; LoRA experts, which every rank holds, are left out."""
+    """Measure the throughput with real routing, divided by the throughput with evenly spread routing. Not measured with
+    LoRA experts, because every rank holds all of them."""
     ablate_experts: bool = True
-    """At the end, measure held-out loss with the experts' output zeroed."""
+    """At the end, also measure held-out loss with the experts' output set to zero."""
     checks: tuple[CheckName, ...] = ()
-    """What the finished run is checked against, shown as a table of pass and FAIL: count_models compares held-out losses
-    with count models of the training tokens, experts_matter the losses with and without experts; no_dead_expert and
-    null_fraction look at the routing of the last 100 steps; no_step_skipped counts steps that were not finite."""
+    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below that of count
+    models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert and
+    null_fraction: the routing of the last 100 steps. no_step_skipped: the number of skipped steps is 0."""
 
 
 class CheckpointSection(Section):
-    """When the state is saved, and what is kept."""
+    """Checkpoints of the whole training state."""
 
-    every: PositiveInt = Field(default=500, description="Steps between checkpoints; there is always one at the end.")
-    keep: PositiveInt = Field(default=2, description="Checkpoints kept; older ones are removed.")
+    every: PositiveInt = Field(default=500, description="Steps between checkpoints. The last step is always saved.")
+    keep: PositiveInt = Field(default=2, description="Number of checkpoints that are kept; older ones are deleted.")
     asynchronous: bool = True
-    """Write checkpoints while the training goes on; takes host memory for what a rank writes."""
+    """Write checkpoints during training. Needs host memory for a copy of the tensors that a rank writes."""
 
 
 if TYPE_CHECKING:  # type checkers see the type of the base
@@ -219,14 +237,14 @@ else:
 
 
 class MonitorSection(Section):
-    """What is shown, and where."""
+    """Records and measurements of a run."""
 
     sinks: tuple[AnySink, ...] = (ConsoleSinkSection(), JsonlSinkSection(), TensorBoardSinkSection())
-    """Where records go; metrics.jsonl is the source of all."""
+    """Destinations of the records. The JSONL file holds everything that the other sinks show."""
     device_seconds: PositiveFloat = 5.0
-    """Seconds between readings of GPU (NVML) and host (psutil)."""
+    """Seconds between two readings of the GPU (NVML) and the host (psutil)."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of one device at the compute type, for perf/mfu; null leaves it out."""
+    """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: perf/mfu is not reported."""
 
 
 class Config(Section):
@@ -239,15 +257,27 @@ class Config(Section):
     optimizer: OptimizerSection
     loss: LossSection = Field(default_factory=LossSection)
     router_tuning: RouterTuningSection | None = None
-    """Router tuning (RoMA): its samples, layers, neighbours and weight; null for none."""
+    """Router tuning (RoMA). null: no router tuning."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     evaluation: EvaluationSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     monitor: MonitorSection = Field(default_factory=MonitorSection)
 
+    @property
+    def even_active(self) -> dict[str, float]:
+        """Expected true experts per token, by group: the controller's target, else the number at which a weighted balance
+        loss is even, k n / (n + m w). Leaves out groups with neither."""
+        balance, found = self.loss.balance, {}
+        for name, weight in balance.null_weight.items():
+            group = self.model.moe.groups[name]
+            weighted = group.num_null + (group.num_zero_computation if balance.kind == "null_split" else 0)
+            rest = group.num_zero_computation if balance.kind == "null_averaged" else 0
+            found[name] = group.top_k * group.num_experts / (group.num_experts + weighted * weight + rest)
+        return found | self.model.moe.active_targets
 
-# Keys (a section, or one key of it) that may differ on resume; those of model, data and optimisation may not.
+
+# Keys (a section, or one key of it) that may differ on resume. The keys of model, data and optimisation must not differ.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
@@ -259,6 +289,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # the same data in another place: digests check the content (config/data_digest.py)
+    "data.path",  # the same data may move: digests check the content (config/split_files.py)
     "router_tuning.data",  # likewise
 )

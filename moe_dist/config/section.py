@@ -1,49 +1,47 @@
-"""The base of every section of a schema, rules between its keys, and types of single values."""
+"""The base class of every section of a schema, and types of single values."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# Placements and layers are listed one by one, so absurd numbers must not fill the memory.
-Experts = Annotated[int, Field(ge=1, le=1 << 20)]
+# These have an upper bound because memory grows with each expert, rank and layer: an absurd number must be an error
+# instead.
+Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
-Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
-Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-# A group's name is one part of its parameters' dotted names, so it has no dot.
-GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot: a group's name is one part of its parameters' dotted names
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
-# A label of a node, as Ray has them: `modality`, `ray.io/accelerator-type`.
-LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"
+LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # of the process groups' timeout; the rest is left for the ranks' reports
+WATCHDOG_SHARE = 0.8  # of the process groups' timeout; the ranks write their reports in the remaining time
 
 WholeConfig = Any  # a `schema.Config`; importing it would make a circle of files
 
-VIOLATIONS_LATER = "relations_later"  # validation context: the caller collects violated relations
+VIOLATIONS_LATER = "relations_later"  # key of the validation context: the caller collects violated rules itself
 
 
 class Violation(NamedTuple):
-    """A violated rule: its keys (dotted, from the section that states it) and the fault in words."""
+    """A violated rule."""
 
-    keys: tuple[str, ...]
-    problem: str
+    keys: tuple[str, ...]  # dotted keys that the rule compares, relative to the section that states the rule
+    problem: str  # error text: key, value, rule and fix
 
 
 class Section(BaseModel):
-    """A key's meaning stands beside it as `description`, or below it as a docstring where the line is too short."""
+    """A key's meaning stands beside it as `description`, or below it as a docstring if the line is too short."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -67,7 +65,7 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Violated rules that involve this section and other sections. Keys are full dotted paths, as `parallel.ep`."""
+        """Violated rules between this section and other sections. Keys are full dotted paths, as `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")
@@ -87,10 +85,20 @@ def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
         yield from sections_in(item, f"{path}.{name}" if path else str(name))
 
 
+def default_kind(kind: str) -> BeforeValidator:
+    """Lets a section without the key `kind` mean this kind, as in `router: {normalise: none}`."""
+    return BeforeValidator(
+        lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
+    )
+
+
+def did_you_mean(name: object, names: Iterable[object]) -> str:
+    """The end of an error text: the known name that is most similar to `name`; empty if none is similar."""
+    close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def unknown_name(what: str, name: str, names: Iterable[str]) -> str:
     """An error text with the known names if `name` is unknown; else empty."""
     known = list(names)
-    if name in known:
-        return ""
-    close = difflib.get_close_matches(name, known, 1)
-    return f"no such {what}; there are {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return "" if name in known else f"no such {what}; there are {', '.join(known)}{did_you_mean(name, known)}"

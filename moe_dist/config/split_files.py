@@ -1,5 +1,6 @@
-"""Checks the files of one split against their manifest. Without torch or Megatron."""
+"""Checks the files of a data set: against its manifest, and against the digests in a checkpoint. Needs no torch."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,16 +8,17 @@ from typing import Literal
 import numpy as np
 
 from moe_dist.config.index_header import IndexHeader, index_paths, read_index_header
-from moe_dist.config.manifest import SplitSection
+from moe_dist.config.manifest import MANIFEST_FILE, Manifest, SplitSection
 from moe_dist.errors import DataError
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file of bits
 BITS: tuple[Bits, ...] = ("filler", "prompt")
 _CHUNK = 1 << 22  # tokens in a chunk: 32 MiB of int64
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # evenly spaced blocks of a large file in its digest: 4 MiB
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Checks a split of a manifest against its .bin, .idx and bits. Reads the list of lengths, no tokens.
+    """Checks a split of a manifest against its .bin, .idx and files of bits. Reads the list of lengths, no tokens.
 
     Raises:
         DataError: a file is missing or damaged, or its counts differ from the manifest's.
@@ -25,7 +27,7 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
     header = read_index_header(prefix)
     for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):
         if said != found:
-            raise DataError(f"{prefix}.idx has {found} {what}, but its manifest says {said}; mend that, or the files")
+            raise DataError(f"{prefix}.idx has {found} {what}, but its manifest says {said}; correct that, or the files")
     for bits in BITS:
         load_bits(folder, split, bits)
     return header
@@ -35,7 +37,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
     """Bits of a split, memory-mapped, eight tokens in a byte as by numpy.packbits: an .npy file, or raw bytes.
 
     Returns:
-        uint8 [ceil(tokens / 8)], or None if the split has none.
+        uint8 [ceil(tokens / 8)], or None if the split has no such file.
 
     Raises:
         DataError: the file is missing, damaged, or of another length.
@@ -53,7 +55,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
     if found.dtype != np.uint8 or found.shape != (expected,):
         raise DataError(
             f"{bits} {str(path)!r} is {found.dtype} {list(found.shape)}; {split.tokens} tokens need uint8 [{expected}], "
-            "one bit a token as numpy.packbits writes them"
+            "one bit per token as numpy.packbits writes them"
         )
     return found
 
@@ -72,3 +74,63 @@ def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tupl
         for name, ranges in modalities.items():
             counts[name] += sum(int(((chunk >= first) & (chunk < end)).sum()) for first, end in ranges)
     return counts
+
+
+def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manifest) -> dict[str, int]:
+    """Tokens of each modality in a split: from the manifest, or counted in the .bin if a hand-written manifest has no
+    counts."""
+    counts = split.tokens_by_modality
+    if not counts and len(manifest.modalities) == 1:
+        counts = dict.fromkeys(manifest.modalities, split.tokens)
+    counts = counts or count_by_modality(Path(folder) / split.path, manifest.modalities)
+    return {modality: counts.get(modality, 0) for modality in manifest.modalities}
+
+
+def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
+    """Size and SHA-256, by file name, of the manifest and of each training .idx, .bin and file of prompt bits.
+
+    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. So a changed token in a large .bin
+    can go unnoticed if all lengths are the same.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        digests = {MANIFEST_FILE: _whole_digest(folder / MANIFEST_FILE)}
+        for source in manifest.sources.values():
+            idx, bin_ = index_paths(folder / source.train.path)
+            digests |= {f"{source.train.path}.idx": _whole_digest(idx), f"{source.train.path}.bin": sampled_digest(bin_)}
+            if source.train.prompt is not None:
+                digests[source.train.prompt] = sampled_digest(folder / source.train.prompt)
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be read: {error.strerror or error}"
+        raise DataError(problem, see="docs/data.md") from error
+    return digests
+
+
+def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
+    """One line for each file whose digest has changed."""
+    return [
+        f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
+        for name in dict.fromkeys([*saved, *found])
+        if saved.get(name) != found.get(name)
+    ]
+
+
+def sampled_digest(path: Path) -> str:
+    """Size and SHA-256 of a file; of a file above 4 MiB, only of 4 MiB in evenly spaced blocks. Raises: OSError."""
+    size = path.stat().st_size
+    if size <= _BLOCKS * _BLOCK_BYTES:
+        return _whole_digest(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for start in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK_BYTES))
+    return f"{size} bytes, sha256 of {_BLOCKS} blocks {digest.hexdigest()[:32]}"
+
+
+def _whole_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:32]}"

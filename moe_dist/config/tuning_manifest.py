@@ -1,16 +1,15 @@
 """The folder of samples for router tuning: its manifest, and checks of its files. Imports no torch.
 
-    manifest.json      run, checkpoint, embedder, questions; shapes and digests of the files
-    tokens.npy         int32 [tokens], the samples in a row: prompt, then the right answer
+    manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
+    tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
-    embeddings.npy     float32 [S, width], the questions' embeddings
+    embeddings.npy     float32 [S, width], embedding of each question
     routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
-    questions.jsonl    task, id, text and success of each sample, for people to read
+    questions.jsonl    task, id, text and success of each sample; no program reads it
 
 Successful samples come first, because the neighbour index covers the first rows of a memory-mapped file.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +17,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from moe_dist.config.data_digest import sampled_digest
+from moe_dist.config.manifest import MANIFEST_FILE
+from moe_dist.config.split_files import sampled_digest
 from moe_dist.errors import ConfigError, DataError
 
-MANIFEST_FILE = "manifest.json"
 GUIDE = "docs/router-tuning.md"
 ARRAYS: Mapping[str, type[np.generic]] = {
     "tokens.npy": np.int32,
@@ -29,6 +28,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "embeddings.npy": np.float32,
     "routing.npy": np.float32,
 }
+_AGAIN = "prepare the folder again"
 _MAX_BYTES = 1 << 24  # a manifest takes a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -39,49 +39,32 @@ class _Stored(BaseModel):
 
 
 class TaskCount(_Stored):
-    """Number of questions of a task, and of those answered correctly."""
+    """Number of questions of a task."""
 
     questions: _Size
-    right: _Size
+    right: _Size  # answered correctly
 
 
 class TuningManifest(_Stored):
-    """The content of the folder.
-
-    Attributes:
-        checkpoint: SHA-256 of the scored parameters, see `moe_dist.checkpoint.base.content_hash`.
-        run, step: Folder and step of that checkpoint, for people to read.
-        model: The section `model` of its configuration.
-        tokenizer: SHA-256 of the data set's tokenizer.json.
-        embedder: SHA-256 of the embedder's files.
-        embedder_name: For people to read.
-        tasks: By name.
-        samples, right: Number of all samples, and of the successful ones, which come first.
-        longest: Tokens of the longest sample without its last one, which is never an input.
-        layers: Indices of the L transformer layers with stored routing.
-        columns: Choice columns C of a layer.
-        width: Width of an embedding.
-        options: Options of the questions: side, seed, rotations, measure.
-        digests: By file name.
-    """
+    """The content of the folder."""
 
     format: Literal[1] = 1
-    checkpoint: _Sha256
-    run: str
+    checkpoint: _Sha256  # of the scored parameters, by `moe_dist.checkpoint.base.content_hash`
+    run: str  # folder of that checkpoint, for error texts
     step: _Size
-    model: dict[str, JsonValue]
-    tokenizer: _Sha256
-    embedder: _Sha256
-    embedder_name: str
+    model: dict[str, JsonValue]  # the section `model` of its configuration
+    tokenizer: _Sha256  # of the data set's tokenizer.json
+    embedder: _Sha256  # of the embedder's files
+    embedder_name: str  # for error texts
     tasks: dict[str, TaskCount]
     samples: _Size
-    right: _Size
-    longest: _Size
-    layers: tuple[_Size, ...]
-    columns: _Size
-    width: _Size
-    options: dict[str, JsonValue]
-    digests: dict[str, str]
+    right: _Size  # successful samples, which come first
+    longest: _Size  # tokens of the longest sample without its last token, which is never an input
+    layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
+    columns: _Size  # choice columns C of a layer
+    width: _Size  # of an embedding
+    options: dict[str, JsonValue]  # how the questions were asked: side, seed, rotations, measure
+    digests: dict[str, str]  # by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
         """Shape of each array; None for a dimension of any length."""
@@ -97,14 +80,14 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     """Reads `folder`/manifest.json.
 
     Raises:
-        ConfigError: it does not exist; the message has the command that makes one.
-        DataError: it is damaged.
+        ConfigError: the manifest does not exist; the message has the command that makes one.
+        DataError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         raise ConfigError(
             f"router_tuning.data={str(folder)!r}: no {MANIFEST_FILE} there; make the folder with `moe-dist "
-            "prepare-router-tuning RUN --tasks ... --out FOLDER`; one that was interrupted has none",
+            "prepare-router-tuning RUN --tasks ... --out FOLDER`; a run of this command that was interrupted leaves none",
             see=GUIDE,
         )
     try:
@@ -126,12 +109,8 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     return manifest
 
 
-_AGAIN = "prepare the folder again"
-
-
 def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
-    """Faults of the files: missing, changed bytes, shapes other than the manifest's. Reads at most 4 MiB of each, evenly
-    spaced."""
+    """Faults of the files: missing, changed, or of another shape than in the manifest. Reads at most 4 MiB of each file."""
     folder, problems = Path(folder), []
     for name in (*ARRAYS, "questions.jsonl"):
         path = folder / name
@@ -154,7 +133,7 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
     """One of ARRAYS, memory-mapped.
 
     Raises:
-        DataError: it is missing, not a plain array, or of another shape or type than in the manifest.
+        DataError: the array is missing, not a plain array, or of another shape or type than in the manifest.
     """
     path, shape = folder / name, manifest.shapes()[name]
     try:
@@ -169,8 +148,3 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
             see=GUIDE,
         )
     return array
-
-
-def write_tuning_manifest(manifest: TuningManifest, folder: Path) -> None:
-    """Writes `folder`/manifest.json."""
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -1,69 +1,145 @@
-"""The schema of router tuning (RoMA): layers, neighbours, strength. `schema` has the whole."""
+"""The schema of router tuning (RoMA), and its rules that do not depend on the data."""
 
+import importlib.util
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.section import Count, NonNegative, PathText, Section, Violation
+from moe_dist.config.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, default_kind
+
+KEY = "router_tuning"
 
 
 class NearestSection(Section):
-    """The k nearest samples."""
+    """The k samples whose embeddings are nearest."""
 
     kind: Literal["nearest"] = "nearest"
-    k: PositiveInt = Field(default=3, description="Neighbours of a sample, itself left out; RoMA's best is 3.")
+    k: PositiveInt = Field(default=3, description="Neighbours of a sample, not counting the sample. RoMA is best with 3.")
 
 
 class RadiusSection(Section):
-    """All samples that are similar enough."""
+    """All samples above a least similarity."""
 
     kind: Literal["radius"] = "radius"
     similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Least similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour; RoMA takes 0.5. A sample may have none."""
+    """Least similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour. RoMA uses 0.5. A sample may have no neighbour."""
 
 
-NeighboursSection = Annotated[NearestSection | RadiusSection, Field(discriminator="kind")]
+NeighboursSection = Annotated[NearestSection | RadiusSection, Field(discriminator="kind"), default_kind("nearest")]
 
 
 class RouterTuningSection(Section):
-    """Router tuning (RoMA): cross entropy of right answers, and routing pulled towards that of successful neighbours."""
+    """Router tuning (RoMA): cross entropy on right answers, with routing pulled towards the routing of successful
+    neighbours."""
 
     data: PathText = Field(description="Folder that `moe-dist prepare-router-tuning` made from the run to be tuned.")
-    last_layers: PositiveInt = Field(default=5, description="Routers of how many MoE layers move, counted from the last.")
+    last_layers: PositiveInt = Field(
+        default=5, description="Number of MoE layers, from the last, whose routers are trained."
+    )
     layers: tuple[Count, ...] = ()
-    """Indices of the layers whose routers move, instead of the last ones."""
+    """Indices of the layers whose routers are trained; overrides last_layers."""
     regulariser: Literal["manifold", "l2"] = "manifold"
-    """What a sample's routing is pulled towards: that of its neighbours (RoMA), or its own before the first step (l2)."""
+    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 its own before the first step."""
     weight: NonNegative = 1.0
-    """Coefficient of the regulariser (lambda, which RoMA's paper does not give); 0 is cross entropy alone."""
+    """Coefficient of the regulariser (lambda; RoMA's paper gives no value). 0 trains with cross entropy alone."""
     neighbours: NeighboursSection = Field(default_factory=NearestSection)
-    """Which samples are neighbours, in the space of the questions' embeddings."""
+    """Rule that selects a sample's neighbours by the distance between the embeddings of the questions."""
     bandwidth: PositiveFloat = 1.0
-    """Of the Gaussian that weighs neighbours (RoMA's sigma, not given either), in units of the embeddings; those of length
-    1 are 0 to 2 apart."""
+    """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value).
+    Embeddings have length 1, so distances lie between 0 and 2."""
     filter_by_success: bool = True
-    """Only samples that the run has right are neighbours; false takes all (an ablation)."""
+    """true: only samples that the run answers correctly can be neighbours. false: all samples can (an ablation)."""
     random_neighbours: bool = False
-    """k neighbours at random instead of the nearest (an ablation)."""
+    """Take k random samples instead of the k nearest (an ablation)."""
     refresh_every: PositiveInt | None = None
-    """Steps after which neighbours' routing is computed anew with the routers of now; null keeps what the run had."""
+    """Steps after which the neighbours' routing is computed again with the current routers. null keeps the first
+    routing."""
     embedder: str | None = None
-    """First digits of the SHA-256 of the embedder that the data must have been made with; null takes any."""
+    """First digits of the SHA-256 of the embedder with which the data must be made. null accepts any embedder."""
 
-    @field_validator("neighbours", mode="before")
-    @classmethod
-    def _nearest_unless_said(cls, value: Any) -> Any:
-        """`neighbours: {k: 5}` means the default kind, which has that key."""
-        return {"kind": "nearest", **value} if isinstance(value, dict) and "kind" not in value else value
+    def chosen_layers(self, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Indices of the transformer layers whose routers are trained, in order."""
+        return tuple(sorted(self.layers)) or moe_layers[-self.last_layers :]
 
     def violations(self) -> Iterator[Violation]:
         if self.random_neighbours and self.neighbours.kind == "radius":
-            problem = (
-                "random_neighbours=true: draws neighbours.k of them, and kind=radius has no k; take neighbours.kind=nearest"
-            )
+            problem = "random_neighbours=true: needs neighbours.k, and kind=radius has no k; set neighbours.kind=nearest"
             yield Violation(("random_neighbours", "neighbours"), problem)
         if self.refresh_every is not None and (self.regulariser == "l2" or self.weight == 0.0):
-            why = "regulariser=l2 pulls towards the routing before the first step" if self.weight else "weight=0 uses none"
-            problem = f"refresh_every={self.refresh_every}: {why}, so that there is nothing to compute anew; set it to null"
+            why = "regulariser=l2" if self.weight else "weight=0"
+            problem = f"refresh_every={self.refresh_every}: {why} does not use the neighbours' routing; set it to null"
             yield Violation(("refresh_every", "regulariser", "weight"), problem)
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        only = config.train.only
+        if only != "routers":
+            problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or remove {KEY}"
+            yield Violation(("train.only", KEY), problem)
+        for rule in (_start_violations, _model_violations, _layer_violations):
+            yield from rule(self, config)
+
+
+def _start_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
+    """The run must start with exactly the scored weights, at the first sample."""
+    run = config.run
+    if run.init_from is None:
+        problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
+        yield Violation(("run.init_from", KEY), problem)
+    if run.init_rules:
+        problem = (
+            f"run.init_rules={list(run.init_rules)}: they change the model, but {KEY}.data was made from the unchanged "
+            "model; remove the rules, or train the changed model first"
+        )
+        yield Violation(("run.init_rules", KEY), problem)
+    if run.keep_position:
+        problem = f"run.keep_position=true: {KEY} reads other data than that checkpoint did; set it to false"
+        yield Violation(("run.keep_position", KEY), problem)
+
+
+def _model_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
+    moe = config.model.moe
+    if config.loss.z:
+        problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, because it would change the routing; set it to 0"
+        yield Violation(("loss.z", KEY), problem)
+    if not moe.router.softmax_top_k:
+        problem = (
+            f"{moe.router.name}: {KEY} compares softmax probabilities of a top-k choice, which this router does not make; "
+            "tune a run with kind=top_k"
+        )
+        yield Violation(("model.moe.router.kind", KEY), problem)
+    if config.model.mixture_of_depths is not None:
+        problem = (
+            f"model.mixture_of_depths: a token that skips a layer has no routing there to compare; {KEY} needs "
+            "model.mixture_of_depths=null"
+        )
+        yield Violation(("model.mixture_of_depths", KEY), problem)
+    if moe.balance:
+        problem = (
+            f"model.moe.balance: controllers would change the selection biases, and {KEY} keeps those of the checkpoint; "
+            "set it to []"
+        )
+        yield Violation(("model.moe.balance", KEY), problem)
+
+
+def _layer_violations(section: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
+    there, moe = config.model.moe_layers, config.model.moe
+    if section.weight and section.regulariser == "manifold" and importlib.util.find_spec("sklearn") is None:
+        problem = f"{KEY}.neighbours: needs the package scikit-learn; install moe_dist[router-tuning], or {KEY}.weight=0"
+        yield Violation((f"{KEY}.neighbours",), problem)
+    if not section.layers and section.last_layers > len(there):
+        problem = (
+            f"{KEY}.last_layers={section.last_layers}: the model has {len(there)} MoE layers; take at most all of them"
+        )
+        yield Violation((f"{KEY}.last_layers", "model.num_layers"), problem)
+    wrong = sorted(set(section.layers) - set(there))
+    if wrong or len(set(section.layers)) < len(section.layers):
+        what = f"layers {wrong} hold no experts" if wrong else "a layer is listed twice"
+        problem = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
+        yield Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem)
+    if section.weight == 0.0 and moe.no_task_gradient:
+        problem = (
+            f"{KEY}.weight=0: with top_k=1 and normalised weights ({moe.router.said}) each weight is always 1, so that "
+            f"cross entropy gives no router a gradient; set {KEY}.weight above 0, or tune a run with top_k of 2 or more"
+        )
+        yield Violation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), problem)

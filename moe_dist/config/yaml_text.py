@@ -1,11 +1,13 @@
-"""Reads and writes YAML for configurations: safe, with YAML 1.2's plain scalars, and with duplicate keys reported.
+"""Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
-PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a number. Here only `true` and
-`false` are booleans, numbers are those of JSON (and `.inf`), and all else is text. Dates, sets and binary are refused.
+Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
+number. Here only `true` and `false` are booleans, numbers are those of JSON and `.inf`, and all else is text. Dates, sets
+and binary values are errors.
 """
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,7 +26,7 @@ _RESOLVERS = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading with these resolvers; `repeated` collects duplicate keys of a mapping."""
+    """Loads with these resolvers, and collects duplicate keys of a mapping in `repeated`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -37,18 +39,18 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen and key.value != "<<":
-                self.repeated.append(f"{key.value!r} stands in line {seen[key.value]} and again in line {line}; keep one")
+                self.repeated.append(f"{key.value!r} is in line {seen[key.value]} and again in line {line}; keep one")
             seen[key.value] = line
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # a name may look like a number
+                key.tag = "tag:yaml.org,2002:str"  # a name may look like a number: modalities: {1: ...}
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes texts that these resolvers would not read back as text."""
+    """Quotes a text that these resolvers would otherwise read back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True
+        return True  # write repeated values in full: an anchor is hard to read
 
 
 def _with_resolvers(*classes: Any) -> None:
@@ -67,20 +69,32 @@ _Loader.yaml_constructors = {
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """One document and its faults: duplicate keys, or the one place where it stops being YAML.
-
-    Returns:
-        The value (None if it cannot be read) and the faults.
-    """
+    """The value of one document, and its faults: duplicate keys, or the first syntax error, with which the value is
+    None."""
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
-        json.dumps(value)
+        json.dumps(value)  # finds values that contain themselves, which YAML allows
     except yaml.YAMLError as error:
         return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
     except (ValueError, RecursionError):
         return None, ["an anchor (&) contains its own alias (*), or values are nested too deeply"]
     return value, loader.repeated
+
+
+def read_mapping(path: Path, content: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Like `load_yaml`, for a file that must hold a mapping of `content`. An empty file is an empty mapping.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+    """
+    values, problems = load_yaml(path.read_text(encoding="utf-8"))
+    problems = [f"{path}: {problem}" for problem in problems]
+    if values is None and not problems:
+        return {}, []
+    if not isinstance(values, dict):
+        return None, problems or [f"{path}: must be a mapping of {content}, got {type(values).__name__}"]
+    return values, problems
 
 
 def dump_yaml(value: Any) -> str:

@@ -7,7 +7,7 @@ low, so a model that beats them does so fairly.
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c counts training labels of the modality; c(a) those of them that follow a.
+c counts training labels of the modality; c(a) counts the training labels that follow a.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ BIGRAM_PRIOR = 200.0  # close to the best value for text and for image codes of 
 
 
 class _Labels:
-    """All labels of some splits: the label, the token before it, and whether it is an empty cell of a picture."""
+    """All labels of some splits: the labels, the tokens before them, and flags for empty cells of pictures."""
 
     def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
         parts = [self._read(IndexedSplit(folder, split)) for split in splits]
@@ -39,12 +39,12 @@ class _Labels:
 
 
 def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
-    """Held-out nats a label of both models, fitted on the training tokens of all sources.
+    """Mean held-out nats per label of the two models, fitted on the training tokens of all sources.
 
-    Keys: '<modality>/unigram' and '<modality>/left_bigram' over the held-out labels of all sources, the same for
-    '<modality>_no_filler' where some labels are empty cells (the models are the same, they are scored on the others), and
-    '<source>/<modality>/...' over one source's labels where there are several sources. Reads everything into memory, about
-    60 bytes a token.
+    Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
+    '<modality>_no_filler/...' leaves out labels that are empty cells, if there are any.
+    '<source>/<modality>/...' is for the labels of one source, if there are several. Reads all tokens into memory, about 60
+    bytes per token.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.
@@ -85,7 +85,7 @@ class _Unigram:
 
 
 class _LeftBigram:
-    """Counts pairs by sorting, so that the vocabulary may be of any size."""
+    """Counts pairs by sorting, because a table of all pairs would need vocab_size^2 memory."""
 
     def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
         chosen = _within(train.label, ranges)
@@ -93,7 +93,7 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # Sentinel: no pair is -1, so a search past the end counts 0.
+        # The sentinel -1 equals no pair, so a search past the end counts 0.
         self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -11,34 +11,25 @@ import torch
 
 from moe_dist.errors import DataError
 
-IGNORED = -100  # label of a position that is not scored
+IGNORED = -100  # label of a position without a loss, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. All tensors are [B, S].
+    """One micro-batch of one rank. All tensors are [B, S]."""
 
-    Attributes:
-        tokens_BS: int64, input ids; pad_id at padding.
-        labels_BS: int64, the next token of the same document; IGNORED at padding, at the last token of a document, and
-            where the next token belongs to a prompt.
-        positions_BS: int64, restarting at 0 with each document (or piece of one).
-        documents_BS: int32, number of the document in its sequence; padding counts as one more document. A token attends
-            only to tokens with the same number.
-        modality_BS: int64, modality of the input token, an index into tuple(manifest.modalities).
-        label_modality_BS: int64, modality of the label; 0 where there is none.
-        filler_BS: bool, the next token is an empty cell of a picture.
-        padding_BS: bool, the position holds padding.
-    """
-
-    tokens_BS: torch.Tensor
+    tokens_BS: torch.Tensor  # int64, input ids; pad_id at padding
+    # int64, the next token of the same document. IGNORED at padding, at the last token of a document, and where the next
+    # token belongs to a prompt.
     labels_BS: torch.Tensor
-    positions_BS: torch.Tensor
+    positions_BS: torch.Tensor  # int64, restart at 0 with each document or piece of a document
+    # int32, number of the document in its sequence; padding counts as one more document. A token attends only to tokens of
+    # its own document.
     documents_BS: torch.Tensor
-    modality_BS: torch.Tensor
-    label_modality_BS: torch.Tensor
-    filler_BS: torch.Tensor
-    padding_BS: torch.Tensor
+    modality_BS: torch.Tensor  # int64, modality of the input token: index into tuple(manifest.modalities)
+    label_modality_BS: torch.Tensor  # int64, modality of the label; 0 if there is no label
+    filler_BS: torch.Tensor  # bool, the next token is an empty cell of a picture
+    padding_BS: torch.Tensor  # bool, the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -46,34 +37,27 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. Host sync on a GPU: call it before the batch moves there."""
+        """Number of tokens that are not padding. Call it before the batch moves to a GPU, where it would be a host sync."""
         return int((~self.padding_BS).sum())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document as it comes from disk.
+    """A piece of a document, read from disk."""
 
-    Attributes:
-        tokens: int64 [length], or [length + 1] where the document continues: the last token is then only a label.
-        filler: bool, one for each of `tokens`: an empty cell of a picture.
-        length: Tokens that are input.
-        prompt: bool, one for each of `tokens`: read but not scored. None where all tokens are scored.
-    """
-
-    tokens: np.ndarray
-    filler: np.ndarray
-    length: int
-    prompt: np.ndarray | None = None
+    tokens: np.ndarray  # int64 [length], or [length + 1] if the document continues: the last token is then only a label
+    filler: np.ndarray  # bool, one per token: an empty cell of a picture
+    length: int  # input tokens
+    prompt: np.ndarray | None = None  # bool, one per token: an input, but no label; None if all tokens are labels
 
 
 class BatchMaker:
-    """Lays segments out as a `Batch`.
+    """Makes a `Batch` from segments.
 
     Args:
         seq_len: Tokens of a sequence (S).
         pad_id: Id at padded positions.
-        modalities: Id ranges [first, past the last) of each modality, which together cover the vocabulary.
+        modalities: Id ranges [first, last + 1] of each modality, which together cover the vocabulary.
     """
 
     def __init__(self, *, seq_len: int, pad_id: int, modalities: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -110,7 +94,7 @@ class BatchMaker:
         self._check(tokens, labels)
         label_modality = np.where(labels == IGNORED, 0, self._modality_of_id[np.maximum(labels, 0)])
         arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
-        return Batch(*(torch.from_numpy(array) for array in arrays))
+        return Batch(*(torch.from_numpy(array) for array in arrays))  # shares memory, no copy
 
     def _check(self, tokens: np.ndarray, labels: np.ndarray) -> None:
         vocab_size = len(self._modality_of_id)

@@ -1,7 +1,7 @@
-"""Encodes pictures: a picture is a grid of patches, and each patch becomes the number of the nearest codebook entry.
+"""Encodes pictures: a picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
 
-Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. Codes therefore do
-not depend on the machine, its BLAS or the number of threads.
+Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. So the codes do not
+depend on the machine, its BLAS or the number of threads.
 
 Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_dist.errors import DataError
 
-GRID = 8  # patches along each side of a picture
+GRID = 8  # patches along each side of a picture: 64 codes per picture
 PATCH = 4  # pixels along each side of a patch
 SIDE = GRID * PATCH
 _CHUNK = 8192  # patches compared with the whole codebook at once: 16 MiB of distances for 512 entries
@@ -28,7 +28,6 @@ def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
     """Index of the nearest codebook entry of each patch; a tie takes the lower index.
 
     Args:
-        patches_PV: uint8.
         codebook_KV: uint8, [K, V] or [K, PATCH, PATCH, 3].
 
     Returns:
@@ -50,11 +49,7 @@ def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
-    """k-means from random distinct patches; entries are rounded to uint8 in each round.
-
-    Args:
-        patches_PV: uint8, of training pictures only.
-        codes: Entries wanted (K).
+    """k-means that starts from random distinct patches. Each round rounds the entries to uint8. `codes` is K.
 
     Returns:
         uint8 [K, PATCH, PATCH, 3].
@@ -67,7 +62,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # Each distinct patch is weighted by its count, so that flat backgrounds get exact entries of their own.
+    # Weighting by counts gives frequent flat patches, such as backgrounds, exact entries.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)

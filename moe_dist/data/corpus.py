@@ -1,16 +1,18 @@
-"""The sources of a data set before encoding: pictures with captions, texts and instructions."""
+"""The sources of a data set before they are encoded: pictures with captions, texts and instructions."""
 
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Generic, TypeVar
 
-VARIATIONS = ("place", "flip", "background")  # place is scale and shift
+VARIATIONS = ("place", "flip", "background")  # place: scale and shift
+Item = TypeVar("Item")
 
 
 class HoldOut(StrEnum):
-    """What is held out: whole families of pictures; or single variants, none close to a training picture, of families that
-    are trained on."""
+    """Pictures that are held out: whole families, or single variants. The family of a held-out variant is in training, but
+    no training picture is close to the variant."""
 
     FAMILIES = "families"
     VARIANTS = "variants"
@@ -18,22 +20,17 @@ class HoldOut(StrEnum):
 
 @dataclass(frozen=True)
 class Picture:
-    """Attributes:
-    key: Name of the picture, unique in its source; seeds the random draws of its renders.
-    family: Pictures of one family go to the same side of the split, unless variants are held out.
-    path: SVG, or any file that Pillow reads.
-    captions: Captions, e.g. in several languages; may be empty.
-    """
+    """A picture with captions."""
 
-    key: str
-    family: str
-    path: Path
-    captions: tuple[str, ...]
+    key: str  # unique in the source; seeds the random draws of the picture's renders
+    family: str  # pictures of one family are on one side of the split, unless variants are held out
+    path: Path  # SVG, or any file that Pillow reads
+    captions: tuple[str, ...]  # for example in several languages; may be empty
 
 
 @dataclass(frozen=True)
 class Text:
-    """Attributes: key: Name of the text. family: As of a picture. content: The text."""
+    """A text. Texts of one family are on one side of the split."""
 
     key: str
     family: str
@@ -42,82 +39,49 @@ class Text:
 
 @dataclass(frozen=True)
 class Instruction:
-    """Attributes:
-    family: As of a picture.
-    prompt: Read but not scored.
-    answer: Scored.
-    image: A picture that stands before the prompt.
-    side: train or valid; empty to let the split decide.
-    """
+    """A prompt with its answer."""
 
-    family: str
-    prompt: str
+    family: str  # instructions of one family are on one side of the split
+    prompt: str  # an input, but no label
     answer: str
-    image: Path | None = None
-    side: str = ""
+    image: Path | None = None  # a picture that stands before the prompt
+    side: str = ""  # train or valid; '' lets the split decide
 
 
 @dataclass(frozen=True)
-class PictureSource:
+class Source(Generic[Item]):
+    """One source of documents, before they are encoded."""
+
     name: str
-    pictures: tuple[Picture, ...]
+    items: tuple[Item, ...]
     licence: str
     attribution: str = ""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    name: str
-    texts: tuple[Text, ...]
-    licence: str
-    attribution: str = ""
-
-
-@dataclass(frozen=True)
-class InstructionSource:
-    name: str
-    instructions: tuple[Instruction, ...]
-    licence: str
 
 
 @dataclass(frozen=True)
 class Corpus:
     """All sources of a data set."""
 
-    pictures: PictureSource | None = None
-    texts: tuple[TextSource, ...] = ()
-    instructions: tuple[InstructionSource, ...] = ()
+    pictures: Source[Picture] | None = None
+    texts: tuple[Source[Text], ...] = ()
+    instructions: tuple[Source[Instruction], ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings by which the sources become tokens.
+    """Settings for the split and for the encoding of the sources."""
 
-    Attributes:
-        seed: Seed of the split, the renders and the codebook.
-        renders: Augmented renders of each training picture, each a document.
-        heldout_renders: Likewise for each held-out picture.
-        val_fraction: Share of pictures, and of each text source's characters, on the held-out side.
-        vocab_size: Tokens of the BPE, special ones included.
-        codes: Entries of the codebook.
-        tokenizer: A tokenizer.json to use instead of fitting one.
-        codebook: A codebook.npy to use instead of fitting one.
-        hold_out: Which pictures are held out.
-        vary: The `VARIATIONS` in which the renders of a picture differ.
-        caption_first: Share of a picture's documents that have the caption before the picture.
-    """
-
-    seed: int = 0
-    renders: int = 10
-    heldout_renders: int = 5
-    val_fraction: float = 0.1
-    vocab_size: int = 4096
-    codes: int = 512
-    tokenizer: str | None = None
-    codebook: str | None = None
+    seed: int = 0  # of the split, the renders and the codebook
+    renders: int = 10  # augmented renders of each training picture; each render is a document
+    heldout_renders: int = 5  # of each held-out picture
+    val_fraction: float = 0.1  # held-out share of the pictures, and of each text source's characters
+    vocab_size: int = 4096  # tokens of the BPE, with special tokens
+    codes: int = 512  # entries of the codebook
+    tokenizer: str | None = None  # path of a tokenizer.json to use; None fits a tokenizer
+    codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
-    vary: tuple[str, ...] = VARIATIONS
-    caption_first: float = 0.5
+    vary: tuple[str, ...] = VARIATIONS  # properties in which the renders of a picture differ
+    caption_first: float = 0.5  # share of a picture's documents in which the caption is before the picture
 
 
 def content_family(content: bytes) -> str:

@@ -1,11 +1,11 @@
 """Builds a data set folder from its sources: split, fit tokenizer and codebook, encode, write, count baselines.
 
-Tokenizer and codebook are fitted on the training side only.
+Tokenizer and codebook are fitted on the training side only, because held-out data must not influence them.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, Spli
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
-from moe_dist.data.corpus import Corpus, HoldOut, InstructionSource, PictureSource, Recipe, Text, TextSource
+from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Source, Text
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
@@ -25,21 +25,20 @@ from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
-_FIT_CHARACTERS = 4_000_000  # of each source, to fit the BPE: takes seconds, all of it would take minutes
+_FIT_CHARACTERS = 4_000_000  # of each source, on which the BPE is fitted in seconds; all characters would take minutes
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
-_TEXT_CHUNK = 64  # texts encoded at once
-_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags where there is no picture
+_TEXT_CHUNK = 64  # texts encoded at once, between two progress reports
+_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
 
 Figures = dict[str, float]
-Item = TypeVar("Item")
 
 
 def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Report) -> tuple[Manifest, Figures]:
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and figures to show: number of pictures and families on each side (with held-out variants, components
-        of near-equal pictures instead of families), PSNR of the codes in dB.
+        The manifest, and figures for display: pictures and families on each side (with held-out variants: components of
+        near-equal pictures instead of families), and the PSNR of the codes in dB.
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.
@@ -50,18 +49,18 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     if asked and not pictures:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in asked)
         raise ConfigError(f"{options}: applies to pictures, and this data set has none; leave it out")
+    fit_on: list[list[str]] = []
     if pictures:
-        division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
-    held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
+        division = divide(pictures.items, rasterise_all(pictures.items, report), recipe, report)
+        shown = _kept(pictures.items, ~division.held_out_N)
+        fit_on.append([caption for picture in shown for caption in picture.captions])
+    held_out = {source.name: _held_out_texts(source.items, recipe) for source in texts}
     instructions_held_out = _held_out_instructions(corpus.instructions, recipe)
-    fit_on = [_shown_texts(source.texts, held_out[source.name]) for source in texts]
+    fit_on += [_shown_texts(source.items, held_out[source.name]) for source in texts]
     fit_on += [
-        [f"{each.prompt} {each.answer}" for each in _kept(source.instructions, ~instructions_held_out[source.name])]
+        [f"{each.prompt} {each.answer}" for each in _kept(source.items, ~instructions_held_out[source.name])]
         for source in corpus.instructions
     ]
-    if pictures and division:
-        shown = (p for p, held in zip(pictures.pictures, division.held_out_N, strict=True) if not held)
-        fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
     writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
     if pictures and division:
         writer.add_pictures(pictures, division)
@@ -84,14 +83,14 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
     return [text.content for text in _kept(texts, ~held_out)]
 
 
-def _held_out_instructions(sources: Sequence[InstructionSource], recipe: Recipe) -> dict[str, np.ndarray]:
-    """For each source a mask of its held-out instructions. A family goes to one side in all sources: the side that any of
-    its lines names, else the one that the split draws.
+def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
+    """Mask of the held-out instructions of each source. A family is on one side in all sources: the side that one of its
+    lines names, or else the side that the split draws.
 
     Raises:
         DataError: lines of one family name both sides, or a source has nothing to train on.
     """
-    every = [each for source in sources for each in source.instructions]
+    every = [each for source in sources for each in source.items]
     if not every:
         return {}
     family, side = join([each.family for each in every]), np.array([each.side for each in every])
@@ -101,7 +100,7 @@ def _held_out_instructions(sources: Sequence[InstructionSource], recipe: Recipe)
         one = every[int(np.flatnonzero(to_train & to_valid)[0])]
         raise DataError(f'instructions: family {one.family!r} has the "side" train and valid; a family is on one side')
     held_out = hold_out(family, sizes, fraction=recipe.val_fraction, seed=recipe.seed) & ~to_train | to_valid
-    starts = np.cumsum([len(source.instructions) for source in sources])[:-1]
+    starts = np.cumsum([len(source.items) for source in sources])[:-1]
     found = {source.name: part for source, part in zip(sources, np.split(held_out, starts), strict=True)}
     if empty := [name for name, part in found.items() if part.all()]:
         raise DataError(f'instructions {", ".join(empty)}: all are held out; give a "side" to each line, or more families')
@@ -131,7 +130,7 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
 
 
 class _Writer:
-    """Encodes one source after the other and collects their manifest entries."""
+    """Encodes one source after another, and collects the manifest entries of the sources."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
@@ -147,14 +146,14 @@ class _Writer:
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 
-    def add_pictures(self, source: PictureSource, division: Division) -> None:
+    def add_pictures(self, source: Source[Picture], division: Division) -> None:
         self.take_codebook(division.codebook)
-        captions = sorted({caption for picture in source.pictures for caption in picture.captions})
+        captions = sorted({caption for picture in source.items for caption in picture.captions})
         coder = self._coder(division.codebook, captions)
         splits = {}
         for side, held, renders in (("train", False, self._recipe.renders), ("valid", True, self._recipe.heldout_renders)):
             chosen = np.flatnonzero(division.held_out_N == held)
-            pictures = [source.pictures[number] for number in chosen.tolist()]
+            pictures = [source.items[number] for number in chosen.tolist()]
             stage, rasters = f"code {source.name} ({side})", division.rasters_N[chosen]
             documents = coder.documents(pictures, rasters, renders=renders, stage=stage, report=self._report)
             splits[side] = self._write(source.name, side, list(documents), with_filler=True)
@@ -164,10 +163,10 @@ class _Writer:
         self._figures["psnr_db"] = round(coder.psnr, 3)
         self._sources[source.name] = _section(source, splits)
 
-    def add_texts(self, source: TextSource, held_out: np.ndarray) -> None:
+    def add_texts(self, source: Source[Text], held_out: np.ndarray) -> None:
         splits = {}
         for side, held in (("train", False), ("valid", True)):
-            contents = _shown_texts(source.texts, held_out != held)
+            contents = _shown_texts(source.items, held_out != held)
             stage, documents = f"encode {source.name} ({side})", []
             for start in range(0, len(contents), _TEXT_CHUNK):
                 for ids in encode_texts(self._tokenizer, contents[start : start + _TEXT_CHUNK]):
@@ -177,9 +176,9 @@ class _Writer:
             splits[side] = self._write(source.name, side, documents, with_filler=False)
         self._sources[source.name] = _section(source, splits)
 
-    def add_instructions(self, source: InstructionSource, held_out: np.ndarray) -> None:
-        """A document is the picture, the prompt, a space and the answer; answer and end token are scored."""
-        pictured = [each for each in source.instructions if each.image is not None]
+    def add_instructions(self, source: Source[Instruction], held_out: np.ndarray) -> None:
+        """A document is the picture, the prompt, a space and the answer. Answer and end token are labels."""
+        pictured = [each for each in source.items if each.image is not None]
         if pictured and self._codebook is None:
             raise ConfigError(
                 f"--instructions {source.name}: {len(pictured)} lines have an image, but there is no codebook; give "
@@ -188,7 +187,7 @@ class _Writer:
         coder = None if self._codebook is None else self._coder(self._codebook, [])
         splits = {}
         for side, chosen in (("train", ~held_out), ("valid", held_out)):
-            instructions = _kept(source.instructions, chosen)
+            instructions = _kept(source.items, chosen)
             prompts = encode_texts(self._tokenizer, [each.prompt for each in instructions])
             answers = encode_texts(self._tokenizer, [f" {each.answer}" for each in instructions])
             documents = []
@@ -214,8 +213,20 @@ class _Writer:
 
     def finish(self) -> tuple[Manifest, Figures]:
         self._report("count baselines", 0, 1)
-        manifest = self._manifest({})
-        manifest = self._manifest({key: round(nats, 6) for key, nats in count_baselines(self._folder, manifest).items()})
+        special = self._special
+        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
+        manifest = Manifest(
+            name=self._name,
+            vocab_size=self._text_vocab + self._codes,
+            modalities=self._modalities(),
+            pad_id=special[PAD],
+            eos_id=special[EOS],
+            tokenizer=TOKENIZER_FILE,
+            image=image if self._codes else None,
+            sources=self._sources,
+        )
+        baselines = {key: round(nats, 6) for key, nats in count_baselines(self._folder, manifest).items()}
+        manifest = manifest.model_copy(update={"baselines": baselines})
         write_manifest(manifest, self._folder)
         self._report("count baselines", 1, 1)
         return manifest, self._figures
@@ -245,28 +256,8 @@ class _Writer:
         text = {"text": ((0, self._text_vocab),)}
         return text | ({"image": ((self._text_vocab, self._text_vocab + self._codes),)} if self._codes else {})
 
-    def _manifest(self, baselines: dict[str, float]) -> Manifest:
-        special = self._special
-        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
-        return Manifest(
-            name=self._name,
-            vocab_size=self._text_vocab + self._codes,
-            modalities=self._modalities(),
-            pad_id=special[PAD],
-            eos_id=special[EOS],
-            tokenizer=TOKENIZER_FILE,
-            image=image if self._codes else None,
-            sources=self._sources,
-            baselines=baselines,
-        )
 
-
-def _section(
-    source: PictureSource | TextSource | InstructionSource, splits: dict[str, SplitSection | None]
-) -> SourceSection:
+def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert (
-        train is not None
-    )  # hold_out keeps at least one component in training, and all-held-out instructions were refused
-    attribution = "" if isinstance(source, InstructionSource) else source.attribution
-    return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=attribution)
+    assert train is not None  # hold_out keeps a component in training, and held-out instructions were refused before
+    return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.corpus import Instruction, InstructionSource, Picture, PictureSource, Text, TextSource, content_family
+from moe_dist.data.corpus import Instruction, Picture, Source, Text, content_family
 from moe_dist.errors import ConfigError, DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
-def text_files(name: str, path: Path, licence: str) -> TextSource:
+def text_files(name: str, path: Path, licence: str) -> Source[Text]:
     """Texts from a JSONL file (each line an object with a "text"), or from all UTF-8 files under a folder.
 
     Skipped are other files, names that begin with a dot, and captions (a .txt beside a picture of the same name). Each file
@@ -31,10 +31,10 @@ def text_files(name: str, path: Path, licence: str) -> TextSource:
     texts = tuple(Text(key, content_family(text.encode()), text) for key, text in found if text.strip())
     if not texts:
         raise ConfigError(f"text {str(path)!r}: holds no UTF-8 text")
-    return TextSource(name, texts, licence)
+    return Source(name, texts, licence)
 
 
-def picture_files(name: str, folder: Path, licence: str) -> PictureSource:
+def picture_files(name: str, folder: Path, licence: str) -> Source[Picture]:
     """PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
 
     Raises:
@@ -51,10 +51,10 @@ def picture_files(name: str, folder: Path, licence: str) -> PictureSource:
             pictures.append(Picture(str(path.relative_to(folder)), family, path, (caption,) if caption else ()))
     if not pictures:
         raise ConfigError(f"images {str(folder)!r}: holds no {', '.join(PICTURE_SUFFIXES)} file")
-    return PictureSource(name, tuple(pictures), licence)
+    return Source(name, tuple(pictures), licence)
 
 
-def instruction_files(name: str, path: Path, licence: str) -> InstructionSource:
+def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
     """Instructions from a JSONL file, one object a line. Required: `prompt` and `answer`. Optional: `image`, a picture file
     relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default: lines with
     equal prompt and image); `side`, train or valid, on every line or on none.
@@ -73,7 +73,7 @@ def instruction_files(name: str, path: Path, licence: str) -> InstructionSource:
         raise DataError(f'{path}: some lines have a "side" and some have none; give one to each line, or to none')
     if sides == {"valid"}:
         raise DataError(f'{path}: every line has "side": "valid", so nothing is left to train on; give some lines "train"')
-    return InstructionSource(name, tuple(found), licence)
+    return Source(name, tuple(found), licence)
 
 
 def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:

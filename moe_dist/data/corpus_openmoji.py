@@ -6,14 +6,14 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from moe_dist.data.corpus import Picture, PictureSource
+from moe_dist.data.corpus import Picture, Source
 from moe_dist.data.families import VARIATION_SELECTOR, emoji_family
 
 LANGUAGES = ("en", "de", "fr", "ja", "es")
 _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
-def openmoji(languages: Sequence[str] = LANGUAGES) -> PictureSource:
+def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
     """All pictures that have a name, sorted by file name; a caption reads like 'en: guitar'.
 
     Args:
@@ -31,7 +31,7 @@ def openmoji(languages: Sequence[str] = LANGUAGES) -> PictureSource:
         if captions:
             family = "-".join(f"{point:X}" for point in emoji_family(points))
             pictures.append(Picture(path.stem, family, path, captions))
-    return PictureSource(
+    return Source(
         "openmoji",
         tuple(pictures),
         licence="CC BY-SA 4.0 (pictures); BSD-3-Clause and Unicode licence (names)",

@@ -6,7 +6,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from moe_dist.data.corpus import Text, TextSource, content_family
+from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -14,7 +14,7 @@ _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages",
 _TEMPLATED = frozenset({"encodings"})
 
 
-def python_library() -> TextSource:
+def python_library() -> Source[Text]:
     """One document for each source file. Another Python version gives other texts.
 
     Raises:
@@ -33,7 +33,7 @@ def python_library() -> TextSource:
                 texts.append(Text(str(key), key.parts[0] if templated else content_family(content.encode()), content))
     if not texts:
         raise DataError(f"no Python sources under {str(root)!r}: use an installation that has them")
-    return TextSource(
+    return Source(
         "python",
         tuple(texts),
         licence="PSF-2.0",

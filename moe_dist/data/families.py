@@ -1,9 +1,9 @@
 """Picture families, and the split into training and held-out pictures.
 
 If a held-out picture has a near copy in training, memorising looks like learning. So pictures are first joined into
-families (one emoji in all skin tones, genders and directions; equal or near-equal code grids), and a family goes to one
-side whole, with all its languages and renders. With held-out variants, single pictures are held out whose family is trained
-on but which are not close to any training picture.
+families: one emoji in all skin tones, genders and directions, and pictures with equal or near-equal code grids. A family is
+on one side of the split, with all its captions and renders. With held-out variants, single pictures are held out: their
+family is in training, but no training picture is close to them.
 
 Shape letters: N pictures or documents, C cells of a grid.
 """
@@ -49,13 +49,13 @@ def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
 
 
 def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> list[tuple[int, int]]:
-    """Pairs (i, j) with at most `most` cells in which grids_NC[i] and others_NC[j] differ.
+    """Pairs (i, j) for which grids_NC[i] and others_NC[j] differ in at most `most` cells.
 
     Compares every pair: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
-    for start in range(0, len(grids_NC), 128):
+    for start in range(0, len(grids_NC), 128):  # blocks bound the memory: 128 x N counts
         block = grids_NC[start : start + 128]
         differ = np.zeros((len(block), others_CN.shape[1]), np.uint16)
         for cell, others_N in enumerate(others_CN):
@@ -66,7 +66,7 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
 
 
 def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray:
-    """Union-find: joins items with equal keys, and the two items of each pair.
+    """Joins items with equal keys, and the two items of each pair, by union-find.
 
     Returns:
         int64 [N]: for each item the smallest index of its component.
@@ -88,32 +88,24 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 
 
 def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
-    """Mask of the pictures that may be held out while each family keeps some in training: a component that contains the
-    first picture of any family stays in training.
-
-    Args:
-        families: Family of each picture.
-        components_N: int64, see `join`.
-
-    Returns:
-        bool [N].
-    """
+    """Mask of the pictures that may be held out, bool [N]. A component with the first picture of a family stays in
+    training, so that each family has a picture in training. `components_N` are from `join`."""
     firsts = np.unique(join(families))
     return ~np.isin(components_N, components_N[firsts])
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
-    """Draws whole components for the held-out side until it holds about `fraction` of the total size.
+    """Draws whole components for the held-out side until it has about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side stays in training, unless most are that large, so that no single
-    family dominates the measurement. With fraction > 0 and at least two components, each side gets at least one.
+    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss;
+    unless most components are that large. With fraction > 0 and at least two components, each side gets at least one.
 
     Args:
-        components_N: int64, see `join`.
+        components_N: int64, from `join`.
         sizes_N: int64, size of an item: 1 for a picture, the number of characters for a text.
 
     Returns:
-        bool [N]: whether the item is held out.
+        bool [N], the item is held out.
     """
     _, component_N = np.unique(components_N, return_inverse=True)
     size_of = np.bincount(component_N, weights=sizes_N).astype(np.int64)

@@ -1,10 +1,9 @@
-"""Megatron's indexed data sets: written by Megatron's builder, read here.
+"""Reads and writes Megatron's indexed data sets. Megatron's builder writes them; training reads them without Megatron.
 
-Megatron's own readers are not used while training. Its memory map ends the process with SIGBUS if the file is cut short or
-its disk fails; its plain reader returns whatever lies in memory; importing either takes each rank 3 s. Here each read is a
-`pread` on a descriptor that stays open: a file replaced by a rename is read on as it was, and every short or failed read
-is an error that names the file. Tests compare reading and writing with Megatron's. Its builder is imported when something
-is written.
+Megatron's readers do not detect damage: its memory map ends the process with SIGBUS if the file is truncated or the disk
+fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. Here a read is a `pread` on an
+open descriptor: a file that is replaced by a rename stays readable, and each short or failed read is an error that names
+the file. Tests compare reading and writing with Megatron.
 """
 
 import os
@@ -26,11 +25,8 @@ from moe_dist.errors import DataError, StorageError
 class CheckedFile:
     """A file opened for random reads. Thread-safe.
 
-    Args:
-        path: The file.
-
     Raises:
-        StorageError: it cannot be opened.
+        StorageError: the file cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +40,7 @@ class CheckedFile:
         """Reads `num_bytes` from byte `offset` on. Costs one system call, usually answered by the page cache.
 
         Raises:
-            DataError: the file ends earlier; it was truncated after it was opened.
+            DataError: the file was truncated after it was opened.
             StorageError: the file system does not answer.
         """
         parts: list[bytes] = []
@@ -79,12 +75,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-_UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)
-
-
-def token_dtype(vocab_size: int) -> type[np.integer]:
-    """The type that ids below `vocab_size` are stored in, by Megatron's rule."""
-    return np.uint16 if vocab_size < _UINT16_BELOW else np.int32
+_UINT16_BELOW = 65500  # vocabulary size from which Megatron stores int32 (DType.optimal_dtype)
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
@@ -93,17 +84,18 @@ def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_
     Args:
         documents: Token ids of each document, integer [length].
     """
-    builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
+    dtype = np.uint16 if vocab_size < _UINT16_BELOW else np.int32
+    builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(document, [len(document)])
     builder.finalize(f"{prefix}.idx")
 
 
 class IndexedSplit:
-    """Random access to the tokens of one split. Documents are those of Megatron's index.
+    """Random access to the tokens of one split.
 
     Attributes:
-        starts_D, lengths_D: int64, number in the file of each document's first token, and its number of tokens.
+        starts_D, lengths_D: int64, index in the file of each document's first token, and the document's number of tokens.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
@@ -167,6 +159,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that Transformer Engine and Apex are absent; the builder needs neither
+        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are missing: the builder needs neither
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

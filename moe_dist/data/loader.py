@@ -1,7 +1,7 @@
-"""Batches from a prepared data set: the stream of training sequences, and the held-out sequences.
+"""Batches of training and held-out sequences from a prepared data set.
 
 The training stream is a pure function of (data, seed, position). Sequence q is the same for any number of ranks and any
-micro-batch size, so the only state to save is the number of sequences drawn.
+micro-batch size, so a checkpoint saves only the number of sequences drawn.
 """
 
 import zlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_dist.config.manifest import Manifest, SplitSection
-from moe_dist.config.split_files import count_by_modality
+from moe_dist.config.split_files import tokens_by_modality
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, pack
@@ -24,20 +24,16 @@ class TrainLoader:
     """Training batches of one rank.
 
     Documents are shuffled and packed once for (seed, source). Each epoch of a source draws a new order of its sequences. So
-    each document is seen exactly once in an epoch, every epoch has the same number of sequences, and any position is
-    reached without replay. Packing a million documents takes about 3 s; the result stays in memory (32 bytes for each
-    piece).
+    an epoch has each document exactly once, all epochs have equally many sequences, and a resumed run reaches any position
+    without replay. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
-        manifest: Its manifest.
-        seq_len: Tokens of a sequence.
         weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
         pack_window: Pieces that the packer fits at a time.
         seed: Seeds all shuffles.
-        global_batch: Sequences a step over all ranks; a multiple of world_size * micro_batch.
+        global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a batch.
-        rank, world_size: Select this rank's share of each step.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -65,7 +61,9 @@ class TrainLoader:
             for name in self._mixture.names
         }
         self._maker = _batch_maker(manifest, seq_len)
-        self._tokens = {name: _tokens_by_modality(folder, manifest, name) for name in self._mixture.names}
+        self._tokens = {
+            name: tokens_by_modality(folder, manifest.sources[name].train, manifest) for name in self._mixture.names
+        }
 
     @property
     def sequences_per_epoch(self) -> dict[str, int]:
@@ -86,10 +84,8 @@ class TrainLoader:
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Epochs of each modality after `position` sequences: how often its training tokens have been seen.
-
-        The mean over the sources in use, weighted by their tokens of the modality; 0 if they have none.
-        """
+        """Mean number of times that the training tokens of each modality were drawn in the first `position` sequences; 0 if
+        the sources in use have no token of the modality."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}
@@ -111,10 +107,10 @@ def heldout_batches(
     rank: int,
     world_size: int,
 ) -> list[Batch]:
-    """This rank's batches of at most `sequences` held-out sequences of a source, spread evenly over its held-out split.
+    """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
 
-    Every rank gets the same number of batches, filled up with padding. A source without a held-out split gives no batch.
-    The choice of sequences does not depend on world_size or micro_batch.
+    Every rank gets the same number of batches; rows of padding fill the last ones. A source without a held-out split gives
+    no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
         ConfigError: the source is unknown.
@@ -158,7 +154,7 @@ def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str,
 
 
 class _Stream:
-    """The endless stream of sequences of one source, epoch after epoch."""
+    """The endless stream of the sequences of one source, epoch after epoch."""
 
     def __init__(self, folder: str | Path, name: str, split: SplitSection, *, seq_len: int, window: int, seed: int) -> None:
         self._data = IndexedSplit(folder, split)
@@ -188,10 +184,3 @@ def _segments(data: IndexedSplit, pieces: Pieces, packing: Packing, sequence: in
 
 def _batch_maker(manifest: Manifest, seq_len: int) -> BatchMaker:
     return BatchMaker(seq_len=seq_len, pad_id=manifest.pad_id, modalities=tuple(manifest.modalities.values()))
-
-
-def _tokens_by_modality(folder: str | Path, manifest: Manifest, source: str) -> dict[str, int]:
-    """Token counts from the manifest, or counted in the file if a hand-written manifest has none."""
-    split = manifest.sources[source].train
-    counts = split.tokens_by_modality or count_by_modality(Path(folder) / split.path, manifest.modalities)
-    return {modality: counts.get(modality, 0) for modality in manifest.modalities}

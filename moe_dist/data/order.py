@@ -1,9 +1,9 @@
 """The order of the training sequences: a pure function of seed and position.
 
-Documents are packed into sequences of a fixed length (`cut`, `pack`). A fixed pattern says from which source each sequence
-of the stream comes (`Mixture`). Each source is shuffled anew for each epoch (`ShuffledEpochs`). `micro_batches` gives each
-rank its share of a step. A document longer than a sequence is cut into pieces. Attention and positions restart at each
-piece, so the model does not notice which pieces share a sequence; only the amount of padding depends on it.
+`cut` and `pack` put documents into sequences of a fixed length; a document longer than a sequence is cut into pieces.
+`Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` shuffles each source again
+for each epoch. `micro_batches` gives each rank its share of a step. Attention and positions restart at each piece, so the
+packing changes only the amount of padding.
 
 Shape letters: D documents, P pieces, Q sequences, S sources.
 """
@@ -19,30 +19,19 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pieces:
-    """Runs of tokens, each within one document.
+    """Runs of tokens, each within one document."""
 
-    Attributes:
-        start_P: int64, number in the file of the first token.
-        length_P: int64, tokens, at most the sequence length.
-        goes_on_P: bool, whether the document continues after the piece; the last token then has a label too.
-    """
-
-    start_P: np.ndarray
-    length_P: np.ndarray
-    goes_on_P: np.ndarray
+    start_P: np.ndarray  # int64, index of the first token in the file
+    length_P: np.ndarray  # int64, tokens, at most the sequence length
+    goes_on_P: np.ndarray  # bool, the document continues after the piece; then the last token has a label too
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Pieces of each sequence: sequence q holds piece_P[first_Q[q] : first_Q[q + 1]], in this order.
+    """Pieces of each sequence: sequence q holds piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
-    Attributes:
-        piece_P: int64, each piece exactly once.
-        first_Q: int64 [Q + 1].
-    """
-
-    piece_P: np.ndarray
-    first_Q: np.ndarray
+    piece_P: np.ndarray  # int64, each piece exactly once
+    first_Q: np.ndarray  # int64 [Q + 1]
 
     def __len__(self) -> int:
         return len(self.first_Q) - 1
@@ -62,12 +51,10 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Best fit, longest first, over windows of `window` pieces; sequences not full at the end of a window get padding.
+    """Packs by best fit, longest piece first, in windows of `window` pieces. Padding fills sequences with room left.
 
-    Pieces in a sequence are sorted from long to short. 100,000 pieces take about a quarter of a second.
-
-    Args:
-        lengths_P: int64, from 1 to seq_len.
+    Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
+    quarter of a second.
     """
     pieces: list[int] = []
     counts: list[int] = []
@@ -95,14 +82,11 @@ def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     return sequences
 
 
-SLOTS = 1000
+SLOTS = 1000  # length of the repeated pattern of sources
 
 
 class Mixture:
-    """Interleaves sources in proportion to their shares, rounded to 1 / SLOTS; each source gets at least one slot.
-
-    Args:
-        shares: Positive share of each source; any sum.
+    """Interleaves sources in proportion to their positive shares, rounded to 1 / SLOTS. Each source gets at least one slot.
 
     Raises:
         ConfigError: more sources than slots, or a share that is not positive.
@@ -119,13 +103,13 @@ class Mixture:
         np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
 
     def place(self, sequence: int) -> tuple[str, int]:
-        """Source of a sequence of the global stream, and its number in that source's own stream."""
+        """Source of a sequence of the global stream, and the number of the sequence in the source's own stream."""
         block, slot = divmod(sequence, SLOTS)
         source = int(self._pattern[slot])
         return self.names[source], block * int(self._slots_S[source]) + int(self._before[slot, source])
 
     def drawn(self, position: int) -> dict[str, int]:
-        """Sequences of each source among the first `position` of the global stream."""
+        """Number of sequences of each source among the first `position` sequences of the global stream."""
         block, slot = divmod(position, SLOTS)
         return dict(zip(self.names, (block * self._slots_S + self._before[slot]).tolist(), strict=True))
 
@@ -143,7 +127,7 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """Source of each slot: always the source that is furthest behind its share."""
+    """Source of each slot: the source that is furthest behind its share."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):
@@ -154,12 +138,7 @@ def _pattern(slots_S: np.ndarray) -> np.ndarray:
 
 
 class ShuffledEpochs:
-    """`count` items in each epoch; the order of an epoch is drawn from (seed, epoch) alone.
-
-    Args:
-        seed: Integers of the seed.
-        count: Items in an epoch, at least 1.
-    """
+    """An order of `count` items for each epoch, drawn from (seed, epoch) alone."""
 
     def __init__(self, seed: Sequence[int], count: int) -> None:
         self._seed, self._count = tuple(seed), count
@@ -178,8 +157,8 @@ class ShuffledEpochs:
 def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
     """Positions of a rank's micro-batches in the step that starts at `position`.
 
-    Micro-batch i of all ranks covers the i-th run of world_size * micro_batch positions, and rank r takes the r-th part of
-    the run. So a step has the same positions for any number of ranks. `global_batch` is a multiple of the run's length.
+    The i-th micro-batches of all ranks cover the i-th run of world_size x micro_batch positions; rank r takes the r-th part
+    of the run. So a step has the same positions for any number of ranks.
     """
     run = world_size * micro_batch
     assert global_batch % run == 0, (global_batch, world_size, micro_batch)

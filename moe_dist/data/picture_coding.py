@@ -1,13 +1,11 @@
 """Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes the renders.
 
-Near-equal pictures must be on one side before the codebook is fitted, but they are recognised by their codes. So there are
-two codebooks:
-1. A provisional one, fitted on plain renders of all pictures, finds near-equal pictures and is then discarded. The families
-   that it joins are split.
-2. The final one is fitted on training renders only. The comparison is repeated with it: a held-out family that is now close
-   to a training picture moves to training, and the codebook is not fitted again.
-The two sides are therefore apart under both codebooks. With held-out variants the same happens with pictures instead of
-families.
+Near-equal pictures must be on one side of the split before the codebook is fitted, but their codes show which pictures are
+near-equal. So there are two codebooks: 1. A provisional codebook is fitted on plain renders of all pictures, finds
+near-equal pictures, and is then discarded. It joins families, and the joined families are split. 2. The final codebook is
+fitted on training renders only. It compares the pictures again: a held-out family that is now close to a training picture
+moves to training. The codebook is not fitted again. So no held-out picture is near-equal to a training picture under either
+codebook. With held-out variants, single pictures are split and moved instead of families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """
@@ -32,32 +30,21 @@ _CHUNK = 64  # pictures encoded at once
 
 @dataclass(frozen=True)
 class Division:
-    """The pictures of both sides of the split.
+    """The pictures of the training side and of the held-out side."""
 
-    Attributes:
-        rasters_N: uint8 RGBA [N, RASTER, RASTER, 4].
-        component_N: int64, equal for pictures that must stay on one side: a family, or near-equal variants.
-        held_out_N: bool; equal within a component.
-        codebook: uint8 [codes, PATCH, PATCH, 3], fitted on training pictures.
-    """
-
-    rasters_N: np.ndarray
-    component_N: np.ndarray
-    held_out_N: np.ndarray
-    codebook: np.ndarray
+    rasters_N: np.ndarray  # uint8 RGBA [N, RASTER, RASTER, 4]
+    component_N: np.ndarray  # int64, equal for pictures that must stay on one side: a family, or near-equal variants
+    held_out_N: np.ndarray  # bool; equal within a component
+    codebook: np.ndarray  # uint8 [codes, PATCH, PATCH, 3], fitted on training pictures
 
 
 @dataclass(frozen=True)
 class Document:
-    """Attributes:
-    tokens: int64.
-    filler: bool, of the same length: the token is an empty cell of a picture.
-    prompt: bool, of the same length: the token is read but not scored; None if all are scored.
-    """
+    """The tokens of a document. All arrays have the same length."""
 
-    tokens: np.ndarray
-    filler: np.ndarray
-    prompt: np.ndarray | None = None
+    tokens: np.ndarray  # int64
+    filler: np.ndarray  # bool, the token is an empty cell of a picture
+    prompt: np.ndarray | None = None  # bool, the token is an input, but no label; None if all tokens are labels
 
 
 def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
@@ -105,7 +92,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Mask of the pictures held out at first, bool [N]: `val_fraction` of all, or fewer if there are fewer variants."""
+    """Mask of the pictures that are held out at first, bool [N]: `val_fraction` of all, or fewer if there are fewer
+    variants."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -128,15 +116,14 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 class PictureCoder:
     """Makes documents from pictures: each render with one of its captions, before or after the picture.
 
-    Captions rotate over the renders of a picture. The caption stands first in `recipe.caption_first` of the documents. Both
-    follow from the numbers of picture and render, without random draws.
+    Captions rotate over the renders of a picture. The caption is first in a share `recipe.caption_first` of the documents.
+    The numbers of picture and render determine caption and order, without random draws.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].
         first_code: Token id of code 0.
         special: Id of each special token.
         captions: Token ids of each caption.
-        recipe: Settings of the renders and of the caption's position.
     """
 
     def __init__(
@@ -170,8 +157,7 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A picture without augmentation, between its begin and end tokens: token ids, and filler flags of the same
-        length."""
+        """A picture without augmentation, between its begin and end tokens: token ids, and a filler flag per token."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

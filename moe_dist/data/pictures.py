@@ -1,7 +1,6 @@
-"""Renders picture files: rasterises once, then scales, shifts, flips and puts them on a background.
+"""Renders picture files: rasterises a picture once, then scales, shifts and flips it, and adds a background.
 
-A raster is uint8 RGBA [RASTER, RASTER, 4]. A render is the input of the codebook: RGB pixels [SIDE, SIDE, 3], and for each
-patch whether it shows only background (`empty`, bool [GRID, GRID]).
+A raster is uint8 RGBA [RASTER, RASTER, 4].
 """
 
 import io
@@ -28,10 +27,10 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Render:
-    """Attributes: pixels: uint8 [SIDE, SIDE, 3]; empty: bool [GRID, GRID], patches that show only background."""
+    """The input of the codebook."""
 
-    pixels: np.ndarray
-    empty: np.ndarray
+    pixels: np.ndarray  # uint8 RGB [SIDE, SIDE, 3]
+    empty: np.ndarray  # bool [GRID, GRID], the patch shows only background
 
 
 def rasterise(path: str | Path) -> np.ndarray:
@@ -59,14 +58,13 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """The picture without augmentation on white; near-equal pictures are found by these renders."""
+    """The picture on white without augmentation. Near-equal pictures are found by these renders."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """Render `index` of picture `key`. Scale, shift, flip and background are drawn from (seed, key, index) alone; what
-    `vary` leaves out is as in `plain`.
-    """
+    """Render `index` of picture `key`. Scale, shift, flip and background are drawn from (seed, key, index) alone.
+    Properties that are not in `vary` are those of `plain`."""
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
     room = SIDE - side  # negative if the picture is larger than the frame and gets cropped

@@ -1,7 +1,7 @@
 """Prepares a data set folder atomically, with one writer.
 
-The folder is built under a hidden name beside its final place and renamed when complete. A lock file makes other writers
-wait. The next writer removes the remains of an interrupted one.
+The folder is built under a hidden name beside its final path, and renamed when it is complete. A lock file makes other
+writers wait. The next writer removes the hidden folder of an interrupted writer.
 """
 
 import json
@@ -25,27 +25,18 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of the data set; without text, images and instructions it is the default corpus.
+    """Sources of the data set. Without text, images and instructions it is the default corpus."""
 
-    Attributes:
-        text: Folder or JSONL of the user's texts.
-        images: Folder of the user's pictures.
-        extra_text: More text sources by name, each a folder or JSONL.
-        licence: Licence of the user's own contents.
-        instructions: Sources of instructions by name, each a JSONL file.
-        languages: Languages of the captions of the default pictures; empty for all.
-    """
-
-    text: str | None = None
-    images: str | None = None
-    extra_text: Mapping[str, str] = field(default_factory=dict)
-    licence: str = "not stated"
-    instructions: Mapping[str, str] = field(default_factory=dict)
-    languages: tuple[str, ...] = ()
+    text: str | None = None  # folder or JSONL of the user's texts
+    images: str | None = None  # folder of the user's pictures
+    extra_text: Mapping[str, str] = field(default_factory=dict)  # more text sources by name, each a folder or JSONL
+    licence: str = "not stated"  # of the user's own contents
+    instructions: Mapping[str, str] = field(default_factory=dict)  # sources of instructions by name, each a JSONL file
+    languages: tuple[str, ...] = ()  # of the captions of the default pictures; empty for all
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
-    """Builds the data set in folder `out`. If it exists already, it is only checked, which takes a second.
+    """Builds the data set in folder `out`. An existing data set is only checked, which takes a second.
 
     Returns:
         The manifest, and whether this call built it.
@@ -81,7 +72,7 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
 
 
 def _finished(out: Path, asked: dict) -> Manifest | None:
-    """The manifest if `out` holds a complete data set made with the same options; None if `out` is empty or missing."""
+    """The manifest, if `out` holds a complete data set made with the same options; None if `out` is empty or missing."""
     from moe_dist.config.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

@@ -10,10 +10,10 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.parallel_schema import AllToAllDispatchSection, InterleavedSection
 from moe_dist.config.schema import Config
+from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary

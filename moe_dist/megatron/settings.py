@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.model_schema import GroupSection, MoESection
+from moe_dist.config.model_schema import GroupSection, MoESection, modality_violations
 from moe_dist.config.parallel_schema import InterleavedSection, PlacementSection
 from moe_dist.config.partial import draft
 from moe_dist.config.routers.top_k import TopKRouterSection
@@ -20,7 +20,6 @@ from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.plan.preflight import group_violations
 
 GUIDE = "docs/megatron.md"
 VARIABLE = "MOE_DIST_EXPERTS"
@@ -67,10 +66,7 @@ class ExpertSettings(Section):
         return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
 
     def violations(self) -> list[Violation]:
-        broken = [
-            Violation(violation.keys, violation.problem.replace("model.moe.groups", "groups"))
-            for violation in group_violations(self.expert_groups())
-        ]
+        broken = [*modality_violations(self.groups, "groups")]
         for name, group in self.groups.items():
             for key in ("num_identity", "num_constant"):
                 if count := getattr(group, key):

@@ -1,8 +1,9 @@
-"""Parameters and FLOPs of the transformer from its configuration: the project's only such count. Imports no torch.
+"""Counts parameters and FLOPs of the transformer from its configuration. All other code uses these counts. Imports no
+torch.
 
-A multiplication and an addition are two FLOPs. Matrix products are counted; norms, softmax, SwiGLU's product and the
-weighting of expert outputs are not (together below 1 %). Attention's products count all positions of the sequence, as
-PaLM's model FLOPs do; kernels that skip masked positions compute less.
+A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
+weighting of expert outputs are not counted, because together they are below 1 %. Attention counts all positions of the
+sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less.
 Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
@@ -12,7 +13,6 @@ from typing import Any, Literal
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.policies import expert_groups
 
@@ -20,7 +20,8 @@ Recompute = Literal["none", "experts", "block"]
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Parameters of one adapter on each target of a LoRA section, given the inputs and outputs of each; 0 without one."""
+    """Parameters of the adapters of a LoRA section; 0 without a section. `widths`: inputs and outputs of each
+    projection."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
@@ -36,7 +37,8 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
-    """Width of the FFN in an MoE layer that computes every token: the shared expert, or the FFN under LoRA experts."""
+    """Hidden width of the FFN that computes every token in an MoE layer: the shared expert, or the FFN under LoRA
+    experts."""
     moe = model.moe
     return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
@@ -49,13 +51,13 @@ def router_rows(model: ModelSection) -> int:
 
 
 def layers_passed_by(model: ModelSection) -> float:
-    """Mean number of MoE layers that a token skips by mixture of depths."""
+    """Mean number of layers that a token skips by mixture of depths."""
     depths = model.mixture_of_depths
     return 0.0 if depths is None else len(model.depth_layers) * (1.0 - depths.capacity)
 
 
 def depth_router(model: ModelSection) -> int:
-    """Parameters of all mixture-of-depths routers, which every token uses."""
+    """Parameters of all mixture-of-depths routers. Every token uses them."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -63,26 +65,18 @@ def depth_router(model: ModelSection) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """A count by part of the model, over all layers.
+    """Parameters or FLOPs of each part of the model, over all layers."""
 
-    Attributes:
-        embedding, output: Embedding and output projection; if tied, embedding has the parameters and output the FLOPs.
-        attention: Projections and their norms; FLOPs include the products over positions.
-        router, experts, free, shared, dense_ffn, norms: Likewise. free is the vectors and gates of constant experts; shared
-            includes the frozen FFN under LoRA experts.
-        adapters: LoRA experts, and LoRA on the attention.
-    """
-
-    embedding: float = 0
-    attention: float = 0
+    embedding: float = 0  # if tied, it has the parameters of the output projection
+    attention: float = 0  # projections and their norms; FLOPs also count the products over positions
     router: float = 0
     experts: float = 0
-    free: float = 0
-    shared: float = 0
+    free: float = 0  # vectors and gates of constant experts
+    shared: float = 0  # with LoRA experts: the frozen FFN
     dense_ffn: float = 0
     norms: float = 0
-    output: float = 0
-    adapters: float = 0
+    output: float = 0  # if tied, it has FLOPs and no parameters
+    adapters: float = 0  # LoRA experts, and LoRA on the attention
 
     @property
     def total(self) -> float:
@@ -95,11 +89,10 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Parameters by part; routers include the rows of zero-computation experts.
+    """Parameters by part. Routers include the rows of zero-computation experts.
 
     Args:
-        experts_held: Number of experts of each group to count in each layer. By default all; or those of a rank; or, for
-            active parameters, those that a token takes, weighted by the groups' shares of the tokens.
+        experts_held: Number of experts of each group to count in each layer; by default all. May be fractional.
     """
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
@@ -127,10 +120,10 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Parameters that a mean token uses: all except experts that it does not take and layers that it skips.
+    """Parameters that a token uses on average: not the experts that it does not take, and not the layers that it skips.
 
     Args:
-        experts_per_token: Mean true experts of a token of each group.
+        experts_per_token: Mean number of true experts that a token takes, by group.
         token_share: Share of the tokens in each group.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
@@ -152,14 +145,10 @@ def active_parameters(
 def forward_flops(
     model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """FLOPs of a forward pass for a mean token, by part.
+    """FLOPs of a forward pass per token, by part. `experts_per_token` and `token_share` are those of `active_parameters`.
 
-    A product with a weight of n entries is 2 n FLOPs; attention adds 2 H d S for the scores and as much for the values.
+    A product with a weight of n entries takes 2 n FLOPs. Attention adds 2 H d S for the scores and 2 H d S for the values.
     Every token uses the router rows and the constant experts of all groups.
-
-    Args:
-        seq_len: S.
-        experts_per_token, token_share: As `active_parameters`.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
@@ -179,29 +168,28 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> int:
-    """Of one layer and token: the products of queries with keys, and of their softmax with values."""
+    """FLOPs per layer and token of the products of queries with keys, and of the softmax with values."""
     return 4 * model.attention_widths["q"][1] * seq_len
 
 
 def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
-    """FLOPs of a forward pass in products with frozen weights; backward computes no gradient of these weights. 0 without
-    adapters."""
+    """Forward FLOPs of products with frozen weights, for which backward computes no weight gradient. 0 without adapters."""
     if not model.has_adapters:
         return 0.0
     return forward.total - forward.adapters - forward.router - model.num_layers * _score_flops(model, seq_len)
 
 
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
-    """FLOPs of forward and backward in full training that router tuning does not compute.
+    """FLOPs per token of full training that router tuning does not compute.
 
-    Backward ends at the lowest tuned layer. Its router needs a gradient of its weights, and its experts one of their input,
-    since rows and weights go through the exchanges together. Above that layer each product with a frozen weight computes
-    the gradient of its input, which costs as much as forward; the attention scores, products of two activations, compute
-    both gradients.
+    Backward ends at the lowest tuned layer. In this layer, the router computes the gradient of its weights, and the experts
+    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above this layer, a
+    product with a frozen weight computes only the gradient of its input, which costs as much as forward. Attention scores
+    are products of two activations and compute both gradients.
 
     Args:
-        forward: From `forward_flops`; without mixture of depths.
-        tuned: Indices of the layers whose routers move.
+        forward: From `forward_flops`, without mixture of depths.
+        tuned: Indices of the layers whose routers are trained.
     """
     lowest, num_moe_layers = min(tuned), len(model.moe_layers)
     above, moe_above = model.num_layers - 1 - lowest, sum(layer > lowest for layer in model.moe_layers)
@@ -215,12 +203,12 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
 
 
 def tuned_layers(config: Config) -> tuple[int, ...] | None:
-    """The layers whose routers are trained, in a run that trains only routers; else None."""
-    return None if config.router_tuning is None else chosen_layers(config.router_tuning, config.model.moe_layers)
+    """Indices of the layers whose routers are trained, if the run trains only routers; else None."""
+    return None if config.router_tuning is None else config.router_tuning.chosen_layers(config.model.moe_layers)
 
 
 def flops_left_out(config: Config, forward: Parts) -> float:
-    """FLOPs of full training that a run does not compute because it trains only adapters, or only some routers."""
+    """FLOPs per token of full training that a run does not compute because it trains only adapters or routers."""
     model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
@@ -230,11 +218,7 @@ def flops_left_out(config: Config, forward: Parts) -> float:
 def model_flops_per_token(
     experts_per_token: Mapping[str, float], token_share: Mapping[str, float], *, config: Config
 ) -> float:
-    """FLOPs of forward and backward for a mean token of a training run, without recomputation.
-
-    Args:
-        experts_per_token, token_share: As `active_parameters`.
-    """
+    """FLOPs per token of forward and backward in training, without recomputation. Arguments as in `active_parameters`."""
     forward = forward_flops(
         config.model, seq_len=config.data.seq_len, experts_per_token=experts_per_token, token_share=token_share
     )
@@ -243,17 +227,17 @@ def model_flops_per_token(
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """FLOPs per token of forward and backward: three times the forward pass, minus the gradients of frozen weights, plus
-    recomputation. The last is an upper bound: the last product of a recomputed unit need not be repeated, and nothing has a
-    gradient below the first adapter of the first layer.
+    recomputation. Recomputation is an upper bound, because the last product of a recomputed unit need not be repeated.
 
-    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) excludes recomputation: use `recompute="none"`.
+    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 
     Args:
         frozen: From `frozen_flops` or `untuned_flops`.
     """
     repeated = {
         "none": 0.0,
-        "experts": forward.experts or forward.shared + forward.adapters,  # none: they are LoRA over the FFN in `shared`
+        # LoRA experts have no `experts`; their frozen FFN is `shared`.
+        "experts": forward.experts or forward.shared + forward.adapters,
         "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]
     return 3 * forward.total - frozen + repeated

@@ -1,4 +1,5 @@
-"""Checks, without torch, that this machine meets a configuration: packages, and the group of `run.group`."""
+"""Checks that a configuration can run on this machine: packages, the group of `run.group`, and secrets. Imports no
+torch."""
 
 import grp
 import importlib.util
@@ -13,15 +14,15 @@ from moe_dist.runtime.secrets import secrets_of
 
 
 def host_violations(config: Config) -> list[Violation]:
-    """Rules that this machine does not meet."""
-    packages = [*apex_violations(config), *deep_ep_violations(config)]
-    return [*packages, *group_violations(config), *secret_violations(config)]
+    """The rules that the configuration violates on this machine."""
+    checks = (apex_violations, _dispatch_violations, group_violations, _secret_violations)
+    return [violation for check in checks for violation in check(config)]
 
 
 def apex_violations(config: Config) -> list[Violation]:
     """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Looks for Apex without importing it. Does not look if torch is missing too, since the ranks then run elsewhere.
+    Does not import Apex. Does not look for it if torch is missing, because the ranks then run on other machines.
     """
     if config.optimizer.backend != "apex":
         return []
@@ -29,7 +30,7 @@ def apex_violations(config: Config) -> list[Violation]:
         (
             config.parallel.data == "fsdp2",
             ("optimizer.backend", "parallel.data"),
-            "its kernels cannot take the sharded parameters of parallel.data=fsdp2; set parallel.data=ddp or "
+            "its kernels do not take the sharded parameters of parallel.data=fsdp2; set parallel.data=ddp or "
             "optimizer.backend=torch",
         ),
         (
@@ -47,8 +48,8 @@ def apex_violations(config: Config) -> list[Violation]:
     return [Violation(keys, f"optimizer.backend=apex: {problem}") for holds, keys, problem in found if holds]
 
 
-def deep_ep_violations(config: Config) -> list[Violation]:
-    """Checks that the dispatcher's modules are installed; like Apex, only if torch is."""
+def _dispatch_violations(config: Config) -> list[Violation]:
+    """Checks that the dispatcher's modules are installed; like Apex, only if torch is installed."""
     dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []
@@ -56,14 +57,14 @@ def deep_ep_violations(config: Config) -> list[Violation]:
     if not missing:
         return []
     problem = (
-        f"{dispatch.name}: the package {' and '.join(missing)} is not installed here; build {dispatch.source}, or take "
+        f"{dispatch.name}: the package {' and '.join(missing)} is not installed here; build {dispatch.source}, or set "
         "parallel.dispatch.kind=all_to_all"
     )
     return [Violation(("parallel.dispatch.kind",), problem)]
 
 
 def group_violations(config: Config) -> list[Violation]:
-    """Checks that `run.group` exists and that this user may give files to it."""
+    """Checks that `run.group` exists, and that this user may give files to it."""
     name = config.run.group
     if name is None:
         return []
@@ -77,15 +78,15 @@ def group_violations(config: Config) -> list[Violation]:
     return [Violation(("run.group",), problem)]
 
 
-def secret_violations(config: Config) -> list[Violation]:
-    """Finds values that are secrets of the environment: a configuration is written into the run folder and every
+def _secret_violations(config: Config) -> list[Violation]:
+    """Finds secrets of the environment in the values, because a configuration is saved in the run folder and in every
     checkpoint."""
     found = secrets_of(os.environ)
     return [
         Violation(
             (key,),
-            f"{key}: its value contains that of the environment variable {name}, and would be written down; no key of a "
-            "configuration takes a secret: leave it in the environment (docs/security.md)",
+            f"{key}: its value contains the value of the environment variable {name}, and would be saved with the run; "
+            "remove it and leave the secret in the environment (docs/security.md)",
         )
         for key, text in _texts(config.model_dump(mode="json"))
         for secret, name in found.items()
@@ -94,7 +95,7 @@ def secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a configuration with their dotted keys; keys of mappings count as texts."""
+    """All texts of a configuration with their dotted keys. Names in mappings are texts too."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

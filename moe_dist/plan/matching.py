@@ -7,18 +7,18 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     """A maximum matching of a bipartite graph, by augmenting paths.
 
     Args:
-        possible: For each node of the plan the places that fit, in order of preference.
+        possible: For each planned node the cluster nodes that fit, in order of preference.
 
     Returns:
-        A place for each, no place twice; None where none is left.
+        For each planned node a cluster node, no cluster node twice; None if none is left.
     """
-    taken: dict[int, int] = {}  # place -> index of its owner
+    taken: dict[int, int] = {}  # cluster node -> planned node
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # free places first
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: fewer moves
             if place not in tried:
                 tried.add(place)
-                if place not in taken or take(taken[place], tried):
+                if place not in taken or take(taken[place], tried):  # its planned node moves to another one
                     taken[place] = who
                     return True
         return False

@@ -1,13 +1,13 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
-States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters (frozen ones
-have only weights). Activations are an estimate of the tensors that autograd keeps for one micro-batch, in elements of a
-bytes for each token:
+States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters. Frozen
+parameters have only weights. Activations are an estimate of the tensors that autograd keeps for one micro-batch, as
+elements per token; an element has a bytes:
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
-    MoE         3 D + rows D + 4 F of the shared expert         rows at this rank for each own token
-                + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
-                + pairs (2 D + F) of LoRA experts               inputs of their adapters; 4 F of the frozen FFN above
+    MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
+                + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
+                + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared
                 + 12 C bytes in fp32                            router (C: the columns of all kinds)
                 + 4 D bytes in fp32 where a < 4                 router input; the same for zero-computation experts
     dense FFN   2 D + 4 F
@@ -41,22 +41,15 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank.
+    """Bytes on one rank."""
 
-    Attributes:
-        parameters, gradients, optimizer: fp32 states.
-        casts: Weights in the compute type during a micro-batch: all under DDP (autograd keeps each cast), two units under
-            FSDP2; none in fp32 under DDP.
-        activations: Estimate for one micro-batch.
-        exchange_bound: Send and receive buffers of one layer if every token goes to one rank; not part of any sum.
-    """
-
-    parameters: float
+    parameters: float  # fp32, like gradients and optimizer
     gradients: float
     optimizer: float
+    # Weights in the compute type during a micro-batch: none in fp32 under DDP, two units under FSDP2, else all.
     casts: float
-    activations: float
-    exchange_bound: float
+    activations: float  # estimate for one micro-batch
+    exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
 
     @property
     def total(self) -> float:
@@ -67,7 +60,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     """Memory of EP position `rank`.
 
     Args:
-        rows, pairs: Expected rows and (token, expert) pairs that the rank computes for each of its own tokens.
+        rows, pairs: Expected rows and (token, expert) pairs that the rank computes, divided by its number of own tokens.
     """
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
@@ -87,8 +80,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
-    """Parameters whose master values EP position `rank` holds. FSDP2 shards dense ones over all ranks and experts over edp,
-    but no routers."""
+    """Parameters whose master weights EP position `rank` holds. FSDP2 shards dense parameters over all ranks and experts
+    over edp. It does not shard routers."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
     dense, parallel = parts.total - parts.router - parts.experts, config.parallel
     if parallel.data != "fsdp2":
@@ -105,14 +98,13 @@ def trained_parameters(config: Config) -> float:
 
 
 def tuned_parameters(config: Config) -> float:
-    """Parameters of the trained routers of a run that trains only these; all layers have the same, and every rank holds
-    all."""
+    """Parameters of the trained routers in router tuning. All layers have equally many, and every rank holds all."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """Size of one checkpoint over all ranks: weights and moments in fp32. With adapters, without the base; if only routers
-    are trained, all weights and the moments of these routers."""
+    """Size of one checkpoint over all ranks: weights and moments in fp32. With adapters, the base is not saved. Router
+    tuning saves all weights, and the moments of the trained routers."""
     parts = parameters(config.model)
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
@@ -120,7 +112,7 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Maximum disk space of a run's checkpoints: those that are kept, and the one being written."""
+    """Maximum disk space of a run's checkpoints: `checkpoint.keep`, and the checkpoint that is being written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -135,7 +127,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is being gathered.
+    # FSDP2 keeps the root unit (embedding, output) gathered. It gathers the next layer while one layer computes.
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 
@@ -176,7 +168,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
 
 
 def _mean_ffn(model: ModelSection) -> float:
-    """FFN width of a mean pair under a uniform router and an even mix."""
+    """Mean FFN width of a (token, expert) pair, under a uniform router and an even token mix."""
     groups = expert_groups(model.moe)
     pairs = [group.expected_experts_per_token for group in groups]
     return sum(p * group.ffn_dim for p, group in zip(pairs, groups, strict=True)) / sum(pairs)

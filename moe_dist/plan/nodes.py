@@ -1,4 +1,4 @@
-"""Assigns ranks to nodes by the demands of their experts and by the fastest domain. Pure functions."""
+"""Assigns ranks to nodes: by the nodes that their groups need, and by the fastest interconnect domain. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,33 +10,21 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Demand:
-    """The node that a rank needs.
+    """Requirements of a rank for its node."""
 
-    Attributes:
-        feature, labels: Properties that the node must have.
-        owner: The group that needs the node for itself; '' for none.
-    """
-
-    feature: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    owner: str = ""
-
-    @property
-    def is_any(self) -> bool:
-        return self.feature is None and not self.labels and not self.owner
-
-
-ANY = Demand()
+    feature: str | None = None  # Slurm feature
+    labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
+    owner: str = ""  # the group that needs the whole node; '' if no group does
 
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
-    """Names of the groups with experts on a rank of any EP group."""
+    """Names of the groups that have experts on a rank. `rank` counts over all EP groups."""
     position = rank % placement.num_ranks
     return tuple(group.name for group in placement.groups if placement.local_experts(position, group))
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """The demand of each position of an EP group. Pinned groups share no rank, so none has two."""
+    """The demand of each rank of an EP group. A rank has at most one, because pinned groups share no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -51,17 +39,17 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain all form one block.
+    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all form one block.
 
     Args:
-        demand_of_position: For each position of an EP group.
+        demand_of_position: Demand of each rank of an EP group.
         edp: Number of EP groups.
-        capacity: Ranks on a node.
-        domain_nodes: Nodes in the fastest domain; None if none is declared.
+        capacity: Ranks of a node.
+        domain_nodes: Nodes of the fastest interconnect domain; None if no domain is declared.
 
     Returns:
-        For each node its demand and its ranks, in the order of their local ranks; nodes by their first rank within each
-        block.
+        Demand and ranks of each node. Ranks are in the order of their local ranks; the nodes of a block are in the order of
+        their first ranks.
 
     Raises:
         ConfigError: one EP group needs more nodes than a domain has.
@@ -87,16 +75,16 @@ def pack(
 def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Places ranks with a demand first, each kind on nodes of its own. The others fill the remaining room, if possible
-    beside ranks of their own EP group, and then nodes without a demand."""
+    """Places ranks with a demand first; nodes of different demands are separate. The other ranks then fill the free places,
+    first beside ranks of their own EP group, and last new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]
     for rank, demand in ranks:
-        if not demand.is_any:
+        if demand != Demand():
             _place(rank, demand, [node for node in nodes if node[0] == demand], nodes, capacity)
     for rank, demand in ranks:
-        if demand.is_any:
+        if demand == Demand():
             sharing = [node for node in nodes if not node[0].owner]
             sharing.sort(key=lambda node: all(other // ep != rank // ep for other in node[1]))
             _place(rank, demand, sharing, nodes, capacity)
@@ -110,8 +98,7 @@ def _place(
     nodes: list[tuple[Demand, list[int]]],
     capacity: int,
 ) -> None:
-    for _, held in allowed:
-        if len(held) < capacity:
-            held.append(rank)
-            return
-    nodes.append((demand, [rank]))
+    room = next((held for _, held in allowed if len(held) < capacity), None)
+    if room is None:
+        nodes.append((demand, room := []))
+    room.append(rank)

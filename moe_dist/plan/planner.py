@@ -1,11 +1,12 @@
-"""Estimates the cost of a placement for a measured token mix: pinned and interleaved side by side.
+"""Estimates the costs of pinned and interleaved placement for a measured token mix.
 
-All figures are expectations under a uniform router (the k choices of a token are a random subset of its group's n + m),
-with the same mix on every rank. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden width.
-"""
+All figures are expectations under a uniform router: the k choices of a token are a random subset of its group's n + m
+columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden
+width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import comb
 
 from rich.console import Console
@@ -21,47 +22,34 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """One placement and its expected cost, for one token of the mix over the whole EP group.
+    """One placement and its expected costs per token of the mix."""
 
-    Attributes:
-        name: Its policy.
-        placement: The map.
-        load_R: Weighted rows of each rank: pairs x ffn_dim. FLOPs of a forward pass are 6 D times this.
-        remote_R: Rows that each rank receives from the others, one for each distinct (token, rank).
-    """
-
-    name: str
+    name: str  # the policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]
-    remote_R: tuple[float, ...]
+    load_R: tuple[float, ...]  # pairs x ffn_dim on each rank; a forward pass takes 6 D times as many FLOPs
+    remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per distinct (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Upper bound of the throughput relative to an even spread: mean / max of the ranks' loads."""
+        """Upper bound of the throughput relative to evenly loaded ranks: mean / max of the ranks' loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Expected remote (token, rank) rows per token; each is 2 x D x itemsize bytes in forward, and again in
-        backward."""
+        """Rows per token between ranks. A row costs 2 x D x itemsize bytes in forward, and the same in backward."""
         return sum(self.remote_R)
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """The plans, and why one is missing.
+    """Pinned and interleaved placement of the same groups."""
 
-    Attributes:
-        plans: Pinned and interleaved, as far as possible.
-        missing: By policy, why it is not possible.
-    """
-
-    plans: tuple[PlacementPlan, ...]
-    missing: Mapping[str, str]
+    plans: tuple[PlacementPlan, ...]  # the possible ones of pinned and interleaved
+    missing: Mapping[str, str]  # by policy, the reason why it is not possible
 
     @property
     def fastest_compute(self) -> PlacementPlan | None:
-        """The plan whose busiest rank has least work; None on a tie."""
+        """The plan whose busiest rank has the least work; None on a tie."""
         return _least(self.plans, [max(plan.load_R) for plan in self.plans])
 
     @property
@@ -70,28 +58,28 @@ class PlanComparison:
         return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
 
     def verdict(self, *, itemsize: int = 2) -> str:
-        """A sentence that names the better plan and its advantage. `itemsize`: bytes of an element when sent."""
+        """A sentence that names the better plan and its advantage. `itemsize`: bytes of an element of a sent row."""
         if len(self.plans) < 2:
-            return "; ".join(f"{name} cannot be: {why}" for name, why in self.missing.items())
-        compute, comm_stats = self.fastest_compute, self.least_traffic
+            return "; ".join(f"{name} is not possible: {why}" for name, why in self.missing.items())
+        compute, traffic = self.fastest_compute, self.least_traffic
         words = [
             _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "less work"),
-            _gain("exchange", comm_stats, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
+            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
         ]
-        winners = {plan.name for plan in (compute, comm_stats) if plan}
+        winners = {plan.name for plan in (compute, traffic) if plan}
         if len(winners) == 1:
             words.append(f"{winners.pop()} wins")
-        elif compute and comm_stats:
-            words.append(_trade(compute, comm_stats, itemsize))
+        elif compute and traffic:
+            words.append(_trade(compute, traffic, itemsize))
         return "; ".join(words)
 
 
 def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
     """Expected load and traffic of a placement.
 
-    A token of a group with k of n + m choices reaches a rank with e of its experts with probability 1 - C(n + m - e, k) /
-    C(n + m, k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. It comes from another rank with probability
-    (R - 1) / R.
+    A token with k of n + m choices takes at least one of the e experts of a rank with probability 1 - C(n + m - e, k) /
+    C(n + m, k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token is on another rank with
+    probability (R - 1) / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
@@ -112,14 +100,14 @@ def _reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Share of the tokens in each group; without a mix all modalities count equally."""
+    """Share of the tokens in each group. Without a mix, all modalities have equally many tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Pinned (ranks divided by the planner) and interleaved for the same groups, ranks and mix; prefers neither."""
+    """Pinned and interleaved placement for the same groups, ranks and mix. The planner chooses the pinned ranks."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -144,8 +132,7 @@ def render(
 
     Args:
         policy: Policy of the chosen placement.
-        width: Columns of the text.
-        itemsize: Bytes of an element when sent.
+        itemsize: Bytes of an element of a sent row.
     """
     plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")
     ranks = Table(title=f"Placement: {policy}, {chosen.num_ranks} ranks an EP group", title_justify="left")
@@ -169,16 +156,12 @@ def render(
 
 
 def experts_text(placement: ExpertPlacement, rank: int) -> str:
-    """The experts of a rank in short: 'text/0-3 image/2'."""
+    """The experts of a rank as ranges: 'text/0-3 image/2'."""
     parts = []
     for group in placement.groups:
         local = [expert - group.first_expert for expert in placement.local_experts(rank, group)]
-        runs: list[list[int]] = []
-        for index in local:
-            if runs and runs[-1][-1] + 1 == index:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
+        # Consecutive experts have the same difference between index and position.
+        runs = [[index for _, index in run] for _, run in groupby(enumerate(local), lambda pair: pair[1] - pair[0])]
         spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
         parts += [f"{group.name}/{','.join(spans)}"] if spans else []
     return " ".join(parts) or "none"
@@ -193,22 +176,21 @@ def _least(plans: Sequence[PlacementPlan], costs: Sequence[float]) -> PlacementP
 def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[PlacementPlan, float]], unit: str) -> str:
     if winner is None:
         return f"{what}: both equal"
-    worst = max(cost for _, cost in costs)
-    best = min(cost for _, cost in costs)
+    best, worst = min(cost for _, cost in costs), max(cost for _, cost in costs)
     return f"{what}: {winner.name} has {1 - best / worst:.1%} {unit}" if worst else f"{what}: both equal"
 
 
-def _trade(compute: PlacementPlan, comm_stats: PlacementPlan, itemsize: int) -> str:
-    """A sentence that says when each of two plans is better.
+def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
+    """A sentence that says at which ratio of bandwidth to compute each plan is better.
 
-    For each token the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
+    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
     """
-    flops = 6 * (max(comm_stats.load_R) - max(compute.load_R))
-    data = 2 * itemsize * (max(compute.remote_R) - max(comm_stats.remote_R))
+    flops = 6 * (max(traffic.load_R) - max(compute.load_R))
+    data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))
     if data <= 0:
-        return f"{compute.name} wins: its busiest receiver has no more rows than {comm_stats.name}'s"
+        return f"{compute.name} wins: its busiest receiver has no more rows than {traffic.name}'s"
     ratio = data / flops * 1000
     return (
         f"{compute.name} wins where a rank's link moves more than {ratio:.3g} GB/s for each TFLOP/s it computes, "
-        f"{comm_stats.name} below that"
+        f"{traffic.name} below that"
     )

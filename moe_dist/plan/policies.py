@@ -1,11 +1,11 @@
-"""Makes the map of experts from a placement section: pinned, interleaved, explicit. A rank is a position in an EP group."""
+"""Makes the placement of experts from a placement section. A rank is a position in an EP group."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_dist.config.model_schema import MoESection
 from moe_dist.config.parallel_schema import ExplicitSection, PinnedSection, PlacementSection
+from moe_dist.config.section import did_you_mean, unknown_name
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
 
@@ -15,7 +15,7 @@ Mix = Mapping[str, int]
 
 
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
-    """The groups of a configuration as plain values, with their experts numbered."""
+    """The groups of a configuration as plain values, with the logical ids of their experts."""
     groups: list[ExpertGroup] = []
     first = 0
     for name, section in moe.groups.items():
@@ -37,18 +37,12 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
     return tuple(groups)
 
 
-def make_placement(
-    section: PlacementSection,
-    groups: Sequence[ExpertGroup],
-    *,
-    num_ranks: int,
-    token_mix: Mapping[str, int],
-) -> ExpertPlacement:
+def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
     """Places every expert by the section's policy.
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, for pinned groups without given ranks. Empty: all equal.
+        token_mix: Training tokens of each modality, by which ranks are divided among pinned groups. Empty: all equal.
 
     Raises:
         ConfigError: lists every fault of the section.
@@ -67,21 +61,21 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
     return ExpertPlacement(tuple(groups), tuple(tuple(sorted(rank)) for rank in slots))
 
 
-def replicated_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
-    """Placement of LoRA experts, which every rank holds: for counts of rows and bytes this is one rank with all of them."""
+def replicated_placement(groups: Groups) -> ExpertPlacement:
+    """Placement of LoRA experts: one rank with all experts, because every rank holds all of them and sends no rows."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 
-def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
-    """Weighted rows of a group: tokens of its modalities x expected experts per token x ffn_dim. Without a mix, 1 token."""
+def group_load(group: ExpertGroup, token_mix: Mix) -> float:
+    """Work of a group: tokens of its modalities x expected experts per token x ffn_dim. Without a mix, of 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
 
 def pinned_ranks(
-    section: PinnedSection, groups: Sequence[ExpertGroup], *, num_ranks: int, token_mix: Mapping[str, int]
+    section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks of each group: the given ones, and for the others a share of the free ranks proportional to their load.
+    """The ranks of each group: the given ranks, or else a part of the free ranks.
 
     Raises:
         ConfigError: lists every fault.
@@ -101,23 +95,23 @@ def pinned_ranks(
 
 
 def _pinned_problems(
-    section: PinnedSection, given: Mapping[str, tuple[int, ...]], groups: Sequence[ExpertGroup], num_ranks: int
+    section: PinnedSection, given: Mapping[str, tuple[int, ...]], groups: Groups, num_ranks: int
 ) -> list[str]:
     names = [group.name for group in groups]
     problems = [
-        f"placement.groups.{name}: no such group{_near(name, names)}" for name in section.groups if name not in names
+        f"placement.groups.{name}: {problem}" for name in section.groups if (problem := unknown_name("group", name, names))
     ]
     owner: dict[int, str] = {}
     for name, ranks in given.items():
         key = f"placement.groups.{name}.ranks={list(ranks)}"
         if outside := sorted({rank for rank in ranks if rank >= num_ranks}):
-            problems.append(f"{key}: {outside} out of range; an EP group has the ranks 0 to {num_ranks - 1} (parallel.ep)")
+            problems.append(f"{key}: {outside} out of range; take ranks below parallel.ep={num_ranks}, or raise it")
         if len(set(ranks)) != len(ranks):
-            problems.append(f"{key}: a rank stands twice; name each once")
+            problems.append(f"{key}: a rank is listed twice; name each rank once")
         if shared := sorted({rank for rank in ranks if owner.get(rank, name) != name}):
             problems.append(
-                f"{key}: {shared} already hold group {owner[shared[0]]!r}; pinned groups live on ranks of their own: "
-                "give other ranks, or use placement.policy=explicit, or interleaved"
+                f"{key}: {shared} already hold group {owner[shared[0]]!r}; pinned groups must not share ranks; give other "
+                "ranks, or set placement.policy=explicit or interleaved"
             )
         owner.update(dict.fromkeys(ranks, name))
     without = [name for name in names if name not in given]
@@ -125,15 +119,16 @@ def _pinned_problems(
     if len(without) > free:
         problems.append(
             f"placement.policy=pinned: {free} of parallel.ep={num_ranks} ranks are free for {len(without)} groups "
-            f"({', '.join(without)}), each needs one of its own; raise parallel.ep or use placement.policy=interleaved"
+            f"({', '.join(without)}), and each group needs a rank; raise parallel.ep, or set placement.policy=interleaved"
         )
     return problems
 
 
-def _shares(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> list[int]:
-    """Number of ranks of each group: one each, then repeatedly one more for the group whose busiest rank has most work.
+def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
+    """Number of ranks of each group: first one each, then one more for the group whose busiest rank has most work, and so
+    on.
 
-    This minimises the work of the busiest rank. Ranks stay free if every group has a rank for each expert already.
+    This minimises the work of the busiest rank. Ranks stay free once every group has as many ranks as experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)
@@ -159,11 +154,12 @@ def _pinned(section: PinnedSection, groups: Groups, num_ranks: int, token_mix: M
     return _placed(groups, slots)
 
 
-def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:
+def _explicit_slots(section: ExplicitSection, groups: Groups, num_ranks: int) -> Slots:
     problems: list[str] = []
     if len(section.slots) != num_ranks:
         problems.append(
-            f"placement.slots: lists {len(section.slots)} ranks, parallel.ep={num_ranks}; give one list a rank, [] for none"
+            f"placement.slots: lists {len(section.slots)} ranks, parallel.ep={num_ranks}; give one list per rank, [] for "
+            "none"
         )
     by_name = {group.name: group for group in groups}
     places: dict[int, list[int]] = {}
@@ -176,10 +172,10 @@ def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num
                 places.setdefault(expert, []).append(rank)
     labels = {expert: f"{g.name}/{i}" for g in groups for i, expert in enumerate(g.experts)}
     if missing := [label for expert, label in labels.items() if expert not in places]:
-        problems.append(f"placement.slots: no rank has {', '.join(missing)}; every expert needs one slot")
+        problems.append(f"placement.slots: no rank has {', '.join(missing)}; give each expert one slot")
     for expert, ranks in places.items():
         if len(ranks) > 1:
-            problems.append(f"placement.slots: {labels[expert]} stands on ranks {ranks}; give it one slot")
+            problems.append(f"placement.slots: {labels[expert]} is on ranks {ranks}; give it one slot")
     if problems:
         raise ConfigError(problems)
     slots: Slots = [[] for _ in range(num_ranks)]
@@ -189,16 +185,12 @@ def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num
 
 
 def _expert_id(name: str, groups: Mapping[str, ExpertGroup]) -> int | str:
-    """Logical id of 'group/index', or a description of its fault."""
+    """Logical id of an expert named 'group/index', or an error text."""
     group_name, _, index = name.rpartition("/")
     group = groups.get(group_name)
     if group is None:
-        return f"{name!r}: write 'group/index'{_near(group_name or name, groups)}"
+        near = did_you_mean(group_name or name, groups) or f"; the groups are {', '.join(groups)}"
+        return f"{name!r}: write 'group/index'{near}"
     if not index.isdecimal() or int(index) >= group.num_experts:
         return f"{name!r}: group {group_name!r} has the experts 0 to {group.num_experts - 1}"
     return group.first_expert + int(index)
-
-
-def _near(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; the groups are {', '.join(names)}"

@@ -102,10 +102,10 @@ class Attempt:
             LeaseError: from `check_lease`.
             CheckpointError: from `commit_needs`.
         """
-        self.check_lease()
         self.commit_needs()
         if self._lease is not None and self._folder is not None and self.last_step is not None:
-            self._folder.record_step(self._env.attempt_id, self.last_step(), self._lease)  # costs one small file
+            self._folder.record_step(self._env.attempt_id, self.last_step(), self._lease)  # costs one fsync
+        self.check_lease()  # last: nothing slow may lie between this check and the rename that follows
 
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""

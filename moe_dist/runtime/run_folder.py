@@ -237,9 +237,9 @@ class RunFolder:
         def check() -> None:
             lease.check()
             if self.has_verdict(attempt_id):  # a rank failed since: its verdict must not be replaced by this record
-                raise LeaseError(f"{self.path}: attempt {attempt_id} has ended")
+                raise FileExistsError(self._claim(attempt_id))
 
-        with contextlib.suppress(OSError, DataError, LeaseError):  # metrics.jsonl has the step, too
+        with contextlib.suppress(OSError, DataError):  # metrics.jsonl has the step, too
             record = self.read_status().of(attempt_id)
             if record is not None:
                 write_status(self.status_json, replace(record, last_step=step), before_rename=check)

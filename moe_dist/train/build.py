@@ -11,10 +11,8 @@ from torch.optim import Optimizer
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.config.balance_rules import active_targets, even_active
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.layers import ModelArgs
@@ -108,7 +106,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 def freeze(model: Transformer, config: Config) -> None:
     """Disables gradients of all parameters except those of `train.only`."""
     if config.router_tuning is not None:
-        freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
+        freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
         freeze_all_but(model, TRAINED_ROLES[config.train.only])
 
@@ -289,8 +287,8 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=partial(model_flops_per_token, config=config),
-        active_target=active_targets(config.model.moe),
-        even_active=even_active(config),
+        active_target=config.model.moe.active_targets,
+        even_active=config.even_active,
         checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

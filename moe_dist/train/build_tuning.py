@@ -7,7 +7,6 @@ import torch
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_rules import chosen_layers, no_task_gradient
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
@@ -24,9 +23,9 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     assert section is not None, "called where there is one"
     if mesh.rank == 0:
         print(f"router tuning, on each rank like this one: {savings(parallel)}")
-        if no_task_gradient(config):
+        if config.model.moe.no_task_gradient:
             print("router tuning: with top_k=1 and normalised weights cross entropy moves no router, the regulariser alone")
-    samples, layers = Samples(section.data), chosen_layers(section, config.model.moe_layers)
+    samples, layers = Samples(section.data), section.chosen_layers(config.model.moe_layers)
     stored = samples.manifest.layers
     chosen = Chosen(
         layers,

@@ -26,10 +26,10 @@ from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
+from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.base_weights import begin_on_base, load_base

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.config.balance_rules import active_targets
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import ResourceError
@@ -151,7 +150,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         placement,
         config.model.moe_layers,
         len(plan.manifest.modalities),
-        active_targets(config.model.moe),
+        config.model.moe.active_targets,
         mixture_of_depths=config.model.mixture_of_depths is not None,
     )
     owed = progress.owes_evaluation(config.evaluation.every, config.train.steps)

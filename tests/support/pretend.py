@@ -19,8 +19,8 @@ from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
-from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.rendezvous import shared_with_rank_0
+from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 
 PROGRAM = "-m tests.support.pretend"

@@ -8,17 +8,18 @@ from moe_dist.config.section import GroupName, Violation, WholeConfig, unknown_n
 
 
 class ActiveExpertsSection(ControllerSection):
-    """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
+    """Keep the mean number of true experts per token at a target by changing the bias (LongCat-Flash)."""
 
     kind: Literal["active_experts"] = "active_experts"
     target: dict[GroupName, PositiveFloat] = Field(min_length=1)
-    """True experts a token, by group; groups that are not named are left alone."""
+    """Target number of true experts per token, by group. The controller does not change groups that are not named."""
     rate: PositiveFloat
-    """Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."""
+    """Rate of the first step. A bias changes by rate x (target - load) / (k x n), a part of a probability."""
     decay_steps: PositiveInt | None = None
-    """Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."""
+    """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
     per: Literal["group", "expert"] = "group"
-    """The true experts of a group move together, or each by its own load, which evens them out as well."""
+    """group changes the biases of all true experts of a group by the same amount. expert changes each bias by that expert's
+    own load, which also balances the experts."""
 
     @property
     def targets(self) -> Mapping[str, float]:
@@ -34,13 +35,13 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any) -> str:
-    """Why the mean number of true experts per token cannot reach the target, with a fix; empty if it can."""
+    """The reason why the mean number of true experts per token cannot be the target, with a fix; empty if it can."""
     others = group.num_null + group.num_zero_computation
     least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
     if not others:
         return (
             "the group has neither null nor zero-computation experts, so that each token takes "
-            f"top_k={group.top_k} true ones; give it num_null, or leave it out of the target"
+            f"top_k={group.top_k} true experts; set num_null, or remove the group from the target"
         )
     if target > most:
         return (
@@ -49,7 +50,7 @@ def _unreachable(target: float, group: Any) -> str:
         )
     if target < least:
         return (
-            f"a token takes at least {least} true experts, since {group.top_k - least} of its top_k={group.top_k} choices "
-            "can be others (num_null and zero-computation ones); raise the target or num_null, or lower top_k"
+            f"a token takes at least {least} true experts, because at most {others} of its top_k={group.top_k} choices can "
+            "be null or zero-computation experts; raise the target or num_null, or lower top_k"
         )
     return ""

@@ -1,5 +1,3 @@
-"""The base of the sections of controllers."""
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +5,7 @@ from moe_dist.config.section import Section
 
 
 class ControllerSection(Section):
-    """How the load of a step moves the router's selection bias."""
+    """The rule by which the load of a step changes the router's selection bias."""
 
     kind: Any
 

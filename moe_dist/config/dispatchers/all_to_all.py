@@ -6,11 +6,12 @@ from moe_dist.config.dispatchers.base import DispatchSection
 
 
 class AllToAllDispatchSection(DispatchSection):
-    """One row for each (token, destination rank), whatever the number of experts it takes there."""
+    """Send one row per (token, destination rank), also if the token takes several experts on that rank."""
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False
-    """Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles the number of
-    expert GEMMs."""
+    """Compute own rows and the shared expert during the all-to-all of the other rows, in forward and backward. This doubles
+    the number of expert GEMMs."""
     chunks: PositiveInt = 1
-    """Ranges of tokens that a layer runs in: one is dispatched while the one before it is computed."""
+    """Number of chunks into which a layer cuts its tokens. The layer dispatches a chunk while it computes the previous
+    chunk."""

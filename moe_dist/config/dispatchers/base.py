@@ -1,4 +1,4 @@
-"""The base of the sections of dispatchers. Other code asks for these properties and never for the kind."""
+"""The base classes of the sections of dispatchers. Other code reads these properties and never compares the kind."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -6,16 +6,16 @@ from typing import Any, ClassVar
 from moe_dist.config.section import Section, Violation, WholeConfig
 
 KIND = "parallel.dispatch.kind"
-FIX = f"or take {KIND}=all_to_all"
+FIX = f"or set {KIND}=all_to_all"
 
 
 class DispatchSection(Section):
-    """How rows travel to the ranks of their experts and back."""
+    """The exchange that brings rows to the ranks of their experts and back."""
 
     kind: Any
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
-    source: ClassVar[str] = ""  # origin of these modules
+    source: ClassVar[str] = ""  # the project that these modules come from
 
     @property
     def name(self) -> str:
@@ -24,44 +24,54 @@ class DispatchSection(Section):
 
     @property
     def node_size(self) -> int | None:
-        """Ranks of a node, if EP groups are divided into nodes."""
+        """Number of ranks of a node; None if the dispatcher does not distinguish nodes."""
         return None
 
     def keywords(self) -> dict[str, Any]:
-        """The fields that the dispatcher's constructor takes."""
+        """Keyword arguments of the dispatcher's constructor."""
         return self.model_dump(exclude={"kind"})
 
 
 class KernelDispatchSection(DispatchSection):
-    """A dispatcher by the kernels of another project: bf16 rows on GPUs, in buffers of its own for one number of tokens."""
+    """A dispatcher with the GPU kernels of another project. Rows are bf16. Its buffers have room for one number of
+    tokens."""
 
     kernels: ClassVar[str]
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        parallel, name = config.parallel, self.name
-        if config.model.mixture_of_depths is not None:
-            problem = (
-                f"{name}: its buffers are made for one number of tokens, and with model.mixture_of_depths layers differ in "
-                f"it; take {KIND}=all_to_all, or set model.mixture_of_depths to null"
-            )
-            yield Violation((KIND, "model.mixture_of_depths"), problem)
-        if parallel.precision != "bf16":
-            problem = f"{name}: rows travel in bf16, but parallel.precision={parallel.precision}; set it to bf16, {FIX}"
-            yield Violation((KIND, "parallel.precision"), problem)
-        if parallel.device == "cpu":
-            problem = f"{name}: its kernels need GPUs, but parallel.device=cpu; set it to cuda, {FIX}"
-            yield Violation((KIND, "parallel.device"), problem)
-        if parallel.check_exchanges:
-            problem = (
-                f"{name}: parallel.check_exchanges cannot look into {self.kernels}'s exchanges; set it to false, {FIX}"
-            )
-            yield Violation((KIND, "parallel.check_exchanges"), problem)
-        if parallel.max_receive_rows is not None:
-            problem = (
-                f"{name}: {self.kernels} makes the receive buffer itself, so that "
-                f"parallel.max_receive_rows={parallel.max_receive_rows} cannot be kept; set it to null, {FIX}"
-            )
-            yield Violation((KIND, "parallel.max_receive_rows"), problem)
+        parallel = config.parallel
+        rules: tuple[tuple[bool, str, str], ...] = (
+            (
+                config.model.mixture_of_depths is not None,
+                "model.mixture_of_depths",
+                "its buffers have room for one number of tokens, and with model.mixture_of_depths this number differs "
+                f"between layers; set {KIND}=all_to_all, or model.mixture_of_depths to null",
+            ),
+            (
+                parallel.precision != "bf16",
+                "parallel.precision",
+                f"rows are sent in bf16, but parallel.precision={parallel.precision}; set it to bf16, {FIX}",
+            ),
+            (
+                parallel.device == "cpu",
+                "parallel.device",
+                f"its kernels need GPUs, but parallel.device=cpu; set it to cuda, {FIX}",
+            ),
+            (
+                parallel.check_exchanges,
+                "parallel.check_exchanges",
+                f"parallel.check_exchanges cannot see the rows that {self.kernels} sends; set it to false, {FIX}",
+            ),
+            (
+                parallel.max_receive_rows is not None,
+                "parallel.max_receive_rows",
+                f"{self.kernels} allocates the receive buffer itself, so that "
+                f"parallel.max_receive_rows={parallel.max_receive_rows} cannot bound it; set it to null, {FIX}",
+            ),
+        )
+        for broken, key, problem in rules:
+            if broken:
+                yield Violation((KIND, key), f"{self.name}: {problem}")
 
 
 def either(values: list[str]) -> str:

@@ -1,14 +1,14 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either
+from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection, either
 from moe_dist.config.section import Violation, WholeConfig
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # numbers of ranks for which DeepEP has kernel settings
 
 
 class DeepEPDispatchSection(KernelDispatchSection):
-    """DeepEP's kernels, where deep_ep is installed."""
+    """Use DeepEP's kernels; needs the package deep_ep."""
 
     kernels: ClassVar[str] = "DeepEP"
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep",)
@@ -20,14 +20,12 @@ class DeepEPDispatchSection(KernelDispatchSection):
         yield from super().violations_in(config)
         ep, router = config.parallel.ep, config.model.moe.router
         if ep not in SIZES:
-            problem = (
-                f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {either([*map(str, SIZES)])}, or "
-                f"take {KIND}=all_to_all"
-            )
+            sizes = either([*map(str, SIZES)])
+            problem = f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {sizes}, {FIX}"
             yield Violation((KIND, "parallel.ep"), problem)
         if not router.fixed_choices:
             problem = (
-                f"{self.name}: takes top_k choices of each token, and with {router.name} a token may be taken by any "
-                f"number of experts; take {KIND}=all_to_all"
+                f"{self.name}: needs top_k choices of each token, but with {router.name} any number of experts may take a "
+                f"token; set {KIND}=all_to_all"
             )
             yield Violation((KIND, "model.moe.router.kind"), problem)

@@ -8,22 +8,19 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class HierarchicalDispatchSection(DispatchSection):
-    """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
+    """Send one row per (token, destination node) between nodes, then one row per (token, rank) inside each node."""
 
     kind: Literal["hierarchical"] = "hierarchical"
-    ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
+    ranks_per_node: PositiveInt = Field(description="Number of consecutive ranks on one node. Must divide parallel.ep.")
 
     @property
     def node_size(self) -> int:
         return self.ranks_per_node
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        ep = config.parallel.ep
+        ep, key = config.parallel.ep, "parallel.dispatch.ranks_per_node"
         if ep % self.ranks_per_node == 0:
             return
-        near = [str(ranks) for ranks in range(1, ep + 1) if ep % ranks == 0]
-        problem = (
-            f"parallel.dispatch.ranks_per_node={self.ranks_per_node}: an EP group of parallel.ep={ep} ranks cannot be cut "
-            f"into nodes of so many; take {either(near)}, or another parallel.ep"
-        )
-        yield Violation(("parallel.dispatch.ranks_per_node", "parallel.ep"), problem)
+        divisors = either([str(ranks) for ranks in range(1, ep + 1) if ep % ranks == 0])
+        problem = f"{key}={self.ranks_per_node}: does not divide parallel.ep={ep}; take {divisors}, or change parallel.ep"
+        yield Violation((key, "parallel.ep"), problem)

@@ -6,7 +6,7 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class HybridEPDispatchSection(KernelDispatchSection):
-    """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
+    """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
 
     kernels: ClassVar[str] = "HybridEP"
     # HybridEP's extension is a separate module, which the main branch of DeepEP lacks.
@@ -16,19 +16,18 @@ class HybridEPDispatchSection(KernelDispatchSection):
     kind: Literal["hybrid_ep"] = "hybrid_ep"
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Further rules: rows that TMA can copy, multiples of 16 bytes, and more than one rank."""
         yield from super().violations_in(config)
         train, width = config.train, config.model.hidden_dim
         tokens = train.micro_batch * config.data.seq_len
         if config.parallel.ep == 1:
-            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise it, {FIX}"
+            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
             yield Violation((KIND, "parallel.ep"), problem)
-        if tokens % 4:
+        if tokens % 4:  # with `width % 16`: TMA copies multiples of 16 bytes
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
                 f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"
             )
             yield Violation((KIND, "train.micro_batch", "data.seq_len"), problem)
         if width % 16:
-            problem = f"{self.name}: rows must be a multiple of 16 wide, but model.hidden_dim={width}; change it, {FIX}"
+            problem = f"{self.name}: model.hidden_dim={width} must be a multiple of 16; change it, {FIX}"
             yield Violation((KIND, "model.hidden_dim"), problem)

@@ -1,17 +1,15 @@
-"""The base of the sections of experts."""
-
 from typing import Any, ClassVar
 
 from moe_dist.config.section import Section
 
 
 class ExpertsSection(Section):
-    """What a true expert is."""
+    """The module that a true expert is."""
 
     kind: Any
 
-    replicated: ClassVar[bool] = False  # every rank holds all: nothing is placed or sent
-    over_frozen_ffn: ClassVar[bool] = False  # adapters over one FFN per layer, which comes from the base
+    replicated: ClassVar[bool] = False  # every rank holds all experts, so that no expert is placed and no row is sent
+    over_frozen_ffn: ClassVar[bool] = False  # experts are adapters over one FFN per layer, which run.init_from brings
 
     @property
     def input_dropout(self) -> float:

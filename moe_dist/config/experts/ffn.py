@@ -4,6 +4,6 @@ from moe_dist.config.experts.base import ExpertsSection
 
 
 class FFNExpertsSection(ExpertsSection):
-    """Each true expert is an FFN of its own."""
+    """Each true expert is a separate SwiGLU FFN."""
 
     kind: Literal["ffn"] = "ffn"

@@ -1,41 +1,56 @@
+"""LoRA adapters: as experts over a frozen FFN, and on the attention; with the rules of `train.only=adapters`."""
+
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.experts.base import ExpertsSection
-from moe_dist.config.lora_schema import target_violations
-from moe_dist.config.section import Decay, Violation, WholeConfig
+from moe_dist.config.section import Decay, Section, Violation, WholeConfig
 
 EXPERTS = "model.moe.experts.kind"
-GUIDE = "docs/lora-experts.md"
 
 
-class LoRAExpertsSection(ExpertsSection):
-    """The true experts are LoRA adapters over one frozen FFN a layer, which every token passes (LLaVA-MoLE)."""
+class AdapterSection(Section):
+    """LoRA adapters on some projections."""
+
+    rank: PositiveInt = Field(description="Rank of each adapter (r).")
+    alpha: PositiveFloat = Field(description="The output of an adapter is scaled by alpha / rank.")
+    dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped in training.")
+    targets: Any
+
+    def violations(self) -> Iterator[Violation]:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            fix = "name each target once" if self.targets else "name at least one target, or remove the section"
+            yield Violation(("targets",), f"targets={list(self.targets)}: {fix}")
+
+
+class AttentionLoRASection(AdapterSection):
+    """LoRA adapters on the attention of every layer."""
+
+    targets: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
+    """Projections that have an adapter: queries, keys, values, output."""
+
+
+class LoRAExpertsSection(AdapterSection, ExpertsSection):
+    """The true experts are LoRA adapters over one frozen FFN per layer, which computes every token (LLaVA-MoLE)."""
 
     replicated: ClassVar[bool] = True
     over_frozen_ffn: ClassVar[bool] = True
 
     kind: Literal["lora"] = "lora"
-    rank: PositiveInt = Field(description="Rank of each expert's adapters (r).")
-    alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
-    dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")
     targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
-    """Projections of the FFN that have adapters; all share the token's route."""
+    """Projections of the FFN that have adapters. All adapters of an expert see the same tokens."""
     weight: Literal["probability", "straight_through", "published"] = "probability"
-    """Weight of a chosen expert: its probability p among all columns; p / p, whose value is 1 and whose gradient is p's; or
-    1 as published, where the task teaches the router nothing."""
+    """Weight of a chosen expert. probability: its probability p among all columns. straight_through: p / p, which is 1 and
+    has the gradient of p. published: 1, with which cross entropy does not train the router."""
 
     @property
     def input_dropout(self) -> float:
         return self.dropout
 
-    def violations(self) -> Iterator[Violation]:
-        return target_violations(self.targets)
-
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        if config.model.moe.router.softmax_top_k:  # else lora_rules reports it, for both kinds of adapters
+        if config.model.moe.router.softmax_top_k:  # adapter_violations reports other routers
             for rule in (_routing, _groups, _sharding):
                 yield from rule(config)
 
@@ -44,18 +59,17 @@ def _routing(config: WholeConfig) -> Iterator[Violation]:
     moe, key = config.model.moe, "model.moe.router"
     router = moe.router
     if router.normalise != "none":
-        yield Violation(
-            (f"{key}.normalise", EXPERTS),
-            f"{key}.normalise={router.normalise}: how LoRA experts are weighted is said by model.moe.experts.weight, over "
-            f"the softmax of all columns; set {key}.normalise=none",
+        problem = (
+            f"{key}.normalise={router.normalise}: model.moe.experts.weight sets the weights of LoRA experts, from the "
+            f"softmax over all columns; set {key}.normalise=none"
         )
+        yield Violation((f"{key}.normalise", EXPERTS), problem)
     if router.scale != 1.0:
-        problem = f"{key}.scale={router.scale:g}: the factor of LoRA experts is model.moe.experts.alpha; set {key}.scale=1"
+        problem = f"{key}.scale={router.scale:g}: LoRA experts are scaled by model.moe.experts.alpha; set {key}.scale=1"
         yield Violation((f"{key}.scale", EXPERTS), problem)
     if moe.capacity is not None:
         problem = (
-            "model.moe.capacity: LoRA experts are on every rank, where no load is too uneven, so that dropping pairs gains "
-            "nothing; set it to null"
+            "model.moe.capacity: every rank holds all LoRA experts, so that dropping pairs gains nothing; set it to null"
         )
         yield Violation(("model.moe.capacity", EXPERTS), problem)
 
@@ -65,41 +79,70 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
     widths = {name: group.ffn_dim for name, group in moe.groups.items()}
     if len(set(widths.values())) > 1:
         said = ", ".join(f"{name}: {width}" for name, width in widths.items())
-        problem = f"model.moe.groups: ffn_dim is {said}; all groups adapt the same FFN: give each the width of the base's"
+        problem = (
+            f"model.moe.groups: ffn_dim is {said}; all groups adapt the same FFN: give each group the width of the base"
+        )
         yield Violation(("model.moe.groups", EXPERTS), problem)
     for name, group in moe.groups.items():
         if group.num_identity or group.num_constant:
             problem = (
-                f"model.moe.groups.{name}: num_identity={group.num_identity}, num_constant={group.num_constant}: beside "
-                "LoRA experts the choice that costs nothing is a null expert, the frozen FFN alone; set both to 0"
+                f"model.moe.groups.{name}: num_identity={group.num_identity}, num_constant={group.num_constant}: with LoRA "
+                "experts a null expert already leaves the frozen FFN alone; set both to 0"
             )
             yield Violation((f"model.moe.groups.{name}", EXPERTS), problem)
     if moe.shared_ffn_dim:
-        problem = (
-            f"model.moe.shared_ffn_dim={moe.shared_ffn_dim}: the frozen FFN is what all tokens share, and the base has no "
-            "other; set it to 0"
-        )
+        problem = f"model.moe.shared_ffn_dim={moe.shared_ffn_dim}: the frozen FFN is the only shared expert; set it to 0"
         yield Violation(("model.moe.shared_ffn_dim", EXPERTS), problem)
 
 
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
     """LoRA experts are replicated: options that place or send experts do not apply."""
-    why = (
-        "LoRA experts are on every rank: sending a token to one would move rows of model.hidden_dim for products of rank r "
-        f"({GUIDE})"
-    )
+    parallel, dispatch = config.parallel, config.parallel.dispatch
+    unused = {"expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop"}
+    values = {name: getattr(parallel, name) for name in unused}
+    found = {f"parallel.{name}": f"={value}" for name, value in values.items() if value not in (unused[name], "auto")}
+    if dispatch.kind != "all_to_all" or dispatch.overlap or dispatch.chunks > 1:
+        found = {"parallel.dispatch": ""} | found
     if config.placement.policy != "interleaved":
-        problem = f"placement.policy={config.placement.policy}: {why}; leave placement out"
-        yield Violation(("placement", EXPERTS), problem)
-    parallel = config.parallel
-    if parallel.dispatch.kind != "all_to_all" or parallel.dispatch.overlap or parallel.dispatch.chunks > 1:
-        problem = f"parallel.dispatch: {why}; leave it out"
-        yield Violation(("parallel.dispatch", EXPERTS), problem)
-    unused: dict[str, Any] = {
-        "expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop",
-    }  # fmt: skip
-    for name, default in unused.items():
-        value = getattr(parallel, name)
-        if value not in (default, "auto"):
-            problem = f"parallel.{name}={value}: {why}; leave it out"
-            yield Violation((f"parallel.{name}", EXPERTS), problem)
+        found = {"placement": f".policy={config.placement.policy}"} | found
+    for key, value in found.items():
+        problem = "every rank holds all LoRA experts and sends no rows (docs/lora-experts.md); remove this key"
+        yield Violation((key, EXPERTS), f"{key}{value}: {problem}")
+
+
+def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
+    """Violated rules of adapters (LoRA experts, `model.attention_lora`) and of `train.only=adapters`."""
+    only, rules, there = config.train.only, config.run.init_rules, config.model.has_adapters
+    if there and only != "adapters":
+        problem = (
+            f"train.only={only or 'null'}: the weights under adapters (model.moe.experts.kind=lora, model.attention_lora) "
+            "are frozen, and only the adapters are saved; set train.only=adapters"
+        )
+        yield Violation(("train.only", EXPERTS, "model.attention_lora"), problem)
+    if only == "adapters" and not there:
+        problem = (
+            "train.only=adapters: the model has no adapters; set model.moe.experts to {kind: lora, ...} or "
+            "model.attention_lora, or set train.only=null"
+        )
+        yield Violation(("train.only", EXPERTS, "model.attention_lora"), problem)
+    if only == "adapters" and config.run.init_from is None:
+        problem = (
+            "train.only=adapters: the base is frozen, and run.init_from=null leaves it untrained; set run.init_from to a "
+            "checkpoint of the base (a run, or a folder that tools.import_hf made)"
+        )
+        yield Violation(("train.only", "run.init_from"), problem)
+    if only == "adapters" and rules != ("adapt",):
+        problem = f"run.init_rules={list(rules)}: a base under adapters is loaded unchanged; set run.init_rules=[adapt]"
+        yield Violation(("run.init_rules", "train.only"), problem)
+    if only != "adapters" and "adapt" in rules:
+        problem = "run.init_rules: adapt puts adapters on a frozen base; set train.only=adapters, or remove the rule"
+        yield Violation(("run.init_rules", "train.only"), problem)
+    if there and config.model.mixture_of_depths is not None:
+        problem = (
+            "model.mixture_of_depths: neither a frozen base nor adapters have mixture-of-depths routers; set it to null"
+        )
+        yield Violation(("model.mixture_of_depths", "train.only"), problem)
+    router = config.model.moe.router
+    if there and not router.softmax_top_k:
+        problem = f"{router.name}: adapters need a base with a top-k router; set model.moe.router.kind=top_k"
+        yield Violation(("model.moe.router.kind", "train.only"), problem)

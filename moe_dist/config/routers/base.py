@@ -1,4 +1,4 @@
-"""The base of the sections of routers. Other code asks for these capabilities and never for the kind."""
+"""The base class of the sections of routers. Other code reads these capabilities and never compares the kind."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal
 from moe_dist.config.section import Section, Violation, WholeConfig
 
 ROUTER = "model.moe.router"
-OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's zero-computation experts
+OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null and zero-computation experts
 
 
 class RouterSection(Section):
-    """How tokens choose experts.
+    """The rule by which tokens and experts are matched.
 
-    Defaults are those of a router where each token takes top_k columns of its group. Keys of one name mean the same in all
-    kinds: selection_bias, null_logit, normalise, scale, scope.
+    Defaults are those of a router with which each token takes top_k columns of its group. selection_bias, null_logit,
+    normalise, scale and scope mean the same in all kinds that have them.
     """
 
     kind: Any
@@ -21,8 +21,8 @@ class RouterSection(Section):
     softmax_top_k: ClassVar[bool] = False  # the choice is the plain top-k of one softmax over the group's columns
     experts_choose: ClassVar[bool] = False  # in training each expert takes tokens
     fixed_choices: ClassVar[bool] = True  # each token has top_k choices
-    needs_global_batch_info: ClassVar[bool] = False
-    only_true_experts: ClassVar[bool] = False  # there are neither null nor zero-computation experts
+    needs_global_batch_info: ClassVar[bool] = False  # the choice depends on a token's position in the batch of all ranks
+    only_true_experts: ClassVar[bool] = False  # the groups must have neither null nor zero-computation experts
 
     @property
     def name(self) -> str:
@@ -68,15 +68,15 @@ class RouterSection(Section):
         return None
 
     def counts_unknown(self) -> str:
-        """Why the pairs of each rank and expert are not known before routing, with a fix; empty if they are."""
-        return f"with {self.name} the tokens choose, so that it is not known"
+        """The reason why the pairs of each rank and expert are not known before routing; empty if they are known."""
+        return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
-        """Why the routing of a token in evaluation depends on other tokens, with a fix; empty if it does not."""
+        """The reason why a token's routing in evaluation depends on later tokens, with a fix; empty if it does not."""
         return ""
 
     def keywords(self) -> dict[str, Any]:
-        """The fields that the router's constructor takes."""
+        """Keyword arguments of the router's constructor."""
         return self.model_dump(exclude={"kind"})
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -89,8 +89,6 @@ class RouterSection(Section):
         for group, section in config.model.moe.groups.items() if self.only_true_experts else ():
             for key in OTHERS:
                 if count := getattr(section, key):
-                    problem = (
-                        f"model.moe.groups.{group}.{key}={count}: with {self.name} there are true experts alone; set it to "
-                        f"0, or {ROUTER}.kind=top_k"
-                    )
-                    yield Violation((f"model.moe.groups.{group}.{key}", f"{ROUTER}.kind"), problem)
+                    key = f"model.moe.groups.{group}.{key}"
+                    problem = f"{key}={count}: {self.name} needs true experts only; set it to 0, or {ROUTER}.kind=top_k"
+                    yield Violation((key, f"{ROUTER}.kind"), problem)

@@ -1,35 +1,33 @@
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any, ClassVar, Literal
 
 from moe_dist.config.routers.base import ROUTER, RouterSection
-from moe_dist.config.section import Decay, NonNegative, Violation, WholeConfig
+from moe_dist.config.section import Decay, NonNegative, Share, Violation, WholeConfig
 
 
 class ExpertChoiceRouterSection(RouterSection):
-    """Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself."""
+    """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # no expert may take a token at all
+    only_true_experts: ClassVar[bool] = True  # null experts have no use, because a token may stay without any expert
 
     kind: Literal["expert_choice"] = "expert_choice"
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / num_experts of the
-    group, so that a token is taken by top_k experts on average."""
+    capacity: Share | None = None
+    """Share of its group's tokens in the selection scope that each expert takes (c). null means top_k / num_experts of the
+    group, so that top_k experts take a token on average."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
-    """Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all ranks'. The latter
-    two exchange the router's logits in each layer."""
+    """Ranks whose tokens compete for an expert: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
+    world exchange the router's logits in each layer."""
     noise: NonNegative = 0.0
-    """Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 after
+    """Scale of the Gumbel-sigmoid noise on the logits in training: sigmoid(x + noise (G' - G'')). MoMa uses 1 after
     upcycling."""
     causal: Literal["threshold", "auxiliary"] | None = None
-    """How evaluation routes a token without looking at later ones: by thresholds that follow the k-th largest score, or by
-    auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them."""
+    """Routing in evaluation, which must not depend on later tokens. threshold: an expert takes tokens above a running mean
+    of its k-th largest score. auxiliary: auxiliary routers, which a second stage trains (train.only). Required."""
     threshold_decay: Decay = 0.99
-    """Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."""
+    """Decay per step of the running means that give the thresholds; they average over about 1 / (1 - decay) steps."""
 
     @property
     def has_auxiliary_routers(self) -> bool:
@@ -41,7 +39,7 @@ class ExpertChoiceRouterSection(RouterSection):
     def counts_unknown(self) -> str:
         if self.scope == "rank":
             return ""
-        return f"with {ROUTER}.scope={self.scope} it depends on the other ranks' scores, not with {ROUTER}.scope=rank"
+        return f"with {ROUTER}.scope={self.scope} they depend on the scores of other ranks; set {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
         if self.causal is not None:
@@ -62,24 +60,25 @@ class ExpertChoiceRouterSection(RouterSection):
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Losses for token choice do not apply: expert choice is balanced by construction, and its scores are not a softmax."""
+    """Expert choice is balanced by construction, and its scores are not a softmax: the losses of token choice do not
+    apply."""
     schedule = config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
             f"loss.balance.schedule={[list(pair) for pair in schedule]}: {section.name} with token-choice losses; each "
-            "expert takes its share of the tokens by itself: set loss.balance.schedule=[[0, 0]]"
+            "expert already takes its share of the tokens: set loss.balance.schedule=[[0, 0]]"
         )
         yield Violation(("loss.balance.schedule", f"{ROUTER}.kind"), problem)
     if config.loss.z:
         problem = (
-            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; the z-loss is of a softmax's logits, and "
-            "the scores are sigmoids: set loss.z=0"
+            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; the z-loss is for the logits of a "
+            "softmax, but expert choice uses sigmoids: set loss.z=0"
         )
         yield Violation(("loss.z", f"{ROUTER}.kind"), problem)
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """No expert may take more than all tokens, and no other capacity may be set."""
+    """No expert can take more than all tokens, and model.moe.capacity must not be set."""
     name = section.name
     for group_name, group in config.model.moe.groups.items():
         prefix = f"model.moe.groups.{group_name}"
@@ -91,8 +90,8 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
             yield Violation((f"{prefix}.top_k", f"{prefix}.num_experts", f"{ROUTER}.kind"), problem)
     if config.model.moe.capacity is not None:
         problem = (
-            f"model.moe.capacity: with {name} each expert takes its capacity and nothing is dropped; set "
-            f"model.moe.capacity to null, and {ROUTER}.capacity to the share that an expert takes"
+            f"model.moe.capacity: with {name} no pair is dropped; set model.moe.capacity to null, and use "
+            f"{ROUTER}.capacity for the share that an expert takes"
         )
         yield Violation(("model.moe.capacity", f"{ROUTER}.kind"), problem)
 
@@ -101,28 +100,27 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
     keys = (f"{ROUTER}.causal", "train.only")
     if section.causal is None:
         problem = (
-            f"{ROUTER}.causal=null: held-out evaluation would choose among tokens by later ones, which no use of the model "
-            f"knows; set {ROUTER}.causal=threshold, or auxiliary in a second stage"
+            f"{ROUTER}.causal=null: held-out evaluation would route a token by later tokens, which generation does not "
+            f"know; set {ROUTER}.causal=threshold, or auxiliary in a second stage"
         )
         yield Violation(keys[:1], problem)
     if section.causal == "auxiliary" and config.train.only is None:
         problem = (
-            f"{ROUTER}.causal=auxiliary: auxiliary routers are trained in a second stage, and train.only=null trains the "
-            f"rest; train first with {ROUTER}.causal=threshold, then start a run with train.only=auxiliary_routers and "
-            "run.init_from naming the first"
+            f"{ROUTER}.causal=auxiliary: auxiliary routers are trained in a second stage, but train.only=null trains all "
+            f"other weights; train first with {ROUTER}.causal=threshold, then start a run with "
+            "train.only=auxiliary_routers and run.init_from naming the first"
         )
         yield Violation(keys, problem)
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Known counts need the number of tokens beforehand: that of a whole micro-batch is known, that in a mixture-of-depths
-    layer is not."""
+    """In a mixture-of-depths layer, other ranks and the noise draws do not know which tokens reach the experts."""
     if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
         return
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"
     problem = (
         f"{ROUTER}.{said} with model.mixture_of_depths: which tokens reach the experts of such a layer is known "
-        f"in it alone; set {ROUTER}.scope=rank and {ROUTER}.noise=0, or model.mixture_of_depths to null"
+        f"only inside the layer; set {ROUTER}.scope=rank and {ROUTER}.noise=0, or model.mixture_of_depths to null"
     )
     yield Violation((f"{ROUTER}.scope", f"{ROUTER}.noise", "model.mixture_of_depths"), problem)
 
@@ -132,13 +130,13 @@ def _second_stage(section: ExpertChoiceRouterSection, config: WholeConfig) -> It
         return
     if config.run.init_from is None:
         problem = (
-            f"train.only={config.train.only}: freezes the model, and run.init_from=null leaves it untrained; set "
+            f"train.only={config.train.only}: the model is frozen, and run.init_from=null leaves it untrained; set "
             "run.init_from to the run of the first stage"
         )
         yield Violation(("train.only", "run.init_from"), problem)
     if section.noise:
         problem = (
             f"{ROUTER}.noise={section.noise:g}: the auxiliary routers of train.only={config.train.only} would learn "
-            f"choices that the noise made; set {ROUTER}.noise=0"
+            f"choices that the noise caused; set {ROUTER}.noise=0"
         )
         yield Violation(("train.only", f"{ROUTER}.noise"), problem)

@@ -12,15 +12,17 @@ class GroupLimitedRouterSection(RouterSection):
 
     kind: Literal["group_limited"] = "group_limited"
     n_group: PositiveInt = 1
-    """Node groups that each group's true experts are cut into, in order. Null and zero-computation experts lie in none."""
+    """Number of node groups into which the true experts of each group are divided, in order. Null and zero-computation
+    experts belong to no node group."""
     topk_group: PositiveInt = 1
-    """Node groups whose experts a token may take: those with the largest sums of their two best scores."""
+    """Number of node groups whose experts a token may take. A token uses the node groups with the largest sums of their two
+    best scores."""
     normalise: Literal["true_chosen", "none"] = "true_chosen"
-    """Routing weights are the sigmoids of the chosen experts over their sum, null ones left out, or the sigmoids as they
-    are."""
-    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight (routed_scaling_factor).")
+    """Routing weights. true_chosen: the sigmoids of the chosen experts without null experts, divided by their sum. none:
+    the sigmoids themselves."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight (routed_scaling_factor).")
     selection_bias: bool = True
-    """Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."""
+    """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance moves it."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
@@ -35,9 +37,9 @@ class GroupLimitedRouterSection(RouterSection):
             key, size = f"model.moe.groups.{name}", group.num_experts // self.n_group
             if group.num_experts % self.n_group or (self.n_group > 1 and size < 2):
                 problem = (
-                    f"{ROUTER}.n_group={self.n_group}: {key}.num_experts={group.num_experts} must make node groups of one "
-                    f"size, 2 experts at least; take a divisor of it up to {max(1, group.num_experts // 2)}, or other "
-                    "experts"
+                    f"{ROUTER}.n_group={self.n_group}: {key}.num_experts={group.num_experts} must divide into node groups "
+                    f"of equal size with at least 2 experts; take a divisor of it up to {max(1, group.num_experts // 2)}, "
+                    "or another num_experts"
                 )
                 yield Violation((f"{ROUTER}.n_group", f"{key}.num_experts"), problem)
                 continue

@@ -1,11 +1,9 @@
-"""The base of the sections of sinks."""
-
 from typing import Any
 
 from moe_dist.config.section import Section
 
 
 class SinkSection(Section):
-    """Where records go."""
+    """A destination of the records of a run."""
 
     kind: Any

@@ -6,7 +6,7 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class ConsoleSinkSection(SinkSection):
-    """Progress bar on a terminal, plain lines elsewhere."""
+    """Show a progress bar on a terminal, and print plain lines if there is no terminal."""
 
     kind: Literal["console"] = "console"
-    every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")
+    every: PositiveInt = Field(default=10, description="Steps between two plain lines.")

@@ -6,8 +6,9 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class JsonlSinkSection(SinkSection):
-    """metrics.jsonl in the run folder, one record a step."""
+    """Write one record per step to metrics.jsonl in the run folder."""
 
     kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = 1
-    """Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line."""
+    """Steps between two records that include how often each expert was chosen. These counts take 70 KB per record for 64
+    layers of 128 experts."""

@@ -5,8 +5,8 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class PrometheusSinkSection(SinkSection):
-    """A textfile for Prometheus' node exporter, replaced at each step."""
+    """Write the latest values to a textfile for Prometheus' node exporter; each step replaces the file."""
 
     kind: Literal["prometheus"] = "prometheus"
     path: PathText | None = None
-    """Textfile to replace at each step; default metrics.prom in the run folder."""
+    """Path of the textfile; null means metrics.prom in the run folder."""

@@ -6,7 +6,7 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class TensorBoardSinkSection(SinkSection):
-    """TensorBoard event files in the run folder."""
+    """Write TensorBoard event files to the run folder."""
 
     kind: Literal["tensorboard"] = "tensorboard"
-    pictures_every: PositiveInt = Field(default=100, description="Steps between heat maps and histograms.")
+    pictures_every: PositiveInt = Field(default=100, description="Steps between two sets of heat maps and histograms.")

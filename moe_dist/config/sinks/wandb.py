@@ -6,8 +6,9 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class WandbSinkSection(SinkSection):
-    """Weights & Biases."""
+    """Send records to Weights & Biases."""
 
     kind: Literal["wandb"] = "wandb"
-    project: str = Field(description="Project in wandb.")
-    mode: Literal["online", "offline"] = Field(default="online", description="offline writes to the run folder only.")
+    project: str = Field(description="Name of the Weights & Biases project.")
+    mode: Literal["online", "offline"] = "online"
+    """online sends records over the network; offline writes them to the run folder only."""

@@ -65,4 +65,4 @@ def openmoji_families() -> dict[str, str]:
     """
     from moe_dist.data.corpus_openmoji import openmoji
 
-    return {caption: picture.family for picture in openmoji().pictures for caption in picture.captions}
+    return {caption: picture.family for picture in openmoji().items for caption in picture.captions}

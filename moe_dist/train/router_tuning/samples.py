@@ -12,16 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.data_digest import sampled_digest
-from moe_dist.config.tuning_manifest import (
-    ARRAYS,
-    MANIFEST_FILE,
-    TuningManifest,
-    file_problems,
-    load_tuning_manifest,
-    open_array,
-    write_tuning_manifest,
-)
+from moe_dist.config.manifest import MANIFEST_FILE, write_manifest
+from moe_dist.config.split_files import sampled_digest
+from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest, file_problems, load_tuning_manifest, open_array
 from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.runtime.files import make_writable
 
@@ -146,7 +139,7 @@ def write_samples(
             }
         )
         manifest = TuningManifest.model_validate_json(manifest.model_dump_json(warnings=False))
-        write_tuning_manifest(manifest, folder)
+        write_manifest(manifest, folder)
         refuse_existing(out)
         folder.rename(out)
     except OSError as error:

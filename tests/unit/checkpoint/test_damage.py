@@ -17,8 +17,8 @@ from moe_dist.checkpoint.index import shard_file
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
-from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.manifest import load_manifest
+from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage

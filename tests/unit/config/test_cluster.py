@@ -84,8 +84,8 @@ def test_times_as_slurm_writes_them(time: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--nodes=3", "options: --nodes=3: the launcher says that; use the other keys"),
-        ("--gres", "options: --gres: the launcher says that"),
+        ("--nodes=3", "options: --nodes=3: the launcher sets these options; use the other keys"),
+        ("--gres", "options: --gres: the launcher sets these options"),
         ("-N3", "options.0='-N3': must be text that matches"),
         ("--mem = 0", "options.0='--mem = 0': must be"),
     ],

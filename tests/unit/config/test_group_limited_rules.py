@@ -34,7 +34,7 @@ def test_sound_ones_pass(router: dict[str, Any]) -> None:
             "lower it",
         ),
         ({"n_group": 3}, "model.moe.router.n_group=3: model.moe.groups.text.num_experts=8", "take a divisor of it up to 4"),
-        ({"n_group": 4}, "n_group=4: model.moe.groups.image.num_experts=4 must make node groups", "up to 2"),
+        ({"n_group": 4}, "n_group=4: model.moe.groups.image.num_experts=4 must divide into node groups", "up to 2"),
         (
             {"n_group": 4, "topk_group": 1},
             "model.moe.groups.text.top_k=5: with model.moe.router.topk_group=1 of 4 node groups a token has 4 columns",

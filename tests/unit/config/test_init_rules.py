@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.init_rules import identity_choices, init_violations, source_problems
+from moe_dist.config.init_rules import identity_choices, source_problems
+from moe_dist.config.load import rule_violations
 from tests.reference.layer import choose
 from tests.support.tiny import tiny_config
 
@@ -70,7 +71,7 @@ def source(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
-    assert not list(init_violations(config(tmp_path)))
+    assert not list(rule_violations(config(tmp_path)))
     assert source_problems(config(tmp_path), source()) == []
     assert source_problems(config(tmp_path), source(router__normalise="all_chosen")) == []
     plain = config(tmp_path, model__moe__router={"normalise": "true_all"})
@@ -80,12 +81,12 @@ def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("here", "trained", "fault"),
     [
-        ({}, {"router__kind": "sigmoid_top_k"}, "with a router of kind sigmoid_top_k copies of true rows do not leave"),
-        ({}, {"router__kind": "group_limited"}, "choices limited to groups of experts"),
+        ({}, {"router__kind": "sigmoid_top_k"}, "with a router of kind sigmoid_top_k copies of true rows change"),
+        ({}, {"router__kind": "group_limited"}, "node groups and experts that choose"),
         ({}, {"router__selection_bias": True}, "chooses by softmax + bias"),
-        ({}, {"router__normalise": "none"}, "model.moe.router.normalise=true_chosen: the checkpoint's none gives its "
-         "weights from true experts alone, since it has no null ones; take true_all"),
-        ({}, {"router__scale": 2.5}, "model.moe.router.scale=1: the checkpoint's is 2.5; take that"),
+        ({}, {"router__normalise": "none"}, "model.moe.router.normalise=true_chosen: the weights of the checkpoint's "
+         "none come from true experts only, because it has no null experts; take true_all"),
+        ({}, {"router__scale": 2.5}, "model.moe.router.scale=1: the checkpoint has scale=2.5; take it"),
         ({}, {"groups__text__top_k": 1}, "model.moe.groups.text.top_k=4: with num_null=3 copies of 3 true rows, a token "
          "takes the checkpoint's 1 true experts only for top_k from 1 to 2; take one of these, or another num_null"),
         ({"model__moe__groups__image__top_k": 4}, {}, "image.top_k=4: with num_null=4 copies of 2 true rows"),
@@ -105,17 +106,17 @@ def test_what_would_not_begin_as_it_was_is_refused(
     ("changes", "fault"),
     [
         ({"run__init_from": None}, "set run.init_from"),
-        ({"run__init_rules": ["upcycle", "upcycle"]}, "stands there twice"),
+        ({"run__init_rules": ["upcycle", "upcycle"]}, "lists a rule twice"),
         ({"model__moe__groups__text__num_null": 4}, "num_null=4 is no multiple of num_experts=3"),
         ({"model__moe__router": {"null_logit": "single"}}, "null_logit=single has one null row"),
         ({"model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
-         "with a router of kind expert_choice copies of true rows do not leave"),
+         "with a router of kind expert_choice copies of true rows change"),
         ({"model__moe__router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.0, 1.0], "image": [1.0, 1.0]}}},
-         "with a router of kind scheduled_top_k copies of true rows do not leave"),
+         "with a router of kind scheduled_top_k copies of true rows change"),
         ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
         ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
           "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),
     ],
 )  # fmt: skip
 def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
-    assert any(fault in relation.problem for relation in init_violations(config(tmp_path, **changes)))
+    assert any(fault in relation.problem for relation in rule_violations(config(tmp_path, **changes)))

@@ -117,7 +117,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["trian.steps=5"], "trian.steps: unknown key; did you mean train.steps?"),
         (["train.lr=5"], "train.lr: unknown key; did you mean optimizer.lr?"),
         (["model.moe.groups.text.topk=1"], "did you mean model.moe.groups.text.top_k?"),
-        (["placement.slots=[[text/0]]"], "placement.slots: goes with policy: explicit"),
+        (["placement.slots=[[text/0]]"], "placement.slots: belongs to policy: explicit"),
         (
             ["placement.policy=pined"],
             "placement.policy='pined'; must be one of 'interleaved', 'pinned', 'explicit'; did you",
@@ -224,7 +224,7 @@ def test_a_draft_keeps_what_can_be_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("run: {name: a}\nrun: {name: b}\n", "'run' stands in line 1 and again in line 2"),
+        ("run: {name: a}\nrun: {name: b}\n", "'run' is in line 1 and again in line 2"),
         ("run: {name: a\n", "while parsing"),
         ("- 1\n", "must be a mapping of sections"),
         ("just text", "must be a mapping of sections"),

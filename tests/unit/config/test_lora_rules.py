@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.experts.lora import LoRAExpertsSection
+from moe_dist.config.experts.lora import AttentionLoRASection, LoRAExpertsSection
 from moe_dist.config.load import load_config
-from moe_dist.config.lora_schema import AttentionLoRASection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.model.attention_lora import AttentionLoRA
@@ -54,39 +53,39 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
 @pytest.mark.parametrize(
     ("changes", "text", "way_out"),
     [
-        ({**SOUND, "train.only": None}, "train.only=null: what lies under adapters", "set train.only=adapters"),
-        ({**ATTENTION, "train.only": None}, "train.only=null: what lies under adapters", "set train.only=adapters"),
+        ({**SOUND, "train.only": None}, "train.only=null: the weights under adapters", "set train.only=adapters"),
+        ({**ATTENTION, "train.only": None}, "train.only=null: the weights under adapters", "set train.only=adapters"),
         ({**SOUND, "run.init_from": None}, "run.init_from=null leaves it untrained", "set run.init_from to a checkpoint"),
-        ({**SOUND, "run.init_rules": []}, "run.init_rules=[]: the base under adapters", "set run.init_rules=[adapt]"),
-        ({**SOUND, "run.init_rules": ["adapt", "upcycle"]}, "under adapters the base stays", "leave the other rules out"),
+        ({**SOUND, "run.init_rules": []}, "run.init_rules=[]: a base under adapters", "set run.init_rules=[adapt]"),
+        ({**SOUND, "run.init_rules": ["adapt", "upcycle"]}, "under adapters the base stays", "remove the other rules"),
         ({"train.only": "adapters", "run.init_from": "x", "run.init_rules": ["adapt"]},
-         "train.only=adapters: the model has none", "set model.moe.experts to {kind: lora, ...} or model"),
-        ({"run.init_from": "x", "run.init_rules": ["adapt"]}, "adapt puts adapters on a frozen base", "leave the rule out"),
+         "train.only=adapters: the model has no adapters", "set model.moe.experts to {kind: lora, ...} or model"),
+        ({"run.init_from": "x", "run.init_rules": ["adapt"]}, "adapt puts adapters on a frozen base", "remove the rule"),
         ({**SOUND, "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
           "loss.balance.schedule": [[0, 0.0]]},
-         "model.moe.router.kind=expert_choice: adapters stand on a base whose tokens", "set model.moe.router.kind=top_k"),
+         "model.moe.router.kind=expert_choice: adapters need a base", "set model.moe.router.kind=top_k"),
         ({**ATTENTION, "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
           "loss.balance.schedule": [[0, 0.0]]},
-         "model.moe.router.kind=expert_choice: adapters stand on a base whose tokens", "set model.moe.router.kind=top_k"),
+         "model.moe.router.kind=expert_choice: adapters need a base", "set model.moe.router.kind=top_k"),
         ({**SOUND, "model.moe.router": {}}, "router.normalise=true_chosen", "set model.moe.router.normalise=none"),
         ({**SOUND, "model.moe.router": {"normalise": "none", "scale": 2.0}}, "model.moe.router.scale=2",
          "set model.moe.router.scale=1"),
-        ({**SOUND, "model.moe.capacity": {"factor": 1.0}}, "model.moe.capacity: LoRA experts are on every rank",
+        ({**SOUND, "model.moe.capacity": {"factor": 1.0}}, "model.moe.capacity: every rank holds all LoRA experts",
          "set it to null"),
         ({**SOUND, "model.moe.groups": {**GROUPS, "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24}}},
-         "ffn_dim is text: 16, image: 24; all groups adapt the same FFN", "give each the width of the base's"),
+         "ffn_dim is text: 16, image: 24; all groups adapt the same FFN", "give each group the width of the base"),
         ({**SOUND, "model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_identity": 1}}},
          "model.moe.groups.text: num_identity=1", "set both to 0"),
         ({**SOUND, "model.moe.shared_ffn_dim": 8}, "model.moe.shared_ffn_dim=8", "set it to 0"),
-        ({**SOUND, "placement.policy": "pinned"}, "placement.policy=pinned: LoRA experts are on every rank",
-         "leave placement out"),
-        ({**SOUND, "parallel.dispatch": {"kind": "all_to_all", "overlap": True}}, "parallel.dispatch: LoRA experts are on",
-         "leave it out"),
-        ({**SOUND, "parallel.expert_pair_budget": 10}, "parallel.expert_pair_budget=10: LoRA experts", "leave it out"),
-        ({**SOUND, "parallel.check_exchanges": True}, "parallel.check_exchanges=True: LoRA experts", "leave it out"),
+        ({**SOUND, "placement.policy": "pinned"}, "placement.policy=pinned: every rank holds all LoRA experts",
+         "remove this key"),
+        ({**SOUND, "parallel.dispatch": {"kind": "all_to_all", "overlap": True}}, "parallel.dispatch: every rank holds all",
+         "remove this key"),
+        ({**SOUND, "parallel.expert_pair_budget": 10}, "parallel.expert_pair_budget=10: every rank", "remove this key"),
+        ({**SOUND, "parallel.check_exchanges": True}, "parallel.check_exchanges=True: every rank", "remove this key"),
         (
             {**SOUND, "model.mixture_of_depths": {"capacity": 0.5}},
-            "model.mixture_of_depths: a frozen base",
+            "model.mixture_of_depths: neither a frozen base",
             "set it to null",
         ),
     ],
@@ -105,8 +104,8 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], text: str, way_ou
         ("model.moe.experts.alpha=-1", "model.moe.experts.alpha=-1"),
         ("model.moe.experts.dropout=1", "model.moe.experts.dropout=1"),
         ("model.moe.experts.targets=[gate, q]", "model.moe.experts.targets.1='q'"),
-        ("model.moe.experts.targets=[]", "model.moe.experts: targets=[]: name one at least"),
-        ("model.attention_lora.targets=[q, q]", "model.attention_lora: targets=['q', 'q']: name each once"),
+        ("model.moe.experts.targets=[]", "model.moe.experts: targets=[]: name at least one target"),
+        ("model.attention_lora.targets=[q, q]", "model.attention_lora: targets=['q', 'q']: name each target once"),
         ("model.attention_lora.targets=[query]", "model.attention_lora.targets.0='query'"),
         ("model.moe.experts.weight=hard", "model.moe.experts.weight='hard'"),
         ("model.moe.experts.kind=dora", "model.moe.experts.kind='dora'"),

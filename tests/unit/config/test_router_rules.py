@@ -57,7 +57,7 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ({"loss.z": 1e-3}, "loss.z=0.001: model.moe.router.kind=expert_choice with token-choice losses", "set loss.z=0"),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
-            "model.moe.groups.text.num_null=2: with model.moe.router.kind=expert_choice there are true experts alone",
+            "model.moe.groups.text.num_null=2: model.moe.router.kind=expert_choice needs true experts only",
             "set it to 0, or model.moe.router.kind=top_k",
         ),
         (
@@ -72,7 +72,7 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ),
         (
             {"model.moe.router": {"kind": "expert_choice"}},
-            "model.moe.router.causal=null: held-out evaluation would choose among tokens by later ones",
+            "model.moe.router.causal=null: held-out evaluation would route a token by later tokens",
             "set model.moe.router.causal=threshold",
         ),
         (
@@ -127,8 +127,8 @@ def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_
 
 def test_dispatchers_that_cannot_take_it_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     for router_set, dispatch, fault in (
-        ("rank", "deep_ep", "a token may be taken by any number of experts"),
-        ("world", "known_counts", "model.moe.router.scope=world it depends on the other ranks' scores"),
+        ("rank", "deep_ep", "any number of experts may take a token"),
+        ("world", "known_counts", "model.moe.router.scope=world they depend on the scores of other ranks"),
     ):
         router = {"kind": "expert_choice", "causal": "threshold", "scope": router_set}
         changes = {**SOUND, "model.moe.router": router, "parallel.dispatch": {"kind": dispatch}}

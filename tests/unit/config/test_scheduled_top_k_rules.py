@@ -36,10 +36,10 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        (active_experts(text=[1.0, 1.0]), "active_experts names text; model.moe.groups are text, image: name each of them"),
+        (active_experts(text=[1.0, 1.0]), "active_experts names text; model.moe.groups are text, image: name each group"),
         (
             active_experts(text=[1.0], image=[1.0, 1.0]),
-            "active_experts.text has 1 numbers for 2 MoE layers: give one for each",
+            "active_experts.text has 1 numbers for 2 MoE layers: give one number for each layer",
         ),
         (
             active_experts(text=[1.0, 2.5], image=[1.0, 1.0]),
@@ -47,17 +47,17 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
         ),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
-            "model.moe.groups.text.num_null=2: with model.moe.router.kind=scheduled_top_k there are true experts alone",
+            "model.moe.groups.text.num_null=2: model.moe.router.kind=scheduled_top_k needs true experts only",
         ),
         (
             {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
-            "active_experts.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers "
+            "active_experts.text=[1.5, 2.0] with model.mixture_of_depths: a draw per token is impossible in the layers "
             "[0], which compute some",
         ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=scheduled_top_k has no auxiliary routers"),
         (
             {"parallel.dispatch": {"kind": "known_counts"}},
-            "with model.moe.router.kind=scheduled_top_k the tokens choose, so that it is not known",
+            "with model.moe.router.kind=scheduled_top_k the tokens choose",
         ),
     ],
 )

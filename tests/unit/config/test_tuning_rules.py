@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.load import resolved_yaml
+from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
-from moe_dist.config.tuning_rules import check_tuning_data, chosen_layers, model_problems, tuning_violations
+from moe_dist.config.tuning_rules import check_tuning_data, model_problems
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import check
@@ -45,13 +45,13 @@ def tuned(**changes: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
-    assert not list(tuning_violations(config(changes)))
-    assert not list(tuning_violations(tiny_config(Path("none"), Path("runs"))))
+    assert not list(rule_violations(config(changes)))
+    assert not list(rule_violations(tiny_config(Path("none"), Path("runs"))))
 
 
 def test_chosen_layers() -> None:
     def chosen(**section: Any) -> tuple[int, ...]:
-        return chosen_layers(RouterTuningSection(data="x", **section), (1, 3, 5, 7))
+        return RouterTuningSection(data="x", **section).chosen_layers((1, 3, 5, 7))
 
     assert chosen(last_layers=2) == (5, 7)
     assert chosen(last_layers=4) == (1, 3, 5, 7)
@@ -69,34 +69,34 @@ def test_chosen_layers() -> None:
             "run.init_from=null: router_tuning tunes a trained model",
             "the run that router_tuning.data",
         ),
-        ({"run.init_rules": ["upcycle"]}, "run.init_rules=['upcycle']: makes another model", "leave them out"),
+        ({"run.init_rules": ["upcycle"]}, "run.init_rules=['upcycle']: they change the model", "remove the rules"),
         ({"loss.z": 0.1}, "loss.z=0.1: router_tuning has no z-loss", "set it to 0"),
-        ({"run.keep_position": True}, "run.keep_position=true: router_tuning reads samples", "set it to false"),
+        ({"run.keep_position": True}, "run.keep_position=true: router_tuning reads other data", "set it to false"),
         ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "tune a run with kind=top_k"),
         ({"model.moe.router": FIXED}, "model.moe.router.kind=scheduled_top_k: router_tuning", "tune a run with kind=top_k"),
         (
             {"model.mixture_of_depths": {"capacity": 0.5}},
-            "model.mixture_of_depths: a token that a layer passes by",
+            "model.mixture_of_depths: a token that skips a layer",
             "needs model.mixture_of_depths=null",
         ),
         (
             {"model.moe.router": {"selection_bias": True}, "model.moe.balance": [{"kind": "loss_free"}]},
-            "model.moe.balance: its controllers would move selection biases",
+            "model.moe.balance: controllers would change the selection biases",
             "set it to []",
         ),
-        (tuned(last_layers=5), "router_tuning.last_layers=5: the model has 2 MoE layers", "take no more"),
+        (tuned(last_layers=5), "router_tuning.last_layers=5: the model has 2 MoE layers", "take at most all"),
         (tuned(layers=[1, 2]), "router_tuning.layers=[1, 2]: layers [2] hold no experts", "some of [0, 1], each once"),
-        (tuned(layers=[1, 1]), "router_tuning.layers=[1, 1]: a layer stands there twice", "each once"),
+        (tuned(layers=[1, 1]), "router_tuning.layers=[1, 1]: a layer is listed twice", "each once"),
         (
             {**tuned(weight=0.0), "model.moe.groups": ONE},
-            "router_tuning.weight=0: with normalised weights (kind: top_k, normalise: true_chosen",
+            "router_tuning.weight=0: with top_k=1 and normalised weights (kind: top_k, normalise: true_chosen",
             "set router_tuning.weight above 0",
         ),
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_each_rule_is_named_with_its_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
-    problems = [relation.problem for relation in tuning_violations(config(changes))]
+    problems = [relation.problem for relation in rule_violations(config(changes))]
     assert any(text in fault and way_out in fault for fault in problems), problems
 
 
@@ -136,8 +136,8 @@ def test_a_folder_that_fits_passes(made: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "section", "text"),
     [
-        ({}, {"neighbours": {"k": 4}}, "it has 4 successful samples, and router_tuning.neighbours wants 4 of them beside"),
-        ({}, {"neighbours": {"k": 10}, "filter_by_success": False}, "it has 10 samples, and router_tuning.neighbours"),
+        ({}, {"neighbours": {"k": 4}}, "it has 4 successful samples, but router_tuning.neighbours needs more than 4"),
+        ({}, {"neighbours": {"k": 10}, "filter_by_success": False}, "it has 10 samples, but router_tuning.neighbours"),
         ({}, {"neighbours": {"k": 4}}, "; lower router_tuning.neighbours.k, or prepare more questions"),
         ({}, {"layers": [0]}, "has no routing of the layers [0], only of [1]; prepare it with --layers"),
         ({}, {"embedder": "cd"}, "its embedder is abababababababab... (made up), but router_tuning.embedder=cd"),
@@ -160,8 +160,8 @@ def test_one_successful_sample_has_no_neighbour_however_they_are_chosen(tmp_path
     one = made_samples(tmp_path / "one", ids=(4, 48), layers=(1,), columns=8, model=model, right=1)
     for neighbours in ({"k": 1}, {"kind": "radius", "similarity": 0.5}):
         (fault,), _ = data_problems(one, {}, neighbours=neighbours)
-        assert fault.endswith("it has 1 successful samples, and router_tuning.neighbours wants 1 of them beside the sample "
-                              "itself; prepare more questions")  # fmt: skip
+        assert fault.endswith("it has 1 successful samples, but router_tuning.neighbours needs more than "
+                              "1; prepare more questions")  # fmt: skip
 
 
 def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tm
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    problems = [relation.problem for relation in tuning_violations(config({**SOUND, **tuned()}))]
+    problems = [relation.problem for relation in rule_violations(config({**SOUND, **tuned()}))]
     assert problems == ["router_tuning.neighbours: needs the package scikit-learn; install moe_dist[router-tuning], or "
                       "router_tuning.weight=0"]  # fmt: skip
-    assert not list(tuning_violations(config({**SOUND, **tuned(weight=0.0)})))
+    assert not list(rule_violations(config({**SOUND, **tuned(weight=0.0)})))
 
 
 def test_cross_entropy_alone_needs_neither_neighbours_nor_their_routing(made: Path) -> None:
@@ -192,7 +192,7 @@ def test_no_successful_sample(tmp_path: Path) -> None:
     model = config({}).model.model_dump(mode="json")
     none = made_samples(tmp_path / "none", ids=(4, 48), layers=(1,), columns=8, model=model, right=0)
     problems, _ = data_problems(none, {})
-    assert "there is no successful sample to be a neighbour" in problems[0]
+    assert "no sample has a successful neighbour" in problems[0]
     assert data_problems(none, {}, filter_by_success=False) == ([], [])
 
 

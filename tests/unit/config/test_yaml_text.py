@@ -52,8 +52,8 @@ def test_keys_are_text() -> None:
 def test_every_repeated_key_is_named() -> None:
     _, problems = load_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\n")
     assert len(problems) == 2
-    assert any("'a' stands in line 1 and again in line 3" in fault for fault in problems)
-    assert any("'c' stands in line 2 and again in line 2" in fault for fault in problems)
+    assert any("'a' is in line 1 and again in line 3" in fault for fault in problems)
+    assert any("'c' is in line 2 and again in line 2" in fault for fault in problems)
 
 
 def test_anchors_and_merges_work() -> None:

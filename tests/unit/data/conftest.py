@@ -13,7 +13,7 @@ import pytest
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data import pictures as pictures_module
-from moe_dist.data.corpus import PictureSource, Recipe
+from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division
 from moe_dist.data.pictures import Render
@@ -31,7 +31,7 @@ class Prepared:
     folder: Path
     manifest: Manifest
     recipe: Recipe
-    pictures: PictureSource
+    pictures: Source[Picture]
     division: Division
     rendered: frozenset[str]
 

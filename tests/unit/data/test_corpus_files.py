@@ -21,12 +21,12 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / "photo.txt").write_text("a caption, which goes with its picture")
     source = text_files("t", tmp_path, "CC0-1.0")
-    assert [(text.key, text.content) for text in source.texts] == [
+    assert [(text.key, text.content) for text in source.items] == [
         ("a.txt", "one"),
         ("copy.txt", "one"),
         ("deep/b.md", "zwei ü"),
     ]
-    families = [text.family for text in source.texts]
+    families = [text.family for text in source.items]
     assert families[0] == families[1] != families[2]
     assert source.licence == "CC0-1.0"
 
@@ -34,7 +34,7 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
 def test_texts_of_a_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "one", "id": 3}\n\n{"text": ""}\n{"text": "two"}\n')
-    assert [(text.key, text.content) for text in text_files("t", path, "").texts] == [("1", "one"), ("4", "two")]
+    assert [(text.key, text.content) for text in text_files("t", path, "").items] == [("1", "one"), ("4", "two")]
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_pictures_with_and_without_captions(tmp_path: Path) -> None:
         Image.new("RGB", (9, 9), colour).save(tmp_path / name)
     (tmp_path / "a.txt").write_text(" a red square\n")
     source = picture_files("p", tmp_path, "")
-    assert [(picture.key, picture.captions) for picture in source.pictures] == [
+    assert [(picture.key, picture.captions) for picture in source.items] == [
         ("a.png", ("a red square",)),
         ("b.JPG", ()),
         ("same.png", ()),
     ]
-    assert source.pictures[0].family == source.pictures[2].family != source.pictures[1].family
+    assert source.items[0].family == source.items[2].family != source.items[1].family
 
 
 def test_nothing_there_is_told(tmp_path: Path) -> None:
@@ -84,13 +84,13 @@ def test_instructions(tmp_path: Path) -> None:
         '{"prompt": "Two and two?", "answer": "four", "family": "sums"}',
     ]
     (tmp_path / "i.jsonl").write_text("\n".join(lines))
-    first, second, third = instruction_files("i", tmp_path / "i.jsonl", "").instructions
+    first, second, third = instruction_files("i", tmp_path / "i.jsonl", "").items
     assert first.family == second.family != third.family == "sums"
     assert (first.prompt, first.answer, first.image) == ("What is it?", "a square", tmp_path / "a.png")
     assert (third.image, third.side) == (None, "")
     (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
     (tmp_path / "i.jsonl").write_text(lines[0].replace("a.png", "copy.png"))
-    assert instruction_files("i", tmp_path / "i.jsonl", "").instructions[0].family == first.family
+    assert instruction_files("i", tmp_path / "i.jsonl", "").items[0].family == first.family
 
 
 @pytest.mark.parametrize(

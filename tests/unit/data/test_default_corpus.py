@@ -38,7 +38,7 @@ def sides(prepared) -> dict[str, Side]:
     Captions may fit several pictures; a picture's renders lie one behind another, so its pair of captions tells it.
     """
     tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
-    number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.pictures)}
+    number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}
     found: dict[str, Side] = {}
     for side in ("train", "valid"):
         docs = list(documents(prepared.folder, getattr(prepared.manifest.sources["openmoji"], side)))
@@ -52,19 +52,19 @@ def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
     """bool [N]: which pictures the files hold out."""
     train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
     assert not train & valid
-    assert train | valid == set(range(len(prepared.pictures.pictures)))
-    return np.isin(np.arange(len(prepared.pictures.pictures)), list(valid))
+    assert train | valid == set(range(len(prepared.pictures.items)))
+    return np.isin(np.arange(len(prepared.pictures.items)), list(valid))
 
 
 def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
-    assert len(prepared.pictures.pictures) > 3900
-    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.pictures)
-    assert len(sides["valid"]) == pytest.approx(0.1 * 2 * len(prepared.pictures.pictures), rel=0.1)
+    assert len(prepared.pictures.items) > 3900
+    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)
+    assert len(sides["valid"]) == pytest.approx(0.1 * 2 * len(prepared.pictures.items), rel=0.1)
 
 
 def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
     sides_of = defaultdict(set)
-    for picture, held in zip(prepared.pictures.pictures, held_out.tolist(), strict=True):
+    for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True):
         sides_of[picture.family].add(held)
     assert len(sides_of) > 1500
     assert {len(sides) for sides in sides_of.values()} == {1}
@@ -83,7 +83,7 @@ def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which:
 
 
 def test_held_out_variants_have_kin_and_no_twin_in_training(prepared) -> None:
-    pictures, rasters = prepared.pictures.pictures, prepared.division.rasters_N
+    pictures, rasters = prepared.pictures.items, prepared.division.rasters_N
     recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
     division = divide(pictures, rasters, recipe, lambda stage, done, total: None)
     held_out = division.held_out_N
@@ -106,7 +106,7 @@ def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[s
     for side in sides.values():
         for place in range(0, len(side), 97):
             number, tokens, filler = side[place]
-            picture = prepared.pictures.pictures[number]
+            picture = prepared.pictures.items[number]
             raster = rasterise(picture.path)
             np.testing.assert_array_equal(raster, prepared.division.rasters_N[number])
             render = augmented(raster, seed=prepared.recipe.seed, key=picture.key, index=place % 2)
@@ -132,26 +132,26 @@ def test_documents_read_as_they_should(prepared, sides: dict[str, Side]) -> None
 
 
 def test_captions_rotate_over_languages(prepared) -> None:
-    assert all(len(picture.captions) == 5 for picture in prepared.pictures.pictures)
-    guitar = next(picture for picture in prepared.pictures.pictures if picture.key == "1F3B8")
+    assert all(len(picture.captions) == 5 for picture in prepared.pictures.items)
+    guitar = next(picture for picture in prepared.pictures.items if picture.key == "1F3B8")
     assert guitar.captions == ("en: guitar", "de: gitarre", "fr: guitare", "ja: ギター", "es: guitarra")
-    chosen = openmoji(("fr", "en")).pictures
+    chosen = openmoji(("fr", "en")).items
     assert next(picture for picture in chosen if picture.key == "1F3B8").captions == ("fr: guitare", "en: guitar")
-    assert [picture.key for picture in chosen] == [picture.key for picture in prepared.pictures.pictures]
+    assert [picture.key for picture in chosen] == [picture.key for picture in prepared.pictures.items]
 
 
 def test_the_python_sources_are_split_by_file(prepared) -> None:
     library = python_library()
-    keys = [Path(text.key) for text in library.texts]
+    keys = [Path(text.key) for text in library.items]
     assert len(keys) > 400
     assert not any({"test", "tests", "idlelib", "site-packages"} & set(key.parts) for key in keys)
-    assert len({text.family for text in library.texts if text.key.startswith("encodings/")}) == 1
+    assert len({text.family for text in library.items if text.key.startswith("encodings/")}) == 1
     section = prepared.manifest.sources["python"]
     train, valid = (
         {tokens.tobytes() for tokens, _ in documents(prepared.folder, split)} for split in (section.train, section.valid)
     )
     assert not train & valid
-    assert section.train.documents + section.valid.documents == len(library.texts)
+    assert section.train.documents + section.valid.documents == len(library.items)
 
 
 def test_the_manifest_counts_and_credits(prepared) -> None:
@@ -169,6 +169,6 @@ def test_the_manifest_counts_and_credits(prepared) -> None:
 
 def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray) -> None:
     np.testing.assert_array_equal(prepared.division.held_out_N, held_out)
-    held = {picture.key for picture, held in zip(prepared.pictures.pictures, held_out.tolist(), strict=True) if held}
+    held = {picture.key for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True) if held}
     assert prepared.rendered
     assert not prepared.rendered & held

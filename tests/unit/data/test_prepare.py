@@ -342,8 +342,8 @@ def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, as
 def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
     """Ten families of four pictures; where their variants are all near each other, they are too many to be held out."""
     source = picture_files("images", own / "pictures", "CC0-1.0")
-    every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.pictures)]
-    monkeypatch.setattr("moe_dist.data.prepare._sources", lambda _: Corpus(replace(source, pictures=tuple(every))))
+    every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.items)]
+    monkeypatch.setattr("moe_dist.data.prepare._sources", lambda _: Corpus(replace(source, items=tuple(every))))
     if one_component:
         variants = [number for number in range(40) if number % 4]
         monkeypatch.setattr(picture_coding, "near_pairs", lambda *_, most: [(1, each) for each in variants])

@@ -39,7 +39,8 @@ NAMES = [
     "seed",
 ]
 FIXES = (
-    r"\b(set|take|lower|raise|give|leave|shorten|name|add|call|start|change|train|tune|make|build|route|generate|instead)\b"
+    r"\b(set|take|lower|raise|give|leave|shorten|name|add|call|start|change"
+    r"|train|tune|make|build|route|generate|remove|instead)\b"
 )
 SEQ_LEN, DIM, LAYERS = 16, 16, 2
 

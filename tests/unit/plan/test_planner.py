@@ -98,7 +98,7 @@ def test_no_trade_where_the_busiest_receiver_is_no_busier() -> None:
 def test_what_cannot_be_is_said() -> None:
     comparison = compare((TEXT, IMAGE), 1, MIX)
     assert [plan.name for plan in comparison.plans] == ["interleaved"]
-    assert "pinned cannot be" in comparison.verdict()
+    assert "pinned is not possible" in comparison.verdict()
     assert "raise parallel.ep" in comparison.verdict()
 
 

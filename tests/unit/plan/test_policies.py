@@ -86,15 +86,15 @@ def test_explicit_as_written() -> None:
 @pytest.mark.parametrize(
     ("section", "problems"),
     [
-        (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; an EP group has the ranks 0 to 3"]),
+        (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; take ranks below parallel.ep=4"]),
         (pinned(a=(0, 1), b=(1, 2)), ["placement.groups.b.ranks=[1, 2]: [1] already hold group 'a'"]),
-        (pinned(a=(0, 0), b=(1,)), ["placement.groups.a.ranks=[0, 0]: a rank stands twice"]),
-        (pinned(aa=(0,)), ["placement.groups.aa: no such group; did you mean 'a'?", ]),
-        (pinned(zzz=(0,)), ["placement.groups.zzz: no such group; the groups are a, b"]),
+        (pinned(a=(0, 0), b=(1,)), ["placement.groups.a.ranks=[0, 0]: a rank is listed twice"]),
+        (pinned(aa=(0,)), ["placement.groups.aa: no such group; there are a, b; did you mean 'a'?"]),
+        (pinned(zzz=(0,)), ["placement.groups.zzz: no such group; there are a, b"]),
         (pinned(a=(0, 1, 2, 3)), ["0 of parallel.ep=4 ranks are free for 1 groups (b)"]),
         (ExplicitSection(slots=(("a/0", "a/1"), ("a/2",), ("b/0",))), ["placement.slots: lists 3 ranks, parallel.ep=4"]),
         (ExplicitSection(slots=(("a/0", "a/1"), ("a/2",), (), ())), ["no rank has b/0"]),
-        (ExplicitSection(slots=(("a/0", "a/1"), ("a/2", "b/0"), ("a/0",), ())), ["a/0 stands on ranks [0, 2]"]),
+        (ExplicitSection(slots=(("a/0", "a/1"), ("a/2", "b/0"), ("a/0",), ())), ["a/0 is on ranks [0, 2]"]),
         (
             ExplicitSection(slots=(("a/0", "a/3"), ("a/1", "b"), ("a/2", "c/0"), ("b/0",))),
             ["slots.0: 'a/3': group 'a' has the experts 0 to 2", "slots.1: 'b': write 'group/index'", "slots.2: 'c/0'"],

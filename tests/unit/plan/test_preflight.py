@@ -63,7 +63,8 @@ def test_what_passes_fits_together(site: Site) -> None:
     assert plan.manifest == manifest
     assert [group.name for group in plan.groups] == ["text", "image"]
     assert plan.placement.slots == ((0, 1, 2), (3, 4))
-    assert plan.token_mix == manifest.tokens_by_modality()
+    counts = [source.train.tokens_by_modality for source in manifest.sources.values()]
+    assert plan.token_mix == {name: sum(each.get(name, 0) for each in counts) for name in manifest.modalities}
     assert [each.name for each in plan.comparison.plans] == ["pinned", "interleaved"]
     assert check(plan.config, manifest=manifest) == plan
     assert check(plan.config, world_size=2) == plan
@@ -99,7 +100,7 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ),
         (
             ["parallel.expert_gemm=grouped", "parallel.device=cuda"],
-            "on CUDA torch has a grouped kernel for bf16 only, not for parallel.precision=fp32; take bf16",
+            "on CUDA torch has grouped kernels for bf16 only, but parallel.precision=fp32; take bf16",
         ),
         (["train.stpes=3"], "train.stpes: unknown key; did you mean train.steps?"),
         (["train.steps=many"], "train.steps='many': must be whole number"),
@@ -108,27 +109,30 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (['run.name="a\\nb"'], "run.name='a\\nb'"),
         (["model.moe.groups.text.top_k=5"], "top_k=5 is larger than the group's 3 true + 1 null choices"),
         (["placement.groups={text: {ranks: [0]}, image: {ranks: [2]}}"], "[2] out of range"),
-        (["placement.groups={text: {ranks: [0]}, image: {ranks: [0]}}"], "live on ranks of their own"),
-        (["placement.groups={txt: {ranks: [0]}}"], "placement.groups.txt: no such group; did you mean 'text'?"),
+        (["placement.groups={text: {ranks: [0]}, image: {ranks: [0]}}"], "pinned groups must not share ranks"),
+        (
+            ["placement.groups={txt: {ranks: [0]}}"],
+            "placement.groups.txt: no such group; there are text, image; did you mean 'text'?",
+        ),
         (
             ["model.mixture_of_depths={first: 2}"],
-            "mixture_of_depths.first=2 leaves no layer that chooses among num_layers=2; lower it",
+            "mixture_of_depths.first=2 leaves no mixture-of-depths layer among num_layers=2; lower it",
         ),
         (["model.mixture_of_depths={capacity: 0}"], "model.mixture_of_depths.capacity=0"),
         (
             ["model.mixture_of_depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
-            "depths: layer 0 would choose its tokens",
+            "depths: layer 0 is a mixture-of-depths layer without",
         ),
         (["model.mixture_of_depths={set: node}"], "model.mixture_of_depths.scope='node'"),
         (
             ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep"],
-            "parallel.dispatch.kind=deep_ep: its buffers are made for",
+            "parallel.dispatch.kind=deep_ep: its buffers have room for one",
         ),
         (["parallel.ep=1"], "1 of parallel.ep=1 ranks are free for 2 groups"),
         (["placement.policy=explicit", "placement.slots=[[text/0, text/1, text/2, image/0], []]"], "no rank has image/1"),
         (
             ["model.vocab_size=63"],
-            "model.vocab_size=63: smaller than the data's 64 ids; outside lie those of image [48, 64)",
+            "model.vocab_size=63: smaller than the data's 64 ids; ids of image [48, 64) lie outside",
         ),
         (["data.seq_len=65"], "data.seq_len=65: longer than model.max_seq_len=64"),
         (
@@ -138,15 +142,15 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (["train.global_batch=2"], "= 4; take 4"),
         (
             ["parallel.edp=512", "train.global_batch=2048"],
-            "parallel.ep x parallel.edp = 1024 ranks, but the data has 192 training documents",
+            "parallel.ep x parallel.edp = 1024 ranks, but the data has only 192 training documents",
         ),
-        (["data.weights={captoins: 1}"], "data.weights.captoins: the data has no such source; it has captions, prose; did"),
+        (["data.weights={captoins: 1}"], "data.weights.captoins: no such source; there are captions, prose; did"),
         (["model.moe.groups.text.modalities=[text, image]"], "modality 'image' is routed to text and image"),
         (["model.moe.groups.image.modalities=[picture]"], "no group routes the data's modality 'image'"),
         (["data.path=/nowhere"], "moe-dist prepare-data --out /nowhere"),
         (
             ["model.moe.balance=[{kind: loss_free}]"],
-            "controllers move the bias that the router chooses by, and model.moe.router has none; set "
+            "controllers change the selection bias, which model.moe.router does not have; set "
             "model.moe.router.selection_bias=true",
         ),
         (
@@ -159,18 +163,18 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ),
         (
             [f"{BALANCE}{{text: 0.5}}, rate: 0.1}}]"],
-            "target.text=0.5: a token takes at least 1 true experts, since 1",
+            "target.text=0.5: a token takes at least 1 true experts, because at most 1",
         ),
         ([f"{BALANCE}{{text: 0.0}}, rate: 0.1}}]"], "balance.0.target.text=0.0: must be number, above 0"),
         ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
         (
             [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],
             "target.image=2: the group has neither null nor zero-computation experts, so that each token takes top_k=2 "
-            "true ones",
+            "true experts",
         ),
         (
             ["model.moe.balance=[{kind: loss_free}, {kind: loss_free}]", "model.moe.router.selection_bias=true"],
-            "2 controllers of kind loss_free; leave one",
+            "2 controllers of kind loss_free; keep one",
         ),
         (["loss.balance.null_weight={txt: 2.0}"], "loss.balance.null_weight.txt: no such group"),
         (
@@ -179,7 +183,7 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ),
         (
             ["run.init_rules=[upcycle]"],
-            "run.init_rules=['upcycle']: there are no weights to make anything of; set run.init",
+            "run.init_rules=['upcycle']: there are no weights to change; set run.init",
         ),
         (
             ["run.init_rules=[copy_nulls]", "run.init_from=x"],
@@ -227,7 +231,7 @@ def put_large_id(site: Site) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (cut("captions_train.bin", 2), "captions_train.bin: 4030 bytes, but its .idx announces 2016 tokens"),
+        (cut("captions_train.bin", 2), "captions_train.bin: 4030 bytes, but its .idx says 2016 tokens"),
         (cut("captions_valid.idx", 1), "cut short or damaged"),
         (cut("captions_valid.idx", 700), "cut short"),
         (remove("prose_train.bin"), "prose_train.bin: missing"),
@@ -290,7 +294,7 @@ def test_everything_at_once(site: Site) -> None:
         "[7] out of range",
         "data.weights.captoins",
         "train.global_batch=8: must be a multiple of train.micro_batch=2 x 3 ranks",
-        "the data has no modality 'sound'",
+        "'sound': no such modality in the data",
         "captions_train.bin: 4030 bytes",
         "prose_valid.idx: missing",
         "manifest says 97",
@@ -325,8 +329,8 @@ def test_layout_for_a_dry_run_needs_no_data(site: Site) -> None:
 
 def test_nodes_must_divide_the_ep_group(site: Site) -> None:
     text = site.problems("parallel.dispatch.kind=hierarchical", "parallel.dispatch.ranks_per_node=4")
-    assert "parallel.dispatch.ranks_per_node=4: an EP group of parallel.ep=2 ranks cannot be cut into nodes" in text
-    assert "take 1 or 2, or another parallel.ep" in text
+    assert "parallel.dispatch.ranks_per_node=4: does not divide parallel.ep=2" in text
+    assert "take 1 or 2, or change parallel.ep" in text
     site.check("parallel.dispatch.kind=hierarchical", "parallel.dispatch.ranks_per_node=1")
     assert "ranks_per_node" in site.problems("parallel.dispatch.kind=hierarchical"), "it has no default"
 
@@ -334,7 +338,7 @@ def test_nodes_must_divide_the_ep_group(site: Site) -> None:
 def test_one_row_a_pair_needs_known_counts(site: Site) -> None:
     text = site.problems("parallel.dispatch.kind=known_counts")
     assert "with model.moe.router.kind=top_k the tokens choose" in text
-    assert "take parallel.dispatch.kind=all_to_all" in text
+    assert "or set parallel.dispatch.kind=all_to_all" in text
 
 
 def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,10 +348,10 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     for fault in (
         "the package deep_ep is not installed here",
         "no settings for parallel.ep=1 ranks; take 2, 4, 8",
-        "rows travel in bf16, but parallel.precision=fp32",
+        "rows are sent in bf16, but parallel.precision=fp32",
         "its kernels need GPUs, but parallel.device=cpu",
-        "parallel.max_receive_rows=8 cannot be kept",
-        "parallel.check_exchanges cannot look into DeepEP's exchanges",
+        "parallel.max_receive_rows=8 cannot bound it",
+        "parallel.check_exchanges cannot see the rows that DeepEP sends",
     ):
         assert fault in text
     sound = ("parallel.dispatch.kind=deep_ep", "parallel.precision=bf16", "parallel.device=cuda")
@@ -369,11 +373,11 @@ def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPat
         "the package deep_ep and hybrid_ep_cpp is not installed here; build DeepEP from the branch hybrid-ep",
         "there is no other rank with parallel.ep=1",
         "a rank's tokens must be a multiple of 4, but train.micro_batch=1 times data.seq_len=30 is 30",
-        "rows must be a multiple of 16 wide, but model.hidden_dim=72",
-        "rows travel in bf16, but parallel.precision=fp32",
+        "model.hidden_dim=72 must be a multiple of 16",
+        "rows are sent in bf16, but parallel.precision=fp32",
         "its kernels need GPUs, but parallel.device=cpu",
-        "parallel.max_receive_rows=8 cannot be kept",
-        "parallel.check_exchanges cannot look into HybridEP's exchanges",
+        "parallel.max_receive_rows=8 cannot bound it",
+        "parallel.check_exchanges cannot see the rows that HybridEP sends",
     ):
         assert fault in text
     sound = (kind, "parallel.precision=bf16", "parallel.device=cuda")

@@ -10,7 +10,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from moe_dist.config.data_digest import data_digest
+from moe_dist.config.split_files import data_digest
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import find_trained

@@ -171,4 +171,4 @@ def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, 
     (fault,) = problems(ExpertChoiceRouterSection(kind="expert_choice"))
     assert fault.startswith("model.moe.router.causal=null: the choice of experts looks at later tokens")
     (fault,) = problems(ScheduledTopKRouterSection(kind="scheduled_top_k", active_experts={"text": (1.5,)}))
-    assert fault.startswith("model.moe.router.kind=scheduled_top_k: its choice hangs on the place in a batch")
+    assert fault.startswith("model.moe.router.kind=scheduled_top_k: its choice depends on the position in a batch")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config.balance_rules import even_active
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.train.build import check_expert_gemm, state_specs
@@ -56,7 +55,7 @@ def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
     values["model"]["moe"]["groups"]["text"]["num_null"] = 4
 
     def even(**balance: Any) -> dict[str, float]:
-        return even_active(Config.model_validate_json(json.dumps({**values, **balance})))
+        return Config.model_validate_json(json.dumps({**values, **balance})).even_active
 
     assert even() == {}
     assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 0.5}

@@ -64,9 +64,9 @@ def test_no_hours_without_a_rate() -> None:
 def test_a_placement_that_cannot_work_is_refused() -> None:
     path = CONFIGS / "moma_1b4_4t4i_32gpu.yaml"
     for overrides, words in (
-        (["parallel.ep=1"], "use placement.policy=interleaved"),
+        (["parallel.ep=1"], "set placement.policy=interleaved"),
         (["placement.groups.text.ranks=[0, 8]"], r"\[8\] out of range"),
-        (["placement.groups.text.ranks=[0]", "placement.groups.image.ranks=[0]"], "ranks of their own"),
+        (["placement.groups.text.ranks=[0]", "placement.groups.image.ranks=[0]"], "must not share ranks"),
         (["placement.policy=explicit", "placement.slots=[[text/0]]"], "lists 1 ranks"),
     ):
         with pytest.raises(ConfigError, match=words):

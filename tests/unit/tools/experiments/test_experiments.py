@@ -61,7 +61,7 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
             continue
         config = config_of(study, job)
         layout = layout_without_data(config)
-        assert not manifest_violations(config, layout.groups, manifest(config.data.path))
+        assert not list(manifest_violations(config, layout.groups, manifest(config.data.path)))
         assert layout.placement.num_ranks == 1
         assert config.run.seed == job.seed
         if config.router_tuning is None:

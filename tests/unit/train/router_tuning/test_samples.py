@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest, write_tuning_manifest
+from moe_dist.config.manifest import write_manifest
+from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.train.router_tuning.samples import Samples, Scored, TuningSample, write_samples
 from tests.support.messages import refused
@@ -80,7 +81,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_whole(
 
     with monkeypatch.context() as patched:
         patched.setattr("moe_dist.train.router_tuning.samples.np.save", until(np.save))
-        patched.setattr("moe_dist.train.router_tuning.samples.write_tuning_manifest", until(write_tuning_manifest))
+        patched.setattr("moe_dist.train.router_tuning.samples.write_manifest", until(write_manifest))
         patched.setattr("moe_dist.train.router_tuning.samples.Path.rename", until(Path.rename))
         patched.setattr("moe_dist.train.router_tuning.samples.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
