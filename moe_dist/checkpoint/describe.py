@@ -16,18 +16,13 @@ _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors of one kind.
+    """Counts of the tensors of one kind."""
 
-    Attributes:
-        name: dense, router, adapters, experts of a group, or their moments.
-        detail: Layers x experts x matrices for experts; otherwise empty.
-    """
-
-    name: str
+    name: str  # dense, routers, adapters, or experts of a group; or one moment of such a kind
     tensors: int
-    numbers: int
+    numbers: int  # elements of all tensors
     nbytes: int
-    detail: str
+    detail: str  # for experts layers x experts x matrices, else empty
 
 
 def families(index: Index) -> list[Family]:
@@ -65,7 +60,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """One line per EP rank with its experts."""
+    """One line for each EP rank with its experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
         return ["unknown"]

@@ -1,7 +1,4 @@
-"""A copy of one rank's state at one step, which a save writes while the training continues.
-
-Memory: as many bytes as this rank writes, allocated once per run (pinned if the state is on CUDA).
-"""
+"""A copy of one rank's state at one step. A save writes the copy while the training continues."""
 
 import json
 import platform
@@ -21,20 +18,13 @@ from moe_dist.optim.optimizer import step_count
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data that this rank writes at `step`.
-
-    Attributes:
-        pieces: Pieces of tensors by logical name; each piece is written by exactly one rank.
-        specs: All logical tensors, equal on all ranks.
-        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
-        values, rank_values: Copies of those in `CheckpointState`.
-    """
+    """The data that this rank writes at `step`; `values` and `rank_values` as in `CheckpointState`."""
 
     step: int
-    pieces: Mapping[str, Piece]
-    specs: Mapping[str, TensorSpec]
+    pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece
+    specs: Mapping[str, TensorSpec]  # of all logical tensors, equal on all ranks
     layout: RankLayout
-    optimizer_steps: int | None
+    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
     values: dict[str, JsonValue]
     rank_values: dict[str, JsonValue]
 
@@ -59,13 +49,13 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for the copies, reused by every save: so only one snapshot can be in use."""
+    """Host memory for the copies, as many bytes as this rank writes. All saves share it, so only one snapshot can exist."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Copies the pieces. On CUDA one sync with the device, at the end."""
+        """Copies the pieces. On CUDA one device sync, at the end."""
         copies: dict[str, Piece] = {}
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
@@ -87,10 +77,10 @@ class HostBuffers:
 
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-    """A snapshot of the current state. Reading the optimizer's step count syncs with the device.
+    """A snapshot of the current state. Reading the optimizer's step count is a device-to-host sync.
 
     Args:
-        buffers: Target of the copy; None makes no copy, for a save that the training waits for.
+        buffers: Target of the copy; None makes no copy, for a save that blocks the training.
     """
     pieces = pieces_of(state.written())
     return Snapshot(

@@ -1,8 +1,8 @@
 """Writes tensors to shard files and reads them, without collectives and without pickle.
 
-The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor is needed, for any layouts. DCP's `save`
-and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
-(`DCP_SHARDING_INFO`), so its HuggingFaceStorageReader can read them.
+The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor a rank needs, for any two layouts. DCP's
+`save` and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
+(`DCP_SHARDING_INFO`), so that DCP's HuggingFaceStorageReader can read them.
 """
 
 import os
@@ -39,20 +39,14 @@ _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tenso
 
 @dataclass(frozen=True)
 class Piece:
-    """One rank's piece of a logical tensor.
+    """One rank's piece of a logical tensor."""
 
-    Attributes:
-        tensor: The piece as a plain tensor.
-        offsets: Its first element in each dim of the whole tensor.
-        shape: Shape of the whole tensor.
-    """
-
-    tensor: Tensor
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
+    tensor: Tensor  # the piece as a plain tensor
+    offsets: tuple[int, ...]  # first element of the piece in each dim of the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
 
     def fingerprint(self) -> int:
-        """This piece's summand of the whole tensor's fingerprint."""
+        """The piece's part of the whole tensor's fingerprint: the fingerprints of all pieces sum to it."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -72,12 +66,11 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 def write_shard(
     folder: Path, number: int, pieces: Mapping[str, Piece], *, save_id: str, step: int, rank_values: Mapping[str, Any]
 ) -> None:
-    """Writes one rank's pieces and their fingerprints into its file, and syncs it to disk.
+    """Writes one rank's pieces with fingerprints into the rank's file, and syncs the file to disk.
 
     Pieces on a device are first copied to the host, which needs as much host memory as the file has bytes.
     """
-    # safetensors needs contiguous host memory
-    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
+    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # safetensors needs contiguous memory
     metadata = metadata_of(
         {name: list(piece.offsets) for name, piece in pieces.items()},
         {name: hexadecimal(piece.fingerprint()) for name, piece in pieces.items()},
@@ -116,7 +109,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # rank 0 reads the headers of all ranks, so no rank must send its own
+        header = read_shard_header(folder, number)  # from disk, so that the ranks need not send their headers to rank 0
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():
@@ -138,7 +131,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: For tensors with another name in the checkpoint, that name; several may share one.
+        sources: Maps tensors to names in the checkpoint that differ; several tensors may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -168,7 +161,7 @@ def open_tensors(folder: Path, number: int) -> Iterator[Any]:
     """Opens a shard file for reading; check its header first (`open_shard`).
 
     Raises:
-        DataError: the file cannot be read, also later in the block.
+        DataError: the file cannot be opened, or a read inside the block fails.
     """
     path = folder / shard_file(number)
     try:

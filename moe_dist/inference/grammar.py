@@ -1,7 +1,7 @@
-"""Which token may follow: a picture is a start mark, a fixed number of codes and an end mark; all else is text.
+"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
 
-The data have this form (`moe_dist/data/picture_coding.py`), and a picture with a missing code cannot be decoded, so
-sampling allows no other. Each sequence is in one of four states.
+The training data have this form (`moe_dist/data/picture_coding.py`). Sampling must keep to it, because a picture with a
+missing code cannot be decoded. Each sequence is in one of four states.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """Which tokens may come next in a sequence."""
+    """The tokens that may come next in a sequence."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # the same without the start mark: no picture would fit any more
+    TEXT_ONLY = 1  # the same without the start mark, because no picture would fit any more
     CODE = 2
     END_OF_PICTURE = 3
 
@@ -31,9 +31,9 @@ class Grammar:
 
     Attributes:
         modality_of_id: int64 [V], an index into `modalities`.
-        modalities: Names, in the data's order.
+        modalities: Names, in the order of the manifest.
         eos_id: Ends a document.
-        begin_id, end_id: Marks of a picture; None if the data have none.
+        begin_id, end_id: Marks of a picture; None if the data have no pictures.
         cells: Codes in a picture; 0 without pictures.
         allowed_SV: bool [4, V], the ids that each state allows.
     """
@@ -48,7 +48,7 @@ class Grammar:
 
     @property
     def picture_tokens(self) -> int:
-        """Length of a picture in tokens, both marks included."""
+        """Tokens of a picture with both marks."""
         return self.cells + 2
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
@@ -62,7 +62,7 @@ class Grammar:
         return GrammarState.TEXT if self.cells and room >= self.picture_tokens else GrammarState.TEXT_ONLY
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Codes of each complete picture in the tokens, int64 [cells], counted from the first code of the codebook."""
+        """Codes of each complete picture in the tokens, int64 [cells]; code 0 is the first of the codebook."""
         first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
@@ -72,7 +72,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The text tokens: without pictures, their marks and the end of the document."""
+        """The text tokens, without pictures, marks and the end of the document."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -80,8 +80,8 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """The grammar of a data set.
 
     Args:
-        vocab_size: The model's, which may exceed the data's: ids beyond the data's are never drawn.
-        never: Ids that occur only as the first token of a document, such as its begin mark; never drawn.
+        vocab_size: Ids of the model. It may have more ids than the data; these are never drawn.
+        never: Ids that are never drawn, because they occur only as the first token of a document.
 
     Raises:
         ConfigError: the manifest describes pictures, but no modality is called `image`.
@@ -98,7 +98,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # hand-made data may pad with it
+    text[manifest.eos_id] = True  # also if pad_id is the same id, as in some hand-made data
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

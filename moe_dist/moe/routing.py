@@ -167,15 +167,17 @@ class GlobalBatchInfo:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What a caller tells and asks the routers of all layers, beside the tokens.
+    """Options of a forward for the MoE layers, beside the tokens.
 
     Attributes:
         batch_info: For routers that need to know the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, tokens whose routing softmax the reports are to have (`prob_AC`); None for none.
+        experts_off: Ablation: the routed experts add nothing, and all else, collectives included, is computed as usual.
     """
 
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
+    experts_off: bool = False
 
 
 NO_REQUEST = RoutingRequest()

@@ -1,4 +1,4 @@
-"""The tasks by name, the folders of their packages, and the commands that install these."""
+"""The tasks by name, and the packages that they need with the commands that install them."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,10 @@ class Catalogue:
     """Makes the questions of tasks.
 
     Attributes:
-        vocabulary: The run's data, for its pictures.
-        sources: Names of its sources.
+        vocabulary: Gives the pictures of the run's data.
+        sources: Names of the sources of the run's data.
         wordnet, quiz: Folders of the packages' files.
-        seed: For sides, wrong answers and order.
+        seed: Determines sides, wrong answers and order.
     """
 
     vocabulary: Vocabulary
@@ -65,10 +65,10 @@ class Catalogue:
     seed: int = 0
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Checks that everything the tasks need exists, before anything is read.
+        """Checks that all packages of the tasks are installed.
 
         Raises:
-            ConfigError: packages are missing; names all of them and the commands that install them.
+            ConfigError: packages are missing; names each package and the command that installs it.
         """
         families = {name.partition("-")[0] for name in tasks}
         problems = []
@@ -95,10 +95,10 @@ class Catalogue:
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
-            _ = self.vocabulary.codebook  # raises if the data have none
+            _ = self.vocabulary.codebook  # raises ConfigError if the data have no codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """The questions of one side of a task, at most `limit`; raises as `make_questions` and the packages' readers."""
+        """The questions of one side of a task, at most `limit`. Raises the errors of `make_questions` and the readers."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:

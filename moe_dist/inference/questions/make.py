@@ -1,4 +1,4 @@
-"""Turns facts into questions: selects them, draws wrong choices, and places the right one."""
+"""Turns facts into questions: selects facts, draws wrong choices, and places the right choice."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _DRAWS = 64  # random draws of wrong answers before all of them are searched
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """The questions of one side of a task, at most `limit` of them; a smaller limit takes the first ones of a larger.
+    """The questions of one side of a task, at most `limit`; a smaller limit gives the first questions of a larger one.
 
-    Wrong choices are right answers of other facts of the same side and pool: they are words of similar frequency, and no
-    other side knows them. The right choice stands in each place equally often, up to one.
+    Wrong choices are right answers of other facts of the same side and pool, so that they are words of similar frequency
+    and occur on no other side. The right choice stands at each index equally often, up to one.
 
     Raises:
         DataError: the side has no fact with three wrong answers.

@@ -1,13 +1,13 @@
 """Calibrates thresholds before a held-out evaluation, so that each expert and each mixture-of-depths layer takes the same
 share of training tokens as in training.
 
-The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes the score
-that as many of these tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by
-bisection: `HALVINGS` sums of N counts over the ranks, named `calibration counts`. In evaluation the share may still differ,
-since the layers before then select other tokens, and since held-out text differs.
+The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes a score
+that as many tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by bisection
+with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the share may still differ, because
+earlier layers select other tokens, and because held-out text differs.
 
-Shape letters: N thresholds of all routers, n of one router, T tokens that the router sees (in mixture-of-depths layers only
-the selected ones).
+Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that the router sees (in mixture-of-depths
+layers only the selected tokens).
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,11 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place. Collective: every rank passes the same number of batches; with none
-    nothing changes. An expert whose group has no token in the batches keeps its threshold."""
+    """Sets the thresholds of all layers in place. Without batches nothing changes. An expert keeps its threshold if the
+    batches have no token of its group.
+
+    Collective: every rank must pass the same number of batches.
+    """
     routers = by_threshold(model)
     if not routers or not batches:
         return
@@ -72,7 +75,8 @@ def _seen(
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each router this rank's scores [T, n] and the number of selected tokens, float64 [n]."""
+    """For each router the scores [T, n] and the number of selected tokens, float64 [n], of this rank's tokens. The scores
+    take T x N numbers of memory over all routers."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 

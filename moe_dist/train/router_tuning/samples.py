@@ -35,15 +35,10 @@ class TuningSample:
 
 
 class Samples:
-    """An opened folder; only the lengths are read at once.
-
-    Args:
-        folder: Made by `tools.prepare_router_tuning`.
+    """A folder that `tools.prepare_router_tuning` made. Opening it reads only the lengths; all other arrays are mapped.
 
     Attributes:
-        manifest: The manifest of the folder.
         digest: SHA-256 of the manifest, which contains the digests of the files.
-        embeddings_SE, routing_SLC: Memory-mapped.
 
     Raises:
         ConfigError, DataError: the folder is missing or damaged.
@@ -71,42 +66,37 @@ class Samples:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """One sample; its tokens are copied."""
+        """A copy of one sample's tokens."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
         return TuningSample(tokens[:prompt], tokens[prompt:])
 
     def prompts(self) -> list[np.ndarray]:
-        """The prompts of all samples."""
+        """The prompts of all samples, in order."""
         return [self.sample(number).prompt for number in range(len(self))]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A question and whether the run answered it.
-
-    Attributes:
-        task, id, text: Of the question; the text is the embedded one.
-        right: Whether the run answered correctly.
-    """
+    """A question that the run has answered."""
 
     task: str
     id: str
-    text: str
+    text: str  # the text to embed
     sample: TuningSample
-    right: bool
+    right: bool  # the run's answer was correct
 
 
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder, successful samples first. It is built under a hidden name beside its place and renamed when
-    complete. After a kill no folder of the final name exists, and the next call removes the partial one.
+    """Writes a folder, successful samples first. The folder is built under a hidden name and renamed when complete, so that
+    `out` never exists in part; the next call removes a partial folder.
 
     Args:
         out: Must not exist.
         scored, embeddings_SE, routing_SLC: One row for each question.
-        facts: Further values for the manifest; sizes, tasks and digests are added here.
+        facts: The manifest without sizes, tasks and digests, which are added here.
 
     Raises:
         ConfigError: `out` exists.
@@ -165,7 +155,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks that a folder can be made, before hours of scoring. Raises: ConfigError: it exists, or its parent is not
+    """Checks before hours of scoring that a folder can be made. Raises: ConfigError: it exists, or its parent is not
     writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)
