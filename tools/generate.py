@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator
+from moe_dist.inference.generate import Generator, check_lengths
 from moe_dist.inference.loaded_run import causal_problems, choose_device, find_trained
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.sheet import make_sheet
@@ -80,7 +80,7 @@ def main(options: GenerateOptions) -> None:
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
-    task.check(model.max_seq_len)
+    check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
     grammar = vocabulary.grammar  # may refuse the data
     generator = Generator(
         trained.load(device),

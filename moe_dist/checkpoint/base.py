@@ -8,7 +8,7 @@ group, because the import of a dense Hugging Face model makes such groups.
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -45,9 +45,6 @@ class Base:
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of the base
-
-    def to_json(self) -> dict[str, JsonValue]:
-        return {**asdict(self)}
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":

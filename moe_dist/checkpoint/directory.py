@@ -84,8 +84,8 @@ class CheckpointDirectory:
             logger.warning("cannot remove old checkpoints in %s: %s", self.folder, error)
 
     def remove_leftovers(self) -> None:
-        """Deletes the remains of crashes and of `remove_beyond`. Only the holder of the lease may call it, because a save of
-        another attempt in progress looks the same."""
+        """Deletes the remains of crashes and of `remove_beyond`. Only the holder of the lease may call it, because these
+        remains look like a running save of another attempt."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 # A writer that lost the lease may delete its own files at the same time.

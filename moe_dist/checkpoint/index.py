@@ -67,24 +67,18 @@ class Index(StoredModel):
 
 
 class StateFile(StoredModel):
-    """Content of state.json.
-
-    Attributes:
-        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
-        placement: Groups and slots at the time of the save, for people; loading does not use them.
-        values: See `CheckpointState.values`. Reading translates old names in the configuration to today's names.
-    """
+    """Content of state.json."""
 
     format: Literal[2] = FORMAT
     save_id: str
     step: int
     world_size: int
-    optimizer_steps: int | None
-    placement: dict[str, JsonValue]
+    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
+    placement: dict[str, JsonValue]  # groups and slots, for people; loading does not use them
     versions: dict[str, str]
-    values: dict[str, JsonValue]
+    values: dict[str, JsonValue]  # see `CheckpointState.values`
 
-    @field_validator("values")
+    @field_validator("values")  # a configuration of an earlier version may use old names
     @classmethod
     def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return {name: translate(value) if name == "config" else value for name, value in values.items()}

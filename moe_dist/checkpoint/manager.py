@@ -28,9 +28,17 @@ from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import Taken, check_complete, check_fits, fitting, taken_from
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, DamagedError, read_index, shard_file
 from moe_dist.checkpoint.shard_header import ShardHeader
-from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
-from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
+from moe_dist.checkpoint.storage import (
+    Snapshot,
+    build_index,
+    pieces_of,
+    read_tensors,
+    sync,
+    take_snapshot,
+    write_durably,
+    write_shard,
+)
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count

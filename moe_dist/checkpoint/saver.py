@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from moe_dist.checkpoint.state import CheckpointState
+from moe_dist.checkpoint.storage import HostBuffers, Snapshot, take_snapshot
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.errors import CheckpointError
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -117,14 +118,13 @@ def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
         if match := EXPERT_NAME.fullmatch(name):
             seen[match["layer"], match["group"]].add((int(match["expert"]), match["tensor"]))
     tensors = {tensor for each in seen.values() for _, tensor in each}
-    problems = []
-    for layer in sorted({layer for layer, _ in seen}):
-        for group, count in expected.items():
-            for expert in range(count):
-                for tensor in sorted(tensors):
-                    if (expert, tensor) not in seen[layer, group]:
-                        name = f"{layer}.moe.experts.{group}.{expert}.{tensor}"
-                        problems.append(_incomplete("does not exist", name))
+    problems = [
+        _incomplete("does not exist", f"{layer}.moe.experts.{group}.{expert}.{tensor}")
+        for layer in sorted({layer for layer, _ in seen})
+        for group, count in expected.items()
+        for expert, tensor in product(range(count), sorted(tensors))
+        if (expert, tensor) not in seen[layer, group]
+    ]
     for (layer, group), each in sorted(seen.items()):
         beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:

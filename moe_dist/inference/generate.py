@@ -18,22 +18,14 @@ _BATCH = 64  # sequences in one batch, without the plain copies of guidance
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of a generation.
+    """Settings of a generation."""
 
-    Attributes:
-        max_new_tokens: Upper bound; a picture starts only if all its tokens fit.
-        seed: Sequence b draws from (seed, b).
-        one_picture: Stop at the end mark of a picture.
-        text_only: Start no picture.
-        guidance: Strength of classifier-free guidance; needs `plain` prompts.
-    """
-
-    max_new_tokens: int
+    max_new_tokens: int  # a picture starts only if all its tokens fit
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    one_picture: bool = False
-    text_only: bool = False
-    guidance: float = 1.0
+    seed: int = 0  # sequence b draws from (seed, b)
+    one_picture: bool = False  # stop at the end mark of a picture
+    text_only: bool = False  # start no picture
+    guidance: float = 1.0  # strength of classifier-free guidance; other values than 1 need `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
@@ -55,14 +47,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 class Generator:
-    """Continues prompts with one model on one device.
-
-    Args:
-        model: The model with all experts on this device. It is put into evaluation mode.
-        grammar: The grammar of the training data.
-        group_of_modality: Expert group of each modality.
-        max_seq_len: Longest sequence that the model supports.
-    """
+    """Continues prompts with one model, which has all experts on one device and is put into evaluation mode."""
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len

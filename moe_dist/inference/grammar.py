@@ -27,24 +27,15 @@ class GrammarState(IntEnum):
 
 @dataclass(frozen=True)
 class Grammar:
-    """The grammar of a data set.
+    """The grammar of a data set."""
 
-    Attributes:
-        modality_of_id: int64 [V], an index into `modalities`.
-        modalities: Names, in the order of the manifest.
-        eos_id: Ends a document.
-        begin_id, end_id: Marks of a picture; None if the data have no pictures.
-        cells: Codes in a picture; 0 without pictures.
-        allowed_SV: bool [4, V], the ids that each state allows.
-    """
-
-    modality_of_id: np.ndarray
-    modalities: tuple[str, ...]
-    eos_id: int
-    begin_id: int | None
-    end_id: int | None
-    cells: int
-    allowed_SV: np.ndarray
+    modality_of_id: np.ndarray  # int64 [V], an index into `modalities`
+    modalities: tuple[str, ...]  # names, in the order of the manifest
+    eos_id: int  # ends a document
+    begin_id: int | None  # start mark of a picture; None if the data have no pictures
+    end_id: int | None  # end mark of a picture
+    cells: int  # codes in a picture; 0 without pictures
+    allowed_SV: np.ndarray  # bool [4, V], the ids that each state allows
 
     @property
     def picture_tokens(self) -> int:

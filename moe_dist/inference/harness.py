@@ -23,13 +23,8 @@ _MAX_NEW_TOKENS = 256  # if a task does not set it
 class HarnessModel(LM):
     """A model with the three methods that the harness calls.
 
-    A context that does not fit into `max_seq_len` loses its beginning, except the begin mark of a document.
-
-    Args:
-        likelihood, generator: Two uses of the same model.
-        vocabulary: Tokenizer and grammar of the training data.
-        max_seq_len: Longest sequence that the model supports.
-        seed: Seed of generation that samples.
+    A context that does not fit into `max_seq_len` loses its beginning, except the begin mark of a document. `likelihood`
+    and `generator` use the same model.
     """
 
     def __init__(

@@ -72,16 +72,11 @@ class Likelihood:
             ConfigError: a continuation is empty or longer than the model supports; raised before anything is computed.
         """
         check_lengths(continuations, self._max_seq_len)
-        world, rank, world_size = (
-            (None, 0, 1) if self.mesh is None else (self.mesh.world, self.mesh.rank, self.mesh.world_size)
-        )
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
         nats_and_greedy = torch.zeros(len(continuations), 2, dtype=torch.float64, device=self._device)
-        for indices in batches_by_length(
-            lengths, tokens=self._batch_tokens, vocab_size=vocab_size, rank=rank, world_size=world_size
-        ):
+        for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self.mesh):
             nats_and_greedy[indices] = self._score([continuations[index] for index in indices])
-        sum_over(nats_and_greedy, world, name="log-likelihoods")
+        sum_over(nats_and_greedy, None if self.mesh is None else self.mesh.world, name="log-likelihoods")
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]  # device-to-host sync
 
     def _score(self, batch: Sequence[Continuation]) -> Tensor:

@@ -182,10 +182,8 @@ def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, obje
     mean: dict[str, object] = {}
     for measure in MEASURES:
         right = [np.array([each.right(measure) for each in of_task]) for of_task in answered.values()]
-        mean[measure] = {
-            "accuracy": float(np.mean([each.mean() for each in right])),
-            "interval": list(bootstrap_mean(right, seed=seed)),
-        }
+        accuracy = float(np.mean([each.mean() for each in right]))
+        mean[measure] = {"accuracy": accuracy, "interval": list(bootstrap_mean(right, seed=seed))}
     return {"tasks": tasks, "mean": mean}
 
 
@@ -195,18 +193,11 @@ def _task(answered: Sequence[Answered]) -> dict[str, object]:
         "chance": float(np.mean([1 / len(each.question.choices) for each in answered])),
     }
     for measure in MEASURES:
-        right = sum(each.right(measure) for each in answered)
-        found[measure] = {
-            "right": right,
-            "accuracy": right / len(answered),
-            "interval": list(wilson(right, len(answered))),
-        }
+        right, total = sum(each.right(measure) for each in answered), len(answered)
+        found[measure] = {"right": right, "accuracy": right / total, "interval": list(wilson(right, total))}
     found["answers"] = [
-        {
-            "id": each.question.id,
-            "answer": each.question.answer,
-            **{name: list(taken) for name, taken in each.taken.items()},
-        }
+        {"id": question.id, "answer": question.answer, **{name: list(taken) for name, taken in each.taken.items()}}
         for each in answered
+        for question in [each.question]
     ]
     return found

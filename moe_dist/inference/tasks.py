@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, Request, check_lengths
+from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
@@ -20,26 +20,15 @@ class Task:
     request: Request
     plain: list[list[int]] | None = None
 
-    def check(self, max_seq_len: int) -> None:
-        """Raises: ConfigError: a prompt and its new tokens exceed `max_seq_len` tokens."""
-        check_lengths(self.prompts, self.request.max_new_tokens, max_seq_len)
-
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """The result of one prompt.
+    """The result of one prompt."""
 
-    Attributes:
-        tokens: The new tokens.
-        modalities: Modality of each new token.
-        text: Text of the new tokens.
-        pictures: Pictures that the new tokens complete, including a picture that the prompt started.
-    """
-
-    tokens: list[int]
-    modalities: list[str]
-    text: str
-    pictures: list[Image.Image]
+    tokens: list[int]  # the new tokens
+    modalities: list[str]  # of each new token
+    text: str  # of the new tokens
+    pictures: list[Image.Image]  # pictures that the new tokens complete, also one that the prompt started
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:

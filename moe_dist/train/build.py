@@ -35,10 +35,11 @@ from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
-from moe_dist.train.build_tuning import build_sample_loader, build_tuning
+from moe_dist.train.build_tuning import build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
 from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
 
@@ -213,19 +214,18 @@ def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[in
 
 def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
     """A rank's training batches."""
+    share: dict[str, int] = {
+        "seed": config.run.seed,
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.train.micro_batch,
+        "rank": rank,
+        "world_size": world_size,
+    }
     if config.router_tuning is not None:
-        return build_sample_loader(config, manifest, rank=rank, world_size=world_size)
+        return SampleLoader(Samples(config.router_tuning.data), manifest, **share)
+    data = config.data
     return TrainLoader(
-        config.data.path,
-        manifest,
-        seq_len=config.data.seq_len,
-        weights=config.data.weights,
-        pack_window=config.data.pack_window,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world_size,
+        data.path, manifest, seq_len=data.seq_len, weights=data.weights, pack_window=data.pack_window, **share
     )
 
 

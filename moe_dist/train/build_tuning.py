@@ -14,7 +14,7 @@ from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.roles import Role
-from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
+from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
@@ -65,20 +65,6 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
         bandwidth=section.bandwidth,
         random_seed=seed if section.random_neighbours else None,
         **section.neighbours.model_dump(exclude={"kind"}),
-    )
-
-
-def build_sample_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> SampleLoader:
-    """A rank's training batches of samples."""
-    assert config.router_tuning is not None, "the caller checks the section"
-    return SampleLoader(
-        Samples(config.router_tuning.data),
-        manifest,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world_size,
     )
 
 

@@ -51,9 +51,6 @@ class Progress:
     evaluated: int = 0  # step of the last evaluation
     first_position: int = 0  # where the run began in the global stream; above 0 only with run.keep_position
 
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
     def owes_evaluation(self, every: int, last: int) -> bool:
         """True if an evaluation is due after this step (every `every` steps and after step `last`) and not done yet. A stop
         request skips it, and the resumed run makes it."""
@@ -112,11 +109,11 @@ class Resumable:
             CheckpointError: on all ranks, if a durable save failed; the previous checkpoint stays valid.
         """
         values: dict[str, JsonValue] = {
-            "progress": {**progress.to_json()},
+            "progress": {**asdict(progress)},
             "config": self._config.model_dump(mode="json"),
             "data": {**self._data},
             "controllers": {name: controller.state() for name, controller in self._controllers.items()},
-            **({} if self._base is None else {BASE: self._base.to_json()}),
+            **({} if self._base is None else {BASE: {**asdict(self._base)}}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
         self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)

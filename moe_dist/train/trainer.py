@@ -109,11 +109,11 @@ class Trainer:
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._recent.append(result)
         if self.sinks:
-            self._show(self._statistics(result, lr, aux, time.perf_counter() - begin))
+            self._show(result, lr, aux, time.perf_counter() - begin)
         return result
 
-    def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
-        return StepStatistics(
+    def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
+        stats = StepStatistics(
             result,
             step=self.progress.step,
             balance_coefficient=aux.balance,
@@ -125,18 +125,6 @@ class Trainer:
             flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
             active_target=self.plan.active_target,
         )
-
-    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
-        """FLOPs per token, from the step's active experts per token and token share of each group."""
-        placement = self.plan.placement
-        taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
-        experts, share = {}, {}
-        for group, tokens in zip(placement.groups, counts.tokens_LG.sum(0), strict=True):
-            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
-            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
-        return self.plan.flops_per_token(experts, share)
-
-    def _show(self, stats: StepStatistics) -> None:
         record = build_record(
             stats,
             groups=self.plan.placement.groups,
@@ -147,6 +135,16 @@ class Trainer:
         )
         for sink in self.sinks:
             sink.step(record)
+
+    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
+        """FLOPs per token, from the step's active experts per token and token share of each group."""
+        placement = self.plan.placement
+        taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
+        experts, share = {}, {}
+        for group, tokens in zip(placement.groups, counts.tokens_LG.sum(0), strict=True):
+            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
+        return self.plan.flops_per_token(experts, share)
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))

@@ -2,7 +2,7 @@
 folder, the lease and the sinks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     controllers = training.controllers()
     resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=controllers)
     progress = resumable.restore()
-    begun = Progress(**progress.to_json())
+    begun = replace(progress)
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
     steps: list[StepResult] = []
     trainer = Trainer(

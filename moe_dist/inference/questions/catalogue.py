@@ -9,10 +9,9 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError
 from moe_dist.inference.questions.fact import Fact, Question
-from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.pictures import OPENMOJI, openmoji_families, pictures
 from moe_dist.inference.questions.reasoning import GENERATORS, reasoning
-from moe_dist.inference.questions.split import Side
+from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import Vocabulary
@@ -49,20 +48,13 @@ def task_names(wanted: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Makes the questions of tasks.
+    """Makes the questions of tasks."""
 
-    Attributes:
-        vocabulary: Gives the pictures of the run's data.
-        sources: Names of the sources of the run's data.
-        wordnet, quiz: Folders of the packages' files.
-        seed: Determines sides, wrong answers and order.
-    """
-
-    vocabulary: Vocabulary
-    sources: Sequence[str]
-    wordnet: Path = WORDNET
-    quiz: Path = QUIZ
-    seed: int = 0
+    vocabulary: Vocabulary  # gives the pictures of the run's data
+    sources: Sequence[str]  # names of the sources of the run's data
+    wordnet: Path = WORDNET  # folder of WordNet's files
+    quiz: Path = QUIZ  # folder of the quiz files
+    seed: int = 0  # determines sides, wrong answers and order
 
     def check(self, tasks: Sequence[str]) -> None:
         """Checks that all packages of the tasks are installed.

@@ -26,19 +26,13 @@ CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 
 @dataclass(frozen=True)
 class Synset:
-    """One synset: a meaning and its words.
+    """One synset: a meaning and its words."""
 
-    Attributes:
-        lexicographer: Number of the lexicographer file, which is the category of a noun.
-        words: The words, with spaces for underscores.
-        pointers: (symbol, offset, part of speech, source word, target word); words count from 1, and 0 is the whole synset.
-        gloss: The definition, without examples.
-    """
-
-    lexicographer: int
-    words: tuple[str, ...]
+    lexicographer: int  # number of the lexicographer file, which is the category of a noun
+    words: tuple[str, ...]  # with spaces for underscores
+    # (symbol, offset, part of speech, source word, target word); words count from 1, and 0 is the whole synset
     pointers: tuple[tuple[str, str, str, int, int], ...]
-    gloss: str
+    gloss: str  # the definition, without examples
 
 
 class WordNet:

@@ -12,14 +12,13 @@ import torch
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.order import ShuffledEpochs, micro_batches
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
 _BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and as much again for the losses
 
 
-def batches_by_length(
-    lengths: Sequence[int], *, tokens: int, vocab_size: int, rank: int, world_size: int
-) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
     """Divides rows into batches of similar length; returns the row indices of each batch of one rank.
 
     Every rank gets the same number of batches, because the rank's experts take part in the forward of every rank. Empty
@@ -28,7 +27,9 @@ def batches_by_length(
     Args:
         lengths: Tokens of each row; equal on all ranks.
         tokens: Most tokens in a batch, padding included. A large vocabulary lowers it, because the logits need memory.
+        mesh: All ranks; None for a single rank.
     """
+    rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
     batches: list[list[int]] = []
     room = 0

@@ -61,12 +61,9 @@ class RoutingReader:
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """The softmax of this rank's prompts; zeros for all other prompts, so that the sum over the ranks is the result."""
-        rank, world_size = (0, 1) if self._mesh is None else (self._mesh.rank, self._mesh.world_size)
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
-        for indices in batches_by_length(
-            lengths, tokens=self._batch_tokens, vocab_size=vocab_size, rank=rank, world_size=world_size
-        ):
+        for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
             read_BLC = self._read([prompts[index] for index in indices])
             if found is None:
                 found = read_BLC.new_zeros(len(prompts), *read_BLC.shape[1:])

@@ -65,17 +65,11 @@ def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The layers whose routers are trained.
+    """The layers whose routers are trained."""
 
-    Attributes:
-        layers: Indices of the transformer layers.
-        places: Their indices among the MoE layers.
-        stored: Their indices among the layers whose routing is stored with the samples.
-    """
-
-    layers: tuple[int, ...]
-    places: tuple[int, ...]
-    stored: tuple[int, ...]
+    layers: tuple[int, ...]  # indices of the transformer layers
+    places: tuple[int, ...]  # indices among the MoE layers
+    stored: tuple[int, ...]  # indices among the layers whose routing is stored with the samples
 
 
 class RouterTuning:
