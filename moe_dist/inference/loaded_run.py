@@ -43,7 +43,7 @@ class CheckpointReader:
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
         with torch.device("meta"):
             self.model = build_model(config, self.placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
-        allocate(self.model, device)
+        allocate(self.model, device)  # uninitialised memory, because `read` loads every tensor
         freeze(self.model, config)
         self.model.eval()
         group = None if mesh is None else mesh.checkpoint

@@ -99,7 +99,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)
+    check_lengths(flat(written), max_seq_len)  # before the model is loaded
     return written
 
 
@@ -128,7 +128,7 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
     ]
-    return values.index(max(values))
+    return values.index(max(values))  # index finds the first maximum
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:

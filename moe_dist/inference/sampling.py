@@ -43,7 +43,7 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
     Every row must allow a token. Among equally likely tokens the lower id comes first.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
-    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower id
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
     # Shift the maximum to 0 first: dividing by a small temperature would overflow.

@@ -69,7 +69,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()
+        make_deterministic()  # before the first CUDA call, which reads the environment
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits for the lease here
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")

@@ -47,7 +47,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     def check(contents: Contents) -> None:
         if problems := base_problems(config.model, contents):
             raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
-        found.append(Base(str(contents.folder), content_hash(contents.index)))
+        found.append(Base(str(contents.folder), content_hash(contents.index)))  # hashes the index, reads no tensor
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})

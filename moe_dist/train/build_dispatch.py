@@ -88,7 +88,7 @@ def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFi
 
 
 def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
-    top_k = max(group.top_k for group in parts.placement.groups)
+    top_k = max(group.top_k for group in parts.placement.groups)  # the assignments have the largest K of all groups
     return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
 
 

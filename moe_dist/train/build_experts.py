@@ -37,7 +37,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run has a placement of many ranks but no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(
+    dispatcher = build_dispatcher(  # one for all layers, because backends allocate large buffers
         DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
     )
     selection_scope = SelectionScope.over(

@@ -128,7 +128,7 @@ class Resumable:
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # only rank 0 reads and compares the data
-        self._checkpoints.clear()
+        self._checkpoints.clear()  # before `latest`, so that no earlier writer can still commit
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -138,7 +138,7 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        restored = self._checkpoints.load(newest, self._capture())
+        restored = self._checkpoints.load(newest, self._capture())  # creates the moments that it loads into
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model

@@ -56,7 +56,7 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
             "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
         )
     device = torch.device("cuda", env.local_rank)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device)  # NCCL and the current stream use the current device
     return device
 
 
@@ -71,8 +71,8 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
     timeout = section.timeout_seconds
     with shared_with_rank_0(folder.path, env):
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)
-        with published_store(env, folder.path, timeout=timeout) as store:
+        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 publishes its address in the run folder
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
 
@@ -95,7 +95,7 @@ def start_watchdog(
         step=attempt.last_step,
         end=attempt.give_up,
     )
-    return watchdog.start() if env.world_size > 1 else watchdog
+    return watchdog.start() if env.world_size > 1 else watchdog  # starts a thread that polls
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # polls on a thread, costs no device sync
     try:
         yield monitor
     finally:
@@ -126,7 +126,7 @@ def open_sinks(
         return
     console = Console()
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-    attempt.check_lease()
+    attempt.check_lease()  # another attempt may have taken the run while this rank started
     sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
     attempt.require(sinks.check_written)
     try:

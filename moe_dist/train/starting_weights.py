@@ -65,7 +65,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # the same on every rank, without a collective
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
@@ -137,7 +137,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
     before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
     if not isinstance(before, dict):
         return {}
-    here["head_dim"] = config.model.resolved_head_dim
+    here["head_dim"] = config.model.resolved_head_dim  # null means hidden_dim / num_heads
     width, heads = before.get("hidden_dim"), before.get("num_heads")
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     there = {**before, "head_dim": before.get("head_dim") or each}

@@ -53,7 +53,7 @@ class EvenRouter(nn.Module):
             mine_N = (expert_N != ABSENT) & (group_N == index)
             # The running index of the group's pairs, modulo n. Pairs of one token are consecutive, so their experts differ.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
-            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
+            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # no host sync, whatever the counts
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
 
 

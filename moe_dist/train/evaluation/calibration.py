@@ -55,7 +55,7 @@ def calibrate(
     scores, taken = _seen(model, routers, batches, group_of_modality)
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
-    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
+    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)  # scores are probabilities in [0, 1]
     for _ in range(HALVINGS):
         middle_N = (low_N + high_N) / 2
         above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
@@ -81,7 +81,7 @@ def _seen(
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))
+        scores[router].append(router.scores(*inputs[:2]))  # computes the scores a second time
         taken[router].append(router.num_taken(chosen.sums))
 
     with ExitStack() as stack:

@@ -76,7 +76,7 @@ class Evaluator:
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal, routers = Heldout({}, {}, None), [layer.router for layer in self.model.moe_modules()]
         if final and any(isinstance(router, ChoosingRouter) for router in routers):
-            with choice_of_training(routers):
+            with choice_of_training(routers):  # selects tokens like a training step, also by later tokens
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:

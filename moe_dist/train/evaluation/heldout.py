@@ -57,7 +57,7 @@ def heldout_losses(
         experts_off: Compute without the output of routed experts; the rise of the loss measures their contribution.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so that no batch syncs
     counts: list[Tensor] = []
     shapes: list[torch.Size] = []
     training = model.training
@@ -69,7 +69,7 @@ def heldout_losses(
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
-    model.train(training)
+    model.train(training)  # the mode before the call
     if not counts:  # no held-out data, on all ranks: their numbers of batches are equal
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()

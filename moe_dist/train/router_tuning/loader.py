@@ -40,7 +40,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
             room = max(1, most // lengths[index])
         batches[-1].append(index)
         room -= 1
-    batches += [[]] * (-len(batches) % world_size)
+    batches += [[]] * (-len(batches) % world_size)  # a rank runs an empty batch as one row of padding
     return batches[rank::world_size]
 
 

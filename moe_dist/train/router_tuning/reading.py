@@ -53,7 +53,7 @@ class RoutingReader:
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
-        self._model.eval()
+        self._model.eval()  # no capacity and no noise
         with tracker.among(SAMPLE_ROUTING) if tracker is not None else nullcontext():
             found = self._own_part(prompts)
         self._model.train(training)
