@@ -135,7 +135,7 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
-    """Possible names in the base of a tensor of the model, the first existing one counts; `only` has the layers with a
+    """Possible names of a model's tensor in the base, in order of preference. `only` has the group of each layer with a
     single expert."""
     yield name
     if match := _NORM.fullmatch(name):

@@ -164,7 +164,8 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
     faulty = {problem.file for problem in problems}  # one problem for each file is enough
     for name, digest in (checksums[1] if checksums else {}).items():
-        if name not in faulty and (folder / name).is_file() and digest_of(folder / name) != digest:
+        path = folder / name
+        if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             detail = f"differs from what was saved: its digest is not the one in {CHECKSUMS_FILE}"
             problems.append(CheckpointProblem("damaged", name, detail))
 
@@ -186,9 +187,3 @@ def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
         return None
     save_id, *digests = (group.decode() for group in match.groups())
     return save_id, dict(zip(CHECKED_FILES, digests, strict=True))
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks, so a large file needs no memory

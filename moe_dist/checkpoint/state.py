@@ -107,7 +107,10 @@ def capture(
         part: `trained` leaves frozen parameters out, `frozen` takes only frozen parameters.
     """
     stacks = _expert_stacks(model)
-    tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
+    tensors = _distinct_tensors(model)
+    frozen = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
+    if part != "all":
+        tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
         materialise_moments(optimizer)  # zeros before the first step, so that a new run and a resume save the same tensors
@@ -121,11 +124,6 @@ def capture(
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
-
-
-def _belongs(tensor: Tensor, part: Part) -> bool:
-    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-    return part == "all" or frozen == (part == "frozen")
 
 
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:

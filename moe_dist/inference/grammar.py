@@ -37,20 +37,15 @@ class Grammar:
     cells: int  # codes in a picture; 0 without pictures
     allowed_SV: np.ndarray  # bool [4, V], the ids that each state allows
 
-    @property
-    def picture_tokens(self) -> int:
-        """Tokens of a picture with both marks."""
-        return self.cells + 2
-
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
         """The state after `tokens`, if at most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
-            since = len(tokens) - 1 - _last(tokens, self.begin_id)
+            since = list(reversed(tokens)).index(self.begin_id)  # tokens after the last start mark
             if since < self.cells:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.picture_tokens else GrammarState.TEXT_ONLY
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # codes and marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
         """Codes of each complete picture in the tokens, int64 [cells]; code 0 is the first of the codebook."""
@@ -107,7 +102,3 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
         cells=0 if image is None else image.grid[0] * image.grid[1],
         allowed_SV=allowed,
     )
-
-
-def _last(tokens: Sequence[int], wanted: int) -> int:
-    return max(place for place, token in enumerate(tokens) if token == wanted)

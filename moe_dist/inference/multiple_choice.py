@@ -42,7 +42,7 @@ class Answered:
     taken: dict[Measure, tuple[int, ...]]
 
     def right(self, measure: Measure) -> bool:
-        """Whether the model took the right choice under every rotation."""
+        """True if the model took the right choice under every rotation."""
         return all(choice == self.question.answer for choice in self.taken[measure])
 
 

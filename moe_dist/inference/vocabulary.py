@@ -71,7 +71,7 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """Whether pictures can be read and drawn."""
+        """True if the data set can encode and decode pictures."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property

