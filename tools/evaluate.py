@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, causal_problems, choose_device, find_trained
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
@@ -60,9 +59,7 @@ def main(options: EvaluateOptions) -> None:
     env = RankEnv.from_environment(os.environ)
     tasks = _check(options, env)  # everything that can be refused is refused before the model is loaded
     device = choose_device(options.device)
-    trained = find_trained(
-        options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
-    )
+    trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     check_vocabulary(vocabulary, vocab_size=model.vocab_size)

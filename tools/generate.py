@@ -10,9 +10,8 @@ import numpy as np
 import typer
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.causal import causal_problems
-from moe_dist.inference.generate import Generator
-from moe_dist.inference.loaded_run import choose_device, find_trained
+from moe_dist.inference.generate import Generator, check_lengths
+from moe_dist.inference.loaded_run import causal_problems, choose_device, find_trained
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.sheet import make_sheet
 from moe_dist.inference.tasks import (
@@ -77,13 +76,11 @@ def main(options: GenerateOptions) -> None:
     """Samples from a trained run."""
     options.check()  # everything that can be refused is refused before the model is loaded
     device = choose_device(options.device)
-    trained = find_trained(
-        options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
-    )
+    trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
-    task.check(model.max_seq_len)
+    check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
     grammar = vocabulary.grammar  # may refuse the data
     generator = Generator(
         trained.load(device),

@@ -102,9 +102,7 @@ def _score(
         SampleMaker(trained.manifest),
         group_of_modality=torch.tensor(trained.group_of_modality, device=likelihood.model.embedding.weight.device),
         places=[trained.config.model.moe_layers.index(layer) for layer in layers],
-        world=likelihood.world,
-        rank=env.rank,
-        world_size=env.world_size,
+        mesh=likelihood.mesh,
     )
     return scored, reader([each.sample.prompt for each in scored]).numpy()
 

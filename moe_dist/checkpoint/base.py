@@ -1,21 +1,21 @@
 """The frozen base model of adapters: a checkpoint of adapters stores the base's path and content hash, not its weights.
 
-Names and shapes decide which tensor of the base is loaded where; every parameter of the base must be used. The frozen FFN
-of a layer is the base's dense FFN in that layer, else the only expert of its only group (as a dense Hugging Face model is
-imported). The same holds for a layer that is dense in the model.
+Names and shapes decide which tensor of the base is loaded into which tensor of the model. Every parameter of the base must
+be used. The FFN of a layer comes from the base's dense FFN in that layer, else from the only expert of the layer's only
+group, because the import of a dense Hugging Face model makes such groups.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.fits import misfit
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
@@ -29,8 +29,8 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
 
 
 def content_hash(index: Index) -> str:
-    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer, without the optimizer's moments; so it
-    does not depend on layout and step count."""
+    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer. It does not depend on the layout, the
+    optimizer's moments or the step count."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())
@@ -41,25 +41,17 @@ def content_hash(index: Index) -> str:
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a checkpoint of adapters.
+    """The base of a checkpoint of adapters."""
 
-    Attributes:
-        path: Folder of the base's checkpoint (`step_N`).
-        content: Its `content_hash`.
-    """
-
-    path: str
-    content: str
-
-    def to_json(self) -> dict[str, JsonValue]:
-        return {**asdict(self)}
+    path: str  # folder of the base's checkpoint (step_N)
+    content: str  # `content_hash` of the base
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """The base recorded in a checkpoint's values.
+        """The base that the values of a checkpoint name.
 
         Raises:
-            DataError: there is no record of a base.
+            DataError: the values name no base.
         """
         found = values.get(KEY)
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
@@ -101,10 +93,10 @@ def find_base(base: Base, adapters: Path) -> Contents:
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """For each tensor of `specs` its name in the base.
+    """Maps each tensor of `specs` to its name in the base.
 
     Raises:
-        ConfigError: the base lacks a tensor, has it in another shape, or has a parameter that the model does not use.
+        ConfigError: the base lacks a tensor, a tensor has another shape or dtype, or the model does not use a parameter.
     """
     index = contents.index
     only = _only_experts(index)
@@ -113,15 +105,15 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
         source = next((each for each in _candidates(name, only) if each in index.tensors), None)
         if source is None:
             problems.append(f"{name}: the base has no such tensor")
-        elif (entry := index.tensors[source]).shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
-            problems.append(f"{name}: {spec.dtype} {spec.shape} in the model, {entry.dtype} {entry.shape} in {source}")
+        elif problem := misfit(index.tensors[source], spec, source):
+            problems.append(f"{name}: {problem}")
         else:
             sources[name] = source
     used = set(sources.values())
     problems += [
         f"{name}: the model does not use this tensor"
         for name in index.tensors
-        # a frozen base has no use for its router and its optimizer
+        # The router and the optimizer of a frozen base are not used.
         if name not in used and not name.startswith(OPTIMIZER_PREFIX) and role_of_name(name) is not Role.ROUTER
     ]
     if problems:
@@ -134,7 +126,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
 
 
 def base_names(index: Index) -> dict[str, str]:
-    """For each FFN matrix of a base its name in a layer with LoRA experts, `layers.i.moe.ffn.gate`."""
+    """Maps each FFN matrix of a base to its name in a layer with LoRA experts, such as `layers.0.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
         if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):
@@ -143,6 +135,8 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
+    """Possible names of a model's tensor in the base, in order of preference. `only` has the group of each layer with a
+    single expert."""
     yield name
     if match := _NORM.fullmatch(name):
         yield f"{match['layer']}.ffn.norm.weight"
@@ -155,7 +149,7 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 
 def _only_experts(index: Index) -> dict[str, str]:
-    """The group of each layer that has a single expert in a single group."""
+    """The group of each layer with a single expert in a single group, by layer."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):

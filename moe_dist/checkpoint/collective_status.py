@@ -1,6 +1,7 @@
 """Makes a phase of a save or load fail on all ranks or on none: every rank learns of an error on any rank."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,15 @@ from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistErro
 
 _UNWRITABLE = 2  # a rank's status after a CheckpointError; any other error has 1000 + its exit code
 
+T = TypeVar("T")
+
 
 class CollectiveStatus:
-    """Status exchange between the ranks that save or load together, over a gloo process group; None means one rank.
+    """Exchanges a status between the ranks that save or load together.
 
     Args:
         place: Folder, for messages.
+        process_group: Gloo group of these ranks; None for a single rank.
         tracker: Tracker of the watchdog.
     """
 
@@ -33,37 +37,35 @@ class CollectiveStatus:
         summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
-    def phase(
-        self,
-        name: str,
-        action: Callable[[], None],
-        *,
-        only_first: bool = False,
-        kind: type[MoeDistError] = CheckpointError,
-    ) -> None:
-        """Runs `action` on all ranks (or on rank 0 only), and raises on all ranks if it failed on any. One all-reduce.
+    def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T | None:
+        """Runs `action` on rank 0 only, else like `phase`. Returns the result on rank 0, None on the other ranks."""
+        return self.phase(name, lambda: action() if self.rank == 0 else None, kind=kind)
+
+    def phase(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T:
+        """Runs `action` on all ranks and returns the rank's own result. Raises on all ranks if it failed on any rank. One
+        all-reduce.
 
         File system errors become `kind`; other errors are raised unchanged on the rank where they happened.
         """
         error: Exception | None = None
+        result: T | None = None
         try:
-            if self.rank == 0 or not only_first:
-                action()
+            result = action()
         except (OSError, SafetensorError) as cause:
             error = kind(f"checkpoint in {self._place}: cannot {name} on rank {self.rank}: {cause}")
             error.__cause__ = cause  # keeps the traceback of the file system error
-        # every error must reach the vote below: a rank that raised here would leave its peers waiting
+        # Every error must reach the all-reduce below: a rank that raised here would leave its peers waiting.
         except Exception as cause:
             error = cause
         reports = [0] * self.world_size  # one slot per rank, so that the sum tells which ranks failed
         if error is not None:
             reports[self.rank] = _report(error)
-        # the only collective of a phase; the same on every rank, whatever happened
-        codes = self.add(reports, f"checkpoint vote to {name}")
+        codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, whatever happened
         if error is not None:
             raise error
         if any(codes):
             raise _remote_error(f"checkpoint in {self._place}: cannot {name}", codes)
+        return result  # pyright: ignore[reportReturnType]
 
 
 def _report(error: Exception) -> int:
@@ -73,7 +75,7 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error for ranks without one: of the class that the first failed rank raises."""
+    """The error that a rank without a failure raises; it has the class of the first failed rank's error."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]
@@ -83,5 +85,5 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + DataError.exit_code: DataError,
     }
     error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True  # so that this rank leaves the verdict to the rank with the reason
+    error.consequence = True  # the failed rank knows the reason and records the verdict
     return error

@@ -1,7 +1,7 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
-Every bit of a checkpoint is checked: SHA256SUMS (in the format of `sha256sum -c SHA256SUMS`) covers index.json and
-state.json, the index covers the headers of the shards (ShardEntry), and fingerprints cover the tensors.
+Every byte of a checkpoint is covered: index.json and state.json by SHA256SUMS (in the format of `sha256sum -c SHA256SUMS`),
+the headers of the shards by the index (ShardEntry), and the tensors by fingerprints.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from moe_dist.errors import DataError
 CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
 
-_MAX_BYTES = 4096
+_MAX_BYTES = 4096  # of SHA256SUMS; a valid file has about 200
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,11 @@ class Contents:
 
 @dataclass
 class Examined:
-    """The readable parts of a checkpoint, and its problems.
-
-    Attributes:
-        headers: Headers of the intact shards, by number.
-    """
+    """The readable parts of a checkpoint, and its problems."""
 
     index: Index | None = None
     state: StateFile | None = None
-    headers: dict[int, ShardHeader] = field(default_factory=dict)
+    headers: dict[int, ShardHeader] = field(default_factory=dict)  # of the intact shards, by number
     file_problems: list[CheckpointProblem] = field(default_factory=list)
 
 
@@ -58,7 +54,7 @@ def open_checkpoint(folder: Path) -> Contents:
     """Reads index and state of a checkpoint, and checks them against each other and their digests.
 
     Raises:
-        DamagedError: a file is missing or damaged, or belongs to another save; names each file.
+        DamagedError: files are missing or damaged, or belong to different saves; names each file.
     """
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
@@ -70,7 +66,7 @@ def open_shard(contents: Contents, number: int) -> ShardHeader:
     """Reads the header of a shard, and checks it against the index.
 
     Raises:
-        DamagedError: from `read_shard_header`; or the shard belongs to another save, or the index has another header.
+        DamagedError: the shard is missing or damaged, belongs to another save, or its header differs from the index.
     """
     header = read_shard_header(contents.folder, number)
     if problem := shard_problem(contents.index, number, header):
@@ -101,7 +97,7 @@ def examine(folder: Path) -> Examined:
 
 
 def examine_files(folder: Path) -> Examined:
-    """Checks the JSON files only."""
+    """Checks the JSON files and SHA256SUMS, but no shard."""
     examined = Examined()
     problems = examined.file_problems
     files = (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE)
@@ -115,7 +111,6 @@ def examine_files(folder: Path) -> Examined:
         examined.state = read_stored(folder / STATE_FILE, StateFile) if STATE_FILE in present else None
     except DataError as error:
         problems.append(CheckpointProblem("damaged", STATE_FILE, str(error)))
-    # after reading, because it compares the save ids of the files
     _examine_saves(folder, examined, CHECKSUMS_FILE in present)
     named = step_of(folder)
     if examined.index and named is not None and named != examined.index.step:
@@ -125,15 +120,15 @@ def examine_files(folder: Path) -> Examined:
 
 
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
-    """The problem of a shard with a readable header; None without one."""
+    """The problem of a shard with a readable header; None if the shard is intact."""
     name = shard_file(number)
-    if header.save_id != index.save_id:  # before the digests: another save explains all other differences
+    if header.save_id != index.save_id:  # first, because another save explains all other differences
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
         if all(part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()):
             return CheckpointProblem("mixed up", name, whose)
         return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
     shard = index.shards[number]
-    if header.sha256 != shard.header_sha256 or header.size != shard.size:
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # covers a swap of two ranks' files
         detail = "its header differs from the one that was saved; perhaps it is another rank's file"
         return CheckpointProblem("damaged", name, detail)
     for part, (dtype, chunk) in header.parts.items():
@@ -144,7 +139,7 @@ def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointP
 
 
 def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> None:
-    """Checks that the JSON files are of the same save and match their digests."""
+    """Checks that the JSON files belong to the same save and match the digests in SHA256SUMS."""
     problems = examined.file_problems
     try:
         checksums = read_checksums(folder) if has_checksums else None
@@ -167,27 +162,24 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # a file with a known problem needs no second one
+    faulty = {problem.file for problem in problems}  # one problem for each file is enough
     for name, digest in (checksums[1] if checksums else {}).items():
-        if name not in faulty and (folder / name).is_file() and digest_of(folder / name) != digest:
+        path = folder / name
+        if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             detail = f"differs from what was saved: its digest is not the one in {CHECKSUMS_FILE}"
             problems.append(CheckpointProblem("damaged", name, detail))
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Content of SHA256SUMS; a comment contains the save id."""
+    """Content of SHA256SUMS; the save id stands in a comment."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """The save id and the digest of each file; None if the file is malformed.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The save id and the digest of each file; None if SHA256SUMS is malformed. Raises: OSError."""
     with (folder / CHECKSUMS_FILE).open("rb") as stream:
-        text = stream.read(_MAX_BYTES)  # bounds the read: a valid file has about 200 bytes
+        text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )
@@ -195,9 +187,3 @@ def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
         return None
     save_id, *digests = (group.decode() for group in match.groups())
     return save_id, dict(zip(CHECKED_FILES, digests, strict=True))
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks, so a large file needs no memory

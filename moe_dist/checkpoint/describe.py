@@ -16,18 +16,13 @@ _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors of one kind.
+    """Counts of the tensors of one kind."""
 
-    Attributes:
-        name: dense, router, adapters, experts of a group, or their moments.
-        detail: Layers x experts x matrices for experts; otherwise empty.
-    """
-
-    name: str
+    name: str  # dense, routers, adapters, or experts of a group; or one moment of such a kind
     tensors: int
-    numbers: int
+    numbers: int  # elements of all tensors
     nbytes: int
-    detail: str
+    detail: str  # for experts layers x experts x matrices, else empty
 
 
 def families(index: Index) -> list[Family]:
@@ -43,29 +38,29 @@ def families(index: Index) -> list[Family]:
 
 def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
     """Step, run, progress, layout and versions of a checkpoint, as (name, text)."""
-    progress = state.values.get("progress")
-    counters = progress if isinstance(progress, dict) else {}
-    config = state.values.get("config")
-    run = config.get("run") if isinstance(config, dict) else None
-    base = state.values.get("base")  # of a checkpoint of adapters
+    config = _mapping(state.values.get("config"))
+    run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
+    base = _mapping(state.values.get("base"))  # of a checkpoint of adapters
     taken = f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""
-    counted = [f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)]
+    counters = _mapping(state.values.get("progress")).items()
+    counted = [f"{name} {value:,}" for name, value in counters if isinstance(value, int)]
     sizes = [shard.size for shard in index.shards]
+    layout = f": ep {parallel.get('ep')} x edp {parallel.get('edp')}, {parallel.get('data')}, {placement.get('policy')}"
     return [
         ("step", f"{index.step}{taken}"),
-        ("run", str(run.get("name", "?")) if isinstance(run, dict) else "unknown"),
+        ("run", str(run.get("name", "?")) if run else "unknown"),
         ("save", index.save_id),
         ("progress", ", ".join(counted) or "none"),
-        ("written by", f"{state.world_size} ranks" + _layout(config)),
+        ("written by", f"{state.world_size} ranks{layout if parallel and placement else ''}"),
         ("shards", f"{index.num_shards} of {min(sizes):,} to {max(sizes):,} bytes"),
-        *([("base", f"{base.get('path')}, content hash {base.get('content')}")] if isinstance(base, dict) else []),
+        *([("base", f"{base.get('path')}, content hash {base.get('content')}")] if base else []),
         ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
         ("also saved", ", ".join(sorted(state.values)) or "nothing"),
     ]
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """One line per EP rank with its experts."""
+    """One line for each EP rank with its experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
         return ["unknown"]
@@ -94,12 +89,8 @@ def _family(kind: str, entries: Mapping[str, Entry]) -> Family:
     return Family(kind, len(entries), numbers, nbytes, detail)
 
 
-def _layout(config: JsonValue) -> str:
-    parallel = config.get("parallel") if isinstance(config, dict) else None
-    placement = config.get("placement") if isinstance(config, dict) else None
-    if not isinstance(parallel, dict) or not isinstance(placement, dict):
-        return ""
-    return f": ep {parallel.get('ep')} x edp {parallel.get('edp')}, {parallel.get('data')}, {placement.get('policy')}"
+def _mapping(value: JsonValue) -> dict[str, JsonValue]:
+    return value if isinstance(value, dict) else {}
 
 
 def _expert_name(groups: list[JsonValue], expert: JsonValue) -> str:

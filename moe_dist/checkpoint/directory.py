@@ -65,7 +65,7 @@ class CheckpointDirectory:
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """A sentence that says how to resume without the checkpoint that failed."""
+        """A sentence that tells the user how to resume from another checkpoint than the failed one."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."
@@ -73,8 +73,8 @@ class CheckpointDirectory:
         return f"There are {', '.join(others)}: to resume from the newest, `echo {others[-1]} > {pointer}` and start again."
 
     def remove_beyond(self, keep: int, step: int) -> None:
-        """Deletes committed checkpoints up to `step`, except the last `keep`. Logs errors, because the save is already
-        committed."""
+        """Deletes committed checkpoints up to `step`, except the last `keep`. Logs errors instead of raising, because the
+        new checkpoint is already committed."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
                 # Renamed first, so that a half-deleted folder never looks like a checkpoint.
@@ -84,17 +84,17 @@ class CheckpointDirectory:
             logger.warning("cannot remove old checkpoints in %s: %s", self.folder, error)
 
     def remove_leftovers(self) -> None:
-        """Deletes remains of crashes and of `remove_beyond`. Only for the holder of the lease: a running save of another
-        attempt looks the same."""
+        """Deletes the remains of crashes and of `remove_beyond`. Only the holder of the lease may call it, because these
+        remains look like a running save of another attempt."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
-                # a writer that lost the lease may delete its own files at the same time
+                # A writer that lost the lease may delete its own files at the same time.
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint for a path: the folder itself, or the newest one of a run or of a folder of checkpoints.
+    """The checkpoint at a path: the folder itself, or the newest checkpoint of a run or of a folder of checkpoints.
 
     Raises:
         ConfigError: there is no checkpoint.

@@ -4,10 +4,10 @@
 
 where i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to
 64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. So the fingerprints of
-disjoint pieces add up to that of the whole, in any order and for any cut, on any device.
+disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any cut, and on any device.
 
 A change of one element always changes the sum; several changes, or swapped elements, go undetected with probability 2^-64.
-It detects accidents, but it is no signature: one can construct another tensor with the same sum.
+The fingerprint detects accidents, but is no signature: an attacker can construct another tensor with the same sum.
 
 Cost: one pass, about 1 GB/s of fp32 on one CPU core.
 """
@@ -30,7 +30,7 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
     Args:
         piece: The box, a plain tensor with 1, 2, 4 or 8 bytes per element.
         offsets: First element of the box in each dim of the whole tensor; default zeros.
-        shape: Shape of the whole tensor; default that of the piece.
+        shape: Shape of the whole tensor; default the shape of the piece.
     """
     whole = tuple(piece.shape if shape is None else shape)
     total = torch.zeros((), dtype=torch.int64, device=piece.device)  # stays on the device, so the loop does not sync
@@ -50,12 +50,12 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
 
 
 def hexadecimal(value: int) -> str:
-    """The stored form of a fingerprint."""
+    """The stored form of a fingerprint: 16 hex digits."""
     return f"{value % (1 << 64):016x}"
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(first element in the box, first element in the whole, length) of each run that is contiguous in both."""
+    """(first element in the box, first element in the whole tensor, length) of each run that is contiguous in both."""
     if not math.prod(box):
         return
     cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # later dims are complete
@@ -71,5 +71,5 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
 
 
 def signed(value: int) -> int:
-    """The value as an int64: its sum in a collective is also modulo 2^64."""
+    """The value as an int64. A collective sums int64 modulo 2^64, as the fingerprint does."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

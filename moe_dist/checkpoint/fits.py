@@ -1,14 +1,17 @@
-"""Compares a checkpoint with a model: a summary of the differences, then each tensor."""
+"""Compares a checkpoint with a model, tensor by tensor: checks that all fit, or selects those that do and reports them."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from moe_dist.checkpoint.index import Index, index_problems, listed
-from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.checkpoint.contents import Contents
+from moe_dist.checkpoint.index import Entry, Index, index_problems, listed
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
 
@@ -27,35 +30,41 @@ DTYPES = {
 ABSENT = "in the model, but not in the checkpoint"
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> list[str]:
-    """One line for each tensor that is missing, unexpected, or different in shape or dtype."""
-    problems = []
-    for name, spec in specs.items():
-        entry = index.tensors.get(name)
-        if not math.prod(spec.shape):
-            continue  # empty tensors are not saved, as the null experts of a group without null experts
-        if entry is None:
-            problems.append(f"{name}: {ABSENT}")
-        elif entry.shape != spec.shape:
-            problems.append(f"{name}: shape {spec.shape} in the model, {entry.shape} in the checkpoint")
-        elif DTYPES.get(entry.dtype) != spec.dtype:
-            problems.append(f"{name}: {spec.dtype} in the model, {entry.dtype} in the checkpoint")
-    surplus = index.tensors.keys() - specs.keys()
-    problems += [
-        f"{name}: in the checkpoint, but not in the model"
-        for name in sorted(surplus)  # sorted, because sets have no order and messages should
+def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
+    """The reason why a stored tensor cannot be loaded into a tensor of the model; empty if it can.
+
+    Args:
+        source: The name of the stored tensor in the message.
+    """
+    if entry.shape != spec.shape:
+        return f"shape {spec.shape} in the model, {entry.shape} in {source}"
+    return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{spec.dtype} in the model, {entry.dtype} in {source}"
+
+
+def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> dict[str, str]:
+    """The reason for each tensor that is missing, unexpected, or different in shape or dtype."""
+    problems = {
+        name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
+        for name, spec in specs.items()
+        if math.prod(spec.shape)  # empty tensors are not saved, as the null rows of a group without null experts
+    }
+    surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, because sets have no order and messages should
+    problems |= {
+        name: "in the checkpoint, but not in the model"
+        for name in surplus
         if ignore_prefix is None or not name.startswith(ignore_prefix)
-    ]
-    return problems
+    }
+    return {name: problem for name, problem in problems.items() if problem}
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
     """Checks that a checkpoint belongs to this model.
 
     Raises:
-        ConfigError: it does not; lists all differences.
+        ConfigError: a tensor differs; lists all differences.
     """
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
@@ -70,20 +79,20 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
             listed(
                 f"checkpoint {folder} belongs to another model ({len(problems)} tensors differ); resume with its own "
                 "configuration (config.yaml of its run), start a new run, or load matching tensors with run.init_from",
-                heads + problems,
+                heads + _lines(problems),
             )
         )
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Before a commit: asserts that the index contains every tensor of the model exactly once. A failure is a bug."""
-    problems = index_problems(index) + differences(index, specs)  # the index itself first: a gap would load as garbage
+    """Asserts before a commit that the index contains every tensor of the model exactly once. A failure is a bug."""
+    problems = index_problems(index) + _lines(differences(index, specs))  # a gap in a tensor would load as garbage
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """Number of layers, experts of each group, width and vocabulary size, derived from the tensors' names and shapes."""
+    """Number of layers, experts of each group, width and vocabulary size, derived from names and shapes of tensors."""
     found: dict[str, int] = {}
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     if layers:
@@ -97,3 +106,72 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
     if len(embedding) == 2:
         found |= {"vocabulary": embedding[0], "width": embedding[1]}
     return found
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Result of a partial load.
+
+    Attributes:
+        folder: Folder of the checkpoint.
+        taken: Parameters that were loaded.
+        elements: Total elements of the loaded parameters.
+        kept: Parameters of the model that keep their initial values, each with the reason.
+        left: Parameters of the checkpoint that were not used.
+        made_of: Names in the checkpoint, for loaded parameters with another name there.
+    """
+
+    folder: Path
+    taken: tuple[str, ...]
+    elements: int
+    kept: Mapping[str, str]
+    left: tuple[str, ...]
+    made_of: Mapping[str, str] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """A readable report; names that differ only in layer or expert share a line."""
+        lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
+        lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
+        lines += _families(name for name in self.taken if name not in self.made_of)
+        lines += _families(f"{name} of {self.made_of[name]}" for name in self.taken if name in self.made_of)
+        lines.append(f"kept {len(self.kept)} tensors of the model as initialised{':' if self.kept else ''}")
+        for reason in sorted(set(self.kept.values())):  # one block for each reason
+            lines += _families((name for name, why in self.kept.items() if why == reason), f" ({reason})")
+        lines.append(f"left {len(self.left)} tensors of the checkpoint{':' if self.left else ''}")
+        return "\n".join([*lines, *_families(self.left)])
+
+
+def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The parameters with the same name, shape and dtype in checkpoint and model, each mapped to its own name; equal on all
+    ranks."""
+    parameters = _parameters(specs)
+    differ = differences(contents.index, parameters)
+    return {name: name for name in parameters if name in contents.index.tensors and name not in differ}
+
+
+def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
+    """The result of a partial load; `sources` maps each loaded parameter to its name in the checkpoint."""
+    index, parameters = contents.index, _parameters(specs)
+    reasons, used = differences(index, parameters), set(sources.values())
+    return Taken(
+        folder=contents.folder,
+        taken=tuple(name for name in parameters if name in sources),
+        elements=sum(math.prod(parameters[name].shape) for name in sources),
+        kept={name: reasons[name] for name in parameters if name in reasons and name not in sources},
+        left=tuple(name for name in index.tensors if name not in used and not name.startswith(OPTIMIZER_PREFIX)),
+        made_of={name: there for name, there in sources.items() if there != name},
+    )
+
+
+def _parameters(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
+
+
+def _lines(problems: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def _families(names: Iterable[str], suffix: str = "") -> list[str]:
+    """One line for each set of names that differ only in numbers."""
+    counts = Counter(_NUMBER.sub("*", name) for name in names)
+    return [f"  {family}{f' x {count}' if count > 1 else ''}{suffix}" for family, count in counts.items()]

@@ -13,7 +13,7 @@ from moe_dist.errors import DataError
 
 
 def generator_states(device: torch.device) -> dict[str, JsonValue]:
-    """The current states. On CUDA this copies from the device, which syncs."""
+    """The current states. On CUDA one device-to-host sync."""
     version, numbers, gauss = random.getstate()
     name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states: dict[str, JsonValue] = {
@@ -27,7 +27,7 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Restores saved states; a generator without a saved state (another device) is unchanged.
+    """Restores saved states. The CUDA generator keeps its state if none was saved.
 
     Raises:
         DataError: a state is invalid.

@@ -1,5 +1,5 @@
-"""The JSON files of a checkpoint: index.json says which file contains which part of each logical tensor, state.json holds
-everything except tensors. Does not import torch, so that a checkpoint and its problems can be inspected without it."""
+"""The JSON files of a checkpoint: index.json lists which file contains which part of each logical tensor, state.json holds
+everything except tensors. Does not import torch, so that a login node can inspect a checkpoint."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from moe_dist.errors import DataError
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # 1 had no fingerprints
-MAX_FAULTS = 20  # largest number of problems in one message
+MAX_FAULTS = 20  # most problems in one message
 MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file cannot be valid
 
 # Bytes per element of each dtype in checkpoints, by its name in safetensors.
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
-    """A box of a tensor, stored in the shard file with number `shard`."""
+    """A box of a tensor. It is stored in the shard file with number `shard`."""
 
     shard: NonNegativeInt
     offsets: tuple[NonNegativeInt, ...]
@@ -37,40 +37,28 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor.
+    """One logical tensor; shape and fingerprint are those of the whole tensor."""
 
-    Attributes:
-        dtype: A key of ITEMSIZE.
-        shape: Shape of the whole tensor.
-        fingerprint: Fingerprint of the whole tensor, see `moe_dist.checkpoint.fingerprint`; 16 hex digits.
-        chunks: The boxes that make up the tensor.
-    """
-
-    dtype: str
+    dtype: str  # a key of ITEMSIZE
     shape: tuple[NonNegativeInt, ...]
-    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    chunks: tuple[Chunk, ...]
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # see `moe_dist.checkpoint.fingerprint`
+    chunks: tuple[Chunk, ...]  # together they cover the tensor exactly once
 
 
 class ShardEntry(StoredModel):
-    """One shard file: its size, and the SHA-256 of its header. Fingerprints cover the tensors after the header."""
+    """Size and header digest of one shard file. Fingerprints cover the tensors behind the header."""
 
     size: NonNegativeInt
     header_sha256: str
 
 
 class Index(StoredModel):
-    """Contents of index.json.
-
-    Attributes:
-        save_id: Random id of the save, stored in all its files; it reveals files of different saves.
-        shards: One for each rank that wrote.
-    """
+    """Content of index.json."""
 
     format: Literal[2] = FORMAT
-    save_id: str
+    save_id: str  # random id that all files of a save contain, so that files of different saves are recognised
     step: NonNegativeInt
-    shards: tuple[ShardEntry, ...]
+    shards: tuple[ShardEntry, ...]  # one for each rank that wrote
     tensors: dict[str, Entry]
 
     @property
@@ -79,24 +67,18 @@ class Index(StoredModel):
 
 
 class StateFile(StoredModel):
-    """Content of state.json.
-
-    Attributes:
-        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
-        placement: Groups and slots at the time of the save; for information, loading does not use them.
-        values: See `CheckpointState.values`; a configuration among them takes today's names.
-    """
+    """Content of state.json."""
 
     format: Literal[2] = FORMAT
     save_id: str
     step: int
     world_size: int
-    optimizer_steps: int | None
-    placement: dict[str, JsonValue]
+    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
+    placement: dict[str, JsonValue]  # groups and slots, for people; loading does not use them
     versions: dict[str, str]
-    values: dict[str, JsonValue]
+    values: dict[str, JsonValue]  # see `CheckpointState.values`
 
-    @field_validator("values")
+    @field_validator("values")  # a configuration of an earlier version may use old names
     @classmethod
     def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
@@ -161,7 +143,7 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """Whether the boxes tile the shape; handles boxes that differ along one dim only, as all layouts produce them."""
+    """True if the boxes tile the shape. Accepts only boxes that differ along one dim, because all layouts cut only one."""
     if 0 in entry.shape:  # an empty tensor has no bytes and is not stored
         return not entry.chunks
     rank = len(entry.shape)
@@ -182,7 +164,7 @@ def _filled_once(entry: Entry) -> bool:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """A head line and the first MAX_FAULTS faults under it."""
+    """A head line and the first MAX_FAULTS problems below it."""
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
@@ -199,14 +181,12 @@ class CheckpointProblem:
         kind: missing (a file does not exist), truncated (a file is cut short), damaged (bits changed), mixed up (a file
             belongs to another save, or the folder's name to another step), foreign (no checkpoint file, or of another
             model), incomplete (a tensor is missing or duplicated), not finite (a tensor contains nan or inf).
-        file: Name of the file in the checkpoint's folder; empty if the problem concerns the whole checkpoint.
-        tensor: Logical name of the tensor; empty if the problem concerns a file.
     """
 
     kind: Kind
-    file: str
+    file: str  # name in the checkpoint's folder; empty if the problem concerns the whole checkpoint
     detail: str
-    tensor: str = ""
+    tensor: str = ""  # logical name; empty if the problem concerns a file
 
     def __str__(self) -> str:
         return f"{self.kind}: {': '.join(part for part in (self.file, self.tensor, self.detail) if part)}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from pydantic import JsonValue
@@ -24,49 +25,54 @@ from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.contents import CHECKSUMS_FILE, Contents, checksums_of, open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
-from moe_dist.checkpoint.fits import check_complete, check_fits
+from moe_dist.checkpoint.fits import Taken, check_complete, check_fits, fitting, taken_from
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, DamagedError, read_index, shard_file
-from moe_dist.checkpoint.partial_load import Taken, fitting, taken_from
 from moe_dist.checkpoint.shard_header import ShardHeader
-from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
-from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
+from moe_dist.checkpoint.storage import (
+    Snapshot,
+    build_index,
+    pieces_of,
+    read_tensors,
+    sync,
+    take_snapshot,
+    write_durably,
+    write_shard,
+)
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
 
 SLACK = 1 << 20  # bytes for headers, index and state, in addition to 1 % of the tensors
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Restored:
-    """Values of a loaded checkpoint.
-
-    Attributes:
-        values: Values as saved.
-        rank_values: Values of this rank; empty if the number of ranks has changed.
-    """
+    """Values of a loaded checkpoint."""
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]
+    rank_values: dict[str, JsonValue]  # of this rank; empty if the number of ranks has changed
 
 
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
     `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them
-    in the same order and gets the same result. They use small all-reduces on the host: one before writing, and a vote
-    after each phase. `write` may run in a thread during training, if nothing else uses the group at that time.
+    in the same order and gets the same result. They use small all-reduces on the host: one before writing, and one after
+    each phase, so that an error on any rank reaches all. `write` may run in a thread during training, if nothing else uses
+    the group at that time.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process has lost
-            the right to write to the run.
+        lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process may no
+            longer write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: Tracker of the watchdog. It does not track `write`, whose thread interleaves with the training's
-            collectives in a different order on each rank.
+        tracker: Tracker of the watchdog. It does not track `write`: its thread and the training issue their collectives in
+            a different relative order on each rank.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class CheckpointManager:
         return self._status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
-        """Writes the state without a copy; the caller must not change it during the call."""
+        """Writes the state without copying it first. Blocks until the checkpoint is committed."""
         self._check_layout(state.layout)
         return self.write(take_snapshot(step, state))
 
@@ -97,9 +103,9 @@ class CheckpointManager:
         names this step.
 
         Raises:
-            CheckpointError: on all ranks, if a rank could not write or the disk is full; `latest` is unchanged and the
+            CheckpointError: on all ranks, if a rank could not write or the disk is full. `latest` is unchanged, and the
                 partial files are deleted, so that a later save may succeed.
-            MoeDistError: from the lease check on rank 0; an error of the same class on the other ranks.
+            MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
         """
         self._check_layout(snapshot.layout)  # a wrong layout would write pieces twice or not at all
         target = self._directory.path_of(snapshot.step)
@@ -109,10 +115,10 @@ class CheckpointManager:
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
         try:
-            status.phase("prepare", lambda: self._prepare(temporary, needed), only_first=True)
+            status.first("prepare", lambda: self._prepare(temporary, needed))
             write = partial(write_shard, temporary, status.rank, snapshot.pieces, save_id=save_id, step=snapshot.step)
             status.phase("write", partial(write, rank_values=snapshot.rank_values))
-            status.phase("commit", lambda: self._commit(temporary, target, save_id, snapshot), only_first=True)
+            status.first("commit", lambda: self._commit(temporary, target, save_id, snapshot))
         except BaseException:
             if status.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -122,12 +128,12 @@ class CheckpointManager:
         return target
 
     def clear(self) -> None:
-        """Deletes remains of crashes and of earlier writers. A new holder of the lease calls it before it loads anything: a
-        suspended earlier writer that wakes up then finds its temporary files gone, so its rename fails.
+        """Deletes the temporary files of crashes and of earlier writers. A new holder of the lease calls it before it loads
+        anything: if a suspended earlier writer wakes up later, its rename then fails.
 
         Raises:
             CheckpointError: a file cannot be deleted.
-            MoeDistError: from the lease check on rank 0; an error of the same class on the other ranks.
+            MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
         """
 
         def remove() -> None:
@@ -138,44 +144,40 @@ class CheckpointManager:
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Folder of the newest committed checkpoint, as rank 0 sees it; None without one.
+        """Folder of the newest committed checkpoint, as rank 0 sees it; None without a checkpoint.
 
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
         """
-        step = [0]
+        step = self.broadcast("find the latest", self._directory.latest_step)
+        return None if step < 0 else self._directory.path_of(step)
 
-        def find() -> None:
-            step[0] = self._directory.latest_step()
+    def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
+        """Runs `action` on rank 0; if it fails, all ranks raise. File system errors become `kind`. One all-reduce.
 
-        self.agree("find the latest", find, kind=DataError)
-        (number,) = self._status.add(step)
-        return None if number < 0 else self._directory.path_of(number)
+        Returns the result on rank 0, None on the other ranks.
+        """
+        return self._status.first(what, action, kind=kind)
 
-    def agree(self, what: str, action: Callable[[], None], *, kind: type[MoeDistError] = DataError) -> None:
-        """Runs `action` on rank 0; if it fails, all ranks raise. File system errors become `kind`."""
-        self._status.phase(what, action, only_first=True, kind=kind)
-
-    def of_first(self, numbers: list[int]) -> list[int]:
-        """Broadcasts rank 0's numbers; the other ranks pass a list of the same length."""
-        return self._status.add(numbers if self._status.rank == 0 else [0] * len(numbers))
+    def broadcast(self, what: str, action: Callable[[], int]) -> int:
+        """Runs `action` on rank 0 and returns its result on all ranks; raises like `agree`. Two all-reduces."""
+        (number,) = self._status.add([self.agree(what, action) or 0])
+        return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint of any layout into the tensors of `state` and its optimizer's step count, in place.
 
-        Afterwards the tensors in memory are compared with the saved fingerprints (for shards, summed over the ranks): this
-        detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the parameters.
-        After an error some tensors may have been loaded.
+        Then compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks): this detects
+        damage on disk and errors in assembling the pieces. A state without optimizer loads only the parameters. After an
+        error some tensors may have been loaded.
 
         Raises:
             ConfigError: the checkpoint belongs to another model; lists the differences.
-            DataError: a file is missing, damaged or foreign; names it and the other checkpoints.
+            DataError: a file is missing, damaged or foreign; names the file and the other checkpoints.
         """
         self._check_layout(state.layout)
-        opened: list[tuple[Contents, dict[str, JsonValue]]] = []
         try:
-            self._status.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
-            contents, rank_values = opened[0]
+            contents, rank_values = self._status.phase("load", lambda: self._read(folder, state), kind=DataError)
             shared = state.specs.keys() & contents.index.tensors.keys()
             self._check_loaded(contents, state, {name: name for name in shared})
         except DataError as error:
@@ -190,22 +192,21 @@ class CheckpointManager:
         sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, str]] = fitting,
         check: Callable[[Contents], None] | None = None,
     ) -> Taken:
-        """Loads the parameters that `sources` selects; all others keep their values.
+        """Loads the parameters that `sources` selects; all other parameters keep their values.
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Returns for each parameter to load its name in the checkpoint, equal on all ranks; by default the
-                parameters with equal name, shape and dtype (`moe_dist.checkpoint.upcycle` and `base` define others).
+            sources: Maps each parameter to load to its name in the checkpoint, equal on all ranks. By default the
+                parameters with equal name, shape and dtype; `moe_dist.checkpoint.upcycle` and `base` define others.
             check: Called with the checkpoint before a tensor is read; may raise.
 
         Raises:
-            ConfigError: there is no checkpoint, or no parameter matches; or from `sources` and `check`.
-            DataError: as `load`.
+            ConfigError: there is no checkpoint, no parameter matches, or `sources` or `check` refuse the checkpoint.
+            DataError: a file is missing, damaged or foreign.
         """
         self._check_layout(state.layout)
-        opened: list[tuple[Contents, dict[str, str]]] = []
 
-        def read() -> None:
+        def read() -> tuple[Contents, dict[str, str]]:
             contents = open_checkpoint(find_checkpoint(path))  # all JSON files and digests, before any tensor changes
             if check is not None:
                 check(contents)
@@ -214,10 +215,9 @@ class CheckpointManager:
                 raise ConfigError(f"{path}: no tensor of that checkpoint has the name, shape and dtype of a parameter")
             self._check_headers(contents)
             read_tensors(contents, {name: held for name, held in state.tensors().items() if name in found}, found)
-            opened.append((contents, found))
+            return contents, found
 
-        self._status.phase("load", read, kind=DataError)
-        contents, found = opened[0]
+        contents, found = self._status.phase("load", read, kind=DataError)
         self._check_loaded(contents, state, found)
         return taken_from(contents, state.specs, found)
 
@@ -228,9 +228,9 @@ class CheckpointManager:
         )
 
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
-        """Total bytes of all ranks, the save id from rank 0, and whether the step is already committed. One all-reduce."""
+        """Total bytes of all ranks, the save id of rank 0, and True if the step is already committed. One all-reduce."""
         first = self._status.rank == 0
-        # zeros from other ranks make the sum rank 0's id
+        # The other ranks add zeros, so the sum is the id and the flag of rank 0.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -251,8 +251,8 @@ class CheckpointManager:
         temporary.mkdir()  # fails if the folder exists, so an id is never used twice
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
-        """On rank 0: writes index and state, then renames; checks the lease right before each rename (see `clear`). Each
-        step is synced to disk before the next."""
+        """Writes index and state, then renames the folder; runs on rank 0. Checks the lease right before each rename (see
+        `clear`). Syncs each step to disk before the next."""
         try:
             ranks = self._status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
@@ -264,7 +264,7 @@ class CheckpointManager:
             write_durably(temporary / name, content)
         sync(temporary)  # the entries of the folder, before its rename can become durable
         self._lease_check()
-        if target.exists():  # from a crash between the two renames: complete, but `latest` does not name it
+        if target.exists():  # after a crash between the two renames: complete, but `latest` does not name it
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)  # atomic on one file system
         sync(self._folder)
@@ -286,19 +286,19 @@ class CheckpointManager:
         """Deletes old checkpoints. Checks the lease first, because files of another writer's save look like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # records must be written first; the next save deletes
+        except CheckpointError:  # the records are not on disk yet; the next save deletes
             return
         self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """Whether `latest` names a checkpoint of this step, by its name and its index."""
+        """True if `latest` names a checkpoint whose name and index have this step."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
         except (OSError, DataError):  # `latest` names no valid checkpoint; the next commit replaces it
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads the tensors; returns the contents, and this rank's values if the number of ranks is the same."""
+        """Reads the tensors. Returns the contents and, if the number of ranks is unchanged, this rank's values."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
@@ -311,13 +311,13 @@ class CheckpointManager:
         return contents, headers[self._status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Checks this rank's share of the shard headers; together the ranks check all, even shards that no rank reads."""
+        """Checks this rank's part of the shard headers. The ranks together check all, also shards that no rank reads."""
         numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
-        sum over the ranks. `sources` is equal on all ranks. One all-reduce with one number per tensor, and one vote."""
+        sum over the ranks. `sources` is equal on all ranks. Two all-reduces: one number per tensor, and the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that all ranks sum the same tensors
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}

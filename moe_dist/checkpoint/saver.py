@@ -1,12 +1,12 @@
 """Asynchronous saves: the state is copied between two steps, and a thread writes the copy while the training continues.
 
-- The thread's collectives use their own process group. Gloo matches the calls of a group by their order, and only this
-  thread uses the group during a save, so its calls cannot be matched with those of the training. All ranks run the same
-  phases and vote after each, so no rank waits for one that has failed.
+- The thread's collectives have a process group of their own. Gloo matches the calls of a group by their order, and only
+  this thread uses the group during a save, so its calls cannot be matched with calls of the training. All ranks run the
+  same phases and exchange a status after each, so no rank waits for a failed rank.
 - At most one save is in flight; the next save waits for it.
 - A failed save is logged and leaves `latest` unchanged; the next interval tries again. A run waits for its last save and
   for the save before a stop.
-- If the process dies during a save, the partial folder is deleted at the next start, as after any crash.
+- If the process dies during a save, the next start deletes the partial folder.
 """
 
 import logging
@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from moe_dist.checkpoint.state import CheckpointState
+from moe_dist.checkpoint.storage import HostBuffers, Snapshot, take_snapshot
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.errors import CheckpointError
 
@@ -34,8 +34,8 @@ class CheckpointWriter:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
         asynchronous: True: a thread writes a copy in host memory, as large as this rank's part. False: the training waits
             for each save, without a copy.
-        tracker: Tracker of the watchdog; waiting for a save counts as a collective.
-        report: Told on rank 0 how many seconds each save took until it was durable.
+        tracker: Tracker of the watchdog. It counts the wait for a save as a collective.
+        report: Called on rank 0 with the seconds from the start of each save until it was durable.
     """
 
     def __init__(
@@ -46,15 +46,14 @@ class CheckpointWriter:
         tracker: CollectiveTracker | None = None,
         report: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._checkpoints, self._asynchronous, self._tracker = checkpoints, asynchronous, tracker
-        self._report = report
+        self._checkpoints, self._asynchronous, self._tracker, self._report = checkpoints, asynchronous, tracker, report
         self._buffers = HostBuffers()
         self._in_flight: threading.Thread | None = None
         self._failure: Exception | None = None
 
     @property
     def in_flight(self) -> bool:
-        """Whether this rank is writing a save."""
+        """True while this rank writes a save."""
         return self._in_flight is not None and self._in_flight.is_alive()
 
     def write(self, step: int, state: CheckpointState, *, durable: bool) -> None:
@@ -66,7 +65,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: a durable save could not be written.
-            MoeDistError: this save or the one in flight failed with an error that a retry does not fix, as a lost lease.
+            MoeDistError: this save or the save in flight failed, and a retry cannot help, as after a lost lease.
         """
         began = time.perf_counter()
         self.wait()  # the buffers are reused, so the previous save must be done
@@ -75,7 +74,7 @@ class CheckpointWriter:
             self._in_flight = threading.Thread(
                 target=self._write_snapshot, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
-            blocked = time.perf_counter() - began  # what the training waits for: the previous save and the copy
+            blocked = time.perf_counter() - began  # the training waited for the previous save and the copy
             self._in_flight.start()
             if self._checkpoints.rank == 0:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
@@ -99,7 +98,7 @@ class CheckpointWriter:
         self.poll()
 
     def poll(self) -> None:
-        """As `wait`, without waiting. Call it regularly; it costs nothing."""
+        """Does the same as `wait` if no save is in flight, else nothing. The training calls it after each step."""
         if self._failure is None or self.in_flight:
             return
         try:

@@ -1,8 +1,8 @@
 """Reads and checks the header of a shard file, without its tensors and without torch.
 
-A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the tensors' bytes
-without gaps. `__metadata__` maps strings to strings: `DCP_SHARDING_INFO` of torch.distributed.checkpoint (the offsets of
-each part in its tensor), and the entries of moe_dist.
+A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
+without gaps. The entry `__metadata__` of the header maps strings to strings. It has `DCP_SHARDING_INFO` of
+torch.distributed.checkpoint (the offsets of each part in its tensor), and the entries of moe_dist.
 """
 
 import hashlib
@@ -36,26 +36,16 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a shard file.
-
-    Attributes:
-        save_id, step: Id and step of its save.
-        parts: Dtype (a key of ITEMSIZE) and box of each tensor part in this file.
-        fingerprints: Fingerprint of each part.
-        ends: Offset in the file at which each part ends.
-        rank_values: Values of the rank that wrote the file.
-        size: Expected size of the file.
-        sha256: SHA-256 of the header.
-    """
+    """The header of a shard file; `parts`, `fingerprints` and `ends` are by the name of the tensor."""
 
     save_id: str
     step: int
-    parts: dict[str, tuple[str, Chunk]]
+    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) and box of each tensor part in the file
     fingerprints: dict[str, int]
-    ends: dict[str, int]
-    rank_values: dict[str, JsonValue]
-    size: int
-    sha256: str
+    ends: dict[str, int]  # byte offset in the file at which the part ends
+    rank_values: dict[str, JsonValue]  # of the rank that wrote the file
+    size: int  # bytes that the file must have
+    sha256: str  # of the header
 
 
 def metadata_of(
@@ -90,7 +80,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         with path.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            # a damaged length must not cause a huge read
+            # A damaged length must not cause a huge read.
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
         raise problem("missing", "does not exist") from error
@@ -121,7 +111,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     sums = _SUMS.validate_json(metadata["fingerprints"])
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        # gaps or overlaps would let bytes escape the fingerprints
+        # Fingerprints do not cover bytes in a gap between parts.
         if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
@@ -142,7 +132,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Kind and detail for a header that does not parse: a damaged one of moe_dist, or one of another program."""
+    """Kind and detail of the problem of an invalid header: damaged if moe_dist wrote it, else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

@@ -1,7 +1,7 @@
-"""The state of a run on this rank: tensors under logical names, which do not depend on ranks, and plain values.
+"""The state of a run on this rank: tensors under logical names, which do not depend on the layout, and plain values.
 
-    embedding.weight                                    dense and router parameters: their name in the model
-    layers.{i}.moe.experts.{group}.{index}.{tensor}     one expert each; index inside the group
+    embedding.weight                                    a dense or router parameter has its name in the model
+    layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert has its own tensors; index inside the group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments
 
 Every tensor shares the memory of its parameter or moment, so loading into it loads the model.
@@ -29,20 +29,13 @@ Part = Literal["all", "trained", "frozen"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Position of this rank in the layout.
-
-    Attributes:
-        placement: Experts of each EP rank.
-        rank, world_size: Global rank and number of ranks; all of them hold copies of dense, unsharded tensors.
-        ep_rank: Rank in the EP group.
-        edp_rank, edp_size: Rank among, and number of, the ranks with the same experts.
-    """
+    """Position of this rank in the layout."""
 
     placement: ExpertPlacement
     rank: int = 0
     world_size: int = 1
-    ep_rank: int = 0
-    edp_rank: int = 0
+    ep_rank: int = 0  # rank in the EP group
+    edp_rank: int = 0  # rank among the ranks with the same experts
     edp_size: int = 1
 
 
@@ -56,16 +49,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A logical tensor, or a shard of it, on this rank.
+    """A logical tensor, or a shard of it, on this rank."""
 
-    Attributes:
-        tensor: A plain tensor if whole, a DTensor if sharded.
-        copies, position: Number of ranks that hold the same piece, and this rank's index among them.
-    """
-
-    tensor: Tensor
-    copies: int
-    position: int
+    tensor: Tensor  # a plain tensor if whole, a DTensor if sharded
+    copies: int  # number of ranks that hold the same piece
+    position: int  # this rank's index among them
 
 
 @dataclass(frozen=True)
@@ -74,8 +62,7 @@ class CheckpointState:
 
     Attributes:
         held: This rank's tensors by logical name.
-        specs: All logical tensors, with those on other ranks; equal on all ranks.
-        layout: Position of this rank.
+        specs: Specs of the logical tensors of all ranks; equal on all ranks.
         optimizer: The optimizer whose moments are included; None without moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only with the same number of ranks.
@@ -89,11 +76,12 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of this rank, to load into."""
+        """All tensors of this rank; loading writes into them."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """The tensors that this rank writes: a hash of the name chooses one writer among the ranks with the same piece."""
+        """The tensors that this rank writes. A hash of the name chooses one writer among the ranks with the same piece, so
+        that the ranks write about equally much."""
         return {
             name: held.tensor
             for name, held in self.held.items()
@@ -116,10 +104,13 @@ def capture(
         model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks or, for experts, over edp,
             sharded by whole experts (dim 0) or inside each expert; gathered parameters are resharded.
         optimizer: Optimizer of the model's parameters; None leaves the moments out.
-        part: `trained` leaves frozen parameters out, `frozen` takes only those.
+        part: `trained` leaves frozen parameters out, `frozen` takes only frozen parameters.
     """
     stacks = _expert_stacks(model)
-    tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
+    tensors = _distinct_tensors(model)
+    frozen = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
+    if part != "all":
+        tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
         materialise_moments(optimizer)  # zeros before the first step, so that a new run and a resume save the same tensors
@@ -135,11 +126,6 @@ def capture(
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
 
 
-def _belongs(tensor: Tensor, part: Part) -> bool:
-    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-    return part == "all" or frozen == (part == "frozen")
-
-
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
     """Specs of the optimizer's moments of the trained parameters."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
@@ -148,25 +134,24 @@ def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by logical name; tied tensors appear once, under their first name."""
+    """Parameters and persistent buffers by logical name. A tied tensor appears once, under its first name."""
     distinct: dict[int, tuple[str, Tensor]] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{path}: a module's extra state is not saved; make it a buffer or pass it in `values`")
-        # by identity: tied tensors have equal addresses, not only equal values
-        distinct.setdefault(id(tensor), (logical_name(path), tensor))
+        distinct.setdefault(id(tensor), (logical_name(path), tensor))  # tied names share one object, not only its values
     return dict(distinct.values())
 
 
 def _expert_stacks(model: nn.Module) -> set[str]:
-    """Names of the parameters that stack experts: each is saved expert by expert."""
+    """Names of the parameters that stack experts. A checkpoint has one tensor for each expert of a stack."""
     return {each.name for each in named_parameters(model) if each.role is Role.EXPERT}
 
 
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """Logical pieces of `tensors`, and the specs of all logical tensors for the names in `like`, on any rank."""
+    """This rank's logical pieces of `tensors`, and the specs of all ranks' logical tensors for the names in `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -187,7 +172,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Logical id and piece (a view) of each expert in a stack [e, ...]."""
+    """Logical expert id and piece of each expert in a stack [e, ...]. The pieces are views."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):

@@ -1,19 +1,23 @@
-"""Writes tensors to shard files and reads them, without collectives and without pickle.
+"""Writes tensors to shard files and reads them, without collectives and without pickle; copies them for a save in the
+background.
 
-The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor is needed, for any layouts. DCP's `save`
-and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
-(`DCP_SHARDING_INFO`), so its HuggingFaceStorageReader can read them.
+The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor a rank needs, for any two layouts. DCP's
+`save` and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
+(`DCP_SHARDING_INFO`), so that DCP's HuggingFaceStorageReader can read them.
 """
 
+import json
 import os
+import platform
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,33 +30,29 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from moe_dist import __version__
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
-from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, shard_file
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, StateFile, shard_file
 from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
-from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
 from moe_dist.errors import DataError
+from moe_dist.optim.optimizer import step_count
 
 _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One rank's piece of a logical tensor.
+    """One rank's piece of a logical tensor."""
 
-    Attributes:
-        tensor: The piece as a plain tensor.
-        offsets: Its first element in each dim of the whole tensor.
-        shape: Shape of the whole tensor.
-    """
-
-    tensor: Tensor
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
+    tensor: Tensor  # the piece as a plain tensor
+    offsets: tuple[int, ...]  # first element of the piece in each dim of the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
 
     def fingerprint(self) -> int:
-        """This piece's summand of the whole tensor's fingerprint."""
+        """The piece's part of the whole tensor's fingerprint: the fingerprints of all pieces sum to it."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -69,15 +69,92 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     return pieces
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The data that this rank writes at `step`; `values` and `rank_values` as in `CheckpointState`."""
+
+    step: int
+    pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece
+    specs: Mapping[str, TensorSpec]  # of all logical tensors, equal on all ranks
+    layout: RankLayout
+    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
+    values: dict[str, JsonValue]
+    rank_values: dict[str, JsonValue]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.tensor.nbytes for piece in self.pieces.values())
+
+    def state_file(self, save_id: str) -> StateFile:
+        """The content of state.json."""
+        placement = self.layout.placement
+        groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": __version__}
+        return StateFile(
+            save_id=save_id,
+            step=self.step,
+            world_size=self.layout.world_size,
+            optimizer_steps=self.optimizer_steps,
+            placement=json.loads(json.dumps(groups_and_slots)),
+            versions=versions,
+            values=self.values,
+        )
+
+
+class HostBuffers:
+    """Host memory for the copies, as many bytes as this rank writes. All saves share it, so only one snapshot can exist."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+        """Copies the pieces. On CUDA one device sync, at the end."""
+        copies: dict[str, Piece] = {}
+        devices: set[torch.device] = set()
+        for name, piece in pieces.items():
+            buffer = self._buffer(name, piece.tensor)
+            buffer.copy_(piece.tensor, non_blocking=True)  # pinned memory lets all copies run before one sync
+            devices.add(piece.tensor.device)
+            copies[name] = Piece(buffer, piece.offsets, piece.shape)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the training may overwrite the tensors after this
+        return copies
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        known = self._buffers.get(name)
+        if known is None or known.shape != like.shape or known.dtype != like.dtype:
+            known = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            self._buffers[name] = known
+        return known
+
+
+def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
+    """A snapshot of the current state. Reading the optimizer's step count is a device-to-host sync.
+
+    Args:
+        buffers: Target of the copy; None makes no copy, for a save that blocks the training.
+    """
+    pieces = pieces_of(state.written())
+    return Snapshot(
+        step=step,
+        pieces=buffers.copy(pieces) if buffers is not None else pieces,
+        specs=state.specs,
+        layout=state.layout,
+        optimizer_steps=step_count(state.optimizer) if state.optimizer is not None else None,
+        values=dict(state.values),  # copies, because the training changes its own
+        rank_values=dict(state.rank_values),
+    )
+
+
 def write_shard(
     folder: Path, number: int, pieces: Mapping[str, Piece], *, save_id: str, step: int, rank_values: Mapping[str, Any]
 ) -> None:
-    """Writes one rank's pieces and their fingerprints into its file, and syncs it to disk.
+    """Writes one rank's pieces with fingerprints into the rank's file, and syncs the file to disk.
 
     Pieces on a device are first copied to the host, which needs as much host memory as the file has bytes.
     """
-    # safetensors needs contiguous host memory
-    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
+    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # safetensors needs contiguous memory
     metadata = metadata_of(
         {name: list(piece.offsets) for name, piece in pieces.items()},
         {name: hexadecimal(piece.fingerprint()) for name, piece in pieces.items()},
@@ -116,7 +193,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # rank 0 reads the headers of all ranks, so no rank must send its own
+        header = read_shard_header(folder, number)  # from disk, so that the ranks need not send their headers to rank 0
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():
@@ -138,7 +215,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: For tensors with another name in the checkpoint, that name; several may share one.
+        sources: Maps tensors to names in the checkpoint that differ; several tensors may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -168,7 +245,7 @@ def open_tensors(folder: Path, number: int) -> Iterator[Any]:
     """Opens a shard file for reading; check its header first (`open_shard`).
 
     Raises:
-        DataError: the file cannot be read, also later in the block.
+        DataError: the file cannot be opened, or a read inside the block fails.
     """
     path = folder / shard_file(number)
     try:

@@ -1,10 +1,10 @@
 """Sparse upcycling: initialises the experts of a model from a dense checkpoint, by names and shapes (Komatsuzaki et al.,
 arXiv 2212.05055; MoMa's seed with one expert per modality, arXiv 2407.21770).
 
-In each layer the experts of a group are copies of the first of these that the checkpoint contains:
+In each layer the experts of a group are copies of the first source below that the checkpoint contains:
 
 1. the only expert of the group with the same name,
-2. the layer's dense FFN (whose norm becomes that of the MoE layer),
+2. the layer's dense FFN, whose norm is loaded into the norm of the MoE layer,
 3. the only expert of the layer's only group, whatever its name.
 
 If the group has the same number of experts in the checkpoint, each expert is loaded by its own name. Router rows are not
@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_dist.checkpoint.contents import Contents
-from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.fits import fitting, misfit
 from moe_dist.checkpoint.index import Index, listed
-from moe_dist.checkpoint.partial_load import fitting
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
@@ -28,19 +27,19 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The parameters of `fitting` and `upcycled` together."""
+    """The sources of `fitting` and `upcycled` together."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """For each parameter that is loaded from a tensor of another name, that name; equal on all ranks.
+    """Maps each parameter whose source has another name to the source; equal on all ranks.
 
     Args:
         folder: Folder of the checkpoint, for messages.
-        specs: Specs of the model, see `CheckpointState`.
+        specs: The tensors of the model.
 
     Raises:
-        ConfigError: an expert has no source, or its source has another shape; or there is nothing to copy.
+        ConfigError: an expert has no source, a source has another shape or dtype, or there is nothing to copy.
     """
     there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
     sources: dict[str, str] = {}
@@ -57,15 +56,18 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
                 problems[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
             else:
                 sources[name] = source
-    problems |= {problem: None for name, source in sources.items() if (problem := _misfit(name, source, index, specs))}
+    problems |= {
+        f"{name}: {problem}": None
+        for name, source in sources.items()
+        if (problem := misfit(index.tensors[source], specs[name], source))
+    }
     if problems:
         head = (
             f"run.init_rules: upcycle cannot initialise all experts from {folder}; use the checkpoint's widths "
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    # the others are loaded by their own name
-    sources = {name: source for name, source in sources.items() if source != name}
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` has the other tensors
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
@@ -84,7 +86,7 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
 
 
 def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """Name of the checkpoint's tensor for an expert's tensor; its own name if the group is the same; None without one."""
+    """The source of an expert's tensor: its own name if the group has the same experts; None without a source."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -98,15 +100,8 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
     return None
 
 
-def _misfit(name: str, source: str, index: Index, specs: Mapping[str, TensorSpec]) -> str:
-    """Why a tensor cannot be copied from `source`; empty if it can."""
-    entry, spec = index.tensors[source], specs[name]
-    if entry.shape != spec.shape:
-        return f"{name}: shape {spec.shape} in the model, {entry.shape} in {source}"
-    return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{name}: {spec.dtype} in the model, {entry.dtype} in {source}"
-
-
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
+    """The reason why `wanted` experts of a group have no source in a layer; `groups` has the layer's saved experts."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:

@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from moe_dist.checkpoint.contents import Examined, examine
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
-from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.fits import misfit
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, Index, StateFile, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.storage import open_tensors
@@ -17,7 +18,7 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Problems of a tensor in the index; the arguments are the detail and the tensor's name.
+# Problems of a tensor in the index. The arguments are the detail and the name of the tensor.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
@@ -26,8 +27,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     """All problems of a checkpoint. Reads every byte, with one tensor in memory at a time.
 
     Args:
-        specs: The expected tensors. Without them, the expected experts and moments follow from the tensors' names and the
-            placement in state.json.
+        specs: The expected tensors. Without them only experts and moments are checked for completeness, by names and by
+            the placement in state.json.
     """
     examined = examine(folder)
     problems = list(examined.file_problems)
@@ -39,13 +40,12 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     if examined.state is not None:
         problems += _missing_experts(index, examined.state)
     sums: dict[str, int] = defaultdict(int)
-    # their sums are incomplete
     unread = {shard_file(number) for number in range(index.num_shards) if number not in examined.headers}
     for number in examined.headers:
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # The parts were compared with their shard's header above; here their sum is compared with the index.
+        # Above, each part was compared with its shard's header; here the sum of the parts is compared with the index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:
@@ -64,7 +64,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
                 sums[name] += found
                 if found != header.fingerprints[name]:
                     problems.append(CheckpointProblem("damaged", file, "its bits differ from those that were saved", name))
-                # only for intact bits: damage may look like nan
+                # Only for intact bits, because damage may look like nan.
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     detail = "contains nan or inf, and was saved like that"
                     problems.append(CheckpointProblem("not finite", file, detail, name))
@@ -74,7 +74,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
 
 
 def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
-    """Compares the index with the tensors of the configuration in state.json."""
+    """Compares the index with the expected tensors."""
     problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)
@@ -82,7 +82,7 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointPr
             continue
         if entry is None:
             problems.append(_incomplete("does not exist", name))
-        elif entry.shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
+        elif misfit(entry, spec):
             detail = f"{entry.dtype} {entry.shape}, but its configuration gives {spec.dtype} {spec.shape}"
             problems.append(_foreign(detail, name))
     surplus = sorted(index.tensors.keys() - specs.keys())
@@ -90,7 +90,7 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointPr
 
 
 def _missing_moments(index: Index) -> list[CheckpointProblem]:
-    """Each parameter must have both moments in its own shape; without optimizer no parameter has one."""
+    """A parameter with one moment must have both, in its own shape. A checkpoint without moments has no problem."""
     moments = [f"{OPTIMIZER_PREFIX}{moment}." for moment in MOMENTS]
     known = {name.removeprefix(moment) for moment in moments for name in index.tensors if name.startswith(moment)}
     problems = []
@@ -118,14 +118,13 @@ def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
         if match := EXPERT_NAME.fullmatch(name):
             seen[match["layer"], match["group"]].add((int(match["expert"]), match["tensor"]))
     tensors = {tensor for each in seen.values() for _, tensor in each}
-    problems = []
-    for layer in sorted({layer for layer, _ in seen}):
-        for group, count in expected.items():
-            for expert in range(count):
-                for tensor in sorted(tensors):
-                    if (expert, tensor) not in seen[layer, group]:
-                        name = f"{layer}.moe.experts.{group}.{expert}.{tensor}"
-                        problems.append(_incomplete("does not exist", name))
+    problems = [
+        _incomplete("does not exist", f"{layer}.moe.experts.{group}.{expert}.{tensor}")
+        for layer in sorted({layer for layer, _ in seen})
+        for group, count in expected.items()
+        for expert, tensor in product(range(count), sorted(tensors))
+        if (expert, tensor) not in seen[layer, group]
+    ]
     for (layer, group), each in sorted(seen.items()):
         beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:

@@ -28,9 +28,8 @@ from moe_dist.checkpoint.directory import LATEST_FILE
 from moe_dist.checkpoint.fits import check_complete
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, DamagedError, shard_file
 from moe_dist.checkpoint.shard_header import read_shard_header
-from moe_dist.checkpoint.snapshot import Snapshot
 from moe_dist.checkpoint.state import RankLayout, TensorSpec
-from moe_dist.checkpoint.storage import build_index, sync, write_durably, write_shard
+from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durably, write_shard
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError

@@ -13,35 +13,26 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences in one batch, plain copies not counted
+_BATCH = 64  # sequences in one batch, without the plain copies of guidance
 
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of a generation.
+    """Settings of a generation."""
 
-    Attributes:
-        max_new_tokens: Upper bound; a picture is only started if it can be completed within it.
-        sampling: How a token is drawn.
-        seed: Sequence b draws from (seed, b).
-        one_picture: Stop at the end mark of a picture.
-        text_only: Start no picture.
-        guidance: Strength of classifier-free guidance; needs `plain` prompts.
-    """
-
-    max_new_tokens: int
+    max_new_tokens: int  # a picture starts only if all its tokens fit
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    one_picture: bool = False
-    text_only: bool = False
-    guidance: float = 1.0
+    seed: int = 0  # sequence b draws from (seed, b)
+    one_picture: bool = False  # stop at the end mark of a picture
+    text_only: bool = False  # start no picture
+    guidance: float = 1.0  # strength of classifier-free guidance; other values than 1 need `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Refuses prompts that do not fit the model, before anything is computed.
+    """Refuses prompts that do not fit the model.
 
     Raises:
-        ConfigError: a prompt is empty or too long, or no new tokens are asked for.
+        ConfigError: a prompt is empty or too long, or `max_new_tokens` is below 1.
     """
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("there must be a prompt of one token at least, and one token to make")
@@ -56,14 +47,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 class Generator:
-    """Continues prompts with one model on one device.
-
-    Args:
-        model: With all experts on this device; it is put into evaluation mode.
-        grammar: The grammar of its training data.
-        group_of_modality: Expert group of each modality.
-        max_seq_len: Longest sequence that the model supports.
-    """
+    """Continues prompts with one model, which has all experts on one device and is put into evaluation mode."""
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len
@@ -76,13 +60,13 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """New tokens of each prompt, with the end mark if one was reached. One host sync for each token.
+        """New tokens of each prompt, up to and with the end mark. One host sync for each token.
 
         Args:
-            plain: For guidance: the same prompts without their captions.
+            plain: For guidance: the same prompts without captions.
 
         Raises:
-            ConfigError: as `check_lengths`.
+            ConfigError: a prompt does not fit, see `check_lengths`.
         """
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
@@ -106,7 +90,7 @@ class Generator:
             if plain is not None:
                 logits_BV = guided(logits_BV[:count], logits_BV[count:], request.guidance)
             states = [self._state([*prompts[b], *made[b]], request, number) for b in range(count)]
-            chances_BV = probabilities(logits_BV.cpu(), self._allowed_SV[states], request.sampling)
+            chances_BV = probabilities(logits_BV.cpu(), self._allowed_SV[states], request.sampling)  # host sync
             tokens = draw(chances_BV, uniform()).tolist()
             for b in range(count):
                 if going[b]:
@@ -123,7 +107,7 @@ class Generator:
         return GrammarState.TEXT_ONLY if request.text_only and state is GrammarState.TEXT else state
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
-        """Runs all prompts in one batch, padded at the end; returns the logits of each prompt's last token [B, V]."""
+        """Runs all prompts as one batch, padded at the end; returns the logits of each prompt's last token [B, V]."""
         longest = max(map(len, prompts))
         padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self._device)
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
@@ -133,7 +117,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Adds one token to each sequence and to its plain copy; finished sequences continue as padding."""
+        """Adds one token to each sequence and to its plain copy. Finished sequences continue as padding, so that the batch
+        keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

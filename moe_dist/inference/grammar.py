@@ -1,7 +1,7 @@
-"""Which token may follow: a picture is a start mark, a fixed number of codes and an end mark; all else is text.
+"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
 
-The data have this form (`moe_dist/data/picture_coding.py`), and a picture with a missing code cannot be decoded, so
-sampling allows no other. Each sequence is in one of four states.
+The training data have this form (`moe_dist/data/picture_coding.py`). Sampling must keep to it, because a picture with a
+missing code cannot be decoded. Each sequence is in one of four states.
 """
 
 from collections.abc import Sequence
@@ -17,52 +17,38 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """Which tokens may come next in a sequence."""
+    """The tokens that may come next in a sequence."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # the same without the start mark: no picture would fit any more
+    TEXT_ONLY = 1  # the same without the start mark, because no picture would fit any more
     CODE = 2
     END_OF_PICTURE = 3
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The grammar of a data set.
+    """The grammar of a data set."""
 
-    Attributes:
-        modality_of_id: int64 [V], an index into `modalities`.
-        modalities: Names, in the data's order.
-        eos_id: Ends a document.
-        begin_id, end_id: Marks of a picture; None if the data have none.
-        cells: Codes in a picture; 0 without pictures.
-        allowed_SV: bool [4, V], the ids that each state allows.
-    """
-
-    modality_of_id: np.ndarray
-    modalities: tuple[str, ...]
-    eos_id: int
-    begin_id: int | None
-    end_id: int | None
-    cells: int
-    allowed_SV: np.ndarray
-
-    @property
-    def picture_tokens(self) -> int:
-        """Length of a picture in tokens, both marks included."""
-        return self.cells + 2
+    modality_of_id: np.ndarray  # int64 [V], an index into `modalities`
+    modalities: tuple[str, ...]  # names, in the order of the manifest
+    eos_id: int  # ends a document
+    begin_id: int | None  # start mark of a picture; None if the data have no pictures
+    end_id: int | None  # end mark of a picture
+    cells: int  # codes in a picture; 0 without pictures
+    allowed_SV: np.ndarray  # bool [4, V], the ids that each state allows
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
         """The state after `tokens`, if at most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
-            since = len(tokens) - 1 - _last(tokens, self.begin_id)
+            since = list(reversed(tokens)).index(self.begin_id)  # tokens after the last start mark
             if since < self.cells:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.picture_tokens else GrammarState.TEXT_ONLY
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # codes and marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Codes of each complete picture in the tokens, int64 [cells], counted from the first code of the codebook."""
+        """Codes of each complete picture in the tokens, int64 [cells]; code 0 is the first of the codebook."""
         first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
@@ -72,7 +58,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The text tokens: without pictures, their marks and the end of the document."""
+        """The text tokens, without pictures, marks and the end of the document."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -80,8 +66,8 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """The grammar of a data set.
 
     Args:
-        vocab_size: The model's, which may exceed the data's: ids beyond the data's are never drawn.
-        never: Ids that occur only as the first token of a document, such as its begin mark; never drawn.
+        vocab_size: Ids of the model. It may have more ids than the data; these are never drawn.
+        never: Ids that are never drawn, because they occur only as the first token of a document.
 
     Raises:
         ConfigError: the manifest describes pictures, but no modality is called `image`.
@@ -98,7 +84,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # hand-made data may pad with it
+    text[manifest.eos_id] = True  # also if pad_id is the same id, as in some hand-made data
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False
@@ -116,7 +102,3 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
         cells=0 if image is None else image.grid[0] * image.grid[1],
         allowed_SV=allowed,
     )
-
-
-def _last(tokens: Sequence[int], wanted: int) -> int:
-    return max(place for place, token in enumerate(tokens) if token == wanted)

@@ -23,13 +23,8 @@ _MAX_NEW_TOKENS = 256  # if a task does not set it
 class HarnessModel(LM):
     """A model with the three methods that the harness calls.
 
-    A context that does not fit into `max_seq_len` loses its beginning, except the mark with which documents begin.
-
-    Args:
-        likelihood, generator: Of the same model.
-        vocabulary: Tokenizer and grammar of its data.
-        max_seq_len: Longest sequence that the model supports.
-        seed: For generation that samples.
+    A context that does not fit into `max_seq_len` loses its beginning, except the begin mark of a document. `likelihood`
+    and `generator` use the same model.
     """
 
     def __init__(
@@ -40,7 +35,7 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the log-likelihood of the continuation, and whether it is the greedy one."""
+        """For each (context, continuation): the log-likelihood of the continuation, and True if it is the greedy one."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -48,7 +43,7 @@ class HarnessModel(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """For each (text,): its log-likelihood. Each token is scored once, after as many tokens as fit into its window."""
+        """For each (text,): the log-likelihood. Each token is scored once, with as much context as fits into its window."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
         sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
@@ -57,7 +52,7 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """For each (context, options): the generated text, up to the first of the option `until`.
+        """For each (context, options): the generated text, up to the first stop string of the option `until`.
 
         Raises:
             ConfigError: an option is not supported.
@@ -66,7 +61,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)
+            self.cache_hook.add_partial("generate_until", request.args, text)  # the harness resumes from its cache
             texts.append(text)
         return texts
 
@@ -81,7 +76,7 @@ class HarnessModel(LM):
                 f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
                 "temperature and top_p: take the others out of the task"
             )
-        room = min(room, self._max_seq_len - 1)
+        room = min(room, self._max_seq_len - 1)  # at least one token of context
         prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
         text = self._vocabulary.text(self._generator([prompt], wanted)[0])
@@ -116,5 +111,5 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """The last `length` tokens of a prompt, its first one replaced by the begin mark."""
+        """The last `length` tokens of a prompt; the begin mark replaces the first of these."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

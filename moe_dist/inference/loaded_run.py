@@ -1,4 +1,4 @@
-"""Loads the model of a run from a checkpoint of any layout, onto this process or spread over several ranks."""
+"""Loads the model of a run from a checkpoint of any layout, onto one process or spread over several ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.checkpoint.state import capture
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.parallel_schema import AllToAllDispatchSection, InterleavedSection
 from moe_dist.config.schema import Config
@@ -23,7 +23,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.train.base_weights import load_base
-from moe_dist.train.build import build_model, freeze, group_of_modality, saved_part
+from moe_dist.train.build import build_model, freeze, group_of_modality, rank_layout, saved_part
 from moe_dist.train.resume import mapping_of, saved_config
 
 
@@ -32,9 +32,8 @@ class CheckpointReader:
 
     Args:
         checkpoints: The run's folder of checkpoints.
-        config: The run's configuration.
-        device: The device of the model.
-        mesh: Spreads the experts over its EP groups, independent of the run's layout; None keeps all of them here.
+        config: The run's configuration. Its layout is not used.
+        mesh: Spreads the experts over its EP groups; None keeps all experts on this rank.
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
@@ -44,14 +43,14 @@ class CheckpointReader:
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
         with torch.device("meta"):
             self.model = build_model(config, self.placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
-        allocate(self.model, device)
+        allocate(self.model, device)  # uninitialised memory, because `read` loads every tensor
         freeze(self.model, config)
         self.model.eval()
         group = None if mesh is None else mesh.checkpoint
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
-        self._layout, self._part = _layout(self.placement, mesh), saved_part(config)
-        self.state = capture(self.model, None, self._layout, part=self._part)
-        self._base_is_there = self._part != "trained"
+        self._layout, part = rank_layout(self.placement, mesh), saved_part(config)
+        self.state = capture(self.model, None, self._layout, part=part)
+        self._has_base = part != "trained"  # a checkpoint of adapters does not contain its base
 
     def read(self, folder: Path) -> Transformer:
         """The model with a checkpoint's weights. Collective with a mesh.
@@ -60,9 +59,9 @@ class CheckpointReader:
             DataError: the checkpoint is damaged, or the base of its adapters is missing.
         """
         restored = self._manager.load(folder, self.state)
-        if not self._base_is_there:
+        if not self._has_base:  # all checkpoints of a run share one base, so it is loaded once
             load_base(restored.values, folder, self._manager, self.model, self._layout)
-            self._base_is_there = True
+            self._has_base = True
         return self.model
 
 
@@ -76,13 +75,12 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint that was found, with its run's configuration and data; the weights are not loaded yet.
+    """A checkpoint with the configuration and the data of its run; the weights are not loaded yet.
 
     Attributes:
         folder: Folder of the checkpoint.
-        step: Training steps before it.
-        config: As saved, with `data.path` set to the present place of the data.
-        manifest: The manifest of the data.
+        step: Training steps before the checkpoint.
+        config: The saved configuration; `data.path` is the present place of the data.
     """
 
     folder: Path
@@ -91,13 +89,7 @@ class LoadedRun:
     manifest: Manifest
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """The model in evaluation mode: with all experts on `device`, or with a mesh with this rank's share of them.
-
-        Collective with a mesh. Its EP groups are used, independent of the run's layout.
-
-        Raises:
-            DataError: the checkpoint is damaged.
-        """
+        """The model in evaluation mode, see `CheckpointReader`. Collective with a mesh."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
@@ -105,15 +97,10 @@ class LoadedRun:
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """Loads the model and returns its scorer; the ranks of a mesh share the work. Collective, and raises, as `load`."""
-        alone = {} if mesh is None else {"world": mesh.world, "rank": mesh.rank, "world_size": mesh.world_size}
-        return Likelihood(
-            self.load(device, mesh),
-            self.manifest,
-            group_of_modality=self.group_of_modality,
-            max_seq_len=self.config.model.max_seq_len,
-            **alone,
-        )
+        """Loads the model and returns its scorer; the ranks of a mesh share the work. Collective with a mesh."""
+        model, groups = self.load(device, mesh), self.group_of_modality
+        max_seq_len = self.config.model.max_seq_len
+        return Likelihood(model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len, mesh=mesh)
 
     @property
     def group_of_modality(self) -> list[int]:
@@ -121,17 +108,17 @@ class LoadedRun:
         return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
-def _layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
-    if mesh is None:
-        return RankLayout(placement)
-    return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+def causal_problems(config: Config) -> list[str]:
+    """Reasons why a model cannot generate: in evaluation the routing of a token depends on later tokens."""
+    problem = config.model.moe.router.not_causal()
+    return [problem] if problem else []
 
 
 def choose_device(wanted: str) -> torch.device:
     """The device for `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
-        ConfigError: another name, or CUDA is not available.
+        ConfigError: the name is another one, or CUDA is not available.
     """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")
@@ -143,12 +130,12 @@ def choose_device(wanted: str) -> torch.device:
 def find_trained(
     path: Path, *, step: int | None = None, data: Path | None = None, allow: Callable[[Config], list[str]] = lambda _: []
 ) -> LoadedRun:
-    """Finds the checkpoint of a run and the data that the run was trained on.
+    """Finds the checkpoint of a run and the data of its training.
 
     Args:
         path: A run, a folder of checkpoints, or a checkpoint.
         step: Step of the checkpoint; the newest by default.
-        data: Folder of the data set; by default the one that the run used.
+        data: Present folder of the data set; by default the folder in the run's configuration.
         allow: Returns reasons not to use a run of this configuration; called before the data are read.
 
     Raises:
@@ -156,16 +143,16 @@ def find_trained(
         DataError: files are damaged, or the data differ from those of the training.
     """
     folder = find_checkpoint(path) if step is None else _of_step(path, step)
-    values = open_checkpoint(folder).state.values
-    config = saved_config(values, folder)
+    state = open_checkpoint(folder).state
+    config = saved_config(state.values, folder)
     if problems := allow(config):
         raise ConfigError([f"{folder}: {problem}" for problem in problems])
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if problems := digest_problems(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
+    if problems := digest_problems(mapping_of(state.values, "data", folder), data_digest(config.data.path, manifest)):
         raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
-    return LoadedRun(folder, open_checkpoint(folder).state.step, config, manifest)
+    return LoadedRun(folder, state.step, config, manifest)
 
 
 def _of_step(path: Path, step: int) -> Path:

@@ -1,15 +1,17 @@
-"""Multiple choice by log-likelihood: the model's answer is the choice with the highest one.
+"""Multiple choice by log-likelihood: the model takes the choice with the highest log-likelihood.
 
-Two measures are taken of each choice: its log-likelihood (`plain`), and that divided by its number of tokens (`normalised`,
-the default, since plain favours short choices).
+Each choice has two measures: `plain` is the log-likelihood; `normalised`, the default, divides it by the number of tokens,
+because plain favours short choices.
 
-Without rotations the question does not list its choices, so their order matters only on ties, which the first choice wins.
-With rotations it lists them, and each question is asked once for each choice, with that choice first. It counts as right
-only if every answer is right, so a model that always takes the second place answers none.
+Without rotations a question does not list its choices, so their order matters only on ties, which the first choice wins.
+With rotations a question lists its choices, and the model answers it once for each choice, with that choice listed first. A
+question counts as right only if every answer is right, so a model that always takes the second choice answers none.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -17,13 +19,14 @@ import numpy as np
 from moe_dist.data.tokenizer import encode_texts
 from moe_dist.errors import DataError
 from moe_dist.inference.grammar import IMAGE
-from moe_dist.inference.intervals import bootstrap_mean, wilson
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score, check_lengths
 from moe_dist.inference.questions.fact import Codes, Part, Question
 from moe_dist.inference.vocabulary import Vocabulary
 
 Measure = Literal["normalised", "plain"]
 MEASURES: tuple[Measure, ...] = ("normalised", "plain")
+CONFIDENCE = 0.95
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,23 @@ class Answered:
     """A question and the model's choices.
 
     Attributes:
-        taken: For each measure, the index of the choice taken under each rotation, counted in the unrotated question.
+        taken: For each measure and rotation, the index of the choice that the model took. Indices count in the unrotated
+            question.
     """
 
     question: Question
     taken: dict[Measure, tuple[int, ...]]
 
     def right(self, measure: Measure) -> bool:
-        """Whether the model took the right choice under every rotation."""
+        """True if the model took the right choice under every rotation."""
         return all(choice == self.question.answer for choice in self.taken[measure])
 
 
 class Prompts:
-    """Writes questions in the form of the data's documents: texts continue, and a picture stands before or after its
-    caption.
+    """Writes questions like the documents of the data: a text continues, and a picture stands before or after its caption.
 
     Args:
-        listed: Whether a question lists all choices.
+        listed: True if a question lists all choices.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
@@ -75,7 +78,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # the start mark is part of the question, the end mark certain
+            return self._tokens(choice)[1:-1]  # the question contains the start mark, and the end mark is certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -91,17 +94,17 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     """The questions as tokens.
 
     Raises:
-        ConfigError: one is longer than the model supports.
+        ConfigError: a question is longer than the model supports.
     """
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)
+    check_lengths(flat(written), max_seq_len)  # before the model is loaded
     return written
 
 
 def flat(written: Written) -> list[Continuation]:
-    """All continuations, in order."""
+    """All continuations by question, rotation and choice."""
     return [each for of_question in written for turn in of_question for each in turn]
 
 
@@ -125,7 +128,7 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
     ]
-    return values.index(max(values))
+    return values.index(max(values))  # index finds the first maximum
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
@@ -150,16 +153,37 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
             )
 
 
+def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's two-sided score interval of a proportion (Wilson 1927), for `total` > 0 independently drawn questions. It
+    stays within [0, 1] and is accurate for few questions."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = right / total
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean accuracy over tasks; resamples the questions within each task.
+
+    Args:
+        right: bool [questions] for each task.
+    """
+    rng = np.random.default_rng(seed)
+    # Resampling right-or-wrong answers is a binomial draw of the number of right ones.
+    means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
-    """Accuracy of each task with its interval, and their mean over the tasks, as plain values for JSON."""
+    """Accuracy of each task and the mean over the tasks, with intervals, as plain values for JSON."""
     tasks = {name: _task(each) for name, each in answered.items()}
     mean: dict[str, object] = {}
     for measure in MEASURES:
         right = [np.array([each.right(measure) for each in of_task]) for of_task in answered.values()]
-        mean[measure] = {
-            "accuracy": float(np.mean([each.mean() for each in right])),
-            "interval": list(bootstrap_mean(right, seed=seed)),
-        }
+        accuracy = float(np.mean([each.mean() for each in right]))
+        mean[measure] = {"accuracy": accuracy, "interval": list(bootstrap_mean(right, seed=seed))}
     return {"tasks": tasks, "mean": mean}
 
 
@@ -169,18 +193,11 @@ def _task(answered: Sequence[Answered]) -> dict[str, object]:
         "chance": float(np.mean([1 / len(each.question.choices) for each in answered])),
     }
     for measure in MEASURES:
-        right = sum(each.right(measure) for each in answered)
-        found[measure] = {
-            "right": right,
-            "accuracy": right / len(answered),
-            "interval": list(wilson(right, len(answered))),
-        }
+        right, total = sum(each.right(measure) for each in answered), len(answered)
+        found[measure] = {"right": right, "accuracy": right / total, "interval": list(wilson(right, total))}
     found["answers"] = [
-        {
-            "id": each.question.id,
-            "answer": each.question.answer,
-            **{name: list(taken) for name, taken in each.taken.items()},
-        }
+        {"id": question.id, "answer": question.answer, **{name: list(taken) for name, taken in each.taken.items()}}
         for each in answered
+        for question in [each.question]
     ]
     return found

@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, nucleus, and one uniform number for each sequence. Pure functions.
+"""Draws the next token from logits: temperature, nucleus, and one uniform number for each sequence. Pure functions.
 
 Shape letters: B sequences, V vocabulary.
 """
@@ -14,15 +14,15 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """Settings of a draw.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Only the fewest most likely tokens whose probabilities, at that temperature, reach this sum may be drawn (the
-            nucleus of Holtzman et al., arXiv 1904.09751, section 3.1); 1 leaves all.
+        top_p: Only the most likely tokens may be drawn: the fewest whose probabilities, at that temperature, reach this sum
+            (nucleus of Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
 
     Raises:
-        ConfigError: one of them is out of range.
+        ConfigError: a value is out of range.
     """
 
     temperature: float = 1.0
@@ -40,11 +40,10 @@ class Sampling:
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
     """Probability of each token, float64 [B, V]: 0 for tokens that are not allowed or outside the nucleus.
 
-    Every row must allow a token. Of equally likely tokens the lower id enters the nucleus first, and is taken at
-    temperature 0.
+    Every row must allow a token. Among equally likely tokens the lower id comes first.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
-    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower id
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
     # Shift the maximum to 0 first: dividing by a small temperature would overflow.
@@ -57,7 +56,7 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """int64 [B]: the token at which the running sum of probabilities, in order of ids, passes a number in [0, 1)."""
+    """int64 [B]: the first token, by id, at which the running sum of probabilities exceeds the row's number in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
     # Rounding may leave the total below 1. Scaling the number by the total keeps it below the last sum.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
@@ -65,18 +64,21 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
-    """plain + guidance x (logits - plain): 1 gives the model's own distribution, more follows the caption more closely.
+    """Classifier-free guidance on log-probabilities: plain + guidance x (logits - plain).
 
-    Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, equation 6, with w = guidance - 1) on log-probabilities;
-    `plain` are the logits of the same sequence without its caption.
+    Guidance 1 gives the model's own distribution; a larger value follows the caption more closely. Ho and Salimans, arXiv
+    2207.12598, equation 6, with w = guidance - 1.
+
+    Args:
+        plain_BV: Logits of the same sequences without captions.
     """
     conditional, plain = logits_BV.to(torch.float64).log_softmax(-1), plain_BV.to(torch.float64).log_softmax(-1)
     return plain + guidance * (conditional - plain)
 
 
 class UniformDraws:
-    """A stream of uniform numbers for each sequence, from (seed, index of the sequence): a sample does not depend on how
-    many others are drawn, nor on when they end."""
+    """A stream of uniform numbers for each sequence. It depends only on the seed and the index of the sequence, so that a
+    sample does not depend on the other samples of a batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]

@@ -1,4 +1,4 @@
-"""Draws a sheet of pictures with captions."""
+"""Draws pictures with captions on one sheet."""
 
 import io
 import textwrap
@@ -11,10 +11,10 @@ _WIDTH = 16  # characters of a line
 
 
 def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
-    """A PNG: each entry's pictures side by side with its caption below, `columns` entries in a row.
+    """A PNG with `columns` entries in a row. Each entry shows its pictures side by side above its caption.
 
     Args:
-        rows: Caption and pictures; as many pictures for each. Captions in Latin letters: the font has no others.
+        rows: Caption and pictures of each entry, with equally many pictures. The font has Latin letters only.
     """
     each = len(rows[0][1])
     width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP

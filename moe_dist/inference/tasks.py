@@ -7,50 +7,35 @@ import numpy as np
 from PIL import Image
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, Request, check_lengths
+from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts and how to continue them.
-
-    Attributes:
-        plain: For guidance: each prompt without its caption.
-    """
+    """Prompts, and the request that continues them. `plain` has the prompts without captions, for guidance."""
 
     prompts: list[list[int]]
     request: Request
     plain: list[list[int]] | None = None
 
-    def check(self, max_seq_len: int) -> None:
-        """Raises: ConfigError: it does not fit a model for sequences of `max_seq_len` tokens."""
-        check_lengths(self.prompts, self.request.max_new_tokens, max_seq_len)
-
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """The result of one prompt.
+    """The result of one prompt."""
 
-    Attributes:
-        tokens: The new tokens.
-        modalities: Modality of each new token.
-        text: Text of the new tokens.
-        pictures: Pictures in the new tokens, including one that the prompt started.
-    """
-
-    tokens: list[int]
-    modalities: list[str]
-    text: str
-    pictures: list[Image.Image]
+    tokens: list[int]  # the new tokens
+    modalities: list[str]  # of each new token
+    text: str  # of the new tokens
+    pictures: list[Image.Image]  # pictures that the new tokens complete, also one that the prompt started
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
     """`samples` continuations of a text, which may contain pictures.
 
     Raises:
-        ConfigError, DataError: the data set has no tokenizer, or it is damaged.
+        ConfigError, DataError: the data set has no tokenizer, or the tokenizer is damaged.
     """
     request = Request(tokens, sampling, seed, text_only=not vocabulary.has_codebook)
     return Task([vocabulary.text_prompt(text)] * samples, request)
@@ -62,7 +47,7 @@ def draw_captions(
     """`samples` pictures of each caption, one caption after the other.
 
     Raises:
-        ConfigError, DataError: the data set lacks a tokenizer or a codebook, or they are damaged; guidance below 0.
+        ConfigError, DataError: tokenizer or codebook are missing or damaged, or guidance is below 0.
     """
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
@@ -76,7 +61,7 @@ def draw_captions(
 def describe_picture(
     vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
-    """`samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
+    """`samples` captions of a picture; each begins with `beginning`. Raises the errors of `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
     return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)
 

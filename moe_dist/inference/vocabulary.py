@@ -1,5 +1,7 @@
-"""The files of a data set that generation needs: tokenizer, codebook, held-out captions and pictures. Makes prompts from
-captions and picture files from codes."""
+"""The files of a data set that generation needs: tokenizer, codebook, held-out captions and pictures.
+
+Makes prompts from captions, and picture files from codes.
+"""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -25,26 +27,21 @@ _SCALE = 8  # upscaling factor: a pixel of a picture becomes 8 x 8 pixels of the
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """A document with a picture, held out by default. Attributes: caption: its text. codes: int64 [cells]."""
+    """A document with a picture, usually from the held-out side."""
 
-    caption: str
-    codes: np.ndarray
+    caption: str  # the text of the document
+    codes: np.ndarray  # int64 [cells]
 
 
 class Vocabulary:
-    """Encodes and decodes the text and pictures of one data set.
-
-    Args:
-        folder, manifest: The data set.
-        vocab_size: The model's.
-    """
+    """Encodes and decodes the text and pictures of one data set. `vocab_size` is the number of ids of the model."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: ConfigError: the data set has none. DataError: it is damaged."""
+        """Raises: ConfigError: the data set has no tokenizer. DataError: the tokenizer is damaged."""
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
@@ -58,7 +55,7 @@ class Vocabulary:
 
         Raises:
             ConfigError: the data set has no pictures, no codebook, or another grid.
-            DataError: it is damaged.
+            DataError: the codebook is damaged.
         """
         image = self._manifest.image
         if image is None or image.codebook is None:
@@ -74,12 +71,12 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """Whether pictures can be read and drawn."""
+        """True if the data set can encode and decode pictures."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property
     def grammar(self) -> Grammar:
-        """Which tokens may follow in these data."""
+        """The grammar of these data."""
         return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
 
     @property
@@ -87,11 +84,11 @@ class Vocabulary:
         return special_ids(self.tokenizer)[BOS]
 
     def text_prompt(self, text: str) -> list[int]:
-        """A document's beginning with the given text."""
+        """The beginning of a document with the given text."""
         return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
-        """A document up to the start mark of a picture with this caption; without a caption, of any picture."""
+        """A document up to the start mark of a picture, after the given caption."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         return [*self.text_prompt(caption), image.begin_id]
@@ -116,11 +113,11 @@ class Vocabulary:
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Codes of a picture file, drawn on white without variation.
+        """Codes of a picture file, drawn on white and not varied at random.
 
         Raises:
             ConfigError: the file does not exist.
-            DataError: it is damaged or of an unknown kind.
+            DataError: the file is damaged or of an unknown kind.
         """
         if not path.is_file():
             raise ConfigError(
@@ -132,7 +129,7 @@ class Vocabulary:
         """Every held-out document with a picture, in the order of the data.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: no held-out document has a picture.
         """
         found = list(self.pictured("valid"))
         if not found:
@@ -140,7 +137,8 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """Documents of one side with a picture, in the order of the data; at most `most` of each source, evenly spaced."""
+        """Documents of one side with a picture, in the order of the data. `most` limits the documents that are read of each
+        source; these are evenly spaced."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):
@@ -160,7 +158,7 @@ def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file, enlarged so that each of its pixels is visible."""
+    """A picture as a PNG file, enlarged so that each pixel is visible."""
     buffer = io.BytesIO()
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

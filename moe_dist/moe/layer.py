@@ -56,19 +56,15 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
-        self.experts_off = False  # evaluation sets it to measure what the experts contribute
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
-
-        With `experts_off` the output of the routed experts is 0, and everything else runs as usual, collectives included.
-        """
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
-            return recomputed(self._forward, x_TD, group_T, cache)
-        return self._forward(x_TD, group_T, cache)
+            return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
+        return self._forward(x_TD, group_T, cache, request.experts_off)
 
-    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
+    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
         repeated = cache.plan is not None  # this is the recomputation of a block
@@ -86,7 +82,7 @@ class MoELayer(nn.Module):
         )
         if zero_TD is not None:
             y_TD = y_TD + zero_TD
-        if self.experts_off:
-            y_TD = y_TD * 0.0  # not skipped, because all ranks must issue the same collectives
+        if experts_off:
+            y_TD = y_TD * 0.0  # after combine, so that every rank issues the same collectives
         report = LayerReport(sums, *plan.sent, prob_AC=prob_AC)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

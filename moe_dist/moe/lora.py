@@ -173,36 +173,36 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.norm, self.router, self.ffn, self.adapters = norm, router, ffn, adapters
         self.recompute: Recompute = recompute
-        self.experts_off = False
         self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report. With `experts_off`
-        the adapters add nothing."""
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         # x_TD.requires_grad would be wrong here, because the input of the first adapter has no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
-            return recomputed(self._forward, x_TD, group_T, cache)
-        return self._forward(x_TD, group_T, cache)
+            return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
+        return self._forward(x_TD, group_T, cache, request.experts_off)
 
-    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
+    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, _, prob_AC = self.router(h_TD, group_T, cache)
         plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._comm_stats)
         cache.plan = plan
         weight_N = assignments.weight_N
         if self.recompute == "experts" and torch.is_grad_enabled():
-            y_TD = recomputed(self._ffn, h_TD, weight_N, plan, cache.batch_info)
+            y_TD = recomputed(self._ffn, h_TD, weight_N, plan, cache.batch_info, experts_off)
         else:
-            y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info)
+            y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info, experts_off)
         return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC)
 
-    def _ffn(self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, batch_info: GlobalBatchInfo | None) -> Tensor:
+    def _ffn(
+        self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, batch_info: GlobalBatchInfo | None, experts_off: bool
+    ) -> Tensor:
         draw = None if batch_info is None else adapter_draw(self._seed, self._layer, batch_info)
 
         def projected(target: str, x_TI: Tensor) -> Tensor:
             y_TO = self.ffn.get_submodule(target)(x_TI)
-            return y_TO if self.experts_off else self.adapters(target, x_TI, y_TO, weight_N, plan, draw=draw)
+            return y_TO if experts_off else self.adapters(target, x_TI, y_TO, weight_N, plan, draw=draw)
 
         return projected("down", F.silu(projected("gate", h_TD)) * projected("up", h_TD))
 

@@ -165,15 +165,17 @@ class GlobalBatchInfo:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """Input of all routers beside the tokens.
+    """Input of all routers and MoE layers beside the tokens.
 
     Attributes:
         batch_info: Numbers of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, tokens whose softmax the reports return as `prob_AC`; None for no tokens.
+        experts_off: The routed experts add nothing; everything else, collectives included, is computed as usual.
     """
 
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
+    experts_off: bool = False
 
 
 NO_REQUEST = RoutingRequest()

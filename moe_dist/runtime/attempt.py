@@ -2,7 +2,7 @@
 
 with Attempt(env) as attempt:
     attempt.open(config)                      # rank 0: lease, configuration, status
-    attempt.last_step = lambda: progress.step
+    attempt.follow(lambda: progress.step)
     ...
 sys.exit(attempt.exit_code)
 """
@@ -57,8 +57,6 @@ class Attempt:
     the closed connections.
 
     Attributes:
-        last_step: Returns the current step; set it once the step is known.
-        commit_needs: Called before each commit; raises if something else must be written to disk first.
         exit_code: The verdict, after the block.
     """
 
@@ -66,9 +64,22 @@ class Attempt:
         self._env = env
         self._folder: RunFolder | None = None
         self._lease: Lease | None = None
-        self.last_step: Callable[[], int] | None = None
-        self.commit_needs: Callable[[], None] = lambda: None
+        self._step: Callable[[], int] | None = None
+        self._commit_check: Callable[[], None] = lambda: None
         self.exit_code = EXIT_DONE
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """From now on `step` returns the current step of the run; call it once the step is known."""
+        self._step = step
+
+    def require(self, commit_check: Callable[[], None]) -> None:
+        """From now on `commit_check` runs before each commit; it raises if something else must be written to disk first."""
+        self._commit_check = commit_check
+
+    def last_step(self) -> int:
+        """The current step; before `follow` the last step in the records of the open run folder."""
+        assert self._folder is not None, "the run folder is open"
+        return self._step() if self._step is not None else self._folder.last_step()
 
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
@@ -100,11 +111,11 @@ class Attempt:
 
         Raises:
             LeaseError: from `check_lease`.
-            CheckpointError: from `commit_needs`.
+            CheckpointError: from the check of `require`.
         """
-        self.commit_needs()
-        if self._lease is not None and self._folder is not None and self.last_step is not None:
-            self._folder.record_step(self._env.attempt_id, self.last_step(), self._lease)  # costs one fsync
+        self._commit_check()
+        if self._lease is not None and self._folder is not None and self._step is not None:
+            self._folder.record_step(self._env.attempt_id, self._step(), self._lease)  # costs one fsync
         self.check_lease()  # last: nothing slow may lie between this check and the rename that follows
 
     def expire(self) -> None:
@@ -154,9 +165,9 @@ class Attempt:
 
     def _leave(self, verdict: int, reason: str) -> None:
         if self._folder is not None:
-            last = self.last_step() if self.last_step is not None else self._folder.last_step()
+            last, attempt_id = self.last_step(), self._env.attempt_id
             self._folder.write_status(
-                verdict=verdict, reason=reason, last_step=last, attempt_id=self._env.attempt_id, rank=self._env.rank
+                verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=self._env.rank
             )
         if self._lease is not None:
             self._lease.release()  # after the record, which only the holder may write

@@ -12,15 +12,12 @@ from typing import Annotated
 import typer
 
 from moe_dist.config.load import load_config
-from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import EXIT_DONE
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.log import Startup
-from moe_dist.runtime.place import Found, RunPlace, check_place
-from moe_dist.runtime.rendezvous import shared_with_rank_0
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.runtime.status import record_save_seconds
@@ -31,12 +28,12 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; no GPU, no data.")] = False,
     tokens_per_second: Annotated[
-        float | None, typer.Option(min=1e-9, help="Of all ranks, for the dry run's hours.")
+        float | None, typer.Option(min=1e-9, help="Throughput of all ranks; the dry run computes the hours from it.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an existing run of that name aside.")] = False,
     init_from: Annotated[str | None, typer.Option(help="The same as run.init_from=PATH: begin with those weights.")] = None,
 ) -> None:
-    """Trains, or goes on with, the run that CONFIG describes."""
+    """Starts or resumes the run that CONFIG describes."""
     overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     with reports_errors():
         raise typer.Exit(
@@ -45,10 +42,11 @@ def main(
 
 
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
-    """One attempt of the run on this rank; returns its verdict."""
+    """Runs one attempt on this rank and returns its exit code."""
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
-    with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:  # before torch is imported
+    # Signals are caught before the import of torch, which takes seconds.
+    with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
@@ -59,78 +57,48 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
 
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
-    """Builds everything in order, then fits. Runs on every rank."""
+    """Builds process groups, model, data and checkpoints in this order, then trains. Runs on every rank."""
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.parallel.determinism import make_deterministic
-    from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
-    from moe_dist.parallel.rendezvous import published_store
+    from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train import build, session
     from moe_dist.train.resume import Resumable
     from moe_dist.train.trainer import Trainer
 
-    config = plan.config
+    config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()
-    folder = attempt.open(config, stopped=lambda: stop.requested)
+        make_deterministic()  # before the first CUDA call, which reads the environment
+    folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits for the lease here
     log = setup_logging(env, folder)
-    device = session.choose_device(config, env)
-    timeout = config.parallel.timeout_seconds
     startup.now("waiting for the other ranks")
-    with shared_with_rank_0(folder.path, env):
-        check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)
-        with published_store(env, folder.path, timeout=timeout) as store:
-            init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
-    mesh = make_mesh(
-        ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=config.parallel.dispatch.node_size
-    )
+    mesh = session.join_world(config, env, folder)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
-    training = build.build_training(config, plan.manifest, plan.placement, mesh)
+    training = build.build_training(config, manifest, placement, mesh)
     startup.now("reading data")
-    loader = build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
-    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
-    checkpoints = CheckpointManager(
-        folder.checkpoints,
-        keep=config.checkpoint.keep,
-        lease_check=attempt.check_commit,
-        process_group=mesh.checkpoint,
-        tracker=mesh.tracker,
-    )
-    resumable = Resumable(
-        training,
-        plan.placement,
-        checkpoints,
-        config,
-        plan.manifest,
-        controllers=training.controllers(),
-        report_save=partial(record_save_seconds, folder.logs),
-    )
+    loader = build.build_loader(config, manifest, rank=mesh.rank, world_size=mesh.world_size)
+    evaluator = build.build_evaluator(config, manifest, training, placement)
     startup.now("looking for a checkpoint, and loading it")
+    keep, may_commit, group = config.checkpoint.keep, attempt.check_commit, mesh.checkpoint
+    checkpoints = CheckpointManager(
+        folder.checkpoints, keep=keep, lease_check=may_commit, process_group=group, tracker=mesh.tracker
+    )
+    report_save = partial(record_save_seconds, folder.logs)
+    resumable = Resumable(training, placement, checkpoints, config, manifest, report_save=report_save)
     progress = resumable.restore()
     startup.done()
-    attempt.last_step = lambda: progress.step
+    attempt.follow(lambda: progress.step)
     log.follow(lambda: progress.step)
     with (
-        session.watched_devices(config, device, env) as devices,
+        session.watched_devices(config, mesh.device, env) as devices,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
+        settings, step = build.build_plan(config, manifest, placement), training.step
         trainer = Trainer(
-            build.build_plan(config, plan.groups),
-            training.step,
-            loader,
-            evaluator,
-            placement=plan.placement,
-            sinks=sinks,
-            devices=devices,
-            saver=resumable,
-            stop=stop,
-            progress=progress,
-            modalities=tuple(plan.manifest.modalities),
-            baselines=plan.manifest.baselines,
+            settings, step, loader, evaluator, sinks=sinks, devices=devices, saver=resumable, stop=stop, progress=progress
         )
         finished = trainer.fit()
     if env.rank == 0:

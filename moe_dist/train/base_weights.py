@@ -1,8 +1,8 @@
-"""The frozen base under adapters: loaded whole by `run.init_rules: [adapt]`, and later found again by its content hash.
+"""The frozen base under adapters: `run.init_rules: [adapt]` loads it whole, and a resume finds it again by content hash.
 
-Adapters start with B = 0, so the model computes the same as the base until its first step. It is bit-equal where the
-products have equally many rows (a base of one expert per layer leaves padding out, the frozen FFN does not). A checkpoint
-of adapters names its base; loading the adapters, to resume or to use them, loads exactly that base.
+Adapters start with B = 0, so the model computes the same as the base until its first step. The results are bit-equal where
+the matrix products have equally many rows: a base with one expert per layer leaves padding out, the frozen FFN does not. A
+checkpoint of adapters names its base. Loading the adapters, to resume or to use them, loads exactly that base.
 """
 
 import json
@@ -35,11 +35,11 @@ _FUNCTION = (
 
 
 def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout) -> tuple[Base, str]:
-    """Loads the base of `run.init_from` under new adapters; returns the base, and a report in words. Collective.
+    """Loads the base of `run.init_from` under new adapters; returns the base and a readable report. Collective.
 
     Raises:
-        ConfigError: there is no checkpoint, or it does not fit these adapters; gives every reason.
-        DataError: it is damaged.
+        ConfigError: there is no checkpoint, or it does not fit these adapters; lists every reason.
+        DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
     found: list[Base] = []
@@ -47,7 +47,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     def check(contents: Contents) -> None:
         if problems := base_problems(config.model, contents):
             raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
-        found.append(Base(str(contents.folder), content_hash(contents.index)))
+        found.append(Base(str(contents.folder), content_hash(contents.index)))  # hashes the index, reads no tensor
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})
@@ -68,19 +68,15 @@ def load_base(
     """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective.
 
     Args:
-        values: Values of the checkpoint.
-        adapters: Its folder, for messages.
+        values: Values of the checkpoint of adapters.
+        adapters: Folder of that checkpoint, for messages.
 
     Raises:
-        DataError: the base is missing, damaged, or another one.
+        DataError: the base is missing or damaged, or has another content hash.
     """
     base = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")
-
-    def look() -> None:
-        find_base(base, adapters)
-
-    checkpoints.agree("find the base", look)
+    checkpoints.agree("find the base", lambda: find_base(base, adapters))
     checkpoints.load_fitting(
         Path(base.path), state, sources=base_sources, check=lambda contents: base.check(contents, adapters)
     )
@@ -88,7 +84,7 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Reasons, besides its tensors, why a checkpoint cannot be the base of a model."""
+    """Reasons in the configuration of a checkpoint why it cannot be the base of a model; tensors are checked elsewhere."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -110,7 +106,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Reasons why the experts of a base do not form one FFN that every token passes whole."""
+    """Reasons why the experts of a base are not equal to one dense FFN for all tokens."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
@@ -129,6 +125,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """Whether the base provides a parameter: all except adapters and the new router of LoRA experts."""
+    """True if the base provides a parameter: all parameters except adapters and the new router of LoRA experts."""
     role = role_of_name(name)
     return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

@@ -1,7 +1,7 @@
 """Turns configuration sections into objects; only this file and the other `build_*` files do so."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -26,17 +26,18 @@ from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
-from moe_dist.train.build_tuning import build_sample_loader, build_tuning
+from moe_dist.train.build_tuning import build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
 from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
 
@@ -45,7 +46,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
-    """What the transformer needs of its section, as plain values: `model` imports no configuration."""
+    """The settings of the transformer as plain values, because the room `model` imports no configuration."""
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
@@ -68,18 +69,18 @@ def build_model(
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
     Args:
-        placement: Which expert lives on which rank; without an `ep_group` it must need no communication.
-        node_groups: The EP group divided between and inside nodes, for a dispatcher that uses nodes.
+        placement: Experts of each rank. Without an `ep_group` the layers can only be run if one rank holds all experts.
+        node_groups: Parts of the EP group between nodes and inside the node, for a hierarchical dispatcher.
         comm_stats: Counts the communication of all layers.
-        tracker: Records the all-to-alls.
+        tracker: Records the all-to-alls, for the watchdog.
         compute_dtype: Replaces `parallel.precision`, for tests in float64.
-        choice_scope, depth_scope: Ranks whose tokens compete for experts, and in mixture-of-depths layers; None for this
-            rank alone.
+        choice_scope: Ranks whose tokens compete for experts; None for this rank alone.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    wire = build_all_to_all(config.parallel, ep_group, stats, tracker)
-    parts = LayerParts(config, placement, ep_rank, wire, node_groups, choice_scope)
+    all_to_all = build_all_to_all(config.parallel, ep_group, stats, tracker)
+    parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope)
 
     def make_depths(layer: int) -> DepthRouter:
         assert section.mixture_of_depths is not None
@@ -92,8 +93,8 @@ def build_model(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of the configured model, for any layout: parameters, buffers, and moments of trained
-    parameters. Allocates no memory."""
+    """The specs of all tensors in a checkpoint of the configured model, for any layout: parameters, buffers, and moments of
+    trained parameters. Allocates no tensor."""
     groups = expert_groups(config.model.moe)
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     with torch.device("meta"):
@@ -104,7 +105,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables gradients of all parameters except those of `train.only`."""
+    """Disables the gradients of all parameters that `train.only` does not train."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
@@ -112,13 +113,20 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """The part of the model that a run's checkpoint holds: adapters without their base, else all."""
+    """The part of the model that a run's checkpoint contains: adapters without their base, else all."""
     return "trained" if config.train.only == "adapters" else "all"
+
+
+def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
+    """The position of this rank for checkpoints; without a mesh that of a single rank."""
+    if mesh is None:
+        return RankLayout(placement)
+    return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
 
 
 @dataclass(frozen=True)
 class Training:
-    """The model on its mesh, its optimizer and the step over both; with router tuning also its state."""
+    """The model on its mesh, its optimizer and the training step."""
 
     parallel: ParallelModel
     optimizer: Optimizer
@@ -127,13 +135,16 @@ class Training:
     tuning: RouterTuning | None = None
 
     def controllers(self) -> dict[str, BiasController | RouterTuning]:
-        """Objects whose state is saved besides tensors, by name."""
+        """The objects besides tensors whose state a checkpoint saves, by name."""
         found = {"balance": self.balance, "router_tuning": self.tuning}
         return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
-    """Builds on the meta device, shards, allocates and initialises weights, wraps, and makes the optimizer."""
+    """Builds the model on the meta device, shards it, initialises its weights, wraps it, and makes optimizer and step.
+
+    Sharding comes before the allocation, so that no rank ever allocates the whole model.
+    """
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
     with torch.device("meta"):
@@ -147,7 +158,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             tracker=mesh.tracker,
             **build_scopes(config, mesh, comm_stats),
         )
-    freeze(model, config)
+    freeze(model, config)  # before sharding: then FSDP2 reduces no gradient of frozen parameters
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
@@ -161,7 +172,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # else routers stay fixed, and so do the thresholds that follow them
+    whole = config.train.only is None  # else the routers do not change, and their thresholds must not either
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     balance = build_balance(config.model.moe, model, placement.groups)
     thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
@@ -180,11 +191,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Refuses `parallel.expert_gemm: grouped` if this device has no grouped product for these experts.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Raises: ConfigError: `parallel.expert_gemm` is grouped, but this device has no grouped product for these experts."""
     dtype = COMPUTE_DTYPES[config.parallel.precision]
     for group in config.model.moe.groups.values():
         widths = (config.model.hidden_dim, group.ffn_dim)
@@ -197,26 +204,25 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
-    """Index of the expert group of each modality, in the data's order."""
+    """Index of the expert group of each modality, in the order of the manifest."""
     index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
     return [index[name] for name in manifest.modalities]
 
 
 def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
     """A rank's training batches."""
+    share: dict[str, int] = {
+        "seed": config.run.seed,
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.train.micro_batch,
+        "rank": rank,
+        "world_size": world_size,
+    }
     if config.router_tuning is not None:
-        return build_sample_loader(config, manifest, rank=rank, world_size=world_size)
+        return SampleLoader(Samples(config.router_tuning.data), manifest, **share)
+    data = config.data
     return TrainLoader(
-        config.data.path,
-        manifest,
-        seq_len=config.data.seq_len,
-        weights=config.data.weights,
-        pack_window=config.data.pack_window,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world_size,
+        data.path, manifest, seq_len=data.seq_len, weights=data.weights, pack_window=data.pack_window, **share
     )
 
 
@@ -244,41 +250,39 @@ class TrainingPlan:
     """Settings of the loop, as plain values.
 
     Attributes:
-        steps: Last step of the run.
-        global_batch: Sequences in a step.
-        lr: Learning rate of a step (0-based).
-        aux: Auxiliary coefficients of a step (0-based).
-        evaluate_every, save_every: In steps.
-        max_skipped_in_a_row: Non-finite steps in a row that end the run.
-        flops_per_token: Forward and backward FLOPs per token, from the mean true experts per token and the share of the
-            tokens of each group.
-        peak_flops: Of all devices together; None if unknown.
-        active_target: Target of a load controller, in true experts per token, by group.
-        even_active: Expected true experts per token by group, where controllers and balance loss make them differ from k n
-            over all columns.
-        checks: Names of the checks of the finished run (`evaluation.checks`).
+        flops_per_token: Returns the forward and backward FLOPs per token, from the active experts per token and the token
+            share of each group.
+        active_target: Target of a load controller, in active experts per token, by group.
+        even_active: Expected active experts per token by group, where controllers or the balance loss make them differ from
+            k n over all columns.
     """
 
-    steps: int
-    global_batch: int
-    lr: Callable[[int], float]
-    aux: Callable[[int], AuxSettings]
-    evaluate_every: int
-    save_every: int
-    max_skipped_in_a_row: int
+    placement: ExpertPlacement
+    modalities: tuple[str, ...]
+    baselines: Mapping[str, float]  # held-out losses of count models, from the manifest
+    steps: int  # last step of the run
+    global_batch: int  # sequences in a step
+    lr: Callable[[int], float]  # of a step (0-based)
+    aux: Callable[[int], AuxSettings]  # of a step (0-based)
+    evaluate_every: int  # steps
+    save_every: int  # steps
+    max_skipped_in_a_row: int  # non-finite steps that end the run
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
-    peak_flops: float | None = None
-    active_target: Mapping[str, float] = field(default_factory=dict)
-    even_active: Mapping[str, float] = field(default_factory=dict)
-    checks: tuple[str, ...] = ()
+    peak_flops: float | None  # of all devices together; None if unknown
+    active_target: Mapping[str, float]
+    even_active: Mapping[str, float]
+    checks: tuple[str, ...]  # names of the checks of the finished run (evaluation.checks)
 
 
-def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
+def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -> TrainingPlan:
     """Steps, schedules and intervals of the loop."""
     optimizer, balance, peak = config.optimizer, config.loss.balance, config.monitor.peak_tflops
-    weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
-
+    names = [group.name for group in placement.groups]
+    weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
     return TrainingPlan(
+        placement=placement,
+        modalities=tuple(manifest.modalities),
+        baselines=manifest.baselines,
         steps=config.train.steps,
         global_batch=config.train.global_batch,
         lr=partial(lr_at, peak=optimizer.lr, total_steps=config.train.steps, **optimizer.schedule.model_dump()),

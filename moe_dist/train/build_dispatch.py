@@ -33,22 +33,17 @@ def build_all_to_all(
     between_nodes: bool = False,
 ) -> AllToAll:
     """The all-to-all of one process group, with checks if configured."""
-    wire = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
-    return CheckedAllToAll(wire) if section.check_exchanges else wire
+    all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
+    return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
 
 @dataclass(frozen=True)
 class DispatchParts:
-    """The arguments of every dispatcher.
-
-    Attributes:
-        wire: All-to-all of the EP group.
-        node_groups: The EP group divided between and inside nodes, if it is divided.
-    """
+    """The arguments of every dispatcher."""
 
     parallel: ParallelSection
     placement: ExpertPlacement
-    wire: AllToAll
+    all_to_all: AllToAll  # of the EP group
     hidden_dim: int
     node_groups: NodeGroups = (None, None)
 
@@ -63,19 +58,20 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """The plain dispatcher, or the pipelined one if configured."""
+    """The pipelined dispatcher if `overlap` or `chunks` is set, else the plain one; the one with known counts where every
+    routed row is one pair."""
     if parts.fields != {"overlap": False, "chunks": 1}:
         bound = parts.parallel.max_receive_rows
-        return PipelinedDispatcher(parts.placement, parts.wire, max_receive_rows=bound, **parts.fields)
+        return PipelinedDispatcher(parts.placement, parts.all_to_all, max_receive_rows=bound, **parts.fields)
     return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)
 
 
 def _general(parts: DispatchParts) -> AllToAllDispatcher:
-    return AllToAllDispatcher(parts.placement, parts.wire, max_receive_rows=parts.parallel.max_receive_rows)
+    return AllToAllDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
 
 
 def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
-    comm_stats, tracker = parts.wire.comm_stats, parts.wire.tracker
+    comm_stats, tracker = parts.all_to_all.comm_stats, parts.all_to_all.tracker
     between, inside = (
         build_all_to_all(parts.parallel, group, comm_stats, tracker, between_nodes=i == 0)
         for i, group in enumerate(parts.node_groups)
@@ -85,14 +81,15 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """Without `always`, evaluation uses the all-to-all: tokens choose for themselves there, so counts are not known."""
-    known = KnownCountsDispatcher(parts.placement, parts.wire, max_receive_rows=parts.parallel.max_receive_rows)
+    """The dispatcher with known counts. Without `always`, evaluation uses the plain dispatcher: tokens choose their experts
+    there, so the counts are not known in advance."""
+    known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 
 
 def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
-    top_k = max(group.top_k for group in parts.placement.groups)
-    return DeepEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
+    top_k = max(group.top_k for group in parts.placement.groups)  # the assignments have the largest K of all groups
+    return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
 
 
 DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
@@ -100,5 +97,7 @@ DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
     "hierarchical": _hierarchical,
     "known_counts": _known_counts,
     "deep_ep": _deep_ep,
-    "hybrid_ep": lambda parts: HybridEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, **parts.fields),
+    "hybrid_ep": lambda parts: HybridEPDispatcher(
+        parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields
+    ),
 }

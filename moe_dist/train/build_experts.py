@@ -1,4 +1,4 @@
-"""Turns the sections of experts into MoE layers, one function for each kind; and makes LoRA on the attention."""
+"""Turns the sections of experts into MoE layers, by one function for each kind, and makes LoRA for the attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,30 +21,25 @@ from moe_dist.train.build_routing import build_router
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The arguments of every MoE layer.
-
-    Attributes:
-        placement: Which expert lives on which rank of the EP group.
-        ep_rank: This rank in the EP group.
-        wire, node_groups: As `build_dispatch.DispatchParts`.
-        choice_scope: Ranks whose tokens compete for experts; None for this rank alone.
-    """
+    """The arguments of every MoE layer."""
 
     config: Config
     placement: ExpertPlacement
     ep_rank: int
-    wire: AllToAll
+    all_to_all: AllToAll  # of the EP group
     node_groups: NodeGroups
-    choice_scope: SelectionScope | None
+    choice_scope: SelectionScope | None  # ranks whose tokens compete for experts; None for this rank alone
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
-    """Returns a function that makes a layer of FFN experts; all layers share the dispatcher. The section's fields are
+    """Returns a function that makes a layer of FFN experts; all layers share the dispatcher. The fields of the section are
     keywords of `experts`."""
-    config, groups, wire = parts.config, parts.placement.groups, parts.wire
+    config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run has a placement of many ranks but no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(DispatchParts(config.parallel, parts.placement, wire, hidden_dim, parts.node_groups))
+    dispatcher = build_dispatcher(  # one for all layers, because backends allocate large buffers
+        DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
+    )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
     make_router = partial(
@@ -82,7 +77,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
-    """Returns a function that makes a layer of LoRA experts; the section's fields are `LoRAExperts`'s keywords."""
+    """Returns a function that makes a layer of LoRA experts; the fields of the section are keywords of `LoRAExperts`."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
     fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # all groups have the same
 
@@ -95,7 +90,7 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
             recompute=config.parallel.recompute,
             seed=config.run.seed,
             layer=layer,
-            comm_stats=parts.wire.comm_stats,
+            comm_stats=parts.all_to_all.comm_stats,
         )
 
     return make
@@ -108,8 +103,7 @@ EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Returns a function that makes the adapters of a layer's attention; None without any. The section's other fields are
-    keywords."""
+    """Returns a function that makes the adapters of a layer's attention; None without `model.attention_lora`."""
     lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None

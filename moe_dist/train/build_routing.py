@@ -37,20 +37,20 @@ CONTROLLERS: dict[str, type[Rule]] = {
 
 
 def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
-    """The router of one layer; a section's fields are its constructor's keywords.
+    """The router of one layer; the fields of the section are keywords of its constructor.
 
     Args:
-        known: Further values of the layer, of which the constructor gets those that it names: `capacity` (of token choice),
-            `seed`, `layer`, `place` (among the MoE layers), `selection_scope`, `known_counts`.
+        known: Values of the layer: `capacity` (of token choice), `seed`, `layer`, `place` (among the MoE layers),
+            `selection_scope`, `known_counts`. The constructor gets those that are among its parameters.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
-    # A section's own field takes precedence: expert choice has another `capacity`.
+    # A field of the section takes precedence, because the `capacity` of expert choice is another one.
     return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """The controller of the model's selection biases; None without rules. A rule's fields are its keywords."""
+    """The controller of the model's selection biases; None without rules. A section's fields are keywords of its rule."""
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
@@ -72,7 +72,7 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str,
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """Updates the thresholds of mixture-of-depths routers after each step; None if there are none."""
+    """The updater of the thresholds of mixture-of-depths routers; None if no router has a threshold."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

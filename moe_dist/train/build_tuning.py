@@ -1,26 +1,29 @@
-"""Turns the section `router_tuning` into objects, for `build`."""
+"""Turns the section `router_tuning` into objects."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_schema import RouterTuningSection
+from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
+from moe_dist.placement.roles import Role
+from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
-from moe_dist.train.router_tuning.savings import savings
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
     """Router tuning of a model on its mesh; `groups` has the expert group of each modality."""
     section, mesh = config.router_tuning, parallel.mesh
-    assert section is not None, "called where there is one"
+    assert section is not None, "the caller checks the section"
     if mesh.rank == 0:
         print(f"router tuning, on each rank like this one: {savings(parallel)}")
         if config.model.moe.no_task_gradient:
@@ -30,17 +33,14 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # all, if they are read
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh needs no stored layer
     )
     reader = RoutingReader(
         parallel.model,
         SampleMaker(manifest),
         group_of_modality=torch.tensor(groups, device=mesh.device),
         places=chosen.places,
-        world=mesh.world,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        tracker=mesh.tracker,
+        mesh=mesh,
     )
     return RouterTuning(
         samples,
@@ -54,8 +54,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
-    """Returns the function that finds the neighbours of a sample; with l2 the sample is its own neighbour, before the first
-    step."""
+    """Returns the function that finds the neighbours of a sample. With l2 each sample is its own only neighbour, with the
+    routing from before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(
@@ -67,15 +67,27 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
     )
 
 
-def build_sample_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> SampleLoader:
-    """A rank's training batches of samples."""
-    assert config.router_tuning is not None, "called where there is one"
-    return SampleLoader(
-        Samples(config.router_tuning.data),
-        manifest,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world_size,
-    )
+class Savings(NamedTuple):
+    """Counts on one rank, each as a pair: of the trained parameters, and of all parameters."""
+
+    parameters: tuple[int, int]
+    optimizer: tuple[int, int]  # bytes of the moments
+    reduced: tuple[int, int]  # bytes of gradients that a step reduces; FSDP2 reduces whole gradients to shards
+
+    def __str__(self) -> str:
+        parts = zip(("parameters", "bytes of optimizer state", "bytes of gradients to reduce a step"), self, strict=True)
+        return ", ".join(f"{moving:,} of {every:,} {what}" for what, (moving, every) in parts)
+
+
+def savings(parallel: ParallelModel) -> Savings:
+    """Counts the optimizer state and the gradient reduction on this rank, with and without router tuning."""
+    sums = [[0, 0], [0, 0], [0, 0]]
+    for info in parallel.parameters:
+        parameter, itemsize = info.parameter, info.parameter.element_size()
+        here = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+        shared = parallel.mesh.edp_size if info.role is Role.EXPERT else parallel.mesh.world_size
+        counts = (here, len(MOMENTS) * here * itemsize, parameter.numel() * itemsize if shared > 1 else 0)
+        for total, count in zip(sums, counts, strict=True):
+            total[0] += count * parameter.requires_grad
+            total[1] += count
+    return Savings(*((moving, every) for moving, every in sums))

@@ -1,7 +1,7 @@
 """Estimates a run before it starts: parameters, FLOPs, memory, checkpoint, tokens, hours. Needs no GPU and no data.
 
-Parameters are counted on the model itself, built on the meta device; the analytic count must agree. FLOPs, memory and
-traffic are expectations under a uniform router.
+The parameters of the model, built on the meta device, must agree with the analytic count. FLOPs, memory and traffic are
+expectations under a uniform router.
 """
 
 import math
@@ -24,44 +24,30 @@ from moe_dist.train.build import build_model
 
 @dataclass(frozen=True)
 class DryRun:
-    """The figures of a run.
+    """The figures of a run."""
 
-    Attributes:
-        layout: Placement of the experts, and the token mix.
-        world_size: Number of ranks.
-        parts: Parameters by part.
-        active_parameters: Parameters that a mean token uses.
-        forward: Forward FLOPs per token by part.
-        training_flops: FLOPs of forward and backward, without and with recomputation.
-        plan: Expected work and traffic.
-        rank, rank_memory: The EP position that needs most memory, and its memory.
-        exchange_bytes: Bytes sent for each token: all layers, forward and backward, recomputation included.
-        checkpoint_bytes: Size of a checkpoint.
-        tokens: Tokens of the whole run, padding included.
-    """
-
-    layout: PlannedLayout
+    layout: PlannedLayout  # placement of the experts, and the token mix
     world_size: int
-    parts: flops.Parts
-    active_parameters: float
-    forward: flops.Parts
-    training_flops: tuple[float, float]
-    plan: PlacementPlan
-    rank: int
-    rank_memory: memory.RankMemory
-    exchange_bytes: float
+    parts: flops.Parts  # parameters by part of the model
+    active_parameters: float  # parameters that a token uses on average
+    forward: flops.Parts  # FLOPs per token by part of the model
+    training_flops: tuple[float, float]  # forward and backward FLOPs per token, without and with recomputation
+    plan: PlacementPlan  # expected work and traffic
+    rank: int  # the EP position that needs most memory
+    rank_memory: memory.RankMemory  # of that EP position
+    exchange_bytes: float  # sent per token by all layers in forward, backward and recomputation
     checkpoint_bytes: float
-    tokens: int
+    tokens: int  # of the whole run, with padding
 
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
     """Prints the figures of a run and returns them.
 
     Args:
-        tokens_per_second: Of all ranks together; used to compute the hours.
+        tokens_per_second: Throughput of all ranks together, to compute the hours.
 
     Raises:
-        ConfigError, DataError: the run is not possible; lists every fault that can be seen without its data.
+        ConfigError, DataError: the run is not possible; lists every problem that shows without the data.
     """
     result = estimate(config)
     console = console or Console()
@@ -72,7 +58,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
 
 
 def estimate(config: Config) -> DryRun:
-    """The figures of a run. Raises as `dry_run`."""
+    """The figures of a run. Raises the errors of `dry_run`."""
     layout = layout_without_data(config)
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
@@ -168,8 +154,8 @@ def bytes_text(number: float) -> str:
 def _memory(
     config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
-    """Memory of one EP position. Rows and pairs come from the plan, which counts them for one token of the whole EP
-    group."""
+    """Memory of one EP position. The plan counts rows and pairs for one token of the whole EP group; here they are counted
+    for one token on each rank."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
@@ -178,7 +164,7 @@ def _memory(
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Compares the analytic count with the model that would run, each rank's experts included."""
+    """Compares the analytic count with the parameters of the model that the run would build, over all ranks."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
     for held, ranks in Counter(held_R).items():  # ranks with equal numbers of experts are built once
@@ -216,12 +202,12 @@ def _parts_text(parts: flops.Parts) -> str:
 def _experts_text(result: DryRun) -> str:
     groups = result.layout.groups
     return "; ".join(
-        f"{g.name}: {g.expected_experts_per_token:.3g} of {g.num_experts} experts" + _others_text(g) for g in groups
+        f"{g.name}: {g.expected_experts_per_token:.3g} of {g.num_experts} experts{_others_text(g)}" for g in groups
     )
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """The number of null and other zero-computation experts of a group; empty if it has none."""
+    """The numbers of null, identity and constant experts of a group; empty if it has none of them."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

@@ -1,5 +1,5 @@
 """Cross entropy and auxiliary terms, divided by global counts: each rank computes its share of the loss, and the shares sum
-to the whole.
+to the loss of the step.
 
 Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns, E true
 experts.
@@ -19,10 +19,13 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
+from moe_dist.monitor.statistics import DepthStatistics
 from moe_dist.optim.optimizer import coefficient_at
 from moe_dist.placement.counts import FRACTIONAL, StepCounts
+from moe_dist.placement.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,24 @@ class AuxSettings:
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """The settings of optimizer step `step` (0-based), with the balance coefficient by `coefficient_at`."""
+    """The settings of optimizer step `step` (0-based); the schedule gives the balance coefficient."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
 class MicroLoss(NamedTuple):
-    """One micro-batch on this rank.
+    """The loss of one micro-batch on this rank. Only `total` has a gradient; all other losses are float64."""
 
-    Attributes:
-        total: This rank's share of the step's loss, for backward.
-        nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
-        balance, z, auxiliary: This rank's shares of the terms as added to `total`; auxiliary is the loss of auxiliary
-            routers or router tuning. float64, no gradient.
-        counts: Routing counts over all ranks.
-    """
-
-    total: Tensor
-    nll_M: Tensor
-    balance: Tensor
-    z: Tensor
-    auxiliary: Tensor
-    counts: StepCounts[Tensor]
+    total: Tensor  # this rank's share of the step's loss
+    nll_M: Tensor  # summed token losses by the label's modality, nats
+    balance: Tensor  # this rank's share of the balance term, as added to `total`
+    z: Tensor  # this rank's share of the z term, as added to `total`
+    auxiliary: Tensor  # this rank's share of the loss of auxiliary routers or of router tuning
+    counts: StepCounts[Tensor]  # over all ranks
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 if the label is IGNORED."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # bf16 logits are copied: B x S x V x 4 bytes
     losses = F.cross_entropy(
         logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -81,8 +76,7 @@ def forward(
     group_of_modality: Tensor,
     request: RoutingRequest = NO_REQUEST,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer, or its parallel wrapper, on a `Batch` in training or evaluation; returns logits and layer
-    reports."""
+    """Runs a transformer, or its parallel wrapper, on a batch; returns logits [B, S, V] and the reports of the layers."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
     return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
 
@@ -90,15 +84,16 @@ def forward(
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> StepCounts[Tensor]:
-    """Sums the layers' counts over all ranks, outside any recomputation: one all-reduce for each micro-batch, and another
-    one with mixture of depths."""
+    """Sums the layers' counts over all ranks. Called outside any recomputation, once for each micro-batch: one all-reduce,
+    and a second one with mixture of depths."""
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # Pack rows of layers, not whole fields: the order in which ranks are added depends on an element's place in the vector.
+    # One row for each layer, not one part for each field: the order in which an all-reduce adds the ranks depends on the
+    # place of an element in the vector.
     packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     routing = packed.split([part.shape[1] for part in parts], dim=1)
     return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
@@ -110,7 +105,7 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`; without mixture of depths they have no rows and need no collective."""
+    """The fields depth_... of `StepCounts`. Without mixture of depths they have no rows, and no collective runs."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -129,9 +124,18 @@ def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tenso
     return StepCounts(*(torch.stack(parts).sum(0) for parts in zip(*micro_batches, strict=True)))
 
 
+def depth_statistics(
+    model: Transformer, placement: ExpertPlacement, tokens_LG: np.ndarray, taken_LG: np.ndarray, **more: np.ndarray
+) -> DepthStatistics:
+    """The statistics of a model's mixture-of-depths layers, from counts over all ranks."""
+    groups = tuple(group.name for group in placement.groups)
+    layers, capacity = model.args.depth_layers, model.depth_routers()[0].capacity
+    return DepthStatistics(layers, capacity, groups, tokens_LG, taken_LG, **more)
+
+
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host in one host sync; integers become int64."""
-    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()
+    """Copies counts to the host; integers become int64."""
+    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()  # device-to-host sync, one for all fields
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()
@@ -144,10 +148,9 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
     mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
 
     Args:
-        tokens_LG: Over all ranks; a group without tokens contributes 0.
+        tokens_LG: Tokens over all ranks; a group without tokens contributes 0.
     """
-    sums = [report.sums.auxiliary_G for report in reports]
-    known = [each for each in sums if each is not None]
+    known = [report.sums.auxiliary_G for report in reports if report.sums.auxiliary_G is not None]
     if not known:
         return tokens_LG.new_zeros((0, tokens_LG.shape[1]))
     return torch.stack(known) / (tokens_LG.clamp_min(1.0) * tables.size_G).to(known[0].dtype)
@@ -155,7 +158,7 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
     """This rank's share of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over all tokens,
-    summed over the layers. It has gradients only for these routers."""
+    summed over the layers. Only these routers get gradients from it."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
     terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
@@ -182,11 +185,10 @@ def micro_loss(
                                                               + sum_layers,groups auxiliary)
 
     Args:
-        tables: Constants of the expert groups.
-        labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
-        share: The micro-batch's part of them; auxiliary statistics are computed over one micro-batch of all ranks.
-        world: Group over which counts are summed.
-        tracker: For the watchdog.
+        labels_in_step: Scored labels of the whole step, over all ranks and micro-batches.
+        share: The micro-batch's fraction of `labels_in_step`. It weighs the auxiliary terms, whose statistics cover one
+            micro-batch on all ranks.
+        world: All ranks; counts are summed over them.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)
     counts = global_counts(reports, world, tracker)

@@ -1,12 +1,12 @@
 """The content of a run's checkpoint, and resuming a run from it.
 
-parameters, moments, the optimizer's count    tensors and state.json, see `moe_dist.checkpoint.state`
+parameters, moments, optimizer step count     tensors and state.json, see `moe_dist.checkpoint.state`
 values["progress"]                            step (which determines the schedules), data position, counters
 values["config"], values["data"]              resolved configuration; digests of the data
-values["base"]                                for adapters: path and content hash of their base
-values["controllers"]                         states of load controllers and the like, by name
+values["base"]                                of adapters only: path and content hash of the base
+values["controllers"]                         state of each controller, by name
 rank_values["generators"]                     random number generators of each rank
-placement, versions                           for people who read it
+placement, versions                           for people; loading does not use them
 """
 
 import json
@@ -25,7 +25,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
-from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.state import CheckpointState, capture
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
@@ -33,7 +33,7 @@ from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.base_weights import begin_on_base, load_base
-from moe_dist.train.build import Training, saved_part
+from moe_dist.train.build import Training, rank_layout, saved_part
 from moe_dist.train.starting_weights import begin_with_weights
 
 logger = logging.getLogger(__name__)
@@ -41,60 +41,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """The state of a run besides weights and optimizer.
+    """The state of a run besides weights and optimizer."""
 
-    Attributes:
-        step: Steps taken, skipped ones included.
-        position: Sequences drawn from the global stream.
-        tokens: Tokens seen, padding excluded.
-        skipped_steps, skipped_in_a_row: Non-finite steps, in total and since the last good one.
-        evaluated: Step of the last evaluation. After a stop request one may be owed; it is done on resume.
-        first_position: Position in the global stream at which the run began; above 0 if it kept the position of its initial
-            weights.
-    """
-
-    step: int = 0
-    position: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    first_position: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
+    step: int = 0  # steps taken, with the skipped ones
+    position: int = 0  # sequences drawn from the global stream
+    tokens: int = 0  # tokens seen, without padding
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # skipped steps since the last good step
+    evaluated: int = 0  # step of the last evaluation
+    first_position: int = 0  # where the run began in the global stream; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """Whether an evaluation is due after this step (every `every` steps and after the last), and is not stored yet."""
+        """True if an evaluation is due after this step (every `every` steps and after step `last`) and not done yet. A stop
+        request skips it, and the resumed run makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 class Controller(Protocol):
-    """An object besides tensors that changes during a run, identically on all ranks."""
+    """An object whose state changes during a run, identically on all ranks, and is no tensor of the model."""
 
     def state(self) -> JsonValue:
-        """The state as JSON; a copy."""
+        """A copy of the state as JSON."""
         ...
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a saved state.
-
-        Raises:
-            DataError: it is not a valid state.
-        """
+        """Restores a saved state. Raises: DataError: the state is invalid."""
         ...
 
 
 class Resumable:
-    """Saves and restores one rank's part of a run. All methods but `poll` are collective over the world.
+    """Saves and restores one rank's part of a run. All methods are collective over the world.
 
     Args:
-        training: Model and optimizer.
-        placement: Which expert lives on which rank.
-        checkpoints: The checkpoints of the run.
-        config, manifest: Of the run and its data.
-        controllers: Further objects to save, by name.
+        controllers: Objects whose state is saved too, by name; by default those of `training`.
         report_save: Called on rank 0 with the seconds that each save took.
+
+    Attributes:
+        writer: Writes the checkpoints; reports failures of saves in the background.
     """
 
     def __init__(
@@ -110,56 +93,42 @@ class Resumable:
     ) -> None:
         mesh = training.parallel.mesh
         self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
-        self._controllers = dict(controllers or {})
-        self._writer = CheckpointWriter(
+        self._controllers = training.controllers() if controllers is None else controllers
+        self.writer = CheckpointWriter(
             checkpoints, asynchronous=config.checkpoint.asynchronous, tracker=mesh.tracker, report=report_save
         )
         self._device = mesh.device
         self._data: dict[str, str] = {}
         self._base: Base | None = None
-        self._layout = RankLayout(
-            placement,
-            rank=mesh.rank,
-            world_size=mesh.world_size,
-            ep_rank=mesh.ep_rank,
-            edp_rank=mesh.edp_rank,
-            edp_size=mesh.edp_size,
-        )
+        self._layout = rank_layout(placement, mesh)
 
     def save(self, progress: Progress, *, durable: bool) -> None:
-        """Saves the present state, see `moe_dist.checkpoint.saver.CheckpointWriter`.
+        """Saves the present state, see `CheckpointWriter.write`.
 
         Raises:
             CheckpointError: on all ranks, if a durable save failed; the previous checkpoint stays valid.
         """
         values: dict[str, JsonValue] = {
-            "progress": {**progress.to_json()},
+            "progress": {**asdict(progress)},
             "config": self._config.model_dump(mode="json"),
             "data": {**self._data},
             "controllers": {name: controller.state() for name, controller in self._controllers.items()},
-            **({} if self._base is None else {BASE: self._base.to_json()}),
+            **({} if self._base is None else {BASE: {**asdict(self._base)}}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
-        self._writer.write(progress.step, self._capture(values, rank_values), durable=durable)
-
-    def poll(self) -> None:
-        """Reports a failure of a background save."""
-        self._writer.poll()
-
-    def wait(self) -> None:
-        """Waits until no save is in progress."""
-        self._writer.wait()
+        self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer and returns its progress. A new run starts at 0, with the
-        weights of `run.init_from` if set.
+        """Loads the newest checkpoint into model and optimizer and returns its progress. A new run starts at step 0, with
+        the weights of `run.init_from` if set.
 
         Raises:
-            DataError: the checkpoint is damaged or another run's, or the data differ from those of the training.
-            ConfigError: it is of another model.
+            DataError: the checkpoint is damaged or belongs to another run, or the data are not those of the training.
+            ConfigError: the checkpoint belongs to another model.
         """
-        self._checkpoints.agree("look at the data", self._look_at_data)
-        self._checkpoints.clear()
+        found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
+        self._data = found or {}  # only rank 0 reads and compares the data
+        self._checkpoints.clear()  # before `latest`, so that no earlier writer can still commit
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -169,7 +138,7 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        restored = self._checkpoints.load(newest, self._capture())
+        restored = self._checkpoints.load(newest, self._capture())  # creates the moments that it loads into
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
@@ -182,7 +151,7 @@ class Resumable:
         return progress
 
     def _begin(self) -> str:
-        """Loads the weights of `run.init_from`; returns a report in words."""
+        """Loads the weights of `run.init_from`; returns a readable report."""
         model = self._training.parallel.model
         if saved_part(self._config) == "trained":
             self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
@@ -196,11 +165,8 @@ class Resumable:
         part = saved_part(self._config)
         return capture(model, optimizer, self._layout, part=part, values=values, rank_values=rank_values)
 
-    def _look_at_data(self) -> None:
-        self._data = data_digest(self._config.data.path, self._manifest)
-
     def _check_origin(self, folder: Path, restored: Restored) -> None:
-        """Checks that this run saved the checkpoint, and with the same data."""
+        """Checks that this run saved the checkpoint and was trained on the same data. Runs on rank 0."""
         saved = saved_config(restored.values, folder)
         if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
             raise DataError(
@@ -211,28 +177,7 @@ class Resumable:
                 ],
                 see="docs/checkpoints.md",
             )
-        self._check_data(folder, restored)
-
-    def _at_kept_position(self, init_from: Path) -> Progress:
-        """A new run's counters, at the data position of another run's checkpoint.
-
-        Raises:
-            ConfigError: that position has another meaning in this run's data.
-        """
-        found = [0]
-
-        def look() -> None:
-            found[0] = kept_position(find_checkpoint(init_from), self._config, self._data)
-
-        self._checkpoints.agree("keep the position", look)
-        (position,) = self._checkpoints.of_first(found)
-        if self._checkpoints.rank == 0:
-            print(f"run.keep_position: the data go on at sequence {position:,}")
-        return Progress(position=position, first_position=position)
-
-    def _check_data(self, folder: Path, restored: Restored) -> None:
-        problems = digest_problems(mapping_of(restored.values, "data", folder), self._data)
-        if problems:
+        if problems := digest_problems(mapping_of(restored.values, "data", folder), self._data):
             raise DataError(
                 [
                     f"data.path={self._config.data.path!r}: these are not the data that {folder} was trained on; put those "
@@ -241,6 +186,19 @@ class Resumable:
                 ],
                 see="docs/checkpoints.md",
             )
+
+    def _at_kept_position(self, init_from: Path) -> Progress:
+        """The progress of a new run that begins at the data position of another run's checkpoint.
+
+        Raises:
+            ConfigError: that position has another meaning in this run's data.
+        """
+        position = self._checkpoints.broadcast(
+            "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
+        )
+        if self._checkpoints.rank == 0:
+            print(f"run.keep_position: the data go on at sequence {position:,}")
+        return Progress(position=position, first_position=position)
 
     def _restore_controllers(self, restored: Restored, folder: Path) -> None:
         saved = mapping_of(restored.values, "controllers", folder)
@@ -254,10 +212,10 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     """The progress of a checkpoint.
 
     Raises:
-        DataError: its counters are invalid, or contradict each other or the configuration.
+        DataError: the counters are invalid, or contradict each other or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # absent in checkpoints of earlier versions, where it was always 0
+    saved = {"first_position": 0, **saved}  # earlier versions did not save it, and it was always 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
@@ -281,16 +239,15 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Position of a checkpoint in the global stream, for a run that continues there.
+    """The position of a checkpoint in the global stream, for a new run that continues there.
 
-    The stream is determined by the data, the section `data` and the seed, so these must be equal.
+    The data, the section `data` and the seed determine the stream, so they must be equal in both runs.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the data, the section `data` or the seed differ.
         DataError: the checkpoint is not of a run.
     """
     state = open_checkpoint(folder).state
-    restored = Restored(state.step, state.values, {})
     saved = saved_config(state.values, folder)
     problems = [
         f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
@@ -300,7 +257,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     ]
     problems += [
         f"run.keep_position=true: {problem}; take the data of {folder}, or run.keep_position=false"
-        for problem in digest_problems(mapping_of(restored.values, "data", folder), data)
+        for problem in digest_problems(mapping_of(state.values, "data", folder), data)
     ]
     if saved.router_tuning is not None:
         problems.append(
@@ -308,14 +265,14 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
         )
     if problems:
         raise ConfigError(problems, see="docs/checkpoints.md")
-    return progress_of(restored, saved, folder).position
+    return progress_of(Restored(state.step, state.values, {}), saved, folder).position
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
     """The configuration in a checkpoint.
 
     Raises:
-        DataError: this version cannot read it.
+        DataError: this version cannot read the configuration.
     """
     try:
         return Config.model_validate_json(json.dumps(mapping_of(values, "config", folder)))
@@ -330,7 +287,7 @@ def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict
     """The mapping of the given name in a checkpoint's values.
 
     Raises:
-        DataError: there is none.
+        DataError: the values have no mapping of that name.
     """
     found = values.get(name)
     if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""The surroundings of training on one rank: device, device readings, sinks of rank 0, and the final summary."""
+"""The surroundings of training on one rank: device, process groups, watchdog, sinks, and the final summary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from rich.console import Console
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
+from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ResourceError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
@@ -21,11 +22,15 @@ from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.parallel.mesh import Mesh, init_world, make_mesh
+from moe_dist.parallel.rendezvous import published_store
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
 from moe_dist.runtime.lease import read_holder
+from moe_dist.runtime.place import Found, RunPlace, check_place
+from moe_dist.runtime.rendezvous import shared_with_rank_0
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
@@ -48,15 +53,34 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
             "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
         )
     device = torch.device("cuda", env.local_rank)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device)  # NCCL and the current stream use the current device
     return device
+
+
+def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
+    """Meets all other ranks and makes the process groups.
+
+    Raises:
+        ResourceError: a rank is on another node than planned, or has no GPU.
+        MoeDistError: a check of this node fails, or the ranks do not share the run folder.
+    """
+    section, device = config.parallel, choose_device(config, env)
+    timeout = section.timeout_seconds
+    with shared_with_rank_0(folder.path, env):
+        check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
+        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 publishes its address in the run folder
+            init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+    return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
 
 
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Watches this rank's collectives from now on; a single rank needs no watchdog. Call it after the process group is
-    made: rank 0 has then opened the run folder, and all ranks take the attempt's name from its lease."""
+    """Starts to watch this rank's collectives; a single rank needs no watchdog.
+
+    Call it after `join_world`: rank 0 has then opened the run folder, and all ranks read the attempt's id from its lease.
+    """
     holder = read_holder(folder.lease_json)
     watchdog = Watchdog(
         tracker,
@@ -65,10 +89,10 @@ def start_watchdog(
         attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
         seconds=config.parallel.resolved_watchdog_seconds,
         logs=folder.logs,
-        step=lambda: attempt.last_step() if attempt.last_step is not None else folder.last_step(),
+        step=attempt.last_step,
         end=attempt.give_up,
     )
-    return watchdog.start() if env.world_size > 1 else watchdog
+    return watchdog.start() if env.world_size > 1 else watchdog  # starts a thread that polls
 
 
 @contextmanager
@@ -78,7 +102,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # polls on a thread, costs no device sync
     try:
         yield monitor
     finally:
@@ -89,18 +113,19 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record stays in a buffer.
+    """Opens the sinks of rank 0, joined into one; other ranks have none. Closes them on any end of the run, so that no
+    record stays in a buffer.
 
-    The lease is checked before each record, and records must be on disk before each commit of a checkpoint.
+    The lease is checked before each record. Records must be on disk before each commit of a checkpoint.
     """
     if env.rank != 0:
         yield []
         return
     console = Console()
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-    attempt.check_lease()
+    attempt.check_lease()  # another attempt may have taken the run while this rank started
     sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
-    attempt.commit_needs = sinks.check_written
+    attempt.require(sinks.check_written)
     try:
         yield [sinks]
     finally:
@@ -109,7 +134,7 @@ def open_sinks(
 
 @dataclass(frozen=True)
 class SinkParts:
-    """Arguments of sinks besides the fields of their sections."""
+    """The arguments of sinks besides the fields of the configuration."""
 
     plan: Preflight
     folder: RunFolder
@@ -143,7 +168,8 @@ SINKS: dict[str, Callable[..., Sink]] = {
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
-    """One sink for each section, and another if the launcher asks for it; each gets configuration and placement as text."""
+    """One sink for each section of `monitor.sinks`, and one for Ray if Ray started the run. Each sink gets configuration
+    and placement as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(
         placement.groups,
@@ -168,7 +194,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
 
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
-    """The placement of a run, with the costs of each policy for its token mix, as plain text of `width` columns."""
+    """The placement of a run and the cost of each placement policy for its token mix, as text of `width` columns."""
     if plan.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
@@ -182,7 +208,7 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
-    """Prints the summary and stores it, to be printed again when the finished run is restarted."""
+    """Prints the summary and stores it. A restart of the finished run prints the stored summary."""
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run while this one waited
         print(folder.read_summary())
         return

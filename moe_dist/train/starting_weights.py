@@ -1,11 +1,11 @@
 """Starts a new run from the weights of another run's checkpoint (`run.init_from`), by name and shape and by
 `run.init_rules`.
 
-by name and shape   tensors that fit are loaded, others stay as initialised
+by name and shape   tensors that fit are loaded, all others stay as initialised
 upcycle             experts become copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
-copy_nulls          null rows become copies of true ones, so that a trained top-k model starts unchanged (AdaMoE)
+copy_nulls          null rows become copies of true rows, so that a trained top-k model starts unchanged (AdaMoE)
 
-Every refusal comes before the first step. The report says what was loaded and whether the function is the same.
+Every refusal comes before the first step. The report lists the loaded tensors, and any change of the model's function.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,8 @@ from pydantic import JsonValue
 from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.fits import ABSENT
+from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.partial_load import Taken, fitting
 from moe_dist.checkpoint.state import CheckpointState
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.init_rules import source_problems
@@ -30,16 +29,16 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that do not change the function; a difference in the vocabulary shows in tensor shapes.
+# Keys of `model` that are not compared: they do not change the function, or tensor shapes show their difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
 def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
-    """Loads the weights of `run.init_from` into the model; returns a report in words. Collective over the world.
+    """Loads the weights of `run.init_from` into the model; returns a readable report. Collective over the world.
 
     Raises:
-        ConfigError: there is no checkpoint, nothing in it fits, or a rule cannot be applied; gives reason and fix.
-        DataError: it is damaged.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; gives reason and fix.
+        DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
     path, rules = Path(config.run.init_from), config.run.init_rules
@@ -55,7 +54,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
-        # Upcycled experts are equal, so it does not matter which of them a token takes.
+        # Upcycled experts are equal, so the choice of a token does not change its output.
         if copy and not upcycle and (problems := source_problems(config, source)):
             raise ConfigError(
                 [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
@@ -66,7 +65,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # the same on every rank, without a collective
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
@@ -82,9 +81,9 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _check_scored(config: Config) -> None:
-    """Checks that the samples of router tuning were scored with these weights. Raises: ConfigError: they were not."""
-    assert config.router_tuning is not None, "called where there is one"
-    assert config.run.init_from is not None, "preflight sees to it"
+    """Raises: ConfigError: the samples of router tuning were not scored with the weights of `run.init_from`."""
+    assert config.router_tuning is not None, "the caller checks the section"
+    assert config.run.init_from is not None, "preflight checks it"
     manifest = load_tuning_manifest(config.router_tuning.data)
     folder = find_checkpoint(Path(config.run.init_from))
     found = content_hash(open_checkpoint(folder).index)
@@ -98,14 +97,15 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """The gates of all layers and groups; every rank holds whole routers."""
+    """The gates of all layers and groups. Every rank holds whole routers."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Differences between the two models, router rows aside: another shape, a tensor without a place, another `model.*`."""
+    """Differences between checkpoint and model, except in router rows: a tensor of another shape, a tensor that the model
+    does not have, another value of a key of `model`."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -122,8 +122,8 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Reasons why a model that took all of the checkpoint does not compute the same function; empty if it does (if
-    upcycled, up to rounding)."""
+    """Reasons why a model that loaded all tensors of the checkpoint computes another function; empty if it computes the
+    same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     if "upcycle" not in config.run.init_rules:
@@ -133,11 +133,11 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
-    """Keys of `model` that differ from the checkpoint's configuration, by name, with both values."""
+    """A message with both values for each key of `model` that differs from the checkpoint's configuration."""
     before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
     if not isinstance(before, dict):
         return {}
-    here["head_dim"] = config.model.resolved_head_dim
+    here["head_dim"] = config.model.resolved_head_dim  # null means hidden_dim / num_heads
     width, heads = before.get("hidden_dim"), before.get("num_heads")
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     there = {**before, "head_dim": before.get("head_dim") or each}
@@ -149,7 +149,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Tensors that the checkpoint did not provide, except those that a rule initialises."""
+    """Tensors that keep their initial values, except router rows that a rule initialises."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if "upcycle" not in config.run.init_rules:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -157,7 +157,8 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """As `_changes`, for equal experts: their weighted sum is their common output if the weights sum to 1."""
+    """The reasons of `_changes` for upcycled experts. Upcycled experts are equal, so the weighted sum of their outputs is
+    their common output if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:
@@ -169,8 +170,7 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     if total is not None and total != scale:
         changes.append(f"model.moe.router.scale={total:g}, the experts were scaled by {scale}")
     for name, group in moe.groups.items():
-        free = group.num_identity + group.num_constant
-        if free:
+        if group.num_identity + group.num_constant:
             changes.append(f"zero-computation experts of group {name} add something of their own")
         elif group.top_k <= group.num_null and "copy_nulls" not in config.run.init_rules:
             changes.append(

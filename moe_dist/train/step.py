@@ -1,7 +1,8 @@
-"""One optimizer step over all ranks: forward, backward, one vote, update. The loop around it is in `trainer.py`.
+"""One optimizer step over all ranks: forward, backward, a joint decision, update. The loop around it is in `trainer.py`.
 
-Collectives of a step, besides those of the layers: the label counts before the first forward, the routing counts of each
-micro-batch, the gradients, and one packed vector with norm, vote and statistics. Every rank issues the same ones.
+A step issues these collectives besides those of the layers: the label counts before the first forward, the routing counts
+of each micro-batch, the gradients, and one packed vector with gradient norm, stop requests and statistics. Every rank
+issues the same collectives in the same order.
 """
 
 import time
@@ -20,22 +21,31 @@ from moe_dist.data.batch import Batch
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
-from moe_dist.monitor.statistics import DepthStatistics, StepResult
+from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.loss import AuxSettings, MicroLoss, forward, micro_loss, on_host, step_counts, sums_by_modality
+from moe_dist.train.loss import (
+    AuxSettings,
+    MicroLoss,
+    depth_statistics,
+    forward,
+    micro_loss,
+    on_host,
+    step_counts,
+    sums_by_modality,
+)
 from moe_dist.train.router_tuning.tuning import RouterTuning
 
 
 class AfterStep(Protocol):
-    """A controller that runs after the optimizer: it changes biases or thresholds, identically on all ranks."""
+    """A controller that changes biases or thresholds after the optimizer, identically on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Called after each step that was not skipped, with the step's counts over all ranks. No collective, no host
-        sync."""
+        """Runs after each step that was not skipped, with the step's counts over all ranks. It may issue no collective and
+        no host sync."""
         ...
 
 
@@ -44,15 +54,14 @@ class TrainingStep:
 
     Args:
         parallel: The model on its mesh.
-        optimizer: Over this rank's parameters.
-        placement: For the ledger's closed forms.
-        group_of_modality: Expert group of each modality, in the data's order of modalities.
+        placement: The ledger computes the traffic of other dispatchers from it.
+        group_of_modality: Expert group of each modality, in the order of the manifest.
         clip_norm: Bound of the global gradient norm, or None.
         comm_stats: Counts the model's communication.
-        controllers: Called after each step that was not skipped, in this order.
-        needs_global_batch_info: Whether a router needs the token counts of all ranks. They are summed with the label counts
+        controllers: Run after each step that was not skipped, in this order.
+        needs_global_batch_info: True if a router needs the token counts of all ranks. They are summed with the label counts
             and cost a host sync at the beginning of the step.
-        tuning: Adds the term of router tuning; the batches then hold its samples.
+        tuning: Adds the term of router tuning; the batches then contain its samples.
     """
 
     def __init__(
@@ -68,18 +77,14 @@ class TrainingStep:
         needs_global_batch_info: bool = False,
         tuning: RouterTuning | None = None,
     ) -> None:
-        self.parallel = parallel
-        self.optimizer = optimizer
-        self.placement = placement
-        self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
-        self.clip_norm = clip_norm
-        self.comm_stats = comm_stats
-        self.controllers = tuple(controllers)
+        device = parallel.mesh.device
+        self.parallel, self.optimizer, self.placement, self.clip_norm = parallel, optimizer, placement, clip_norm
+        self.group_of_modality = torch.tensor(group_of_modality, device=device)
+        self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info = needs_global_batch_info
-        self.tuning = tuning
-        self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
-        self._times = self._no_times[:0]
-        self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
+        self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
+        self._times = self._no_times[:0]  # busy seconds of the last step in this rank's slot; empty before the first step
+        self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
         self,
@@ -91,11 +96,14 @@ class TrainingStep:
         began: float | None = None,
         number: int = 0,
     ) -> StepResult:
-        """One step over this rank's micro-batches. `began` is the time (time.perf_counter) at which the rank began it, if
-        earlier; `number` is the step (0-based) and seeds its random draws.
+        """Takes one step over this rank's micro-batches.
 
-        Besides the dispatchers, syncs with the host only at the end: for this rank's own counts, which the ledger needs,
-        and for the summed vector and counts.
+        Host syncs besides those of the dispatchers come only at the end: this rank's own counts for the ledger, the summed
+        vector, and the summed counts.
+
+        Args:
+            began: time.perf_counter at which the rank began the step, if that was before this call.
+            number: The step (0-based); seeds the random draws.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -108,16 +116,15 @@ class TrainingStep:
                 for each in batches
             ]
         )
-        # The times of the previous step are summed along. Sums of counts are exact in any order, so this changes no bit.
-        members = _count_members(
-            batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_global_batch_info
-        )
+        num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
+        members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
+        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order, so no bit changes.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
-        self.comm_stats.take()
+        self.comm_stats.take()  # drops the traffic of evaluations since the last step
 
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
@@ -139,11 +146,11 @@ class TrainingStep:
                     world=mesh.world,
                     tracker=mesh.tracker,
                 )
-                del logits
+                del logits  # B x S x V numbers, which backward of the loss does not need
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 loss.total.backward()
-            # Free the graph: its nodes hold the dispatch plans, which backward does not free.
+            # Frees the graph: its nodes hold the dispatch plans, which backward does not free.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
@@ -153,7 +160,7 @@ class TrainingStep:
         self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
-        return self._vote_and_update(summed, losses, lr, times_W)
+        return self._update(summed, losses, lr, times_W)
 
     def _pack(
         self,
@@ -168,7 +175,7 @@ class TrainingStep:
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)
-        between_nodes = self.comm_stats.inter_node_bytes
+        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which resets it
         payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
@@ -182,29 +189,25 @@ class TrainingStep:
             pairs=pairs,
             pairs_remote=pairs_remote,
         )
-        numbers = {
-            **ledger,
-            "payload_bytes": payload,
-            "inter_node_bytes": between_nodes,
-            "metadata_bytes": metadata,
-        }
+        traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
+        numbers = {**ledger, **traffic}
         host = [*(float(numbers[key]) for key in LEDGER_KEYS), seconds, *tokens_and_stop]
+        terms = [[loss.balance for loss in losses], [loss.z for loss in losses], [loss.auxiliary for loss in losses]]
         return torch.cat(
             [
                 squared.view(1),
-                torch.stack([loss.balance for loss in losses]).sum().view(1),
-                torch.stack([loss.z for loss in losses]).sum().view(1),
-                torch.stack([loss.auxiliary for loss in losses]).sum().view(1),
+                *(torch.stack(parts).sum().view(1) for parts in terms),
                 torch.stack([loss.nll_M for loss in losses]).sum(0),
                 labels_M,
                 torch.tensor(host, dtype=torch.float64, device=device),
             ]
         )
 
-    def _vote_and_update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
-        """All ranks see the same sums, so all take the step or none does; a NaN on any rank makes the sums NaN."""
+    def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
+        """Updates the weights if the sums over all ranks are finite. All ranks see the same sums, so all take the step or
+        none does: a NaN on one rank makes the sums NaN."""
         num_modalities = len(self.group_of_modality)
-        values = summed.tolist()  # host sync: norm, vote and statistics
+        values = summed.tolist()  # device-to-host sync: gradient norm, losses, stop requests and statistics
         squared, balance, z, auxiliary = values[:4]
         nll_M = np.array(values[4 : 4 + num_modalities])
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
@@ -221,7 +224,7 @@ class TrainingStep:
                 controller.after_step(counts)
         # Not optimizer.zero_grad: the optimizer does not hold empty and frozen parameters, whose gradients must go too.
         self.parallel.model.zero_grad(set_to_none=True)
-        shown = on_host(counts)
+        shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -237,25 +240,25 @@ class TrainingStep:
             comm_seconds=seconds / self.parallel.mesh.world_size,
             busy_seconds_W=times_W.cpu().numpy(),
             stop_requested=stop > 0,
-            mixture_of_depths=self._depth_statistics(shown) if shown.depth_tokens_P.size else None,
-        )
-
-    def _depth_statistics(self, counts: StepCounts[np.ndarray]) -> DepthStatistics:
-        model = self.parallel.model
-        return DepthStatistics(
-            layers=model.args.depth_layers,
-            capacity=model.depth_routers()[0].capacity,
-            groups=tuple(group.name for group in self.placement.groups),
-            tokens_LG=counts.depth_tokens_PG,
-            taken_LG=counts.depth_taken_PG,
-            agreed_L=counts.depth_agreed_P,
-            weight_L=counts.depth_weight_P,
+            mixture_of_depths=None
+            if not shown.depth_tokens_P.size
+            else depth_statistics(
+                self.parallel.model,
+                self.placement,
+                shown.depth_tokens_PG,
+                shown.depth_taken_PG,
+                agreed_L=shown.depth_agreed_P,
+                weight_L=shown.depth_weight_P,
+            ),
         )
 
 
 class _BusyClock:
-    """Times a rank's own work in a step, without waiting: subtracts the host's time inside collectives, or on CUDA, where
-    the host does not wait, the device's time inside the exchanges (known only after `CommStats.drain`)."""
+    """Measures how long a rank works in a step, without the time it waits for other ranks.
+
+    Subtracts the host's time inside collectives. On CUDA the host does not wait there, so it subtracts the device's time
+    inside the exchanges instead, which is known only after `CommStats.take`.
+    """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
         self._watch, self._began = tracker, began
@@ -267,7 +270,7 @@ class _BusyClock:
 
 
 class _OwnCounts:
-    """This rank's true choices after capacity, null choices and tokens by group, summed on the device until read."""
+    """This rank's true choices after capacity, null choices and tokens of each group, summed on the device."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -284,17 +287,17 @@ class _OwnCounts:
             self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
 
     def totals(self) -> tuple[list[int], list[int], list[int]]:
-        """True choices after capacity, null choices and tokens of each group. Host sync."""
-        true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
+        """True choices after capacity, null choices and tokens of each group."""
+        true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()  # device-to-host sync
         return true_G, null_G, tokens_G
 
 
 def _count_members(
-    batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, asked: bool
+    batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
-    """float64 [W, I, G]: this rank's tokens of each micro-batch and group in its own row, zeros elsewhere. The sum over
-    ranks then has the counts of all. I is 0 if no router needs them."""
-    num_batches = len(batches) if asked else 0
+    """float64 [W, I, G]: this rank's tokens of each micro-batch and group in the rank's row, zeros in all other rows, so
+    that the sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
+    num_batches = len(batches) if needed else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)
     for i in range(num_batches):
@@ -306,13 +309,13 @@ def _count_members(
 def _batch_infos(
     batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
 ) -> list[GlobalBatchInfo | None]:
-    """The batch info of each micro-batch from the sums over all ranks; None if no router needs it.
+    """The batch info of each micro-batch from the counts of all ranks; None if no router needs it.
 
-    Host sync if one does: later exchanges take their sizes from it and need no sync of their own. The i-th micro-batch has
-    the same shape on every rank.
+    The i-th micro-batch has the same shape on every rank.
     """
     if not members_WIG.numel():
         return [None] * len(batches)
+    # Device-to-host sync. Later exchanges take their split sizes from these counts and need no sync of their own.
     flat = comm_stats.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
     counts_WIG, batch_info, first = np.array(flat).reshape(members_WIG.shape), [], 0
     for i, batch in enumerate(batches):

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from moe_dist.monitor.metrics import build_record, evaluation_scalars
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
 from moe_dist.placement.counts import StepCounts
-from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
@@ -31,89 +30,77 @@ Loader = TrainLoader | SampleLoader
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its last step; `took_steps` tells whether this attempt took any."""
+    """A run that reached its last step."""
 
-    took_steps: bool
+    took_steps: bool  # False if an earlier attempt took the last step
     evaluation: EvaluationResult
     checks: list[Check]
 
 
+@dataclass
 class Trainer:
     """Runs the loop on one rank. Every rank runs the same loop; only rank 0 has sinks.
 
-    Args:
-        step: Takes one optimizer step.
+    Attributes:
+        take_step: Takes one optimizer step.
         loader: This rank's batches by position.
-        evaluator: Held-out losses.
+        devices: Reads this rank's device; None on ranks without sinks.
         saver: Saves the state; called identically on all ranks.
-        stop: Whether this process was asked to stop; the ranks vote inside each step.
-        progress: The starting point.
-        modalities: Of the data, in order.
-        baselines: Held-out losses of count models, for the summary.
+        stop: The stop request of this process. The ranks exchange their requests inside each step.
+        progress: The state of the run, at first that of the starting point.
     """
 
-    def __init__(
-        self,
-        plan: TrainingPlan,
-        step: TrainingStep,
-        loader: Loader,
-        evaluator: Evaluator,
-        *,
-        placement: ExpertPlacement,
-        sinks: Sequence[Sink],
-        devices: DeviceMonitor | None,
-        saver: Resumable,
-        stop: StopRequest,
-        progress: Progress,
-        modalities: Sequence[str],
-        baselines: dict[str, float],
-    ) -> None:
-        self._plan, self._take_step, self._loader, self._evaluator = plan, step, loader, evaluator
-        self._placement, self._sinks, self._devices = placement, sinks, devices
-        self._saver, self._stop = saver, stop
-        self.progress = progress
-        self._modalities, self._baselines = tuple(modalities), baselines
-        self._recent: deque[StepResult] = deque(maxlen=WINDOW)
+    plan: TrainingPlan
+    take_step: TrainingStep
+    loader: Loader
+    evaluator: Evaluator
+    _: KW_ONLY
+    sinks: Sequence[Sink]
+    devices: DeviceMonitor | None
+    saver: Resumable
+    stop: StopRequest
+    progress: Progress
+    _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def fit(self) -> Finished:
         """Trains to the last step.
 
         Raises:
-            StoppedError: a rank was asked to stop; the state is saved.
+            StoppedError: a rank got a stop signal; the state is saved.
             DivergedError: too many steps in a row were not finite; the last checkpoint stays.
         """
-        plan, progress = self._plan, self.progress
+        plan, progress = self.plan, self.progress
         evaluation: EvaluationResult | None = None
         if self._owes_evaluation() and progress.step < plan.steps:
             evaluation = self._evaluate(final=False)
         while progress.step < plan.steps:
             result = self._step()
-            self._saver.poll()
+            self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
             if last or (self._owes_evaluation() and not stop):  # on a stop, save first: the grace period may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self._saver.wait()  # the last good state may still be being written
+                self.saver.writer.wait()  # a thread may still write the last good state
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
-        if evaluation is None:  # resumed after the last step
+        if evaluation is None:  # the run resumed after its last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation))
 
     def _owes_evaluation(self) -> bool:
-        return self.progress.owes_evaluation(self._plan.evaluate_every, self._plan.steps)
+        return self.progress.owes_evaluation(self.plan.evaluate_every, self.plan.steps)
 
     def _step(self) -> StepResult:
         begin = time.perf_counter()
-        plan, progress = self._plan, self.progress
+        plan, progress = self.plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
-        batches = self._loader.batches(progress.position)
-        result = self._take_step(
-            batches, lr=lr, aux=aux, stop_requested=self._stop.requested, began=begin, number=progress.step
+        batches = self.loader.batches(progress.position)
+        result = self.take_step(
+            batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
         )
         progress.step += 1
         progress.position += plan.global_batch
@@ -121,12 +108,12 @@ class Trainer:
         progress.skipped_steps += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._recent.append(result)
-        if self._sinks:
-            self._show(self._statistics(result, lr, aux, time.perf_counter() - begin))
+        if self.sinks:
+            self._show(result, lr, aux, time.perf_counter() - begin)
         return result
 
-    def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
-        return StepStatistics(
+    def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
+        stats = StepStatistics(
             result,
             step=self.progress.step,
             balance_coefficient=aux.balance,
@@ -134,77 +121,76 @@ class Trainer:
             skipped_steps=self.progress.skipped_steps,
             tokens=self.progress.tokens,
             step_seconds=seconds,
-            epochs=self._loader.epochs(self.progress.position),
-            flops_per_token=self._flops_per_token(result.counts) if self._plan.peak_flops is not None else None,
-            active_target=self._plan.active_target,
+            epochs=self.loader.epochs(self.progress.position),
+            flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
+            active_target=self.plan.active_target,
         )
-
-    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
-        """FLOPs per token, at the step's true experts per token and token share of each group."""
-        taken_E = (counts.choices_LC[:, : self._placement.num_experts] - counts.dropped_LE).sum(0)
-        experts, share = {}, {}
-        for group, tokens in zip(self._placement.groups, counts.tokens_LG.sum(0), strict=True):
-            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
-            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
-        return self._plan.flops_per_token(experts, share)
-
-    def _show(self, stats: StepStatistics) -> None:
         record = build_record(
             stats,
-            groups=self._placement.groups,
-            placement=self._placement,
-            modalities=self._modalities,
-            readings=self._devices.latest if self._devices else None,
-            peak_flops=self._plan.peak_flops,
+            groups=self.plan.placement.groups,
+            placement=self.plan.placement,
+            modalities=self.plan.modalities,
+            readings=self.devices.latest if self.devices else None,
+            peak_flops=self.plan.peak_flops,
         )
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.step(record)
 
+    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
+        """FLOPs per token, from the step's active experts per token and token share of each group."""
+        placement = self.plan.placement
+        taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
+        experts, share = {}, {}
+        for group, tokens in zip(placement.groups, counts.tokens_LG.sum(0), strict=True):
+            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
+        return self.plan.flops_per_token(experts, share)
+
     def _evaluate(self, *, final: bool) -> EvaluationResult:
-        result = self._evaluator(self.progress.step, final=final, trained=self._last_batches(self._evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # else an earlier attempt evaluated it and ended right after
-            scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
-            for sink in self._sinks:
+        result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has recorded this evaluation
+            scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
+            for sink in self.sinks:
                 sink.evaluation(result, scalars)
         self.progress.evaluated = self.progress.step
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """This rank's last training micro-batches: at most `count`, the newest first."""
-        position, batches = self.progress.position - self._plan.global_batch, []
+        """This rank's last training micro-batches, at most `count`; those of the last step come first."""
+        position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
-            batches += self._loader.batches(position)
-            position -= self._plan.global_batch
+            batches += self.loader.batches(position)
+            position -= self.plan.global_batch
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves; unless `must`, the save may be written in the background during the next steps."""
-        for sink in self._sinks:
-            sink.flush()  # records up to the checkpoint's step are not written again on resume
-        self._saver.save(self.progress, durable=must)
+        """Saves the state. Unless `must`, a thread may write the save during the next steps."""
+        for sink in self.sinks:
+            sink.flush()  # a resumed run does not write the records up to the checkpoint's step again
+        self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
-        counts = [result.counts for result in self._recent]  # none if this attempt resumed at the very end
-        groups = self._placement.groups
+        counts = [result.counts for result in self._recent]  # empty if this attempt took no step
+        groups = self.plan.placement.groups
         no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
         return run_checks(
-            self._plan.checks,
+            self.plan.checks,
             evaluation,
-            self._baselines,
+            self.plan.baselines,
             choices_LC=np.sum([each.choices_LC for each in counts], axis=0) if counts else no_choices_LC,
             tokens_LG=np.sum([each.tokens_LG for each in counts], axis=0) if counts else no_choices_LC[:, : len(groups)],
             groups=groups,
             skipped_steps=self.progress.skipped_steps,
             window=len(counts),
-            even_active=self._plan.even_active,
+            even_active=self.plan.even_active,
         )
 
     def _divergence(self) -> str:
-        """Describes the non-finite steps."""
+        """The error text of a diverged run."""
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
             f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
-            f"{self.progress.step} (train.max_skipped_in_a_row={self._plan.max_skipped_in_a_row}); loss/norm of the last "
+            f"{self.progress.step} (train.max_skipped_in_a_row={self.plan.max_skipped_in_a_row}); loss/norm of the last "
             f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
             "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
         )

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
 from moe_dist.optim.optimizer import (

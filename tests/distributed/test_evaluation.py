@@ -16,7 +16,7 @@ from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.evaluation.balance import EvenRouter, balance_efficiency
 from moe_dist.train.evaluation.evaluator import Evaluator
-from moe_dist.train.evaluation.heldout import experts_ablated, heldout_losses
+from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
@@ -39,8 +39,7 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
         "modalities": ("text", "image"), "group_of_modality": GROUP_OF_MODALITY, "world": mesh.world,
     }  # fmt: skip
     heldout = heldout_losses(parallel.model, batches, **options)
-    with experts_ablated(parallel.model):
-        experts_off = heldout_losses(parallel.model, batches, **options).loss
+    experts_off = heldout_losses(parallel.model, batches, **options, experts_off=True).loss
     assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
     assert (heldout.depth_2LG is None) == (layout.mixture_of_depths is None)
     counts = [heldout.choices_LC, heldout.tokens_LG, *([] if heldout.depth_2LG is None else heldout.depth_2LG)]

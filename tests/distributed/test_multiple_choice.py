@@ -26,9 +26,7 @@ def scored(rank: RankContext, run: Path) -> tuple[list[float], list[bool], int]:
         trained.manifest,
         group_of_modality=trained.group_of_modality,
         max_seq_len=64,
-        world=mesh.world,
-        rank=rank.rank,
-        world_size=rank.world_size,
+        mesh=mesh,
         batch_tokens=1,
     )
     scores = likelihood(ASKED)

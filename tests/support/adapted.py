@@ -68,5 +68,5 @@ class Adapted:
 
     def save(self) -> Path:
         """A checkpoint of the adapters."""
-        values = {"config": self.config.model_dump(mode="json"), "base": self.base.to_json()}
+        values = {"config": self.config.model_dump(mode="json"), "base": {**vars(self.base)}}
         return self.manager.save(3, capture(self.model, None, self.layout, part="trained", values=values))

@@ -13,12 +13,12 @@ from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.roles import named_parameters
+from moe_dist.train.build_tuning import Savings, savings
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
-from moe_dist.train.router_tuning.savings import Savings, savings
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 from moe_dist.train.step import TrainingStep
 from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, placement_of
@@ -64,9 +64,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
         SampleMaker(MANIFEST),
         group_of_modality=torch.tensor([0, 1]),
         places=layout.tuned,
-        world=mesh.world,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        mesh=mesh,
         batch_tokens=16,
     )
     tuning = RouterTuning(

@@ -2,7 +2,7 @@
 folder, the lease and the sinks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +58,22 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     controllers = training.controllers()
     resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=controllers)
     progress = resumable.restore()
-    begun = Progress(**progress.to_json())
+    begun = replace(progress)
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
     steps: list[StepResult] = []
     trainer = Trainer(
-        build.build_plan(config, plan.groups),
+        build.build_plan(config, plan.manifest, plan.placement),
         _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
         build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
         evaluator,
-        placement=plan.placement,
         sinks=[],
         devices=None,
         saver=resumable,
         stop=StopRequest(),
         progress=progress,
-        modalities=tuple(plan.manifest.modalities),
-        baselines=plan.manifest.baselines,
     )
     finished = trainer.fit()
-    resumable.wait()
+    resumable.writer.wait()
     named = {parameter: name for _, name, _, parameter in named_parameters(training.parallel.model)}
     return WholeRun(
         begun=begun,

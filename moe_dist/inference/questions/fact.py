@@ -1,4 +1,4 @@
-"""A fact is a question with its right answer; a question adds wrong answers."""
+"""Facts and questions. A fact is a question with its right answer; a question adds wrong answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ NUM_CHOICES = 4
 
 @dataclass(frozen=True)
 class Codes:
-    """A picture, as codes counted from the codebook's first."""
+    """A picture as codes; code 0 is the first of the codebook."""
 
     codes: tuple[int, ...]
 
@@ -21,15 +21,14 @@ class Fact:
     """A question with its answer, from a package.
 
     Attributes:
-        id: Unique within its task, and independent of other facts.
-        asked: A text with its question mark, the caption to draw, or the picture to name.
-        answer: The right answer.
+        id: Unique within the task, and independent of other facts.
+        asked: A text with a question mark, the caption to draw, or the picture to name.
         keys: Keys such as 'lemma:dog' or 'family:1F415', which no fact of another side may share. A WordNet fact names
             every lemma of its synsets, so two facts about one synset have keys in common.
-        wrong: Answers that are also right, or nearly so: never offered as wrong choices.
+        wrong: Answers that are also right, or nearly right. They are never offered as wrong choices.
         pool: Facts of one pool use each other's answers as wrong choices.
-        closed: All possible answers, if they are few: wrong choices come from these, from any side.
-        trained_on: For pictures: whether the run was trained on it; None if unknown, then for all facts of the task.
+        closed: All possible answers, if they are few. Wrong choices come from these, whatever the side.
+        trained_on: For a picture, True if the run was trained on it; None for facts without a picture.
     """
 
     id: str
@@ -44,19 +43,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """Four choices, one of them right.
-
-    Attributes:
-        task: Name of its task.
-        id: Id of the fact.
-        answer: Index of the right choice.
-    """
+    """A fact with four choices, one of them right."""
 
     task: str
-    id: str
+    id: str  # of the fact
     asked: Part
     choices: tuple[Part, ...]
-    answer: int
+    answer: int  # index of the right choice
 
     def rotated(self, by: int) -> "Question":
         """The same question with the first `by` choices moved to the end."""

@@ -1,7 +1,7 @@
 """Facts from a run's own pictures: the caption of a picture, and the picture of a caption.
 
-Families are those by which `prepare_data` divided the pictures: a variant of a trained picture counts as trained here too.
-The family is found by caption: for an emoji it is given by the code points, for any other picture it is the caption itself.
+`prepare_data` divides the pictures by family. A picture counts as trained if another picture of its family was trained. The
+caption determines the family: the code points of an emoji, else the caption itself.
 """
 
 import re
@@ -14,21 +14,22 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents that questions are made from: the first render of each caption suffices
+_TRAINED_ON = 8000  # training documents of each source that are read; each caption needs only one picture
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Facts of a side: naming a picture, and finding the picture of a caption. Each caption once, with its first picture.
+    """Facts of a side: naming a picture, and finding the picture of a caption. Each caption occurs once, with its first
+    picture.
 
     Args:
         families: Family of each caption of the default pictures, see `openmoji_families`.
 
     Raises:
-        ConfigError: no document has a picture with a caption; or every held-out picture has a trained relative.
+        ConfigError: no document has a picture with a caption, or the family of every held-out picture was trained.
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
-    first = {each.caption: each for each in reversed(documents) if each.caption}
+    first = {each.caption: each for each in reversed(documents) if each.caption}  # reversed, so that the first one stays
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
     if side is not Side.TRAIN:

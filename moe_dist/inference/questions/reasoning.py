@@ -38,7 +38,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
 
 
 def key_of(name: str, asked: str) -> str:
-    """The key that decides a question's side: its numbers, sorted and without signs, so that 6 * 7 and 7 * 6 share a side;
-    its text if it has no numbers."""
+    """The key that decides the side of a question: its numbers, or its text if it has no numbers. The numbers are sorted
+    and without signs, so that 6 * 7 and 7 * 6 share a side."""
     numbers = sorted(re.findall(r"\d+", asked), key=int)
     return f"{name}:{' '.join(numbers) or asked}"

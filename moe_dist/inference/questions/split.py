@@ -1,23 +1,27 @@
-"""Assigns facts to sides by one function of a seed and the fact's keys, for all tasks at once.
+"""Assigns facts to sides by one function of a seed and the fact's keys, for all tasks at once. Makes questions of a side.
 
-A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys do, else to none.
-So no test fact shares a synset, lemma or picture family with a training fact, in any task. The cost is the facts with keys
-on several sides. Joining facts that share keys would lose none, but would make nearly all of WordNet one component. The
-sides depend on no file: leaving a question set out changes nothing in the others.
+A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys do, else it is
+dropped. So no test fact shares a synset, lemma or picture family with a training fact, in any task. Connected components of
+shared keys would drop no fact, but nearly all of WordNet would be one component. The sides depend on no file, so leaving a
+question set out changes nothing in the others.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
-from moe_dist.inference.questions.fact import Fact
+import numpy as np
 
-# Shares of the keys. A fact with two keys is in test with the square of the last share.
+from moe_dist.errors import DataError
+from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
+
+# Shares of the keys. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
+_DRAWS = 64  # random draws of wrong answers before all of them are searched
 
 
 class Side(StrEnum):
-    """The permitted use of a fact's questions."""
+    """The part of the facts that a question belongs to."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -25,13 +29,13 @@ class Side(StrEnum):
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that depends only on the arguments, the same on every machine."""
+    """A number in [0, 1) that depends only on the arguments and is the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """The side of all facts with this key, as far as the key decides."""
+    """The side of a key. A fact with this key is on this side or on none."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -39,9 +43,9 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """The side on which all keys of a fact are; None, and the fact is dropped, if they are on several.
+    """The common side of all keys of a fact; None if the keys are on several sides.
 
-    A picture family has the side of the run's own data: trained pictures are on train; held-out families are divided
+    A picture family follows the run's own data: trained pictures are on the train side, and held-out families are divided
     between the two other sides.
     """
     sides = {_side(key, fact.trained_on, seed) for key in fact.keys}
@@ -59,3 +63,49 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
     if trained_on:
         return Side.TRAIN
     return Side.VALID if uniform("side", seed, key) < VALID_SHARE / (VALID_SHARE + TEST_SHARE) else Side.TEST
+
+
+def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
+    """The questions of one side of a task, at most `limit`; a smaller limit gives the first questions of a larger one.
+
+    Wrong choices are right answers of other facts of the same side and pool, so that they are words of similar frequency
+    and occur on no other side. The right choice stands at each index equally often, up to one.
+
+    Raises:
+        DataError: the side has no fact with three wrong answers.
+    """
+    chosen = sorted(on_side(facts, side, seed), key=lambda fact: uniform("order", seed, task, fact.id))
+    pools: dict[str, list[Part]] = {}
+    for fact in chosen:
+        pools.setdefault(fact.pool, []).append(fact.answer)
+    answers = {pool: list(dict.fromkeys(each)) for pool, each in pools.items()}
+    questions: list[Question] = []
+    for fact in chosen:
+        if limit is not None and len(questions) == limit:
+            break
+        wrong = _wrong(task, fact, list(fact.closed) or answers[fact.pool], seed)
+        if wrong is not None:
+            answer = len(questions) % NUM_CHOICES
+            choices = (*wrong[:answer], fact.answer, *wrong[answer:])
+            questions.append(Question(task, fact.id, fact.asked, choices, answer))
+    if not questions:
+        raise DataError(
+            f"--tasks {task}: none of its {len(facts)} facts is of the {side} side (--split) with {NUM_CHOICES - 1} wrong "
+            "answers of the same side; take another --split, --seed or task"
+        )
+    return questions
+
+
+def _wrong(task: str, fact: Fact, answers: Sequence[Part], seed: int) -> list[Part] | None:
+    """Three distinct wrong answers at random; None if there are fewer."""
+    rng = np.random.default_rng(int(uniform("wrong", seed, task, fact.id) * 2**53))
+    never = {fact.answer, *fact.wrong}
+    wrong: list[Part] = []
+    order = [*rng.integers(len(answers), size=_DRAWS).tolist(), *range(len(answers))]
+    for number in order:
+        if answers[number] not in never:
+            wrong.append(answers[number])
+            never.add(answers[number])
+        if len(wrong) == NUM_CHOICES - 1:
+            return wrong
+    return None

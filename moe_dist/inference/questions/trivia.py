@@ -14,21 +14,15 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """One or more files with the question to ask of them.
-
-    Attributes:
-        files: Their names.
-        question: Makes the question from the fields of a line, the first alternative of each.
-        asked, answer: Indices of the field that the question is about, and of the answer.
-    """
+    """Files, and the question about each line."""
 
     files: tuple[str, ...]
-    question: Callable[[str], str]
-    asked: int
-    answer: int
+    question: Callable[[str], str]  # makes the question from the first alternative of the asked field
+    asked: int  # index of the field that the question is about
+    answer: int  # index of the field with the answer
 
 
-# Several quizzes form one task where each alone would leave some side only a handful of facts.
+# A task joins several quizzes where one quiz alone would leave a side with only a handful of facts.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -45,7 +39,7 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """The facts of one task, one for each line; lines with typesetting marks are left out. Each quiz is a pool.
+    """The facts of one task, one for each line without typesetting marks. Each quiz is a pool.
 
     Raises:
         DataError: a file is missing or has no facts.
@@ -77,7 +71,7 @@ def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
 
 
 def alternatives(field: str) -> list[str]:
-    """All strings that a field allows, the longest first, optional parts included: 'forget{-| }me' gives 'forget-me'."""
+    """The alternatives of a field. Optional parts are kept, in their first form: 'forget{-| }me' gives 'forget-me'."""
     while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
         field = replaced
     return [each.strip() for each in field.split("|")]

@@ -1,6 +1,6 @@
-"""Facts of WordNet, from its own files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
+"""Facts of WordNet, from its files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Nouns are used in the first sense of their first word, if that word was counted in tagged text. Rarer senses and unused
+Nouns are used in the first sense of their first word, if that word occurs in WordNet's tagged text. Rarer senses and unused
 words would make questions that nobody can answer.
 """
 
@@ -16,7 +16,7 @@ from moe_dist.inference.questions.fact import Fact, lemma_keys
 LONGEST_GLOSS = 120  # characters
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
-# Lexicographer files of nouns (lexnames(5WN)); 03, "Tops", is the ontology's own.
+# Lexicographer files of nouns (lexnames(5WN)), from number 04; 03, "Tops", has the top concepts and is no category.
 _CATEGORY_NAMES = """
 act animal artifact attribute body cognition communication event feeling food group location motive object person
 phenomenon plant possession process quantity relation shape state substance time
@@ -26,26 +26,20 @@ CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 
 @dataclass(frozen=True)
 class Synset:
-    """One synset: a meaning and its words.
+    """One synset: a meaning and its words."""
 
-    Attributes:
-        lexicographer: Number of its file: the category of a noun.
-        words: As written, with spaces for underscores.
-        pointers: (symbol, offset, part of speech, source and target word), words counted from 1, 0 for the whole synset.
-        gloss: Its definition, without examples.
-    """
-
-    lexicographer: int
-    words: tuple[str, ...]
+    lexicographer: int  # number of the lexicographer file, which is the category of a noun
+    words: tuple[str, ...]  # with spaces for underscores
+    # (symbol, offset, part of speech, source word, target word); words count from 1, and 0 is the whole synset
     pointers: tuple[tuple[str, str, str, int, int], ...]
-    gloss: str
+    gloss: str  # the definition, without examples
 
 
 class WordNet:
     """The files of one folder, read on first use; reading the nouns takes a second.
 
     Raises:
-        DataError: from any method, for a file that is not in WordNet's format.
+        DataError: from any method: a file is not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")
@@ -54,7 +48,7 @@ class WordNet:
         self._folder = folder
 
     def definitions(self) -> list[Fact]:
-        """Which word has this definition?"""
+        """Facts that ask for the word with a given definition."""
         return [
             Fact(
                 f"n{offset}",
@@ -68,7 +62,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """What is this a kind of? No other hypernym, near or far, is offered as a wrong choice."""
+        """Facts that ask for the nearest hypernym of a noun. No other hypernym, near or far, is a wrong choice."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -87,8 +81,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """What is the opposite of this adjective? All opposites of all its senses count as right; the answer is the
-        first."""
+        """Facts that ask for the opposite of an adjective. The answer is the first opposite; the opposites of all senses of
+        the adjective are no wrong choices."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -111,7 +105,7 @@ class WordNet:
         return list(facts.values())
 
     def categories(self) -> list[Fact]:
-        """Which of WordNet's 25 categories of nouns is this in?"""
+        """Facts that ask for the category of a noun, one of WordNet's 25."""
         closed = tuple(CATEGORIES.values())
         return [
             Fact(
@@ -127,7 +121,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """By offset: noun synsets whose first word was counted and has this synset as its first sense."""
+        """The noun synsets that are the first sense of their first word, by offset; the word occurs in tagged text."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset
@@ -195,13 +189,13 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """Lemma and offset of the first sense of a line of index.*; None if no sense was counted in tagged text."""
+    """Lemma and offset of the first sense, from a line of index.*; None if the lemma does not occur in tagged text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """Whether a text contains one of the words, which would give the answer away."""
+    """True if a text contains one of the words and so gives the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

@@ -1,9 +1,9 @@
-"""Sentence embeddings from a folder in the format of sentence-transformers. Uses neither that package, nor the network, nor
-code from the folder.
+"""Sentence embeddings from a folder in the format of sentence-transformers. Does not use that package, the network, or code
+from the folder.
 
-modules.json         Transformer, Pooling, and Normalize if vectors are to have length 1; others are refused
-config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    of the transformer
-<pooling>/config.json                                                        must say: mean over the tokens
+modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
+config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
+<pooling>/config.json    must select the mean over the tokens
 """
 
 import hashlib
@@ -31,18 +31,14 @@ _MAX_BYTES = 1 << 24  # bound of each JSON file except the tokenizer
 
 
 class Embedder:
-    """One embedder. Its files are checked and hashed at once; the weights are loaded on first use.
-
-    Args:
-        folder: The folder of sentence-transformers.
-        device: Device of the model.
+    """One embedder. The constructor checks and hashes the files; the first use loads the weights.
 
     Attributes:
-        sha256: Hash of its files.
+        sha256: Hash of the files.
 
     Raises:
         ConfigError: the folder does not exist.
-        DataError: it needs code or pickles, has other modules than those above, or lacks a file.
+        DataError: the folder needs code or pickles, has another module, or lacks a file.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -86,9 +82,9 @@ class Embedder:
         ids = torch.tensor([each.ids + [0] * (longest - len(each.ids)) for each in encoded], device=self._device)
         lengths = torch.tensor([len(each.ids) for each in encoded], device=self._device)
         mask = torch.arange(longest, device=self._device) < lengths[:, None]
-        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # [texts, tokens, width]
         mean = (hidden * mask[:, :, None]).sum(1) / lengths[:, None].clamp_min(1)
-        return (torch.nn.functional.normalize(mean, dim=-1) if self._normalise else mean).cpu().numpy()
+        return (torch.nn.functional.normalize(mean, dim=-1) if self._normalise else mean).cpu().numpy()  # host sync
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -124,7 +120,11 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
-    """Folder of the transformer, settings of the pooling, and whether vectors are normalised. Raises: DataError."""
+    """Folder of the transformer, configuration file of the pooling, and True if vectors are normalised.
+
+    Raises:
+        DataError: the modules are not those of an embedder.
+    """
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     types = [str(each.get("type")) for each in entries]
@@ -195,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Hash of the files' digests in this order. Names and places do not matter: a copy is the same embedder."""
+    """Hash of names and contents of the files, in this order. Folders do not matter: a copy is the same embedder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

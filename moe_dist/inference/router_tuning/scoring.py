@@ -1,4 +1,4 @@
-"""Turns answered questions into samples: tokens, text to embed, success."""
+"""Turns answered questions into samples of router tuning: tokens, the text to embed, and success."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
-    """The text of a prompt: the question and, if listed, the choices. Pictures are left out.
+    """The text of a prompt without pictures: the question and, if the prompt lists them, the choices.
 
     Raises:
         ConfigError: the prompt has no text.
@@ -28,8 +28,8 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
-    """One sample for each question, in order: the unrotated question with its right choice. It is a success if the model
-    took the right choice under each rotation that was asked."""
+    """One sample for each question, in order: the unrotated question with its right choice. A sample is a success if the
+    model took the right choice under each rotation."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]

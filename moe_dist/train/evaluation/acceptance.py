@@ -1,4 +1,5 @@
-"""Checks a finished run against count models of its training tokens, and against expected routing. Pure functions."""
+"""Checks the losses of a finished run against count models of the training tokens, and its routing against expectations.
+Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,10 +9,10 @@ from moe_dist.monitor.sinks.console import Check
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
-TEXT_MARGIN = 1.0  # nats below the unigram model
-NO_FILLER_RATIO = 0.8  # of the unigram model's loss, on cells that are not background
-ABLATION_MARGIN = 0.2  # nats by which the loss must rise when experts are set to zero
-NULL_TOLERANCE = 0.05
+TEXT_MARGIN = 1.0  # nats by which the text loss must be below the unigram model's loss
+NO_FILLER_RATIO = 0.8  # the picture loss without background cells must be below this part of the unigram model's loss
+ABLATION_MARGIN = 0.2  # nats by which the loss must rise without the output of experts
+NULL_TOLERANCE = 0.05  # of the fraction of null choices
 
 
 def run_checks(
@@ -26,15 +27,16 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """The checks of `evaluation.checks`, as far as the data's baselines and the steps of this attempt allow.
+    """The checks of `evaluation.checks`. A check is left out if the manifest has no baseline or the attempt took no step.
 
     Args:
-        names: Of `evaluation.checks`, in the order of display.
-        baselines: Held-out nats per token of count models, from the data set's manifest.
-        choices_LC, tokens_LG: Routing counts summed over the last `window` steps; 0 steps if the attempt took none.
-        skipped_steps: Over the whole run.
-        even_active: Expected true experts per token by group, where a controller or a null weight makes them differ from k
-            n / columns.
+        names: The names in `evaluation.checks`, in the order of display.
+        baselines: Held-out nats per token of count models, from the manifest.
+        choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
+        skipped_steps: Skipped steps of the whole run.
+        window: 0 if the attempt took no step.
+        even_active: Expected active experts per token by group, where a controller or a null weight makes them differ from
+            k n / columns.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -47,38 +49,37 @@ def run_checks(
 
 
 def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
-    """Setting the experts' output to zero must raise each modality's loss by `ABLATION_MARGIN`."""
-    return [
-        Check(
-            f"experts matter to {name}",
-            f"+{evaluation.ablated_loss[name] - loss:.3f} nats without them",
-            f">= {ABLATION_MARGIN}",
-            evaluation.ablated_loss[name] - loss >= ABLATION_MARGIN,
-        )
+    """Without the output of experts, the loss of each modality must rise by `ABLATION_MARGIN`."""
+    rises = {
+        name: evaluation.ablated_loss[name] - loss
         for name, loss in evaluation.loss.items()
         if name in evaluation.ablated_loss and not name.endswith("_no_filler")
+    }
+    rule = f">= {ABLATION_MARGIN}"
+    return [
+        Check(f"experts matter to {name}", f"+{rise:.3f} nats without them", rule, rise >= ABLATION_MARGIN)
+        for name, rise in rises.items()
     ]
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Pictures must beat the left bigram, and without background cells the unigram by a fifth; text must beat the
-    unigram."""
+    """The loss of pictures must be below the left bigram's, and without background cells a fifth below the unigram's; the
+    loss of text must be `TEXT_MARGIN` below the unigram's."""
     checks = []
     for name, value in loss.items():
         unigram, bigram = baselines.get(f"{name}/unigram"), baselines.get(f"{name}/left_bigram")
-        if name.endswith("_no_filler"):
-            if unigram is not None:
-                bound = NO_FILLER_RATIO * unigram
-                rule = f"<= {bound:.3f} ({NO_FILLER_RATIO} x unigram)"
-                checks.append(
-                    _loss_check(f"held-out {name.replace('_no_filler', '')} without filler", value, rule, value <= bound)
-                )
+        what = name
+        if name.endswith("_no_filler") and unigram is not None:
+            bound, what = NO_FILLER_RATIO * unigram, f"{name.removesuffix('_no_filler')} without filler"
+            rule, passed = f"<= {bound:.3f} ({NO_FILLER_RATIO} x unigram)", value <= bound
         elif f"{name}_no_filler" in loss and bigram is not None:
-            checks.append(_loss_check(f"held-out {name}", value, f"< {bigram:.3f} (left bigram)", value < bigram))
-        elif unigram is not None:
+            rule, passed = f"< {bigram:.3f} (left bigram)", value < bigram
+        elif not name.endswith("_no_filler") and unigram is not None:
             bound = unigram - TEXT_MARGIN
-            rule = f"<= {bound:.3f} (unigram - {TEXT_MARGIN})"
-            checks.append(_loss_check(f"held-out {name}", value, rule, value <= bound))
+            rule, passed = f"<= {bound:.3f} (unigram - {TEXT_MARGIN})", value <= bound
+        else:
+            continue
+        checks.append(Check(f"held-out {what} loss", f"{value:.3f} nats", rule, passed))
     return checks
 
 
@@ -93,27 +94,20 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Each group's share of null choices must match the even share, m over the group's columns. With a controlled number of
-    true experts, the remaining choices are divided among null and other zero-computation columns in proportion."""
+    """Each group's fraction of null choices must match the even fraction, the null columns over all columns of the group.
+
+    If a controller sets the number of active experts, the remaining choices are divided among null and other
+    zero-computation columns in proportion.
+    """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            nulls = sum(other.num_null for other in groups[:index])
+            nulls = sum(other.num_null for other in groups[:index])  # null columns come after all true columns
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
             load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts
             expected = (1.0 - load / group.top_k) * group.num_null / others
-            checks.append(
-                Check(
-                    f"null fraction of {group.name}",
-                    f"{share:.3f}",
-                    f"{expected:.3f} +- {NULL_TOLERANCE}",
-                    abs(share - expected) <= NULL_TOLERANCE,
-                )
-            )
+            passed, rule = abs(share - expected) <= NULL_TOLERANCE, f"{expected:.3f} +- {NULL_TOLERANCE}"
+            checks.append(Check(f"null fraction of {group.name}", f"{share:.3f}", rule, passed))
     return checks
-
-
-def _loss_check(name: str, value: float, rule: str, passed: bool) -> Check:
-    return Check(f"{name} loss", f"{value:.3f} nats", rule, passed)

@@ -1,7 +1,8 @@
 """balance_efficiency: throughput with the real routing over throughput with the same pairs spread evenly.
 
-Published MoE throughputs are often measured with forced balance; this factor converts them. It times the forward pass on
-held-out batches without gradients and leaves the training state (gradients, random draws, loader, router) unchanged.
+Published MoE throughputs are often measured with forced balance. Multiplied by this ratio they hold for the real routing.
+The measurement times the forward pass on held-out batches without gradients. It leaves the training state (gradients,
+random draws, loader, router) unchanged.
 """
 
 import os
@@ -28,14 +29,14 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class BalanceEfficiency:
-    """The measured ratio, or None if a timing would mean nothing, and a note that gives the reason or the method."""
+    """The measured ratio."""
 
-    timed: float | None
-    note: str
+    timed: float | None  # None if it was not measured
+    note: str  # the method, or the reason why the ratio was not measured
 
 
 class EvenRouter(nn.Module):
-    """Keeps another router's weights and number of pairs, but assigns the experts of each group in turn."""
+    """Keeps the weights and the number of pairs of another router, but assigns the experts of each group in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -50,10 +51,9 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The running index of the group's pairs, modulo n. Pairs of one token are consecutive, so its experts are
-            # distinct.
+            # The running index of the group's pairs, modulo n. Pairs of one token are consecutive, so their experts differ.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
-            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
+            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # no host sync, whatever the counts
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
 
 
@@ -61,10 +61,10 @@ class EvenRouter(nn.Module):
 def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
-    """Times forward passes with the real and the even routing, alternating; takes medians of the slowest rank.
+    """Times forward passes with the real and the even routing in turn, and divides the medians of the slowest rank's times.
 
-    Collective. Does not time if this machine has more ranks than cores: the times would then show the scheduler instead of
-    the balance.
+    Collective. Measures nothing if this machine has more ranks than cores: the times would then show the scheduler instead
+    of the balance.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
@@ -104,7 +104,7 @@ def _timed(
     groups: Sequence[ExpertGroup] | None,
     mesh: Mesh,
 ) -> float:
-    """Seconds of a forward over all batches on the slowest rank. Syncs with the device before and after."""
+    """Seconds of a forward over all batches on the slowest rank. Device syncs before and after."""
     training = model.training
     model.eval()
     with even_routing(model, groups) if groups is not None else nullcontext():

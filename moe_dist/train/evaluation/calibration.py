@@ -1,13 +1,13 @@
 """Calibrates thresholds before a held-out evaluation, so that each expert and each mixture-of-depths layer takes the same
 share of training tokens as in training.
 
-The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes the score
-that as many of these tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by
-bisection: `HALVINGS` sums of N counts over the ranks, named `calibration counts`. In evaluation the share may still differ,
-since the layers before then select other tokens, and since held-out text differs.
+The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes a score
+that as many tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by bisection
+with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the share may still differ, because
+earlier layers select other tokens, and because held-out text differs.
 
-Shape letters: N thresholds of all routers, n of one router, T tokens that the router sees (in mixture-of-depths layers only
-the selected ones).
+Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that the router sees (in mixture-of-depths
+layers only the selected tokens).
 """
 
 from collections.abc import Sequence
@@ -44,15 +44,18 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place. Collective: every rank passes the same number of batches; with none
-    nothing changes. An expert whose group has no token in the batches keeps its threshold."""
+    """Sets the thresholds of all layers in place. Without batches nothing changes. An expert keeps its threshold if the
+    batches have no token of its group.
+
+    Collective: every rank must pass the same number of batches.
+    """
     routers = by_threshold(model)
     if not routers or not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
-    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
+    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)  # scores are probabilities in [0, 1]
     for _ in range(HALVINGS):
         middle_N = (low_N + high_N) / 2
         above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
@@ -72,12 +75,13 @@ def _seen(
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each router this rank's scores [T, n] and the number of selected tokens, float64 [n]."""
+    """For each router the scores [T, n] and the number of selected tokens, float64 [n], of this rank's tokens. The scores
+    take T x N numbers of memory over all routers."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))
+        scores[router].append(router.scores(*inputs[:2]))  # computes the scores a second time
         taken[router].append(router.num_taken(chosen.sums))
 
     with ExitStack() as stack:

@@ -1,7 +1,6 @@
 """Held-out losses by modality, summed over all ranks; they do not depend on the number of ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from moe_dist.comm.names import EVALUATION_COUNTS, EVALUATION_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.train.loss import forward, sums_by_modality, token_losses
 
 
@@ -26,10 +25,10 @@ class Heldout:
         loss: Nats per token by the label's modality, and '<modality>_no_filler' if the data marks filler cells; modalities
             without labels are left out.
         tokens: Number of labels of each loss.
-        choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
+        choices_LC: int64, number of choices of each column, see `moe_dist.monitor.statistics`; None without batches.
         tokens_LG: int64, tokens routed in each group; None without batches.
-        depth_2LG: int64, for each mixture-of-depths layer the tokens of each group, and how many of them it computed; None
-            without such layers or batches.
+        depth_2LG: int64, for each mixture-of-depths layer and group the number of tokens, and the number of tokens that the
+            layer computed; None without such layers or batches.
     """
 
     loss: Mapping[str, float]
@@ -48,28 +47,30 @@ def heldout_losses(
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
+    experts_off: bool = False,
 ) -> Heldout:
     """Losses by modality. Collective: every rank must pass the same number of batches.
 
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], expert group of each modality.
+        experts_off: Compute without the output of routed experts; the rise of the loss measures their contribution.
     """
-    device = group_of_modality.device
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
+    device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so that no batch syncs
     counts: list[Tensor] = []
     shapes: list[torch.Size] = []
     training = model.training
     model.eval()
     for batch in batches:
         on_device = batch.to(device)
-        logits, reports = forward(model, on_device, group_of_modality)
+        logits, reports = forward(model, on_device, group_of_modality, request)
         sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
-    model.train(training)
-    if not counts:  # no held-out data; true on all ranks, since their numbers of batches are equal
+    model.train(training)  # the mode before the call
+    if not counts:  # no held-out data, on all ranks: their numbers of batches are equal
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
@@ -86,22 +87,9 @@ def heldout_losses(
     return Heldout(loss, tokens, choices_LC, tokens_LG, depth[0] if depth else None)
 
 
-@contextmanager
-def experts_ablated(model: Transformer) -> Iterator[None]:
-    """Within this context the output of routed experts is zero; the rise of the loss measures their contribution."""
-    layers = model.moe_modules()
-    for layer in layers:
-        layer.experts_off = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.experts_off = False
-
-
 def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
-    """choices [L, C] and tokens [L, G] of the layers; with mixture of depths also its tokens of each group and how many
-    were computed, [2, L, G]. All go through one all-reduce."""
+    """The layers' choices [L, C] and tokens [L, G]. With mixture of depths also [2, L, G]: tokens of each group, and tokens
+    that the layer computed. All parts go through one all-reduce."""
     parts = [torch.stack([report.sums.choices_C for report in reports])]
     parts.append(torch.stack([report.sums.tokens_G for report in reports]))
     mixture_of_depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
@@ -109,7 +97,7 @@ def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Losses and labels, of all labels and of filler cells only: float64 [4, M]."""
+    """float64 [4, M]: sum of losses and number of labels, first over all labels, then over filler cells only."""
     ones = torch.ones_like(losses_BS)
     filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
     return torch.stack(

@@ -1,28 +1,57 @@
-"""Training batches of router tuning: one sample in each row, scored on its right answer only.
+"""Batches of samples for router tuning and for questions: one sample a row, scored on its right answer only.
 
-The order is a pure function of (seed, position), as in `moe_dist.data.loader`: the same for any number of ranks.
+The order of training is a pure function of (seed, position), as in `moe_dist.data.loader`, for any number of ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
+from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.order import ShuffledEpochs, micro_batches
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
+
+_BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and as much again for the losses
+
+
+def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
+    """Divides rows into batches of similar length; returns the row indices of each batch of one rank.
+
+    Every rank gets the same number of batches, because the rank's experts take part in the forward of every rank. Empty
+    batches fill the last round.
+
+    Args:
+        lengths: Tokens of each row; equal on all ranks.
+        tokens: Most tokens in a batch, padding included. A large vocabulary lowers it, because the logits need memory.
+        mesh: All ranks; None for a single rank.
+    """
+    rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
+    most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
+    batches: list[list[int]] = []
+    room = 0
+    # The longest rows come first, so that the first batch shows whether the memory is enough.
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if room <= 0:
+            batches.append([])
+            room = max(1, most // lengths[index])
+        batches[-1].append(index)
+        room -= 1
+    batches += [[]] * (-len(batches) % world_size)  # a rank runs an empty batch as one row of padding
+    return batches[rank::world_size]
 
 
 @dataclass(frozen=True)
 class SampleBatch(Batch):
-    """A micro-batch with a sample in each row. `to` gives the plain batch; the other fields stay on the host.
+    """A micro-batch with one sample a row. `to` gives the plain batch; the fields below stay on the host.
 
     Attributes:
         numbers: Indices of the samples.
-        probe_tokens_B: int64, index among the B x S tokens of each prompt's last token. Its logits predict the answer's
-            first token, and its routing is the sample's.
+        probe_tokens_B: int64, index of the last token of each prompt among the B x S tokens. The logits of this token
+            predict the first token of the answer, and its routing is the sample's routing.
     """
 
     numbers: tuple[int, ...]
@@ -30,11 +59,7 @@ class SampleBatch(Batch):
 
 
 class SampleMaker:
-    """Makes batches of samples, as wide as the longest one.
-
-    Args:
-        manifest: The manifest of the data set, for the modality of each id.
-    """
+    """Makes batches of samples, as wide as the longest one. The manifest gives the modality of each token id."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
@@ -43,35 +68,29 @@ class SampleMaker:
         """One row for each sample; without samples one row of padding.
 
         Raises:
-            DataError: an id lies outside the vocabulary.
+            DataError: a token id lies outside the vocabulary.
         """
-        tokens = [np.concatenate([each.prompt, each.answer]) for each in samples]
-        width = max((len(each) - 1 for each in tokens), default=1)  # the last token is scored but never an input
+        rows = []
+        for each in samples:
+            tokens = np.concatenate([each.prompt, each.answer])
+            in_prompt = np.arange(len(tokens)) < len(each.prompt)
+            # The last token is a label but never an input.
+            rows.append([Segment(tokens, np.zeros(len(tokens), bool), len(tokens) - 1, prompt=in_prompt)])
+        width = max((segment.length for (segment,) in rows), default=1)
         maker = BatchMaker(seq_len=width, pad_id=self._pad_id, modalities=self._modalities)
-        batch = maker.make([[Segment(each, np.zeros(len(each), bool), len(each) - 1)] for each in tokens] or [[]])
+        batch = maker.make(rows or [[]])
         last_B = torch.tensor([len(each.prompt) - 1 for each in samples], dtype=torch.int64)
-        if samples:
-            in_prompt_BS = torch.arange(width) < last_B[:, None]
-            batch = replace(
-                batch,
-                labels_BS=batch.labels_BS.masked_fill(in_prompt_BS, IGNORED),
-                label_modality_BS=batch.label_modality_BS.masked_fill(in_prompt_BS, 0),
-            )
-        probe_tokens_B = torch.arange(len(samples)) * width + last_B
         plain = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-        return SampleBatch(**plain, numbers=tuple(numbers), probe_tokens_B=probe_tokens_B)
+        return SampleBatch(**plain, numbers=tuple(numbers), probe_tokens_B=torch.arange(len(samples)) * width + last_B)
 
 
 class SampleLoader:
     """Training batches of one rank: `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: All are trained on once per epoch, in a new order each time.
-        manifest: The manifest of the data set.
-        seed: Seed of the orders.
+        samples: Each epoch contains every sample once, in a new order.
         global_batch: Samples of a step over all ranks; a multiple of world_size * micro_batch.
-        micro_batch: Samples in a batch.
-        rank, world_size: This rank's share of each step.
+        micro_batch: Samples in one batch of a rank.
     """
 
     def __init__(
@@ -103,5 +122,5 @@ class SampleLoader:
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often the samples have been seen, under each of the data's modalities."""
+        """Epochs of the samples up to a position. Every modality of the data has the same number."""
         return dict.fromkeys(self._modalities, position / len(self._samples))

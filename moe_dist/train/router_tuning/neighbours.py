@@ -1,4 +1,8 @@
-"""Finds neighbours of samples by their embeddings: scikit-learn's search over the first rows of a memory-mapped file.
+"""Finds the neighbours of a sample by embeddings, with scikit-learn's search over the first rows of a memory-mapped file.
+
+The weights of the neighbours are those of RoMA (arXiv 2511.07419, section 3):
+
+    W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
 Shape letters: S samples, M members (the first M samples, which may be neighbours), E width, K neighbours.
 """
@@ -7,21 +11,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_dist.train.router_tuning.loss import neighbour_weights
-
 
 class Neighbours(NamedTuple):
-    """The neighbours of one sample: their indices, int64 [K], and weights W, float64 [K]; K is 0 without neighbours."""
+    """The neighbours of one sample: indices, int64 [K], and weights W, float64 [K]; K is 0 without neighbours."""
 
     number_K: np.ndarray
     weight_K: np.ndarray
 
 
-class NeighbourIndex:
-    """Finds a sample's neighbours among the members, the nearest first, without itself.
+def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
+    """W of one sample's neighbours from the squared distances [K] in embedding space: float64 [K], summing to 1."""
+    exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
+    # Subtract the largest exponent: with a small bandwidth far neighbours would otherwise give 0 / 0.
+    similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
+    return similarity_K / similarity_K.sum()
 
-    Each sample is queried alone, so that the last bits of its distances depend on no other, and the result is cached: 16
-    bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384 on one core.
+
+class NeighbourIndex:
+    """Finds a sample's neighbours among the members, the nearest first, without the sample itself.
+
+    Results are cached: 16 bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
+    on one core.
 
     Args:
         embeddings_SE: Memory-mapped; not copied.
@@ -29,7 +39,7 @@ class NeighbourIndex:
         bandwidth: Sigma of the weights.
         k: Number of neighbours; None to select by similarity.
         similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None to select by k.
-        random_seed: If given, k random members instead of the nearest, the same each time.
+        random_seed: If given, k members are drawn at random instead of the nearest. The seed and the sample determine them.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class NeighbourIndex:
         from sklearn.neighbors import NearestNeighbors  # takes a second to import, so only here
 
         assert (k is None) != (similarity is None), "k or a similarity"
-        assert k is None or k < members, "preflight sees to it"
+        assert k is None or k < members, "preflight checks k"
         self._embeddings_SE, self._members, self._bandwidth = embeddings_SE, members, bandwidth
         self._k, self._random_seed = k, random_seed
         self._radius = None if similarity is None else bandwidth * float(np.sqrt(-2.0 * np.log(similarity)))
@@ -53,7 +63,6 @@ class NeighbourIndex:
         self._known: dict[int, Neighbours] = {}
 
     def __call__(self, sample: int) -> Neighbours:
-        """The neighbours of one sample."""
         if sample not in self._known:
             self._known[sample] = self._find(sample)
         return self._known[sample]
@@ -63,17 +72,18 @@ class NeighbourIndex:
         number_K = found[found != sample][: self._k]
         own_E = self._embeddings_SE[sample].astype(np.float64)
         squared_K = np.square(self._embeddings_SE[number_K].astype(np.float64) - own_E).sum(1)
-        order_K = np.lexsort((number_K, squared_K))
+        order_K = np.lexsort((number_K, squared_K))  # equal distances are ordered by index
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:
+        # One sample a query, because the last bits of a distance depend on the other samples of the query.
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # One more than wanted: the result may contain the sample itself, possibly after others with an equal embedding.
+        # One more than k: the result may contain the sample itself, possibly after others with an equal embedding.
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:
-        assert self._k is not None, "the schema sees to it"
+        assert self._k is not None, "the schema demands k with random neighbours"
         rng = np.random.default_rng([self._random_seed or 0, sample])
-        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)
+        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)  # one may be the sample itself

@@ -28,15 +28,10 @@ class TuningSample:
 
 
 class Samples:
-    """An opened folder; only the lengths are read at once.
-
-    Args:
-        folder: Made by `tools.prepare_router_tuning`.
+    """A folder that `tools.prepare_router_tuning` made. Opening it reads only the lengths; all other arrays are mapped.
 
     Attributes:
-        manifest: The manifest of the folder.
         digest: SHA-256 of the manifest, which contains the digests of the files.
-        embeddings_SE, routing_SLC: Memory-mapped.
 
     Raises:
         ConfigError, DataError: the folder is missing or damaged.
@@ -51,7 +46,7 @@ class Samples:
         arrays = {name: open_array(folder, name, self.manifest) for name in ARRAYS}
         self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
         self._tokens = arrays["tokens.npy"]
-        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)
+        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # a copy in memory: 16 bytes a sample
         ends_S = self._lengths_S2.sum(1).cumsum()
         self._starts_S = ends_S - self._lengths_S2.sum(1)
         if (self._lengths_S2 < 1).any() or ends_S[-1] != len(self._tokens):
@@ -64,42 +59,37 @@ class Samples:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """One sample; its tokens are copied."""
+        """A copy of one sample's tokens."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
         return TuningSample(tokens[:prompt], tokens[prompt:])
 
     def prompts(self) -> list[np.ndarray]:
-        """The prompts of all samples."""
+        """The prompts of all samples, in order."""
         return [self.sample(number).prompt for number in range(len(self))]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A question and whether the run answered it.
-
-    Attributes:
-        task, id, text: Of the question; the text is the embedded one.
-        right: Whether the run answered correctly.
-    """
+    """A question that the run has answered."""
 
     task: str
     id: str
-    text: str
+    text: str  # the text to embed
     sample: TuningSample
-    right: bool
+    right: bool  # the run's answer was correct
 
 
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder, successful samples first. It is built under a hidden name beside its place and renamed when
-    complete. After a kill no folder of the final name exists, and the next call removes the partial one.
+    """Writes a folder, successful samples first. The folder is built under a hidden name and renamed when complete, so that
+    `out` never exists in part; the next call removes a partial folder.
 
     Args:
         out: Must not exist.
         scored, embeddings_SE, routing_SLC: One row for each question.
-        facts: Further values for the manifest; sizes, tasks and digests are added here.
+        facts: The manifest without sizes, tasks and digests, which are added here.
 
     Raises:
         ConfigError: `out` exists.
@@ -132,7 +122,7 @@ def write_samples(
                 "tasks": {name: {"questions": questions, "right": right} for name, (questions, right) in tasks.items()},
                 "samples": len(ordered),
                 "right": sum(each.right for each in ordered),
-                "longest": int(lengths_S2.sum(1).max()) - 1,
+                "longest": int(lengths_S2.sum(1).max()) - 1,  # the last token is never an input
                 "columns": int(routing_SLC.shape[2]),
                 "width": int(embeddings_SE.shape[1]),
                 "digests": {name: sampled_digest(folder / name) for name in (*arrays, "questions.jsonl")},
@@ -141,7 +131,7 @@ def write_samples(
         manifest = TuningManifest.model_validate_json(manifest.model_dump_json(warnings=False))
         write_manifest(manifest, folder)
         refuse_existing(out)
-        folder.rename(out)
+        folder.rename(out)  # atomic on one file system
     except OSError as error:
         raise StorageError(
             f"--out {out}: cannot be written: {error.strerror or error}; mend that or name another place, and begin again"
@@ -158,7 +148,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks that a folder can be made, before hours of scoring. Raises: ConfigError: it exists, or its parent is not
+    """Checks before hours of scoring that a folder can be made. Raises: ConfigError: it exists, or its parent is not
     writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

@@ -1,7 +1,13 @@
-"""Router tuning inside a training step: which parameters are trained, which routing is read, and which term is added.
+"""Router tuning inside a training step: freezes all but the chosen routers, and adds the manifold term of RoMA (arXiv
+2511.07419, section 3) to the loss.
 
-The routing of neighbours comes from the folder of samples, or is recomputed every `refresh_every` steps. Shape letters: S
-samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
+    term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
+
+r_i is the concatenated softmax of the chosen layers at one token of sample i. r_j is a constant without gradient: it comes
+from the folder of samples, or is recomputed every `refresh_every` steps. A sample without neighbours adds 0 and counts in
+the mean. `neighbours.py` computes the weights W.
+
+Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
 
 import base64
@@ -21,61 +27,59 @@ from moe_dist.moe.routing import LayerReport
 from moe_dist.placement.roles import named_parameters
 from moe_dist.train.loss import MicroLoss
 from moe_dist.train.router_tuning.loader import SampleBatch
-from moe_dist.train.router_tuning.loss import manifold_sum
 from moe_dist.train.router_tuning.neighbours import Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader, routing_of
 from moe_dist.train.router_tuning.samples import Samples
 
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
-    """The router parameters of some layers, by logical name."""
+    """The router parameters of the given layers, by logical name."""
     prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
     return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables all gradients except those of some layers' routers. Call it before sharding: frozen parameters then have no
-    gradient to reduce, and backward ends at the lowest of these layers."""
+    """Disables all gradients except those of the given layers' routers.
+
+    Call it before sharding: then frozen parameters have no gradient to reduce, and backward ends at the lowest of the
+    layers.
+    """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.name in kept)
 
 
 class Targets(NamedTuple):
-    """Targets of one micro-batch, on its device: positions of the probe tokens, int64 [B]; the neighbours' routing [B, K,
-    R] and weights [B, K], 0 where a sample has fewer."""
+    """The constants of the manifold term for one micro-batch, on the model's device."""
 
-    probe_tokens_B: Tensor
-    target_BKR: Tensor
-    weight_BK: Tensor
+    probe_tokens_B: Tensor  # int64, index of each sample's probe token
+    target_BKR: Tensor  # float64, routing of the neighbours
+    weight_BK: Tensor  # float64, 0 where a sample has fewer than K neighbours
+
+
+def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
+    """Sum over samples and neighbours of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
+    squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # B x K x R numbers of memory
+    return (weight_BK.to(r_BR.dtype) * squared_BK).sum()
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The layers whose routers are trained.
+    """The layers whose routers are trained."""
 
-    Attributes:
-        layers: Indices of the transformer layers.
-        places: Their indices among the MoE layers.
-        stored: Their indices among the layers whose routing the samples have.
-    """
-
-    layers: tuple[int, ...]
-    places: tuple[int, ...]
-    stored: tuple[int, ...]
+    layers: tuple[int, ...]  # indices of the transformer layers
+    places: tuple[int, ...]  # indices among the MoE layers
+    stored: tuple[int, ...]  # indices among the layers whose routing is stored with the samples
 
 
 class RouterTuning:
     """The manifold term of one run, and its saved state.
 
     Args:
-        samples: The samples of the run.
-        model: The model in training; a refresh reads it.
-        chosen: The layers.
-        reader: Recomputes the routing.
+        reader: Recomputes the routing of all samples in a refresh.
         neighbours: Returns the neighbours of a sample, by its index.
-        weight: Lambda divided by the samples of a step.
-        refresh_every: Steps between refreshes; None for none.
+        weight: Lambda divided by the number of samples in a step.
+        refresh_every: Steps between refreshes; None to use the stored routing for the whole run.
     """
 
     def __init__(
@@ -97,8 +101,10 @@ class RouterTuning:
         self._routing_SLC: np.ndarray | None = None  # of the last refresh; None: the samples' own
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
-        """The targets of each micro-batch of a step (0-based). Collective if a refresh is due: the present routers then
-        read all samples, shared among the ranks."""
+        """The targets of each micro-batch of a step (0-based).
+
+        Collective if a refresh is due: the ranks together compute the routing of all samples with the present routers.
+        """
         if self._refresh_every is not None and step and step % self._refresh_every == 0:
             self._refreshed = (step, {name: _packed(parameter) for name, parameter in self._routers.items()})
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
@@ -119,20 +125,19 @@ class RouterTuning:
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
         """Routing of samples in the chosen layers, [K, R]."""
         if self._routing_SLC is not None:
-            rows_KLC = self._routing_SLC[number_K]
-        else:
-            rows_KLC = self._samples.routing_SLC[number_K][:, list(self._chosen.stored)]
-        return rows_KLC.reshape(len(number_K), self._width)
+            return self._routing_SLC[number_K].reshape(len(number_K), self._width)
+        stored_KLC = self._samples.routing_SLC[number_K]  # reads K rows of the memory-mapped file
+        return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """Adds this rank's share of the term to the loss. It is not averaged over ranks: the number of samples in a step
-        does not depend on their number."""
+        """Adds this rank's share of the term to the loss. The shares of the ranks sum to the term, because `weight` divides
+        by the samples of all ranks."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Digest of the samples, and the routers of the last refresh, from which their routing is recomputed."""
+        """Digest of the samples, and the router weights of the last refresh: `restore` recomputes the routing with them."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
@@ -140,7 +145,7 @@ class RouterTuning:
         """Restores a saved state; the model's weights must be loaded already. Collective.
 
         Raises:
-            DataError: the state is invalid, or of other samples.
+            DataError: the state is invalid, or belongs to other samples.
         """
         if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
             raise DataError(
@@ -161,7 +166,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():
+            for name, parameter in self._routers.items():  # the routers of the refresh, for this one reading only
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
@@ -169,7 +174,7 @@ class RouterTuning:
 
 
 def _packed(parameter: Tensor) -> str:
-    return base64.b64encode(parameter.detach().cpu().contiguous().numpy().tobytes()).decode()
+    return base64.b64encode(parameter.detach().cpu().contiguous().numpy().tobytes()).decode()  # device-to-host sync
 
 
 def _unpacked(text: JsonValue, like: Tensor, name: str) -> Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_dist.checkpoint import manager as manager_module
-from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import step_count
 from tests.support.messages import refused

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import Role

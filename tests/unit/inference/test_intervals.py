@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from moe_dist.inference.intervals import bootstrap_mean, wilson
+from moe_dist.inference.multiple_choice import bootstrap_mean, wilson
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 5), (5, 5), (1, 3), (17, 40), (431, 1000)])

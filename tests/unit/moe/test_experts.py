@@ -11,6 +11,7 @@ from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
 from tests.reference.layer import ReferenceWeights, moe_forward
@@ -78,8 +79,7 @@ def test_ablation_zeroes_the_output_and_nothing_else() -> None:
     layer = make_layer(None, "none")
     h_TD, group_T = torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,))
     _, before = layer(h_TD, group_T)
-    layer.experts_off = True
-    y_TD, after = layer(h_TD, group_T)
+    y_TD, after = layer(h_TD, group_T, RoutingRequest(experts_off=True))
     assert (y_TD == 0).all()
     assert torch.equal(before.sums.choices_C, after.sums.choices_C)
 

@@ -132,8 +132,8 @@ def test_free_choices_are_no_pairs() -> None:
 
 def test_ablation_zeroes_free_experts_too() -> None:
     layer = make_layer(CASES["all kinds"])
-    layer.experts_off = True
-    y_TD, _ = layer(torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,)))
+    ablated = RoutingRequest(experts_off=True)
+    y_TD, _ = layer(torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,)), ablated)
     assert (y_TD == 0).all()
 
 

@@ -118,9 +118,9 @@ def test_second_matrices_of_zeros_change_no_bit() -> None:
 
 def test_ablated_the_frozen_ffn_is_left() -> None:
     layer, group_T = make_layer(TOP_1), torch.zeros(5, dtype=torch.int64)
-    layer.experts_off = True
     x_TD = inputs(group_T)
-    assert torch.equal(layer(x_TD, group_T)[0], layer.ffn(layer.norm(x_TD)))
+    y_TD, _ = layer(x_TD, group_T, RoutingRequest(experts_off=True))
+    assert torch.equal(y_TD, layer.ffn(layer.norm(x_TD)))
 
 
 @pytest.mark.parametrize(("weight", "learns"), [("probability", True), ("straight_through", True), ("published", False)])

@@ -220,7 +220,7 @@ def take_a_step(plan: Preflight) -> None:
     training = build_training(config, plan.manifest, plan.placement, mesh)
     loader = build_loader(config, plan.manifest, rank=0, world_size=1)
     batches = loader.batches(0)
-    settings = build_plan(config, plan.groups)
+    settings = build_plan(config, plan.manifest, plan.placement)
     result = training.step(batches, lr=settings.lr(0), aux=settings.aux(0), number=0)
     assert result.grad_norm == result.grad_norm, "the gradient is not a number"
 

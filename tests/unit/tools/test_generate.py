@@ -16,8 +16,7 @@ from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 from moe_dist.config.routers.scheduled_top_k import ScheduledTopKRouterSection
-from moe_dist.inference.causal import causal_problems
-from moe_dist.inference.loaded_run import LoadedRun, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.tasks import choose_captions
 from moe_dist.inference.vocabulary import picture_of
 from tests.support.one_rank import OneRank, world_of_one
@@ -161,11 +160,12 @@ def test_other_data_are_refused(run: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, tmp_path: Path) -> None:
-    model = tiny_config(tiny_data, tmp_path).model
-    assert causal_problems(model) == []
+    config = tiny_config(tiny_data, tmp_path)
+    assert causal_problems(config) == []
 
     def problems(router: RouterSection) -> list[str]:
-        return causal_problems(model.model_copy(update={"moe": model.moe.model_copy(update={"router": router})}))
+        moe = config.model.moe.model_copy(update={"router": router})
+        return causal_problems(config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})}))
 
     assert problems(ExpertChoiceRouterSection(kind="expert_choice", causal="threshold")) == []
     (fault,) = problems(ExpertChoiceRouterSection(kind="expert_choice"))

@@ -59,18 +59,15 @@ def step_of(tiny_data: Path, tmp_path: Path) -> Any:
             open_sinks(plan, folder, env, attempt, progress=progress) as opened,
         ):
             yield Trainer(
-                build.build_plan(config, plan.groups),
+                build.build_plan(config, plan.manifest, plan.placement),
                 one.training.step,
                 build.build_loader(config, plan.manifest, rank=0, world_size=1),
                 build.build_evaluator(config, plan.manifest, one.training, plan.placement),
-                placement=plan.placement,
                 sinks=opened,
                 devices=devices,
                 saver=one.resumable,
                 stop=StopRequest(),
                 progress=progress,
-                modalities=tuple(plan.manifest.modalities),
-                baselines=plan.manifest.baselines,
             )._step
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.questions.catalogue import task_names
 from moe_dist.inference.questions.fact import Codes, Fact, Question, lemma_keys
-from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.pictures import pictures
-from moe_dist.inference.questions.split import Side, on_side, side_of
+from moe_dist.inference.questions.split import Side, make_questions, on_side, side_of
 from moe_dist.inference.questions.trivia import alternatives, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary

@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.train.router_tuning.loss import (
-    manifold_sum,
-    manifold_sum_reference,
-    neighbour_weights,
-    neighbour_weights_reference,
-)
+from moe_dist.train.router_tuning.neighbours import neighbour_weights
+from moe_dist.train.router_tuning.tuning import manifold_sum
+from tests.support.manifold import manifold_sum_reference, neighbour_weights_reference
 
 
 @pytest.mark.parametrize(("samples", "neighbours"), [(4, 3), (1, 1), (3, 0)])

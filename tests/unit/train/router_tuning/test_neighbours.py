@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_dist.train.router_tuning.loss import neighbour_weights_reference
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
+from tests.support.manifold import neighbour_weights_reference
 
 SAMPLES, MEMBERS = 60, 40
 

@@ -17,13 +17,13 @@ from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
 from moe_dist.train.loss import MicroLoss, forward, token_losses
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
-from moe_dist.train.router_tuning.loss import neighbour_weights_reference
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, freeze_all_but_routers
 from tests.support.counts import counts_with
 from tests.support.layouts import Layout, config_of
+from tests.support.manifold import neighbour_weights_reference
 from tests.support.messages import refused
 from tests.support.tuned import MANIFEST
 from tests.support.tuning_samples import made_samples
