@@ -1,6 +1,6 @@
-"""Judges benchmark rows by intervals: which rows are lost, and why.
+"""Judges benchmark rows: says which rules hold, and why the others do not.
 
-A row is lost if the 95 % interval of its paired ratio lies wholly above 1.05: ours is then slower by more than 5 %.
+A row is lost if the 95 % interval of its paired ratio lies wholly above 1.05, because ours is then more than 5 % slower.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,10 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-WHOLE = ("layer", "step")  # sweeps where nulls are remapped for Megatron-Core's default branch, which is then a rival
-
-
+# Sweeps of whole layers and steps. There Megatron-Core's default branch, with remapped null choices, is a rival too.
+WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# Why a rule does not hold and what was tried, by comparison, then by sweep ("" for all).
+# For each comparison and sweep ("" for all sweeps): the reason why a rule does not hold, and what was tried.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows whose experts are at home, half of all at two ranks; 'floor, all' has them; "
@@ -41,31 +40,21 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One judged comparison.
+    """One judged comparison."""
 
-    Attributes:
-        row: Its key, '<sweep>/<label>'.
-        comparison: For example 'ours / megatron'.
-        rule: The requirement.
-        ratio, low, high: Median and interval of our time over the other's.
-        met: Whether the rule holds.
-        reason: Why it does not hold.
-    """
-
-    row: str
-    comparison: str
+    row: str  # key of the row, '<sweep>/<label>'
+    comparison: str  # for example 'ours / megatron'
     rule: str
-    ratio: float
-    low: float
+    ratio: float  # median of our time over the rival's
+    low: float  # the interval of the ratio
     high: float
-    met: bool
-    reason: str = ""
+    met: bool  # true if the rule holds
+    reason: str = ""  # why the rule does not hold
 
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
-    """All judged comparisons of a file, the failed ones first."""
-    comparisons = [each for key, row in rows.items() for each in _judge_row(key, row)]
-    return sorted(comparisons, key=lambda each: each.met)
+    """Judges all rows of a file; comparisons whose rule does not hold come first."""
+    return sorted((each for key, row in rows.items() for each in _judge_row(key, row)), key=lambda each: each.met)
 
 
 def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
@@ -91,10 +80,8 @@ def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
 def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if row["by"] == "tokens":
         slope = row["log-log slope of time"]
-        met = SLOPE[0] <= slope <= SLOPE[1]
-        yield _result(
-            key, "time over tokens", f"log-log slope in {SLOPE}", {"median": slope, "low": slope, "high": slope}, met
-        )
+        exact = dict.fromkeys(("median", "low", "high"), slope)
+        yield _result(key, "time over tokens", f"log-log slope in {SLOPE}", exact, SLOPE[0] <= slope <= SLOPE[1])
         return
     for label, ratio in row["cost a row / the first's"].items():
         met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]

@@ -1,4 +1,4 @@
-"""Writes results as text, as Markdown for the docs, and as a picture."""
+"""Writes benchmark results as text, as Markdown for the docs, and as a picture."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +25,17 @@ SHOWN_RATIOS = (
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """The text for a terminal: first the lost rows with reasons, then the rules that hold, then all rows."""
+    """Returns the text for a terminal: first the rules that do not hold, then the rules that hold, then all rows."""
     comparisons = judge(results["rows"])
-    parts = [*_failures(comparisons), _plain(_comparisons_table([each for each in comparisons if each.met])), ""]
+    held = [["holds", each.row, each.comparison, each.rule, _range(each)] for each in comparisons if each.met]
+    parts = [*_failures(comparisons), _plain([["", "row", "comparison", "rule", "ratio"], *held]), ""]
     for title, table in tables(results):
         parts += [title, _plain(table), ""]
     return "\n".join(parts)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables of docs/benchmarks.md."""
+    """Returns the tables of docs/benchmarks.md."""
     comparisons = judge(results["rows"])
     holds = sum(comparison.met for comparison in comparisons)
     parts = ["### Judgement", "", f"{holds} of {len(comparisons)} comparisons hold. Those that do not:", ""]
@@ -45,7 +46,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
-    """One paragraph for each reason of unmet rules, with all its rows."""
+    """Returns a paragraph for each reason why a rule does not hold, with the rows that fail for that reason."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in comparisons:
         if not each.met:
@@ -63,7 +64,7 @@ def _range(comparison: BenchResult) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """One table for each sweep, in the file's order: our milliseconds, then paired ratios with their intervals."""
+    """Yields title and table for each sweep, in the file's order: our milliseconds, then paired ratios with intervals."""
     sweeps: dict[str, dict[str, Any]] = {}
     for key, row in results["rows"].items():
         sweep, _, label = key.partition("/")
@@ -110,11 +111,6 @@ def _scaling_table(row: Mapping[str, Any]) -> Table:
     return [*table, ["slope", f"{row['log-log slope of time']:.2f}", "", "", ""]]
 
 
-def _comparisons_table(comparisons: Sequence[BenchResult]) -> Table:
-    table = [["", "row", "comparison", "rule", "ratio"]]
-    return table + [["holds", each.row, each.comparison, each.rule, _range(each)] for each in comparisons]
-
-
 def _ratio(ratio: Mapping[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
@@ -130,7 +126,7 @@ def _pipes(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-# --- the picture: a line for each row, a dot with its interval for each rival, on a log axis
+# --- the picture: a line for each row; on it, for each rival, a dot and its interval on a logarithmic axis
 
 ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN, LEGEND = 16, 250, 420, 24, 40
 COLUMNS = 2
@@ -149,9 +145,9 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG: left of 1 ours is faster; right of the dotted line at LOST_ABOVE a row is lost."""
+    """Writes a PNG. Ours is faster left of 1; a row whose interval is right of the dotted line at LOST_ABOVE is lost."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
-    length = -(-len(rows) // COLUMNS)
+    length = -(-len(rows) // COLUMNS)  # rows of a column, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
     picture = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
