@@ -58,7 +58,7 @@ WORKLOADS = tuple(f"W{number}" for number in range(8))
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns for each sweep its points with their labels. Megatron-Core's default branch runs without remapped choices only
+    """Returns for each sweep its labelled points. Megatron-Core's default branch runs without remapped choices only
     in the sweeps `..., no nulls`, because it cannot skip a null choice."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):

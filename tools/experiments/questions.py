@@ -26,22 +26,21 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
-from tools.experiments.measure_schema import QuestionsSection
 from tools.experiments.oracle import Oracle
+from tools.experiments.study import QuestionsSection
 
 MEASURE = MEASURES[0]  # per token
 SAMPLES = "samples"
 
 
 class QuestionRound:
-    """Asks one model the questions of one side, with choices by log-likelihood per token.
+    """Asks one model the questions of one side; the answer is the choice with the highest log-likelihood per token.
 
     Args:
-        model: All of it, on this process.
-        config, manifest: Of the run and its data.
-        group_of_modality: int64 [M].
+        model: The whole model, on this process.
+        config, manifest: Configuration of the run, and manifest of its data.
+        group_of_modality: Index of the expert group of each modality, int64 [M].
         section: Selects the questions.
-        side: Their side.
     """
 
     def __init__(
@@ -64,13 +63,13 @@ class QuestionRound:
         )
 
     def record(self) -> dict[str, Any]:
-        """Accuracy: of each task, and the mean over tasks."""
+        """Returns the accuracy of each task, and the mean over tasks."""
         by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
         return {"side": str(self._side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
-        """Accuracy on the first questions of each task, with routing of the last layers fitted to the labels; `before` is
-        the accuracy without the fit."""
+        """Returns the accuracy on the first questions of each task, with the routing of the last layers fitted to the right
+        answers; `before` is the accuracy without the fit."""
         layers = len(self._config.model.moe_layers)
         oracle = Oracle(
             self._model,
@@ -105,7 +104,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """The tasks by name, and the catalogue that makes their questions.
+    """Returns the names of the tasks, and the catalogue that makes their questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that it needs is missing.
@@ -118,11 +117,10 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
-    """Checks for everything that a measurement will need, before training starts.
+    """Checks, before training starts, that the measurement will find its files and enough questions.
 
     Raises:
-        ConfigError: measure.questions needs files that do not exist (`make wordnet embedder` fetches them), or has too few
-            test questions.
+        ConfigError: files are missing (`make wordnet embedder` fetches them), or there are too few test questions.
     """
     try:
         tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
@@ -139,10 +137,10 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """Makes the samples for router tuning of a run, by `tools.prepare_router_tuning`; keeps them if they exist.
+    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing ones.
 
     Raises:
-        DataError: they could not be made (the tool's message stands above), or existing ones were made with other options.
+        DataError: the tool failed (it has printed why), or the existing samples were made with other options.
     """
     folder = run / SAMPLES
     if not folder.is_dir():

@@ -1,8 +1,8 @@
 """Counts the rows that an evaluation would send if its tokens were spread over the ranks of an EP group.
 
-The run here has one rank and sends nothing, but the number of rows depends only on the choices. Sequences go to the ranks
-in turn, as in the loader. Rows are counted in forward, per token and layer; rows of other methods are those of
-`moe_dist.moe.dispatch.ledger`.
+The evaluation has one rank and sends nothing, but the number of rows depends only on the choices. Sequences go to the ranks
+in turn, as in the loader. Rows are counted in forward, per token and layer. `moe_dist.moe.dispatch.ledger` counts the rows
+that other methods would send for the same choices.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,12 @@ ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_n
 
 
 def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
-    """The experts of a run, spread over `ep` ranks."""
+    """Places the experts of a run on `ep` ranks."""
     return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
 
 
 class SentRows:
-    """Sums the rows that each rank would send.
-
-    Args:
-        placement: Over the ranks of an EP group.
-    """
+    """Sums the rows that each rank of the placement's EP group would send."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._placement = placement
@@ -38,15 +34,15 @@ class SentRows:
         self._tokens = 0
 
     def add(self, routing: Routing, rank_T: np.ndarray) -> None:
-        """Adds one layer's routing of T tokens; token t is on rank rank_T[t]."""
+        """Adds one layer's routing of T tokens; token t is on rank rank_T[t]. Takes O(T x ranks) memory."""
         pairs, num_tokens = routing.assignments.taken(), len(rank_T)
         ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
         goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
-        goes_TR[torch.arange(num_tokens), own_T] = False
+        goes_TR[torch.arange(num_tokens), own_T] = False  # a row for an expert on the token's own rank is not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # The token of a null choice is not stored, so each rank gets a proportional share of them and of each group's
-        # tokens.
+        # The routing does not store which token made a null choice, so each rank gets a share of the null choices, and of
+        # each group's tokens, in proportion to the rank's tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
@@ -72,10 +68,10 @@ class SentRows:
         self._tokens += int(sums.tokens_G.sum())
 
     def per_token(self) -> Mapping[str, float]:
-        """Rows per token and layer."""
+        """Returns the rows per token and layer."""
         return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
 
 
 def rank_of_tokens(num_sequences: int, seq_len: int, ranks: int) -> np.ndarray:
-    """The rank of each token of a batch [T]; ranks take sequences in turn."""
+    """Returns the rank of each token of a batch [T]; ranks take sequences in turn."""
     return np.repeat(np.arange(num_sequences) % ranks, seq_len)

@@ -1,27 +1,24 @@
-"""The statistics of paired runs, on which every verdict rests.
+"""Computes the statistics of paired runs, on which every verdict rests.
 
-Runs of one seed share data, order and base weights, so differences between arms are taken seed by seed:
+Runs with one seed share data, order and base weights, so the difference d_i between two arms is taken for each seed i. The
+one-sided 95 % bounds of the mean difference over n seeds are (Student's t)
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
-
-are the one-sided 95 % bounds of the mean difference (Student's t; the quantile is scipy's). "Not worse" requires an upper
-bound below MARGIN nats, "better" one below 0.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 CONFIDENCE = 0.95
-MARGIN = 0.02  # nats
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of n pairs: their mean and standard deviation, and the two one-sided bounds of the mean."""
+    """The mean and standard deviation of n paired differences, and the two one-sided bounds of the mean."""
 
     n: int
     mean: float
@@ -31,12 +28,12 @@ class Paired:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Mean and one-sided bounds of paired differences.
+    """Computes the mean of paired differences and its one-sided bounds.
 
     Raises:
-        ValueError: fewer than two pairs, or a value that is not finite, so that no bound exists.
+        ValueError: there are fewer than two differences, or one is not finite, so that no bound exists.
     """
-    from scipy.stats import t  # slow to import, and only a report needs it
+    from scipy.stats import t  # takes a second to import, and only a report needs it
 
     values = np.asarray(differences, np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
@@ -46,16 +43,9 @@ def paired(differences: Sequence[float]) -> Paired:
     return Paired(len(values), mean, deviation, mean - reach, mean + reach)
 
 
-def differences(left: Mapping[int, float], right: Mapping[int, float]) -> dict[int, float]:
-    """left - right, for seeds that both have."""
-    return {seed: left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())}
-
-
 def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
-    """The value at x of the straight lines through points sorted by x; the outermost lines are extended by `reach`.
-
-    None farther out, or if two points share an x.
-    """
+    """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None farther out, or if two
+    points share an x."""
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
     if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
@@ -68,9 +58,9 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Cost at which a curve of (cost, loss) first reaches a loss, interpolated in ln cost.
+    """Returns the cost at which a curve of (cost, loss) first reaches a loss, interpolated in ln cost.
 
-    None if it never does, or if it starts below: the cost to get there is then unknown.
+    Returns None if the curve never reaches the loss, or starts below it: then the cost of reaching it is unknown.
     """
     ordered = sorted(curve)
     for place, (cost, here) in enumerate(ordered):
@@ -85,11 +75,11 @@ def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | 
 
 
 def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
-    """ln eta of two curves of (cost, loss).
+    """Returns ln eta of two curves of (cost, loss).
 
-    eta is the whole cost of `of` over the cost at which `arm` reaches the last loss of `of`. If it never does, the inverse
-    case, below 1: the cost at which `of` reaches the arm's last loss over the arm's whole cost. None without points, or if
-    the loss is reached before the first of them.
+    eta is the whole cost of `of` over the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches that
+    loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, over the whole cost of `arm`. Returns None
+    for a curve without points, or if a curve starts below the loss to reach.
     """
     if not arm or not of:
         return None
@@ -102,11 +92,11 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
 
 def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """A curve's distance from another at the curve's own costs, [2, points]: cost and nats over `of`.
+    """Returns the distance of a curve from the curve `of`, at the costs of `curve`, [2, points]: cost and nats above `of`.
 
     Args:
-        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost. Up to 1 % beyond its ends
-            it is constant, farther off the distance is nan.
+        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
+            beyond its ends; farther out the distance is nan.
     """
     known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
     return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])

@@ -1,4 +1,4 @@
-"""The models of a finished run in this process, the mean of its last checkpoints, and the cost up to each step."""
+"""Loads the checkpoints of a finished run, averages them, and computes the training cost up to each step."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,7 @@ from moe_dist.train.build import TrainingPlan
 
 
 class TrainedRun:
-    """Reads the checkpoints of a run repeatedly into one model.
-
-    Args:
-        folder: Folder of the run.
-        config: Configuration of the run; this process holds all experts (EP = 1).
-    """
+    """Reads the checkpoints of the run in `folder` into one model, which holds all experts (EP = 1)."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._directory = CheckpointDirectory(folder / "checkpoints")
@@ -28,13 +23,14 @@ class TrainedRun:
         self.model, self.placement = self._reader.model, self._reader.placement
 
     def steps(self) -> list[int]:
-        """Steps of the existing checkpoints, rising."""
+        """Returns the steps of the existing checkpoints, rising."""
         return sorted(self._directory.steps())
 
     @torch.no_grad()
     def load(self, steps: Sequence[int]) -> Transformer:
-        """The model with the mean weights of these checkpoints, summed in float64. Thresholds are averaged too; counts are
-        those of the last checkpoint.
+        """Loads the mean weights of these checkpoints into the model, and returns the model.
+
+        The sum is in float64. Thresholds of routers are averaged too; integer counts are those of the last checkpoint.
 
         Raises:
             DataError: a checkpoint is damaged, or the base of its adapters is missing.
@@ -44,7 +40,7 @@ class TrainedRun:
             self._reader.read(self._directory.path_of(step))
             for name, tensor in self._reader.state.tensors().items():
                 if tensor.is_floating_point():
-                    sums[name] = sums.get(name, 0.0) + tensor.to(torch.float64)
+                    sums[name] = sums.get(name, 0.0) + tensor.to(torch.float64)  # a copy of the model with 8 bytes a weight
         if len(steps) > 1:
             for name, tensor in self._reader.state.tensors().items():
                 if name in sums:
@@ -58,21 +54,15 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost up to a step.
+    """The training cost up to a step."""
 
-    Attributes:
-        tokens: Without padding.
-        flops: Of forward and backward, by moe_dist.plan.flops from the measured number of experts.
-        seconds: Of the steps, without evaluations, checkpoints and starts.
-    """
-
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
+    tokens: int = 0  # without padding
+    flops: float = 0.0  # forward and backward, by moe_dist.plan.flops from the measured active experts
+    seconds: float = 0.0  # training steps alone, without evaluations, checkpoints and starts
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """The cost after each step, including the cost `before` the run."""
+    """Returns the cost after each step, including the cost `before` the run."""
     spent, sums = {}, before
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
@@ -90,7 +80,7 @@ def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int,
 def _routed(
     scalars: Mapping[str, float], arrays: Mapping[str, list[list[float]]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """True experts per token of each group, and each group's share of the tokens."""
+    """Returns the active experts a token in each group, and the share of tokens of each group."""
     prefix = "moe/experts_per_token/"
     experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
     tokens_G = [sum(column) for column in zip(*arrays["tokens_LG"], strict=True)]

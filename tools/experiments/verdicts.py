@@ -1,21 +1,20 @@
-"""Judges rules: pass, fail, or not testable with the reason."""
+"""Judges the rules of an experiment: pass, fail, or not testable with the reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tools.experiments.statistics import Paired, differences, log_eta, on_lines, paired
-from tools.experiments.study import Study
-from tools.experiments.values import (
+from tools.experiments.statistics import Paired, log_eta, on_lines, paired
+from tools.experiments.study import (
     ArmValue,
     ConstantValue,
     EtaValue,
     InterpolatedValue,
     RatioValue,
+    Study,
     SumValue,
     Value,
     ValueRule,
-    arms_of,
 )
 
 Record = Mapping[str, Any]
@@ -25,50 +24,45 @@ Outcome = Literal["pass", "fail", "not testable here"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes:
-    paired: Statistics of lower - higher; None if there is no bound.
-    by_seed: The differences.
-    reason: Why it is not testable, else empty.
-    """
+    """The verdict on a rule."""
 
     rule: ValueRule
     outcome: Outcome
-    paired: Paired | None
-    by_seed: Mapping[int, float]
-    reason: str = ""
+    paired: Paired | None = None  # statistics of lower - higher; None if the rule is not testable
+    reason: str = ""  # why the rule is not testable
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """A verdict for each rule, from all seeds that its arms share."""
+    """Judges each rule, from all seeds that the rule's arms share."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
     if study.not_testable:
-        return Verdict(rule, "not testable here", None, {}, study.not_testable)
-    arms = [name for value in (rule.lower, rule.higher) for name in arms_of(value)]
-    seeds = set.intersection(*(set(study.seeds_of(study.arms[name])) for name in arms))
-    missing = sorted({f"{arm} seed {seed}" for arm in arms for seed in seeds if (arm, seed) not in records})
+        return Verdict(rule, "not testable here", reason=study.not_testable)
+    seeds = sorted(set.intersection(*(set(study.seeds_of(study.arms[name])) for name in rule.arms)))
+    missing = sorted({f"{arm} seed {seed}" for arm in rule.arms for seed in seeds if (arm, seed) not in records})
     if missing:
-        return Verdict(rule, "not testable here", None, {}, f"no record yet of {', '.join(missing)}")
-    lower, higher = ({seed: value_of(value, records, seed) for seed in seeds} for value in (rule.lower, rule.higher))
-    lost = sorted(seed for seed in seeds if lower[seed] is None or higher[seed] is None)
+        return Verdict(rule, "not testable here", reason=f"no record yet of {', '.join(missing)}")
+    differences, lost = [], []
+    for seed in seeds:
+        lower, higher = (value_of(value, records, seed) for value in (rule.lower, rule.higher))
+        if lower is None or higher is None:
+            lost.append(str(seed))
+        else:
+            differences.append(lower - higher)
     if lost:
-        return Verdict(rule, "not testable here", None, {}, f"no value for seed {', '.join(map(str, lost))}: {_why(rule)}")
-    by_seed = differences(
-        {seed: value for seed, value in lower.items() if value is not None},
-        {seed: value for seed, value in higher.items() if value is not None},
-    )
+        return Verdict(rule, "not testable here", reason=f"no value for seed {', '.join(lost)}: {_why(rule)}")
     try:
-        found = paired(list(by_seed.values()))
+        found = paired(differences)
     except ValueError as error:
-        return Verdict(rule, "not testable here", None, by_seed, str(error))
+        return Verdict(rule, "not testable here", reason=str(error))
     holds = found.upper < rule.margin if rule.by == "bound" else found.mean <= rule.margin
-    return Verdict(rule, "pass" if holds else "fail", found, by_seed)
+    return Verdict(rule, "pass" if holds else "fail", found)
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """A value for one seed; None if the records do not have it."""
+    """Returns a value for one seed; None if the records lack it."""
     match value:
         case ConstantValue():
             return value.constant
@@ -93,7 +87,7 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
 
 
 def number_at(record: Record, path: str) -> float | None:
-    """A number of a record by its dotted path."""
+    """Returns the number at a dotted path of a record; None if the path has no number."""
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -103,12 +97,12 @@ def number_at(record: Record, path: str) -> float | None:
 
 
 def of_arm(records: Records, arm: str) -> dict[int, Record]:
-    """The records of an arm by seed."""
+    """Returns the records of an arm by seed."""
     return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
 
 
 def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
-    """Points (cost, held-out loss of a part) of a run, by rising cost."""
+    """Returns the points (cost, held-out loss of a part) of a run, by rising cost."""
     return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]
 
 
