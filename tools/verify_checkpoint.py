@@ -1,5 +1,4 @@
-"""Checks that a checkpoint is whole: every tensor exists once, with the right shape, finite, and bit-equal to the saved
-one."""
+"""Checks that a checkpoint is whole: every tensor exists once, has the right shape, is finite, and has the saved bits."""
 
 import json
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 @reports_errors("verify_checkpoint")
 def main(
     path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
-    every: Annotated[bool, typer.Option("--every", help="List every fault, not the first few.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="List every fault, not only the first ones.")] = False,
 ) -> None:
-    """Reads every byte of a checkpoint and tells what is wrong: exit code 0 if nothing is, 65 if something is."""
+    """Read every byte of a checkpoint and list its faults. Ends with exit code 0 without a fault, and with 65 otherwise."""
     from moe_dist.checkpoint.verify import verify
 
     folder = find_checkpoint(path)
@@ -45,7 +44,7 @@ def main(
 
 
 def _look_at_base(folder: Path) -> Path | None:
-    """The base of a checkpoint of adapters, which must exist; None for any other checkpoint."""
+    """Finds the base of a checkpoint of adapters; returns None for any other checkpoint."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     state = examine_files(folder).state
@@ -55,7 +54,8 @@ def _look_at_base(folder: Path) -> Path | None:
 
 
 def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """The tensors of the model in the checkpoint's configuration, and a remark if there is none."""
+    """Returns the tensors that the checkpoint's configuration calls for. Returns None and a remark if there is no
+    readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 
