@@ -66,7 +66,7 @@ class Fields:
     def whole(self, name: str, default: Any = _MISSING) -> Any:
         """Returns an integer above 0, or the default."""
         value = self.get(name, default)
-        if value is not default and (type(value) is not int or value < 1):
+        if value is not default and (type(value) is not int or value < 1):  # a bool is an int, too
             raise ConfigError(f"config.json: {name}={value!r} must be a whole number above 0")
         return value
 

@@ -32,13 +32,7 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
 
 
 def groups_of_rank(
-    mask_BS: Tensor | None,
-    group_of_modality_M: Tensor,
-    *,
-    length: int,
-    batch: int,
-    tp_rank: int,
-    tp_size: int,
+    mask_BS: Tensor | None, group_of_modality_M: Tensor, *, length: int, batch: int, tp_rank: int, tp_size: int
 ) -> Tensor:
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 

@@ -73,9 +73,9 @@ def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, 
     sizes: Sequence[float] = [float(getattr(point, by)) for point in points.values()]
     return {
         "by": by,
-        "milliseconds": {label: median_interval(each * 1e3).to_json() for label, each in seconds.items()},
+        "milliseconds": {label: asdict(median_interval(each * 1e3)) for label, each in seconds.items()},
         "rows": rows,
-        "nanoseconds a row": {label: median_interval(each * 1e9).to_json() for label, each in cost.items()},
-        "cost a row / the first's": {label: paired_ratio(each, cost[first]).to_json() for label, each in cost.items()},
+        "nanoseconds a row": {label: asdict(median_interval(each * 1e9)) for label, each in cost.items()},
+        "cost a row / the first's": {label: asdict(paired_ratio(each, cost[first])) for label, each in cost.items()},
         "log-log slope of time": log_log_slope(sizes, [float(np.median(each)) for each in seconds.values()]),
     }

@@ -46,9 +46,6 @@ class Interval:
     high: float
     n: int
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Returns the median of independent values, and an interval between two of the values by the sign test.
@@ -149,7 +146,7 @@ def measured_row(
     seconds = time_interleaved(contenders, mesh, effort)
     return {
         "point": dict(point),
-        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
-        "ratio": {f"{mine} / {other}": paired_ratio(seconds[mine], seconds[other]).to_json() for mine, other in pairs},
+        "milliseconds": {name: asdict(median_interval(each * 1e3)) for name, each in seconds.items()},
+        "ratio": {f"{mine} / {other}": asdict(paired_ratio(seconds[mine], seconds[other])) for mine, other in pairs},
         "sent": sent,
     }

@@ -32,33 +32,22 @@ class Replacement:
     value: Any
 
 
-class IdleStream:
-    """Replaces a CUDA stream on a device that runs everything in order."""
+class Idle:
+    """Replaces CUDA streams and CUDA events. A CPU works in order, so the stream never waits and the event is complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
     def wait_event(self, _: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or IdleEvent()
-
-    def query(self) -> bool:
-        return True
-
-    def __enter__(self) -> "IdleStream":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class IdleEvent:
-    """Replaces a CUDA event; it has always completed."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
     def wait(self, *_: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "Idle":
+        return self
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Idle()
 
     def query(self) -> bool:
         return True
@@ -104,7 +93,7 @@ def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> A
 
 def cuda_replacements() -> Sequence[Replacement]:
     """Lists the replacements in torch."""
-    stream = IdleStream()
+    stream = Idle()
     cuda: dict[str, Any] = {
         "current_device": _returning(CPU),
         "current_stream": _returning(stream),
@@ -124,8 +113,8 @@ def cuda_replacements() -> Sequence[Replacement]:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "Stream": IdleStream,
-        "Event": IdleEvent,
+        "Stream": Idle,
+        "Event": Idle,
         **{name: getattr(torch, name) for name in ("FloatTensor", "IntTensor", "LongTensor")},
     }
     constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand",
@@ -135,7 +124,7 @@ def cuda_replacements() -> Sequence[Replacement]:
         *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
         # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
         Replacement("torch.compile", torch, "compile", _uncompiled),
-        Replacement("torch.Stream", torch, "Stream", IdleStream),
+        Replacement("torch.Stream", torch, "Stream", Idle),
         Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
         Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
         Replacement("torch.nn.Module.cuda", torch.nn.Module, "cuda", lambda self, *_, **__: self),

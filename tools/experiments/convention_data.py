@@ -28,14 +28,7 @@ from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, spec
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import reports_errors, run_command
-from tools.experiments.instructed import (
-    Document,
-    check_new,
-    data_folder,
-    instructed_document,
-    write_sources,
-    write_split,
-)
+from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of BACKGROUNDS, in order
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of LANGUAGES, in order

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.experiments.statistics import at_equal_cost
 from tools.experiments.study import Study
-from tools.experiments.verdicts import Records, of_arm
+from tools.experiments.verdicts import Records, at_equal_cost, of_arm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,22 +27,12 @@ from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import reports_errors, run_command
-from tools.experiments.instructed import (
-    Document,
-    check_new,
-    data_folder,
-    instructed_document,
-    write_sources,
-    write_split,
-)
+from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 from tools.experiments.study import LEFT
 
 SLOW = ("reasoning-number_sequence",)  # takes half a minute for 2,000 questions; other tasks take a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
-LICENCES = {
-    "wordnet": ("WordNet licence", "WordNet, Princeton University"),
-    "reasoning": ("Apache-2.0", "reasoning-gym"),
-}
+LICENCES = {"wordnet": ("WordNet licence", "WordNet, Princeton University"), "reasoning": ("Apache-2.0", "reasoning-gym")}
 
 
 @reports_errors()
