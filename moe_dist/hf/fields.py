@@ -1,7 +1,8 @@
 """Reads a config.json as plain JSON, and records which fields were read, so that an import can report the others."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ class Fields:
 
     def whole(self, name: str, default: Any = _MISSING) -> Any:
         """Returns an integer above 0, or the default."""
-        value = self.get(name, default)
-        if value is not default and (type(value) is not int or value < 1):  # a bool is an int, too
-            raise ConfigError(f"config.json: {name}={value!r} must be a whole number above 0")
-        return value
+        return self._fitting(name, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
 
     def one_of(self, names: Sequence[str]) -> int:
         """Returns an integer above 0 that may have one of several names; fields that are present must agree."""
@@ -79,22 +77,21 @@ class Fields:
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
         """Returns a number above 0."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"config.json: {name}={value!r} must be a number above 0")
-        return float(value)
+        number = (int, float)
+        return float(self._fitting(name, default, "a number above 0", lambda v: type(v) in number and 0 < v < math.inf))
 
     def many(self, name: str) -> list[Any]:
         """Returns a list; empty if the field is absent."""
-        value = self.get(name, [])
-        if not isinstance(value, list):
-            raise ConfigError(f"config.json: {name}={value!r:.80} must be a list")
-        return value
+        return self._fitting(name, [], "a list", lambda value: isinstance(value, list))
 
     def flag(self, name: str, default: bool) -> bool:
+        return self._fitting(name, default, "true or false", lambda value: isinstance(value, bool))
+
+    def _fitting(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
+        """Returns a value that fits a rule, or the default."""
         value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"config.json: {name}={value!r} must be true or false")
+        if value is not default and not fits(value):
+            raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:

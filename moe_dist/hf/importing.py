@@ -95,8 +95,7 @@ def import_model(
                 "config": config.model_dump(mode="json"),
                 HUGGINGFACE: {"family": family.name, "dtypes": {**plan.dtypes}},
             }
-            _conclude(place / _TREE, plan, config, values, save_id)
-            _companions(source, place / _TREE / HUGGINGFACE)
+            _conclude(place / _TREE, source, plan, config, values, save_id)
             if os.path.lexists(out):
                 raise ConfigError(f"{out} exists by now; nothing is overwritten")
             (place / _TREE).rename(out)
@@ -240,8 +239,11 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
         return False
 
 
-def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
-    """Writes index, state and digests of the checkpoint, and the configuration, and syncs them to disk."""
+def _conclude(
+    tree: Path, source: Source, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str
+) -> None:
+    """Writes index, state and digests of the checkpoint, the configuration, and the small files of the source; syncs all
+    of them to disk."""
     folder = tree / "step_0"
     specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
@@ -255,14 +257,11 @@ def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str,
     sync(folder)
     write_durably(tree / LATEST_FILE, f"{folder.name}\n".encode())
     write_durably(tree / "config.yaml", resolved_yaml(config).encode())
-
-
-def _companions(source: Source, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    (tree / HUGGINGFACE).mkdir(exist_ok=True)
     for name in (CONFIG_FILE, *source.companions):
-        write_durably(folder / name, inside(source.folder, name).read_bytes())
-    sync(folder)
-    sync(folder.parent)
+        write_durably(tree / HUGGINGFACE / name, inside(source.folder, name).read_bytes())
+    sync(tree / HUGGINGFACE)
+    sync(tree)
 
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:

@@ -175,7 +175,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
             problems.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
         else:
             parts.append(_drawn(slot, section))
-    parts += [_tiled(part, section) for part in parts if _is_gate(part, section)]
+    parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
     if problems:
@@ -190,12 +190,14 @@ def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
-def _is_gate(part: TensorPart, section: ModelSection) -> bool:
+def _has_null_rows(part: TensorPart, section: ModelSection) -> bool:
+    """Returns true for the true rows of a router that gets rows for null experts."""
     (group,) = section.moe.groups.values()
     return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
 
 
 def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
+    """Returns the router rows of null experts, as copies of the true rows."""
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(

@@ -7,7 +7,6 @@ process's memory.
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 AGAIN = "copy or download it again"  # the fix for a file that has changed
 
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints that follows from config.json
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name that leads into no other folder
 
 
 class _Entry(StoredModel):
@@ -169,16 +168,12 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
     found = read_json(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
-    odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _plain(file)]
+    odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _PLAIN.fullmatch(str(file))]
     if odd:
         raise DataError(
             f"{folder / INDEX_FILE}: files must be plain names of .safetensors in the same folder, not {', '.join(odd[:3])}"
         )
     return found
-
-
-def _plain(file: object) -> bool:
-    return isinstance(file, str) and _PLAIN.fullmatch(file) is not None and os.path.basename(file) == file
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:

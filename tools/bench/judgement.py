@@ -20,20 +20,21 @@ NOT_EXPLAINED = "not explained yet"
 # For each comparison and sweep ("" for all sweeps): the reason why a rule does not hold, and what was tried.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
-        "": "this floor leaves out the rows whose experts are at home, half of all at two ranks; 'floor, all' has them; "
-        "tried: copying them while the others fly (no gain where the wire is the cores' own work), embedding_bag for the "
-        "sums (0.3 ms of 11), index_copy_ for first terms (slower)",
+        "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
+        "them; tried: copying these rows during the exchange (no gain where the exchange runs on the same cores), "
+        "embedding_bag for the sums (0.3 ms of 11), index_copy_ for first terms (slower)",
     },
     "dispatch, combine / floor, all": {
-        "null fraction": "with so few rows the fixed cost shows: the exchange of weights, and y written whole; tried: the "
-        "weights' exchange is in flight beside the rows' already; leaving it out would need them in the rows' payload",
+        "null fraction": "with so few rows the fixed costs show: the exchange of weights, and writing all of y; tried: the "
+        "exchange of weights already overlaps the exchange of rows; without it the rows would have to carry the weights",
     },
     "ours / naive": {
-        "": "by its median it holds, the interval of this row is wide; tried: nothing, its neighbours hold",
+        "": "the median meets the rule, but the interval is wide; tried: nothing, because the neighbouring rows meet the rule"
     },
     "time over tokens": {
-        "": "it grows more slowly than the tokens: the exchange of weights, with the plan those of counts and indices and "
-        "a host sync, cost 1 to 4 ms at any size; tried: pair indices are in flight while tokens are looked up",
+        "": "time grows more slowly than the tokens because of fixed costs of 1 to 4 ms: the exchange of weights and, with "
+        "the plan, the exchanges of counts and indices and a host sync; tried: indices of pairs are exchanged while tokens "
+        "are looked up",
     },
 }
 

@@ -90,7 +90,6 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
         check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
-    results.parent.mkdir(parents=True, exist_ok=True)
     lock = ROOT / f".{study.name}{'-pilot' if pilot else ''}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -36,9 +36,19 @@ from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
-from tools.experiments.sent_rows import ROWS, SentRows, rank_of_tokens, spread
 from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
-from tools.experiments.tokens import answers, binned, evaluate, loads, losses, recorded_routers
+from tools.experiments.tokens import (
+    ROWS,
+    SentRows,
+    answers,
+    binned,
+    evaluate,
+    loads,
+    losses,
+    rank_of_tokens,
+    recorded_routers,
+    spread,
+)
 
 
 @dataclass(frozen=True)

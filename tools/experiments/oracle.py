@@ -10,6 +10,7 @@ Shape letters: B questions of a batch, S positions, L chosen layers, C columns o
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,18 @@ EPSILON = 1e-4
 _BATCH = 16  # questions
 
 
+@dataclass
 class Oracle:
-    """Answers questions with routing fitted to the right answers.
+    """Answers questions with routing fitted to the right answers."""
 
-    Args:
-        model: A model in evaluation mode, whose routers pass `check_routers`.
-        maker: Makes batches from prompts and answers.
-        group_of_modality: Index of the expert group of each modality, int64 [M].
-        places: The MoE layers whose routing is fitted, by their index among all MoE layers.
-    """
+    model: Transformer  # in evaluation mode; its routers pass `check_routers`
+    maker: SampleMaker  # makes batches from prompts and answers
+    group_of_modality: Tensor  # index of the expert group of each modality, int64 [M]
+    places: Sequence[int]  # the MoE layers whose routing is fitted, by their index among all MoE layers
 
-    def __init__(self, model: Transformer, maker: SampleMaker, *, group_of_modality: Tensor, places: Sequence[int]) -> None:
-        self._model, self._maker, self._group_of_modality = model, maker, group_of_modality
-        routers = [layer.router for layer in model.moe_modules()]
-        self._routers: list[nn.Module] = [routers[place] for place in places]
+    def __post_init__(self) -> None:
+        routers = [layer.router for layer in self.model.moe_modules()]
+        self._routers: list[nn.Module] = [routers[place] for place in self.places]
         # logits = h W^T, and W has full row rank, so h + offset pinv(W)^T has the logits + offset.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
@@ -91,7 +90,7 @@ class Oracle:
         """Returns the mean cross entropy of each answer's tokens [B]."""
         scored_BS = batch.labels_BS != IGNORED
         with self._moved(scored_BS, offset_BLC):
-            logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
+            logits_BSV, _ = forward(self.model, batch, self.group_of_modality)
         losses_BS = token_losses(logits_BSV, batch.labels_BS)
         return torch.where(scored_BS, losses_BS, 0.0).sum(1) / scored_BS.sum(1)
 
@@ -114,7 +113,7 @@ class Oracle:
             yield
 
     def _batch(self, continuations: Sequence[Continuation]) -> SampleBatch:
-        return self._maker.make(
+        return self.maker.make(
             [TuningSample(np.array(each.context, np.int64), np.array(each.tokens, np.int64)) for each in continuations]
         )
 

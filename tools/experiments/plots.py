@@ -53,7 +53,9 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
     """Draws a dot for each run. A grey line joins the runs with one seed, because these are compared."""
-    shown = [name for name in study.arms if name not in _only_begun_with(study)]
+    judged = {arm for rule in study.rules for arm in rule.arms}
+    starts = {arm.after for arm in study.arms.values()} - judged  # such an arm only gives others their initial weights
+    shown = [name for name in study.arms if name not in starts]
     means = {
         name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := of_arm(records, name).values())
     }
@@ -83,12 +85,6 @@ def _label(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(fontsize=7)
-
-
-def _only_begun_with(study: Study) -> set[str]:
-    """Returns the arms that other arms start from and that appear in no rule."""
-    judged = {arm for rule in study.rules for arm in rule.arms}
-    return {arm.after for arm in study.arms.values() if arm.after} - judged
 
 
 def _adaptive(record: Mapping[str, Any]) -> bool:

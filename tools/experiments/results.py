@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def rounded(value: Any) -> Any:
     """Rounds floats to six significant digits, because more would suggest a precision that was not measured."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [rounded(each) for each in value]
-    return value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def _git(*arguments: str) -> str | None:

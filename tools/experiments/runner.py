@@ -104,7 +104,7 @@ class Runner:
         """Starts a module and its arguments as a child process; its output goes to a file beside the run's folder."""
         folder = self._folder(job)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.out").open("ab") as out:
+        with Path(f"{folder}.out").open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env={**os.environ, **ONE_THREAD},
@@ -124,7 +124,11 @@ class Runner:
                 continue
             self._running.remove(each)
             if code != EXIT_DONE:
-                raise self._failure(each, code)
+                what = "training" if each.training else "measurement"
+                raise JobFailedError(
+                    f"{each.job.label} seed {each.job.seed}: its {what} ended with {code}; the end of "
+                    f"{self._folder(each.job)}.out says why. Mend it and start again: what is finished stays"
+                )
             if each.training:
                 self._measure(each.job)
             else:
@@ -149,14 +153,6 @@ class Runner:
                 each.process.kill()
                 each.process.wait()
         self._running.clear()
-
-    def _failure(self, each: _Running, code: int) -> JobFailedError:
-        log = self._folder(each.job).parent / f"{self._folder(each.job).name}.out"
-        what = "training" if each.training else "measurement"
-        return JobFailedError(
-            f"{each.job.label} seed {each.job.seed}: its {what} ended with {code}; the end of {log} says why. Mend it and "
-            "start again: what is finished stays"
-        )
 
     def _folder(self, job: StudyJob) -> Path:
         return run_folder(self.study, job.label, job.seed, pilot=self.pilot)

@@ -179,7 +179,9 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
             known = [term.times * number for term, number in zip(value.sum, terms, strict=True) if number is not None]
             return sum(known) if len(known) == len(terms) else None
         case RatioValue():
-            return _rise(records[value.arm, seed], value)
+            record = records[value.arm, seed]
+            probed = [point for point in record.get("probes", {}).get(value.probe, []) if point["at"] == value.at]
+            return value.factor * (probed[0]["loss"][value.part] - record["loss"][value.part]) if probed else None
 
 
 def number_at(record: Record, path: str) -> float | None:
@@ -200,13 +202,6 @@ def of_arm(records: Records, arm: str) -> dict[int, Record]:
 def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
     """Returns the points (cost, held-out loss of a part) of a run, by rising cost."""
     return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]
-
-
-def _rise(record: Record, value: RatioValue) -> float | None:
-    for point in record.get("probes", {}).get(value.probe, []):
-        if point["at"] == value.at:
-            return value.factor * (point["loss"][value.part] - record["loss"][value.part])
-    return None
 
 
 def _why(rule: ValueRule) -> str:
