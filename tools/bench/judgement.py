@@ -29,7 +29,7 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
         "exchange of weights already overlaps the exchange of rows; without it the rows would have to carry the weights",
     },
     "ours / naive": {
-        "": "the median meets the rule, but the interval is wide; tried: nothing, because the neighbouring rows meet the rule"
+        "": "the median meets the rule, but the interval is wide; tried: nothing, because the neighbours of the row meet it"
     },
     "time over tokens": {
         "": "time grows more slowly than the tokens because of fixed costs of 1 to 4 ms: the exchange of weights and, with "
@@ -81,7 +81,7 @@ def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
 def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if row["by"] == "tokens":
         slope = row["log-log slope of time"]
-        exact = dict.fromkeys(("median", "low", "high"), slope)
+        exact = {"median": slope, "low": slope, "high": slope}
         yield _result(key, "time over tokens", f"log-log slope in {SLOPE}", exact, SLOPE[0] <= slope <= SLOPE[1])
         return
     for label, ratio in row["cost a row / the first's"].items():

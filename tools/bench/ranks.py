@@ -61,7 +61,7 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         ConfigError: the file has rows with other settings; nothing was measured.
         RuntimeError: a rank failed; its traceback is on standard error.
     """
-    from torch.multiprocessing import ProcessExitedException, start_processes  # takes seconds to import
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes  # takes seconds to import
 
     results = read_results(job.path)
     kept = {key: row for key, row in results["rows"].items() if not (fresh and job.wants(key))}
