@@ -9,7 +9,7 @@ import typer
 
 from moe_dist.checkpoint.contents import examine_files
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.index import MAX_FAULTS
+from moe_dist.checkpoint.index import MAX_FAULTS, StateFile
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import DataError
 from moe_dist.runtime.command_line import reports_errors, run_command
@@ -24,9 +24,10 @@ def main(
     from moe_dist.checkpoint.verify import verify
 
     folder = find_checkpoint(path)
-    specs, doubt = _expected(folder)
+    state = examine_files(folder).state
+    specs, doubt = _expected(state)
     examined, problems = verify(folder, specs)
-    base = _look_at_base(folder)
+    base = _look_at_base(state, folder)
     if problems:
         for problem in problems if every else problems[:MAX_FAULTS]:
             print(problem)
@@ -43,23 +44,21 @@ def main(
         print(f"its base {base} is there, with the content hash that the adapters name; verify it by itself")
 
 
-def _look_at_base(folder: Path) -> Path | None:
+def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
     """Finds the base of a checkpoint of adapters; returns None for any other checkpoint."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
-    state = examine_files(folder).state
     if state is None or KEY not in state.values:
         return None
     return find_base(Base.noted(state.values, folder), folder).folder
 
 
-def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
+def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
     """Returns the tensors that the checkpoint's configuration calls for. Returns None and a remark if there is no
     readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 
-    state = examine_files(folder).state
     saved = state.values.get("config") if state is not None else None
     try:
         if not isinstance(saved, dict):
