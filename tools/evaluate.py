@@ -30,7 +30,7 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The command line."""
+    """The arguments and options of the command."""
 
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""

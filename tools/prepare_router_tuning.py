@@ -30,7 +30,7 @@ from moe_dist.train.router_tuning.samples import check_place, write_samples
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The command line."""
+    """The arguments and options of the command."""
 
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")]

@@ -136,7 +136,7 @@ def open_source(folder: Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a plain file in the folder.
+    """Returns the path of a plain file in the folder.
 
     Raises:
         DataError: the path is missing, is no file, or is a link to outside the folder.

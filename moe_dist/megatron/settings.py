@@ -32,7 +32,7 @@ class ExpertSettings(Section):
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: TopKRouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     placement: PlacementSection = Field(
-        default_factory=InterleavedSection, description="Which expert lives on which rank of Megatron's EP group."
+        default_factory=InterleavedSection, description="Which rank of Megatron's EP group holds which expert."
     )
     balance: Literal["null_averaged", "vanilla"] = Field(
         default="null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."

@@ -111,8 +111,8 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all rows that the file lacks. The first collective comes after every rank has read the file, so that all
-    ranks measure the same rows."""
+    """Measures all rows that the file lacks. All ranks choose the same rows, because each rank reads the file before its
+    first row, and rank 0 can write no row before all ranks have measured it."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)

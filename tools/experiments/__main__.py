@@ -37,7 +37,7 @@ def main(
     report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; start nothing.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous runs, one thread each.")] = 2,
 ) -> None:
-    """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
+    """Run what is missing, then report. Ctrl-C saves and stops; the same command continues."""
     path = find_config(FOLDER / f"{name}.yaml")
     study = load_study(path)
     jobs = jobs_of(study, pilot=pilot)
