@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 from moe_dist.errors import DataError
@@ -120,9 +120,9 @@ def _arms(study: Study, records: Records) -> list[str]:
                 str(len(mine)),
                 *(_spread(mine, f"loss.{part}") for part in LOSSES),
                 _spread(mine, "load.all", digits=3),
-                f"{fmean(each['flops'] for each in mine.values()) / 1e12:.2f}",
-                f"{fmean(each['seconds'] for each in mine.values()):.0f}",
-                f"{fmean(each['tokens'] / each['seconds'] for each in mine.values()):,.0f}",
+                f"{_mean(each['flops'] for each in mine.values()) / 1e12:.2f}",
+                f"{_mean(each['seconds'] for each in mine.values()):.0f}",
+                f"{_mean(each['tokens'] / each['seconds'] for each in mine.values()):,.0f}",
             ]
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
@@ -171,7 +171,7 @@ def _wire(study: Study, records: Records) -> list[str]:
         "",
     ]
     rows = [
-        [f"`{name}`", *(f"{fmean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
+        [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
         for name, mine in _per_arm(study, records)
     ]
     return [*lines, *_table(["arm", *ROWS.values()], rows)]
@@ -183,8 +183,8 @@ def _loads(study: Study, records: Records) -> list[str]:
     for name, mine in _per_arm(study, records):
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
-        layers = " ".join(f"{fmean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
-        rows.append([f"`{name}`", layers, f"{fmean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
+        layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
+        rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
     heads = [f"{kind.replace('_', ' ')} ({of})" for of in ("token", "next") for kind in kinds]
     return _table(["arm", "by layer", "no expert", *heads], rows)
 
@@ -199,7 +199,7 @@ def _probes(study: Study, records: Records) -> list[str]:
                     rise = point["loss"]["all"] - each["loss"]["all"]
                     found.setdefault((kind, point["at"]), []).append((rise, point["load"]))
         for (kind, at), pairs in sorted(found.items()):
-            rise, load = (fmean(values) for values in zip(*pairs, strict=True))
+            rise, load = (_mean(values) for values in zip(*pairs, strict=True))
             rows.append([f"`{name}`", kind, f"{at:g}", f"{load:.3f}", f"{rise:+.4f}"])
     heads = ["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"]
     return _table(heads, rows) if rows else []
@@ -233,7 +233,7 @@ def _etas(study: Study, records: Records) -> list[str]:
 def _eta(logs: Sequence[float]) -> str:
     if not logs:
         return "-"
-    return f"{math.exp(fmean(logs)):.2f} [{math.exp(min(logs)):.2f}, {math.exp(max(logs)):.2f}]"
+    return f"{math.exp(_mean(logs)):.2f} [{math.exp(min(logs)):.2f}, {math.exp(max(logs)):.2f}]"
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
@@ -248,7 +248,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]
-                both.append(f"{fmean(found):.2f}" if found else "-")
+                both.append(f"{_mean(found):.2f}" if found else "-")
             cells.append(" / ".join(both))
         rows.append([f"`{name}`", *cells])
     most = max(map(len, rows), default=0)
@@ -261,7 +261,7 @@ def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int =
     if not values:
         return "-"
     spread = "" if plain or len(values) < 2 else f" ± {stdev(values):.{digits}f}"
-    return f"{fmean(values):.{digits}f}{spread}"
+    return f"{_mean(values):.{digits}f}{spread}"
 
 
 def _commits(records: Iterable[Mapping[str, Any]]) -> str:
@@ -272,3 +272,8 @@ def _commits(records: Iterable[Mapping[str, Any]]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(each) + " |" for each in lines]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
