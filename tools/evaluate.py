@@ -30,8 +30,6 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The arguments and options of the command."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, names or YAML files, with commas.")] = ""

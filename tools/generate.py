@@ -30,8 +30,6 @@ from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The arguments and options of the command."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     prompt: Annotated[str | None, typer.Option(help="Text to continue; with --draw, a caption.")] = None
     draw: Annotated[bool, typer.Option("--draw", help="Draw a picture for the prompt.")] = False

@@ -30,8 +30,6 @@ from moe_dist.train.router_tuning.samples import check_place, write_samples
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The arguments and options of the command."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")]
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
