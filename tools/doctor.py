@@ -23,15 +23,15 @@ _MARKS = {
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
-    on: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="Where the run is to run.")] = "local",
+    on: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="Launcher of the run.")] = "local",
     cluster: Annotated[
-        str | None, typer.Option(help="Cluster file, or the name of one in configs/clusters; else $MOE_DIST_CLUSTER.")
+        str | None, typer.Option(help="Cluster file, or its name in configs/clusters; by default $MOE_DIST_CLUSTER.")
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Visit each node by a job of at most two minutes.")] = False,
-    fabric: Annotated[bool, typer.Option("--fabric", help="Measure every pair of nodes, and name the slow one.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Check each node, by a job of at most two minutes.")] = False,
+    fabric: Annotated[bool, typer.Option("--fabric", help="Measure every pair of nodes, and name the slow node.")] = False,
 ) -> None:
-    """One line a check, with the way out. Ends with the worst: 0 all is well; 1 warnings; 78, 69 or 65 the verdict that the
-    run would end with."""
+    """Check a machine or cluster for a run, and print each check with its fix. The worst result is the exit code: 0 all is
+    well, 1 there are warnings, 78, 69 or 65 the run would end with this code."""
     console = Console(highlight=False, soft_wrap=True)
     found: list[CheckResult] = []
     for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):

@@ -1,11 +1,11 @@
-"""Multiple-choice accuracy of a trained run, and tasks of lm-evaluation-harness. See docs/evaluation.md."""
+"""Measures the multiple-choice accuracy of a trained run, and runs tasks of lm-evaluation-harness. See
+docs/evaluation.md."""
 
 import importlib.util
 import json
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,35 +29,35 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The command line."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
-    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")] = ""
-    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, by name or YAML file, likewise.")] = ""
-    split: Annotated[Side, typer.Option(help="Which side of the questions.")] = Side.TEST
+    tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""
+    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, names or YAML files, with commas.")] = ""
+    split: Annotated[Side, typer.Option(help="Side of the questions.")] = Side.TEST
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500
-    rotations: Annotated[bool, typer.Option("--rotations", help="Right only under each rotation of the choices.")] = False
-    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET
-    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ
-    seed: Annotated[int, typer.Option(min=0, help="Of sides, choices and intervals.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
+    rotations: Annotated[
+        bool, typer.Option("--rotations", help="List the choices; an answer must be right in every rotation of them.")
+    ] = False
+    wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
+    quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sides, choices and intervals.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False
 
     @property
     def harness_tasks(self) -> list[str]:
-        """Names and files."""
+        """The names and files of --harness."""
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
 
 @reports_errors("evaluate")
 @takes(EvaluateOptions)
 def main(options: EvaluateOptions) -> None:
-    """Evaluates a trained run."""
+    """Evaluate a trained run."""
     env = RankEnv.from_environment(os.environ)
-    tasks = _check(options, env)  # everything that can be refused is refused before the model is loaded
+    tasks = _check(options, env)  # before the model is loaded, because loading takes long
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
@@ -93,7 +93,7 @@ def main(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """The tasks. Raises: ConfigError: no task is given, or the harness is not available."""
+    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run here."""
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
@@ -112,7 +112,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     if named:
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager()  # reads the index of its tasks: takes seconds
+        known = TaskManager()  # reads the index of all tasks, which takes seconds
         if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
@@ -123,9 +123,9 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
 def _harness(
     options: EvaluateOptions, trained: LoadedRun, vocabulary: Vocabulary, likelihood: Likelihood
 ) -> dict[str, Any]:
-    """The results of lm_eval."""
+    """Returns the results of lm_eval by task."""
     from lm_eval.api.task import Task
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate  # takes seconds to import
     from lm_eval.tasks import TaskManager
 
     from moe_dist.inference.harness import HarnessModel
@@ -148,7 +148,7 @@ def _harness(
 
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
-    """Folder of the results; made before the evaluation, so that an unwritable folder is noticed at once."""
+    """Makes the folder of the results before the evaluation, so that an unwritable folder fails at once."""
     directory = trained.folder.parent
     folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
     make_writable(folder, option=f"--out {folder}")
@@ -157,19 +157,19 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
     """Writes the results beside earlier ones, under a new number."""
-    for number in count(1):
+    number = 1
+    while True:
         path = folder / f"step_{step}_{number}.json"
         try:
             with path.open("x") as file:
                 json.dump(record, file, indent=1)
             return path
         except FileExistsError:
-            continue
-    raise AssertionError("numbers do not end")
+            number += 1
 
 
 def _show(options: EvaluateOptions, record: dict[str, Any], path: Path) -> None:
-    """A line for each task: both accuracies with their 95 % intervals."""
+    """Prints a line for each task: the accuracy by each measure with its 95 % interval."""
     if options.as_json:
         print(json.dumps(record))
         return

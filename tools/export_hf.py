@@ -14,17 +14,17 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 @reports_errors("export_hf")
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a run, or an import.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default as imported, else float32.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the import, else float32.")
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="model_type to write; default the import's, else one that fits.")
+        str | None, typer.Option(help="model_type to write; by default that of the import, else one that fits.")
     ] = None,
-    like: Annotated[Path | None, typer.Option(help="Folder whose config.json and tokenizer to take over.")] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a file of weights, in MB.")] = 2000,
+    like: Annotated[Path | None, typer.Option(help="Folder with the config.json and tokenizer to copy.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a file of weights, in MB.")] = 2000,
 ) -> None:
-    """Export a checkpoint; its weights are held against their fingerprints on the way."""
+    """Export a checkpoint, and verify its weights by their fingerprints."""
     from moe_dist.hf.exporting import export_model
     from moe_dist.runtime.progress import shown_progress
 

@@ -1,4 +1,4 @@
-"""Generates from a trained run: continued text, pictures from captions, captions from pictures. See docs/generation.md."""
+"""Generates from a trained run: continues text, draws captions, describes pictures. See docs/generation.md."""
 
 import json
 import sys
@@ -29,37 +29,30 @@ from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The command line."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
-    prompt: Annotated[str | None, typer.Option(help="Text to go on with; or, with --draw, a caption.")] = None
-    draw: Annotated[bool, typer.Option("--draw", help="Draw the prompt.")] = False
-    picture: Annotated[str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")] = (
-        None
-    )
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; with --draw, a caption.")] = None
+    draw: Annotated[bool, typer.Option("--draw", help="Draw a picture for the prompt.")] = False
+    picture: Annotated[str | None, typer.Option(help="Picture to describe: a file, or a held-out picture's number.")] = None
     sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None
     originals: Annotated[bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")] = False
-    captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40
-    starting: Annotated[str, typer.Option(help="What these captions start with.")] = ""
+    captions: Annotated[int, typer.Option(min=1, help="Number of captions on the sheet, drawn by the seed.")] = 40
+    starting: Annotated[str, typer.Option(help="Take only captions that start with this text.")] = ""
     samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1
-    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text or caption.")] = 48
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens in a text or caption.")] = 48
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95
-    guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is the model's own.")] = 1.0
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Of all draws.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
-    out: Annotated[Path, typer.Option(help="Folder for pictures; those in it stay.")] = Path("generated")
+    guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is without guidance.")] = 1.0
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Seed of all draws.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
+    out: Annotated[Path, typer.Option(help="Folder for pictures; pictures in it are kept.")] = Path("generated")
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each sample, with its tokens.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each sample, with its tokens.")] = False
 
     def check(self) -> None:
-        """Raises: ConfigError: the options do not select exactly one task."""
-        wanted = [
-            name
-            for name, given in (("--prompt", self.prompt), ("--picture", self.picture), ("--sheet", self.sheet))
-            if given is not None
-        ]
+        """Raises ConfigError if the options do not select exactly one task."""
+        options = {"--prompt": self.prompt, "--picture": self.picture, "--sheet": self.sheet}
+        wanted = [name for name, given in options.items() if given is not None]
         if not wanted or ("--sheet" in wanted and len(wanted) > 1) or (self.draw and wanted != ["--prompt"]):
             raise ConfigError(
                 f"{' '.join(wanted) or 'nothing'}{' --draw' if self.draw else ''}: give --prompt (text to go on with), "
@@ -73,20 +66,17 @@ class GenerateOptions:
 @reports_errors("generate")
 @takes(GenerateOptions)
 def main(options: GenerateOptions) -> None:
-    """Samples from a trained run."""
-    options.check()  # everything that can be refused is refused before the model is loaded
+    """Sample from a trained run."""
+    options.check()  # before the model is loaded, because loading takes long
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # may refuse the data
+    grammar = vocabulary.grammar  # raises if the data does not fit, so it comes before the weights are loaded
     generator = Generator(
-        trained.load(device),
-        grammar,
-        group_of_modality=trained.group_of_modality,
-        max_seq_len=model.max_seq_len,
+        trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )
     samples = run_task(task, generator, vocabulary)
     if options.sheet is not None:
@@ -97,9 +87,9 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """The task, and a label for each of its prompts."""
-    drawing = Sampling(options.temperature, options.top_p)
-    many = {"samples": options.samples, "sampling": drawing, "seed": options.seed}
+    """Returns the task, and a label for each sample."""
+    sampling = Sampling(options.temperature, options.top_p)
+    many = {"samples": options.samples, "sampling": sampling, "seed": options.seed}
     if options.sheet is not None or options.draw:
         captions = [options.prompt or ""]
         if options.sheet is not None:
@@ -114,7 +104,7 @@ def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[
 
 
 def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Codes of a file, or of a held-out picture by its number."""
+    """Returns the codes of a picture file, or of the held-out picture with this number."""
     if not picture.isdecimal() or Path(picture).is_file():
         return vocabulary.read_picture(Path(picture))
     heldout = vocabulary.heldout()
@@ -140,7 +130,7 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
 
 
 def _first_number(folder: Path) -> int:
-    """The first number after those of existing pictures, which are kept."""
+    """Returns the first number after those of existing pictures, so that existing pictures are kept."""
     numbers = (path.name.split("_")[1] for path in folder.glob("sample_*_*.png"))
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
@@ -148,7 +138,7 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """All drawings of a caption side by side; if wanted, beside the held-out picture as its codes show it."""
+    """Writes a sheet with a row for each caption: the held-out picture as its codes show it if wanted, then drawings."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):

@@ -1,5 +1,4 @@
-"""Imports a pretrained model: a Hugging Face folder becomes a checkpoint from which runs can start. See
-docs/huggingface.md."""
+"""Imports a Hugging Face folder as a checkpoint from which runs can start. See docs/huggingface.md."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +10,18 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 
 @reports_errors("import_hf")
 def main(
-    folder: Annotated[Path, typer.Argument(help="A model: config.json and safetensors; tokenizer.json where it has one.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
-    null_experts: Annotated[int, typer.Option(min=0, help="Null experts beside the true ones; copies of gate rows.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="A model: config.json, safetensors and, if it has one, tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
+    null_experts: Annotated[int, typer.Option(min=0, help="Null experts to add; their router rows are copies.")] = 0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choices a token makes with --null-experts.")] = None,
-    experts: Annotated[int, typer.Option(min=1, help="Copies of each FFN of a dense model, its experts.")] = 1,
+    experts: Annotated[int, typer.Option(min=1, help="Number of experts, as copies of each FFN of a dense model.")] = 1,
     experts_top_k: Annotated[int, typer.Option(min=1, help="Choices a token makes among --experts.")] = 1,
     modalities: Annotated[str, typer.Option(help="Modalities of the data, separated by commas.")] = "text",
     data: Annotated[str, typer.Option(help="data.path of the configuration that is written.")] = ".cache/data/openmoji",
     seed: Annotated[int, typer.Option(min=0, help="Seed of new router rows, and of the configuration.")] = 0,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, and so the memory that is taken, in MB.")] = 512,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a shard in MB; sets the memory needed.")] = 512,
 ) -> None:
-    """Import a model. The same command goes on where a killed one stopped."""
+    """Import a model. After a kill the same command continues."""
     from moe_dist.hf.importing import import_model
     from moe_dist.hf.plan import ImportOptions
     from moe_dist.runtime.progress import shown_progress

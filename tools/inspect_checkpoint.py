@@ -1,5 +1,5 @@
-"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. Needs no GPU, loads no
-tensor."""
+"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. Loads no tensor and needs
+no GPU."""
 
 import sys
 from pathlib import Path
@@ -20,10 +20,10 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 @reports_errors("inspect_checkpoint")
 def main(
     path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
-    config: Annotated[bool, typer.Option("--config", help="Print the configuration it was written with, as YAML.")] = False,
+    config: Annotated[bool, typer.Option("--config", help="Print the run's configuration as YAML.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shards and fingerprint.")] = False,
 ) -> None:
-    """Prints what a checkpoint holds, from its JSON files and the headers of its shards."""
+    """Print the content of a checkpoint, from its JSON files and the headers of its shards."""
     folder = find_checkpoint(path)
     contents = open_checkpoint(folder)
     if config:
@@ -31,7 +31,7 @@ def main(
         print(dump_yaml(saved) if isinstance(saved, dict) else "it was written without a configuration")
         return
     for number in range(contents.index.num_shards):
-        open_shard(contents, number)
+        open_shard(contents, number)  # raises if a shard is missing or damaged
     console = Console(width=None if sys.stdout.isatty() else 120)
     about = Table(title=str(folder), show_header=False)
     for what, how in facts(contents.index, contents.state):

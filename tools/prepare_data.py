@@ -21,37 +21,38 @@ DEFAULT_OUT = Path(".cache/data/openmoji")
 
 @reports_errors("prepare_data")
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to make; left alone if it is finished.")] = DEFAULT_OUT,
-    text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' a line.")] = None,
-    images: Annotated[str | None, typer.Option(help="Your PNG and JPEG files; x.txt beside x.png is its caption.")] = None,
-    extra_text: Annotated[list[str], typer.Option(help="NAME=PATH: one more text source; may be repeated.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Folder to make; a finished one is kept as it is.")] = DEFAULT_OUT,
+    text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' in each line.")] = None,
+    images: Annotated[str | None, typer.Option(help="Your PNG and JPEG files; x.txt is the caption of x.png.")] = None,
+    extra_text: Annotated[list[str], typer.Option(help="NAME=PATH: a further text source; may be repeated.")] = [],  # noqa: B006
     instructions: Annotated[
-        list[str],
-        typer.Option(help="NAME=FILE.jsonl: prompts that are read and answers that are learned; may be repeated."),
+        list[str], typer.Option(help="NAME=FILE.jsonl: prompts, and answers to learn; may be repeated.")
     ] = [],  # noqa: B006
     licence: Annotated[str, typer.Option(help="Licence of your own contents, for the manifest.")] = "not stated",
-    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer.json; fit none.")] = None,
-    codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy; fit none.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the BPE.")] = Recipe.vocab_size,
-    codes: Annotated[int, typer.Option(min=1, max=65536, help="Entries of the image codebook.")] = Recipe.codes,
+    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer.json instead of fitting one.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy instead of fitting one.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = Recipe.vocab_size,
+    codes: Annotated[int, typer.Option(min=1, max=65536, help="Number of codes of the image codebook.")] = Recipe.codes,
     renders: Annotated[int, typer.Option(min=1, help="Renders of each training picture.")] = Recipe.renders,
     heldout_renders: Annotated[int, typer.Option(min=1, help="Renders of each held-out picture.")] = Recipe.heldout_renders,
-    val_fraction: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share held out.")] = Recipe.val_fraction,
+    val_fraction: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share that is held out.")] = Recipe.val_fraction,
     hold_out: Annotated[
-        HoldOut, typer.Option(help="Pictures held out: whole families, or variants of what is trained on.")
+        HoldOut, typer.Option(help="Hold out whole families of pictures, or variants of training pictures.")
     ] = Recipe.hold_out,
-    vary: Annotated[str, typer.Option(help="What renders of a picture differ in; may be empty.")] = ",".join(VARIATIONS),
+    vary: Annotated[str, typer.Option(help="Properties in which renders differ; may be empty.")] = ",".join(VARIATIONS),
     caption_first: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the documents with the caption before the picture.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of documents with the caption before the picture.")
     ] = Recipe.caption_first,
-    languages: Annotated[str, typer.Option(help="Of the default pictures' names, as en,fr; all if empty.")] = "",
+    languages: Annotated[str, typer.Option(help="Languages of the default captions, as en,fr; empty for all.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
 ) -> None:
-    """Prepare a data set (about a minute for the default: OpenMoji pictures with their names, Python sources)."""
-    # Numeric libraries read these when they are loaded, below; more threads only make the start slower here.
+    """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
+    # Numeric libraries read these variables when `prepare` loads them; more threads only slow the start down.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
-    began = time.monotonic()
+    began, varied = time.monotonic(), _listed(vary)
+    if unknown := [each for each in varied if each not in VARIATIONS]:
+        raise ConfigError(f"--vary {unknown[0]}: renders differ in some of {','.join(VARIATIONS)}")
     inputs = Inputs(
         text=text,
         images=images,
@@ -70,7 +71,7 @@ def main(
         tokenizer=tokenizer,
         codebook=codebook,
         hold_out=hold_out,
-        vary=_variations(vary),
+        vary=tuple(each for each in VARIATIONS if each in varied),
         caption_first=caption_first,
     )
     with shown_progress() as report:
@@ -84,12 +85,6 @@ def main(
 
 def _listed(entry: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each.strip() for each in entry.split(",") if each.strip()))
-
-
-def _variations(entry: str) -> tuple[str, ...]:
-    if unknown := [each for each in _listed(entry) if each not in VARIATIONS]:
-        raise ConfigError(f"--vary {unknown[0]}: renders differ in some of {','.join(VARIATIONS)}")
-    return tuple(each for each in VARIATIONS if each in _listed(entry))
 
 
 def _named(option: str, entry: str) -> tuple[str, str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 
@@ -15,11 +14,9 @@ from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
 from moe_dist.errors import ConfigError
-from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
-from moe_dist.inference.multiple_choice import Measure, Prompts, Written, ask, check_vocabulary, write
+from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
-from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
@@ -28,35 +25,35 @@ from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.reading import RoutingReader
-from moe_dist.train.router_tuning.samples import Scored, check_place, write_samples
+from moe_dist.train.router_tuning.samples import check_place, write_samples
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The command line."""
-
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
-    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")]
-    out: Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten.")]
+    tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")]
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
     embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0
-    rotations: Annotated[bool, typer.Option(help="List the choices; right only under each rotation of them.")] = True
-    measure: Annotated[Measure, typer.Option(help="Log-likelihood by token, or as it is.")] = "normalised"
-    layers: Annotated[str, typer.Option(help="Layers whose routing is kept, with commas between; all by default.")] = ""
-    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET
-    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ
-    seed: Annotated[int, typer.Option(min=0, help="Of sides and choices.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
+    rotations: Annotated[
+        bool, typer.Option(help="List the choices; an answer must be right in every rotation of them.")
+    ] = True
+    measure: Annotated[Measure, typer.Option(help="Compare log-likelihoods per token, or whole.")] = "normalised"
+    layers: Annotated[str, typer.Option(help="Layers whose routing is kept, separated by commas; by default all.")] = ""
+    wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
+    quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sides and choices.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
 
 @reports_errors("prepare_router_tuning")
 @takes(PrepareOptions)
 def main(options: PrepareOptions) -> None:
-    """Scores a run on the training side of question sets, for router tuning."""
+    """Score a run on training questions, and write samples for router tuning."""
     env = RankEnv.from_environment(os.environ)
-    check_place(options.out)  # everything that can be refused is refused before the model is loaded
+    check_place(options.out)  # all checks come before the model is loaded, because loading takes long
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
@@ -70,45 +67,32 @@ def main(options: PrepareOptions) -> None:
         question for task in tasks for question in catalogue.questions(task, Side.TRAIN, limit=options.limit or None)
     ]
     for question in questions:
-        embedded_text(question, listed=options.rotations)
+        embedded_text(question, listed=options.rotations)  # raises if a question has no text to embed
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
-    # Reports a damaged embedder now instead of after the scoring; on the CPU, since no rank has chosen a device yet.
+    # A damaged embedder fails here and not after the scoring. It runs on the CPU, because no rank has chosen a device yet.
     Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
-        scored, routing_SLC = _score(options, questions, written, likelihood, trained, layers, env)
-    if env.rank == 0:  # when the other ranks are done
+        scored = scored_samples(ask(questions, written, likelihood), written, options.measure, listed=options.rotations)
+        reader = RoutingReader(
+            likelihood.model,
+            SampleMaker(trained.manifest),
+            group_of_modality=torch.tensor(trained.group_of_modality, device=likelihood.model.embedding.weight.device),
+            places=[model.moe_layers.index(layer) for layer in layers],
+            mesh=likelihood.mesh,
+        )
+        routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: all ranks read their share
+    if env.rank == 0:  # the other ranks have left the group, so a slow embedder lets no collective time out
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
-            options.out, scored, embeddings_SE, routing_SLC, _facts(options, trained, embedder, layers)
+            options.out, scored, embeddings_SE, routing_SLC, _manifest(options, trained, embedder, layers)
         )
         _show(options, manifest)
 
 
-def _score(
-    options: PrepareOptions,
-    questions: list[Question],
-    written: Written,
-    likelihood: Likelihood,
-    trained: LoadedRun,
-    layers: tuple[int, ...],
-    env: RankEnv,
-) -> tuple[list[Scored], np.ndarray]:
-    """The run's answers to the questions, and its routing of them. Collective."""
-    scored = scored_samples(ask(questions, written, likelihood), written, options.measure, listed=options.rotations)
-    reader = RoutingReader(
-        likelihood.model,
-        SampleMaker(trained.manifest),
-        group_of_modality=torch.tensor(trained.group_of_modality, device=likelihood.model.embedding.weight.device),
-        places=[trained.config.model.moe_layers.index(layer) for layer in layers],
-        mesh=likelihood.mesh,
-    )
-    return scored, reader([each.sample.prompt for each in scored]).numpy()
-
-
 def _faults(config: Config) -> list[str]:
-    """Reasons why a run's routing cannot be tuned."""
+    """Returns the reasons why a run's routing cannot be tuned."""
     router, problems = config.model.moe.router, []
     if not router.softmax_top_k:
         problems.append(f"{router.name}: router tuning compares a softmax by which tokens choose; take a top_k run")
@@ -134,7 +118,8 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
     return tuple(sorted(int(part) for part in parts))
 
 
-def _facts(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
+def _manifest(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
+    """Makes the manifest of the samples; `write_samples` fills in the counts."""
     return TuningManifest(
         checkpoint=content_hash(open_checkpoint(trained.folder).index),
         run=str(trained.folder),

@@ -1,5 +1,4 @@
-"""Checks that a checkpoint is whole: every tensor exists once, with the right shape, finite, and bit-equal to the saved
-one."""
+"""Checks that a checkpoint is whole: every tensor exists once, has the right shape, is finite, and has the saved bits."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ import typer
 
 from moe_dist.checkpoint.contents import examine_files
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.index import MAX_FAULTS
+from moe_dist.checkpoint.index import MAX_FAULTS, StateFile
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import DataError
 from moe_dist.runtime.command_line import reports_errors, run_command
@@ -19,15 +18,16 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 @reports_errors("verify_checkpoint")
 def main(
     path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
-    every: Annotated[bool, typer.Option("--every", help="List every fault, not the first few.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="List every fault, not only the first ones.")] = False,
 ) -> None:
-    """Reads every byte of a checkpoint and tells what is wrong: exit code 0 if nothing is, 65 if something is."""
+    """Read every byte of a checkpoint and list its faults. Ends with exit code 0 without a fault, and with 65 otherwise."""
     from moe_dist.checkpoint.verify import verify
 
     folder = find_checkpoint(path)
-    specs, doubt = _expected(folder)
+    state = examine_files(folder).state
+    specs, doubt = _expected(state)
     examined, problems = verify(folder, specs)
-    base = _look_at_base(folder)
+    base = _look_at_base(state, folder)
     if problems:
         for problem in problems if every else problems[:MAX_FAULTS]:
             print(problem)
@@ -44,22 +44,21 @@ def main(
         print(f"its base {base} is there, with the content hash that the adapters name; verify it by itself")
 
 
-def _look_at_base(folder: Path) -> Path | None:
-    """The base of a checkpoint of adapters, which must exist; None for any other checkpoint."""
+def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
+    """Finds the base of a checkpoint of adapters; returns None for any other checkpoint."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
-    state = examine_files(folder).state
     if state is None or KEY not in state.values:
         return None
     return find_base(Base.noted(state.values, folder), folder).folder
 
 
-def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """The tensors of the model in the checkpoint's configuration, and a remark if there is none."""
+def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
+    """Returns the tensors that the checkpoint's configuration calls for. Returns None and a remark if there is no
+    readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 
-    state = examine_files(folder).state
     saved = state.values.get("config") if state is not None else None
     try:
         if not isinstance(saved, dict):

@@ -1,14 +1,15 @@
 """Exports a checkpoint as a Hugging Face folder for transformers 4 and 5, with one tensor for each expert and matrix.
 
-Hugging Face models have no null experts. They can be left out only if every null row of every router is still bit-equal to
-the copy of a true row that `moe_dist.moe.routers.copy_init` makes: the model then equals plain top-k_0. Once training has
-changed the rows, null choices decide how many experts a token takes, which no family can express.
+Hugging Face models have no null experts. An export can leave out null experts only if every null row of every router is
+still bit-equal to the copy of a true row that `moe_dist.moe.routers.copy_init` made: the model then equals plain top-k with
+fewer choices. Once training has changed the rows, null choices decide how many experts a token takes, and no family can
+express that.
 """
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,21 +47,14 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export.
+    """The result of an export."""
 
-    Attributes:
-        family: `model_type`.
-        folded: Number of null experts in each layer that were left out.
-        like: Folder from which config.json and small files were taken; None for none.
-        merged: Whether adapters were merged into their base.
-    """
-
-    family: str
+    family: str  # `model_type`
     tensors: int
     shards: int
-    folded: int
-    like: Path | None
-    merged: bool = False
+    folded: int  # number of null experts in each layer that were left out
+    like: Path | None  # folder from which config.json and small files were taken
+    merged: bool = False  # adapters were merged into their base
 
 
 def export_model(
@@ -73,14 +67,14 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
-    """Exports a checkpoint. Overwrites nothing. Memory: one shard, and one tensor in fp32.
+    """Exports a checkpoint. Overwrites nothing. Needs the memory of one shard, and of one tensor in fp32.
 
     Args:
         checkpoint: A checkpoint, or a run or an import that has one.
-        dtype: A key of `source.DTYPES` for all tensors; None uses the dtypes recorded by an import, else the stored ones.
-        family: `model_type` to write; None takes the import's, else the first that can hold the model.
-        like: A folder with config.json (and tokenizer files) for what the checkpoint lacks; None looks beside the
-            checkpoint, and in `run.init_from`.
+        dtype: A key of `source.DTYPES`, for all tensors; None takes the dtypes of the import, else the stored ones.
+        family: `model_type` to write; None takes the family of the import, else the first that can hold the model.
+        like: A folder whose config.json and tokenizer files complete the export; None looks beside the checkpoint, and in
+            `run.init_from`.
 
     Raises:
         ConfigError: `out` exists, or no family can hold the model; gives the reasons.
@@ -89,21 +83,22 @@ def export_model(
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
-    contents, read = open_checkpoint(find_checkpoint(checkpoint)), None
+    contents = open_checkpoint(find_checkpoint(checkpoint))
     if merged := BASE in contents.state.values:
         contents, read = _merged(contents)
+    else:
+        read = _reader(contents)
     config = _config(contents)
     noted, dtypes = imported_values(contents.state.values)
     dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the base's dtype has
-    reader = _Reader(contents, read)
-    section = _plain_section(config.model, reader)
+    section = _plain_section(config.model, read)
     chosen = _family(section, family or noted, must=family is not None)
     found = _account(contents, config.model, section, chosen)
     like = like or _like(contents.folder, config)
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
     fields = _fields(section, chosen, like, list(wanted.values()))
     with _made(out) as folder:
-        num_shards = _write(folder, reader, found, wanted, shard_bytes, report)
+        num_shards = _write(folder, read, found, wanted, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
         for name in COMPANIONS if like else ():
             if like and (like / name).is_file():
@@ -113,16 +108,16 @@ def export_model(
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """The base of a checkpoint of adapters, and a function that reads its tensors with the adapters merged in.
+    """Returns the base of a checkpoint of adapters, and a function that reads its tensors with the adapters merged in.
 
     Raises:
-        ConfigError: they cannot be merged.
-        DataError: the base is missing, damaged, or another one.
+        ConfigError: the adapters cannot be merged.
+        DataError: the base is missing, damaged, or not the one that the adapters were trained on.
     """
     model = _config(adapters).model
     check_mergeable(model)
     base = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
-    return base, merged_reader(_Reader(base).read, _Reader(adapters).read, base.index, adapters.index, model)
+    return base, merged_reader(_reader(base), _reader(adapters), base.index, adapters.index, model)
 
 
 def _config(contents: Contents) -> Config:
@@ -135,8 +130,8 @@ def _config(contents: Contents) -> Config:
         ) from error
 
 
-def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
-    """The section without null experts.
+def _plain_section(model: ModelSection, read: Read) -> ModelSection:
+    """Returns the model section without null experts.
 
     Raises:
         ConfigError: no family could hold the model; gives every reason.
@@ -161,7 +156,7 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
         raise ConfigError(problems, see="docs/huggingface.md")
     top_k, normalise = group.top_k, router.normalise
     if group.num_null:
-        top_k = _folded(model, reader)
+        top_k = _folded(model, read)
     if normalise == "true_all" or group.num_experts == 1:
         normalise = "none" if group.num_experts > 1 else "true_chosen"
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -169,11 +164,11 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     return model.model_copy(update={"moe": moe.model_copy(update={"groups": plain, "router": router})})
 
 
-def _folded(model: ModelSection, reader: "_Reader") -> int:
-    """Choices of the plain router that equals the one with null experts.
+def _folded(model: ModelSection, read: Read) -> int:
+    """Returns the top_k of the plain router that equals the router with null experts.
 
     Raises:
-        ConfigError: there is none; names the layer or option that prevents it.
+        ConfigError: no plain router equals it; names the layer or option that prevents it.
     """
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
@@ -184,7 +179,7 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
     if problem := uneven_twins(group.num_experts, group.num_null):
         raise ConfigError(f"{key}: {out}: {problem}")
     for layer in model.moe_layers:
-        true, null = (reader.read(router_name(model, layer, kind)) for kind in ("true", "null"))
+        true, null = (read(router_name(model, layer, kind)) for kind in ("true", "null"))
         if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
             raise ConfigError(
                 f"{key}: {out}; in layer {layer} they are not. The number of experts that a token takes is learned there, "
@@ -207,7 +202,7 @@ def _family(section: ModelSection, name: str | None, *, must: bool) -> ModelFami
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """The tensors to write. Checks that each parameter of the checkpoint is among them or known to have no effect.
+    """Returns the tensors to write. Checks that each parameter of the checkpoint is among them or has no effect.
 
     Raises:
         DataError: tensors are missing or left over.
@@ -243,7 +238,8 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
-    """config.json: the original if it still describes the model, else its other fields with the model's own values."""
+    """Returns the fields of config.json: those of `like` if they describe the model; else the model's own values, with the
+    other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}
@@ -265,7 +261,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
-    """The values of a section that determine the function; sections with equal functions give equal values."""
+    """Returns the values of a section that determine the model's function; equal functions give equal values."""
     (group,) = section.moe.groups.values()
     dense = len(section.moe_layers) < section.num_layers
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
@@ -280,20 +276,14 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
     }
 
 
-class _Reader:
-    """Reads whole logical tensors of a checkpoint and verifies each by its fingerprint."""
+def _reader(contents: Contents) -> Read:
+    """Makes a function that assembles a logical tensor of a checkpoint, and verifies the tensor by its fingerprint.
 
-    def __init__(self, contents: Contents, read: Read | None = None) -> None:
-        self._contents = contents
-        self.read: Read = read or self._read
+    The function raises DataError if the tensor is missing, or differs from the saved one.
+    """
 
-    def _read(self, name: str) -> Tensor:
-        """Assembles a tensor from its boxes.
-
-        Raises:
-            DataError: it is missing, or differs from the saved one.
-        """
-        contents, entry = self._contents, self._contents.index.tensors.get(name)
+    def read(name: str) -> Tensor:
+        entry = contents.index.tensors.get(name)
         if entry is None:
             raise DataError(f"{contents.folder}: {name}: is missing")
         whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
@@ -308,11 +298,13 @@ class _Reader:
             raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
         return whole
 
+    return read
+
 
 def _write(
-    folder: Path, reader: _Reader, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
+    folder: Path, read: Read, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
 ) -> int:
-    """Writes the shards, and an index if there are several; returns their number."""
+    """Writes the shards, and an index if there are several; returns the number of shards."""
     sizes = [slot.numel * DTYPES[dtypes[slot.name]].itemsize for slot in found]
     parts = list(shards(zip(found, sizes, strict=True), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
@@ -321,7 +313,7 @@ def _write(
     for name, shard in zip(names, parts, strict=True):
         tensors: dict[str, Tensor] = {}
         for slot in shard:
-            tensors[slot.places[0].name] = reader.read(slot.name).to(DTYPES[dtypes[slot.name]])
+            tensors[slot.places[0].name] = read(slot.name).to(DTYPES[dtypes[slot.name]])
             done += 1
             report("export", done, len(found))
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -335,15 +327,15 @@ def _write(
 
 @contextmanager
 def _made(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`: renamed to it when all of it is durable, removed if something fails."""
+    """Makes a temporary folder beside `out`. The folder gets the name `out` when all of it is durable. A failure
+    removes it."""
+    folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{out.absolute().name}.exporting.", dir=out.absolute().parent))
+        folder.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be made: {error.strerror or error}") from error
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
         sync(folder)
         if os.path.lexists(out):
             raise ConfigError(f"{out} exists by now; nothing is overwritten")
@@ -352,10 +344,3 @@ def _made(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,7 @@
-"""The supported model families, as data: how their fields correspond to our `model` section.
+"""Describes the supported model families as data: which field of config.json corresponds to which key of `model`.
 
-Each family is a decoder that our model computes exactly; features that our model lacks are refused by field and value. A
-dense model becomes one with a single expert in each layer: its routing weight is 1 whatever the router's row.
+Our model computes each of these decoders exactly; a feature that our model lacks is refused by field and value. A dense
+model becomes a model with one expert in each layer, whose routing weight is always 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,33 +18,19 @@ GROUP = "all"  # the one expert group of every imported model
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family, for import and export.
+    """One family, for import and export."""
 
-    Attributes:
-        name, architecture: `model_type`, and the class with which transformers loads it.
-        qk_norm: As `model.qk_norm`.
-        biases: For each supported `model.attention_bias` the fields that express it; the first entry is the family's
-            default.
-        normalise: Likewise for `router.normalise`.
-        experts: Fields of the number of experts, the one to write first (none: dense).
-        ffn: Field of the experts' width.
-        dense_layers: Whether some layers may be dense, by decoder_sparse_step and mlp_only_layers.
-        shared: Whether each MoE layer has a shared expert with a sigmoid gate.
-        head_dim: Whether the width of a head is a field.
-        must_be: Fields with values that our model lacks: the supported values, and the reason.
-    """
-
-    name: str
-    architecture: str
-    qk_norm: str
-    biases: Mapping[str, Mapping[str, bool]]
-    normalise: Mapping[str, Mapping[str, bool]]
-    experts: tuple[str, ...]
-    ffn: str
-    dense_layers: bool = False
-    shared: bool = False
-    head_dim: bool = True
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    name: str  # `model_type`
+    architecture: str  # the class with which transformers loads the model
+    qk_norm: str  # value of `model.qk_norm`
+    biases: Mapping[str, Mapping[str, bool]]  # fields for each `model.attention_bias`; the first entry is the default
+    normalise: Mapping[str, Mapping[str, bool]]  # fields for each `router.normalise`; the first entry is the default
+    experts: tuple[str, ...]  # names of the field with the number of experts, the one to write first; empty: dense
+    ffn: str  # name of the field with the experts' width
+    dense_layers: bool = False  # decoder_sparse_step and mlp_only_layers may make layers dense
+    shared: bool = False  # each MoE layer has a shared expert with a sigmoid gate
+    head_dim: bool = True  # config.json has a field for the width of a head
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # field: supported values, and why
 
 
 _NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
@@ -87,7 +73,7 @@ REFUSED = {
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """The family of a config.json.
+    """Returns the family of a config.json.
 
     Raises:
         ConfigError: the family is not supported, the model is quantised, or it brings its own code.
@@ -112,7 +98,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """ModelFamily, `model` section (as a mapping that the schema accepts), and the fields that were not read.
+    """Returns the family, the values of the `model` section, and the fields of config.json that were not read.
 
     Raises:
         ConfigError: the family is not supported, or a field has a value that our model lacks.
@@ -179,7 +165,7 @@ def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
 
 
 def _rope_base(family: ModelFamily, read: Fields) -> float:
-    """Base of the rotary frequencies, as transformers 4 (rope_theta) or 5 (rope_parameters) writes it."""
+    """Returns the base of the rotary frequencies, which transformers 4 writes as rope_theta, 5 in rope_parameters."""
     rope = read.get("rope_parameters", None)
     if rope is None:
         return read.positive("rope_theta", 10000.0) if family.name == "llama" else read.positive("rope_theta")
@@ -193,14 +179,14 @@ def _rope_base(family: ModelFamily, read: Fields) -> float:
 
 
 def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
-    """The choice whose fields have the given values; an absent field counts as in the first choice."""
+    """Returns the choice whose fields have the values of config.json; an absent field counts as in the first choice."""
     first = next(iter(choices.values()))
     values = {name: read.flag(name, default) for name, default in first.items()}
     return next(choice for choice, fields in choices.items() if fields == values)
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """First MoE layer, distance to the next, and whether there are dense layers."""
+    """Returns the first MoE layer, the distance to the next one, and true if there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
     step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")
@@ -215,10 +201,10 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def top_k_router(section: ModelSection) -> TopKRouterSection:
-    """The router section, which is top-k in every supported family.
+    """Returns the router section; every supported family has a top-k router.
 
     Raises:
-        ConfigError: it is another kind.
+        ConfigError: the router is of another kind.
     """
     router = section.moe.router
     if not isinstance(router, TopKRouterSection):
@@ -227,7 +213,7 @@ def top_k_router(section: ModelSection) -> TopKRouterSection:
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Reasons why a family cannot hold a model (without null experts); empty if it can."""
+    """Returns the reasons why a family cannot hold a model without null experts; empty if it can."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
@@ -247,7 +233,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """The fields of config.json for a section (without null experts), for transformers 4 and 5."""
+    """Returns the fields of config.json for a section without null experts, for transformers 4 and 5."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],

@@ -1,7 +1,8 @@
-"""Reads a config.json as plain JSON and records which fields were read, so that ignored ones can be reported."""
+"""Reads a config.json as plain JSON, and records which fields were read, so that an import can report the others."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        DataError: the file is missing, too large or not a JSON object; names it.
+        DataError: the file is missing, too large or not a JSON object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -43,17 +44,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 class Fields:
-    """The values of a config.json, read by name; every refusal gives field, value and rule."""
+    """The fields of a config.json; every error gives field, value and rule."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self._family = values, family
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """A value; null counts as absent.
+        """Returns a field's value; null counts as absent.
 
         Raises:
-            ConfigError: it is absent and has no default.
+            ConfigError: the field is absent and has no default.
         """
         self._read.add(name)
         value = self._values.get(name)
@@ -64,49 +65,41 @@ class Fields:
         return default
 
     def whole(self, name: str, default: Any = _MISSING) -> Any:
-        """An integer above 0, or the default."""
-        value = self.get(name, default)
-        if value is not default and (type(value) is not int or value < 1):
-            raise ConfigError(f"config.json: {name}={value!r} must be a whole number above 0")
-        return value
+        """Returns an integer above 0, or the default."""
+        return self._fitting(name, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
 
     def one_of(self, names: Sequence[str]) -> int:
-        """An integer above 0 under one of several names; if several are present they must agree."""
+        """Returns an integer above 0 that may have one of several names; fields that are present must agree."""
         found = {name: self.whole(name) for name in names if self.get(name, None) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
         return next(iter(found.values())) if found else self.whole(names[0])
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """A number above 0."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"config.json: {name}={value!r} must be a number above 0")
-        return float(value)
+        """Returns a number above 0."""
+        number = (int, float)
+        return float(self._fitting(name, default, "a number above 0", lambda v: type(v) in number and 0 < v < math.inf))
 
     def many(self, name: str) -> list[Any]:
-        """A list; empty if absent."""
-        value = self.get(name, [])
-        if not isinstance(value, list):
-            raise ConfigError(f"config.json: {name}={value!r:.80} must be a list")
-        return value
+        """Returns a list; empty if the field is absent."""
+        return self._fitting(name, [], "a list", lambda value: isinstance(value, list))
 
     def flag(self, name: str, default: bool) -> bool:
+        return self._fitting(name, default, "true or false", lambda value: isinstance(value, bool))
+
+    def _fitting(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
+        """Returns a value that fits a rule, or the default."""
         value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"config.json: {name}={value!r} must be true or false")
+        if value is not default and not fits(value):
+            raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Refuses a value that our model lacks; an absent field is accepted.
-
-        Raises:
-            ConfigError: with field, value and reason.
-        """
+        """Raises ConfigError if a field is present and its value is not allowed, because our model lacks that feature."""
         value = self.get(name, None)
         if value is not None and value not in allowed:
             raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")
 
     def unread(self) -> Sequence[str]:
-        """Fields with a value that were neither read nor are known to be inert."""
+        """Returns the fields that have a value, were not read, and may change the logits."""
         return sorted(name for name, value in self._values.items() if value is not None and name not in self._read | INERT)

@@ -1,11 +1,11 @@
 """Imports a Hugging Face folder as a checkpoint for any layout of ranks, shard by shard, whatever its size.
 
     <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>`
-    <out>/config.yaml          a whole configuration that trains it; the user sets the data
+    <out>/config.yaml          a whole configuration that trains the model; the user sets the data
     <out>/huggingface/         config.json and the model's small files, for a later export
 
 The import is written to `<out>.importing`. Once all of it is durable, one rename makes `<out>`. A killed import continues
-there and keeps its complete shards. Memory: one shard in fp32 and one tensor as stored.
+in `<out>.importing` and keeps its complete shards. An import needs the memory of one shard in fp32 and one stored tensor.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
+from tokenizers import Tokenizer
 
 from moe_dist.checkpoint.contents import CHECKSUMS_FILE, checksums_of
 from moe_dist.checkpoint.directory import LATEST_FILE
@@ -32,40 +33,32 @@ from moe_dist.checkpoint.state import RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durably, write_shard
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
-from moe_dist.errors import CheckpointError, ConfigError
+from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.families import read_section
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
-from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.runtime.progress import Report
 
-HUGGINGFACE = "huggingface"  # folder of an import, and key in its state.json
+HUGGINGFACE = "huggingface"  # name of a folder in an import, and of a key in its state.json
 SHARD_BYTES = 512 << 20
+TOKENIZER_FILE = "tokenizer.json"
 
 _PLAN_FILE, _TREE = "plan.json", "tree"
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of an import.
+    """The result of an import."""
 
-    Attributes:
-        family: `model_type`.
-        kept: Shards that an earlier, killed attempt had written.
-        unread: Fields of config.json that were not read.
-        ignored: Pickle files, which are never opened.
-        converted: Number of tensors for each stored dtype; all are written as fp32.
-    """
-
-    family: str
+    family: str  # `model_type`
     tensors: int
     shards: int
-    kept: int
-    unread: Sequence[str]
-    ignored: Sequence[str]
-    converted: Mapping[str, int]
+    kept: int  # shards that an earlier, killed import had written
+    unread: Sequence[str]  # fields of config.json that were not read
+    ignored: Sequence[str]  # pickle files, which are never opened
+    converted: Mapping[str, int]  # number of tensors by stored dtype; all become fp32
 
 
 def import_model(
@@ -81,7 +74,7 @@ def import_model(
 
     Raises:
         ConfigError: `out` exists, an option does not fit, or the family or a field is not supported.
-        DataError: the folder is damaged, contradicts its config.json, or its tokenizer does not fit.
+        DataError: the folder is damaged or contradicts its config.json, or the tokenizer does not fit.
         CheckpointError: the result cannot be written; finished shards are kept, and the same command continues.
     """
     options = options or ImportOptions()
@@ -101,8 +94,7 @@ def import_model(
                 "config": config.model_dump(mode="json"),
                 HUGGINGFACE: {"family": family.name, "dtypes": {**plan.dtypes}},
             }
-            _conclude(place / _TREE, plan, config, values, save_id)
-            _companions(source, place / _TREE / HUGGINGFACE)
+            _conclude(place / _TREE, source, plan, config, values, save_id)
             if os.path.lexists(out):
                 raise ConfigError(f"{out} exists by now; nothing is overwritten")
             (place / _TREE).rename(out)
@@ -122,8 +114,29 @@ def import_model(
     )
 
 
+def check_tokenizer(source: Source, *, vocab_size: int) -> None:
+    """Reads tokenizer.json if it exists. It may have fewer tokens than the model has rows, because vocabularies are padded.
+
+    Raises:
+        DataError: the file cannot be read, or a token's id has no row in the model.
+    """
+    if TOKENIZER_FILE not in source.companions:
+        return
+    path = inside(source.folder, TOKENIZER_FILE)
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"{path}: cannot be read: {error!s:.200}") from error
+    token = max(vocabulary, key=lambda each: vocabulary[each], default=None)
+    if token is not None and vocabulary[token] >= vocab_size:
+        raise DataError(
+            f"{path}: gives {token!r} the id {vocabulary[token]}, but the model's vocab_size={vocab_size}; it is another "
+            "model's tokenizer: put the right one there, or take it away"
+        )
+
+
 def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: str) -> Config:
-    """A configuration that fine-tunes the model on one device; the user sets `data`."""
+    """Makes a configuration that fine-tunes the model on one device; the user sets `data`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
@@ -144,7 +157,7 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """The temporary folder beside `out`, locked by one process; removed once `out` exists."""
+    """Makes the temporary folder beside `out`, and locks it for this process; removes it once `out` exists."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -158,10 +171,10 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
-    """The id of the save: that of an earlier attempt with the same input, else a new one.
+    """Returns the id of the save: a new one, or that of a killed import with the same input.
 
     Raises:
-        ConfigError: the earlier attempt had other input.
+        ConfigError: the killed import had other input.
         CheckpointError: there is not enough space.
     """
     told = {
@@ -193,7 +206,7 @@ def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions
 def _write_shards(
     place: Path, source: Source, plan: ImportPlan, options: ImportOptions, save_id: str, report: Report
 ) -> int:
-    """Writes the missing shards, each by one rename; returns how many existed already."""
+    """Writes the missing shards, each by one rename; returns the number of shards that existed."""
     target, writing = place / _TREE / "step_0", place / "writing"
     for folder in (target, writing):
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +215,7 @@ def _write_shards(
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            # Pass the shard without a name, so that it is freed before the next one is read.
+            # No variable holds the shard, so that its memory is freed before the next shard is read.
             write_shard(
                 writing,
                 number,
@@ -225,8 +238,11 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
         return False
 
 
-def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
-    """Writes index, state and digests of the checkpoint, and the configuration, all durable."""
+def _conclude(
+    tree: Path, source: Source, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str
+) -> None:
+    """Writes index, state and digests of the checkpoint, the configuration, and the small files of the source; syncs all
+    of them to disk."""
     folder = tree / "step_0"
     specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
@@ -240,19 +256,16 @@ def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str,
     sync(folder)
     write_durably(tree / LATEST_FILE, f"{folder.name}\n".encode())
     write_durably(tree / "config.yaml", resolved_yaml(config).encode())
-
-
-def _companions(source: Source, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    (tree / HUGGINGFACE).mkdir(exist_ok=True)
     for name in (CONFIG_FILE, *source.companions):
-        write_durably(folder / name, inside(source.folder, name).read_bytes())
-    sync(folder)
-    sync(folder.parent)
+        write_durably(tree / HUGGINGFACE / name, inside(source.folder, name).read_bytes())
+    sync(tree / HUGGINGFACE)
+    sync(tree)
 
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
-    """Family and stored dtypes by logical name, as an import recorded them in state.json; None and empty for any other
-    checkpoint."""
+    """Returns the family and the stored dtype of each logical tensor, which an import recorded in state.json. Any other
+    checkpoint gives None and no dtypes."""
     noted = values.get(HUGGINGFACE)
     if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
         return None, {}

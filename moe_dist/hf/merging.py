@@ -1,14 +1,13 @@
-"""Merges adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
+"""Merges LoRA adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
 
-In attention that is always so. In an FFN it holds if the weights of a token do not depend on its route, which requires
+In attention all tokens do. In an FFN they do if the weight of no adapter depends on the token. This requires
 
-- one group, since tokens of another group use other adapters,
-- no null experts, since a null choice uses the FFN without an adapter, and
-- one expert, whose probability among one column is exactly 1 also in floating point; or several experts that every token
-  chooses (top_k = num_experts) with a weight of exactly 1 (straight_through, published): then the sum of their products is
-  merged.
+- one group, because tokens of another group use other adapters,
+- no null experts, because a null choice uses the FFN without an adapter, and
+- one expert, whose probability is exactly 1; or several experts that every token chooses (top_k = num_experts) with a
+  weight of exactly 1 (straight_through, published). The sum of the experts' products is then merged.
 
-Otherwise the weights depend on the token, and no single matrix equals the FFN.
+Otherwise no single matrix equals the FFN.
 """
 
 import re
@@ -29,11 +28,7 @@ _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
 def check_mergeable(model: ModelSection) -> None:
-    """Refuses adapters that no single matrix can replace.
-
-    Raises:
-        ConfigError: gives every reason.
-    """
+    """Raises ConfigError, with every reason, if no single matrix can replace the adapters."""
     experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
         return
@@ -58,11 +53,11 @@ def check_mergeable(model: ModelSection) -> None:
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
-    """A reader of the base's tensors by their names, with adapters merged in fp32. Tensors trained as a whole (routers of
-    an MoE base) come from the adapters' checkpoint.
+    """Makes a function that reads a tensor of the base and merges the adapters into it, in fp32. A tensor that was trained
+    as a whole, such as a router of an MoE base, comes from the adapters' checkpoint.
 
     Args:
-        model: Model section of the adapters' run, see `check_mergeable`.
+        model: Model section of the adapters' run, which `check_mergeable` has accepted.
     """
     ffn_names = base_names(base_index)
 
@@ -79,7 +74,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Names of the pairs A and B that adapt a matrix of the base, with their scales."""
+    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty if none do."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
@@ -92,6 +87,6 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """B A, summed over experts if there are several; in float64, rounded once."""
+    """Returns B A in float64, summed over experts if there are several; the caller rounds once."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

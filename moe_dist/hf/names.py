@@ -1,8 +1,8 @@
-"""Maps each of our logical tensors to a place among a family's tensors, for both layouts of checkpoints.
+"""Maps each of our logical tensors to a place among a family's tensors, for both layouts of Hugging Face checkpoints.
 
-On disk transformers writes one tensor for each expert and matrix (also version 5, whose models hold them fused in memory).
-`save_original_format=False` writes fused ones: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows, and
-down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so a name and a first element give its place.
+By default transformers writes one tensor for each expert and matrix. With `save_original_format=False` it writes fused
+tensors: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows, and down_proj [n, D, F]. In both layouts a
+logical tensor is contiguous, so a name and a first element give its place.
 """
 
 import math
@@ -17,10 +17,10 @@ Item = TypeVar("Item")
 
 
 def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
-    """Fills shards of at most `most` bytes with items in order; a larger item has a shard of its own.
+    """Fills shards of at most `most` bytes with items in order; a larger item gets a shard of its own.
 
     Args:
-        items: Each item with its bytes.
+        items: Pairs of an item and its number of bytes.
     """
     shard: list[Item] = []
     size = 0
@@ -35,29 +35,20 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A contiguous range of elements in one of the family's tensors.
-
-    Attributes:
-        shape: Shape of the family's whole tensor.
-        begin: First element of the range, in row-major order.
-    """
+    """A contiguous range of elements in one of the family's tensors."""
 
     name: str
-    shape: tuple[int, ...]
-    begin: int = 0
+    shape: tuple[int, ...]  # shape of the family's whole tensor
+    begin: int = 0  # first element of the range, in row-major order
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One of our logical tensors.
-
-    Attributes:
-        places: Possible places, the layout to write first. Empty if the family has no such tensor.
-    """
+    """One of our logical tensors."""
 
     name: str
     shape: tuple[int, ...]
-    places: tuple[TensorPlace, ...]
+    places: tuple[TensorPlace, ...]  # possible places, the layout to write first; empty if the family has no such tensor
 
     @property
     def numel(self) -> int:
@@ -65,7 +56,7 @@ class Slot:
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Every parameter of a model with its places, except the rows of null experts."""
+    """Lists every parameter of a model with its places, except the router rows of null experts."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -84,7 +75,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
-    """Logical name of the router rows of one kind of expert."""
+    """Returns the logical name of the router rows of true or null experts."""
     (name,) = section.moe.groups
     return f"layers.{layer}.moe.router.{name}.{kind}"
 

@@ -1,6 +1,6 @@
-"""Plans an import: the origin of every logical tensor, cut into shards of bounded size.
+"""Plans an import: where each logical tensor comes from, and which shard of bounded size holds it.
 
-A plan depends only on the source's headers and the options, so that a killed import continues with the same plan.
+A plan depends only on the source's headers and the options, so a killed import continues with the same plan.
 """
 
 import math
@@ -30,37 +30,24 @@ _TOGETHER = "take config.json and weights of one model"
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Options by which an import changes the model.
+    """Options by which an import changes the model."""
 
-    Attributes:
-        null_experts, top_k: Null experts with copied gate rows, and choices per token with them.
-        experts, experts_top_k: Number of copies of each dense FFN, and choices per token among them.
-        seed: Seed of the router rows of copied experts.
-        modalities: Modalities of the expert group.
-    """
-
-    null_experts: int = 0
-    top_k: int | None = None
-    experts: int = 1
-    experts_top_k: int = 1
-    seed: int = 0
-    modalities: tuple[str, ...] = ("text",)
+    null_experts: int = 0  # number of null experts, whose router rows are copies of true rows
+    top_k: int | None = None  # choices per token if there are null experts
+    experts: int = 1  # number of copies of each dense FFN
+    experts_top_k: int = 1  # choices per token among the copies
+    seed: int = 0  # seed of the router rows of the copies
+    modalities: tuple[str, ...] = ("text",)  # modalities of the one expert group
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Rows of a logical tensor with their origin.
-
-    Attributes:
-        shape: Shape of the whole logical tensor.
-        row, rows: First row, and number of rows (for a vector: elements).
-        kind: `stored`: elements of their tensor `source` from `begin` on; `tiled`: the rows of `source`, repeated; `zeros`;
-            `normal` with `std`, drawn by name.
-    """
+    """Some rows of a logical tensor, and where their values come from: from the stored tensor `source` at element `begin`,
+    from the rows of `source` repeated (tiled), from zeros, or from a normal draw that the name seeds."""
 
     name: str
-    shape: tuple[int, ...]
-    row: int
+    shape: tuple[int, ...]  # shape of the whole logical tensor
+    row: int  # first row (of a vector: first element)
     rows: int
     kind: Literal["stored", "tiled", "zeros", "normal"]
     source: str = ""
@@ -76,7 +63,7 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the part in fp32, which represents all supported dtypes exactly."""
+        """Reads or draws the part in fp32, which represents each supported dtype exactly."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         return Piece(self._tensor(source, seed).to(torch.float32), offsets, self.shape)
 
@@ -93,17 +80,11 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Everything that an import writes.
+    """Everything that an import writes."""
 
-    Attributes:
-        section: Model section of the result.
-        shards: Parts of each shard, in the order of writing.
-        dtypes: Stored dtype of each logical tensor that was read.
-    """
-
-    section: ModelSection
-    shards: Sequence[Sequence[TensorPart]]
-    dtypes: Mapping[str, str]
+    section: ModelSection  # model section of the result
+    shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of writing
+    dtypes: Mapping[str, str]  # stored dtype of each logical tensor that is read
 
     @property
     def parts(self) -> list[TensorPart]:
@@ -115,7 +96,7 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """The `model` section of the result: the source's with null experts, copies and modalities.
+    """Returns the `model` section of the result: the source's section with null experts, copies and modalities.
 
     Raises:
         ConfigError: an option does not fit the model; gives the reason and valid values.
@@ -168,14 +149,14 @@ def _with_nulls(group: Mapping[str, Any], options: ImportOptions) -> dict[str, i
 
 
 def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, shard_bytes: int) -> ImportPlan:
-    """Makes the plan; every tensor on both sides must be accounted for.
+    """Makes the plan of an import.
 
     Args:
-        section: Model section of the result (`changed_section`).
-        shard_bytes: Maximum size of a shard; larger tensors are cut by rows.
+        section: Model section of the result, from `changed_section`.
+        shard_bytes: Largest size of a shard; a larger tensor is cut by rows.
 
     Raises:
-        DataError: tensors are missing, left over or of another shape; names all of them.
+        DataError: tensors of the source are missing, left over or of another shape; names all of them.
     """
     problems: list[str] = []
     parts: list[TensorPart] = []
@@ -194,7 +175,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
             problems.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
         else:
             parts.append(_drawn(slot, section))
-    parts += [_tiled(part, section) for part in parts if _is_gate(part, section)]
+    parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
     if problems:
@@ -204,17 +185,19 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Router rows that a dense model lacks; with a single expert they have no effect."""
-    kind = "zeros" if slot.shape[0] == 1 else "normal"
+    """Returns new router rows, which a dense model lacks."""
+    kind = "zeros" if slot.shape[0] == 1 else "normal"  # the row of a single expert has no effect
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
-def _is_gate(part: TensorPart, section: ModelSection) -> bool:
+def _has_null_rows(part: TensorPart, section: ModelSection) -> bool:
+    """Returns true for the true rows of a router that gets rows for null experts."""
     (group,) = section.moe.groups.values()
     return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
 
 
 def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
+    """Returns the router rows of null experts, as copies of the true rows."""
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(

@@ -1,22 +1,21 @@
-"""Opens a Hugging Face folder for reading: only config.json and safetensors, nothing outside the folder, no code.
+"""Opens a Hugging Face folder for reading: only config.json and safetensors files, nothing outside the folder, no code.
 
-Tensors are read by plain reads of a range of elements, never mapped. So a read takes only the memory of its range; a mapped
-file would count as a whole against limits of a process's data.
+A tensor is read by a plain read of a range of elements, because a mapped file would count as a whole against a limit of the
+process's memory.
 """
 
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from moe_dist.checkpoint.index import StoredModel
@@ -37,15 +36,13 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 AGAIN = "copy or download it again"  # the fix for a file that has changed
 
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints that follows from config.json
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
-
-_Count = Annotated[int, Field(ge=0)]
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name that leads into no other folder
 
 
 class _Entry(StoredModel):
     dtype: str
-    shape: tuple[_Count, ...]
-    data_offsets: tuple[_Count, _Count]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
 
 _HEADER = TypeAdapter(dict[str, Any])
@@ -53,45 +50,27 @@ _HEADER = TypeAdapter(dict[str, Any])
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the folder.
-
-    Attributes:
-        file: Name of its file.
-        dtype: A key of DTYPES.
-        begin: First byte in the file.
-    """
+    """One tensor of the folder."""
 
     file: str
-    dtype: str
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
-    begin: int
+    begin: int  # first byte in the file
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened folder.
-
-    Attributes:
-        config: Its config.json.
-        tensors: All tensors by name.
-        files: For each file of weights its identity: size, time of change, digest of the header.
-        pickles: Pickle files; they are not opened, since reading them can run code.
-        companions: Names of the small files that exist.
-    """
+    """An opened folder."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # content of config.json
     tensors: Mapping[str, Stored]
-    files: Mapping[str, tuple[int, int, str]]
-    pickles: Sequence[str]
-    companions: Sequence[str]
+    files: Mapping[str, tuple[int, int, str]]  # identity of each file of weights: size, time of change, header's digest
+    pickles: Sequence[str]  # pickle files; they are never opened, because reading them can run code
+    companions: Sequence[str]  # names of the small files that exist
 
     def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
-        """Reads a range of elements of a tensor, in its stored dtype.
-
-        Args:
-            begin: First element, in row-major order.
-            shape: Shape of the result.
+        """Reads elements of a tensor from the element `begin` on (in row-major order) into a tensor of the given shape.
 
         Raises:
             DataError: the file is shorter than when it was opened.
@@ -103,7 +82,7 @@ class Source:
         try:
             with path.open("rb", buffering=0) as stream:
                 stream.seek(at)
-                while view and (count := stream.readinto(view)):
+                while view and (count := stream.readinto(view)):  # an unbuffered read may return fewer bytes
                     view = view[count:]
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -157,10 +136,10 @@ def open_source(folder: Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a plain file in the folder.
+    """Returns the path of a plain file in the folder.
 
     Raises:
-        DataError: it is missing, not a file, or a link to outside the folder.
+        DataError: the path is missing, is no file, or is a link to outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -171,7 +150,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
-    """File of each tensor by the index; None if one file holds all."""
+    """Returns the file of each tensor, from the index; None if there is one file and no index."""
     safe = [name for name in names if name.endswith(".safetensors")]
     if INDEX_FILE not in names:
         if WEIGHTS_FILE in names:
@@ -189,7 +168,7 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
     found = read_json(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
-    odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _plain(file)]
+    odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _PLAIN.fullmatch(str(file))]
     if odd:
         raise DataError(
             f"{folder / INDEX_FILE}: files must be plain names of .safetensors in the same folder, not {', '.join(odd[:3])}"
@@ -197,12 +176,8 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
     return found
 
 
-def _plain(file: object) -> bool:
-    return isinstance(file, str) and _PLAIN.fullmatch(file) is not None and os.path.basename(file) == file
-
-
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Tensors of a safetensors file, and the digest of its header; the file's size must match them."""
+    """Returns the tensors of a safetensors file, and the digest of the header; checks that the file's size fits them."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)

@@ -1,4 +1,4 @@
-"""The MoE layer for Megatron-Core: a layer spec for GPTModel that uses Megatron's groups, DDP, optimizer and checkpoints.
+"""Offers the MoE layer to Megatron-Core, as a layer spec for GPTModel with Megatron's groups, DDP, optimizer, checkpoints.
 
 Megatron is imported at the first access to one of the names below.
 """

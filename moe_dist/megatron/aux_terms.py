@@ -1,14 +1,14 @@
-"""Balance and z losses inside Megatron: Megatron's scaler adds their gradients in backward, its tracker logs them.
+"""Adds balance and z losses inside Megatron: Megatron's scaler adds the gradients in backward, its tracker logs the values.
 
-As in `moe_dist.train.loss`, the counts are those of one micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-They need one all-reduce of a few integers per layer, only with gradients enabled, so Megatron's full recompute does not
-repeat it.
+As in `moe_dist.train.loss`, both losses use counts of one micro-batch over all ranks of the pipeline stage (TP x CP x DP).
+Each layer reduces its counts by one all-reduce of a few integers. This runs only with gradients enabled, so Megatron's full
+recompute does not repeat it.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,31 +26,22 @@ Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
 
 @dataclass(frozen=True)
 class AuxTerms:
-    """The auxiliary terms of one layer.
-
-    Attributes:
-        groups: All expert groups, in logical order.
-        kind: Kind of the balance loss, as in `moe_dist.moe.losses`.
-        balance, z: Coefficients; 0 leaves a term out.
-        every_rank: Megatron's group of all ranks with tokens: TP x CP x DP of one pipeline stage.
-        data_parallel_size: Size of DP without CP.
-        per_token_loss: Whether Megatron divides gradients by the step's number of tokens, not by micro-batches and DP.
-        layer_number, num_layers: Layer number for the tracker, from 1, and number of layers.
-    """
+    """The balance loss and the z loss of one layer."""
 
     groups: Sequence[ExpertGroup]
-    kind: Literal["null_averaged", "vanilla"]
-    balance: float
+    kind: Literal["null_averaged", "vanilla"]  # kind of the balance loss, as in `moe_dist.moe.losses`
+    balance: float  # coefficient of the balance loss; 0 leaves it out
     z: float
-    every_rank: dist.ProcessGroup
-    data_parallel_size: int
-    per_token_loss: bool
-    layer_number: int
+    every_rank: dist.ProcessGroup  # Megatron's group TP x CP x DP: all ranks of the pipeline stage that have tokens
+    data_parallel_size: int  # size of DP without CP
+    per_token_loss: bool  # Megatron divides gradients by the tokens of the step instead of by micro-batches and DP
+    layer_number: int  # from 1, for the tracker
     num_layers: int
     record: Record
 
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
-        """Returns `y` unchanged, and adds the terms' gradients to its backward. One all-reduce, unless both are off."""
+        """Returns `y` unchanged, and adds the gradients of both losses to the backward of `y`. Costs one all-reduce, unless
+        both coefficients are 0."""
         if not (self.balance or self.z) or not torch.is_grad_enabled():  # also skips the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
@@ -65,27 +56,20 @@ class AuxTerms:
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:
                 self.record(name, term, self.layer_number, self.num_layers, self.every_rank)
-                # adds the gradient in backward without changing y
-                y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)
+                y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)  # y keeps its value
         return y
 
 
 def tracker() -> Record:
-    """Adds a value to Megatron's tracker, which reduces and prints it: an object in newer versions, a function in 0.16."""
-    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
-        return _record_in_object
-    return _record_by_function
-
-
-def _record_in_object(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
-        get_moe_metrics_tracker,
+    """Returns the function that adds a value to Megatron's tracker, which reduces and prints the value."""
+    core = "megatron.core.transformer.moe"
+    try:
+        logging: Any = import_module(f"{core}.moe_logging")
+    except ImportError:  # megatron-core 0.16 has a function instead of an object
+        utils: Any = import_module(f"{core}.moe_utils")
+        return lambda *values: utils.save_to_aux_losses_tracker(
+            *values[:-1], reduce_group=values[-1], reduce_group_has_dp=True
+        )
+    return lambda *values: logging.get_moe_metrics_tracker().record(
+        *values[:-1], reduce_group=values[-1], needs_dp_avg=False
     )
-
-    get_moe_metrics_tracker().record(name, value, layer, num_layers, reduce_group=group, needs_dp_avg=False)
-
-
-def _record_by_function(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
-
-    save_to_aux_losses_tracker(name, value, layer, num_layers, reduce_group=group, reduce_group_has_dp=True)

@@ -1,4 +1,4 @@
-"""A Megatron transformer layer with the experts of moe_dist, and its spec.
+"""Defines a Megatron transformer layer with the experts of moe_dist, and its spec.
 
     python pretrain_gpt.py --spec moe_dist.megatron.decoder_layer decoder_layer ...     (docs/megatron.md)
     GPTModel(config, transformer_layer_spec=decoder_layer_spec(settings), ...)
@@ -28,12 +28,12 @@ from moe_dist.megatron.settings import ExpertSettings, settings_from_environment
 
 
 class DecoderLayer(TransformerLayer):
-    """TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
+    """Megatron's TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
 
     Args:
-        config, layer_number, pg_collection, vp_stage, options: As for Megatron's own layer.
-        submodules: The layer's spec; None takes the one of Megatron's decoder spec.
-        settings: Expert settings; None reads the file in MOE_DIST_EXPERTS.
+        submodules: The layer's spec; None takes it from Megatron's decoder spec.
+        settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
+        options: Further arguments of Megatron's layer; the other arguments are those of Megatron's layer, too.
     """
 
     def __init__(
@@ -48,43 +48,42 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # before building, so that all problems are reported together
+        check(config, settings)  # before building, so that one error reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
-        # a copy, because Megatron shares one spec among layers
-        parts = copy.copy(submodules or _megatrons_own(config, number))
+        parts = copy.copy(submodules or _megatrons_own(config, number))  # Megatron shares one spec among layers
         every = config.moe_layer_freq
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # built below: Megatron passes process groups to its own MoE layer only
+            parts.mlp = IdentityOp  # replaced below, because Megatron passes process groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron treats the layer as dense; `ExpertLayer` recomputes by itself
+            self.recompute_mlp = False  # Megatron takes the layer for a dense one; `ExpertLayer` recomputes by itself
             shared = _shared_expert(stock, config, groups)
             number = self.layer_number
             self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared)
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
-    """Spec of a decoder layer with these experts, for GPTModel's `transformer_layer_spec`."""
+    """Returns the spec of a decoder layer with these experts, for the argument `transformer_layer_spec` of GPTModel."""
     return ModuleSpec(module=DecoderLayer, params={"settings": settings})
 
 
-# For --spec, which looks up an object without calling it; each layer then reads its settings from the environment.
+# --spec imports this object without calling it, so each layer reads its settings from the environment.
 decoder_layer = ModuleSpec(module=DecoderLayer)
 
 
 def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSubmodules:
-    """Submodules of a layer in Megatron's decoder spec."""
+    """Returns the submodules of a layer in Megatron's decoder spec."""
     use_te = config.transformer_impl == "transformer_engine"
     specs: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization)
     return specs[number - 1].submodules
 
 
 def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Megatron's shared expert, from its MoE layer's spec (a ModuleSpec, in later versions a partial)."""
+    """Builds Megatron's shared expert from the spec of Megatron's MoE layer: a ModuleSpec, in later versions a partial."""
     if config.moe_shared_expert_intermediate_size is None:
         return None
     submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules

@@ -1,4 +1,4 @@
-"""The MoE layer of moe_dist as a Megatron module, with Megatron's process groups.
+"""Wraps the MoE layer of moe_dist as a Megatron module, with Megatron's process groups.
 
 Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden size.
 """
@@ -31,7 +31,7 @@ from moe_dist.placement.roles import group_module, named_parameters
 
 
 class UntimedCommStats(CommStats):
-    """Counts bytes but takes no times, because Megatron's loop does not collect the CUDA events."""
+    """Counts bytes but takes no times, because Megatron's loop would never collect the CUDA events."""
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -39,12 +39,12 @@ class UntimedCommStats(CommStats):
 
 
 class ExpertLayer(MegatronModule):
-    """Replaces Megatron's MoELayer in a transformer layer; its output has no bias.
+    """Replaces Megatron's MoELayer in a transformer layer; the output has no bias.
 
     Args:
-        config: Megatron's configuration, already checked (`requirements.check`).
+        config: Megatron's configuration, which `requirements.check` has accepted.
         layer_number: Number of the layer in the whole model, from 1.
-        shared: Megatron's shared expert (tensor-parallel), or None.
+        shared: Megatron's tensor-parallel shared expert, or None.
     """
 
     group_of_modality_M: Tensor
@@ -66,7 +66,7 @@ class ExpertLayer(MegatronModule):
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        self.comm_stats = UntimedCommStats()  # traffic of this layer and rank since the last `take`
+        self.comm_stats = UntimedCommStats()  # bytes sent by this layer on this rank since the last `take`
         all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
         self.moe = _build(config, settings, self.placement, all_to_all, name=f"layers.{layer_number - 1}")
         self.moe.shared = shared
@@ -88,7 +88,12 @@ class ExpertLayer(MegatronModule):
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """hidden_states [s, B, D] and modality ids (see `modality`) -> weighted sum of experts [s, B, D], and no bias."""
+        """Returns the weighted sum of experts [s, B, D], and no bias.
+
+        Args:
+            hidden_states: [s, B, D].
+            padding_mask: Modality ids, see `moe_dist.megatron.modality`.
+        """
         length, batch, _ = hidden_states.shape
         group_T = groups_of_rank(
             padding_mask,
@@ -109,7 +114,6 @@ class ExpertLayer(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One entry per expert under its logical name, so that it loads at any EP size and placement."""
         return sharded_layer_state(self, prefix, sharded_offsets, metadata)
 
 
@@ -125,7 +129,7 @@ def _check_groups(groups: ProcessGroupCollection) -> None:
 def _build(
     config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, all_to_all: AllToAll, *, name: str
 ) -> MoELayer:
-    """The layer without a shared expert; its parameters are allocated but not initialised."""
+    """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
     with torch.device("meta"):
         layer = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
@@ -152,23 +156,21 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """The layer's recompute mode for Megatron's selective recompute; full recompute wraps the layer from outside."""
+    """Returns the recompute mode for Megatron's selective recompute. Full recompute wraps the layer from outside."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 
 
 def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
-    """Sets Megatron's attributes of parameters.
-
-    Experts: `allreduce=False` reduces them over the expert data parallel group; `tensor_model_parallel` makes the gradient
-    norm count them on every TP rank. Routers are replicated, and each TP rank sees its part of the sequence:
-    `sequence_parallel` sums their gradients over TP. Empty stacks get no gradients.
-    """
+    """Sets the attributes by which Megatron reduces gradients and computes their norm."""
     for parameter in layer.experts.parameters():
+        # Megatron then reduces the gradient over the expert data parallel group.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+        # The gradient norm then counts the parameter on every TP rank, because each TP rank holds other experts.
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        parameter.requires_grad_(parameter.numel() > 0)
+        parameter.requires_grad_(parameter.numel() > 0)  # a rank without experts of a group has an empty stack
     for parameter in layer.router.parameters():
+        # Megatron then sums the gradient over TP, because each TP rank routes its own part of the sequence.
         parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -176,11 +178,10 @@ def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
 def _initialise(
     moe: MoELayer, placement: ExpertPlacement, config: TransformerConfig, *, ep_rank: int, layer: int, seed: int
 ) -> None:
-    """Initialises router and experts with Megatron's initialisers, seeded by (seed, logical name); `down` uses the one of
-    output layers.
+    """Initialises router and experts with Megatron's initialisers; `down` takes the initialiser of output layers.
 
-    Draws one expert's matrix at a time on the host in fp32, so it is equal for every layout and device. Does nothing if
-    `perform_initialization` is off.
+    (seed, logical name) seeds each draw. One expert's matrix at a time is drawn on the host in fp32, so that every layout
+    and device starts with equal weights. Does nothing if `perform_initialization` is off.
     """
     if not config.perform_initialization:
         return

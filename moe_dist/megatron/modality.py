@@ -1,8 +1,8 @@
-"""Modality ids of tokens inside Megatron, passed as its `padding_mask` argument.
+"""Carries the modality ids of tokens through Megatron, in the argument `padding_mask`.
 
-Megatron passes this tensor unchanged from GPTModel.forward to every MoE layer. It expects a boolean, true for padding; here
-it may contain modality ids instead. Shape letters: B sequences, S positions, s positions on this rank (S / TP under
-sequence parallelism), T = s x B tokens of this rank.
+Megatron passes this tensor unchanged from GPTModel.forward to every MoE layer. Megatron expects a boolean that is true for
+padding; here the tensor may hold modality ids instead. Shape letters: B sequences, S positions, s positions on this rank
+(S / TP under sequence parallelism), T = s x B tokens of this rank.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,12 @@ PADDING = -1
 
 
 def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """Modality id of each token, int64 [B, S], to pass as `padding_mask`.
+    """Returns the modality id of each token, int64 [B, S], for Megatron's argument `padding_mask`.
 
     Args:
         tokens_BS: Token ids.
-        ranges: For each modality, in the settings' order, its vocabulary ranges [first, end). Other tokens are padding.
+        ranges: The vocabulary ranges [first, end) of each modality, in the order in which the settings' groups list the
+            modalities. A token in no range counts as padding, -1.
     """
     ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
     for modality, parts in enumerate(ranges):
@@ -31,26 +32,20 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
 
 
 def groups_of_rank(
-    mask_BS: Tensor | None,
-    group_of_modality_M: Tensor,
-    *,
-    length: int,
-    batch: int,
-    tp_rank: int,
-    tp_size: int,
+    mask_BS: Tensor | None, group_of_modality_M: Tensor, *, length: int, batch: int, tp_rank: int, tp_size: int
 ) -> Tensor:
-    """Expert group of each of this rank's tokens, int64 [T] in the order of hidden states [s, B, D]; -1 for padding.
+    """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
-    Megatron scatters the mask over the tensor-parallel ranks on the first pipeline stage only (and not with given
-    embeddings). On other stages it is whole, and this function slices out the rank's part. No communication.
+    Megatron scatters the mask over the tensor-parallel ranks only on the first pipeline stage, and not with given
+    embeddings. Elsewhere the mask is whole, and this function takes the rank's slice. No communication.
 
     Args:
-        mask_BS: Integer modality ids (-1 for padding), or a boolean that is true for padding, or None without padding.
-        group_of_modality_M: int64; its last element is -1, which index -1 (padding) reads.
+        mask_BS: Integer modality ids (-1 for padding), a boolean that is true for padding, or None without padding.
+        group_of_modality_M: int64; the last element is -1, because padding reads it by the index -1.
         length, batch: s and B.
 
     Raises:
-        ConfigError: ids are missing although there are several groups, or do not fit the hidden states.
+        ConfigError: there are several modalities and no ids, or the ids do not fit the hidden states.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
     if mask_BS is None or mask_BS.dtype == torch.bool:
@@ -65,8 +60,7 @@ def groups_of_rank(
             return group_of_modality_M[:1].expand(length * batch)
         mask_BS = torch.where(mask_BS, PADDING, 0)
     if mask_BS.shape == (batch, length * tp_size) and tp_size > 1:
-        # a view; Megatron scatters the sequence in rank order
-        mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]
+        mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]  # Megatron scatters the sequence in rank order
     if mask_BS.shape != (batch, length):
         raise ConfigError(
             f"padding_mask: shape {tuple(mask_BS.shape)} must be [batch={batch}, {length}] or the whole sequence "

@@ -1,7 +1,7 @@
-"""Expert groups, null experts, router and placement, which Megatron's configuration does not have.
+"""Defines the settings that Megatron's configuration lacks: expert groups, null experts, router and placement.
 
-They come from a small YAML file in the environment variable MOE_DIST_EXPERTS, or from an object. Sizes, precision,
-parallelism and loss coefficients stay in Megatron's configuration. Imports neither torch nor megatron.
+The settings come from a YAML file, named by the environment variable MOE_DIST_EXPERTS, or from an object. Sizes, precision,
+parallelism and loss coefficients stay in Megatron's configuration. This file imports neither torch nor megatron.
 """
 
 import os
@@ -31,7 +31,7 @@ class ExpertSettings(Section):
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: TopKRouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     placement: PlacementSection = Field(
-        default_factory=InterleavedSection, description="Which expert lives on which rank of Megatron's EP group."
+        default_factory=InterleavedSection, description="Which rank of Megatron's EP group holds which expert."
     )
     balance: Literal["null_averaged", "vanilla"] = Field(
         default="null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."
@@ -50,15 +50,15 @@ class ExpertSettings(Section):
     )
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
-        """The groups as plain values; experts are numbered over all groups."""
-        return expert_groups(MoESection.model_construct(groups=self.groups))  # without validation, which reading has done
+        """Returns the groups as plain values, with experts numbered over all groups."""
+        return expert_groups(MoESection.model_construct(groups=self.groups))  # reading has validated the groups
 
     def group_of_modality(self) -> tuple[int, ...]:
-        """Index of the group of each modality, in the order in which the groups list them."""
+        """Returns the index of the group of each modality, in the order in which the groups list the modalities."""
         return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
 
     def place(self, num_ranks: int) -> ExpertPlacement:
-        """The placement of experts on an EP group of `num_ranks`.
+        """Places the experts on an EP group of `num_ranks`.
 
         Raises:
             ConfigError: the placement is invalid.
@@ -68,17 +68,17 @@ class ExpertSettings(Section):
     def violations(self) -> list[Violation]:
         broken = [*modality_violations(self.groups, "groups")]
         for name, group in self.groups.items():
-            for key in ("num_identity", "num_constant"):
-                if count := getattr(group, key):
-                    problem = (
-                        f"groups.{name}.{key}={count}: zero-computation experts are not covered inside Megatron; set 0"
-                    )
-                    broken.append(Violation((f"groups.{name}.{key}",), problem))
+            for violation in group.violations():
+                keys = tuple(f"groups.{name}.{key}" for key in violation.keys)
+                broken.append(Violation(keys, f"groups.{name}: {violation.problem}"))
+            for field in ("num_identity", "num_constant"):
+                key = f"groups.{name}.{field}"
+                if count := getattr(group, field):
+                    problem = "zero-computation experts are not covered inside Megatron; set 0"
+                    broken.append(Violation((key,), f"{key}={count}: {problem}"))
         if self.router.selection_bias:
-            problem = (
-                "router.selection_bias=true: not covered inside Megatron; set false, and balance by moe_aux_loss_coeff"
-            )
-            broken.append(Violation(("router.selection_bias",), problem))
+            problem = "not covered inside Megatron; set false, and balance by moe_aux_loss_coeff"
+            broken.append(Violation(("router.selection_bias",), f"router.selection_bias=true: {problem}"))
         return broken
 
 
@@ -98,14 +98,14 @@ def read_settings(path: str | Path) -> ExpertSettings:
         problems = problems or [f"must be a mapping with the key groups, got {type(values).__name__}"]
         raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
     read = draft(ExpertSettings, values)
-    broken = [] if read.value is None else read.broken(_relations(read.value))
+    broken = [] if read.value is None else read.broken(read.value.violations())
     if read.value is None or problems or read.problems or broken:
         raise ConfigError([f"{path}: {problem}" for problem in (*problems, *read.problems, *broken)], see=GUIDE)
     return read.value
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ExpertSettings:
-    """Reads the file in MOE_DIST_EXPERTS.
+    """Reads the file named by MOE_DIST_EXPERTS.
 
     Raises:
         ConfigError: the variable is not set, or its file is invalid.
@@ -118,12 +118,3 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Ex
             see=GUIDE,
         )
     return read_settings(path)
-
-
-def _relations(settings: ExpertSettings) -> list[Violation]:
-    inside = [
-        Violation(tuple(f"groups.{name}.{key}" for key in violation.keys), f"groups.{name}: {violation.problem}")
-        for name, group in settings.groups.items()
-        for violation in group.violations()
-    ]
-    return inside + settings.violations()

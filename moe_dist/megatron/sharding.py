@@ -1,11 +1,11 @@
-"""The MoE layer in Megatron's distributed checkpoints: each expert under its logical name, independent of rank and slot.
+"""Writes the MoE layer into Megatron's distributed checkpoints. Each expert has a logical name that depends on no rank.
 
     <prefix>experts.<group>.<index in the group>.<gate|up|down>      [F, D] or [D, F]
     <prefix>router.<group>.<true|null>                                replicated over TP and DP
 
-`sharded_offsets` are Megatron's leading axes (it stores all layers as one tensor along a first axis). A stack of experts
-is one parameter: a factory splits it into experts before saving and stacks them after loading, also for the optimizer's
-states.
+`sharded_offsets` are Megatron's leading axes: Megatron stores all layers as one tensor along a first axis. A stack of
+experts is one parameter. A factory splits the stack into experts before saving, and stacks the experts after loading; the
+optimizer's states go the same way.
 """
 
 from typing import Any
@@ -28,7 +28,8 @@ Offsets = tuple[tuple[int, int, int], ...]
 def sharded_layer_state(
     layer: Any, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The layer's state for `dist_checkpointing`, with the keys of its state dict."""
+    """Returns the layer's state for `dist_checkpointing`, with the keys of the layer's state dict. Each expert has an entry
+    of its own, so a checkpoint loads at any EP size and placement."""
     state: dict[str, Any] = {}
     for name in ("router", "shared"):
         module = getattr(layer.moe, name)
@@ -55,7 +56,7 @@ def sharded_layer_state(
 def _factory(
     key: str, stack: Tensor, indices: list[int], offsets: Offsets, replica: tuple[int, int, int]
 ) -> ShardedTensorFactory:
-    """Splits a stack [e, ...] into one sharded tensor per expert."""
+    """Makes a factory that splits a stack [e, ...] into one sharded tensor per expert, and stacks them again."""
 
     @torch.no_grad()
     def cut(key: str, stack: Tensor, replica_id: Any, _flattened_range: Any) -> dict[str, ShardedTensor]:

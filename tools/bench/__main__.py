@@ -1,7 +1,6 @@
 """Compares dispatch with its floor and with other implementations on this machine: python -m tools.bench [--json FILE]
 
-Contenders are paired and interleaved, with one thread for each rank. docs/benchmarks.md says what each table proves and
-what it does not.
+Contenders run in turn, with one thread on each rank. docs/benchmarks.md says what each table proves and what it does not.
 """
 
 import os
@@ -24,40 +23,36 @@ QUICK_JSON = Path(".cache/bench/quick.json")
 
 @reports_errors()
 def main(
-    world: Annotated[int, typer.Option(min=2, help="Ranks; at most the cores.")] = 2,
+    world: Annotated[int, typer.Option(min=2, help="Number of ranks, at most the number of cores.")] = 2,
     json: Annotated[
-        Path | None, typer.Option(help=f"Results; rows that it has are kept. Default {DEFAULT_JSON}, --quick {QUICK_JSON}.")
+        Path | None,
+        typer.Option(help=f"File of results; its rows are kept. Default {DEFAULT_JSON}, with --quick {QUICK_JSON}."),
     ] = None,
-    only: Annotated[list[str], typer.Option(help="A sweep, as 'tokens' or 'layer'; may be repeated.")] = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="Sweep to measure, as tokens or layer; may be repeated.")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each row.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of routings and order.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny points, to see that all of it runs.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file has; with --only those.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of routings and of the order of contenders.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Use tiny points, which only show that everything runs.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all rows again; with --only its sweeps.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the file's tables; measure nothing.")] = False,
 ) -> None:
-    """Print the rows that are lost, then all; write JSON, and a picture beside it."""
+    """Measure; print the rows that are lost, then all rows; write JSON, and a picture beside it."""
     path = json or (QUICK_JSON if quick else DEFAULT_JSON)
-    if not as_markdown:
-        cores = len(os.sched_getaffinity(0))
-        if world > cores:
-            raise ConfigError(f"--world {world}: more ranks than the {cores} cores; their times would say nothing")
-        try:
-            measure(BenchJob(world, path, tuple(only), quick, rounds, seed, _commit()), fresh=fresh)
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(EXIT_FAILED) from error
-    results = read_results(path)
-    print(markdown(results) if as_markdown else text(results))
-    if not as_markdown:
-        picture = path.with_suffix(".png")
-        draw(results, picture)
-        print(f"{path}, {picture}")
-
-
-def _commit() -> str:
-    """Commit of this clone, with a plus if the code differs from it."""
+    if as_markdown:
+        print(markdown(read_results(path)))
+        return
+    if world > (cores := len(os.sched_getaffinity(0))):
+        raise ConfigError(f"--world {world}: more ranks than the {cores} cores; their times would say nothing")
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
-    return f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"
+    code = f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"  # a plus: the code differs from the commit
+    try:
+        measure(BenchJob(world, path, tuple(only), quick, rounds, seed, code), fresh=fresh)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
+    results, picture = read_results(path), path.with_suffix(".png")
+    print(text(results))
+    draw(results, picture)
+    print(f"{path}, {picture}")
 
 
 if __name__ == "__main__":

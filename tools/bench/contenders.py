@@ -1,25 +1,27 @@
-"""The contenders. Each takes a case (a point's routing on this rank) and returns a function without arguments.
+"""The contenders of the dispatch benchmark. Each takes a case (a point's routing on this rank) and returns a function
+without arguments.
 
-To the rank of the experts and back, before rows are laid out by expert:
+These contenders bring rows to the rank of their experts and back, without laying them out by expert:
 
-    floor               two all_to_all_single of exactly the rows that ours sends, and one copy of them each way
-    floor, all          also a copy each way of the rows whose experts are on the same rank
-    dispatch, combine   ours, on a plan that was made beforehand
-    ours at rank        plan, dispatch, combine
+    floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each of them
+    floor, all          the same, and two copies of the rows whose experts are on this rank
+    dispatch, combine   ours, with a plan that was made beforehand
+    ours at rank        ours: plan, dispatch, combine
 
-To rows laid out by expert, and back to their tokens weighted and summed (the experts are the identity):
+These contenders lay rows out by expert, and bring them back to their tokens weighted and summed (each expert is the
+identity):
 
     ours                plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
     megatron, ...       see megatron_core.py
-    naive               one row for each choice, null or not, own-rank rows sent too: a few plain lines of torch
-    per pair            the same without nulls
+    naive               one row for each choice, null or not, also for experts on this rank: a few plain lines of torch
+    per pair            naive without the null choices
     equal active        ours, on a top-k routing with as many true experts and no null choice
 
 Shape letters: T tokens, D hidden size, K choices per token, N rows of a rank's choices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -39,13 +41,7 @@ Run = Callable[[], Tensor]
 
 @dataclass
 class Case:
-    """One point on this rank.
-
-    Attributes:
-        h_TD: Rows of the tokens.
-        taken, equal_active: Routings in the form of our dispatcher.
-        drawn_TK, taken_TK, weight_TK: The choices, see `tools.bench.points.Choices`.
-    """
+    """One point on this rank; `tools.bench.points.Choices` explains the choices [T, K]."""
 
     point: Point
     mesh: Mesh
@@ -54,16 +50,13 @@ class Case:
     drawn_TK: Tensor
     taken_TK: Tensor
     weight_TK: Tensor
-    taken: Assignments
+    taken: Assignments  # `taken_TK` for our dispatcher
     equal_active: Assignments
-    dispatcher: AllToAllDispatcher = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.dispatcher = AllToAllDispatcher(self.placement, AllToAll(self.mesh.ep, CommStats()))
+    dispatcher: AllToAllDispatcher
 
     @property
     def group(self) -> dist.ProcessGroup:
-        assert self.mesh.ep is not None, "a wire needs two ranks"
+        assert self.mesh.ep is not None, "an exchange needs two ranks"
         return self.mesh.ep
 
 
@@ -71,32 +64,34 @@ def make_case(point: Point, mesh: Mesh, *, seed: int) -> Case:
     """Draws a point's routing and rows for this rank."""
     choices = draw(point, rank=mesh.ep_rank, world_size=mesh.ep_size, seed=seed)
     group = ExpertGroup("all", point.experts, 0, point.top_k, 1, 0, ("text",))
+    placement = ExpertPlacement((group,), slots(point, mesh.ep_size))
     generator = torch.Generator().manual_seed(seed * 1000 + mesh.ep_rank)
     drawn, taken, equal = (torch.from_numpy(each) for each in (choices.drawn_TK, choices.taken_TK, choices.equal_active_TK))
     weight = torch.from_numpy(choices.weight_TK)
     return Case(
         point=point,
         mesh=mesh,
-        placement=ExpertPlacement((group,), slots(point, mesh.ep_size)),
+        placement=placement,
         h_TD=torch.randn(len(drawn), point.hidden, generator=generator),
         drawn_TK=drawn,
         taken_TK=taken,
         weight_TK=weight,
         taken=assignments_of(taken, weight),
         equal_active=assignments_of(equal, weight[:, : equal.shape[1]].contiguous()),
+        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
     )
 
 
 def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
-    """Choices in the form of our dispatcher."""
+    """Turns choices into the pairs that our dispatcher takes."""
     tokens, top_k = expert_TK.shape
     weight_TK = torch.where(expert_TK == ABSENT, 0.0, weight_TK)
     return Assignments(torch.arange(tokens).repeat_interleave(top_k), expert_TK.flatten(), weight_TK.flatten())
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Allocates its buffers once: the timed floor neither allocates nor looks anything up."""
-    plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
+    """Makes the floor. The buffers are allocated here, so that the timed part only copies and exchanges."""
+    plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0
     source, own = (case.h_TD.new_zeros(rows, case.point.hidden) for rows in (sum(send), num_own))
@@ -117,8 +112,8 @@ def floor(case: Case, *, own_rows: bool) -> Run:
 
 
 def at_rank(case: Case, *, planned: bool) -> Run:
-    """Rows to the rank of their experts and back. With `planned` the plan (two metadata exchanges and the sync) is not
-    timed."""
+    """Makes our plan, dispatch and combine. With `planned` the plan (two metadata collectives and one host sync) is made
+    here, outside the timed part."""
     kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
     def run() -> Tensor:
@@ -129,12 +124,12 @@ def at_rank(case: Case, *, planned: bool) -> Run:
 
 
 def ours(case: Case, assignments: Assignments) -> Run:
-    """Rows laid out by expert, and back."""
+    """Makes our plan and dispatch, the layout by expert, the weighted sum and combine."""
 
     def run() -> Tensor:
         plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
         dispatched = case.dispatcher.dispatch(case.h_TD, assignments.weight_N, plan)
-        pairs_QD = gather_rows(dispatched.rows_RD, plan.row_of_pair_Q)
+        pairs_QD = gather_rows(dispatched.rows_RD, plan.row_of_pair_Q)  # a copy: one row for each (token, expert) pair
         rows_RD = weighted_row_sum(pairs_QD, dispatched.weight_Q, plan.row_of_pair_Q, dispatched.rows_RD.shape[0])
         return case.dispatcher.combine(rows_RD.to(pairs_QD.dtype), plan)
 
@@ -142,7 +137,8 @@ def ours(case: Case, assignments: Assignments) -> Run:
 
 
 def naive(case: Case, *, nulls: bool) -> Run:
-    """Sends one row for each choice. With `nulls` a null choice goes to the expert that was drawn, with weight 0."""
+    """Makes a sender of one row for each choice. With `nulls` a null choice goes, with weight 0, to the expert that was
+    drawn."""
     rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
     size, top_k = case.mesh.ep_size, case.point.top_k
 
@@ -157,7 +153,7 @@ def naive(case: Case, *, nulls: bool) -> Run:
         send = torch.bincount(rank_E[choice_N], minlength=size)
         receive = torch.empty_like(send)
         dist.all_to_all_single(receive, send, group=case.group)
-        splits = receive.tolist(), send.tolist()
+        splits = receive.tolist(), send.tolist()  # two host syncs: split sizes are Python numbers
         token_N = token_N[order_N]
         rows = _swap(case.h_TD[token_N], *splits, case.group)
         slot = _swap(slot_E[choice_N][order_N], *splits, case.group)
@@ -179,6 +175,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """The right result of every contender that weights and sums: each token's row times the sum of its weights."""
+    """Returns the correct result of a contender that weights and sums: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

@@ -1,4 +1,4 @@
-"""One row of the dispatch benchmark: all contenders on the routing of a point, on this rank."""
+"""Measures one row of the dispatch benchmark: all contenders on the routing of a point, on this rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,15 +9,22 @@ import torch
 
 from moe_dist.parallel.mesh import Mesh
 from tools.bench.contenders import Case, Run, at_rank, expected, floor, make_case, naive, ours
-from tools.bench.measure import Effort, count_sent, measured_row, time_interleaved
+from tools.bench.measure import (
+    Effort,
+    count_sent,
+    log_log_slope,
+    measured_row,
+    median_interval,
+    paired_ratio,
+    time_interleaved,
+)
 from tools.bench.megatron_core import megatron_dispatch
 from tools.bench.points import Point
-from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
 
 
 @torch.no_grad()
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Times and counts of all contenders; the same on all ranks."""
+    """Checks the results of all contenders, then times and counts them. The row is equal on all ranks."""
     case = make_case(point, mesh, seed=effort.seed)
     at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),
@@ -36,7 +43,7 @@ def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
 
 
 def _by_expert(case: Case) -> dict[str, Run]:
-    """Contenders that bring rows into the experts' order and back, weighted and summed."""
+    """Makes the contenders that bring rows into the experts' order, and back weighted and summed."""
     runs: dict[str, Run] = {
         "ours": ours(case, case.taken),
         "megatron, capacity": megatron_dispatch(case, capacity=True),
@@ -53,11 +60,9 @@ def _by_expert(case: Case) -> dict[str, Run]:
 
 @torch.no_grad()
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
-    """Dispatch and combine over points that differ in one factor, all in the same rounds: cost per sent row.
+    """Measures the cost of a sent row in dispatch and combine, over points that differ in the field `by`.
 
-    Args:
-        by: The field in which the points differ.
-        planned: Whether the plan is made beforehand; else it is timed too.
+    All points are timed in the same rounds. With `planned` the plan is made before the timing.
     """
     cases = {label: make_case(point, mesh, seed=effort.seed) for label, point in points.items()}
     runs = {label: at_rank(case, planned=planned) for label, case in cases.items()}
@@ -68,9 +73,9 @@ def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, 
     sizes: Sequence[float] = [float(getattr(point, by)) for point in points.values()]
     return {
         "by": by,
-        "milliseconds": {label: median_interval(each * 1e3).to_json() for label, each in seconds.items()},
+        "milliseconds": {label: asdict(median_interval(each * 1e3)) for label, each in seconds.items()},
         "rows": rows,
-        "nanoseconds a row": {label: median_interval(each * 1e9).to_json() for label, each in cost.items()},
-        "cost a row / the first's": {label: paired_ratio(each, cost[first]).to_json() for label, each in cost.items()},
+        "nanoseconds a row": {label: asdict(median_interval(each * 1e9)) for label, each in cost.items()},
+        "cost a row / the first's": {label: asdict(paired_ratio(each, cost[first])) for label, each in cost.items()},
         "log-log slope of time": log_log_slope(sizes, [float(np.median(each)) for each in seconds.values()]),
     }

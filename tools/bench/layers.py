@@ -1,6 +1,6 @@
-"""Whole MoE layers, forward and backward, and whole training steps of the default model: ours against Megatron-Core's.
+"""Compares our MoE layer with Megatron-Core's: alone (forward and backward), and in training steps of the default model.
 
-Weights and routing are equal on both sides. Outputs, gradients and losses are compared before the timing.
+Weights and routing are equal on both sides. Outputs, gradients and losses are checked to be equal before the timing.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
 from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
 from moe_dist.train.loss import AuxSettings
@@ -39,18 +40,14 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class LayerSize:
-    """An MoE layer and its input.
-
-    Attributes:
-        null: Adds as many null experts as true ones and doubles the choices, so that half of them are null.
-    """
+    """The sizes of an MoE layer and its input."""
 
     tokens: int
     hidden: int
     ffn: int
     experts: int
     top_k: int
-    null: bool
+    null: bool  # adds as many null experts as true ones and doubles top_k, so that about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -65,7 +62,8 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Forward and backward of one layer. Without nulls Megatron-Core runs unchanged, with nulls in both of its branches."""
+    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher run; with null experts its
+    default branch gets remapped choices."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
     generator = torch.Generator().manual_seed(effort.seed)  # the same router on all ranks
@@ -107,7 +105,7 @@ def _our_layer(
 
 
 def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that runs forward and backward and returns the output and the input's gradient."""
+    """Makes a function that runs forward and backward, and returns the output and the input's gradient."""
     group_T = torch.zeros(x_TD.shape[0], dtype=torch.int64)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -122,9 +120,12 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Training steps of the default job's model on random tokens, with its own layers and with Megatron-Core's in their
-    place. Attention, router, loss, gradient reduction and optimizer are the same."""
-    config = _default_config(mesh.ep_size)
+    """Measures training steps of the default job's model on random tokens, with our MoE layers and with Megatron-Core's.
+    Attention, router, loss, gradient reduction and optimizer are the same."""
+    half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second
+    text, image = list(range(half)), list(range(half, mesh.ep_size))
+    groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"
+    config = load_config(DEFAULT_JOB, [f"parallel.ep={mesh.ep_size}", groups])
     batches = _random_batches(config, mesh, effort.seed)
     steps = {
         "ours": _training_step(config, mesh, None),
@@ -142,26 +143,8 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     return measured_row(contenders, mesh, effort, hidden=config.model.hidden_dim, point=shape, pairs=pairs)
 
 
-def _default_config(ep: int) -> Config:
-    """The default job with its pinned groups on `ep` ranks."""
-    text, image = list(range(ep // 2)), list(range(ep // 2, ep))
-    overrides = [f"parallel.ep={ep}", f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"]
-    return load_config(DEFAULT_JOB, overrides)
-
-
-def _placement(config: Config) -> ExpertPlacement:
-    """Both groups have the same number of experts: text on the first half of the ranks, image on the second."""
-    groups, first = [], 0
-    for name, section in config.model.moe.groups.items():
-        groups.append(
-            ExpertGroup(name, section.num_experts, section.num_null, section.top_k, section.ffn_dim, first, (name,))
-        )
-        first += section.num_experts
-    return ExpertPlacement(tuple(groups), slots(Point(experts=first), config.parallel.ep))
-
-
 def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
-    """This rank's micro-batches of one step: half the documents are text, half picture codes."""
+    """Draws this rank's micro-batches of one step: half of the documents are text, half picture codes."""
     vocabulary = config.model.vocab_size
     boundary = vocabulary * 8 // 9
     maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=[[(0, boundary)], [(boundary, vocabulary)]])
@@ -176,9 +159,10 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """A step over a new model; with `capacity` given its MoE layers are Megatron-Core's, with or without the capacity
-    branch."""
-    placement, comm_stats = _placement(config), CommStats()
+    """Makes a training step over a new model. Its MoE layers are ours if `capacity` is None; else Megatron-Core's, with or
+    without the capacity branch."""
+    groups, comm_stats = expert_groups(config.model.moe), CommStats()
+    placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, comm_stats=comm_stats)
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)

@@ -1,6 +1,7 @@
-"""Interleaved timing on all ranks, and counting of the data that each rank sends, at the call of the collective."""
+"""Times contenders in turn on all ranks, and counts the data that each rank sends, at the call of the collective."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,45 +14,84 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.parallel.mesh import Mesh
-from tools.bench.statistics import median_interval, paired_ratio
+
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Effort of a measurement.
+    """How much a measurement does."""
 
-    Attributes:
-        rounds: Timed rounds; each runs every contender once.
-        warmup: Untimed rounds before them.
-        seed: For routings, rows and the order inside a round.
-    """
-
-    rounds: int = 20
-    warmup: int = 3
-    seed: int = 0
+    rounds: int = 20  # timed rounds; each runs every contender once
+    warmup: int = 3  # untimed rounds before the timed ones
+    seed: int = 0  # of routings, rows and the order inside a round
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Sent by all ranks in one run of a contender: hidden rows and their bytes, other bytes, and calls of one rank."""
+    """The data that all ranks send in one run of a contender; `calls` counts the collectives of one rank."""
 
-    rows: int
-    payload_bytes: int
+    rows: int  # hidden rows
+    payload_bytes: int  # bytes of the hidden rows
     other_bytes: int
     calls: int
 
 
-def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
-    """Seconds of each contender in each timed round, on the slowest rank.
+@dataclass(frozen=True)
+class Interval:
+    """A median, and an interval that contains the true median with probability CONFIDENCE or more."""
 
-    Each round runs all contenders once, in a new random order that is the same on all ranks, with a barrier before each. So
-    a disturbance of the machine affects all of them. Python's garbage collector does not run meanwhile.
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Returns the median of independent values, and an interval between two of the values by the sign test.
+
+    The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
+    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l); the same holds above. The
+    interval uses the largest l for which both probabilities sum to at most 1 - CONFIDENCE. Fewer than 6 values have no such
+    l, and the interval spans all values.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("no values: a median needs one at least")
+    outside, rank = 0.0, 0
+    while 2 * (outside + math.comb(n, rank) / 2**n) <= 1 - CONFIDENCE:
+        outside += math.comb(n, rank) / 2**n
+        rank += 1
+    low = max(rank, 1) - 1
+    return Interval(float(np.median(ordered)), float(ordered[low]), float(ordered[n - 1 - low]), n)
+
+
+def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
+    """Returns the median of ours / theirs. Each ratio takes both times from one round, because a disturbance of the machine
+    affects both."""
+    ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if ours_n.shape != theirs_n.shape:
+        raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
+    return median_interval(ours_n / theirs_n)
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Returns the least-squares slope of log y over log x, which is 1 if y is proportional to x."""
+    return float(np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)[0])
+
+
+def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
+    """Returns the seconds of each contender in each timed round, on the slowest rank.
+
+    Each round runs every contender once, with a barrier before each run. The order is random, new in each round, and the
+    same on all ranks, so that a disturbance of the machine affects all contenders alike.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
     seconds = torch.zeros(effort.rounds, len(names), dtype=torch.float64)
     gc.collect()
-    gc.disable()
+    gc.disable()  # a collection of garbage takes milliseconds and would hit one contender at random
     try:
         for number in range(-effort.warmup, effort.rounds):
             for index in rng.permutation(len(names)).tolist():
@@ -59,17 +99,17 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                 begin = time.perf_counter()
                 result = contenders[names[index]]()
                 taken = time.perf_counter() - begin
-                del result
+                del result  # freed outside the timed part, and before the next contender allocates
                 if number >= 0:
                     seconds[number, index] = taken
     finally:
         gc.enable()
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one collective after all rounds, untimed
     return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """One run, counted at the calls of all_to_all_single; a rank's slice for itself is not counted."""
+    """Runs a contender once and counts what it hands to all_to_all_single; a rank's slice for itself is not counted."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 
@@ -101,12 +141,12 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Counts and times of all contenders at a point, and the paired ratio of each of `pairs`; the same on all ranks."""
+    """Counts and times all contenders at a point, and compares each of `pairs`. The result is equal on all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {
         "point": dict(point),
-        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
-        "ratio": {f"{mine} / {other}": paired_ratio(seconds[mine], seconds[other]).to_json() for mine, other in pairs},
+        "milliseconds": {name: asdict(median_interval(each * 1e3)) for name, each in seconds.items()},
+        "ratio": {f"{mine} / {other}": asdict(paired_ratio(seconds[mine], seconds[other])) for mine, other in pairs},
         "sent": sent,
     }

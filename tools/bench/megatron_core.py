@@ -1,14 +1,13 @@
-"""Megatron-Core's alltoall dispatcher and experts on the same routing, through the CUDA stand-in, since megatron-core has
-no CPU path. The stand-in replaces names of devices and streams; the dispatcher's code is unchanged.
+"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so it runs through
+the CUDA stand-in, which replaces names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two
+branches:
 
-    default     always sends T x K rows; with null choices it can only run if they are remapped to unused experts
-    capacity    with a capacity factor so large that nothing is dropped it counts its rows, and skips nulls too
+    default     always sends T x K rows, so null choices must be remapped to unused experts
+    capacity    counts the rows to send, so it skips null choices; its capacity factor is so large that nothing is dropped
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,18 +18,10 @@ from moe_dist.moe.layer import Router
 from moe_dist.moe.routing import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.contenders import Case, Run
-from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
 
-@contextmanager
-def megatron_world(ep: int) -> Iterator[None]:
-    """Megatron's process groups over the default group."""
-    with megatron_on_cpu(), model_parallel(ep=ep):
-        yield
-
-
-def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, capacity: bool, **options: Any) -> Any:
-    """A TransformerConfig with SwiGLU experts and no auxiliary loss."""
+def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, capacity: bool) -> Any:
+    """Makes a TransformerConfig with SwiGLU experts and without auxiliary loss."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -39,7 +30,7 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         num_attention_heads=4,
         num_moe_experts=experts,
         moe_router_topk=top_k,
-        moe_router_pre_softmax=top_k == 1,  # megatron refuses top-1 otherwise; its router is not used
+        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 otherwise; its router is not used
         moe_ffn_hidden_size=ffn,
         expert_model_parallel_size=ep,
         moe_token_dispatcher_type="alltoall",
@@ -57,13 +48,12 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         moe_permute_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        **options,
     )
 
 
 def column_of_expert(placement: ExpertPlacement) -> Tensor:
-    """int64 [E], column of each logical expert in Megatron, which numbers experts rank by rank with equally many on
-    each."""
+    """Returns the column of each logical expert in Megatron's tables, int64 [E]. Megatron numbers experts rank by rank and
+    needs equally many on each rank."""
     order = [expert for rank_slots in placement.slots for expert in rank_slots]
     if len({len(rank_slots) for rank_slots in placement.slots}) > 1:
         raise ValueError("megatron-core needs the same number of experts on each rank")
@@ -73,7 +63,7 @@ def column_of_expert(placement: ExpertPlacement) -> Tensor:
 
 
 def dispatcher_of(config: Any, ep_rank: int) -> Any:
-    """Megatron's alltoall dispatcher for this rank's contiguous experts."""
+    """Makes Megatron's alltoall dispatcher; this rank holds a contiguous range of experts."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -83,7 +73,8 @@ def dispatcher_of(config: Any, ep_rank: int) -> Any:
 
 
 def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [T, E] and the boolean map of sent pairs [T, E], in the form of Megatron's router. Differentiable."""
+    """Returns weights [T, E] and the boolean map of sent pairs [T, E], as Megatron's router does. Differentiable. Takes
+    O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
     shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the last column takes absent choices
@@ -93,8 +84,8 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
 
 
 def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
-    """Megatron's dispatch to rows laid out by expert, and back. Without `capacity` nulls go to the experts that were
-    drawn."""
+    """Makes Megatron's dispatch to rows laid out by expert, and back. Without `capacity` a null choice goes to the expert
+    that was drawn before the choice became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,
@@ -110,16 +101,17 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        return rows.mul_(probs[:, None]), None  # megatron's experts do this; in place it costs one pass
+        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their rows; in place it costs one pass
 
     return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
 
 
 class MegatronMoE(nn.Module):
-    """Our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s.
+    """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s.
 
     Args:
-        capacity: Use its capacity branch; else nulls are remapped to experts that the token did not choose, with weight 0.
+        capacity: Use the capacity branch. Without it a null choice goes, with weight 0, to an expert that the token did not
+            choose.
     """
 
     def __init__(
@@ -154,7 +146,7 @@ class MegatronMoE(nn.Module):
         assignments, sums, *_ = router(h_TD, group_T)
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
-        pairs = int((expert_TK != ABSENT).sum())
+        pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync; here all is on the CPU
         if not self.capacity:
             expert_TK = self._remapped(expert_TK, group_T)
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
@@ -162,17 +154,17 @@ class MegatronMoE(nn.Module):
         return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
-        """Replaces each absent choice by an expert of the token's group that the token did not choose: the lowest ones."""
+        """Replaces each absent choice by the lowest expert of the token's group that the token did not choose."""
         used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
         used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
         used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])
-        free_TE = torch.sort(used_TE.to(torch.int8), dim=1, stable=True).indices
+        free_TE = torch.sort(used_TE.to(torch.int8), dim=1, stable=True).indices  # unused experts first
         nth_TK = ((expert_TK == ABSENT).cumsum(1) - 1).clamp_min(0)
         return torch.where(expert_TK == ABSENT, free_TE.gather(1, nth_TK), expert_TK)
 
 
 def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
-    """Megatron's forward between router and output, in the order of its MoELayer."""
+    """Runs Megatron's forward from router to output, in the order of its MoELayer."""
     rows, probs = dispatcher.dispatch_preprocess(h_TD, map_TE, probs_TE)
     rows, probs = dispatcher.token_dispatch(rows, probs)
     rows, tokens_per_expert, probs = dispatcher.dispatch_postprocess(rows, probs)
@@ -182,7 +174,8 @@ def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, m
 
 @torch.no_grad()
 def copy_experts(ours: nn.Module, theirs: Any) -> None:
-    """Weights of our stacks of one rank, in slot order, into Megatron's experts: fc1 is gate over up."""
+    """Copies this rank's expert weights, in slot order, into Megatron's experts; fc1 holds the gate rows, then the up
+    rows."""
     stacks = [module for module in ours.children() if hasattr(module, "gate")]
     gate, up, down = (torch.cat([getattr(stack, name) for stack in stacks]) for name in ("gate", "up", "down"))
     for index, expert in enumerate(theirs.local_experts):

@@ -1,13 +1,12 @@
-"""A CUDA stand-in: runs megatron-core on CPU and gloo, for measurements and tests.
+"""Runs megatron-core on CPU and gloo, for measurements and tests, by a stand-in for CUDA.
 
     with megatron_on_cpu(), model_parallel(ep=2):
-        ...                                       # megatron builds, computes and communicates on CPU tensors
+        ...                                       # Megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
-compares `Tensor.type()` with CUDA's names. Only inside the context do those names point to neutral stand-ins.
-`replacements` is the exact list, and each is restored on exit. A stream does nothing, since a CPU works in order. Functions
-that megatron compiles stay uncompiled. Works with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are
-those of a CPU.
+compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each is restored. A
+stream does nothing, because a CPU works in order. Functions that Megatron compiles stay uncompiled. The stand-in works with
+megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
 """
 
 import contextlib
@@ -25,41 +24,30 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Replacement:
-    """`owner.name` is `value` inside the context. `where` is its dotted name, for people to read."""
+    """An attribute `owner.name` that is `value` inside the context."""
 
-    where: str
+    where: str  # dotted name of the attribute, for people to read
     owner: Any
     name: str
     value: Any
 
 
-class IdleStream:
-    """Replaces a CUDA stream on a device that runs everything in order."""
+class Idle:
+    """Replaces CUDA streams and CUDA events. A CPU works in order, so the stream never waits and the event is complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
     def wait_event(self, _: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or IdleEvent()
-
-    def query(self) -> bool:
-        return True
-
-    def __enter__(self) -> "IdleStream":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class IdleEvent:
-    """Replaces a CUDA event; it has always completed."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
     def wait(self, *_: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "Idle":
+        return self
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Idle()
 
     def query(self) -> bool:
         return True
@@ -73,7 +61,7 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a tensor constructor such as `torch.empty`, so that `device="cuda..."` allocates on the CPU."""
+    """Wraps a tensor constructor such as `torch.empty`; `device="cuda..."` then allocates on the CPU."""
 
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
@@ -84,12 +72,12 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """The function unchanged; also usable as a decorator with options."""
+    """Returns the function unchanged; with options, returns a decorator that does so, as `torch.compile` would."""
     return function or (lambda decorated: decorated)
 
 
 def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `Tensor.type()` return torch.cuda.FloatTensor, with which megatron's optimizers compare."""
+    """Makes `Tensor.type()` return "torch.cuda.FloatTensor", because Megatron's optimizers compare with that name."""
 
     def type_of(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         answer = original(self, *arguments, **options)
@@ -99,13 +87,13 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Converts split sizes to numpy although they are on the CPU (`maybe_move_tensor_to_cpu` would leave them tensors)."""
+    """Converts split sizes to numpy. Megatron's `maybe_move_tensor_to_cpu` leaves a tensor that is on the CPU as it is."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def cuda_replacements() -> Sequence[Replacement]:
-    """The replacements in torch."""
-    stream = IdleStream()
+    """Lists the replacements in torch."""
+    stream = Idle()
     cuda: dict[str, Any] = {
         "current_device": _returning(CPU),
         "current_stream": _returning(stream),
@@ -125,21 +113,18 @@ def cuda_replacements() -> Sequence[Replacement]:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "Stream": IdleStream,
-        "Event": IdleEvent,
+        "Stream": Idle,
+        "Event": Idle,
+        **{name: getattr(torch, name) for name in ("FloatTensor", "IntTensor", "LongTensor")},
     }
     constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand",
                     "randn")  # fmt: skip
     return [
         *(Replacement(f"torch.cuda.{name}", torch.cuda, name, value) for name, value in cuda.items()),
-        *(
-            Replacement(f"torch.cuda.{name}", torch.cuda, name, getattr(torch, name))
-            for name in ("FloatTensor", "IntTensor", "LongTensor")
-        ),
         *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
         # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
         Replacement("torch.compile", torch, "compile", _uncompiled),
-        Replacement("torch.Stream", torch, "Stream", IdleStream),
+        Replacement("torch.Stream", torch, "Stream", Idle),
         Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
         Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
         Replacement("torch.nn.Module.cuda", torch.nn.Module, "cuda", lambda self, *_, **__: self),
@@ -147,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """The replacements in megatron-core. Imports it, so torch's replacements must be in place already."""
+    """Lists the replacements in megatron-core. This imports megatron-core, so torch's replacements must be in place."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"
@@ -163,7 +148,7 @@ def megatron_replacements() -> Sequence[Replacement]:
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
-    """Inside, megatron-core can be imported, built and run on the CPU; yields the list of replacements."""
+    """Lets megatron-core be imported, built and run on the CPU inside the context; yields the replacements."""
     replaced: list[Replacement] = []
     with contextlib.ExitStack() as stack:
         for replacements in (cuda_replacements, megatron_replacements):
@@ -175,10 +160,10 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 
 @contextlib.contextmanager
 def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups over the default group, and its random states. Both are removed on exit, and so are the
-    sums of Megatron's tracker of MoE losses, a global of its module.
+    """Makes Megatron's process groups over the default group, and seeds its random states.
 
-    Expert tensor parallelism is 1 and experts are folded over TP x DP.
+    Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x DP. The exit removes the groups, and the
+    sums of Megatron's tracker of MoE losses, because that tracker is a module global.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -195,17 +180,11 @@ def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: 
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        _forget_losses()
+        try:
+            logging: Any = importlib.import_module("megatron.core.transformer.moe.moe_logging")
+        except ImportError:  # megatron-core 0.16 has a function instead, see moe_dist.megatron.aux_terms
+            from megatron.core.transformer.moe import moe_utils
 
-
-def _forget_losses() -> None:
-    try:
-        from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
-            destroy_moe_metrics_tracker,
-        )
-    except ImportError:  # before 0.17 or later, see moe_dist.megatron.aux_terms
-        from megatron.core.transformer.moe import moe_utils
-
-        moe_utils.get_moe_layer_wise_logging_tracker().clear()
-    else:
-        destroy_moe_metrics_tracker()
+            moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        else:
+            logging.destroy_moe_metrics_tracker()

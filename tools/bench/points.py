@@ -1,7 +1,6 @@
-"""The measured points: a base point, changes of one factor at a time, and the routing at each point.
+"""Lists the measured points (a base point, and changes of one factor at a time), and draws the routing at each point.
 
-Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. Choices are drawn from (seed, rank) and the
-point.
+Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. (seed, rank, point) determines the choices.
 """
 
 import zlib
@@ -14,59 +13,44 @@ import numpy as np
 from tools.bench.workloads import WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # number of experts that a skewed routing prefers, as in "95:4"
+HOT_EXPERTS = 4  # number of experts that a skewed routing prefers; "95%:4" sends 95 % of the choices to them
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting.
+    """The sizes and the routing of one measurement."""
 
-    Attributes:
-        tokens: Tokens of each rank.
-        hidden, experts, top_k: Sizes; each token draws `top_k` distinct experts.
-        null: Share of null choices.
-        hot: Share of the draws that go to HOT_EXPERTS experts; None is uniform.
-        image: Share of image tokens, whose experts are the second half; None is one group.
-        policy: contiguous (expert e on rank e W // E); with two groups pinned (the same) or interleaved (e mod W).
-        workload: One of W0 to W7 instead of a drawn routing.
-    """
-
-    tokens: int = 4096
+    tokens: int = 4096  # of each rank
     hidden: int = 512
     experts: int = 32
-    top_k: int = 2
-    null: float = 0.5
-    hot: float | None = None
-    image: float | None = None
-    policy: Policy = "contiguous"
-    workload: str | None = None
+    top_k: int = 2  # distinct experts that each token draws
+    null: float = 0.5  # share of null choices
+    hot: float | None = None  # share of the draws that go to HOT_EXPERTS experts; None: all experts are equally likely
+    image: float | None = None  # share of image tokens, which choose among the second half of the experts; None: one group
+    policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
+    workload: str | None = None  # one of W0 to W7 instead of a drawn routing
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A rank's routing at a point.
+    """A rank's routing at a point."""
 
-    Attributes:
-        drawn_TK: int64, K distinct experts of each token, before choices became null.
-        taken_TK: The same with ABSENT for null choices.
-        equal_active_TK: As many true choices in total as `taken_TK`, spread evenly over tokens, without nulls.
-        weight_TK: float32 routing weights.
-    """
-
-    drawn_TK: np.ndarray
-    taken_TK: np.ndarray
-    equal_active_TK: np.ndarray
-    weight_TK: np.ndarray
+    drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
+    taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
+    equal_active_TK: np.ndarray  # as many true choices in total as taken_TK, spread evenly over the tokens
+    weight_TK: np.ndarray  # float32 routing weights
 
 
 BASE = Point()
 DROPLESS = replace(BASE, null=0.0)
 
-TOKENS = (256, 1024, 2048, 4096, 8192, 16384)
-HIDDEN = (256, 512, 1024, 2048)
-EXPERTS = (8, 16, 32, 64, 128)
-TOP_K = (1, 2, 4, 8)
+SIZES: Mapping[str, tuple[int, ...]] = {
+    "tokens": (256, 1024, 2048, 4096, 8192, 16384),
+    "hidden": (256, 512, 1024, 2048),
+    "experts": (8, 16, 32, 64, 128),
+    "top_k": (1, 2, 4, 8),
+}
 NULL = (0.0, 0.25, 0.5, 0.75, 0.9)
 HOT = (None, 0.3, 0.5, 0.8, 0.95)
 IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -74,13 +58,13 @@ WORKLOADS = tuple(f"W{number}" for number in range(8))
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """All points by sweep, each with its label. Megatron-Core's default can run at those labelled `..., no nulls`."""
+    """Returns for each sweep its labelled points. Megatron-Core's default branch runs without remapped choices only
+    in the sweeps `..., no nulls`, because it cannot skip a null choice."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
-        made[f"tokens{suffix}"] = [(f"{tokens}", replace(base, tokens=tokens)) for tokens in TOKENS]
-        made[f"hidden{suffix}"] = [(f"{hidden}", replace(base, hidden=hidden)) for hidden in HIDDEN]
-        made[f"experts{suffix}"] = [(f"{experts}", replace(base, experts=experts)) for experts in EXPERTS]
-        made[f"top-k{suffix}"] = [(f"{top_k}", replace(base, top_k=top_k)) for top_k in TOP_K]
+        for field, values in SIZES.items():
+            points = [(f"{value}", replace(base, **{field: value})) for value in values]
+            made[f"{field.replace('_', '-')}{suffix}"] = points
     made["null fraction"] = [(f"{null:g}", replace(BASE, null=null)) for null in NULL]
     made["skew"] = [("uniform" if hot is None else f"{hot:.0%}:{HOT_EXPERTS}", replace(BASE, hot=hot)) for hot in HOT]
     policies: tuple[Policy, ...] = ("pinned", "interleaved")
@@ -91,7 +75,7 @@ def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """The same code paths on very small points, whose times mean nothing."""
+    """Returns very small points that take the same code paths; their times mean nothing."""
     small = Point(tokens=64, hidden=16, experts=8)
     return {
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],
@@ -104,7 +88,7 @@ def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def slots(point: Point, world_size: int) -> tuple[tuple[int, ...], ...]:
-    """Experts of each rank."""
+    """Returns the experts of each rank."""
     if point.policy == "interleaved":
         return tuple(tuple(range(rank, point.experts, world_size)) for rank in range(world_size))
     edges = [rank * point.experts // world_size for rank in range(world_size + 1)]
@@ -112,7 +96,7 @@ def slots(point: Point, world_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
-    """The routing of one rank."""
+    """Draws the routing of one rank."""
     rng = np.random.default_rng([seed, rank, zlib.crc32(repr(point).encode())])
     if point.workload is not None:
         shape = WorkloadShape(point.tokens * world_size, point.experts, point.top_k, world_size)
@@ -134,7 +118,8 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
 
 
 def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
-    """Log probability of each expert for each token, plus Gumbel noise, float64 [T, E]."""
+    """Returns the log probability of each expert for each token, plus Gumbel noise, float64 [T, E]. The K largest scores of
+    a token are a draw of K experts without replacement."""
     weight = np.ones(point.experts)
     if point.hot is not None:
         weight[:HOT_EXPERTS] = point.hot / HOT_EXPERTS
@@ -148,7 +133,7 @@ def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
 
 
 def _distinct(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """The K experts of highest score, by falling score: a draw without replacement."""
-    best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+    """Returns the K experts of highest score, by falling score."""
+    best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]  # O(E) for each token; a full sort takes longer
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1).astype(np.int64)

@@ -1,16 +1,14 @@
-"""Starts the ranks of a benchmark on this machine, one thread each; rank 0 writes each result as soon as it is measured."""
+"""Starts one single-threaded process per rank on this machine; rank 0 writes each result as soon as it is measured."""
 
 import json
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,46 +30,39 @@ SCALING_TOKENS = 2048  # with fewer, fixed costs hide the slope
 
 @dataclass(frozen=True)
 class BenchJob:
-    """The measurements of the ranks.
-
-    Attributes:
-        world_size: Number of ranks.
-        path: JSON file of the results; keys in it are not measured again.
-        only: Sweeps to measure; empty for all.
-        quick: Use points so small that they only test the code.
-        rounds, seed: See `tools.bench.measure.Effort`.
-        commit: Commit of the measured code; stored in each row.
-    """
+    """The options of one benchmark, equal on all ranks; `rounds` and `seed` are those of `tools.bench.measure.Effort`."""
 
     world_size: int
-    path: Path
-    only: tuple[str, ...]
-    quick: bool
+    path: Path  # JSON file of the results; a row that it has is not measured again
+    only: tuple[str, ...]  # sweeps to measure; empty for all
+    quick: bool  # use points so small that they only test the code
     rounds: int
     seed: int
-    commit: str = ""
+    commit: str = ""  # commit of the measured code; each row stores it
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that all rows of a file share; rows with different settings cannot be compared."""
+        """All rows of a file share these settings, because rows with different settings cannot be compared."""
         versions = {package: version(package) for package in ("torch", "megatron-core")}
         return {"world": self.world_size, "quick": self.quick, "rounds": self.rounds, "seed": self.seed, **versions}
 
     def wants(self, key: str) -> bool:
-        """Whether a row, '<sweep>/<label>', belongs to the chosen sweeps."""
+        """Returns true if the row '<sweep>/<label>' belongs to a chosen sweep."""
         return not self.only or key.partition("/")[0] in self.only
 
 
 def measure(job: BenchJob, *, fresh: bool = False) -> None:
-    """Blocks until all ranks have ended; results are in `job.path`.
+    """Measures all chosen rows into `job.path`, and blocks until all ranks have ended.
 
     Args:
-        fresh: Measure rows again that the file has; without `job.only` all of them.
+        fresh: Also measure the chosen rows that the file has.
 
     Raises:
-        ConfigError: the file has rows of other settings; nothing was measured.
+        ConfigError: the file has rows with other settings; nothing was measured.
         RuntimeError: a rank failed; its traceback is on standard error.
     """
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes  # takes seconds to import
+
     results = read_results(job.path)
     kept = {key: row for key, row in results["rows"].items() if not (fresh and job.wants(key))}
     if kept and results["settings"] != job.settings:
@@ -85,40 +76,24 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         )
     if len(kept) < len(results["rows"]):
         write_atomically(job.path, json.dumps({**results, "rows": kept}, indent=1) + "\n")
-    os.environ.update(RANK_ENV)  # read when a rank starts and when it imports torch
-    context = get_context("spawn")
+    os.environ.update(RANK_ENV)  # each rank inherits it and reads it when it starts and imports torch
     with tempfile.TemporaryDirectory(prefix="moe_dist_bench_") as folder:
-        ranks = [
-            context.Process(target=_rank, args=(job, rank, folder, os.getpid()), name=f"bench-{rank}", daemon=True)
-            for rank in range(job.world_size)
-        ]
-        for process in ranks:
-            process.start()
-        failed = _wait(ranks)
-    if failed:
-        raise RuntimeError(f"ranks {failed} of {job.world_size} failed")
+        arguments = (job, folder, os.getpid())
+        ranks = start_processes(_rank, arguments, job.world_size, join=False, daemon=True, start_method="spawn")
+        assert ranks is not None
+        try:
+            while not ranks.join(grace_period=1.0):  # once a rank fails, the others get 1 s for their tracebacks
+                pass
+        except ProcessExitedException as error:
+            raise RuntimeError(f"rank {error.error_index} of {job.world_size} failed") from error
 
 
-def _wait(ranks: Sequence[BaseProcess]) -> list[int]:
-    """Ends all ranks when one fails; returns those that failed by themselves."""
-    while any(process.is_alive() for process in ranks):
-        failed = [index for index, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-        if failed:
-            time.sleep(1.0)  # time for the tracebacks of the others
-            for process in ranks:
-                process.kill()
-            return failed
-        for process in ranks:
-            process.join(0.2)
-    return [index for index, process in enumerate(ranks) if process.exitcode]
-
-
-def _rank(job: BenchJob, rank: int, folder: str, parent: int) -> None:
+def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
     child_of(parent, ignore_stop=False)()
     import torch
 
     from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
-    from tools.bench.megatron_core import megatron_world
+    from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
     torch.set_num_threads(1)
     try:
@@ -127,16 +102,17 @@ def _rank(job: BenchJob, rank: int, folder: str, parent: int) -> None:
             init_method=f"file://{folder}/store", rank=rank, world_size=job.world_size, device=cpu, timeout=TIMEOUT_SECONDS
         )
         mesh = make_mesh(ep=job.world_size, device=cpu, timeout=TIMEOUT_SECONDS)
-        with megatron_world(job.world_size):
+        with megatron_on_cpu(), model_parallel(ep=job.world_size):
             _measure_all(job, mesh)
         destroy_world()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # exits without waiting for a peer
+        os._exit(1)  # a normal exit would wait for peers that may hang in a collective
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all rows that the file lacks. Every rank reads the file before any row is written."""
+    """Measures all rows that the file lacks. All ranks choose the same rows, because each rank reads the file before its
+    first row, and rank 0 can write no row before all ranks have measured it."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)
@@ -156,7 +132,7 @@ def _measure_all(job: BenchJob, mesh: Any) -> None:
 
 
 def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[str, Any]]]:
-    """Every row by key, '<sweep>/<label>', in the order of measurement."""
+    """Maps the key '<sweep>/<label>' of each chosen row to the function that measures it, in the order of measurement."""
     from tools.bench.dispatch_rows import measure_point, measure_scaling
     from tools.bench.layers import LAYERS, QUICK_LAYERS, measure_layer, measure_step
     from tools.bench.points import quick_sweeps, sweeps
@@ -180,5 +156,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The rows of a file; empty if it does not exist."""
+    """Reads settings and rows of a file; both are empty if the file does not exist."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

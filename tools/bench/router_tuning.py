@@ -1,7 +1,9 @@
-"""Compares a step of router tuning with a step that trains everything, on the same samples. See docs/router-tuning.md."""
+"""Times a step of router tuning against a step that trains all parameters, on the same samples. See
+docs/router-tuning.md."""
 
 import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +25,9 @@ from tools.bench.measure import Effort, time_interleaved
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of a run of router tuning.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.micro_batch=8.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each training.")] = 20,
 ) -> None:
-    """Times steps of both in turn, on one process, from initial weights."""
+    """Time steps of both trainings in turn, on one process, from initial weights."""
     plan = check_file(config, [*(overrides or []), "parallel.ep=1", "parallel.edp=1"])
     if plan.config.router_tuning is None:
         raise ConfigError(f"{config}: has no section router_tuning, so that there is nothing to compare")
@@ -51,14 +53,13 @@ def main(
 
 
 def _steps(config: Config, plan: Preflight, training: Training, mesh: Mesh) -> Callable[[], object]:
-    """A function that takes the next step at each call, over the same samples for both."""
+    """Makes a function that takes the next training step at each call; step n reads the same samples in both trainings."""
     loader = build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
-    aux, batch, taken = AuxSettings(kind="null_averaged", balance=0.0, z=0.0), config.train.global_batch, [0]
+    aux, batch, numbers = AuxSettings(kind="null_averaged", balance=0.0, z=0.0), config.train.global_batch, count()
 
     def step() -> object:
-        result = training.step(loader.batches(taken[0] * batch), lr=config.optimizer.lr, aux=aux, number=taken[0])
-        taken[0] += 1
-        return result
+        number = next(numbers)
+        return training.step(loader.batches(number * batch), lr=config.optimizer.lr, aux=aux, number=number)
 
     return step
 

@@ -20,27 +20,31 @@ from moe_dist.runtime.signals import StopRequest
 from tools.experiments.oracle import check_routers
 from tools.experiments.questions import check_questions
 from tools.experiments.report import write_report
-from tools.experiments.results import check_rules, make_header, read_records, results_path
+from tools.experiments.results import check_rules, read_records, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner
-from tools.experiments.study import FOLDER, Study, StudyJob, config_of, jobs_of, load_study, run_folder
+from tools.experiments.study import FOLDER, ROOT, Study, StudyJob, config_of, jobs_of, load_study, run_folder
 from tools.experiments.verdicts import Records
 
 
 @reports_errors()
 def main(
-    name: Annotated[str, typer.Argument(help="Of configs/reproduce/NAME.yaml.")],
+    name: Annotated[str, typer.Argument(help="Name of the experiment: configs/reproduce/NAME.yaml.")],
     pilot: Annotated[
-        bool, typer.Option("--pilot", help="The pilot on its own seeds; its records are never reported.")
+        bool, typer.Option("--pilot", help="Run the pilot, on its own seeds; its records are never reported.")
     ] = False,
-    only: Annotated[list[str], typer.Option(help="An arm; may be repeated. What it needs must be there.")] = [],  # noqa: B006
-    status: Annotated[bool, typer.Option("--status", help="What is done and what is left; starts nothing.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; starts nothing.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
+    only: Annotated[list[str], typer.Option(help="Run only this arm; may be repeated. Arms it needs must be done.")] = [],  # noqa: B006
+    status: Annotated[bool, typer.Option("--status", help="Print the state of each run; start nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; start nothing.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous runs, one thread each.")] = 2,
 ) -> None:
-    """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
+    """Run what is missing, then report. Ctrl-C saves and stops; the same command continues."""
     path = find_config(FOLDER / f"{name}.yaml")
     study = load_study(path)
-    jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
+    jobs = jobs_of(study, pilot=pilot)
+    labels = {job.label for job in jobs}
+    if unknown := sorted(set(only) - labels):
+        raise ConfigError(f"--only {', '.join(unknown)}: {study.name} has the arms {', '.join(sorted(labels))}")
+    jobs = [job for job in jobs if not only or job.label in only]
     if status:
         print(_status_text(study, jobs, pilot=pilot))
         return
@@ -50,15 +54,8 @@ def main(
         print(write_report(study))
 
 
-def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJob]:
-    labels = {job.label for job in jobs}
-    if unknown := sorted(set(only) - labels):
-        raise ConfigError(f"--only {', '.join(unknown)}: {study.name} has the arms {', '.join(sorted(labels))}")
-    return [job for job in jobs if not only or job.label in only]
-
-
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
-    """A line for each arm with the state of each seed."""
+    """Returns a line for each arm with the state of each seed."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
     for job in jobs:
@@ -81,11 +78,11 @@ def _state(study: Study, job: StudyJob, records: Records, *, pilot: bool) -> str
 
 def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
-        config = config_of(study, job, pilot=pilot)  # reports a fault in the last arm before the first runs
+        config = config_of(study, job, pilot=pilot)  # an error in any arm shows before the first run starts
         if config.router_tuning is None:
             check(config, world_size=1)
         else:
-            layout_without_data(config)  # its samples come from a later run; the tuning run checks them
+            layout_without_data(config)  # an earlier arm will make the samples; the tuning run checks them
         if "oracle" in job.arm.asks:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:
@@ -93,21 +90,11 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
         check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    lock = Path("runs/reproduce") / f".{study.name}{'-pilot' if pilot else ''}.lock"
+    lock = ROOT / f".{study.name}{'-pilot' if pilot else ''}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
-            Runner(
-                path,
-                study,
-                pilot=pilot,
-                path=results,
-                header=make_header(path, study, rules),
-                side_by_side=processes,
-                stop_requested=lambda: stop.requested,
-                say=lambda text: print(text, flush=True),
-            ).run(jobs)
+            Runner(path, study, pilot, rules, side_by_side=processes, stop_requested=lambda: stop.requested).run(jobs)
     except Timeout as error:
         raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs {study.name}; wait for it") from error
 

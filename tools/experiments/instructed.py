@@ -1,6 +1,8 @@
-"""Writes documents with an unscored prompt and a scored answer, as a split of a data set."""
+"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is."""
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +11,37 @@ from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, writ
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.indexed import write_indexed
+from moe_dist.data.prepare import renamed_when_complete
+from moe_dist.errors import ConfigError
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of the prompt's tokens
 
 
+def check_new(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"--out {out}: is there already; remove it, or name another")
+
+
+@contextmanager
+def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str] = ()) -> Iterator[Path]:
+    """Makes a folder with the base's tokenizer, codebook and `files`. It gets the name `out` when the block succeeds."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    codebook = manifest.image.codebook if manifest.image is not None else None
+    with renamed_when_complete(out) as folder:
+        for name in filter(None, (manifest.tokenizer, codebook, *files)):
+            shutil.copyfile(base / name, folder / name)
+        yield folder
+
+
 def instructed_document(prompt: Iterable[int], answer: Iterable[int], *, eos_id: int) -> Document:
-    """A prompt, its answer, and the end mark."""
+    """Makes a document of a prompt, its answer, and the end mark."""
     read = list(prompt)
     tokens = np.array([*read, *answer, eos_id], np.int64)
     return tokens, np.arange(len(tokens)) < len(read)
 
 
 def write_split(folder: Path, name: str, documents: Iterable[Document], manifest: Manifest) -> SplitSection:
-    """Writes the files of a split into `folder`, beside those of other splits; vocabulary and modalities are the
-    manifest's."""
+    """Writes the files of a split into `folder`. Vocabulary and modalities are those of the manifest."""
     every = list(documents)
     write_indexed(folder / name, (tokens for tokens, _ in every), vocab_size=manifest.vocab_size)
     np.save(folder / f"{name}_prompt.npy", np.packbits(np.concatenate([prompt for _, prompt in every])))
@@ -36,7 +55,7 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the manifest of a data set with other sources than its base, and with their baselines."""
+    """Writes the manifest of a data set that has these sources instead of the base's, with their baselines."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

@@ -1,12 +1,12 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, experts per token, rows sent, the curve of loss over FLOPs and
-seconds, and the arm's probes. Then removes checkpoints that only the curve needed.
+Writes measured.json into the run's folder: held-out losses, active experts, rows that would be sent, the curve of loss over
+FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, because only the curve needed them.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,54 +16,90 @@ import torch
 import typer
 from torch import nn
 
-from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.schema import Config
+from moe_dist.checkpoint.directory import CheckpointDirectory
+from moe_dist.config.manifest import load_manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import heldout_batches, source_shares
+from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
+from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import build_loader, build_plan, group_of_modality
+from moe_dist.train.build import TrainingPlan, build_loader, build_plan, group_of_modality
 from moe_dist.train.evaluation.calibration import by_threshold, calibrate
 from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
-from tools.experiments.answers import answers
-from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
-from tools.experiments.sent_rows import ROWS, SentRows, rank_of_tokens, spread
-from tools.experiments.study import load_study
-from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, recorded_routers
-from tools.experiments.trained import Spent, TrainedRun, spent_by_step
+from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
+from tools.experiments.tokens import (
+    ROWS,
+    SentRows,
+    answers,
+    binned,
+    evaluate,
+    loads,
+    losses,
+    rank_of_tokens,
+    recorded_routers,
+    spread,
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The training cost up to a step."""
+
+    tokens: int = 0  # without padding
+    flops: float = 0.0  # forward and backward, by moe_dist.plan.flops from the measured active experts
+    seconds: float = 0.0  # training steps alone, without evaluations, checkpoints and starts
+
+
+def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
+    """Returns the cost after each step, including the cost `before` the run."""
+    spent, sums, prefix = {}, before, "moe/experts_per_token/"
+    for record in filter(lambda each: each["kind"] == "step", read_lines(metrics)):
+        scalars = record["scalars"]
+        experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
+        tokens_G = [sum(column) for column in zip(*record["arrays"]["tokens_LG"], strict=True)]
+        share = {name: each / max(1.0, sum(tokens_G)) for name, each in zip(experts, tokens_G, strict=True)}
+        tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
+        flops = sums.flops + tokens * plan.flops_per_token(experts, share)
+        sums = Spent(sums.tokens + tokens, flops, sums.seconds + scalars["perf/step_seconds"])
+        spent[record["step"]] = sums
+    return spent
 
 
 class Measurement:
-    """One run and its held-out batches.
+    """Measures one run.
 
     Args:
         folder: Folder of the run.
-        section: The measurements.
-        before: Cost before the run began, which is added to its own.
+        section: Says what is measured.
+        before: Training cost before the run, which the record includes.
         side: Side of the multiple-choice questions.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
         self._folder, self._section, self._side = RunFolder(folder), section, side
-        self._config: Config = self._folder.read_config()
-        self._manifest: Manifest = load_manifest(self._config.data.path)
-        self._run = TrainedRun(folder, self._config)
+        self._config = self._folder.read_config()
+        self._manifest = load_manifest(self._config.data.path)
+        checkpoints = folder / "checkpoints"
+        self._directory = CheckpointDirectory(checkpoints)
+        self._reader = CheckpointReader(checkpoints, self._config, torch.device("cpu"))  # one rank holds all experts
+        self._model, self._placement = self._reader.model, self._reader.placement
         self._before = before
-        self._groups = torch.tensor(group_of_modality(self._manifest, self._run.placement))
+        self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """The whole record of the run; `wanted` names the probes, `asks` further questions."""
-        last = self._run.steps()[-1]
-        plan = build_plan(self._config, self._manifest, self._run.placement)
+        """Returns the whole record of the run. `wanted` names the probes; `asks` may name `oracle` and `samples`."""
+        last = max(self._directory.steps())
+        plan = build_plan(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]
@@ -79,25 +115,18 @@ class Measurement:
             "load_by_frequency": binned(tokens, self._frequency()[tokens.input_N]),
             "wire": {"ep": section.wire.ep, **self._wire(batches)},
             "curve": curve,
-            "probes": {name: getattr(self, f"_probe_{name}")(batches, tokens) for name in wanted},
+            "probes": {name: getattr(self, f"_probe_{name}")(batches) for name in wanted},
         }
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
         if section.questions is not None:
             found |= self._asked(section.questions, asks)
-        self._run.keep_only_last()
+        self._directory.remove_beyond(1, last)
         return found
 
     def _asked(self, section: QuestionsSection, asks: Sequence[str]) -> dict[str, Any]:
-        question_round = QuestionRound(
-            self._run.model,
-            self._config,
-            self._manifest,
-            group_of_modality=self._groups,
-            section=section,
-            side=self._side,
-        )
+        question_round = QuestionRound(self._model, self._config, self._manifest, self._groups, section, self._side)
         found: dict[str, Any] = {"questions": question_round.record()}
         if "oracle" in asks:
             found["oracle"] = question_round.oracle()
@@ -105,11 +134,8 @@ class Measurement:
             found["samples"] = make_samples(self._folder.path, section)
         return found
 
-    def _batches(self, sequences: int) -> list[Batch]:
-        return [batch for of_source in self._batches_by_source(sequences).values() for batch in of_source]
-
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
-        """Held-out batches of each source that the run was trained on."""
+        """Returns the held-out batches of each source that the run was trained on."""
         return {
             source: heldout_batches(
                 self._config.data.path,
@@ -125,9 +151,9 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """The model of a step. A mean of weights is another model, so its thresholds are calibrated anew, on training
-        sequences that the run has seen."""
-        model = self._run.load(self._averaged(step))
+        """Returns the model of a step. A mean of weights needs other thresholds than its parts, so the thresholds are
+        calibrated again, on training sequences that the run has seen."""
+        model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
             first = max(0, step - config.evaluation.calibration) * config.train.global_batch
@@ -136,22 +162,46 @@ class Measurement:
             calibrate(model, trained, group_of_modality=self._groups, world=None)
         return model
 
+    @torch.no_grad()
+    def _load(self, steps: Sequence[int]) -> Transformer:
+        """Loads the mean weights of these checkpoints, summed in float64, into the model.
+
+        Thresholds of routers are averaged too; integer counts are those of the last checkpoint.
+
+        Raises:
+            DataError: a checkpoint is damaged, or the base of its adapters is missing.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for step in steps:
+            self._reader.read(self._directory.path_of(step))
+            for name, tensor in self._reader.state.tensors().items():
+                if tensor.is_floating_point():
+                    sums[name] = sums.get(name, 0.0) + tensor.to(torch.float64)  # takes 8 bytes for each weight
+        if len(steps) > 1:
+            for name, tensor in self._reader.state.tensors().items():
+                if name in sums:
+                    tensor.copy_(sums[name] / len(steps))
+        return self._model
+
     @cached_property
     def _loader(self) -> Loader:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """The checkpoints whose mean is the model of a step: only its own, or the last share of those up to it."""
+        """Returns the checkpoints whose mean is the model of a step: the step alone or, with a curve, the last share of the
+        checkpoints up to the step."""
         curve = self._section.curve
         if curve is None:
             return [step]
         return [each for each in self._planned() if (1 - curve.average) * step <= each <= step]
 
     def _planned(self) -> list[int]:
-        return planned(self._run.steps(), every=self._config.checkpoint.every, last=self._config.train.steps)
+        steps = sorted(self._directory.steps())
+        return planned(steps, every=self._config.checkpoint.every, last=self._config.train.steps)
 
     def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
-        batches, points = self._batches(section.sequences), []
+        batches = [batch for of_source in self._batches_by_source(section.sequences).values() for batch in of_source]
+        points = []
         for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
@@ -159,7 +209,7 @@ class Measurement:
         return points
 
     def _frequency(self) -> np.ndarray:
-        """ln(1 + count of each id in the training tokens) [V]."""
+        """Returns ln(1 + count in the training data) of each token id [V]."""
         counts = np.zeros(self._manifest.vocab_size, np.int64)
         for source in self._manifest.sources.values():
             split = IndexedSplit(self._config.data.path, source.train)
@@ -170,79 +220,72 @@ class Measurement:
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
             return dict.fromkeys(ROWS, 0.0)  # every rank holds all experts
-        count = SentRows(spread(self._run.placement, self._section.wire.ep))
-        with recorded_routers(self._run.model) as seen:
+        count = SentRows(spread(self._placement, self._section.wire.ep))
+        with recorded_routers(self._model) as seen:
             for batch in batches:
                 seen.clear()
-                forward(self._run.model, batch, self._groups)
+                forward(self._model, batch, self._groups)
                 ranks = rank_of_tokens(len(batch.tokens_BS), batch.tokens_BS.shape[1], self._section.wire.ep)
                 for each in seen:
                     count.add(each.routing, ranks[each.index_T.numpy()])
         return count.per_token()
 
     @torch.no_grad()
-    def _probe_threshold(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss with fewer experts per token, by dropping second experts of low weight. A first pass determines the
-        bounds."""
-        del tokens
+    def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+        """Measures the loss with fewer experts per token, after dropping second experts of low weight. A first pass over
+        all batches determines the bounds."""
         second: list[torch.Tensor] = []
-        with recorded_routers(self._run.model) as seen:
+        with recorded_routers(self._model) as seen:
             for batch in batches:
                 seen.clear()
-                forward(self._run.model, batch, self._groups)
+                forward(self._model, batch, self._groups)
                 real_T = ~batch.padding_BS.flatten()
                 second += [probes.second_weights(each.routing, len(each.index_T))[real_T] for each in seen]
         points = []
         for load in self._section.threshold_loads:
             bound = probes.bound_for_load(torch.cat(second), load)
             points.append(
-                self._changed(batches, probes.routers(self._run.model), probes.threshold(bound), at=load) | {"bound": bound}
+                self._changed(batches, probes.routers(self._model), probes.threshold(bound), at=load) | {"bound": bound}
             )
         return points
 
-    def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss after swapping some chosen tokens with unchosen ones."""
-        del tokens
-        modules: Sequence[nn.Module] = self._run.model.depth_routers()
+    def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+        """Measures the loss after swapping some chosen tokens with unchosen ones."""
+        modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:
-            modules, flip = probes.routers(self._run.model), probes.flip
+            modules, flip = probes.routers(self._model), probes.flip
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
-    def _probe_hindsight(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss under the selection of training, which sees later tokens: measures how much that selection leaks."""
-        del tokens
-        with choice_of_training(probes.routers(self._run.model)):
-            return [self._changed(batches, [], _as_it_is, at=0.0)]
+    def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows what it leaks."""
+        with choice_of_training(probes.routers(self._model)):
+            return [self._point(batches, at=0.0)]
 
     def _changed(
         self, batches: Sequence[Batch], modules: Sequence[nn.Module], change: probes.Change, *, at: float
     ) -> dict[str, Any]:
         with probes.changed_routing(modules, change):
-            tokens = evaluate(self._run.model, batches, self._groups)
+            return self._point(batches, at=at)
+
+    def _point(self, batches: Sequence[Batch], *, at: float) -> dict[str, Any]:
+        tokens = evaluate(self._model, batches, self._groups)
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """The checkpoints that every run of this configuration has.
-
-    A run that was stopped and resumed has one more, which must not count in means of weights.
-    """
+    """Returns the checkpoints that every run of this configuration has. A run that was stopped and resumed has one more,
+    which must not count in means of weights, because the other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
-
-
-def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: Any) -> Any:
-    del place, module, arguments
-    return found
 
 
 @reports_errors()
 def main(
     study: Annotated[Path, typer.Argument(help="The experiment's file.")],
-    folder: Annotated[Path, typer.Argument(help="Of the run.")],
-    wanted: Annotated[str, typer.Argument(help="Probes, with commas between them; may be empty.")] = "",
-    before: Annotated[str, typer.Argument(help="JSON: tokens, flops, seconds spent before it.")] = "{}",
-    asks: Annotated[str, typer.Option(help="What more is asked: samples, oracle.")] = "",
+    folder: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
+    before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
+    asks: Annotated[str, typer.Option(help="Further measurements, separated by commas: samples, oracle.")] = "",
     pilot: Annotated[bool, typer.Option("--pilot", help="Ask questions of the validation side.")] = False,
 ) -> None:
     """Measure one finished run."""

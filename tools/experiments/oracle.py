@@ -1,16 +1,16 @@
-"""Estimates how much routing could gain if it knew the label: fits logits for each question that make the right answer
-likelier.
+"""Estimates how much routing could gain if it knew the label: fits router logits to the right answer of each question.
 
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
-Fitted is an offset of the logits of the chosen layers, at the last token of the prompt and at the answer's tokens. The
-resulting accuracy is an estimate, neither a bound nor a result.
+The fitted r is an offset of the router logits in the chosen layers, at the last token of the prompt and at the answer's
+tokens. The resulting accuracy is only an estimate: a longer fit may find more, and no router at inference knows the label.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,33 +27,37 @@ from moe_dist.train.loss import forward, token_losses
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
-STEPS, RATE = 10, 0.3  # of Adam, in logits
-# An expert that is not chosen has only rounding noise as its gradient (1e-8 or less), which Adam would turn into full
-# steps.
+STEPS, RATE = 10, 0.3  # number of steps of Adam, and its learning rate in logits
+# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With its default of 1e-8, Adam would take
+# full steps in the direction of that noise.
 EPSILON = 1e-4
 _BATCH = 16  # questions
 
 
+@dataclass
 class Oracle:
-    """Answers questions with routing fitted to their labels.
+    """Answers questions with routing fitted to the right answers."""
 
-    Args:
-        model: In evaluation mode, with routers that pass `check_routers`.
-        maker: Makes its batches.
-        group_of_modality: int64 [M].
-        places: Indices among the MoE layers of the layers whose routing is fitted.
-    """
+    model: Transformer  # in evaluation mode; its routers pass `check_routers`
+    maker: SampleMaker  # makes batches from prompts and answers
+    group_of_modality: Tensor  # index of the expert group of each modality, int64 [M]
+    places: Sequence[int]  # the MoE layers whose routing is fitted, by their index among all MoE layers
 
-    def __init__(self, model: Transformer, maker: SampleMaker, *, group_of_modality: Tensor, places: Sequence[int]) -> None:
-        self._model, self._maker, self._group_of_modality = model, maker, group_of_modality
-        routers = [layer.router for layer in model.moe_modules()]
-        self._routers: list[nn.Module] = [routers[place] for place in places]
+    def __post_init__(self) -> None:
+        routers = [layer.router for layer in self.model.moe_modules()]
+        self._routers: list[nn.Module] = [routers[place] for place in self.places]
         # logits = h W^T, and W has full row rank, so h + offset pinv(W)^T has the logits + offset.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
     def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
-        """The most likely choice per token of each question, given its choices and the right one."""
+        """Returns the choice of each question with the highest log-likelihood per token.
+
+        Args:
+            written: The choices of each question, as text to score.
+            answers: Index of the right choice of each question.
+        """
+        # Longest first, so that a batch holds questions of similar length and little padding.
         order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
         taken = [0] * len(written)
         for begin in range(0, len(order), _BATCH):
@@ -68,7 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fitted offsets of the logits [B, L, C]; the questions do not affect each other."""
+        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so they do not affect each other."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -79,20 +83,20 @@ class Oracle:
 
     @torch.no_grad()
     def _nats(self, choices: Sequence[Continuation], offset_BLC: Tensor) -> Tensor:
-        """Log-likelihood per token [B]."""
+        """Returns the log-likelihood per token of one choice of each question [B]."""
         return -self._losses(self._batch(choices), offset_BLC)
 
     def _losses(self, batch: SampleBatch, offset_BLC: Tensor) -> Tensor:
-        """Mean cross entropy of each answer's tokens [B]."""
+        """Returns the mean cross entropy of each answer's tokens [B]."""
         scored_BS = batch.labels_BS != IGNORED
         with self._moved(scored_BS, offset_BLC):
-            logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
+            logits_BSV, _ = forward(self.model, batch, self.group_of_modality)
         losses_BS = token_losses(logits_BSV, batch.labels_BS)
         return torch.where(scored_BS, losses_BS, 0.0).sum(1) / scored_BS.sum(1)
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Inside, routers add the offset for tokens whose label is scored, which predict the answer's tokens."""
+        """Makes routers add the offset, inside the context, for tokens with a scored label: these predict the answer."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -103,30 +107,27 @@ class Oracle:
 
             return change
 
-        handles = [router.register_forward_pre_hook(hook(place)) for place, router in enumerate(self._routers)]
-        try:
+        with ExitStack() as stack:
+            for place, router in enumerate(self._routers):
+                stack.enter_context(router.register_forward_pre_hook(hook(place)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _batch(self, continuations: Sequence[Continuation]) -> SampleBatch:
-        return self._maker.make(
+        return self.maker.make(
             [TuningSample(np.array(each.context, np.int64), np.array(each.tokens, np.int64)) for each in continuations]
         )
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router: token choice among the true experts of one group.
+    """Checks that an oracle can fit the router, which must choose by tokens among the true experts of one group.
 
     Raises:
-        ConfigError: another router.
+        ConfigError: the router is of another kind, or the experts are others.
     """
     groups, router = expert_groups(section), section.router
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):
         there = ", ".join(f"{group.name} ({group.num_experts} true of {group.num_columns} columns)" for group in groups)
         raise ConfigError(
-            f"asks: oracle: takes a top_k router of one group without null or zero-computation experts, not "
-            f"{router.kind} over {there}; leave "
-            "it out of the arm's asks"
+            f"asks: oracle: takes a top_k router of one group without null or zero-computation experts, not {router.kind} "
+            f"over {there}; leave it out of the arm's asks"
         )

@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss over experts per token, experts per token over the tokens' loss, loss over
-FLOPs and seconds, accuracy of arms."""
+"""Plots an experiment with matplotlib: loss over active experts a token, active experts a token over the token's loss, loss
+over FLOPs and seconds, and the accuracy of arms."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.experiments.statistics import at_equal_cost
 from tools.experiments.study import Study
-from tools.experiments.values import arms_of
-from tools.experiments.verdicts import Records, of_arm
+from tools.experiments.verdicts import Records, at_equal_cost, of_arm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,38 +16,30 @@ if TYPE_CHECKING:
 INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
-STYLES = ("o-", "s--", "^:")  # each for ten colours
-IN_FRAME = 0.25  # nats above the best: points farther off are listed, so that they do not flatten the rest
+STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
+IN_FRAME = 0.25  # nats above the best arm; the legend lists arms farther off, because they would flatten the rest
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes the pictures for which these records have data."""
-    made = []
+    panels: dict[str, list[Callable[[Axes], None]]] = {}
     loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) > 1:
-        made.append(
-            _figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records))
-        )
+        panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]
     if any(map(_adaptive, records.values())):
-        made.append(
-            _figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records))
-        )
+        panels["load_over_loss"] = [lambda axes: _load_over_loss(axes, study, records)]
     if any(record.get("curve") for record in records.values()):
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
-            path = folder / f"{study.name}_loss_over_{cost}.png"
-            made.append(_curves(path, study, records, cost, label))
-    for key, label in (
-        ("answers", "held-out documents answered right"),
-        ("questions", "held-out questions answered right"),
-    ):
+            panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
+    for key, what in (("answers", "documents"), ("questions", "questions")):
         if any(key in record for record in records.values()):
-            path = folder / f"{study.name}_{key}.png"
-            made.append(_figure(path, lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)))
-    return made
+            label = f"held-out {what} answered right"
+            panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]
+    return [_figure(folder / f"{study.name}_{name}.png", *fill) for name, fill in panels.items()]
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
-    """One or two panels side by side."""
+    """Draws one panel, or two side by side."""
     from matplotlib.figure import Figure  # takes seconds to import; needs no window system
 
     figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
@@ -62,8 +52,10 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """A dot for each run; a line joins the runs of one seed, which are compared."""
-    shown = [name for name in study.arms if name not in _only_begun_with(study)]
+    """Draws a dot for each run. A grey line joins the runs with one seed, because these are compared."""
+    judged = {arm for rule in study.rules for arm in rule.arms}
+    starts = {arm.after for arm in study.arms.values()} - judged  # such an arm only gives others their initial weights
+    shown = [name for name in study.arms if name not in starts]
     means = {
         name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := of_arm(records, name).values())
     }
@@ -86,19 +78,17 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
             axes.plot(x, y, "--", color=points[0].get_color(), label=f"{name}, second experts dropped afterwards")
     for name in [name for name in means if name not in kept]:
         axes.plot([], [], " ", label=f"{name}: at {means[name]:.2f}, above the frame")
-    axes.set_xlabel("true experts a token")
-    axes.set_ylabel("held-out nats a token")
+    _label(axes, "true experts a token", "held-out nats a token")
+
+
+def _label(axes: "Axes", x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.legend(fontsize=7)
 
 
-def _only_begun_with(study: Study) -> set[str]:
-    """Arms that only serve as a start for others and appear in no rule."""
-    judged = {arm for rule in study.rules for value in (rule.lower, rule.higher) for arm in arms_of(value)}
-    return {arm.after for arm in study.arms.values() if arm.after} - judged
-
-
 def _adaptive(record: Mapping[str, Any]) -> bool:
-    """Whether tokens may take different numbers of experts."""
+    """Returns true if tokens of this run take different numbers of experts."""
     return bool(record["load"]["all"] % 1 and record.get("load_by_loss"))
 
 
@@ -110,23 +100,19 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
         places = min(len(table) for table in tables)
         y = [_mean(_total(table[place]) for table in tables) for place in range(places)]
         axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
-    axes.set_xlabel("tenth of the held-out tokens, by their loss")
-    axes.set_ylabel("true experts a token")
-    axes.legend(fontsize=7)
+    _label(axes, "tenth of the held-out tokens, by their loss", "true experts a token")
 
 
-def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:
-    """Loss over cost. If an arm is named for comparison, also the distance from it at equal cost, for each seed."""
-    section = study.measure.curve
-    of = {} if section is None or section.of is None else _points(records, section.of, cost)
+def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
+    """Returns a panel of loss over cost and, with a reference arm, a panel of the distance from it at equal cost."""
+    of = {} if study.reference is None else _points(records, study.reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
     def losses(axes: "Axes") -> None:
         for place, (name, curves) in enumerate(found.items()):
             axes.plot(*_averaged(curves.values()), _style(place), markersize=3, label=name)
-        _logarithmic(axes, label)
-        axes.set_ylabel("held-out nats a token")
-        axes.legend(fontsize=7)
+        _logarithmic(axes)
+        _label(axes, label, "held-out nats a token")
 
     def differences(axes: "Axes") -> None:
         for place, curves in enumerate(found.values()):
@@ -134,16 +120,17 @@ def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -
             if over:
                 axes.plot(*_averaged(over), _style(place), markersize=3)
         axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
-        _logarithmic(axes, label)
-        axes.set_ylabel(f"the same over {section.of if section else ''} at equal cost")
+        _logarithmic(axes)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"the same over {study.reference} at equal cost")
         axes.set_title("what is farther off is outside the frame", fontsize=8, loc="right")
         axes.grid(alpha=0.3)
 
-    return _figure(path, losses, *([differences] if of else []))
+    return [losses, differences] if of else [losses]
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Each seed's curve, [2, points]: cost and loss. A single point is not a curve."""
+    """Returns the curve of each seed, [2, points]: cost and loss. A single point is no curve."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())
@@ -152,30 +139,29 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean over seeds, point by point; a point that one of them lacks is left out."""
+    """Returns the mean curve over seeds, without the points that some seed lacks."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
     return mean[:, ~np.isnan(mean[1])]
 
 
-def _logarithmic(axes: "Axes", label: str) -> None:
+def _logarithmic(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(label)
 
 
 def _style(place: int) -> str:
-    """Marker and line style: the colours repeat after ten arms, so the next ten have another style."""
+    """Returns marker and line style of an arm."""
     return STYLES[place // 10 % len(STYLES)]
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
-    """A dot for each seed, and a line at their mean."""
+    """Draws a row for each arm: a dot for each seed, and a line at the mean."""
     found = {name: [each[key]["accuracy"] for each in of_arm(records, name).values() if key in each] for name in study.arms}
     names = [name for name, values in found.items() if values]
     for place, name in enumerate(names):
@@ -188,10 +174,10 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Mean experts per token of a bin over both modalities."""
+    """Returns the mean experts per token of a bin, over both modalities."""
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
-    tokens = sum(part["tokens"] for part in parts)
-    return sum(part["load"] * part["tokens"] for part in parts) / tokens if tokens else float("nan")
+    tokens = [part["tokens"] for part in parts]
+    return float(np.average([part["load"] for part in parts], weights=tokens)) if parts else float("nan")
 
 
 def _mean(values: Any) -> float:

@@ -1,13 +1,14 @@
-"""Changes the choices of a trained router and measures the effect. Uses hooks on the router; the model stays unchanged.
+"""Changes the choices of a trained router by hooks, so that the effect can be measured; the model stays unchanged.
 
-threshold    a token keeps its second expert only if its weight exceeds a bound: the simple way to use fewer experts in a
-             top-2 model, as a baseline for adaptive routers
-flip         p % of each expert's chosen pairs are swapped with as many tokens that it had not chosen: measures the cost of
-             occasional wrong choices
+threshold    A token keeps its second expert only if the second weight exceeds a bound. This is the simple way to use fewer
+             experts in a top-2 model, and the baseline for adaptive routers.
+flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This measures the
+             cost of occasional wrong choices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,41 +18,35 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Assignments, Routing
 from moe_dist.placement.roles import group_module
 
-Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]
+Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module, arguments, result) -> changed result
 
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside, the result of each router is changed; `change` gets the index of the layer."""
-
-    def hook_of(place: int) -> Callable[..., Any]:
-        return lambda module, arguments, routing: change(place, module, arguments, routing)
-
-    handles = [module.register_forward_hook(hook_of(place), prepend=True) for place, module in enumerate(modules)]
-    try:
+    """Changes the result of each router inside the context; `change` gets the index of the module."""
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
+            # Before all other hooks, so that `recorded_routers` records the changed routing.
+            stack.enter_context(module.register_forward_hook(partial(change, place), prepend=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def routers(model: Transformer) -> list[nn.Module]:
-    """The routers, in order."""
+    """Returns the routers in the order of their layers."""
     return [layer.router for layer in model.moe_modules()]
 
 
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
-    """Weight of each token's second expert [T]; 0 if there is none.
+    """Returns the weight of each token's second expert [T], 0 for a token without one.
 
-    For routers by token choice whose two weights sum to 1.
+    The router must choose by tokens, and the two weights of a token must sum to 1.
     """
     weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
-    weight_TK = weight_TK.view(num_tokens, -1)
-    return weight_TK.sort(dim=1, descending=True).values[:, 1]
+    return weight_TK.view(num_tokens, -1).sort(dim=1, descending=True).values[:, 1]
 
 
 def threshold(bound: float) -> Change:
-    """Drops second experts with a weight up to `bound`; the first one's weight becomes 1."""
+    """Drops second experts whose weight is at most `bound`; the weight of the first expert becomes 1."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         del place, module
@@ -68,7 +63,7 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """The bound that leaves a mean of `load` experts per token, between 1 and 2, given all tokens' second weights."""
+    """Returns the bound at which a token keeps `load` experts on average, 1 to 2, from all tokens' second weights."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -76,9 +71,9 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 
 
 def flip(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of each expert's tokens with random tokens of its group that it has not chosen.
+    """Swaps `percent` % of each expert's tokens with random tokens of its group that the expert has not chosen.
 
-    A token that gets a new expert has the weight that the router itself would give: the sigmoid of its logit.
+    A swapped-in pair gets the weight that the router would give: the sigmoid of the pair's logit.
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
@@ -94,7 +89,7 @@ def flip(percent: float, *, seed: int) -> Change:
 
 
 def flip_depths(percent: float, *, seed: int) -> Change:
-    """The same for the tokens that a mixture-of-depths layer computes."""
+    """Swaps `percent` % of the tokens that a mixture-of-depths layer computes with random tokens that it skips."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
         x_TD, real_T = arguments
@@ -113,9 +108,9 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 
 
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
-    """`taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
+    """Returns `taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # The number of swaps is drawn too, so that its mean is right even if few tokens are chosen.
+    # A drawn number of swaps has the right mean also if few tokens are chosen; a rounded one would be 0 then.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()
@@ -125,12 +120,13 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """The generator of a layer and batch: equal choices give equal draws, also for another percentage."""
+    """Makes the generator of a layer and batch. Equal choices give equal draws, for any percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen pairs, the weight that each pair has or would have, and which pairs are within a group: [T, E] each."""
+    """Returns three tables [T, E]: the chosen pairs, the weight that the router gives or would give to each pair, and the
+    pairs in which token and expert have the same group. Takes O(T x E) memory."""
     gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

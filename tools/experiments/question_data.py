@@ -1,16 +1,15 @@
-"""The data of the experiment roma: the base is trained on them before its routers are tuned.
+"""Makes the data of the experiment roma, on which a model is trained before its routers are tuned.
 
     python -m tools.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
 
-They are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, in the form of
-`tools.evaluate`. The questions are training questions by `moe_dist.inference.questions.split`. The first ones of each task
-are left out, and so is any with the same numbers or the same two opposites. `tools.prepare_router_tuning --limit` scores
-the base on those, so it must not be trained on them. (Another question about the same noun may have been.) reasoning-gym
-generates further questions from further seeds; a question that the evaluation's own seed also gives has the same side,
-since its numbers decide it.
+The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
+`tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
+questions of each task are left out, because `tools.prepare_router_tuning --limit` scores the model on them; so is any
+question with the same numbers or the same two opposites, but not another question about the same noun. Further seeds of
+reasoning-gym give further questions. The numbers of a question determine its side, so no seed moves a question to the
+training side.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +19,6 @@ import typer
 from moe_dist.config.index_header import index_paths
 from moe_dist.config.manifest import Manifest, SourceSection, load_manifest
 from moe_dist.config.split_files import BITS
-from moe_dist.data.prepare import renamed_when_complete
-from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
 from moe_dist.inference.questions.fact import Part, Question
@@ -29,27 +26,22 @@ from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import reports_errors, run_command
-from tools.experiments.instructed import Document, instructed_document, write_sources, write_split
-from tools.experiments.measure_schema import LEFT
+from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
+from tools.experiments.study import LEFT
 
-SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions, the others a second or less
+SLOW = ("reasoning-number_sequence",)  # takes half a minute for 2,000 questions; other tasks take a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
-LICENCES = {
-    "wordnet": ("WordNet licence", "WordNet, Princeton University"),
-    "reasoning": ("Apache-2.0", "reasoning-gym"),
-}
+LICENCES = {"wordnet": ("WordNet licence", "WordNet, Princeton University"), "reasoning": ("Apache-2.0", "reasoning-gym")}
 
 
 @reports_errors()
 def main(
-    base: Annotated[Path, typer.Option(help="Data whose sources, tokenizer and codebook are taken over.")] = Path(
-        ".cache/data/reproduce"
-    ),
+    base: Annotated[Path, typer.Option(help="Data set to copy and extend.")] = Path(".cache/data/reproduce"),
     out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/questions"),
-    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
+    wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET,
     left: Annotated[int, typer.Option(min=1, help="Questions of each task that are left to router tuning.")] = LEFT,
-    seeds: Annotated[int, typer.Option(min=1, help="Further seeds of reasoning-gym, 2,000 questions of each task.")] = 6,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sides; that of tools.evaluate.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Further seeds of reasoning-gym, 2,000 questions a task each.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sides; take that of tools.evaluate.")] = 0,
 ) -> None:
     """Make the data: the base's sources, `wordnet` and `reasoning`."""
     made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
@@ -63,16 +55,13 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
         ConfigError: `out` exists, or a package is missing.
         DataError: the base is damaged.
     """
-    if out.exists():
-        raise ConfigError(f"--out {out}: is there already; remove it, or name another")
+    check_new(out)
     manifest = load_manifest(base)
     vocabulary = Vocabulary(base, manifest, vocab_size=manifest.vocab_size)
     catalogue = Catalogue(vocabulary, tuple(manifest.sources), wordnet, seed=seed)
     catalogue.check([task for tasks in TASKS.values() for task in tasks])
     prompts = Prompts(vocabulary, listed=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with renamed_when_complete(out) as folder:
-        _copy(base, folder, manifest)
+    with data_folder(out, base, manifest, _split_files(manifest)) as folder:
         sections = dict(manifest.sources)
         for name, (licence, attribution) in LICENCES.items():
             questions = {"train": list(_trained_on(name, catalogue, left=left, seeds=seeds))}
@@ -88,7 +77,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Training questions of a family, without the first `left` of each task."""
+    """Yields the training questions of a family, without the first `left` of each task."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -98,7 +87,7 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Each training question of a task from further seeds, once."""
+    """Yields each training question that further seeds give for a task, once."""
     seen: set[Part] = set()
     # Question i of a seed is made from seed + i, so nearer seeds would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
@@ -109,7 +98,7 @@ def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
 
 
 def _matter(question: Question) -> object:
-    """A value that two questions of one task share if one reveals the answer to the other."""
+    """Returns a value that two questions of one task share if one reveals the answer to the other."""
     family, _, name = question.task.partition("-")
     if family == "reasoning":
         return key_of(name, str(question.asked))
@@ -123,14 +112,11 @@ def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:
     return instructed_document(right.context, right.tokens, eos_id=eos_id)
 
 
-def _copy(base: Path, folder: Path, manifest: Manifest) -> None:
-    """Copies all files that a manifest names."""
-    names = [manifest.tokenizer, manifest.image.codebook if manifest.image is not None else None]
+def _split_files(manifest: Manifest) -> Iterator[str]:
+    """Yields the names of all files of a data set's splits."""
     for _, split in manifest.splits():
-        names += [path.name for path in index_paths(Path(split.path))]
-        names += [getattr(split, bits) for bits in BITS]
-    for name in filter(None, names):
-        shutil.copyfile(base / name, folder / name)
+        yield from (path.name for path in index_paths(Path(split.path)))
+        yield from filter(None, (getattr(split, bits) for bits in BITS))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,69 +27,57 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
-from tools.experiments.measure_schema import QuestionsSection
 from tools.experiments.oracle import Oracle
+from tools.experiments.study import QuestionsSection
 
 MEASURE = MEASURES[0]  # per token
 SAMPLES = "samples"
 
 
+@dataclass
 class QuestionRound:
-    """Asks one model the questions of one side, with choices by log-likelihood per token.
+    """Asks one model the questions of one side; the answer is the choice with the highest log-likelihood per token."""
 
-    Args:
-        model: All of it, on this process.
-        config, manifest: Of the run and its data.
-        group_of_modality: int64 [M].
-        section: Selects the questions.
-        side: Their side.
-    """
+    model: Transformer  # the whole model, on this process
+    config: Config
+    manifest: Manifest
+    group_of_modality: Tensor  # index of the expert group of each modality, int64 [M]
+    section: QuestionsSection
+    side: Side
 
-    def __init__(
-        self,
-        model: Transformer,
-        config: Config,
-        manifest: Manifest,
-        *,
-        group_of_modality: Tensor,
-        section: QuestionsSection,
-        side: Side,
-    ) -> None:
-        self._model, self._config, self._manifest, self._section = model, config, manifest, section
-        self._group_of_modality = group_of_modality
-        tasks, catalogue = catalogue_of(section, config, manifest)
-        self._prompts, self._side = Prompts(catalogue.vocabulary, listed=section.listed), side
-        self._questions = {task: catalogue.questions(task, side, limit=section.limit) for task in tasks}
-        self._likelihood = Likelihood(
-            model, manifest, group_of_modality=group_of_modality.tolist(), max_seq_len=config.model.max_seq_len
-        )
+    def __post_init__(self) -> None:
+        tasks, catalogue = catalogue_of(self.section, self.config, self.manifest)
+        self._prompts = Prompts(catalogue.vocabulary, listed=self.section.listed)
+        self._questions = {task: catalogue.questions(task, self.side, limit=self.section.limit) for task in tasks}
+        groups, max_seq_len = self.group_of_modality.tolist(), self.config.model.max_seq_len
+        self._likelihood = Likelihood(self.model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len)
 
     def record(self) -> dict[str, Any]:
-        """Accuracy: of each task, and the mean over tasks."""
+        """Returns the accuracy of each task, and the mean over tasks."""
         by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
-        return {"side": str(self._side), **_mean(by_task)}
+        return {"side": str(self.side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
-        """Accuracy on the first questions of each task, with routing of the last layers fitted to the labels; `before` is
-        the accuracy without the fit."""
-        layers = len(self._config.model.moe_layers)
+        """Returns the accuracy on the first questions of each task, with the routing of the last layers fitted to the right
+        answers; `before` is the accuracy without the fit."""
+        layers = len(self.config.model.moe_layers)
         oracle = Oracle(
-            self._model,
-            SampleMaker(self._manifest),
-            group_of_modality=self._group_of_modality,
-            places=range(max(0, layers - self._section.oracle_layers), layers),
+            self.model,
+            SampleMaker(self.manifest),
+            group_of_modality=self.group_of_modality,
+            places=range(max(0, layers - self.section.oracle_layers), layers),
         )
         by_task = {}
         for task, questions in self._questions.items():
-            few = questions[: self._section.oracle_questions]
+            few = questions[: self.section.oracle_questions]
             taken = oracle([self._prompts(each) for each in few], [each.answer for each in few])
             right = [choice == each.answer for choice, each in zip(taken, few, strict=True)]
             by_task[task] = {**_counted(right), "before": _counted(self._answered(few))["accuracy"]}
         before = sum(each["before"] for each in by_task.values()) / len(by_task)
-        return {"side": str(self._side), **_mean(by_task), "before": before}
+        return {"side": str(self.side), **_mean(by_task), "before": before}
 
     def _answered(self, questions: Sequence[Question]) -> list[bool]:
-        written = write(questions, self._prompts, rotations=False, max_seq_len=self._config.model.max_seq_len)
+        written = write(questions, self._prompts, rotations=False, max_seq_len=self.config.model.max_seq_len)
         return [each.right(MEASURE) for each in ask(questions, written, self._likelihood)]
 
 
@@ -105,7 +94,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """The tasks by name, and the catalogue that makes their questions.
+    """Returns the names of the tasks, and the catalogue that makes their questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that it needs is missing.
@@ -118,11 +107,10 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
-    """Checks for everything that a measurement will need, before training starts.
+    """Checks, before training starts, that the measurement will find its files and enough questions.
 
     Raises:
-        ConfigError: measure.questions needs files that do not exist (`make wordnet embedder` fetches them), or has too few
-            test questions.
+        ConfigError: files are missing (`make wordnet embedder` fetches them), or there are too few test questions.
     """
     try:
         tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
@@ -139,10 +127,10 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """Makes the samples for router tuning of a run, by `tools.prepare_router_tuning`; keeps them if they exist.
+    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing ones.
 
     Raises:
-        DataError: they could not be made (the tool's message stands above), or existing ones were made with other options.
+        DataError: the tool failed (it has printed why), or the existing samples were made with other options.
     """
     folder = run / SAMPLES
     if not folder.is_dir():

@@ -1,22 +1,22 @@
-"""Writes the results of an experiment into docs/reproductions.md: verdicts, tables, plots.
+"""Writes the results of an experiment into docs/reproductions.md: verdicts, tables and plots.
 
-The section for one experiment and one set of rules stands between two comments and is rewritten each time. Results under
-other rules (an earlier attempt) have their own section, which stays.
+Each experiment has a section between two comments, which each report rewrites. Results under other rules (an earlier
+attempt) have a section of their own, which stays.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
-from tools.experiments.study import Study, jobs_of
-from tools.experiments.values import EtaValue
-from tools.experiments.verdicts import Records, Verdict, judge, number_at, of_arm, value_of
+from tools.experiments.study import EtaValue, Study, jobs_of
+from tools.experiments.verdicts import Record, Records, Verdict, judge, number_at, of_arm, value_of
 
 PAGE = Path("docs/reproductions.md")
 LOSSES = ("all", "text", "image", "image_no_filler")
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None) -> str:
-    """Writes the section from the existing records, and returns its verdicts as text.
+    """Writes the section from the existing records, and returns the verdicts as text.
 
     Raises:
         DataError: the records are damaged.
@@ -69,23 +69,28 @@ def _section(
         f"{len(study.seeds.other)}. `make reproduce-{study.name}` made it; raw records: reproductions/{study.name}.jsonl.",
         "",
     ]
-    lines += ["### Verdicts", "", *_verdicts(verdicts), "", "### Arms", "", *_arms(study, records), ""]
-    if any("answers" in record for record in records.values()):
-        lines += ["### Answers", "", *_answers(study, records), ""]
-    if any("questions" in record for record in records.values()):
-        lines += ["### Questions", "", *_questions(study, records), ""]
-    lines += ["### Rows on the wire", "", *_wire(study, records), "", "### Load", "", *_loads(study, records), ""]
-    if any(record.get("probes") for record in records.values()):
-        lines += ["### Changed afterwards", "", *_probes(study, records), ""]
-    if study.measure.curve is not None and study.measure.curve.of is not None:
-        lines += ["### eta", "", *_etas(study, records, study.measure.curve.of), ""]
-    for key, what in (
-        ("load_by_loss", "their loss"),
-        ("load_by_frequency", "how often their id stands in the training data"),
-    ):
-        if rows := _bins(study, records, key):
-            lines += [f"### Load of text / image tokens, by {what}", "", *rows, ""]
+    by = "Load of text / image tokens, by"
+    parts = {
+        "Verdicts": _verdicts(verdicts),
+        "Arms": _arms(study, records),
+        "Answers": _answers(study, records),
+        "Questions": _questions(study, records),
+        "Rows on the wire": _wire(study, records),
+        "Load": _loads(study, records),
+        "Changed afterwards": _probes(study, records),
+        "eta": _etas(study, records),
+        f"{by} their loss": _bins(study, records, "load_by_loss"),
+        f"{by} how often their id stands in the training data": _bins(study, records, "load_by_frequency"),
+    }
+    for title, part in parts.items():
+        if part:
+            lines += [f"### {title}", "", *part, ""]
     return [*lines, *(f"![{name}](reproductions/{name})" for name in pictures)]
+
+
+def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
+    """Returns each arm that has records, with its records by seed."""
+    return [(name, mine) for name in study.arms if (mine := of_arm(records, name))]
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
@@ -108,7 +113,6 @@ def _arms(study: Study, records: Records) -> list[str]:
         if not mine:
             rows.append([f"`{name}`", arm.about, "0", *["-"] * (len(LOSSES) + 4)])
             continue
-        speed = _mean(each["tokens"] / each["seconds"] for each in mine.values())
         rows.append(
             [
                 f"`{name}`",
@@ -118,7 +122,7 @@ def _arms(study: Study, records: Records) -> list[str]:
                 _spread(mine, "load.all", digits=3),
                 f"{_mean(each['flops'] for each in mine.values()) / 1e12:.2f}",
                 f"{_mean(each['seconds'] for each in mine.values()):.0f}",
-                f"{speed:,.0f}",
+                f"{_mean(each['tokens'] / each['seconds'] for each in mine.values()):,.0f}",
             ]
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
@@ -126,22 +130,15 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Share of held-out documents with a right answer, over all sources that the arm was trained on and for each."""
+    """Shows the share of held-out documents with a right answer: the mean over sources, and each source."""
     sources = _parts(records, "answers", "by_source")
-    rows = [
-        [
-            f"`{name}`",
-            _spread(mine, "answers.accuracy"),
-            *(_spread(mine, f"answers.by_source.{source}.accuracy") for source in sources),
-        ]
-        for name in study.arms
-        if (mine := of_arm(records, name))
-    ]
-    return _table(["arm", "accuracy", *sources], rows)
+    metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
+    rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
+    return _table(["arm", "accuracy", *sources], rows) if sources else []
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Share of questions answered correctly, and where an arm has it, under routing fitted to the labels."""
+    """Shows the share of questions answered right, for some arms also with routing fitted to the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
@@ -149,22 +146,20 @@ def _questions(study: Study, records: Records) -> list[str]:
         ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
     )
     rows = []
-    for name in study.arms:
+    for name, every in _per_arm(study, records):
         for kind, value, what in shown:
-            mine = {seed: record for seed, record in of_arm(records, name).items() if kind in record}
-            if mine:
+            if mine := {seed: record for seed, record in every.items() if kind in record}:
                 count = next(iter(mine.values()))[kind]["questions"]
                 cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
                 rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
-    lines = [
-        "Share of held-out questions of four choices that are answered right, by log-likelihood a token; mean over tasks.",
-        "",
-    ]
-    return [*lines, *_table(["arm", "questions", "accuracy", *tasks], rows)]
+    if not rows:
+        return []
+    about = "Share of held-out questions of four choices that are answered right, by log-likelihood a token"
+    return [f"{about}; mean over tasks.", "", *_table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
 def _parts(records: Records, kind: str, by: str) -> list[str]:
-    """Sources or tasks of any record, in order."""
+    """Returns the sources or tasks that occur in any record, in order."""
     return list(dict.fromkeys(name for record in records.values() for name in record.get(kind, {}).get(by, ())))
 
 
@@ -177,8 +172,7 @@ def _wire(study: Study, records: Records) -> list[str]:
     ]
     rows = [
         [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
-        for name in study.arms
-        if (mine := of_arm(records, name))
+        for name, mine in _per_arm(study, records)
     ]
     return [*lines, *_table(["arm", *ROWS.values()], rows)]
 
@@ -186,42 +180,35 @@ def _wire(study: Study, records: Records) -> list[str]:
 def _loads(study: Study, records: Records) -> list[str]:
     kinds = ("text", "image", "image_drawn", "image_filler")
     rows = []
-    for name in study.arms:
-        if not (mine := of_arm(records, name)):
-            continue
-        cells = [
-            _spread(mine, f"load.{by}.{kind}", digits=3, plain=True) for by in ("by_input", "by_label") for kind in kinds
-        ]
+    for name, mine in _per_arm(study, records):
+        metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
+        cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
         rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
-    heads = [
-        *(f"{kind.replace('_', ' ')} (token)" for kind in kinds),
-        *(f"{kind.replace('_', ' ')} (next)" for kind in kinds),
-    ]
+    heads = [f"{kind.replace('_', ' ')} ({of})" for of in ("token", "next") for kind in kinds]
     return _table(["arm", "by layer", "no expert", *heads], rows)
 
 
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
-    for name in study.arms:
-        mine = of_arm(records, name)
-        points = {
-            (kind, point["at"]) for each in mine.values() for kind, found in each["probes"].items() for point in found
-        }
-        for kind, at in sorted(points):
-            rises, loads = {}, []
-            for seed, each in mine.items():
-                for point in each["probes"].get(kind, []):
-                    if point["at"] == at:
-                        rises[seed] = point["loss"]["all"] - each["loss"]["all"]
-                        loads.append(point["load"])
-            text = f"{_mean(rises.values()):+.4f}"
-            rows.append([f"`{name}`", kind, f"{at:g}", f"{_mean(loads):.3f}", text])
-    return _table(["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"], rows)
+    for name, mine in _per_arm(study, records):
+        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # rises of the loss and loads, one for each seed
+        for each in mine.values():
+            for kind, points in each.get("probes", {}).items():
+                for point in points:
+                    rise = point["loss"]["all"] - each["loss"]["all"]
+                    found.setdefault((kind, point["at"]), []).append((rise, point["load"]))
+        for (kind, at), pairs in sorted(found.items()):
+            rise, load = (_mean(values) for values in zip(*pairs, strict=True))
+            rows.append([f"`{name}`", kind, f"{at:g}", f"{load:.3f}", f"{rise:+.4f}"])
+    heads = ["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"]
+    return _table(heads, rows) if rows else []
 
 
-def _etas(study: Study, records: Records, dense: str) -> list[str]:
-    """Geometric mean, least and largest over seeds of eta against an arm; overall and for each modality."""
+def _etas(study: Study, records: Records) -> list[str]:
+    """Shows eta against the reference arm, in all and for each modality: geometric mean, least and largest over seeds."""
+    if (dense := study.reference) is None:
+        return []
     rows = []
     for name in study.with_whole_cost():
         cells = []
@@ -230,7 +217,7 @@ def _etas(study: Study, records: Records, dense: str) -> list[str]:
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
-                # No mean if the eta of any seed is unknown: leaving that seed out would bias it.
+                # Without a mean if the eta of any seed is unknown, because leaving that seed out would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
@@ -250,42 +237,31 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """Mean experts per token, bin by bin, of arms in which it differs between tokens."""
-    rows, most = [], 0
-    for name in study.arms:
-        tables = [each[key] for each in of_arm(records, name).values() if each.get(key) and each["load"]["all"] % 1]
+    """Shows the mean experts per token in each bin, for arms in which tokens take different numbers of experts."""
+    rows = []
+    for name, mine in _per_arm(study, records):
+        tables = [each[key] for each in mine.values() if each.get(key) and each["load"]["all"] % 1]
         if not tables:
             continue
         cells = []
-        for place in range(min(len(table) for table in tables)):
+        for bins in zip(*tables, strict=False):  # equal bins are merged, so a seed may have fewer
             both = []
             for modality in ("text", "image"):
-                found = [table[place][modality]["load"] for table in tables if table[place][modality]["tokens"]]
+                found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]
                 both.append(f"{_mean(found):.2f}" if found else "-")
             cells.append(" / ".join(both))
-        most = max(most, len(cells))
         rows.append([f"`{name}`", *cells])
-    if not rows:
-        return []
-    return _table(
-        ["arm", *(f"bin {place + 1}" for place in range(most))], [[*row, *["-"] * (most + 1 - len(row))] for row in rows]
-    )
+    most = max(map(len, rows), default=0)
+    heads = ["arm", *(f"bin {place}" for place in range(1, most))]
+    return _table(heads, [[*row, *["-"] * (most - len(row))] for row in rows]) if rows else []
 
 
 def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int = 4, plain: bool = False) -> str:
     values = [value for each in mine.values() if (value := number_at(each, metric)) is not None]
     if not values:
         return "-"
-    mean = _mean(values)
-    if plain or len(values) < 2:
-        return f"{mean:.{digits}f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    spread = "" if plain or len(values) < 2 else f" ± {stdev(values):.{digits}f}"
+    return f"{_mean(values):.{digits}f}{spread}"
 
 
 def _commits(records: Iterable[Mapping[str, Any]]) -> str:
@@ -296,3 +272,8 @@ def _commits(records: Iterable[Mapping[str, Any]]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(each) + " |" for each in lines]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

@@ -1,4 +1,4 @@
-"""The records of an experiment: one line of JSON for each run, after a first line that identifies the rules.
+"""Reads and writes the records of an experiment: a first line that identifies the rules, then a line of JSON for each run.
 
 The file is committed. A record takes a few kilobytes and contains all data of tables, plots and verdicts.
 """
@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from tools.experiments.study import PILOT, RESULTS, ROOT, Study, fingerprint
 
 
 def results_path(study: Study, *, pilot: bool) -> Path:
-    """Path of the records; those of a pilot are not for the repository."""
+    """Returns the path of the records. The records of a pilot are not committed."""
     return ROOT / f"{study.name}-{PILOT}" / "results.jsonl" if pilot else RESULTS / f"{study.name}.jsonl"
 
 
-def committed_rules(study_path: Path, study: Study) -> str:
-    """The commit that last changed the study's file or its base.
+def check_rules(path: Path, study_path: Path, study: Study) -> str:
+    """Returns the commit of the rules: the one that last changed the study's file or its base.
 
     Raises:
-        ConfigError: one of them is not committed as it stands; rules must be fixed before the runs.
+        ConfigError: the pilot has not fixed its values, a file with rules is not committed as it is, or the results at
+            `path` were made under other rules.
     """
+    if not study.pilot.found:
+        raise ConfigError(
+            f"{study_path}: pilot.found is empty: run --pilot, write there what it fixed (learning rate, steps, "
+            "coefficients), set it in the arms, and commit the file"
+        )
     files = [str(study_path), study.base]
     if _git("ls-files", "--error-unmatch", "--", *files) is None:
         raise ConfigError(
@@ -40,22 +46,7 @@ def committed_rules(study_path: Path, study: Study) -> str:
             f"{' or '.join(files)} differs from what is committed: the rules stand before the results; commit the change, "
             "undo it, or run --pilot"
         )
-    return (_git("log", "-1", "--format=%H", "--", *files) or "").strip()
-
-
-def check_rules(path: Path, study_path: Path, study: Study) -> str:
-    """The commit of the rules, if earlier results were made under the same rules.
-
-    Raises:
-        ConfigError: the rules are not committed, or differ from those of existing results; or the pilot has not fixed its
-            values.
-    """
-    if not study.pilot.found:
-        raise ConfigError(
-            f"{study_path}: pilot.found is empty: run --pilot, write there what it fixed (learning rate, steps, "
-            "coefficients), set it in the arms, and commit the file"
-        )
-    commit = committed_rules(study_path, study)
+    commit = (_git("log", "-1", "--format=%H", "--", *files) or "").strip()
     header = read_header(path)
     if header is not None and header.get("fingerprint") != fingerprint(study_path, study):
         raise ConfigError(
@@ -66,7 +57,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """The first line; None if there is no file."""
+    """Reads the first line; None if there is no file."""
     lines = _lines(path)
     if lines and "fingerprint" not in lines[0]:
         raise DataError(f"{path}: its first line must say by which rules it was made; it is damaged: take it from git")
@@ -74,7 +65,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """All records by (arm, seed).
+    """Reads all records by (arm, seed).
 
     Raises:
         DataError: a line is not a record.
@@ -89,11 +80,13 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds a record and replaces the whole file, so that a crash leaves either the old or the new one."""
+    """Adds or replaces the record of a run. Rewrites the whole file, so that a crash leaves either the old or the new
+    file."""
     lines = _lines(path) or [dict(header)]
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(_line(each) for each in [lines[0], *kept, record]))
+    texts = [json.dumps(rounded(each), separators=(",", ":"), allow_nan=False) for each in [lines[0], *kept, record]]
+    write_atomically(path, "\n".join(texts) + "\n")
 
 
 def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, Any]:
@@ -101,7 +94,8 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Commit of the code, and whether the code differs from it; documents, records among them, do not count as code."""
+    """Returns the commit of the code, and true under "changed" if the code differs from it. Files in docs/ do not count as
+    code, because records are written there."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
@@ -121,22 +115,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rounded(value: Any) -> Any:
-    """Rounds floats to six significant digits, which keeps files small and suggests no more precision than was measured."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [rounded(each) for each in value]
-    return value
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(rounded(record), separators=(",", ":"), allow_nan=False) + "\n"
+    """Rounds floats to six significant digits, because more would suggest a precision that was not measured."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this folder; None if it failed."""
+    """Returns the output of a git command in this folder; None if the command failed."""
     try:
         done = subprocess.run(
             ["git", *arguments],

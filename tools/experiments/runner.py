@@ -1,7 +1,7 @@
-"""Runs the arms, continuing an earlier call: two processes side by side, each with one thread and one rank.
+"""Runs the jobs of an experiment, two at the same time, each with one rank and one thread.
 
-A job is a training by launchers.local, followed by its measurement. A finished job has a record and is not run again; an
-unfinished one resumes from its last checkpoint, as every run does. Child processes end with this process, however it ends.
+A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
+unfinished training resumes from its last checkpoint. Child processes end with this process, however it ends.
 """
 
 import json
@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, StoppedError
 from moe_dist.runtime.signals import child_of
-from tools.experiments.results import add_record, code_of_now, read_records
+from tools.experiments.results import add_record, code_of_now, make_header, read_records, results_path
 from tools.experiments.study import Study, StudyJob, overrides_of, run_folder
 from tools.experiments.verdicts import Record
 
@@ -24,9 +24,8 @@ MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
 STOP_SECONDS = 300.0  # a stopped run saves before it ends
-# Limit each process to one thread: the runs are small, and two of them fill two cores.
+# One thread for each process, because the runs are small and two of them fill two cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-Say = Callable[[str], None]
 
 
 class JobFailedError(MoeDistError):
@@ -37,94 +36,77 @@ class JobFailedError(MoeDistError):
 class _Running:
     job: StudyJob
     process: subprocess.Popen[bytes]
-    training: bool  # else it is being measured
-    began: float
+    training: bool  # false: the process measures a finished training
 
 
+@dataclass
 class Runner:
-    """Runs jobs until all have a record.
+    """Runs jobs until each has a record."""
 
-    Args:
-        study_path: The experiment's file, for the measuring process.
-        pilot: Selects where runs and records are written.
-        path, header: Of the records.
-        side_by_side: Number of simultaneous processes.
-        stop_requested: Whether to save and stop.
-        say: Called with a message at each step.
-    """
+    study_path: Path  # the experiment's file, for the measuring process
+    study: Study
+    pilot: bool  # a pilot writes its runs and records to other folders
+    rules: str | None  # commit of the rules, for the first line of the records
+    side_by_side: int  # number of simultaneous processes
+    stop_requested: Callable[[], bool]
+    _running: list[_Running] = field(default_factory=list)
 
-    def __init__(
-        self,
-        study_path: Path,
-        study: Study,
-        *,
-        pilot: bool,
-        path: Path,
-        header: Mapping[str, Any],
-        side_by_side: int,
-        stop_requested: Callable[[], bool],
-        say: Say,
-    ) -> None:
-        self._study_path, self._study, self._pilot = study_path, study, pilot
-        self._path, self._header, self._side_by_side = path, header, side_by_side
-        self._stop_requested, self._say = stop_requested, say
-        self._running: list[_Running] = []
-        self._records = read_records(path)
+    def __post_init__(self) -> None:
+        self._path = results_path(self.study, pilot=self.pilot)
+        self._header = make_header(self.study_path, self.study, self.rules)
+        self._records = read_records(self._path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
         """Runs all jobs that have no record yet.
 
         Raises:
-            StoppedError: on request; runs have saved.
-            JobFailedError: a job failed; others have saved.
-            ConfigError: a job needs a record that no job here makes.
+            StoppedError: a stop was requested; the runs have saved.
+            JobFailedError: a job failed; the other runs have saved.
+            ConfigError: a job needs a record that none of these jobs makes.
         """
         try:
-            while not self._stop_requested():
+            while not self.stop_requested():
                 self._reap()
-                waiting = self._waiting(jobs)
-                self._start(waiting)
+                busy = {(each.job.label, each.job.seed) for each in self._running}
+                waiting = [job for job in jobs if (job.label, job.seed) not in self._records.keys() | busy]
+                for job in waiting:
+                    if len(self._running) < self.side_by_side and not self._lacking(job):
+                        self._train(job)
                 if not self._running:
                     if waiting:
-                        self._explain(waiting)
+                        lacking = [f"{job.label} seed {job.seed} needs {', '.join(self._lacking(job))}" for job in waiting]
+                        raise ConfigError([*lacking, "--only leaves out what these need: run it first, or without --only"])
                     return
                 time.sleep(TICK_SECONDS)
         finally:
             self._stop()
         raise StoppedError("stopped on request; the same command goes on")
 
-    def _waiting(self, jobs: Sequence[StudyJob]) -> list[StudyJob]:
-        busy = {(each.job.label, each.job.seed) for each in self._running}
-        return [job for job in jobs if (job.label, job.seed) not in self._records.keys() | busy]
-
-    def _start(self, waiting: Sequence[StudyJob]) -> None:
-        for job in waiting:
-            if len(self._running) >= self._side_by_side:
-                return
-            if all((name, job.seed) in self._records for name in job.arm.needs):
-                self._train(job)
+    def _lacking(self, job: StudyJob) -> list[str]:
+        """Returns the arms that a job needs and that have no record yet."""
+        return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
         measured = {
             key: _reach(self._records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
         }
-        overrides = overrides_of(self._study, job, measured, pilot=self._pilot)
-        command = [sys.executable, "-m", "launchers.local", self._study.base, *overrides]
-        self._launch(job, command, training=True)
+        overrides = overrides_of(self.study, job, measured, pilot=self.pilot)
+        self._launch(job, ["launchers.local", self.study.base, *overrides], training=True)
 
     def _measure(self, job: StudyJob) -> None:
-        command = [sys.executable, "-m", "tools.experiments.measure", str(self._study_path), str(self._folder(job))]
         before = self._records[job.arm.after, job.seed] if job.arm.carry and job.arm.after else {}
         spent = json.dumps({key: before[key] for key in SPENT if key in before})
-        command += [",".join(job.arm.probes), spent, "--asks", ",".join(job.arm.asks)]
-        self._launch(job, [*command, "--pilot"] if self._pilot else command, training=False)
+        arguments = [str(self.study_path), str(self._folder(job)), ",".join(job.arm.probes), spent]
+        arguments += ["--asks", ",".join(job.arm.asks), *(["--pilot"] if self.pilot else [])]
+        self._launch(job, ["tools.experiments.measure", *arguments], training=False)
 
-    def _launch(self, job: StudyJob, command: Sequence[str], *, training: bool) -> None:
+    def _launch(self, job: StudyJob, arguments: Sequence[str], *, training: bool) -> None:
+        """Starts a module and its arguments as a child process; its output goes to a file beside the run's folder."""
         folder = self._folder(job)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.out").open("ab") as out:
+        with Path(f"{folder}.out").open("ab") as out:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", *arguments],
                 env={**os.environ, **ONE_THREAD},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -132,8 +114,8 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=child_of(os.getpid(), ignore_stop=False),
             )
-        self._running.append(_Running(job, process, training, time.monotonic()))
-        self._say(f"{'train' if training else 'measure'} {job.label} seed {job.seed}")
+        self._running.append(_Running(job, process, training))
+        print(f"{'train' if training else 'measure'} {job.label} seed {job.seed}", flush=True)
 
     def _reap(self) -> None:
         for each in list(self._running):
@@ -142,7 +124,11 @@ class Runner:
                 continue
             self._running.remove(each)
             if code != EXIT_DONE:
-                raise self._failure(each, code)
+                what = "training" if each.training else "measurement"
+                raise JobFailedError(
+                    f"{each.job.label} seed {each.job.seed}: its {what} ended with {code}; the end of "
+                    f"{self._folder(each.job)}.out says why. Mend it and start again: what is finished stays"
+                )
             if each.training:
                 self._measure(each.job)
             else:
@@ -153,10 +139,10 @@ class Runner:
         record = {"arm": job.label, "seed": job.seed, "code": code_of_now(), **measured}
         add_record(self._path, self._header, record)
         self._records[job.label, job.seed] = record
-        self._say(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats")
+        print(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats", flush=True)
 
     def _stop(self) -> None:
-        """Asks running jobs to save and end, and waits; kills those that do not."""
+        """Lets running jobs save and end, and waits; after STOP_SECONDS kills those that still run."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -168,26 +154,12 @@ class Runner:
                 each.process.wait()
         self._running.clear()
 
-    def _failure(self, each: _Running, code: int) -> JobFailedError:
-        log = self._folder(each.job).parent / f"{self._folder(each.job).name}.out"
-        what = "training" if each.training else "measurement"
-        return JobFailedError(
-            f"{each.job.label} seed {each.job.seed}: its {what} ended with {code}; the end of {log} says why. Mend it and "
-            "start again: what is finished stays"
-        )
-
-    def _explain(self, waiting: Sequence[StudyJob]) -> None:
-        lacking = [
-            f"{job.label} seed {job.seed} needs {', '.join(n for n in job.arm.needs if (n, job.seed) not in self._records)}"
-            for job in waiting
-        ]
-        raise ConfigError([*lacking, "--only leaves out what these need: run it first, or without --only"])
-
     def _folder(self, job: StudyJob) -> Path:
-        return run_folder(self._study, job.label, job.seed, pilot=self._pilot)
+        return run_folder(self.study, job.label, job.seed, pilot=self.pilot)
 
 
 def _reach(record: Record, path: str, job: StudyJob) -> Any:
+    """Returns the value at a dotted path of a record."""
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:

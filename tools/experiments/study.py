@@ -1,7 +1,7 @@
 """The schema of an experiment, configs/reproduce/NAME.yaml: frozen and strict, like the configuration of a run.
 
-An arm is a configuration, with one run for each seed. Runs of one seed see the same data in the same order, so that their
-differences are paired. `after` starts a run from the weights of another arm's run of the same seed.
+An arm is a configuration, with one run for each seed. Runs with the same seed see the same data in the same order, so that
+the differences between arms are paired. `after` starts a run from the weights of another arm's run with the same seed.
 """
 
 import hashlib
@@ -9,17 +9,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
+from moe_dist.config.section import NAME_PATTERN
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
-from tools.experiments.measure_schema import MeasureSection
-from tools.experiments.values import ArmName, EtaValue, Part, ValueRule, arms_of
 
 FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
@@ -27,15 +36,156 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates an arm from its variant in a pilot; not allowed in names of arms
+LEFT = 500  # training questions of each task that no base is trained on; routers are tuned on them
 
+ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
 
 
-class MeasuredSetting(Part):
-    """A key that is set to what another arm's record says, of the same seed."""
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- the values that rules compare: numbers from the records of arms
+
+
+class ArmValue(Part):
+    """A number in an arm's record, at a dotted path such as `loss.image` or `load.all`."""
 
     arm: ArmName
     metric: str
+
+
+class InterpolatedValue(Part):
+    """`y` at the `x` of the arm `at`, on straight lines through the arms `through`, sorted by `x`.
+
+    The outermost lines extend by `reach` beyond the outermost arms; farther out there is no value.
+    """
+
+    through: tuple[ArmName, ...] = Field(min_length=2)
+    x: str
+    y: str
+    at: ArmName
+    reach: NonNegativeFloat = 0.1
+
+
+class EtaValue(Part):
+    """ln eta, where eta is the cost of the arm `of` over the cost at which the arm `eta` reaches the last loss of `of`."""
+
+    eta: ArmName
+    of: ArmName
+    part: str
+    cost: Literal["flops", "seconds"] = "flops"
+
+
+class ConstantValue(Part):
+    constant: float
+
+
+class Term(ArmValue):
+    """A number in an arm's record, and its factor."""
+
+    times: float = 1.0
+
+
+class SumValue(Part):
+    """A weighted sum of numbers in records."""
+
+    sum: tuple[Term, ...] = Field(min_length=1)
+
+
+class RatioValue(Part):
+    """`factor` times the rise of the loss under a probe at `at`, over the loss without the probe."""
+
+    arm: ArmName
+    probe: str
+    at: float
+    factor: float = 1.0
+    part: str = "all"
+
+
+Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | RatioValue
+
+
+class ValueRule(Part):
+    """Requires that `lower` is below `higher` + margin.
+
+    With `bound`, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
+    With `mean`, the mean difference itself must be at most the margin.
+    """
+
+    claim: str
+    lower: Value
+    higher: Value
+    margin: float = 0.0
+    by: Literal["bound", "mean"] = "bound"
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms whose records the rule needs."""
+        found: list[str] = []
+        for value in (self.lower, self.higher):
+            match value:
+                case InterpolatedValue():
+                    found += [*value.through, value.at]
+                case EtaValue():
+                    found += [value.eta, value.of]
+                case ArmValue() | RatioValue():
+                    found.append(value.arm)
+                case SumValue():
+                    found += [term.arm for term in value.sum]
+        return found
+
+
+# --- the measurements of a finished run
+
+
+class CurveSection(Part):
+    """Measures the held-out loss during a run, at each checkpoint. The model of a checkpoint has the mean weights of the
+    checkpoints in the last `average` of the steps up to it."""
+
+    average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    sequences: PositiveInt = 64
+    of: ArmName | None = None  # eta is measured against this arm
+
+
+class WireSection(Part):
+    """The layout for which rows that leave their rank are counted."""
+
+    ep: PositiveInt = 4
+    placement: Literal["interleaved"] = "interleaved"
+
+
+class QuestionsSection(Part):
+    """Asks multiple-choice questions, scored by log-likelihood per token; a pilot takes the validation side."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: PositiveInt | None = None  # questions of each task
+    wordnet: str = ".cache/package/dict"
+    embedder: str | None = None  # by default that of `make embedder`
+    least: NonNegativeInt = 0  # required total of test questions
+    left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # training questions of each task in `samples`
+    listed: bool = False  # questions list their choices, and a success must be right under each rotation
+    oracle_questions: PositiveInt = 100  # number of questions of each task, from the first on
+    oracle_layers: PositiveInt = 5  # number of MoE layers, from the last on
+
+
+class MeasureSection(Part):
+    """The measurements of each finished run."""
+
+    sequences: PositiveInt = 256
+    curve: CurveSection | None = None
+    wire: WireSection = Field(default_factory=WireSection)
+    threshold_loads: tuple[PositiveFloat, ...] = ()
+    flips: tuple[PositiveFloat, ...] = ()
+    questions: QuestionsSection | None = None
+
+
+# --- arms and rules
+
+
+class MeasuredSetting(ArmValue):
+    """Sets a key to a number in another arm's record with the same seed."""
 
 
 class Arm(Part):
@@ -44,15 +194,15 @@ class Arm(Part):
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
-    carry: bool = False  # add the cost of the arm before it
+    carry: bool = False  # the costs in the record include the cost of the run named by `after`
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle"], ...] = ()  # besides the questions of every run
+    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measured beside the questions of every run
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Arms whose records of the same seed must exist first."""
+        """The arms whose records with the same seed must exist before a run of this arm starts."""
         arms = [self.after, *(each.arm for each in self.measured.values())]
         return tuple(dict.fromkeys(arm for arm in arms if arm))
 
@@ -63,7 +213,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Runs that fix learning rate, steps and coefficients; on other seeds, never reported."""
+    """Runs that determine learning rate, steps and coefficients. They have other seeds and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()
@@ -81,17 +231,20 @@ class Study(Part):
     seeds: Seeds
     pilot: PilotSection
     measure: MeasureSection = Field(default_factory=MeasureSection)
-    not_testable: str = ""  # set if the pilot lacked something; then no rule is judged
+    not_testable: str = ""  # why no rule can be judged here; empty if the rules can be
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[ValueRule, ...] = ()
+
+    @property
+    def reference(self) -> str | None:
+        """The arm against which eta is measured."""
+        return self.measure.curve.of if self.measure.curve is not None else None
 
     @model_validator(mode="after")
     def _names_are_there(self) -> "Study":
         wanted = {needed for arm in self.arms.values() for needed in arm.needs}
-        wanted |= {name for rule in self.rules for value in (rule.lower, rule.higher) for name in arms_of(value)}
-        wanted |= set(self.pilot.arms) | set(self.pilot.variants)
-        if self.measure.curve is not None and self.measure.curve.of is not None:
-            wanted.add(self.measure.curve.of)
+        wanted |= {name for rule in self.rules for name in rule.arms}
+        wanted |= {*self.pilot.arms, *self.pilot.variants, *filter(None, [self.reference])}
         if unknown := sorted(wanted - set(self.arms)):
             raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
         seen: set[str] = set()
@@ -103,9 +256,7 @@ class Study(Part):
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
         values = [value for rule in self.rules for value in (rule.lower, rule.higher) if isinstance(value, EtaValue)]
-        costed = {name for value in values for name in arms_of(value)}
-        if self.measure.curve is not None and self.measure.curve.of is not None:
-            costed.add(self.measure.curve.of)
+        costed = {name for value in values for name in (value.eta, value.of)} | {*filter(None, [self.reference])}
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs what all of {part[0]}'s training cost; set arms.{part[0]}.carry, or leave it out")
         question_round = [name for name, arm in self.arms.items() if arm.asks]
@@ -119,7 +270,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Arms whose records include all their training cost: an arm that continues another needs `carry`."""
+        """Returns the arms whose records include all of their training cost. For that, an arm that continues another arm
+        needs `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -129,17 +281,12 @@ class Study(Part):
 
 @dataclass(frozen=True)
 class StudyJob:
-    """One run and its measurement.
+    """One run and its measurement."""
 
-    Attributes:
-        label: The arm's name, in a pilot followed by a variant.
-        settings: Keys over the base configuration, in order; measured ones are added when the job starts.
-    """
-
-    label: str
+    label: str  # the arm's name; in a pilot "~" and the name of a variant may follow
     arm: Arm
     seed: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # overrides of the base configuration; the start of the job adds the measured ones
 
 
 def load_study(path: Path) -> Study:
@@ -151,10 +298,8 @@ def load_study(path: Path) -> Study:
     try:
         text = path.read_text()
     except OSError as error:
-        there = ", ".join(
-            sorted(each.stem for each in (source_root() / FOLDER).glob("*.yaml") if not each.stem.endswith("base"))
-        )
-        raise ConfigError(f"{path}: {error.strerror}; there are {there or 'none'}") from error
+        there = sorted(each.stem for each in (source_root() / FOLDER).glob("*.yaml") if not each.stem.endswith("base"))
+        raise ConfigError(f"{path}: {error.strerror}; there are {', '.join(there) or 'none'}") from error
     values, problems = load_yaml(text)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
@@ -167,7 +312,7 @@ def load_study(path: Path) -> Study:
 
 
 def fingerprint(study_path: Path, study: Study) -> str:
-    """Hash of all rules: the study's file and its base, byte for byte."""
+    """Returns a hash of the study's file and of its base configuration, byte for byte."""
     digest = hashlib.sha256()
     for path in (study_path, find_config(study.base)):
         digest.update(path.read_bytes() + b"\0")
@@ -175,18 +320,19 @@ def fingerprint(study_path: Path, study: Study) -> str:
 
 
 def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
-    """Every run, arm by arm in the file's order, in which a base comes before the arms that start from it."""
+    """Returns every run, arm by arm in the order of the file. An arm comes after the arms that it needs."""
     if pilot:
         return _pilot_jobs(study)
     return [_job(study, name, arm, seed, {}) for name, arm in study.arms.items() for seed in study.seeds_of(arm)]
 
 
 def _pilot_jobs(study: Study) -> list[StudyJob]:
-    """The pilot's arms, the arms that they need, and its variants."""
-    wanted: set[str] = set()
-    for name in (*study.pilot.arms, *study.pilot.variants):
-        _with_needs(study, name, wanted)
-    wanted -= set(study.pilot.variants) - set(study.pilot.arms) - _needed(study, wanted)
+    """Returns the runs of the pilot's arms, of the arms that these need, and of the pilot's variants."""
+    wanted: list[str] = []
+    for name in reversed(study.arms):  # backwards, because an arm comes after the arms that it needs
+        started = [*wanted, *study.pilot.variants]
+        if name in study.pilot.arms or any(name in study.arms[other].needs for other in started):
+            wanted.append(name)
     jobs = []
     for seed in study.pilot.seeds:
         for name, arm in study.arms.items():
@@ -197,27 +343,16 @@ def _pilot_jobs(study: Study) -> list[StudyJob]:
     return jobs
 
 
-def _needed(study: Study, names: set[str]) -> set[str]:
-    return {needed for name in names for needed in study.arms[name].needs}
-
-
-def _with_needs(study: Study, name: str, into: set[str]) -> None:
-    into.add(name)
-    for other in _needed(study, {name}):
-        _with_needs(study, other, into)
-
-
 def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> StudyJob:
     return StudyJob(label, arm, seed, {**study.set, **arm.set, **extra})
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
-    """Folder of a run."""
     return ROOT / (f"{study.name}-{PILOT}" if pilot else study.name) / label.replace(VARIANT, "_") / f"seed-{seed}"
 
 
 def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
-    """The launcher's overrides of the base configuration: key=value, in JSON, which is YAML."""
+    """Returns the launcher's overrides of the base configuration: key=value, with the value as JSON (which is YAML)."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
     if job.arm.after is not None:
@@ -227,8 +362,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """The configuration of a run. Values still to be measured are replaced: an active number of experts by 1.5, a folder by
-    one that does not exist.
+    """Returns the configuration of a run. A value that is still to be measured has a stand-in: 1.5 for a number of experts,
+    and for a folder one that does not exist.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -1,10 +1,15 @@
-"""The loss of each held-out token, and its true experts in each layer.
+"""Evaluates a model token by token: loss and active experts of each held-out token, right answers of instruction data, and
+the rows that the routing would send.
 
-Shape letters: N scored tokens, L MoE layers, K choices of a token in a router's list of pairs.
+The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
+go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
+counts the rows that other methods would send for the same choices.
+
+Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,49 +17,43 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_dist.config.parallel_schema import InterleavedSection
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.dispatch.ledger import compare
 from moe_dist.moe.routing import Routing
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.policies import make_placement
 from moe_dist.train.loss import forward, token_losses
+
+ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """All scored tokens of an evaluation.
+    """All scored tokens of an evaluation. `input` is the token itself, which the experts see; `label` is the next token."""
 
-    Attributes:
-        loss_N: Nats.
-        load_NL: True experts in each layer; 0 where the token skips a mixture-of-depths layer.
-        input_N, label_N: Ids of the tokens themselves, which are the experts' input, and of the tokens after them.
-        input_filler_N, label_filler_N: Whether they are empty cells of a picture.
-        input_image_N, label_image_N: Whether they are picture codes.
-    """
-
-    loss_N: np.ndarray
-    load_NL: np.ndarray
-    input_N: np.ndarray
+    loss_N: np.ndarray  # nats
+    load_NL: np.ndarray  # active experts in each layer; 0 where the token skips a mixture-of-depths layer
+    input_N: np.ndarray  # token ids
     label_N: np.ndarray
-    input_filler_N: np.ndarray
+    input_filler_N: np.ndarray  # true for an empty cell of a picture
     label_filler_N: np.ndarray
-    input_image_N: np.ndarray
+    input_image_N: np.ndarray  # true for a picture code
     label_image_N: np.ndarray
 
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """The routing of one layer's forward.
-
-    Attributes:
-        index_T: Index in the batch of each of the router's tokens; a mixture-of-depths layer computes only some.
-    """
+    """The routing of one layer's forward."""
 
     routing: Routing
-    index_T: Tensor
+    index_T: Tensor  # position in the batch of each token of the router; a mixture-of-depths layer routes only some tokens
 
 
 @contextmanager
 def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
-    """Inside, each forward of a router appends its decision, layer by layer."""
+    """Makes each forward of a router append its routing to the yielded list, layer by layer."""
     seen: list[TokenPairs] = []
     chosen: list[Tensor] = []  # tokens of the current layer, if it selects its tokens
 
@@ -67,19 +66,18 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
         index_T = chosen.pop() if chosen else torch.arange(arguments[0].shape[0])
         seen.append(TokenPairs(routing, index_T))
 
-    # Registered after all other hooks, so that a probe's changes are seen.
-    handles = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
-    handles += [router.register_forward_hook(note_tokens) for router in model.depth_routers()]
-    try:
+    with ExitStack() as stack:
+        # These hooks run after those of a probe, so that the list has the changed routing.
+        for layer in model.moe_modules():
+            stack.enter_context(layer.router.register_forward_hook(note))
+        for router in model.depth_routers():
+            stack.enter_context(router.register_forward_hook(note_tokens))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> Tokens:
-    """Evaluates batches and keeps loss and routing of each scored token."""
+    """Evaluates batches, and returns loss and routing of each scored token."""
     rows: list[tuple[np.ndarray, ...]] = []
     with recorded_routers(model) as seen:
         for batch in batches:
@@ -103,22 +101,22 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """bool [B, S]: whether the token itself is an empty cell; `Batch.filler_BS` says so of the label, which is the next
-    token."""
+    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` is true if the next
+    token is one; the first token of a document is the next token of none, so it counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
 
 
 def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
-    """True experts of each token of the batch [T], float64; 0 for tokens that skip the layer."""
+    """Returns the active experts of each token of the batch [T], float64; 0 for tokens that skip the layer."""
     pairs = seen.routing.assignments.taken()
     ones = torch.ones(len(pairs.token_N), dtype=torch.float64)
     return torch.zeros(num_tokens, dtype=torch.float64).index_add_(0, seen.index_T[pairs.token_N], ones)
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Mean held-out nats: over all labels, by the label's modality, and over codes that are not filler."""
+    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes that are no empty cells."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -130,7 +128,8 @@ def losses(tokens: Tokens) -> dict[str, float]:
 
 
 def loads(tokens: Tokens) -> dict[str, Any]:
-    """Mean true experts per token and layer: over all scored tokens, by layer, and by kind of token and label."""
+    """Returns the mean active experts per token and layer: of all scored tokens, by layer, and by kind of token or label.
+    `idle` is the share of (token, layer) pairs without any expert."""
     load_N = tokens.load_NL.mean(1)
     kinds = {
         "text": (~tokens.input_image_N, ~tokens.label_image_N),
@@ -148,10 +147,10 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
-    """Experts per token of text and image tokens (by the token's own modality), in bins of equal size of any value of the
-    tokens. If modalities differ inside a bin, that value alone does not explain the difference."""
+    """Sorts tokens by a value into bins of equal size, and returns the mean active experts of text and of image tokens in
+    each bin. If the two differ inside a bin, the value alone does not explain the difference."""
     load_N = tokens.load_NL.mean(1)
-    edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))
+    edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))
     table = []
     for place in range(max(1, len(edges) - 1)):
@@ -161,3 +160,88 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
             row[name] = {"tokens": int(chosen.sum()), "load": float(load_N[chosen].mean()) if chosen.any() else None}
         table.append(row)
     return table
+
+
+@torch.no_grad()
+def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
+    """Counts documents with scored tokens and right answers of each source, and averages the accuracy over sources.
+
+    A document that was cut at the end of a sequence counts once for each piece with a scored token.
+    """
+    found: dict[str, Any] = {}
+    for source, of_source in batches.items():
+        documents = right = 0
+        for batch in of_source:
+            logits_BSV, _ = forward(model, batch, group_of_modality)
+            one, all_right = right_documents(logits_BSV.argmax(-1), batch)
+            documents, right = documents + one, right + all_right
+        found[source] = {"documents": documents, "right": right, "accuracy": right / documents if documents else 0.0}
+    return {"accuracy": sum(each["accuracy"] for each in found.values()) / len(found), "by_source": found}
+
+
+def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
+    """Counts a batch's documents with scored tokens, and those in which each scored token is the most likely one."""
+    scored_BS = batch.labels_BS != IGNORED
+    wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
+    row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)
+    keys = torch.stack([row_BS, batch.documents_BS.to(row_BS.dtype)], dim=-1)
+    documents, wrong = (len(torch.unique(keys[mask_BS], dim=0)) for mask_BS in (scored_BS, wrong_BS))
+    return documents, documents - wrong
+
+
+def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
+    """Places the experts of a run on `ep` ranks."""
+    return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
+
+
+class SentRows:
+    """Sums the rows that each rank of the placement's EP group would send."""
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        self._placement = placement
+        self._rank_of_expert = torch.tensor(placement.rank_of_expert)
+        self._sums = dict.fromkeys(ROWS, 0.0)
+        self._tokens = 0
+
+    def add(self, routing: Routing, rank_T: np.ndarray) -> None:
+        """Adds one layer's routing of T tokens; token t is on rank rank_T[t]. Takes O(T x ranks) memory."""
+        pairs, num_tokens = routing.assignments.taken(), len(rank_T)
+        ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
+        goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
+        goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
+        goes_TR[torch.arange(num_tokens), own_T] = False  # a row for an expert on the token's own rank is not sent
+        remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
+        # The routing does not store which token made a null choice, so each rank gets a share of the null choices, and of
+        # each group's tokens, in proportion to the rank's tokens.
+        sums, groups = routing.sums, self._placement.groups
+        experts = [group.num_experts for group in groups]
+        nulls = [group.num_null for group in groups]
+        null_G = [float(part.sum()) for part in sums.choices_C[sum(experts) :][: sum(nulls)].split(nulls)]
+        group_of_expert = torch.tensor([i for i, group in enumerate(groups) for _ in group.experts])
+        for rank in range(ranks):
+            mine_T = own_T == rank
+            share = float(mine_T.float().mean())
+            mine_N = mine_T[pairs.token_N]
+            true_G = torch.bincount(group_of_expert[pairs.expert_N[mine_N]], minlength=len(groups)).tolist()
+            ledger = compare(
+                self._placement,
+                rank,
+                true_choices_G=true_G,
+                null_choices_G=[round(share * each) for each in null_G],
+                tokens_G=[round(share * each) for each in sums.tokens_G.tolist()],
+                rows_remote=int(goes_TR[mine_T].sum()),
+                pairs=int(mine_N.sum()),
+                pairs_remote=int((remote_N & mine_N).sum()),
+            )
+            for key in ROWS:
+                self._sums[key] += ledger[key]
+        self._tokens += int(sums.tokens_G.sum())
+
+    def per_token(self) -> Mapping[str, float]:
+        """Returns the rows per token and layer."""
+        return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
+
+
+def rank_of_tokens(num_sequences: int, seq_len: int, ranks: int) -> np.ndarray:
+    """Returns the rank of each token of a batch [T]; ranks take sequences in turn."""
+    return np.repeat(np.arange(num_sequences) % ranks, seq_len)

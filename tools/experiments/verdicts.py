@@ -1,74 +1,164 @@
-"""Judges rules: pass, fail, or not testable with the reason."""
+"""Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
+Runs with one seed share data, order and base weights, so the difference d_i between two arms is taken for each seed i. The
+one-sided 95 % bounds of the mean difference over n seeds are (Student's t)
+
+    mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-from tools.experiments.statistics import Paired, differences, log_eta, on_lines, paired
-from tools.experiments.study import Study
-from tools.experiments.values import (
+import numpy as np
+
+from tools.experiments.study import (
     ArmValue,
     ConstantValue,
     EtaValue,
     InterpolatedValue,
     RatioValue,
+    Study,
     SumValue,
     Value,
     ValueRule,
-    arms_of,
 )
 
+CONFIDENCE = 0.95
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, int], Record]  # by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Attributes:
-    paired: Statistics of lower - higher; None if there is no bound.
-    by_seed: The differences.
-    reason: Why it is not testable, else empty.
+class Paired:
+    """The mean and standard deviation of n paired differences, and the two one-sided bounds of the mean."""
+
+    n: int
+    mean: float
+    deviation: float
+    lower: float
+    upper: float
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Computes the mean of paired differences and its one-sided bounds.
+
+    Raises:
+        ValueError: there are fewer than two differences, or one is not finite, so that no bound exists.
     """
+    from scipy.stats import t  # takes a second to import, and only a report needs it
+
+    values = np.asarray(differences, np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"a bound needs two finite differences at least, got {list(differences)}")
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    reach = float(t.ppf(CONFIDENCE, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return Paired(len(values), mean, deviation, mean - reach, mean + reach)
+
+
+def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
+    """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None farther out, or if two
+    points share an x."""
+    ordered = sorted(points)
+    xs = [each[0] for each in ordered]
+    if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
+        return None
+    if not xs[0] - reach <= x <= xs[-1] + reach:
+        return None
+    at = min(max(int(np.searchsorted(xs, x)), 1), len(xs) - 1)
+    (x0, y0), (x1, y1) = ordered[at - 1], ordered[at]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Returns the cost at which a curve of (cost, loss) first reaches a loss, interpolated in ln cost.
+
+    Returns None if the curve never reaches the loss, or starts below it: then the cost of reaching it is unknown.
+    """
+    ordered = sorted(curve)
+    for place, (cost, here) in enumerate(ordered):
+        if here > loss:
+            continue
+        if place == 0:
+            return cost if here == loss else None
+        before_cost, before = ordered[place - 1]
+        share = (before - loss) / (before - here)
+        return math.exp(math.log(before_cost) + share * (math.log(cost) - math.log(before_cost)))
+    return None
+
+
+def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
+    """Returns ln eta of two curves of (cost, loss).
+
+    eta is the whole cost of `of` over the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches that
+    loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, over the whole cost of `arm`. Returns None
+    for a curve without points, or if a curve starts below the loss to reach.
+    """
+    if not arm or not of:
+        return None
+    (arm_cost, arm_loss), (of_cost, of_loss) = max(arm), max(of)
+    if min(loss for _, loss in arm) <= of_loss:
+        reached = cost_to_reach(arm, of_loss)
+        return None if reached is None else math.log(of_cost / reached)
+    reached = cost_to_reach(of, arm_loss)
+    return None if reached is None else math.log(reached / arm_cost)
+
+
+def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Returns the distance of a curve from the curve `of`, at the costs of `curve`, [2, points]: cost and nats above `of`.
+
+    Args:
+        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
+            beyond its ends; farther out the distance is nan.
+    """
+    known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
+    return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a rule."""
 
     rule: ValueRule
     outcome: Outcome
-    paired: Paired | None
-    by_seed: Mapping[int, float]
-    reason: str = ""
+    paired: Paired | None = None  # statistics of lower - higher; None if the rule is not testable
+    reason: str = ""  # why the rule is not testable
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """A verdict for each rule, from all seeds that its arms share."""
+    """Judges each rule, from all seeds that the rule's arms share."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
     if study.not_testable:
-        return Verdict(rule, "not testable here", None, {}, study.not_testable)
-    arms = [name for value in (rule.lower, rule.higher) for name in arms_of(value)]
-    seeds = set.intersection(*(set(study.seeds_of(study.arms[name])) for name in arms))
-    missing = sorted({f"{arm} seed {seed}" for arm in arms for seed in seeds if (arm, seed) not in records})
+        return Verdict(rule, "not testable here", reason=study.not_testable)
+    seeds = sorted(set.intersection(*(set(study.seeds_of(study.arms[name])) for name in rule.arms)))
+    missing = sorted({f"{arm} seed {seed}" for arm in rule.arms for seed in seeds if (arm, seed) not in records})
     if missing:
-        return Verdict(rule, "not testable here", None, {}, f"no record yet of {', '.join(missing)}")
-    lower, higher = ({seed: value_of(value, records, seed) for seed in seeds} for value in (rule.lower, rule.higher))
-    lost = sorted(seed for seed in seeds if lower[seed] is None or higher[seed] is None)
+        return Verdict(rule, "not testable here", reason=f"no record yet of {', '.join(missing)}")
+    differences, lost = [], []
+    for seed in seeds:
+        lower, higher = (value_of(value, records, seed) for value in (rule.lower, rule.higher))
+        if lower is None or higher is None:
+            lost.append(str(seed))
+        else:
+            differences.append(lower - higher)
     if lost:
-        return Verdict(rule, "not testable here", None, {}, f"no value for seed {', '.join(map(str, lost))}: {_why(rule)}")
-    by_seed = differences(
-        {seed: value for seed, value in lower.items() if value is not None},
-        {seed: value for seed, value in higher.items() if value is not None},
-    )
+        return Verdict(rule, "not testable here", reason=f"no value for seed {', '.join(lost)}: {_why(rule)}")
     try:
-        found = paired(list(by_seed.values()))
+        found = paired(differences)
     except ValueError as error:
-        return Verdict(rule, "not testable here", None, by_seed, str(error))
+        return Verdict(rule, "not testable here", reason=str(error))
     holds = found.upper < rule.margin if rule.by == "bound" else found.mean <= rule.margin
-    return Verdict(rule, "pass" if holds else "fail", found, by_seed)
+    return Verdict(rule, "pass" if holds else "fail", found)
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """A value for one seed; None if the records do not have it."""
+    """Returns a value for one seed; None if the records lack it."""
     match value:
         case ConstantValue():
             return value.constant
@@ -89,11 +179,13 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
             known = [term.times * number for term, number in zip(value.sum, terms, strict=True) if number is not None]
             return sum(known) if len(known) == len(terms) else None
         case RatioValue():
-            return _rise(records[value.arm, seed], value)
+            record = records[value.arm, seed]
+            probed = [point for point in record.get("probes", {}).get(value.probe, []) if point["at"] == value.at]
+            return value.factor * (probed[0]["loss"][value.part] - record["loss"][value.part]) if probed else None
 
 
 def number_at(record: Record, path: str) -> float | None:
-    """A number of a record by its dotted path."""
+    """Returns the number at a dotted path of a record; None if the path has no number."""
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -103,20 +195,13 @@ def number_at(record: Record, path: str) -> float | None:
 
 
 def of_arm(records: Records, arm: str) -> dict[int, Record]:
-    """The records of an arm by seed."""
+    """Returns the records of an arm by seed."""
     return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
 
 
 def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
-    """Points (cost, held-out loss of a part) of a run, by rising cost."""
+    """Returns the points (cost, held-out loss of a part) of a run, by rising cost."""
     return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]
-
-
-def _rise(record: Record, value: RatioValue) -> float | None:
-    for point in record.get("probes", {}).get(value.probe, []):
-        if point["at"] == value.at:
-            return value.factor * (point["loss"][value.part] - record["loss"][value.part])
-    return None
 
 
 def _why(rule: ValueRule) -> str:

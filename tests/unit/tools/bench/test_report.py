@@ -5,8 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from tools.bench.judgement import judge
-from tools.bench.report import COLOURS, LABEL_WIDTH, LEGEND, MARGIN, PLOT_WIDTH, ROW_HEIGHT, draw, markdown, text
+from tools.bench.report import COLOURS, LABEL_WIDTH, LEGEND, MARGIN, PLOT_WIDTH, ROW_HEIGHT, draw, judge, markdown, text
 
 
 def interval(median: float, low: float | None = None, high: float | None = None) -> dict[str, float]:

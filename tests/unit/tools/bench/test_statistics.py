@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.messages import refused
-from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
+from tools.bench.measure import log_log_slope, median_interval, paired_ratio
 
 
 def slow_rank(n: int) -> int:

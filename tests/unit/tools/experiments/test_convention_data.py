@@ -13,8 +13,8 @@ from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import encode_texts, fit_tokenizer, load_tokenizer
 from moe_dist.errors import ConfigError
 from tests.support.messages import refused
-from tools.experiments.answers import right_documents
 from tools.experiments.convention_data import COLOURS, CONVENTIONS, TEMPLATES, TONGUES, Asked, answer, make, paraphrases
+from tools.experiments.tokens import right_documents
 
 CAPTIONS = ("en: guitar", "de: gitarre", "fr: guitare", "ja: gitaa", "es: guitarra")
 

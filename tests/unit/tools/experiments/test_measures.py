@@ -13,8 +13,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 from tools.experiments.measure import planned
 from tools.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, swapped, threshold
-from tools.experiments.sent_rows import SentRows, rank_of_tokens
-from tools.experiments.tokens import Tokens, binned, input_filler, loads, losses
+from tools.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens
 
 GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
 

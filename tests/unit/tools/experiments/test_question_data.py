@@ -23,8 +23,8 @@ from tests.support.tiny_embedder import tiny_embedder
 from tests.support.wordnet_files import write_wordnet
 from tools.evaluate import ask, write
 from tools.experiments import question_data
-from tools.experiments.measure_schema import QuestionsSection
 from tools.experiments.questions import QuestionRound, check_questions, make_samples
+from tools.experiments.study import QuestionsSection
 
 pytestmark = pytest.mark.slow
 

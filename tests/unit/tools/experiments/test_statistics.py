@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from tests.support.messages import refused
-from tools.experiments.statistics import at_equal_cost, cost_to_reach, log_eta, on_lines, paired
 from tools.experiments.study import Study
-from tools.experiments.verdicts import judge
+from tools.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, on_lines, paired
 
 T_095_4 = 2.131846786  # tables of Student's t: one-sided 95 %, 4 degrees of freedom
 T_095_2 = 2.919985580
