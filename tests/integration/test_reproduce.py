@@ -15,6 +15,7 @@ import yaml
 from moe_dist.checkpoint.directory import CheckpointDirectory
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
+pytestmark = pytest.mark.full  # whole programs: two minutes of CPU time
 REPOSITORY = Path(__file__).parents[2]
 ARM = {"about": "", "seeds": "decisive"}
 STUDY: dict[str, Any] = {
@@ -92,7 +93,6 @@ def ended(folder: Path, *arguments: str, code: int = 0) -> str:
     return output
 
 
-@pytest.mark.full  # a whole program: two minutes of CPU time
 def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
     killed = started(folder, "--pilot")

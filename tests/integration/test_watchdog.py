@@ -20,6 +20,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.full  # a whole program, and 20 s until the watchdog acts
 def test_the_report_names_rank_and_layer(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in fault(rank=1, step=2, phase="before_layer_1", kind="freeze").items():
         monkeypatch.setenv(name, value)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.full  # a wheel, an environment and a job: 70 s of CPU time
 ROOT = Path(__file__).parents[2]
 CONFIG = "adamoe_moma_tiny_cpu"
 Done = subprocess.CompletedProcess[str]
@@ -105,7 +106,6 @@ def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Don
     assert f"did you mean {CONFIG}" in done.stderr
 
 
-@pytest.mark.full  # a whole program: 40 s of CPU time
 def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> None:
     """The default job, shortened, on a few texts and pictures in the place of the default data."""
     assert "Peak learning rate" in call("explain", "optimizer.lr").stdout

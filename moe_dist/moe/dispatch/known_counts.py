@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
-from moe_dist.moe.dispatch.rows import runs_in_order, spread
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -106,28 +106,33 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
 
     def _make_order(self, counts: Counts, device: torch.device) -> _Order:
         """Computes sizes and orders on the host, and copies three lists of integers to the device."""
-        own, slots = self.wire.rank, [torch.tensor(each, dtype=torch.int64) for each in self.placement.slots]
-        counts_WE = torch.tensor(counts, dtype=torch.int64)
+        own, slots = self.wire.rank, [np.array(each, dtype=np.int64) for each in self.placement.slots]
+        counts_WE = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
         mine_E = counts_WE[own]
         others = [rank for rank in range(self.wire.size) if rank != own]
-        sent = torch.cat([slots[rank] for rank in [*others, own]])
+        sent = np.concatenate([slots[rank] for rank in [*others, own]])
         arriving_WX = counts_WE[[own, *others]][:, slots[own]]  # pairs of each rank for each own slot
-        length_X = arriving_WX.flatten()
-        first_WX = (length_X.cumsum(0) - length_X).view_as(arriving_WX)
-        send, total = [int(mine_E[each].sum()) for each in slots], int(mine_E.sum())
-        order_Q = runs_in_order(first_WX.T.flatten(), arriving_WX.T.flatten(), int(length_X.sum()))
+        first_WX = (np.cumsum(arriving_WX) - arriving_WX.ravel()).reshape(arriving_WX.shape)
+        send = [int(mine_E[each].sum()) for each in slots]
         return _Order(
             splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
-            expert_N=_on_device(spread(torch.arange(len(mine_E)), mine_E, total), device),
-            pair_P=_on_device(runs_in_order((mine_E.cumsum(0) - mine_E)[sent], mine_E[sent], total), device),
-            order_Q=_on_device(order_Q, device),
+            expert_N=_on_device(np.repeat(np.arange(len(mine_E)), mine_E), device),
+            pair_P=_on_device(_blocks((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
+            order_Q=_on_device(_blocks(first_WX.T.ravel(), arriving_WX.T.ravel()), device),
             slot_counts=tuple(arriving_WX.sum(0).tolist()),
         )
 
 
-def _on_device(values: Tensor, device: torch.device) -> Tensor:
+def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
+    """The indices start, start + 1, ..., start + length - 1 of each block, as `rows.runs_in_order`, but on the host."""
+    shift_X = start_X - (np.cumsum(length_X) - length_X)
+    return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values.astype(np.int64))
     # from pinned memory, because the host would wait for a copy from pageable memory
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):

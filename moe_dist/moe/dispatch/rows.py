@@ -92,8 +92,14 @@ def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
         low_N = counting_order(key_N & 0x7FFF, 1 << 15)
         return low_N[counting_order((key_N >> 15)[low_N], (num_keys - 1 >> 15) + 1)]
     short_N = key_N.to(torch.uint8 if num_keys <= 1 << 8 else torch.int16)
-    if key_N.device.type == "cpu":
-        return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
+    return (_host_order if key_N.device.type == "cpu" else _device_order)(short_N)
+
+
+def _host_order(short_N: Tensor) -> Tensor:
+    return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
+
+
+def _device_order(short_N: Tensor) -> Tensor:
     return torch.sort(short_N, stable=True).indices
 
 
