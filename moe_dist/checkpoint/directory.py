@@ -42,7 +42,7 @@ class CheckpointDirectory:
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
-        """Step that `latest` names; -1 before the first save.
+        """Step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
             DataError: `latest` names no checkpoint in this folder, or is missing although there are checkpoints.
@@ -65,7 +65,7 @@ class CheckpointDirectory:
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """A sentence that tells the user how to resume from another checkpoint than the failed one."""
+        """A sentence that tells the user how to resume from a checkpoint other than the failed one."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."
@@ -77,7 +77,7 @@ class CheckpointDirectory:
         new checkpoint is already committed."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
-                # Renamed first, so that a half-deleted folder never looks like a checkpoint.
+                # The folder is renamed first, so that a half-deleted folder never looks like a checkpoint.
                 self.path_of(old).rename(self.folder / f"step_{old}.0.removed")
             self.remove_leftovers()
         except OSError as error:
