@@ -38,7 +38,7 @@ class CheckpointDirectory:
         """Steps of all committed checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # temporary folders have other names
+        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # temporary folders have no step
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
@@ -60,7 +60,7 @@ class CheckpointDirectory:
             return -1
         match = _POINTER.fullmatch(content)
         name = match[1].decode() if match else content.decode(errors="replace").strip()
-        if match is None or not (self.folder / name / STATE_FILE).is_file():  # a name alone may come from a manual edit
+        if match is None or not (self.folder / name / STATE_FILE).is_file():  # `latest` may be a wrong manual edit
             raise DataError(f"{path} names {name!r}, which is not a checkpoint in that folder. {self.fix()}")
         return int(name.removeprefix("step_"))
 

@@ -88,7 +88,7 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
     """Asserts before a commit that the index contains every tensor of the model exactly once. An error here means a bug in
     moe_dist."""
-    problems = index_problems(index) + _lines(differences(index, specs))  # a gap in a tensor would load as garbage
+    problems = index_problems(index) + _lines(differences(index, specs))  # also finds gaps, which would load as garbage
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 

@@ -67,7 +67,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` has the other tensors
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` returns equal names
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
