@@ -59,7 +59,7 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
     first element in the whole tensor, and its length."""
     if not math.prod(box):
         return
-    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # later dims are complete
+    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim that the box does not fill
     inner = math.prod(box[cut:])
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))

@@ -26,7 +26,7 @@ class StepCounts(NamedTuple, Generic[Array]):
         depth_agreed_P: Number of tokens whose causal decision equals the selection of training.
         depth_kth_score_P: Lowest selected score, times the tokens.
         depth_weight_P: Sum of the weights of the selected tokens.
-        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and of those that the layer computes.
+        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and number of these tokens that the layer computes.
     """
 
     choices_LC: Array

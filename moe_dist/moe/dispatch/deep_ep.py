@@ -121,7 +121,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def settle(self, received: tuple[Any, ...], plan: DeepEPPlan) -> Tensor:
         rows_RD, idx_RK, weight_RK, counts, handle, _ = received
         num_slots = len(self.placement.slots[self.wire.rank])
-        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection: sorted last
+        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection is sorted last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD

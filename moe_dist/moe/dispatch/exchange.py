@@ -181,7 +181,7 @@ class CombineReceive:
     def wait_weights(self, num_weights: int) -> Tensor:
         """Returns the gradient of the weights [N], zero where no pair is taken."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # pairs are unique: no addition
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # copies, as pairs are unique
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
         """Returns the sums of the rows, plus `base_MD` if given: [M, D], rounded once to the rows' dtype."""

@@ -143,7 +143,7 @@ class NodePlanner:
         """Plans the hop inside the node. `code_A` are the codes of the middle table's pairs, in the order of its rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: they are not sent
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs are last and not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows is M

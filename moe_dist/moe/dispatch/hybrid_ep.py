@@ -97,7 +97,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         """See `KernelDispatcher`. The first dispatch also counts the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # one byte for each bool, to each peer
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map to all other ranks
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_RD
 
@@ -134,7 +134,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
     def reduce(self, rows_RD: Tensor, plan: HybridEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         probs = None
         if weight_RY is not None:
-            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # combine needs all slots of the domain
+            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # a column for each slot of the domain
             probs[:, self._own_columns] = weight_RY
         return self.buffer.combine(rows_RD, probs=probs, handle=plan.arrival.handle)
 

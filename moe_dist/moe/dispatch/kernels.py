@@ -203,7 +203,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
         rows_RD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because an output gets a graph and the plan must not
+        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because the plan must not join autograd's graph
 
     @staticmethod
     @once_differentiable

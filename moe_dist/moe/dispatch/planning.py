@@ -95,7 +95,7 @@ class ExchangeSizes:
 class _Counts:
     sizes: list[ExchangeSizes]  # sizes of each chunk
     slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
-    own_slot_counts: tuple[int, ...]  # the same for this rank's own tokens in chunk 0, where all own pairs are if apart
+    own_slot_counts: tuple[int, ...]  # slot_counts of own tokens in chunk 0, which has all own pairs if they are apart
 
     @property
     def num_remote_pairs(self) -> int:
@@ -231,7 +231,7 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both, so one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy, so one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         # a list with [C, X] for each rank, because ranks have different numbers of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
@@ -252,14 +252,14 @@ class Planner:
         return counts, received.view(size, chunks, -1)
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
-        """Sends the row index of each remote pair to its rank, in one collective for all chunks."""
+        """Sends each remote pair's row index to the pair's rank. One collective serves all chunks."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
             tuple(sum(each.send[rank] for each in sizes) for rank in self._ranks),
             tuple(sum(each.receive[rank] for each in sizes) for rank in self._ranks),
         )
-        # from the order (chunk, rank) to the order (rank, chunk)
+        # reorders from (chunk, rank) to (rank, chunk)
         items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
         return self.wire.start(items, splits, name=PAIR_ROWS, layer=layer)
 
@@ -279,8 +279,8 @@ class Planner:
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Tokens are numbered from
-        the first token of their chunk."""
+        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Token numbers count from
+        the first token of the chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
@@ -291,16 +291,16 @@ class Planner:
 
     def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
         """Returns order_Q and row_of_pair_Q from the arrived pairs, which are sorted by (rank, slot). `index_Q` counts rows
-        from the first row of their rank."""
+        from the first row of the rank."""
         rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
         total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
         first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
         row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
-        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # by slot, then by rank: no sort
+        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # ordered by slot, then by rank
         return order_Q, row_Q[order_Q]
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        """Makes the tables of the placement. Each device gets one copy."""
+        """Makes the tables of the placement, once for each device."""
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
         order = [rank for rank in range(size) if rank != own] + [own]
         place_of = {rank: place for place, rank in enumerate(order)}
@@ -325,6 +325,6 @@ class Planner:
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` by two levels of sizes."""
+    """Cuts `items` into consecutive pieces by two levels of sizes."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]
