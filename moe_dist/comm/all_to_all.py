@@ -148,7 +148,7 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # bytes, so that every dtype can use them
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # raw bytes, so that every dtype fits
 
     def give(self, rows: Tensor) -> None:
         """Takes rows back; their values may change from now on."""

@@ -122,7 +122,7 @@ class DepthRouter(ChoosingRouter):
         sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # detached: the auxiliary loss trains no other parameter
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss trains no other parameter
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
@@ -159,7 +159,7 @@ class DepthRouter(ChoosingRouter):
         """Returns x / rms(x) [T, D] and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # or scores would grow with the residual stream
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else scores would grow with the residual stream
             # Uses a sum of products, because the bits of a matrix product depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of all roles have no decay either
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role have no decay either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:

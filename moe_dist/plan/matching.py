@@ -18,7 +18,7 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
         for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: fewer moves
             if place not in tried:
                 tried.add(place)
-                if place not in taken or take(taken[place], tried):  # its planned node moves to another one
+                if place not in taken or take(taken[place], tried):  # the node's planned node may move to another node
                     taken[place] = who
                     return True
         return False

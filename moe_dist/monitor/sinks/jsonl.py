@@ -50,7 +50,7 @@ class JsonlSink(Sink):
         self._path, self._arrays_every, self._clock = Path(path), arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
-        self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses no written line
+        self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
         self._told = False  # a failing disk is logged once, not at every step
 
@@ -89,7 +89,8 @@ class JsonlSink(Sink):
         """Makes all lines durable.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. They stay in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. The lines stay in memory, and the next checkpoint must
+                wait.
         """
         if self._file.closed:
             return
@@ -113,7 +114,7 @@ class JsonlSink(Sink):
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # Without fsync: a kill loses nothing, a power cut loses the lines since the last flush().
+        # Without fsync a kill loses nothing, but a power cut loses the lines since the last flush().
         odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
         finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # JSON has no nan and inf
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -152,8 +153,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     """Drops lines of steps after `step`, and lines that are no records, such as a line that a crash tore. With
     `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
 
-    The file is always replaced by one rename: a crash leaves the old file whole, and a stale writer that wakes up writes to
-    a deleted file. Reads the file once.
+    The file is always replaced by one rename. So a crash leaves the old file whole, and a stale writer that wakes up writes
+    to a deleted file. The file is read once.
     """
     if not path.exists():
         return
