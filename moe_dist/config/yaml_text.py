@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
                 self.repeated.append(f"{key.value!r} is in line {seen[key.value]} and again in line {line}; keep one")
             seen[key.value] = line
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # a name may look like a number: modalities: {1: ...}
+                key.tag = "tag:yaml.org,2002:str"  # names of keys stay text, even if they look like numbers
         return super().construct_mapping(node, deep=deep)
 
 
@@ -50,7 +50,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a text that these resolvers would otherwise read back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # write repeated values in full: an anchor is hard to read
+        return True  # writes repeated values in full, because anchors are hard to read
 
 
 def _with_resolvers(*classes: Any) -> None:

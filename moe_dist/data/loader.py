@@ -29,7 +29,7 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
+        weights: Share of sequences from each source; unnamed sources are not used. Empty means in proportion to tokens.
         pack_window: Pieces that the packer fits at a time.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.

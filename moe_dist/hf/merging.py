@@ -1,6 +1,6 @@
 """Merges LoRA adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
 
-In attention all tokens do. In an FFN they do if the weight of no adapter depends on the token. This requires
+In attention all tokens use the same matrix. In an FFN they do if no adapter's weight depends on the token, which requires
 
 - one group, because tokens of another group use other adapters,
 - no null experts, because a null choice uses the FFN without an adapter, and
@@ -74,7 +74,8 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty if none do."""
+    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale. Empty without
+    adapters."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]

@@ -57,7 +57,7 @@ class DecoderLayer(TransformerLayer):
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # replaced below, because Megatron passes process groups only to its own MoE layer
+            parts.mlp = IdentityOp  # ExpertLayer replaces it below, because Megatron gives groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
             self.recompute_mlp = False  # Megatron believes the layer is dense; `ExpertLayer` recomputes by itself

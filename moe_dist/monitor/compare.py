@@ -27,7 +27,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Returns the first difference. Lines beyond the end of the shorter file are ignored.
+    """Returns the first difference, and the number of equal lines before that difference. Lines beyond the end of the
+    shorter file are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.

@@ -342,7 +342,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     A row of another method is assumed to cost as many bytes as one of our rows.
     """
     ours = ledger["rows_remote"]
-    row_bytes = _ratio(ledger["payload_bytes"], ours)  # bytes over all exchanges of the step, recomputed ones included
+    row_bytes = _ratio(ledger["payload_bytes"], ours)  # the step's bytes per row sent, with recomputation
 
     def saved(rows: int) -> float | None:
         if row_bytes is None:  # no row was sent, so the bytes per row are unknown

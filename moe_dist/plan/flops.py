@@ -57,7 +57,7 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Parameters of all mixture-of-depths routers. Every token uses them."""
+    """Parameters of all mixture-of-depths routers. Every token uses all of these parameters."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -67,7 +67,7 @@ def depth_router(model: ModelSection) -> int:
 class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
-    embedding: float = 0  # if tied, its parameters are those of the output projection
+    embedding: float = 0  # embedding table; if tied, it also counts as the output projection's parameters
     attention: float = 0  # projections and their norms; FLOPs also count the products over positions
     router: float = 0
     experts: float = 0

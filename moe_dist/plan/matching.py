@@ -15,7 +15,7 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     taken: dict[int, int] = {}  # cluster node -> planned node
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: fewer moves
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first, for fewer moves
             if place not in tried:
                 tried.add(place)
                 if place not in taken or take(taken[place], tried):  # the node's planned node may move to another node

@@ -260,12 +260,12 @@ class TrainingPlan:
     placement: ExpertPlacement
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of count models, from the manifest
-    steps: int  # last step of the run
+    steps: int  # number of the run's last step
     global_batch: int  # sequences in a step
-    lr: Callable[[int], float]  # of a step (0-based)
-    aux: Callable[[int], AuxSettings]  # of a step (0-based)
-    evaluate_every: int  # steps
-    save_every: int  # steps
+    lr: Callable[[int], float]  # learning rate of a step (0-based)
+    aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
+    evaluate_every: int  # steps between two evaluations
+    save_every: int  # steps between two checkpoints
     max_skipped_in_a_row: int  # number of consecutive non-finite steps that ends the run
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second of all devices together; None if unknown

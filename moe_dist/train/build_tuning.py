@@ -33,7 +33,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh needs no stored layer
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh does without stored layers
     )
     reader = RoutingReader(
         parallel.model,
@@ -68,7 +68,7 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Byte counts on one rank. Each is a pair: for the trained parameters, and for all parameters."""
+    """Counts on one rank. Each count is a pair: for the trained parameters, and for all parameters."""
 
     parameters: tuple[int, int]
     optimizer: tuple[int, int]  # bytes of AdamW's moments

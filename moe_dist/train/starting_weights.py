@@ -66,7 +66,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # the same on every rank, without a collective
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank copies the same rows by itself
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)

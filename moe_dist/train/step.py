@@ -182,7 +182,7 @@ class TrainingStep:
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # LoRA experts: one rank even when ep > 1
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # with LoRA experts, num_ranks is 1 even if ep > 1
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,

@@ -9,7 +9,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
     """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
 
     kernels: ClassVar[str] = "HybridEP"
-    # HybridEP's extension is a separate module, which the main branch of DeepEP lacks.
+    # HybridEP's extension is a module of its own, which the main branch of DeepEP lacks.
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
     source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
 

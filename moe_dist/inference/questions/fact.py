@@ -46,7 +46,7 @@ class Question:
     """A fact with four choices, one of them right."""
 
     task: str
-    id: str  # of the fact
+    id: str  # id of the fact
     asked: Part
     choices: tuple[Part, ...]
     answer: int  # index of the right choice

@@ -64,7 +64,7 @@ class JsonlSink(Sink):
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
         }
         if record.step % self._arrays_every == 0:
-            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # most bytes of a line
+            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # arrays fill most of a line
         self._write(line)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
@@ -140,7 +140,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             try:
-                line = json.loads(text) if text.endswith("\n") else None  # without newline it is torn, even if it parses
+                line = json.loads(text) if text.endswith("\n") else None  # a torn line lacks the newline, even if it parses
             except ValueError:
                 line = None
             if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -163,7 +163,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         for text in old:
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: a power cut left a block unwritten
+            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # a power cut leaves zeros in unwritten blocks
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1

@@ -53,7 +53,7 @@ class Evaluator:
     measure_balance: bool
     ablate: bool
     calibration: int = 0
-    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # batches of the last number of sequences
+    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # last number of sequences, and its batches
 
     def __post_init__(self) -> None:
         if not by_threshold(self.model):

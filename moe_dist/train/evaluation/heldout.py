@@ -58,7 +58,7 @@ def heldout_losses(
             contribute.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so that no batch syncs
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so no batch syncs
     counts: list[Tensor] = []
     shapes: list[torch.Size] = []
     training = model.training

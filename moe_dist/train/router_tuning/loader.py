@@ -26,8 +26,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
     Args:
         lengths: Tokens of each row; equal on all ranks.
-        tokens: Most tokens in a batch, padding included. A large vocabulary lowers this number, because the logits need
-            memory.
+        tokens: Most tokens in a batch, padding included. Lower with a large vocabulary, because logits need memory.
         mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)

@@ -86,4 +86,4 @@ class NeighbourIndex:
     def _drawn(self, sample: int) -> np.ndarray:
         assert self._k is not None, "the schema demands k with random neighbours"
         rng = np.random.default_rng([self._random_seed or 0, sample])
-        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)  # one may be the sample itself
+        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)  # may contain the sample itself
