@@ -41,7 +41,7 @@ class PartialConfig(Generic[S]):
 
     value: S | None  # the section; None if no value could be made
     problems: tuple[str, ...]  # every fault of a single key, in words; does not contain violated rules between keys
-    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced: a rule that compares one is not checked
+    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced; rules that compare these are not checked
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
         """The problems of those `violations` whose keys could all be read."""

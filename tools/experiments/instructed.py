@@ -1,4 +1,4 @@
-"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is."""
+"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is scored."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,8 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str] = ()) -> Iterator[Path]:
-    """Makes a folder with the base's tokenizer, codebook and `files`. It gets the name `out` when the block succeeds."""
+    """Makes a folder with the base's tokenizer, codebook and `files`. The folder gets the name `out` when the block
+    succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:

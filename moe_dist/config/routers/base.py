@@ -21,7 +21,7 @@ class RouterSection(Section):
     softmax_top_k: ClassVar[bool] = False  # true if the choice is the plain top-k of one softmax over the group's columns
     experts_choose: ClassVar[bool] = False  # true if in training each expert takes tokens
     fixed_choices: ClassVar[bool] = True  # true if each token has top_k choices
-    needs_global_batch_info: ClassVar[bool] = False  # the choice depends on a token's position in the batch of all ranks
+    needs_global_batch_info: ClassVar[bool] = False  # true if choices depend on a token's place in the global batch
     only_true_experts: ClassVar[bool] = False  # true if groups must have neither null nor zero-computation experts
 
     @property
