@@ -1,5 +1,4 @@
-"""The command `moe-dist`, also `python -m moe_dist`. A subcommand is imported only when it runs, so the help text needs no
-torch."""
+"""The command `moe-dist`, also `python -m moe_dist`. A subcommand is imported only when it runs, so help needs no torch."""
 
 import importlib
 import os
@@ -50,8 +49,7 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """The subcommand that replaces a module. `name` is the module's name, with or without its package, and may be an old
-    name."""
+    """The subcommand that replaces the module `name`, which may be an old name and may lack its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
     module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name

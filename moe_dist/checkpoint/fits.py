@@ -1,5 +1,5 @@
-"""Compares a checkpoint with a model, tensor by tensor: checks that all tensors fit, or selects the tensors that fit and
-reports them."""
+"""Compares a checkpoint with a model, tensor by tensor: checks that all fit, or selects and reports the tensors that
+fit."""
 
 import math
 import re
@@ -86,7 +86,7 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Asserts before a commit that the index contains every tensor of the model exactly once. An error here means a bug in
+    """Asserts before a commit that the index contains every tensor of the model exactly once. A failure is a bug of
     moe_dist."""
     problems = index_problems(index) + _lines(differences(index, specs))  # also finds gaps, which would load as garbage
     if problems:

@@ -143,8 +143,7 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """True if the boxes cover the shape exactly once. All layouts cut a tensor along one dim, so boxes that differ in more
-    dims are refused."""
+    """True if the boxes cover the shape exactly once. Boxes may differ along one dim only, as in all layouts."""
     if 0 in entry.shape:  # an empty tensor has no bytes and is not stored
         return not entry.chunks
     rank = len(entry.shape)

@@ -153,8 +153,7 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If `action` fails, all ranks raise. File system errors become `kind`. Costs one
-        all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise. File system errors become `kind`. Costs one all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
@@ -299,8 +298,8 @@ class CheckpointManager:
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads the tensors. Returns the checkpoint's contents and this rank's values, which are empty if the number of
-        ranks has changed."""
+        """Reads the tensors. Returns the checkpoint's contents, and this rank's values if the number of ranks is
+        unchanged."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
@@ -313,15 +312,13 @@ class CheckpointManager:
         return contents, headers[self._status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Checks this rank's part of the shard headers. The ranks together check all headers, also of shards that no rank
-        reads."""
+        """Checks this rank's part of the shard headers. The ranks together check all headers, even of unread shards."""
         numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
-        sum over the ranks. `sources` is equal on all ranks. Costs two all-reduces: one of a number per tensor, and one of
-        the status."""
+        sum over the ranks. `sources` is equal on all ranks. Costs two all-reduces: a number per tensor, and the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that all ranks sum the same tensors
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}

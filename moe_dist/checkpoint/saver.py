@@ -35,8 +35,7 @@ class CheckpointWriter:
         asynchronous: If True, a thread writes a copy in host memory, which is as large as this rank's part of the state. If
             False, no copy is made, and the training waits for each save.
         tracker: Tracker of the watchdog. It counts the wait for a save as a collective.
-        report: Function that rank 0 calls after each save, with the seconds from the start of the save until it was
-            durable.
+        report: Function that rank 0 calls after each save, with the seconds that it took until it was durable.
     """
 
     def __init__(
@@ -99,8 +98,8 @@ class CheckpointWriter:
         self.poll()
 
     def poll(self) -> None:
-        """Reports the last save like `wait`, but does nothing while a save is in flight. The training calls `poll` after
-        each step."""
+        """Reports the last save like `wait`, or does nothing while a save is in flight. The training polls after each
+        step."""
         if self._failure is None or self.in_flight:
             return
         try:

@@ -65,8 +65,7 @@ class CheckpointState:
         specs: Specs of the logical tensors of all ranks. The dict is equal on all ranks.
         optimizer: The optimizer whose moments are included; None without moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
-        rank_values: JSON values of this rank, such as RNG states. They are restored only if the number of ranks is the
-            same.
+        rank_values: JSON values of this rank, such as RNG states. Restored only with the same number of ranks.
     """
 
     held: Mapping[str, LocalShard]
@@ -103,8 +102,8 @@ def capture(
 
     Args:
         model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
-            the ranks with the same experts (edp). Experts are sharded by whole experts (dim 0) or inside each expert.
-            Gathered parameters are resharded.
+            the ranks with the same experts (edp). Experts are sharded whole (dim 0) or inside. Gathered parameters are
+            resharded.
         optimizer: Optimizer of the model's parameters; None leaves the moments out.
         part: `trained` omits frozen parameters, and `frozen` takes only frozen parameters.
     """
@@ -153,8 +152,7 @@ def _expert_stacks(model: nn.Module) -> set[str]:
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """This rank's logical pieces of `tensors`, and the specs of the whole logical tensors (of all ranks) for the names in
-    `like`."""
+    """This rank's logical pieces of `tensors`, and the specs of all ranks' whole logical tensors named in `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():

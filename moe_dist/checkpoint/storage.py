@@ -52,8 +52,7 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """The piece's share of the whole tensor's fingerprint. The shares of all pieces sum to the fingerprint of the whole
-        tensor."""
+        """The piece's share of the whole tensor's fingerprint, which is the sum of the shares of all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -103,8 +102,7 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for the copies, as many bytes as this rank writes. All saves share the buffers, so only one snapshot can
-    exist."""
+    """Host memory for the copies, as many bytes as this rank writes. Saves share it, so only one snapshot can exist."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -217,8 +215,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps each tensor with another name in the checkpoint to that name. Several tensors may have the same
-            source.
+        sources: Maps tensors with another name in the checkpoint to that name. Several may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.

@@ -56,8 +56,8 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """Waits for the received items and returns them, [sum(receive), ...]. On NCCL the stream waits, on gloo the host.
-        Call once."""
+        """Waits and returns the received items, [sum(receive), ...]. On NCCL the stream waits, on gloo the host. Call it
+        once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:

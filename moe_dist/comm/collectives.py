@@ -88,8 +88,7 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the times of the CUDA collectives. Call it once per step, after the step, because it syncs with the
-        device."""
+        """Adds the times of the CUDA collectives. Call it once, after each step, because it syncs with the device."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3

@@ -111,8 +111,7 @@ def track_collective(
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
-    """Returns a function that tells whether the CUDA device has finished all work queued so far. Calling the returned
-    function does not wait."""
+    """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
     import torch  # not at module level, because a login node imports this file without torch
 
     event = torch.cuda.Event()

@@ -15,7 +15,7 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The configuration file of a path, which may lack .yaml. Looks in the current folder, then in `source_root()` and its
+    """The configuration file of a path, which may lack .yaml: in the current folder, else in `source_root()` or its
     configs/."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)

@@ -1,11 +1,9 @@
-"""The cluster file: settings of one site. The cluster file is not part of a run's configuration, so a run may continue at
-another site.
+"""The cluster file has the settings of a site. A run's configuration omits them, so a run may continue at another site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
-are quoted. Only `prelude` is shell code, so a cluster file can do everything that a script can: read a file before you use
-it."""
+are quoted. Only `prelude` is shell code, so a cluster file can do all that a script can: read a file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -19,7 +19,7 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
     which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The rule does not cover
-    two true experts with exactly equal logits: at the k0-th place both of them would be chosen unless k is the least of the
+    two true experts with exactly equal logits: at the k0-th place both experts would be chosen unless k is the least of the
     range.
     """
     block = num_null // num_experts + 1

@@ -97,9 +97,9 @@ def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
     """Draws whole components for the held-out side until that side has about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss. This
-    rule does not apply if most components are that large. With fraction > 0 and at least two components, each side gets at
-    least one.
+    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss. If
+    most components are that large, they may move. With fraction > 0 and two components or more, each side gets at least
+    one.
 
     Args:
         components_N: int64, from `join`.

@@ -3,10 +3,9 @@
 Near-equal pictures must be on one side of the split before the codebook is fitted, but their codes show which pictures are
 near-equal. So there are two codebooks: 1. A provisional codebook is fitted on plain renders of all pictures, finds
 near-equal pictures, and is then discarded. Near-equal pictures join their families, and the joined families are split. 2.
-The final codebook is fitted on training renders only. By its codes the pictures are compared again: a held-out family that
-is now close to a training picture moves to training. The codebook is not fitted again. So no held-out picture is near-equal
-to a training picture under either codebook. With held-out variants, single pictures are split and moved instead of
-families.
+The final codebook is fitted on training renders only. By its codes the pictures are compared again: a held-out family now
+close to a training picture moves to training. The codebook stays. So no held-out picture is near-equal to a training
+picture under either codebook. With held-out variants, single pictures are split and moved instead of families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """

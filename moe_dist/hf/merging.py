@@ -74,8 +74,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale. Empty without
-    adapters."""
+    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty without any."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]

@@ -1,8 +1,7 @@
 """Log-likelihood of continuations, over any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
 Sequences of similar length share a batch, padded at the end. Each sequence is computed whole, so every choice computes its
-question again. A key-value cache would avoid the repetition, but the ranks of an EP group would have to agree on the
-cache's lengths.
+question again. A key-value cache would avoid this, but the ranks of an EP group would have to agree on its lengths.
 """
 
 from collections.abc import Sequence

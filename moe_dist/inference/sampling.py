@@ -56,7 +56,7 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws int64 [B]: the first token, by id, at which the running sum of probabilities exceeds the row's number in [0,
+    """Token of each row, int64 [B]: the lowest id at which the running sum of probabilities exceeds the row's number in [0,
     1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
     # Rounding may leave the total below 1. Scaling the number by the total keeps it below the last sum.

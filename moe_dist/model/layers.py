@@ -110,7 +110,7 @@ def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tens
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints use the same
+    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints use these
     pairs."""
     cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, after the angles were computed in fp32
     first, second = x_BHSd.chunk(2, dim=-1)

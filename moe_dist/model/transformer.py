@@ -31,8 +31,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, the layer computes only the tokens that the
-    depth router selects."""
+    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, it computes only the selected tokens."""
 
     def __init__(
         self,

@@ -137,8 +137,7 @@ class ExpertStack(nn.Module):
         """SwiGLU of each expert over its block of consecutive rows: x [sum(counts), D] -> [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. The stack's edp peers hold no expert of this group either, so all of them skip the
-            # parameter.
+            # without a gradient. The stack's edp peers hold no expert of this group either, so all skip it.
             return x_QD[:0]
         swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
         gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # costs nothing under FSDP2

@@ -1,5 +1,4 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). The projections gate, up and down share the
-routing.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down share the routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
@@ -117,8 +116,7 @@ class LoRAExperts(nn.Module):
     def forward(
         self, target: str, x_TI: Tensor, y_TO: Tensor, weight_N: Tensor, plan: LoRAPlan, *, draw: tuple[int, ...] | None
     ) -> Tensor:
-        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y itself if `target` has no
-        adapters.
+        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y alone without adapters.
 
         Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the pair's
         input and two vectors of length r.

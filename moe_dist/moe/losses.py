@@ -19,8 +19,7 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Constants of the groups on one device. The tables are made once, because a copy to CUDA in each step would be a host
-    sync.
+    """Constants of the groups on one device. Made once, because a copy to CUDA in each step would be a host sync.
 
     Attributes:
         groups: All groups, in logical order.
@@ -60,8 +59,7 @@ def balance_terms(
     replaced by their mean too. Each constant expert keeps its own load. `vanilla` averages nothing.
 
     `null_split` (ZEDA, arXiv 2605.18643) regulates only how choices divide between the n true columns (E) and the n_Z
-    others (Z). An even split has the value 1, as in ZEDA's paper, while an even load under the other two kinds has the
-    value k:
+    others (Z). An even split has the value 1, as in ZEDA's paper; an even load under the other kinds has k:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
@@ -120,7 +118,7 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by the group's factor, a number on the host; a tensor of factors would be a host
+    """Multiplies each group's column by its factor, a number on the host, because a tensor of factors would be a host
     sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 

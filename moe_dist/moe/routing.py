@@ -37,8 +37,7 @@ class Assignments(NamedTuple):
     counts_WE: tuple[tuple[int, ...], ...] | None = None
 
     def taken(self) -> "Assignments":
-        """Only the taken pairs, for tests and pictures. Syncs on CUDA, because the number of taken pairs depends on
-        data."""
+        """Only the taken pairs, for tests and pictures. Syncs on CUDA, because their number depends on data."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 

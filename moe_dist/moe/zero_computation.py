@@ -18,8 +18,8 @@ from moe_dist.placement.roles import Role, group_module
 
 
 class ConstantStack(nn.Module):
-    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all constant
-    experts."""
+    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all vectors and
+    gates."""
 
     role = Role.ZERO_COMPUTATION
 

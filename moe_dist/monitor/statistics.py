@@ -107,10 +107,9 @@ class EvaluationResult:
         loss: Nats per token by modality; also 'image_no_filler' if the data marks filler cells.
         tokens: Number of labels of each loss.
         ablated_loss: The held-out losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing divided by throughput with evenly spread routing; None if
-            timing proves nothing.
-        balance_efficiency_by_count: Mean of the ranks' weighted rows divided by their maximum: the efficiency that the
-            counts allow.
+        balance_efficiency: Throughput with the real routing divided by that with evenly spread routing; None if not
+            measured.
+        balance_efficiency_by_count: Mean of the ranks' weighted rows divided by the maximum, a bound by counts.
         balance_note: How the timing was done, or why it was not.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token by group, as evaluated.

@@ -62,8 +62,7 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
-# Number of unsplit scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3,
-# moe/balance_efficiency_by_count 1.
+# Unsplit scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
 DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 

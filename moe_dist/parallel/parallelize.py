@@ -52,8 +52,7 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks that hold the same values of a parameter; 1 for a shard. The global norm divides by this
-        number."""
+        """Number of ranks that hold the same values of a parameter; 1 for a shard. The global norm divides by it."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size

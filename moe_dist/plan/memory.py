@@ -98,8 +98,7 @@ def trained_parameters(config: Config) -> float:
 
 
 def tuned_parameters(config: Config) -> float:
-    """Parameters of the trained routers in router tuning. All layers have equally many router parameters, and every rank
-    holds all of them."""
+    """Parameters of the trained routers in router tuning. Layers have equally many, and every rank holds all."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 

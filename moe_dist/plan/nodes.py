@@ -39,7 +39,7 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all EP groups form one
+    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all groups form one
     block.
 
     Args:

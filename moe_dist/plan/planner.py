@@ -31,8 +31,7 @@ class PlacementPlan:
 
     @property
     def efficiency(self) -> float:
-        """Mean of the ranks' loads divided by their maximum: an upper bound of the throughput relative to evenly loaded
-        ranks."""
+        """Mean load of the ranks / maximum load: an upper bound of the throughput relative to evenly loaded ranks."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
@@ -184,8 +183,7 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
     """A sentence that says at which ratio of bandwidth to compute each plan is better.
 
-    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels in
-    their ratio.
+    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """
     flops = 6 * (max(traffic.load_R) - max(compute.load_R))
     data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))

@@ -42,8 +42,7 @@ def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int,
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, by which ranks are divided among pinned groups. Empty means equal
-            parts.
+        token_mix: Training tokens of each modality, by which ranks are divided among pinned groups. Empty: all equal.
 
     Raises:
         ConfigError: lists every fault of the section.
@@ -68,8 +67,7 @@ def replicated_placement(groups: Groups) -> ExpertPlacement:
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Work of a group: tokens of its modalities x expected experts per token x ffn_dim. Without a token mix, the work of 1
-    token."""
+    """Work of a group: tokens of its modalities (1 without a mix) x expected experts per token x ffn_dim."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 

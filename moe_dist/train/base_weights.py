@@ -1,5 +1,4 @@
-"""The frozen base under adapters. `run.init_rules: [adapt]` loads the whole base, and a resumed run finds it by content
-hash.
+"""The frozen base under adapters. `run.init_rules: [adapt]` loads the whole base; a resumed run finds it by content hash.
 
 Adapters start with B = 0, so the model computes the same as the base until its first step. Bits are equal only where matrix
 products have equally many rows: a base with one expert per layer skips padding, but the frozen FFN computes it. A

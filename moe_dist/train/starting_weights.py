@@ -5,8 +5,7 @@ by name and shape   tensors that fit are loaded, all others stay as initialised
 upcycle             experts become copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
 copy_nulls          null rows become copies of true rows, so that a trained top-k model starts unchanged (AdaMoE)
 
-Every refusal to start comes before the first step. The report lists the loaded tensors, and any change of the model's
-function.
+A refusal comes before the first step. The report lists the loaded tensors, and any change of the model's function.
 """
 
 from collections.abc import Mapping

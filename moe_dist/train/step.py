@@ -118,8 +118,8 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # The all-reduce also sums the times of the previous step. Counts keep their bits, because sums of counts are exact
-        # in any order.
+        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order, so no count
+        # changes.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
@@ -223,8 +223,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # optimizer.zero_grad is not enough, because the optimizer lacks empty and frozen parameters, whose gradients must
-        # go too.
+        # optimizer.zero_grad is not enough, because empty and frozen parameters, which it lacks, have gradients.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]

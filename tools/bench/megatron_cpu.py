@@ -33,8 +33,7 @@ class Replacement:
 
 
 class Idle:
-    """Replaces CUDA streams and CUDA events. A CPU works in order, so a stream never waits and an event is always
-    complete."""
+    """Replaces CUDA streams and CUDA events. A CPU works in order, so streams never wait and events are complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
@@ -133,8 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the replacements in megatron-core. Listing them imports megatron-core, so torch's replacements must be in
-    place."""
+    """Lists the replacements in megatron-core. It imports megatron-core, so torch's replacements must be in place."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"

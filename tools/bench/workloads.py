@@ -142,8 +142,7 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Token counts of the sources in a shuffled order. Each is a third of the one before; the largest gets the remainder of
-    rounding."""
+    """Token counts of the sources, shuffled: each is a third of the one before; the largest gets the rest from rounding."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

@@ -24,8 +24,7 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str] = ()) -> Iterator[Path]:
-    """Makes a folder with the base's tokenizer, codebook and `files`. The folder gets the name `out` when the block
-    succeeds."""
+    """Makes a folder with the base's tokenizer, codebook and `files`. A successful block renames it to `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:

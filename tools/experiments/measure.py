@@ -1,8 +1,7 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
 Writes measured.json into the run's folder: held-out losses, active experts, rows that would be sent, the curve of loss over
-FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, because only the curve needed the
-others.
+FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, as only the curve needed the others.
 """
 
 import json
@@ -259,8 +258,7 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows how much they
-        reveal."""
+        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows a leak."""
         with choice_of_training(probes.routers(self._model)):
             return [self._point(batches, at=0.0)]
 

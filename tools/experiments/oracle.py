@@ -72,8 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so the questions do not affect each
-        other."""
+        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so questions are independent."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)

@@ -102,8 +102,7 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 def input_filler(batch: Batch) -> Tensor:
     """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` is true if the next
-    token is an empty cell. No token precedes the first token of a document, so the first token never counts as an empty
-    cell."""
+    token is an empty cell. A document's first token has no token before it, so it never counts as an empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before

@@ -1,5 +1,4 @@
-"""Balances the true (not null) experts of a group without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv
-2412.19437).
+"""Balances a group's true (not null) experts without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 

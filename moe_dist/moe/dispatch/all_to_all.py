@@ -1,9 +1,9 @@
 """Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent to that rank once. The rank sums the weighted outputs of the three experts
-(in fp32, rounded once to the rows' dtype) and sends one row back. Rows for the own rank never enter a collective. Shape
-letters: T tokens on this rank, D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows
-received, Q pairs computed here.
+A token with three experts on one rank is sent there once. That rank sums their weighted outputs (in fp32, rounded once to
+the rows' dtype) and sends one row back. Rows for the own rank never enter a collective. Shape letters: T tokens on this
+rank, D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed
+here.
 
 Collectives of forward: counts and rows of pairs (integers, in `plan`, not repeated by recompute), pair weights and rows
 (one autograd node, in `dispatch`), and rows back (in `combine`). Collectives of backward: rows, then weight gradients and

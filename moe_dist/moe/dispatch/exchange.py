@@ -33,8 +33,7 @@ class ExchangePlan:
 
     Attributes:
         layer: Name of the layer, for records and reports.
-        prefix, suffix: Text before and after the names of the plan's collectives. It names the hop (prefix) and the chunk
-            (suffix).
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop (prefix), the chunk (suffix).
         table_rows: M, the number of rows of the table.
         rows, pairs: Split sizes of remote rows and of remote pairs.
         row_S, row_O: int64, index in the table of each remote row (in sending order) and of each own row.
@@ -132,8 +131,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
 
 
 class DispatchSend:
-    """Sends rows of the table to the ranks of their experts. In forward of dispatch, also sends the weights of the rows'
-    pairs."""
+    """Sends rows of the table to the ranks of their experts. In forward of dispatch, also sends their pairs' weights."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange

@@ -4,8 +4,7 @@ inside the node.
 Dispatch sends a row to one rank of the destination node, namely the rank whose position in its node equals the sender's.
 This forwarding rank sends the row on to the experts' ranks. In combine each experts' rank sends its weighted sum to the
 forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are fp32. The experts'
-rank, the forwarding rank and the token's rank each round their sum to the rows' dtype, which is one rounding more than with
-`all_to_all`.
+rank, the forwarding rank and the token's rank each round to the rows' dtype, once more than with `all_to_all`.
 
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), M rows of the middle table (rows of own tokens with
 experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
@@ -37,8 +36,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
 
     Args:
         placement: The map of experts to EP positions.
-        inter: All-to-all over one rank of each node, in the order of nodes: the ranks with this rank's position in their
-            nodes.
+        inter: All-to-all over the ranks that have this rank's position in their nodes, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Bound of each hop's receive buffer in rows; None for no bound. The buffers never hold more than

@@ -35,10 +35,8 @@ class HierarchicalPlan:
     """The routes of both hops in one layer and micro-batch. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        inter: Exchange between nodes. The exchange's table is the tokens. Pairs are ordered by (node, token), this node
-            last.
-        intra: Exchange inside the node. The exchange's table is the middle table of M rows. Pairs are ordered by (rank,
-            row).
+        inter: Exchange between nodes, whose table is the tokens. Pairs are ordered by (node, token), this node last.
+        intra: Exchange inside the node, whose table is the middle table, M rows. Pairs are ordered by (rank, row).
         sent: Counts of this rank's tokens. `rows_remote` also counts the rows that this rank forwards for other ranks.
     """
 

@@ -2,9 +2,8 @@
 
 HybridEP takes a map: for each token one bool for each expert of all ranks, and weights of the same shape. A null choice
 marks nothing. HybridEP also takes expert ids, but it scatters the ids without a mask, so a null choice cannot be -1.
-Experts have the numbers of `SlotNumbers`. The number of slots of a rank is a multiple of 4, because the kernels need a
-multiple of 4 slots in an NVLink domain. All ranks must have the same number of tokens, a multiple of 4. D must be a
-multiple of 16.
+Experts have the numbers of `SlotNumbers`. Each rank has a multiple of 4 slots, because the kernels need this in an NVLink
+domain. All ranks must have equally many tokens, a multiple of 4. D must be a multiple of 16.
 
 Collectives of forward: HybridEP gathers the maps of all ranks, sends rows and weights together, and sends rows back.
 Backward does the same without the maps. Host syncs: two for each layer, both at the first dispatch. HybridEP waits for the
@@ -48,8 +47,8 @@ def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -
 
 
 def make_buffer(group: Any, hidden_dim: int, num_tokens: int, slots_per_rank: int) -> Any:
-    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Making it is collective. HybridEP enlarges the buffer when
-    more tokens come."""
+    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Collective. HybridEP enlarges the buffer for more
+    tokens."""
     return import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed
         group=group,
         hidden_dim=hidden_dim,

@@ -18,8 +18,7 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q]. Rows and weights are
-    differentiable."""
+    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q]. All are differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor
@@ -69,8 +68,7 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group. All ranks of the group issue the same collectives in the same
-    order.
+    """Sends tokens through the experts of one EP group. The group's ranks issue the same collectives in the same order.
 
     Attributes:
         takes_known_counts: True if the dispatcher uses `Assignments.counts_WE`. Routers should then set that field.

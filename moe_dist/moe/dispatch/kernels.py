@@ -3,13 +3,13 @@
 Results equal those of `all_to_all`: one row goes to each (token, destination rank) and is weighted and summed there, and
 the kernels' combine adds the ranks' rows without weights. There are three differences to `all_to_all`. Rows for the own
 rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so
-`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle, which combine, backward and
-recompute reuse.
+`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for combine, backward and
+recompute.
 
-An adaptor converts assignments and weights to the format of its kernels, and calls its buffer in three ways:
-`first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R
-rows here (by source rank, then by token), Q pairs computed here, X weights that a token sends and Y weights that a row
-receives (one weight for each slot or choice).
+An adaptor converts assignments and weights to the format of its kernels, and calls its buffer in `first_dispatch`,
+`dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source
+rank, then by token), Q pairs computed here, X weights that a token sends and Y weights that a row receives (one weight for
+each slot or choice).
 """
 
 from abc import abstractmethod
@@ -30,8 +30,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class SlotNumbers:
-    """Expert numbers for the kernels, which need equally many experts on every rank. Slot s of rank r has the number r E' +
-    s, with E' slots on each rank.
+    """Expert numbers for the kernels, which need equally many (E') on every rank. Slot s of rank r has the number r E' + s.
 
     Attributes:
         slots_per_rank: E', at least 1, because the kernels divide by E'.
@@ -43,8 +42,7 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to a multiple of
-        `multiple`."""
+        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -150,8 +148,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Any, ...]:
-        """Calls the kernels' dispatch of rows and weights. Costs a host sync, because the kernels wait for the number of
-        arriving rows."""
+        """Calls the kernels' dispatch of rows and weights. Host sync: the kernels wait for the number of arriving rows."""
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:

@@ -35,8 +35,7 @@ KEPT_ORDERS = 16  # cached orders: one per micro-batch, used by all its layers a
 
 
 class KnownCountsPlan(AllToAllPlan):
-    """The plan of an exchange with one row for each pair. Pairs are sent in the order of (rank, expert), the own rank
-    last."""
+    """The plan of an exchange with one row per pair. Pairs are sent in the order of (rank, expert), the own rank last."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # cached, because all layers of a micro-batch use it
-        # Wrong counts would send rows to wrong experts. The counts are checked on the device, because a check on the host
-        # would sync.
+        # Wrong counts would send rows to wrong experts. The check is on the device, because the host would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -141,8 +139,8 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     Args:
         known: Dispatcher for assignments with counts.
         general: Dispatcher for assignments without counts, over the same ranks.
-        always: Use known counts also if a rank holds several experts of a group. A token is then sent once for each of its
-            experts on that rank.
+        always: Use known counts also if a rank holds several experts of a group. A token then goes once to each of its
+            experts.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:

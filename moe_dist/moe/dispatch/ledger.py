@@ -46,8 +46,8 @@ def compare(
     """The rows and pairs of one rank's ledger, from sums over its layers and micro-batches. Bytes are not included.
 
     Args:
-        true_choices_G: Choices of true experts (not null experts) by this rank's tokens of each group, without choices that
-            a capacity dropped.
+        true_choices_G: Choices of true (not null) experts by this rank's tokens of each group, without those that a
+            capacity dropped.
         null_choices_G: Null choices of this rank's tokens of each group.
         tokens_G: This rank's routed tokens of each group.
         rows_remote, pairs, pairs_remote: Sums of the layers' reports.

@@ -124,8 +124,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class _Flight:
-    """The exchange of one chunk in flight. An autograd node leaves the pending exchange here, outside of the graph, for the
-    next node."""
+    """The exchange of one chunk in flight. An autograd node leaves it here, outside of the graph, for the next node."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -154,8 +153,7 @@ class _Flight:
 
 
 class _StartDispatch(torch.autograd.Function):
-    """Forward issues the exchange of rows and weights to the experts. Backward waits for the gradients of rows and
-    weights."""
+    """Forward issues the exchange of rows and weights to the experts. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
@@ -202,8 +200,7 @@ class _EndDispatch(torch.autograd.Function):
 
 
 class _StartCombine(torch.autograd.Function):
-    """Forward issues the exchange of the experts' sums to the tokens' ranks. Backward waits for the gradients of the
-    sums."""
+    """Forward issues the exchange of the experts' sums to the tokens' ranks. Backward waits for the sums' gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:

@@ -2,9 +2,8 @@
 sync.
 
 Tokens are cut into `chunks` ranges of equal length. Pairs are sorted by (chunk, rank, slot), and rows by (chunk, rank,
-token); in both orders the own rank comes last. The pairs received from each rank are then grouped by slot already, so they
-need no sort. A pair is sent as the index of its row among the rows to its rank. The slot of the pair follows from the
-counts.
+token); in both orders the own rank comes last. The pairs received from a rank are then grouped by slot, so they need no
+sort. A pair is sent as the index of its row among the rows to its rank. Counts give the pair's slot.
 
 Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
 O rows of the own rank, Q pairs computed here, X counts of a rank and chunk (rows, then pairs of each slot), H ranks (the
@@ -32,8 +31,7 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's own tokens with its own experts, if these pairs are computed apart. Their rows are the
-    tokens themselves.
+    """The pairs of this rank's own tokens and experts, if these pairs are computed apart. Their rows are the tokens.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -83,8 +81,7 @@ class ExchangeSizes:
 
     @classmethod
     def of(cls, own: int, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> "ExchangeSizes":
-        """Makes the sizes from the numbers of (rows, pairs) to each rank and from each rank. The own rank, `own`, is
-        included."""
+        """Makes the sizes from the numbers of (rows, pairs) to each rank and from each rank. `own` is the own rank."""
         (rows_out, pairs_out), (rows_in, pairs_in) = zip(*sent, strict=True), zip(*received, strict=True)
         rows = Splits(split_sizes(rows_out, own), split_sizes(rows_in, own))
         pairs = Splits(split_sizes(pairs_out, own), split_sizes(pairs_in, own))
@@ -104,8 +101,8 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Counts on the device, before the host sync. A bin is one (chunk, rank, slot). A run is one (chunk, rank): a block of
-    consecutive rows."""
+    """Counts on the device, before the host sync. A bin is one (chunk, rank, slot). A run, one (chunk, rank), is a block of
+    rows."""
 
     bin_N: Tensor  # bin of each pair; absent pairs have the last bin
     run_N: Tensor  # run that has each pair's row

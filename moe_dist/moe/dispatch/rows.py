@@ -1,9 +1,8 @@
 """Gathers rows of a table, sums rows back into it, and sorts pairs by counting. Nothing here syncs with the host.
 
 Sums are fp32 in forward and backward. Autograd saves no index tensor: the indices belong to the dispatch plan, which lives
-until backward anyway. Sorting costs time linear in the number of items, whatever the number of keys. A run is a block of
-consecutive items. Shape letters: T rows of a table, Q (token, expert) pairs, R rows of the pairs, D hidden size, N items, X
-runs.
+until backward anyway. Sorting costs time linear in the number of items, whatever the number of keys. Shape letters: T rows
+of a table, Q (token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
@@ -54,8 +53,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. The gradients of a row that is gathered several times are summed in fp32 and rounded
-    once."""
+    """Returns table[index], [Q, D]. The gradients of a row gathered several times are summed in fp32 and rounded once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 

@@ -3,7 +3,7 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-The experts' choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone,
+Such a choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone,
 causally:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)

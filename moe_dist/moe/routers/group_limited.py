@@ -1,4 +1,4 @@
-"""Top-k of sigmoid scores within a few node groups, which are sets of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1;
+"""Top-k of sigmoid scores within a few node groups of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1;
 GLM-4.5, Kimi K2).
 
     s = sigmoid(x W^T),  b = the selection bias
@@ -7,9 +7,8 @@ GLM-4.5, Kimi K2).
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit to topk_group node groups does not apply to null, identity and constant columns, because they cost no traffic.
-Each of these columns has its own sigmoid and bias. A null choice has no weight and is left out of the sum. Each modality
-group has its own node groups.
+The limit does not apply to null, identity and constant columns, because they cost no traffic. Each of these columns has a
+sigmoid and bias. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
 
 The balance loss takes s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss (equations 18 and
 19), but with counts over the whole step instead of one sequence. The entropy uses the same probabilities. The z-loss uses

@@ -144,8 +144,8 @@ class SelectionScope:
             capacity_E: float64, share of its competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Name of the collective and of the layer, for records and reports.
-            add_noise: Function that adds noise to the logits of the scope [U, E] before the comparison. Reported scores
-                have no noise.
+            add_noise: Adds noise to the logits of the scope [U, E] before the comparison. Reported scores are without
+                noise.
         """
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -220,8 +220,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """The pairs sorted by expert and falling logit. All ranks know the number N of pairs beforehand: it is the sum of
-    capacities."""
+    """The pairs sorted by expert and falling logit. All ranks know their number N beforehand, the sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
@@ -245,8 +244,7 @@ def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """The pairs sorted by token: for each token the K experts of its group, or ABSENT where an expert does not take the
-    token.
+    """The pairs sorted by token: for each token the K experts of its group, ABSENT for experts that do not take it.
 
     N is T x K with K experts in the largest group, because no smaller bound holds: a threshold does not bound an expert's
     load, and a scope of several ranks does not bound the load from one rank.

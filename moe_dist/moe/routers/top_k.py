@@ -5,9 +5,8 @@ if m = 0).
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
 Null choices and pairs that a capacity drops become absent pairs, which cost nothing after the router. Choices of identity
-and constant experts become weights outside the pairs; the token's own rank applies these weights. Shape letters: T tokens,
-D hidden size, C columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation
-columns.
+and constant experts become separate weights, applied by the token's own rank. Shape letters: T tokens, D hidden size, C
+columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation columns.
 """
 
 from collections.abc import Sequence
@@ -260,8 +259,7 @@ class TopKRouter(nn.Module):
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """Counts the marked choices of each of the first `num_bins` columns, int64. No marked column may have a higher
-        index."""
+        """Counts the marked choices of each of the first `num_bins` columns, int64. No marked column is beyond these."""
         bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
         counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]

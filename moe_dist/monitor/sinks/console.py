@@ -126,8 +126,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with their changes if the previous evaluation had as many tokens. The final evaluation has more
-    tokens, so it shows no changes."""
+    """Held-out losses, with their changes if the previous evaluation had as many tokens. The final one has more."""
     parts = []
     for name, loss in result.loss.items():
         change = ""

@@ -40,8 +40,7 @@ class Sink:
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record. This sink must stand before the sinks that write. Each check reads one small
-    file.
+    """Checks the lease before each record, so it must stand before the sinks that write. A check reads one small file.
 
     Args:
         check: Function that raises if this process may no longer write to the run folder.

@@ -27,8 +27,7 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """The checks of `evaluation.checks`. A check is omitted if the manifest lacks its baseline, or if the attempt took no
-    step.
+    """The checks of `evaluation.checks`. A check is omitted if the manifest lacks its baseline or the attempt took no step.
 
     Args:
         names: The names in `evaluation.checks`, in the order of display.

@@ -54,8 +54,7 @@ def heldout_losses(
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], expert group of each modality.
-        experts_off: Compute without the output of routed experts. The rise of the loss shows what routed experts
-            contribute.
+        experts_off: Compute without the output of routed experts. The rise of the loss measures their contribution.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so no batch syncs
