@@ -61,7 +61,7 @@ class DivergedError(MoeDistError):
 
 
 class StoppedError(MoeDistError):
-    """The run got a stop signal; it can be resumed from its last checkpoint."""
+    """The run got a stop signal. The run can be resumed from its last checkpoint."""
 
     exit_code = 75
 

@@ -162,7 +162,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # one problem for each file is enough
+    faulty = {problem.file for problem in problems}  # files that have a problem already are not checked further
     for name, digest in (checksums[1] if checksums else {}).items():
         path = folder / name
         if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:

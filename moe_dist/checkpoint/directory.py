@@ -49,7 +49,7 @@ class CheckpointDirectory:
         """
         path = self.folder / LATEST_FILE
         try:
-            content = path.read_bytes()  # one read, because another process may replace the file
+            content = path.read_bytes()  # read only once, because another process may replace the file
         except FileNotFoundError:
             if self.steps():
                 raise DataError(

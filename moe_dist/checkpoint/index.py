@@ -29,7 +29,7 @@ M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
-    """A box of a tensor. It is stored in the shard file with number `shard`."""
+    """A box of a tensor, stored in the shard file with the number `shard`."""
 
     shard: NonNegativeInt
     offsets: tuple[NonNegativeInt, ...]
@@ -100,7 +100,7 @@ def read_stored(path: Path, model: type[M]) -> M:
         DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:  # before reading, so that a planted file cannot exhaust the memory
+        if path.stat().st_size > MAX_JSON_BYTES:  # checked before reading, so that a planted file cannot exhaust the memory
             raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
         return model.model_validate_json(path.read_bytes())
     except OSError as error:

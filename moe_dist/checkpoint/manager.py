@@ -68,8 +68,8 @@ class CheckpointManager:
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
-            process may no longer write to the run.
+        lease_check: Function that rank 0 calls before anything is written, and before each rename. The function raises if
+            this process may no longer write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
         tracker: Tracker of the watchdog. `write` is not tracked, because the relative order of its thread's collectives and
             the training's collectives differs between ranks.
@@ -198,7 +198,7 @@ class CheckpointManager:
             path: A path for `find_checkpoint`.
             sources: Maps each parameter to load to its name in the checkpoint, equal on all ranks. The default selects the
                 parameters with equal name, shape and dtype. Other maps are in `moe_dist.checkpoint.upcycle` and `base`.
-            check: Function that gets the checkpoint before a tensor is read. It may raise.
+            check: Function that gets the checkpoint before a tensor is read, and may raise.
 
         Raises:
             ConfigError: there is no checkpoint, no parameter matches, or `sources` or `check` refuse the checkpoint.

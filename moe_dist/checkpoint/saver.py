@@ -34,7 +34,7 @@ class CheckpointWriter:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
         asynchronous: If True, a thread writes a copy in host memory, which is as large as this rank's part of the state. If
             False, no copy is made, and the training waits for each save.
-        tracker: Tracker of the watchdog. It counts the wait for a save as a collective.
+        tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
         report: Function that rank 0 calls after each save, with the seconds that it took until it was durable.
     """
 

@@ -193,7 +193,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # from disk, so that the ranks need not send their headers to rank 0
+        header = read_shard_header(folder, number)  # read from disk, so that ranks need not send their headers to rank 0
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():

@@ -10,8 +10,8 @@ A row's checksum is an exact integer. The content term is the sum of the row's 3
 that a changed word changes it. The place term is made of the row's position, source and destination, mod 2^61 - 1, so that
 a lost, doubled or swapped row shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
 
-The rank that finds an error raises and enters no other collective. Its exit closes its connections, and the launcher ends
-its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
+The rank that finds an error raises and enters no other collective. The rank's exit closes its connections, and the launcher
+ends its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
 """
 
 import math

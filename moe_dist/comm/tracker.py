@@ -112,7 +112,7 @@ def track_collective(
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
     """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
-    import torch  # not at module level, because a login node imports this file without torch
+    import torch  # imported here, because a login node imports this file without torch
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

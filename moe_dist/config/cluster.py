@@ -21,7 +21,7 @@ FOLDER = source_root() / "configs" / "clusters"
 VARIABLE = "MOE_DIST_CLUSTER"
 GUIDE = "docs/scaling.md"
 
-SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # no special character of the shell
+SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"

@@ -14,7 +14,7 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
 
     Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that row,
     its second best, and so on in blocks of m / n + 1. So k choices contain the ceil(k / (m / n + 1)) best true experts.
-    This number is k0 for
+    The number of best true experts is k0 for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 

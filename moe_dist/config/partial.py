@@ -1,6 +1,6 @@
 """Reads values into a schema even if they have faults, so that all faults are reported at once.
 
-An unreadable value is replaced, by its default or by any value of its type, and recorded. The other values stay unchanged,
+An unreadable value is replaced, by its default or by any value of its type, and recorded. Readable values stay unchanged,
 so that later checks can still test them. A run never starts with a configuration that has faults.
 """
 

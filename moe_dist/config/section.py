@@ -16,7 +16,7 @@ Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot: a group's name is one part of its parameters' dotted names
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot, because a group's name is one part of dotted names
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`

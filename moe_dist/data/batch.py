@@ -32,7 +32,7 @@ class Batch:
     padding_BS: torch.Tensor  # bool, the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """Returns a copy of this batch on another device."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(Batch)})
 
     @property

@@ -142,7 +142,7 @@ class _Writer:
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
-        """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
+        """Sets the codebook, whose codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 

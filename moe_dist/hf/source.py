@@ -25,7 +25,7 @@ from moe_dist.hf.fields import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Small files of a model besides its weights; they are copied, not read.
+# Small files of a model besides its weights, which are copied and not read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",

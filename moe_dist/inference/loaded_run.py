@@ -32,7 +32,7 @@ class CheckpointReader:
 
     Args:
         checkpoints: The run's folder of checkpoints.
-        config: The run's configuration. Its layout of ranks is not used.
+        config: The run's configuration, whose layout of ranks is not used.
         mesh: Spreads the experts over its EP groups; None keeps all experts on this rank.
     """
 
@@ -80,7 +80,7 @@ class LoadedRun:
     Attributes:
         folder: Folder of the checkpoint.
         step: Training steps before the checkpoint.
-        config: The saved configuration; Its `data.path` is replaced by the present place of the data.
+        config: The saved configuration, with the present place of the data as `data.path`.
     """
 
     folder: Path

@@ -50,8 +50,8 @@ class AuxTerms:
         tables = ColumnTables.on(self.groups, y.device)
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
-        # Megatron sums the gradients over TP. Then it averages over DP x CP (its scaler has CP / micro-batches), or divides
-        # their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
+        # Megatron sums the gradients over TP. Megatron then averages over DP x CP (its scaler has CP / micro-batches), or
+        # divides their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
         scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:

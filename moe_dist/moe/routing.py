@@ -119,7 +119,7 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks see its tensors.
+    """The report that an MoE layer returns beside its output. As a NamedTuple, it shows its tensors to FSDP2's hooks.
 
     Attributes:
         sums: Sums of the router over this rank's tokens.

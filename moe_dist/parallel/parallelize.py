@@ -6,7 +6,7 @@
 
 Gradients are summed and not averaged, because a rank's loss is its share of the global loss. Dense gradients are summed
 over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast
-them to its compute dtype. Their small gradients are summed over the world after backward.
+them to its compute dtype. The small gradients of routers are summed over the world after backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -52,7 +52,7 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks that hold the same values of a parameter; 1 for a shard. The global norm divides by it."""
+        """Number of ranks with the same values of a parameter, by which the global norm divides; 1 for a shard."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
@@ -88,7 +88,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     """Applies FSDP2 in place: to attention and MoE layer (or FFN) of each layer, then to the root with embedding, norm and
     output.
 
-    The MoE layer is one unit. Its experts are sharded over edp, and its other parameters over the world. So no gather or
+    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So no gather or
     reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between the exchanges
     of backward, where ranks can deadlock.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a login node has no torch
 
 
 class Role(Enum):
-    """The purpose of a parameter. It decides sharding, gradient sums, weight decay, initial value and freezing."""
+    """The purpose of a parameter, which decides sharding, gradient sums, weight decay, initial value and freezing."""
 
     DENSE = "dense"
     EMBEDDING = "embedding"

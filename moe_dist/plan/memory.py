@@ -127,7 +127,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the root unit (embedding, output) gathered. It gathers the next layer while one layer computes.
+    # FSDP2 keeps the root unit (embedding, output) gathered, and gathers the next layer while one layer computes.
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 

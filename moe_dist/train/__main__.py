@@ -70,7 +70,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # before the first CUDA call, which reads the environment
+        make_deterministic()  # must come before the first CUDA call, which reads the environment
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits here for the lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")

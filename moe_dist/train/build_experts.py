@@ -36,7 +36,8 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     keywords of `experts`."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # A dry run has a placement of many ranks but no group. It builds the experts of `ep_rank` and never dispatches.
+    # A dry run has a placement of many ranks but no group. The dry run builds the experts of `ep_rank` and never
+    # dispatches.
     dispatcher = build_dispatcher(  # all layers share one dispatcher, because backends allocate large buffers
         DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
     )

@@ -223,7 +223,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # optimizer.zero_grad is not enough, because empty and frozen parameters, which it lacks, have gradients.
+        # optimizer.zero_grad is not enough, as it skips the gradients of empty and frozen parameters.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]

@@ -1,15 +1,14 @@
 """The contenders of the dispatch benchmark. Each takes a case (a point's routing on this rank) and returns a function
 without arguments.
 
-These contenders bring rows to the rank of their experts and back, without laying them out by expert:
+The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 
     floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each of them
     floor, all          floor, and two copies of the rows whose experts are on this rank
     dispatch, combine   ours, with a plan that was made beforehand
     ours at rank        ours: plan, dispatch, combine
 
-These contenders lay rows out by expert, and bring them back to their tokens weighted and summed (each expert is the
-identity):
+The following contenders lay rows out by expert, and bring weighted sums back to the tokens (each expert is the identity):
 
     ours                plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
     megatron, ...       see megatron_core.py

@@ -132,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the replacements in megatron-core. It imports megatron-core, so torch's replacements must be in place."""
+    """Lists the replacements in megatron-core. The function imports it, so torch's replacements must be in place."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"

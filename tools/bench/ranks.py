@@ -17,7 +17,7 @@ from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
 # glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation pays for new pages: 10 ms for
-# 32 MiB. These settings keep the blocks, for all contenders, as CUDA's allocator does.
+# 32 MiB. With these settings glibc keeps the blocks, for all contenders, as CUDA's allocator does.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -156,5 +156,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads settings and rows of a file; both are empty if the file does not exist."""
+    """Reads the settings and rows of a file. Settings and rows are empty without a file."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

@@ -60,8 +60,8 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns the instructions of a convention on a side. Both sides have every word and every template, but no pair of a
-    word and a template is on both."""
+    """Returns the instructions of a convention on a side. Training and held-out side have every word and every template,
+    but no pair of a word and a template is on both."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]

@@ -41,7 +41,7 @@ def instructed_document(prompt: Iterable[int], answer: Iterable[int], *, eos_id:
 
 
 def write_split(folder: Path, name: str, documents: Iterable[Document], manifest: Manifest) -> SplitSection:
-    """Writes the files of a split into `folder`. Vocabulary and modalities are those of the manifest."""
+    """Writes the files of a split into `folder`. Vocabulary and modalities are taken from the manifest."""
     every = list(documents)
     write_indexed(folder / name, (tokens for tokens, _ in every), vocab_size=manifest.vocab_size)
     np.save(folder / f"{name}_prompt.npy", np.packbits(np.concatenate([prompt for _, prompt in every])))

@@ -213,7 +213,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Runs that determine learning rate, steps and coefficients. They have other seeds and are never reported."""
+    """Runs with other seeds that determine learning rate, steps and coefficients, and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()

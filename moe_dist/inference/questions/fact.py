@@ -25,7 +25,7 @@ class Fact:
         asked: A text with a question mark, the caption to draw, or the picture to name.
         keys: Keys such as 'lemma:dog' or 'family:1F415', which no fact of another side may share. A WordNet fact names
             every lemma of its synsets, so two facts about one synset have keys in common.
-        wrong: Answers that are also right, or nearly right. They are never offered as wrong choices.
+        wrong: Answers that are also right, or nearly right, and so are never offered as wrong choices.
         pool: Facts of one pool use each other's answers as wrong choices.
         closed: All possible answers, if they are few. Wrong choices come from these, whatever the side.
         trained_on: For a picture, True if the run was trained on it; None for facts without a picture.

@@ -6,8 +6,9 @@ choices among n true experts and the other columns. Of T tokens, c_i choose true
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the form per expert
 
-While the mean is below the target the biases rise, so true experts win choices from null experts. Both forms move the mean
-bias equally. The form per expert also balances the true experts; the form per group leaves their order to the router.
+While the mean is below the target the biases rise, so true experts win choices from null experts. The forms per expert and
+per group move the mean bias equally. The form per expert also balances the true experts; the form per group leaves their
+order to the router.
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
 true experts converges to the target although each step is noisy (Robbins and Monro, 1951), also while the router learns.

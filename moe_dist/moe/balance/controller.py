@@ -62,7 +62,7 @@ class BiasController:
                     delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # without tokens the group gets no update
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place: checkpoints keep the buffer
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place; checkpoints hold this buffer
         self.step += 1
 
     def state(self) -> JsonValue:

@@ -14,7 +14,7 @@ Host syncs: one for each layer. `plan` reads the split sizes of rows, pairs and 
 Memory of forward and of backward, with `item` bytes for an element: at most (R + S + T) x D x item. The S rows are a buffer
 that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y. If the
 rows are narrower than fp32, an fp32 sum of T x D x 4 bytes adds to this memory. Rows are converted to fp32 in slices of
-`rows.SLICE_BYTES`; the bound needs T x D x item to be at least one slice. Backward keeps only the plan: 8 bytes for each
+`rows.SLICE_BYTES`; in the bound, T x D x item counts as at least one slice. Backward keeps only the plan: 8 bytes for each
 taken pair of this rank's tokens, 8 for each row in S and O, and 16 for each pair in Q.
 """
 

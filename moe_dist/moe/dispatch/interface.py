@@ -18,7 +18,7 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q]. All are differentiable."""
+    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q], both differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor

@@ -2,8 +2,8 @@
 are those of one rank in forward.
 
 `rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-numbers of rows below are computed from this rank's counts. They assume that choices spread evenly over the n experts of a
-group, of which this rank holds `own`, so that a share 1 - own/n of the choices leaves the rank:
+numbers of rows below are computed from this rank's counts. The formulas assume that choices spread evenly over the n
+experts of a group, of which this rank holds `own`, so that a share 1 - own/n of the choices leaves the rank:
 
     rows_per_pair       one row for each pair with an expert on another rank: no deduplication
     rows_topk           top-k with the same k over true experts alone, one row for each choice

@@ -228,7 +228,7 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy, so one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # a joint copy needs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         # a list with [C, X] for each rank, because ranks have different numbers of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]

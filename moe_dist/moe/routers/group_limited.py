@@ -69,7 +69,7 @@ class GroupLimitedRouter(TopKRouter):
         if self.selection_bias:
             score_TC = score_TC + self._bias(score_TC.dtype)
         score_TC = score_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
-        if self.topk_group == self.n_group:  # all node groups are allowed
+        if self.topk_group == self.n_group:  # a token may use all node groups
             return score_TC
         parts = [self._within_limit(score_TC[:, group.first_expert :][:, : group.num_experts]) for group in self.groups]
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)

@@ -118,7 +118,7 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and biases of 0, on the default device. It is called again after a move from the meta
+        """Makes the constant tables, and biases of 0, on the default device. Call it again after a move from the meta
         device, which loses the values of buffers."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]

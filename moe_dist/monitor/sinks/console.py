@@ -126,7 +126,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with their changes if the previous evaluation had as many tokens. The final one has more."""
+    """Held-out losses, with changes if the previous evaluation had as many tokens. The final evaluation has more tokens."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
