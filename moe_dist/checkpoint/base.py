@@ -1,8 +1,8 @@
 """The frozen base model of adapters: a checkpoint of adapters stores the base's path and content hash, not its weights.
 
 Names and shapes decide which tensor of the base is loaded into which tensor of the model. Every parameter of the base must
-be used. The FFN of a layer comes from the base's dense FFN in that layer. If the base has none there, the FFN comes from
-the only expert of the layer's only group, because the import of a dense Hugging Face model makes groups of one expert.
+be used. The FFN of a layer comes from the base's dense FFN in that layer. If the base has no dense FFN there, the FFN comes
+from the only expert of the layer's only group, because the import of a dense Hugging Face model makes groups of one expert.
 """
 
 import hashlib

@@ -3,8 +3,9 @@
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 
 where i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to
-64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. So the fingerprints of
-disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any cut, and on any device.
+64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. Because mixed elements are
+only added, the fingerprints of disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any cut,
+and on any device.
 
 A change of one element always changes the sum; several changes, or swapped elements, go undetected with probability 2^-64.
 The fingerprint detects accidents, but is no signature: an attacker can construct another tensor with the same sum.

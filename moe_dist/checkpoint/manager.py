@@ -7,7 +7,7 @@
     <folder>/latest                       name of the newest committed folder
 
 A checkpoint is committed when `latest` names it. Before the commit its files lie in `step_N.<id>.tmp` with a random id, so
-that an unexpected second writer cannot mix its files with these.
+that a second writer cannot mix its files with them.
 """
 
 import secrets
@@ -167,9 +167,9 @@ class CheckpointManager:
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint of any layout into the tensors of `state` and its optimizer's step count, in place.
 
-        Then compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks). The comparison
-        detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the parameters.
-        After an error some tensors may have been loaded.
+        After loading, compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks). The
+        comparison detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the
+        parameters. After an error some tensors may have been loaded.
 
         Raises:
             ConfigError: the checkpoint belongs to another model. The error lists the differences.

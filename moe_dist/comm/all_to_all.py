@@ -79,7 +79,8 @@ class AllToAll:
 
     Args:
         tracker: Tracks each exchange for the watchdog.
-        between_nodes: True if the group's ranks are on different nodes. The payload then also counts as inter-node bytes.
+        between_nodes: True if the group's ranks are on different nodes, so that the payload also counts as inter-node
+            bytes.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class RowBuffers:
     which is more than the copy into it.
 
     Args:
-        keep: Without it, a buffer is freed when it is given back.
+        keep: If false, a buffer is freed when it is given back.
     """
 
     def __init__(self, *, keep: bool = True) -> None:

@@ -17,7 +17,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """Running counts of this rank's communication. All layers of a model share one.
+    """Running counts of this rank's communication. All layers of a model share one object.
 
     Attributes:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
@@ -134,8 +134,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: One all-reduce of a concatenated copy, for many small tensors. Otherwise each gradient has its own all-reduce
-            and is not copied, for few large tensors.
+        flat: True: one all-reduce of a concatenated copy, for many small tensors. False: one all-reduce for each gradient,
+            without a copy, for few large tensors.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

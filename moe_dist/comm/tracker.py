@@ -106,7 +106,7 @@ class CollectiveTracker:
 def track_collective(
     tracker: CollectiveTracker | None, collective: str, *, device: "torch.device", **where: Any
 ) -> AbstractContextManager[None]:
-    """`tracker.inside` with the same arguments. Without a tracker it does nothing."""
+    """Calls `tracker.inside` with the other arguments. With None as tracker it does nothing."""
     return nullcontext() if tracker is None else tracker.inside(collective, device=device, **where)
 
 

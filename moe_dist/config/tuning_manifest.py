@@ -138,7 +138,7 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # ValueError: pickled objects, or not an array
+    except (OSError, ValueError) as error:  # ValueError means pickled objects or no array
         raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if array.dtype != ARRAYS[name] or not fits:

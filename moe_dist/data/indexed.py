@@ -142,7 +142,7 @@ class IndexedSplit:
         if file is None:
             return np.zeros(count, bool)
         first = start // 8
-        begin = file.size - self._bit_bytes  # skips the header of an .npy file; raw bytes have none
+        begin = file.size - self._bit_bytes  # skips the header of an .npy file; raw bytes have no header
         raw = file.read(begin + first, -(-(start + count) // 8) - first)
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 

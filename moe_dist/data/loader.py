@@ -109,8 +109,8 @@ def heldout_batches(
 ) -> list[Batch]:
     """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
 
-    Every rank gets the same number of batches; rows of padding fill the last ones. A source without a held-out split gives
-    no batch. The choice of sequences does not depend on world_size or micro_batch.
+    Every rank gets the same number of batches; rows of padding fill the last batches. A source without a held-out split
+    gives no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
         ConfigError: the source is unknown.

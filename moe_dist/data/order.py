@@ -158,7 +158,7 @@ def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: i
     """Positions of a rank's micro-batches in the step that starts at `position`.
 
     The i-th micro-batches of all ranks cover the i-th block of world_size x micro_batch consecutive positions. Rank r takes
-    the r-th part of the block. So a step has the same positions for any number of ranks.
+    the r-th part of the block. So the positions of a step do not depend on the number of ranks.
     """
     run = world_size * micro_batch
     assert global_batch % run == 0, (global_batch, world_size, micro_batch)

@@ -186,7 +186,7 @@ def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """Returns the first MoE layer, the distance to the next one, and true if there are dense layers."""
+    """Returns the first MoE layer, the distance to the next MoE layer, and true if there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
     step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")

@@ -7,7 +7,7 @@ In attention all tokens use the same matrix. In an FFN they do if no adapter's w
 - one expert, whose probability is exactly 1; or several experts that every token chooses (top_k = num_experts) with a
   weight of exactly 1 (straight_through, published). The sum of the experts' products is then merged.
 
-Otherwise no single matrix equals the FFN.
+If one of these conditions fails, no single matrix equals the FFN.
 """
 
 import re

@@ -111,5 +111,5 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """The last `length` tokens of a prompt; the begin mark replaces the first of these."""
+        """The last `length` tokens of a prompt; the begin mark replaces the first of these tokens."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

@@ -118,7 +118,7 @@ def choose_device(wanted: str) -> torch.device:
     """The device for `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
-        ConfigError: the name is none of these, or CUDA is not available.
+        ConfigError: the name is unknown, or CUDA is not available.
     """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")

@@ -170,7 +170,7 @@ def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float 
         right: bool [questions] for each task.
     """
     rng = np.random.default_rng(seed)
-    # Resampling right-or-wrong answers is a binomial draw of the number of right ones.
+    # Resampling right-or-wrong answers is a binomial draw of the number of right answers.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

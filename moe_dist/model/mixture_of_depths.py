@@ -118,8 +118,8 @@ class DepthRouter(ChoosingRouter):
         """Selects among the tokens that are not padding (bool `real_T`).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` the number of slots is
-        ceil(c T), and nothing syncs. Otherwise the number of selected tokens is read from the device, which costs one host
-        sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
+        ceil(c T), and nothing syncs. In other cases the number of selected tokens is read from the device, which costs one
+        host sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
         causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss trains no other parameter

@@ -63,8 +63,8 @@ def balance_terms(
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. A token then
-    takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
+    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. At this load
+    a token takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.

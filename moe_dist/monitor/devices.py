@@ -36,7 +36,7 @@ class DeviceMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and releases NVML. A second call does nothing."""
+        """Ends the thread and releases NVML. A second call of `stop` does nothing."""
         if self._thread is None:
             return
         self._stopped.set()

@@ -155,7 +155,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that works much longer than the others. Time spent waiting for peers is not counted."""
+    """Warns about a rank that works much longer than the other ranks. Time spent waiting for peers is not counted."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return

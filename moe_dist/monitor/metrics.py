@@ -31,7 +31,7 @@ class Record:
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
             weighted_rows_LR (rows x FFN width). Expert choice adds above_LE and idle_LG (tokens that no expert took).
         ledger: Bytes and rows of dispatch and combine (`StepResult.ledger`).
-        host: CPU and memory readings of rank 0's machine, and the seconds of the slowest rank and of the others.
+        host: CPU and memory readings of rank 0's machine, and the seconds of the slowest rank and of other ranks.
         busy_seconds_W: Seconds that each rank worked in the previous step, waiting excluded; empty in the first step.
         load: For each group with a load controller: the `target` and the `achieved` true experts per token, and the
             `lowest` and `highest` layer, all counted before any capacity. None means that the group had no tokens.

@@ -81,7 +81,7 @@ class StepStatistics:
         skipped_steps: Skipped steps of the run so far.
         tokens: Input tokens of the run so far, without padding.
         step_seconds: Wall time of the step.
-        epochs: Passes over the training data of each modality so far.
+        epochs: Number of passes over the training data of each modality so far.
         flops_per_token: Forward and backward FLOPs per token at the measured number of experts; None if unknown.
         active_target: Target of a load controller, in true experts per token, by group.
     """

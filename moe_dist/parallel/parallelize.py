@@ -89,8 +89,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     output.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So no gather or
-    reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between the exchanges
-    of backward, where ranks can deadlock.
+    reduce runs between the layer's two exchanges. A nested unit for the experts would run its reduce-scatter between the
+    exchanges of backward, where ranks can deadlock.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -148,7 +148,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the same buckets as all others
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the same buckets as later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

@@ -182,10 +182,10 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """FLOPs per token of full training that router tuning does not compute.
 
-    Backward ends at the lowest tuned layer. In this layer, the router computes the gradient of its weights, and the experts
-    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above this layer, a
-    product with a frozen weight computes only the gradient of its input, which costs as much as forward. Attention scores
-    are products of two activations and compute both gradients.
+    Backward ends at the lowest tuned layer. There the router computes the gradient of its weights, and the experts
+    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above the lowest
+    tuned layer, a product with a frozen weight computes only its input's gradient, which costs as much as forward.
+    Attention scores are products of two activations and compute both gradients.
 
     Args:
         forward: From `forward_flops`, without mixture of depths.

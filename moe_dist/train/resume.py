@@ -58,7 +58,7 @@ class Progress:
 
 
 class Controller(Protocol):
-    """An object whose state changes during a run, identically on all ranks. The state is no tensor of the model."""
+    """An object whose state, apart from the model's tensors, changes during a run, identically on all ranks."""
 
     def state(self) -> JsonValue:
         """A copy of the state as JSON."""

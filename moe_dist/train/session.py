@@ -58,7 +58,7 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
-    """Meets all other ranks and makes the process groups.
+    """Waits for all ranks and makes the process groups with them.
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.

@@ -297,7 +297,7 @@ def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
     """float64 [W, I, G] over ranks, micro-batches and groups: this rank's tokens in the rank's row, zeros in all other
-    rows. The sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
+    rows. A sum over the ranks gives the counts of all ranks. I is 0 unless `needed`."""
     num_batches = len(batches) if needed else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)

@@ -33,7 +33,8 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-# Sweeps of whole layers and steps. In these, Megatron-Core's default branch, with remapped null choices, is a rival too.
+# Sweeps of whole layers and steps. In these sweeps, Megatron-Core's default branch, with remapped null choices, is a rival
+# too.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
 # For each comparison and sweep ("" for all sweeps): the reason why a rule does not hold, and what was tried.

@@ -122,7 +122,7 @@ def check_routers(section: MoESection) -> None:
     """Checks that an oracle can fit the router, which must choose by tokens among the true experts of one group.
 
     Raises:
-        ConfigError: the router is of another kind, or the experts are others.
+        ConfigError: the router or the experts are of another kind.
     """
     groups, router = expert_groups(section), section.router
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):

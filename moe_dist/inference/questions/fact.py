@@ -27,7 +27,7 @@ class Fact:
             every lemma of its synsets, so two facts about one synset have keys in common.
         wrong: Answers that are also right, or nearly right, and so are never offered as wrong choices.
         pool: Facts of one pool use each other's answers as wrong choices.
-        closed: All possible answers, if they are few. Wrong choices come from these, whatever the side.
+        closed: All possible answers, if they are few; wrong choices are then taken from them, whatever the side.
         trained_on: For a picture, True if the run was trained on it; None for facts without a picture.
     """
 

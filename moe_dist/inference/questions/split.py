@@ -3,7 +3,7 @@
 A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys are on that side;
 any other fact is dropped. So no test fact shares a synset, lemma or picture family with a training fact, in any task.
 Connected components of shared keys would drop no fact, but nearly all of WordNet would be one component. The sides depend
-on no file, so leaving a question set out changes nothing in the others.
+on no file, so leaving out one question set does not change other sets.
 """
 
 import hashlib

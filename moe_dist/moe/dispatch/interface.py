@@ -1,7 +1,7 @@
 """The interface of a dispatcher: `plan` decides which token goes to which rank, and `run` sends tokens to their experts and
 sums the results.
 
-A new dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in
+A new dispatcher is one file beside this file, one section in the tagged union `parallel.dispatch`, and one line in
 build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert)
 pairs computed here.
 """
@@ -91,7 +91,7 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns y [T, D] of the routed experts, zero for tokens without one, and the output of the shared expert.
+        """Returns y [T, D] of the routed experts, zero for tokens without an expert, and the shared expert's output.
 
         Args:
             experts: Computes the weighted sums [R, D] of dispatched rows.

@@ -1,7 +1,7 @@
 """Base class of the adaptors to DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
 
 Results equal those of `all_to_all`: one row goes to each (token, destination rank) and is weighted and summed there, and
-the kernels' combine adds the ranks' rows without weights. There are three differences to `all_to_all`. Rows for the own
+the kernels' combine adds the ranks' rows without weights. Three things differ from `all_to_all`. Rows for the own
 rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so
 `max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for combine, backward and
 recompute.
@@ -109,7 +109,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     """Dispatch and combine over one EP group by the kernels of a library.
 
     Args:
-        wire: The EP group's all-to-all. Only its group, rank and statistics are used; nothing is sent by it.
+        wire: The EP group's all-to-all. Only its group, rank and statistics are used, and its exchanges are not.
         hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this.
         buffer: The buffer of the library; None makes one at the first plan.

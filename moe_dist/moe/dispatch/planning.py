@@ -116,7 +116,7 @@ class Planner:
 
     Args:
         chunks: Number of ranges of tokens.
-        own_apart: True if the pairs of the own rank are computed apart. The ranges then do not contain them.
+        own_apart: True if the pairs of the own rank are computed apart, outside of the ranges.
     """
 
     def __init__(

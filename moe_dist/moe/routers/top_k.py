@@ -259,7 +259,7 @@ class TopKRouter(nn.Module):
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """Counts the marked choices of each of the first `num_bins` columns, int64. No marked column is beyond these."""
+        """Counts the marked choices of each of the first `num_bins` columns, int64. No later column is marked."""
         bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
         counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]

@@ -36,7 +36,7 @@ class Sink:
         not write these records again."""
 
     def close(self) -> None:
-        """Flushes and releases files and threads. A second call does nothing."""
+        """Flushes and releases files and threads. A second call of `close` does nothing."""
 
 
 class LeaseWatch(Sink):

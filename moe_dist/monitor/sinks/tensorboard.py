@@ -98,7 +98,7 @@ class TensorBoardSink(Sink):
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
-                # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is far from the rest.
+                # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is extreme.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
                 self._open.add_summary(histogram, self._last_step)

@@ -70,7 +70,7 @@ def heldout_losses(
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
     model.train(training)  # restores the mode before the call
-    if not counts:  # no rank has held-out data, because all ranks have equally many batches
+    if not counts:  # no rank has held-out data, as all ranks have equally many batches
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
