@@ -38,7 +38,7 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
 
     Returns:
         The manifest, and figures for display: pictures and families on each side, and the PSNR of the codes in dB. With
-            held-out variants, components of near-equal pictures are counted instead of families.
+        held-out variants, components of near-equal pictures are counted instead of families.
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.

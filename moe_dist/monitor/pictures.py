@@ -88,7 +88,7 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
     """Mean entropy of a token divided by the largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 would be a divisor of 0
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 cannot be a divisor
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 

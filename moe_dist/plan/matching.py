@@ -18,7 +18,7 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
         for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first, for fewer moves
             if place not in tried:
                 tried.add(place)
-                if place not in taken or take(taken[place], tried):  # the node's planned node may move to another node
+                if place not in taken or take(taken[place], tried):  # the planned node that holds `place` may move
                     taken[place] = who
                     return True
         return False

@@ -118,8 +118,7 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order, so no count
-        # changes.
+        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])

@@ -121,7 +121,7 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     """Measures training steps of the default job's model on random tokens, with our MoE layers and with Megatron-Core's.
-    Both use the same attention, router, loss, gradient reduction and optimizer."""
+    All steps use the same attention, router, loss, gradient reduction and optimizer."""
     half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))
     groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"

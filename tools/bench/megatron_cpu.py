@@ -61,7 +61,7 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a tensor constructor such as `torch.empty`; With the wrapper, `device="cuda..."` allocates on the CPU."""
+    """Wraps a tensor constructor such as `torch.empty`. With the wrapper, `device="cuda..."` allocates on the CPU."""
 
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):

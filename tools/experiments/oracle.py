@@ -28,8 +28,8 @@ from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # number of steps of Adam, and its learning rate in logits
-# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default of 1e-8, full steps
-# would go in the direction of that noise.
+# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon of 1e-8, full
+# steps would go in the direction of that noise.
 EPSILON = 1e-4
 _BATCH = 16  # questions per batch
 

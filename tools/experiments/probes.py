@@ -1,8 +1,9 @@
 """Changes the choices of a trained router by hooks, so that the effect can be measured; the model stays unchanged.
 
 threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is the simple way to use
-fewer experts in a top-2 model, and the baseline for adaptive routers. flip         p % of each expert's tokens are swapped
-with as many tokens that the expert had not chosen. This probe measures the cost of occasional wrong choices.
+             fewer experts in a top-2 model, and the baseline for adaptive routers.
+flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This probe measures
+             the cost of occasional wrong choices.
 """
 
 from collections.abc import Callable, Iterator, Sequence

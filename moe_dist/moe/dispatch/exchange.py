@@ -155,7 +155,7 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)  # free only now that the collective has read it
+        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read it
         return self.rows_RD
 
 

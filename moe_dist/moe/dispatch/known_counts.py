@@ -139,7 +139,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     Args:
         known: Dispatcher for assignments with counts.
         general: Dispatcher for assignments without counts, over the same ranks.
-        always: Use known counts also if a rank holds several experts of a group. Such a token is sent once per expert.
+        always: Use known counts even if a rank holds several experts of a group. A token is then sent once per expert.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:

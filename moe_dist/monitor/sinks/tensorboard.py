@@ -215,7 +215,7 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
     `step` is dropped too, because it will be repeated. Each file is replaced by one rename.
 
     TensorBoard's own mark for this (`purge_step`) does not help: its fast server ignores the mark and shows both attempts.
-    Reads from the newest file back to the first that needs no cut: even older files were cut when a later attempt began.
+    Reads from the newest file back to the first that needs no cut: files before it were cut when a later attempt began.
     The events of 100,000 steps take about ten seconds.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
