@@ -1,4 +1,4 @@
-"""The command `moe-dist`, also `python -m moe_dist`. Each subcommand is imported only when it runs: help needs no torch."""
+"""The command `moe-dist`, also `python -m moe_dist`. A subcommand is imported only when it runs, so help needs no torch."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from moe_dist.config.bundled import source_root
 from moe_dist.runtime.command_line import command_app
 from moe_dist.runtime.renamed import RENAMED
 
-# Subcommand, its function, its line in the help. The function alone defines the options.
+# Each entry: a subcommand, its function, and its line in the help text. Options are defined only at the function.
 COMMANDS = (
     ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
     ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),
@@ -49,7 +49,7 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """The subcommand of a module. `name` may be an old name, with or without its package."""
+    """The subcommand that replaces the module `name`, which may be an old name and may lack its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
     module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name
@@ -58,11 +58,11 @@ def _words_of(name: str) -> str | None:
 
 def load_subcommand(name: str) -> Any:
     """Imports a subcommand and returns its click command."""
-    root = str(source_root())  # this folder holds the packages launchers and tools, under the same names as a clone
+    root = str(source_root())  # holds the packages launchers and tools, in a clone and in an installed package
     if root not in sys.path:
         sys.path.insert(0, root)
         paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for child processes
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # child processes import the same packages
     module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
     command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
     command.name = name

@@ -20,7 +20,7 @@ class MoeDistError(Exception):
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # True if a launcher may start the same command again
-    consequence: bool = False  # True if an error on another rank is the cause; that rank reports the reason
+    consequence: bool = False  # True if the cause is an error on another rank, which reports the reason
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -61,13 +61,13 @@ class DivergedError(MoeDistError):
 
 
 class StoppedError(MoeDistError):
-    """The run got a stop signal; it can be resumed from its last checkpoint."""
+    """The run got a stop signal. The run can be resumed from its last checkpoint."""
 
     exit_code = 75
 
 
 class CheckpointError(MoeDistError):
-    """A checkpoint could not be written; the last committed one is intact."""
+    """A checkpoint could not be written. The last committed checkpoint is intact."""
 
 
 class StorageError(MoeDistError):

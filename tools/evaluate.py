@@ -48,7 +48,7 @@ class EvaluateOptions:
 
     @property
     def harness_tasks(self) -> list[str]:
-        """The names and files of --harness."""
+        """The names and files that the option --harness lists."""
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
 
@@ -57,7 +57,7 @@ class EvaluateOptions:
 def main(options: EvaluateOptions) -> None:
     """Evaluate a trained run."""
     env = RankEnv.from_environment(os.environ)
-    tasks = _check(options, env)  # before the model is loaded, because loading takes long
+    tasks = _check(options, env)  # checked before the model is loaded, because loading takes long
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model

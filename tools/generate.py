@@ -67,14 +67,14 @@ class GenerateOptions:
 @takes(GenerateOptions)
 def main(options: GenerateOptions) -> None:
     """Sample from a trained run."""
-    options.check()  # before the model is loaded, because loading takes long
+    options.check()  # checked before the model is loaded, because loading takes long
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # raises if the data does not fit, so it comes before the weights are loaded
+    grammar = vocabulary.grammar  # raises if the data does not fit, so it is read before the weights are loaded
     generator = Generator(
         trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )

@@ -47,7 +47,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
 ) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
-    # Numeric libraries read these variables when `prepare` loads them; more threads only slow the start down.
+    # Numeric libraries read these variables when `prepare` imports them. More threads would only slow the start down.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began, varied = time.monotonic(), _listed(vary)

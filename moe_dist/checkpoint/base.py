@@ -1,8 +1,8 @@
 """The frozen base model of adapters: a checkpoint of adapters stores the base's path and content hash, not its weights.
 
 Names and shapes decide which tensor of the base is loaded into which tensor of the model. Every parameter of the base must
-be used. The FFN of a layer comes from the base's dense FFN in that layer, else from the only expert of the layer's only
-group, because the import of a dense Hugging Face model makes such groups.
+be used. The FFN of a layer comes from the base's dense FFN in that layer. If the base has no dense FFN there, the FFN comes
+from the only expert of the layer's only group, because the import of a dense Hugging Face model makes groups of one expert.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.roles import EXPERT_NAME, Role, role_of_name
 
-KEY = "base"  # key in the values of a checkpoint
+KEY = "base"  # key under which `CheckpointState.values` names the base
 GUIDE = "docs/lora-experts.md"
 
 _FFN = re.compile(r"(?P<layer>layers\.\d+)\.(moe\.)?ffn\.(?P<tensor>gate|up|down)\.weight")
@@ -29,8 +29,8 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
 
 
 def content_hash(index: Index) -> str:
-    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer. It does not depend on the layout, the
-    optimizer's moments or the step count."""
+    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer. The hash does not depend on the layout
+    of ranks, the optimizer's moments or the step count."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())
@@ -66,7 +66,7 @@ class Base:
             DataError: the content hash differs.
         """
         found = content_hash(contents.index)
-        if found != self.content:  # the path alone is no proof: the folder may hold another model by now
+        if found != self.content:  # the path alone proves nothing, because the folder may hold another model by now
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",
@@ -135,8 +135,8 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
-    """Possible names of a model's tensor in the base, in order of preference. `only` has the group of each layer with a
-    single expert."""
+    """Possible names of a model's tensor in the base, in order of preference. `only` maps each layer with a single expert
+    to the name of that expert's group."""
     yield name
     if match := _NORM.fullmatch(name):
         yield f"{match['layer']}.ffn.norm.weight"
@@ -149,7 +149,7 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 
 def _only_experts(index: Index) -> dict[str, str]:
-    """The group of each layer with a single expert in a single group, by layer."""
+    """Maps each layer that has a single group with a single expert to the name of that group."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):

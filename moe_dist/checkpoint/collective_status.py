@@ -11,7 +11,7 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 
-_UNWRITABLE = 2  # a rank's status after a CheckpointError; any other error has 1000 + its exit code
+_UNWRITABLE = 2  # status of a rank that raised CheckpointError; after any other error the status is 1000 + its exit code
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class CollectiveStatus:
     """Exchanges a status between the ranks that save or load together.
 
     Args:
-        place: Folder, for messages.
+        place: Folder of the checkpoints, named in error messages.
         process_group: Gloo group of these ranks; None for a single rank.
         tracker: Tracker of the watchdog.
     """
@@ -33,12 +33,12 @@ class CollectiveStatus:
         self.world_size = dist.get_world_size(process_group) if process_group else 1
 
     def add(self, numbers: list[int], name: str = "checkpoint numbers") -> list[int]:
-        """Sums over all ranks, modulo 2^64 as int64. One all-reduce."""
+        """Sums integers over all ranks by one all-reduce, modulo 2^64 as int64."""
         summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
     def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T | None:
-        """Runs `action` on rank 0 only, else like `phase`. Returns the result on rank 0, None on the other ranks."""
+        """Like `phase`, but runs `action` on rank 0 only. Returns the result on rank 0, None on the other ranks."""
         return self.phase(name, lambda: action() if self.rank == 0 else None, kind=kind)
 
     def phase(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T:
@@ -57,7 +57,7 @@ class CollectiveStatus:
         # Every error must reach the all-reduce below: a rank that raised here would leave its peers waiting.
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size  # one slot per rank, so that the sum tells which ranks failed
+        reports = [0] * self.world_size  # one status per rank, so that the sum over the ranks tells which ranks failed
         if error is not None:
             reports[self.rank] = _report(error)
         codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, whatever happened
@@ -75,7 +75,7 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error that a rank without a failure raises; it has the class of the first failed rank's error."""
+    """The error that a rank without a failure raises. Its class is that of the first failed rank's error."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

@@ -28,7 +28,7 @@ from moe_dist.errors import DataError
 CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
 
-_MAX_BYTES = 4096  # of SHA256SUMS; a valid file has about 200
+_MAX_BYTES = 4096  # largest size of SHA256SUMS that is read; a valid file has about 200 bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Examined:
 
     index: Index | None = None
     state: StateFile | None = None
-    headers: dict[int, ShardHeader] = field(default_factory=dict)  # of the intact shards, by number
+    headers: dict[int, ShardHeader] = field(default_factory=dict)  # headers of the intact shards, by shard number
     file_problems: list[CheckpointProblem] = field(default_factory=list)
 
 
@@ -54,7 +54,7 @@ def open_checkpoint(folder: Path) -> Contents:
     """Reads index and state of a checkpoint, and checks them against each other and their digests.
 
     Raises:
-        DamagedError: files are missing or damaged, or belong to different saves; names each file.
+        DamagedError: files are missing or damaged, or belong to different saves. The error names each file.
     """
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
@@ -122,13 +122,13 @@ def examine_files(folder: Path) -> Examined:
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
     """The problem of a shard with a readable header; None if the shard is intact."""
     name = shard_file(number)
-    if header.save_id != index.save_id:  # first, because another save explains all other differences
+    if header.save_id != index.save_id:  # checked first, because a shard of another save differs in everything else too
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
         if all(part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()):
             return CheckpointProblem("mixed up", name, whose)
         return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
     shard = index.shards[number]
-    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # covers a swap of two ranks' files
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # also detects swapped files of two ranks
         detail = "its header differs from the one that was saved; perhaps it is another rank's file"
         return CheckpointProblem("damaged", name, detail)
     for part, (dtype, chunk) in header.parts.items():
@@ -151,7 +151,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # with mixed files, digests would only repeat the problem
+    if len(set(said.values())) > 1:  # if the files are of different saves, wrong digests would only repeat this problem
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())
@@ -162,7 +162,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # one problem for each file is enough
+    faulty = {problem.file for problem in problems}  # files that have a problem already are not checked further
     for name, digest in (checksums[1] if checksums else {}).items():
         path = folder / name
         if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -171,7 +171,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Content of SHA256SUMS; the save id stands in a comment."""
+    """Content of SHA256SUMS. A comment in it has the save id."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 

@@ -18,11 +18,11 @@ _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 class Family:
     """Counts of the tensors of one kind."""
 
-    name: str  # dense, routers, adapters, or experts of a group; or one moment of such a kind
+    name: str  # dense, routers, adapters or experts of a group, or one of the optimizer's moments of such tensors
     tensors: int
     numbers: int  # elements of all tensors
     nbytes: int
-    detail: str  # for experts layers x experts x matrices, else empty
+    detail: str  # for experts the text layers x experts x matrices, for other kinds empty
 
 
 def families(index: Index) -> list[Family]:
@@ -40,7 +40,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
     """Step, run, progress, layout and versions of a checkpoint, as (name, text)."""
     config = _mapping(state.values.get("config"))
     run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
-    base = _mapping(state.values.get("base"))  # of a checkpoint of adapters
+    base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base
     taken = f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""
     counters = _mapping(state.values.get("progress")).items()
     counted = [f"{name} {value:,}" for name, value in counters if isinstance(value, int)]
@@ -60,7 +60,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """One line for each EP rank with its experts."""
+    """For each EP rank, one line that lists the rank's experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
         return ["unknown"]

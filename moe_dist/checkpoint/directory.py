@@ -38,18 +38,18 @@ class CheckpointDirectory:
         """Steps of all committed checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # temporary folders have other names
+        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # temporary folders have no step
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
-        """Step that `latest` names; -1 before the first save.
+        """Step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
             DataError: `latest` names no checkpoint in this folder, or is missing although there are checkpoints.
         """
         path = self.folder / LATEST_FILE
         try:
-            content = path.read_bytes()  # one read, because another process may replace the file
+            content = path.read_bytes()  # read only once, because another process may replace the file
         except FileNotFoundError:
             if self.steps():
                 raise DataError(
@@ -60,12 +60,12 @@ class CheckpointDirectory:
             return -1
         match = _POINTER.fullmatch(content)
         name = match[1].decode() if match else content.decode(errors="replace").strip()
-        if match is None or not (self.folder / name / STATE_FILE).is_file():  # a name alone may come from a manual edit
+        if match is None or not (self.folder / name / STATE_FILE).is_file():  # `latest` may be a wrong manual edit
             raise DataError(f"{path} names {name!r}, which is not a checkpoint in that folder. {self.fix()}")
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """A sentence that tells the user how to resume from another checkpoint than the failed one."""
+        """A sentence that tells the user how to resume from a checkpoint other than the failed one."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."
@@ -77,7 +77,7 @@ class CheckpointDirectory:
         new checkpoint is already committed."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
-                # Renamed first, so that a half-deleted folder never looks like a checkpoint.
+                # The folder is renamed first, so that a half-deleted folder never looks like a checkpoint.
                 self.path_of(old).rename(self.folder / f"step_{old}.0.removed")
             self.remove_leftovers()
         except OSError as error:

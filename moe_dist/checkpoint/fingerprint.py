@@ -3,8 +3,9 @@
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 
 where i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to
-64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. So the fingerprints of
-disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any cut, and on any device.
+64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. Because mixed elements are
+only added, the fingerprints of disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any cut,
+and on any device.
 
 A change of one element always changes the sum; several changes, or swapped elements, go undetected with probability 2^-64.
 The fingerprint detects accidents, but is no signature: an attacker can construct another tensor with the same sum.
@@ -34,19 +35,19 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
     """
     whole = tuple(piece.shape if shape is None else shape)
     total = torch.zeros((), dtype=torch.int64, device=piece.device)  # stays on the device, so the loop does not sync
-    # position times G for a block, computed once and shifted for each block
+    # (i + 1) * G for the positions i of one block: computed once, then shifted for each further block
     keys = torch.arange(min(_BLOCK, max(1, piece.numel())), dtype=torch.int64, device=piece.device).mul_(signed(_G))
     flat = piece.detach().contiguous().reshape(-1)  # copies only a non-contiguous piece
-    bits = flat.view(_BITS[flat.element_size()])  # bit patterns: -0.0 and 0.0 differ, and NaN equals itself
+    bits = flat.view(_BITS[flat.element_size()])  # compares bit patterns: -0.0 differs from 0.0, and NaN equals itself
     for begin, place, length in _runs(tuple(piece.shape), tuple(offsets) or (0,) * piece.ndim, whole):
         for at in range(0, length, _BLOCK):
             part = bits[begin + at : begin + min(at + _BLOCK, length)]
-            x = part.to(torch.int64, copy=True)  # a copy also of int64, because the next operations are in place
+            x = part.to(torch.int64, copy=True)  # copies int64 elements too, because the next operations are in place
             x.add_(keys[: x.numel()]).add_(signed((place + at + 1) * _G))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M1))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M2))
             total += x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).sum()
-    return int(total) % (1 << 64)  # syncs
+    return int(total) % (1 << 64)  # device-to-host sync
 
 
 def hexadecimal(value: int) -> str:
@@ -55,10 +56,11 @@ def hexadecimal(value: int) -> str:
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(first element in the box, first element in the whole tensor, length) of each run that is contiguous in both."""
+    """For each block of elements that is contiguous in the box and in the whole tensor: its first element in the box, its
+    first element in the whole tensor, and its length."""
     if not math.prod(box):
         return
-    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # later dims are complete
+    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim that the box does not fill
     inner = math.prod(box[cut:])
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))

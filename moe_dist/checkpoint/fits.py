@@ -1,4 +1,5 @@
-"""Compares a checkpoint with a model, tensor by tensor: checks that all fit, or selects those that do and reports them."""
+"""Compares a checkpoint with a model, tensor by tensor: checks that all fit, or selects and reports the tensors that
+fit."""
 
 import math
 import re
@@ -15,7 +16,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
 
-# safetensors' names of the dtypes, see `index.ITEMSIZE`.
+# Names of the dtypes in safetensors files; `index.ITEMSIZE` has the same names.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,9 +50,9 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
     problems = {
         name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
         for name, spec in specs.items()
-        if math.prod(spec.shape)  # empty tensors are not saved, as the null rows of a group without null experts
+        if math.prod(spec.shape)  # empty tensors, such as the null rows of a group without null experts, are not saved
     }
-    surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, because sets have no order and messages should
+    surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, so that the order of messages does not change
     problems |= {
         name: "in the checkpoint, but not in the model"
         for name in surplus
@@ -64,7 +65,7 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
     """Checks that a checkpoint belongs to this model.
 
     Raises:
-        ConfigError: a tensor differs; lists all differences.
+        ConfigError: a tensor differs. The error lists all differences.
     """
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
@@ -85,8 +86,9 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Asserts before a commit that the index contains every tensor of the model exactly once. A failure is a bug."""
-    problems = index_problems(index) + _lines(differences(index, specs))  # a gap in a tensor would load as garbage
+    """Asserts before a commit that the index contains every tensor of the model exactly once. A failure is a bug of
+    moe_dist."""
+    problems = index_problems(index) + _lines(differences(index, specs))  # also finds gaps, which would load as garbage
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 
@@ -118,7 +120,7 @@ class Taken:
         elements: Total elements of the loaded parameters.
         kept: Parameters of the model that keep their initial values, each with the reason.
         left: Parameters of the checkpoint that were not used.
-        made_of: Names in the checkpoint, for loaded parameters with another name there.
+        made_of: For each loaded parameter with another name in the checkpoint: the name there.
     """
 
     folder: Path
@@ -129,7 +131,7 @@ class Taken:
     made_of: Mapping[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
-        """A readable report; names that differ only in layer or expert share a line."""
+        """A report for people. Parameters whose names differ only in the layer or expert number share a line."""
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)
@@ -142,8 +144,8 @@ class Taken:
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The parameters with the same name, shape and dtype in checkpoint and model, each mapped to its own name; equal on all
-    ranks."""
+    """Maps each parameter with the same name, shape and dtype in checkpoint and model to its own name. The result is equal
+    on all ranks."""
     parameters = _parameters(specs)
     differ = differences(contents.index, parameters)
     return {name: name for name in parameters if name in contents.index.tensors and name not in differ}

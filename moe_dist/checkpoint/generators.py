@@ -1,5 +1,5 @@
 """Saves and restores the random number generators of one rank (torch on host and device, numpy, Python) as JSON values.
-Data order and initial weights do not use them; they depend on the seed only."""
+Data order and initial weights do not use these generators; both depend on the seed only."""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from moe_dist.errors import DataError
 
 
 def generator_states(device: torch.device) -> dict[str, JsonValue]:
-    """The current states. On CUDA one device-to-host sync."""
+    """The current states of all generators. On CUDA this costs one device-to-host sync."""
     version, numbers, gauss = random.getstate()
     name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states: dict[str, JsonValue] = {

@@ -13,23 +13,23 @@ from moe_dist.config.renamed import translate
 from moe_dist.errors import DataError
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
-FORMAT = 2  # 1 had no fingerprints
-MAX_FAULTS = 20  # most problems in one message
-MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file cannot be valid
+FORMAT = 2  # version of the format; version 1 had no fingerprints
+MAX_FAULTS = 20  # largest number of problems that one message lists
+MAX_JSON_BYTES = 1 << 28  # no valid file is larger: an index of 64 layers x 128 experts has 16 MB
 
 # Bytes per element of each dtype in checkpoints, by its name in safetensors.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
 class StoredModel(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")  # an unknown key is damage or a newer format
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")  # an unknown key means damage or a newer format
 
 
 M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
-    """A box of a tensor. It is stored in the shard file with number `shard`."""
+    """A box of a tensor, stored in the shard file with the number `shard`."""
 
     shard: NonNegativeInt
     offsets: tuple[NonNegativeInt, ...]
@@ -46,7 +46,7 @@ class Entry(StoredModel):
 
 
 class ShardEntry(StoredModel):
-    """Size and header digest of one shard file. Fingerprints cover the tensors behind the header."""
+    """Size and header digest of one shard file. Fingerprints cover the tensors, which follow the header."""
 
     size: NonNegativeInt
     header_sha256: str
@@ -56,9 +56,9 @@ class Index(StoredModel):
     """Content of index.json."""
 
     format: Literal[2] = FORMAT
-    save_id: str  # random id that all files of a save contain, so that files of different saves are recognised
+    save_id: str  # random id in all files of a save: it reveals files of different saves
     step: NonNegativeInt
-    shards: tuple[ShardEntry, ...]  # one for each rank that wrote
+    shards: tuple[ShardEntry, ...]  # one entry per rank that wrote a file
     tensors: dict[str, Entry]
 
     @property
@@ -74,7 +74,7 @@ class StateFile(StoredModel):
     step: int
     world_size: int
     optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
-    placement: dict[str, JsonValue]  # groups and slots, for people; loading does not use them
+    placement: dict[str, JsonValue]  # expert groups and slots, shown to people; loading does not use them
     versions: dict[str, str]
     values: dict[str, JsonValue]  # see `CheckpointState.values`
 
@@ -84,12 +84,12 @@ class StateFile(StoredModel):
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
-        """The file's content. NaN and infinity raise ValueError, because JSON does not have them."""
+        """The content of the JSON file. NaN and infinity raise ValueError, because JSON does not have them."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
 def shard_file(number: int) -> str:
-    """Name of a shard file. Derived from a number, so that an index cannot point outside its folder."""
+    """Name of a shard file, derived from its number so that an index cannot point outside its folder."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -100,7 +100,7 @@ def read_stored(path: Path, model: type[M]) -> M:
         DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:  # before reading, so that a planted file cannot exhaust the memory
+        if path.stat().st_size > MAX_JSON_BYTES:  # checked before reading, so that a planted file cannot exhaust the memory
             raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -143,7 +143,7 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """True if the boxes tile the shape. Accepts only boxes that differ along one dim, because all layouts cut only one."""
+    """True if the boxes cover the shape exactly once. Boxes may differ along one dim only, as in all layouts."""
     if 0 in entry.shape:  # an empty tensor has no bytes and is not stored
         return not entry.chunks
     rank = len(entry.shape)
@@ -164,7 +164,7 @@ def _filled_once(entry: Entry) -> bool:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """A head line and the first MAX_FAULTS problems below it."""
+    """A message: a head line, then the first MAX_FAULTS problems."""
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
@@ -193,7 +193,7 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """A checkpoint differs from what was saved. `file_problems` lists each problem with its kind."""
+    """Raised if a checkpoint differs from what was saved. `file_problems` lists each problem with its kind."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

@@ -6,8 +6,8 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. Before that its files lie in `step_N.<id>.tmp` with a random id, so that
-an unexpected second writer cannot mix its files with them.
+A checkpoint is committed when `latest` names it. Before the commit its files lie in `step_N.<id>.tmp` with a random id, so
+that a second writer cannot mix its files with them.
 """
 
 import secrets
@@ -43,7 +43,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
 
-SLACK = 1 << 20  # bytes for headers, index and state, in addition to 1 % of the tensors
+SLACK = 1 << 20  # bytes of free space required for headers, index and state, in addition to 1 % of the tensors
 
 T = TypeVar("T")
 
@@ -54,25 +54,25 @@ class Restored:
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]  # of this rank; empty if the number of ranks has changed
+    rank_values: dict[str, JsonValue]  # values that this rank saved; empty if the number of ranks has changed
 
 
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them
-    in the same order and gets the same result. They use small all-reduces on the host: one before writing, and one after
-    each phase, so that an error on any rank reaches all. `write` may run in a thread during training, if nothing else uses
-    the group at that time.
+    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
+    these methods in the same order and gets the same result. The methods use small all-reduces on the host: one before
+    writing, and one after each phase, so that an error on any rank reaches all ranks. `write` may run in a thread during
+    training, if nothing else uses the group at that time.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process may no
-            longer write to the run.
+        lease_check: Function that rank 0 calls before anything is written, and before each rename. The function raises if
+            this process may no longer write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: Tracker of the watchdog. It does not track `write`: its thread and the training issue their collectives in
-            a different relative order on each rank.
+        tracker: Tracker of the watchdog. `write` is not tracked, because the relative order of its thread's collectives and
+            the training's collectives differs between ranks.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CheckpointManager:
         return self._status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
-        """Writes the state without copying it first. Blocks until the checkpoint is committed."""
+        """Saves the state without copying it first, and blocks until the checkpoint is committed."""
         self._check_layout(state.layout)
         return self.write(take_snapshot(step, state))
 
@@ -107,10 +107,10 @@ class CheckpointManager:
                 partial files are deleted, so that a later save may succeed.
             MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
         """
-        self._check_layout(snapshot.layout)  # a wrong layout would write pieces twice or not at all
+        self._check_layout(snapshot.layout)  # with a wrong layout, pieces would be written twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:  # a resume may end on the step that it has loaded
+        if committed:  # a resumed run may end on the step that it has loaded
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -128,8 +128,8 @@ class CheckpointManager:
         return target
 
     def clear(self) -> None:
-        """Deletes the temporary files of crashes and of earlier writers. A new holder of the lease calls it before it loads
-        anything: if a suspended earlier writer wakes up later, its rename then fails.
+        """Deletes the temporary files of crashes and of earlier writers. A new holder of the lease calls `clear` before it
+        loads anything. If a suspended earlier writer wakes up later, its rename then fails.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -153,27 +153,27 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0; if it fails, all ranks raise. File system errors become `kind`. One all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise. File system errors become `kind`. Costs one all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
         return self._status.first(what, action, kind=kind)
 
     def broadcast(self, what: str, action: Callable[[], int]) -> int:
-        """Runs `action` on rank 0 and returns its result on all ranks; raises like `agree`. Two all-reduces."""
+        """Runs `action` on rank 0 and returns its result on all ranks. Raises like `agree`. Costs two all-reduces."""
         (number,) = self._status.add([self.agree(what, action) or 0])
         return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint of any layout into the tensors of `state` and its optimizer's step count, in place.
 
-        Then compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks): this detects
-        damage on disk and errors in assembling the pieces. A state without optimizer loads only the parameters. After an
-        error some tensors may have been loaded.
+        After loading, compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks). The
+        comparison detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the
+        parameters. After an error some tensors may have been loaded.
 
         Raises:
-            ConfigError: the checkpoint belongs to another model; lists the differences.
-            DataError: a file is missing, damaged or foreign; names the file and the other checkpoints.
+            ConfigError: the checkpoint belongs to another model. The error lists the differences.
+            DataError: a file is missing, damaged or foreign. The error names the file and the other checkpoints.
         """
         self._check_layout(state.layout)
         try:
@@ -196,9 +196,9 @@ class CheckpointManager:
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Maps each parameter to load to its name in the checkpoint, equal on all ranks. By default the
-                parameters with equal name, shape and dtype; `moe_dist.checkpoint.upcycle` and `base` define others.
-            check: Called with the checkpoint before a tensor is read; may raise.
+            sources: Maps each parameter to load to its name in the checkpoint, equal on all ranks. The default selects the
+                parameters with equal name, shape and dtype. Other maps are in `moe_dist.checkpoint.upcycle` and `base`.
+            check: Function that gets the checkpoint before a tensor is read, and may raise.
 
         Raises:
             ConfigError: there is no checkpoint, no parameter matches, or `sources` or `check` refuse the checkpoint.
@@ -207,7 +207,7 @@ class CheckpointManager:
         self._check_layout(state.layout)
 
         def read() -> tuple[Contents, dict[str, str]]:
-            contents = open_checkpoint(find_checkpoint(path))  # all JSON files and digests, before any tensor changes
+            contents = open_checkpoint(find_checkpoint(path))  # checks all JSON files and digests before any tensor changes
             if check is not None:
                 check(contents)
             found = dict(sources(contents, state.specs))
@@ -230,7 +230,7 @@ class CheckpointManager:
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
         """Total bytes of all ranks, the save id of rank 0, and True if the step is already committed. One all-reduce."""
         first = self._status.rank == 0
-        # The other ranks add zeros, so the sum is the id and the flag of rank 0.
+        # All ranks but rank 0 add zeros, so the sums are the save id and the committed flag of rank 0.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -246,32 +246,32 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # Created before the first commit: then a missing `latest` never results from a crash in that commit.
+            # The file `latest` is created before the first commit, so that a crash in that commit cannot leave it missing.
             self._point(NONE_YET)
         temporary.mkdir()  # fails if the folder exists, so an id is never used twice
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
-        """Writes index and state, then renames the folder; runs on rank 0. Checks the lease right before each rename (see
-        `clear`). Syncs each step to disk before the next."""
+        """Writes index and state, then renames the folder; runs on rank 0. Checks the lease right before each rename, for
+        the reason in `clear`. Each step is on disk before the next step starts."""
         try:
             ranks = self._status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
         except DataError as error:
             raise CheckpointError(f"the written files cannot be read back: {error}") from error
-        check_complete(index, snapshot.specs)  # reads headers only; the tensors were just written
+        check_complete(index, snapshot.specs)  # checks names and shapes only, because the tensors were just written
         files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
         for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
             write_durably(temporary / name, content)
-        sync(temporary)  # the entries of the folder, before its rename can become durable
+        sync(temporary)  # the folder's entries must be on disk before its rename
         self._lease_check()
-        if target.exists():  # after a crash between the two renames: complete, but `latest` does not name it
+        if target.exists():  # a complete checkpoint that `latest` does not name, left by a crash between the two renames
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)  # atomic on one file system
         sync(self._folder)
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
-        """Replaces `latest` durably. Checks the lease after the sync, which may take long, right before the rename."""
+        """Replaces `latest` durably. Checks the lease right before the rename, because the sync before it may take long."""
         pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
@@ -286,7 +286,7 @@ class CheckpointManager:
         """Deletes old checkpoints. Checks the lease first, because files of another writer's save look like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # the records are not on disk yet; the next save deletes
+        except CheckpointError:  # the run's records are not on disk yet, so the next save deletes old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 
@@ -298,7 +298,8 @@ class CheckpointManager:
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads the tensors. Returns the contents and, if the number of ranks is unchanged, this rank's values."""
+        """Reads the tensors. Returns the checkpoint's contents, and this rank's values if the number of ranks is
+        unchanged."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
@@ -311,19 +312,19 @@ class CheckpointManager:
         return contents, headers[self._status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Checks this rank's part of the shard headers. The ranks together check all, also shards that no rank reads."""
+        """Checks this rank's part of the shard headers. The ranks together check all headers, even of unread shards."""
         numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
-        sum over the ranks. `sources` is equal on all ranks. Two all-reduces: one number per tensor, and the status."""
+        sum over the ranks. `sources` is equal on all ranks. Costs two all-reduces: a number per tensor, and the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that all ranks sum the same tensors
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
         for name, piece in pieces_of(held).items():
             found = piece.fingerprint()
-            if name in written:  # true on exactly one of the ranks that hold this piece
+            if name in written:  # exactly one of the ranks that hold this piece adds its fingerprint
                 sums[name] = signed(found)
             if tuple(piece.tensor.shape) == piece.shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)

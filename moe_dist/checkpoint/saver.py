@@ -6,7 +6,7 @@
 - At most one save is in flight; the next save waits for it.
 - A failed save is logged and leaves `latest` unchanged; the next interval tries again. A run waits for its last save and
   for the save before a stop.
-- If the process dies during a save, the next start deletes the partial folder.
+- If the process dies during a save, the next start of the run deletes the partial folder.
 """
 
 import logging
@@ -32,10 +32,10 @@ class CheckpointWriter:
 
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
-        asynchronous: True: a thread writes a copy in host memory, as large as this rank's part. False: the training waits
-            for each save, without a copy.
-        tracker: Tracker of the watchdog. It counts the wait for a save as a collective.
-        report: Called on rank 0 with the seconds from the start of each save until it was durable.
+        asynchronous: If True, a thread writes a copy in host memory, which is as large as this rank's part of the state. If
+            False, no copy is made, and the training waits for each save.
+        tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
+        report: Function that rank 0 calls after each save, with the seconds that it took until it was durable.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class CheckpointWriter:
         return self._in_flight is not None and self._in_flight.is_alive()
 
     def write(self, step: int, state: CheckpointState, *, durable: bool) -> None:
-        """Saves a state, after the save in flight has ended.
+        """Waits for the save in flight, then saves a state.
 
         Args:
-            durable: True: returns after the commit and raises if the save fails. False: a failed save is logged later and
-                does not end the run.
+            durable: If True, `write` returns after the commit, and raises if the save fails. If False, a failed save is
+                logged later and does not end the run.
 
         Raises:
             CheckpointError: a durable save could not be written.
@@ -89,7 +89,7 @@ class CheckpointWriter:
             self.poll()
 
     def wait(self) -> None:
-        """Waits for the save in flight. If it could not be written, the log reports it.
+        """Waits for the save in flight. A save that could not be written is reported in the log.
 
         Raises:
             MoeDistError: the save failed with another error.
@@ -98,7 +98,8 @@ class CheckpointWriter:
         self.poll()
 
     def poll(self) -> None:
-        """Does the same as `wait` if no save is in flight, else nothing. The training calls it after each step."""
+        """Reports the last save like `wait`, or does nothing while a save is in flight. The training polls after each
+        step."""
         if self._failure is None or self.in_flight:
             return
         try:
@@ -109,7 +110,7 @@ class CheckpointWriter:
     def _join(self) -> None:
         if self._in_flight is not None:
             with track_collective(self._tracker, "checkpoint", device=_HOST):
-                self._in_flight.join()  # costs the rest of the write, and counts for the watchdog
+                self._in_flight.join()  # waits for the rest of the write; the watchdog counts this time
             self._in_flight = None
 
     def _raise_failure(self) -> None:

@@ -1,8 +1,8 @@
 """Reads and checks the header of a shard file, without its tensors and without torch.
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
-without gaps. The entry `__metadata__` of the header maps strings to strings. It has `DCP_SHARDING_INFO` of
-torch.distributed.checkpoint (the offsets of each part in its tensor), and the entries of moe_dist.
+without gaps. The entry `__metadata__` of the header maps strings to strings. `__metadata__` has
+torch.distributed.checkpoint's `DCP_SHARDING_INFO` (the offsets of each part in its tensor), and moe_dist's entries.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationEr
 
 from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
 
-MAX_HEADER_BYTES = 100_000_000  # limit of safetensors
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses larger headers
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
@@ -36,16 +36,16 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a shard file; `parts`, `fingerprints` and `ends` are by the name of the tensor."""
+    """The header of a shard file. `parts`, `fingerprints` and `ends` have one entry per tensor, by name."""
 
     save_id: str
     step: int
     parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) and box of each tensor part in the file
     fingerprints: dict[str, int]
     ends: dict[str, int]  # byte offset in the file at which the part ends
-    rank_values: dict[str, JsonValue]  # of the rank that wrote the file
+    rank_values: dict[str, JsonValue]  # values that the writing rank saved for itself
     size: int  # bytes that the file must have
-    sha256: str  # of the header
+    sha256: str  # digest of the header
 
 
 def metadata_of(
@@ -66,7 +66,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
     """Reads and checks a header, and compares it with the size of the file.
 
     Raises:
-        DamagedError: with one problem: missing, truncated, foreign or damaged.
+        DamagedError: has one problem, of kind missing, truncated, foreign or damaged.
     """
     path = folder / shard_file(number)
 
@@ -76,7 +76,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size  # of the file, to compare with the size that the header implies
+        size = path.stat().st_size  # compared below with the size that the header implies
         with path.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -98,7 +98,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # appended bytes would go unnoticed by safetensors
+    if size > shard.size:  # safetensors would not notice appended bytes
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
@@ -111,7 +111,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     sums = _SUMS.validate_json(metadata["fingerprints"])
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        # Fingerprints do not cover bytes in a gap between parts.
+        # No gap between parts is allowed, because fingerprints would not cover the bytes in it.
         if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
@@ -132,7 +132,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Kind and detail of the problem of an invalid header: damaged if moe_dist wrote it, else foreign."""
+    """Kind and detail of the problem of an invalid header. The kind is damaged if moe_dist wrote the file, else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

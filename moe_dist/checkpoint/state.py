@@ -34,7 +34,7 @@ class RankLayout:
     placement: ExpertPlacement
     rank: int = 0
     world_size: int = 1
-    ep_rank: int = 0  # rank in the EP group
+    ep_rank: int = 0  # rank in the EP (expert-parallel) group
     edp_rank: int = 0  # rank among the ranks with the same experts
     edp_size: int = 1
 
@@ -52,8 +52,8 @@ class LocalShard:
     """A logical tensor, or a shard of it, on this rank."""
 
     tensor: Tensor  # a plain tensor if whole, a DTensor if sharded
-    copies: int  # number of ranks that hold the same piece
-    position: int  # this rank's index among them
+    copies: int  # number of ranks that hold the same piece as this rank
+    position: int  # this rank's index among the ranks with the same piece
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class CheckpointState:
 
     Attributes:
         held: This rank's tensors by logical name.
-        specs: Specs of the logical tensors of all ranks; equal on all ranks.
+        specs: Specs of the logical tensors of all ranks. The dict is equal on all ranks.
         optimizer: The optimizer whose moments are included; None without moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
-        rank_values: JSON values of this rank, such as RNG states; restored only with the same number of ranks.
+        rank_values: JSON values of this rank, such as RNG states. Restored only with the same number of ranks.
     """
 
     held: Mapping[str, LocalShard]
@@ -98,13 +98,14 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """The state of this rank's model and optimizer, without copies and without a collective. Creates missing moments.
+    """The state of this rank's model and optimizer. Makes no copies and calls no collective, but creates missing moments.
 
     Args:
-        model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks or, for experts, over edp,
-            sharded by whole experts (dim 0) or inside each expert; gathered parameters are resharded.
+        model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
+            the ranks with the same experts (edp). Experts are sharded whole (dim 0) or inside. Gathered parameters are
+            resharded.
         optimizer: Optimizer of the model's parameters; None leaves the moments out.
-        part: `trained` leaves frozen parameters out, `frozen` takes only frozen parameters.
+        part: `trained` omits frozen parameters, and `frozen` takes only frozen parameters.
     """
     stacks = _expert_stacks(model)
     tensors = _distinct_tensors(model)
@@ -113,7 +114,7 @@ def capture(
         tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
-        materialise_moments(optimizer)  # zeros before the first step, so that a new run and a resume save the same tensors
+        materialise_moments(optimizer)  # moments start as zeros, so that a new run and a resumed run save the same tensors
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         # A parameter that is empty on this rank has no moments here, but other ranks may have some.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
@@ -139,7 +140,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{path}: a module's extra state is not saved; make it a buffer or pass it in `values`")
-        distinct.setdefault(id(tensor), (logical_name(path), tensor))  # tied names share one object, not only its values
+        distinct.setdefault(id(tensor), (logical_name(path), tensor))  # tied names share one tensor object
     return dict(distinct.values())
 
 
@@ -151,7 +152,7 @@ def _expert_stacks(model: nn.Module) -> set[str]:
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """This rank's logical pieces of `tensors`, and the specs of all ranks' logical tensors for the names in `like`."""
+    """This rank's logical pieces of `tensors`, and the specs of all ranks' whole logical tensors named in `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -172,7 +173,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Logical expert id and piece of each expert in a stack [e, ...]. The pieces are views."""
+    """Logical expert id and piece of each expert in a stack of experts [e, ...]. The pieces are views of the stack."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):

@@ -1,9 +1,9 @@
 """Writes tensors to shard files and reads them, without collectives and without pickle; copies them for a save in the
 background.
 
-The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor a rank needs, for any two layouts. DCP's
-`save` and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
-(`DCP_SHARDING_INFO`), so that DCP's HuggingFaceStorageReader can read them.
+The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor a rank needs, when a checkpoint of one
+layout is loaded into another. DCP's `save` and `load` are not used, because they exchange pickled plans. The files are
+safetensors with DCP's header (`DCP_SHARDING_INFO`), so that DCP's HuggingFaceStorageReader can read them.
 """
 
 import json
@@ -49,10 +49,10 @@ class Piece:
 
     tensor: Tensor  # the piece as a plain tensor
     offsets: tuple[int, ...]  # first element of the piece in each dim of the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """The piece's part of the whole tensor's fingerprint: the fingerprints of all pieces sum to it."""
+        """The piece's share of the whole tensor's fingerprint, which is the sum of the shares of all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -75,7 +75,7 @@ class Snapshot:
 
     step: int
     pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece
-    specs: Mapping[str, TensorSpec]  # of all logical tensors, equal on all ranks
+    specs: Mapping[str, TensorSpec]  # specs of all logical tensors, equal on all ranks
     layout: RankLayout
     optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
     values: dict[str, JsonValue]
@@ -102,13 +102,13 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for the copies, as many bytes as this rank writes. All saves share it, so only one snapshot can exist."""
+    """Host memory for the copies, as many bytes as this rank writes. Saves share it, so only one snapshot can exist."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Copies the pieces. On CUDA one device sync, at the end."""
+        """Copies the pieces. On CUDA the copy ends with one device sync."""
         copies: dict[str, Piece] = {}
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
@@ -142,7 +142,7 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
         specs=state.specs,
         layout=state.layout,
         optimizer_steps=step_count(state.optimizer) if state.optimizer is not None else None,
-        values=dict(state.values),  # copies, because the training changes its own
+        values=dict(state.values),  # copied, because the training changes its own values
         rank_values=dict(state.rank_values),
     )
 
@@ -152,7 +152,7 @@ def write_shard(
 ) -> None:
     """Writes one rank's pieces with fingerprints into the rank's file, and syncs the file to disk.
 
-    Pieces on a device are first copied to the host, which needs as much host memory as the file has bytes.
+    Pieces on a device are first copied to the host, so host memory of the size of the file is needed.
     """
     data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # safetensors needs contiguous memory
     metadata = metadata_of(
@@ -163,7 +163,7 @@ def write_shard(
         rank_values=rank_values,
     )
     path = folder / shard_file(number)
-    save_file(data, path, metadata=metadata)  # writes in one go; the sync below makes it durable
+    save_file(data, path, metadata=metadata)  # writes the whole file; the sync below makes it durable
     sync(path)
 
 
@@ -193,7 +193,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # from disk, so that the ranks need not send their headers to rank 0
+        header = read_shard_header(folder, number)  # read from disk, so that ranks need not send their headers to rank 0
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():
@@ -215,7 +215,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps tensors to names in the checkpoint that differ; several tensors may have the same source.
+        sources: Maps tensors with another name in the checkpoint to that name. Several may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -229,7 +229,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
         parts = index.tensors[there[item.storage_index.fqn]].chunks
         chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
         by_shard[chunk.shard].append((item, chunk))
-    for number, items in sorted(by_shard.items()):  # one file after the other, so that each is opened once
+    for number, items in sorted(by_shard.items()):  # reads the files one after the other, so that each file is opened once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
             for item, chunk in items:

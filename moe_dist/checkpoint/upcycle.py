@@ -1,5 +1,5 @@
 """Sparse upcycling: initialises the experts of a model from a dense checkpoint, by names and shapes (Komatsuzaki et al.,
-arXiv 2212.05055; MoMa's seed with one expert per modality, arXiv 2407.21770).
+arXiv 2212.05055). MoMa (arXiv 2407.21770) starts from a model with one expert per modality.
 
 In each layer the experts of a group are copies of the first source below that the checkpoint contains:
 
@@ -35,7 +35,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     """Maps each parameter whose source has another name to the source; equal on all ranks.
 
     Args:
-        folder: Folder of the checkpoint, for messages.
+        folder: Folder of the checkpoint, named in error messages.
         specs: The tensors of the model.
 
     Raises:
@@ -43,7 +43,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     """
     there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
     sources: dict[str, str] = {}
-    problems: dict[str, None] = {}  # in order, each once
+    problems: dict[str, None] = {}  # ordered, without repetitions
     for name in specs:
         if norm := _NORM.fullmatch(name):
             source = f"{norm['layer']}.ffn.norm.weight"
@@ -67,7 +67,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` has the other tensors
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` returns equal names
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
@@ -86,7 +86,8 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
 
 
 def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """The source of an expert's tensor: its own name if the group has the same experts; None without a source."""
+    """The source of an expert's tensor, None without a source. If the group has the same number of experts in the
+    checkpoint, the source is the tensor of the same name."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -101,7 +102,8 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
 
 
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
-    """The reason why `wanted` experts of a group have no source in a layer; `groups` has the layer's saved experts."""
+    """The reason why `wanted` experts of a group have no source in a layer. `groups` has the experts that the checkpoint
+    contains in that layer."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:

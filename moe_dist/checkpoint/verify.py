@@ -18,7 +18,7 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Problems of a tensor in the index. The arguments are the detail and the name of the tensor.
+# Each makes a problem of a tensor in the index from two arguments: the detail and the name of the tensor.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
@@ -27,7 +27,7 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     """All problems of a checkpoint. Reads every byte, with one tensor in memory at a time.
 
     Args:
-        specs: The expected tensors. Without them only experts and moments are checked for completeness, by names and by
+        specs: The expected tensors. Without specs only experts and moments are checked for completeness, by names and by
             the placement in state.json.
     """
     examined = examine(folder)
@@ -45,7 +45,7 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # Above, each part was compared with its shard's header; here the sum of the parts is compared with the index.
+        # Each part has been compared with its shard's header. Here the sum of a tensor's parts is compared with the index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:
@@ -64,7 +64,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
                 sums[name] += found
                 if found != header.fingerprints[name]:
                     problems.append(CheckpointProblem("damaged", file, "its bits differ from those that were saved", name))
-                # Only for intact bits, because damage may look like nan.
+                # Finiteness is checked only for intact tensors, because damaged bits may look like nan.
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     detail = "contains nan or inf, and was saved like that"
                     problems.append(CheckpointProblem("not finite", file, detail, name))

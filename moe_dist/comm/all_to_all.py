@@ -14,7 +14,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items to and from each rank of the group. The own rank has 0, because its items never leave it."""
+    """Numbers of items to and from each rank of the group. The own rank has 0, because its own items are not sent."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -28,8 +28,8 @@ class Pending:
     """An all-to-all in flight. Until `wait` returns, the sent items must not change and `received` is undefined.
 
     Attributes:
-        wire: The `AllToAll` that issued it.
-        layer, name: The layer that asked for it and its content, for records and for the report of a hang.
+        wire: The `AllToAll` that issued the exchange.
+        layer, name: The layer that asked for the exchange, and the exchanged content; for records and reports of a hang.
         received: Buffer for the items that arrive, [sum(receive), ...].
     """
 
@@ -43,7 +43,7 @@ class Pending:
     _waited: bool = False
 
     def issue(self, items: Tensor) -> None:
-        """Starts the collective. `AllToAll` calls it once."""
+        """Starts the collective. `AllToAll` calls this method once."""
         self._items = items
         with self.wire.comm_stats.timed_call(items.device), self._tracked():
             self._work = dist.all_to_all_single(
@@ -56,7 +56,8 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """The items received, [sum(receive), ...]. On NCCL the stream waits, on gloo the host. Call it once."""
+        """Waits and returns the received items, [sum(receive), ...]. On NCCL the stream waits, on gloo the host. Call it
+        once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -68,17 +69,18 @@ class Pending:
 
     def _tracked(self) -> AbstractContextManager[None]:
         """Shows the watchdog that this rank is inside the collective: during the call, because the first call may wait for
-        its peers, and during the wait. In between, the rank computes."""
+        its peers, and during the wait. Between call and wait the rank computes."""
         where = {"layer": self.layer, "send": self.splits.send, "receive": self.splits.receive}
         return track_collective(self.wire.tracker, self.name, device=self.received.device, **where)
 
 
 class AllToAll:
-    """All-to-all over one process group. Without a group it has one rank, and each exchange moves nothing.
+    """All-to-all over one process group. Without a group there is one rank, and each exchange moves nothing.
 
     Args:
         tracker: Tracks each exchange for the watchdog.
-        between_nodes: The ranks of the group are on different nodes; the payload then also counts as inter-node bytes.
+        between_nodes: True if the group's ranks are on different nodes, so that the payload also counts as inter-node
+            bytes.
     """
 
     def __init__(
@@ -101,21 +103,21 @@ class AllToAll:
     ) -> Pending:
         """Sends consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
 
-        All ranks of the group must call it in the same order. An exchange without items is issued too, because a peer may
-        have something to send.
+        All ranks of the group must start their exchanges in the same order. An exchange without items is issued too,
+        because a peer may have something to send.
 
         Args:
             layer, name: See `Pending`.
-            payload: The items are hidden rows, not metadata.
+            payload: True if the items are hidden rows, not metadata.
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
         pending = Pending(self, layer, name, splits, received)
         if self.group is not None:
-            remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
+            remote = sum(splits.send) - splits.send[self.rank]  # the own slice is copied locally
             row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
             self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
-            pending.issue(items.contiguous())  # copies only if the items are strided
+            pending.issue(items.contiguous())  # copies only strided items
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
@@ -131,7 +133,7 @@ class RowBuffers:
     which is more than the copy into it.
 
     Args:
-        keep: Without it, a buffer is freed when it is given back.
+        keep: If false, a buffer is freed when it is given back.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -147,12 +149,12 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # bytes, so that every dtype can use them
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # raw bytes, so that every dtype fits
 
     def give(self, rows: Tensor) -> None:
         """Takes rows back; their values may change from now on."""
         if self._keep:
-            storage = rows.untyped_storage()  # the whole storage, also beyond the rows
+            storage = rows.untyped_storage()  # takes the whole storage, also beyond the rows
             self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
 
 

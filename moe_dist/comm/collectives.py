@@ -17,11 +17,11 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """Running counts of this rank's communication. All layers of a model share one.
+    """Running counts of this rank's communication. All layers of a model share one object.
 
     Attributes:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
-        inter_node_bytes: The part of the payload that left the node; 0 if the dispatcher does not know nodes.
+        inter_node_bytes: The part of the payload that left the node; 0 if the dispatcher does not distinguish nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
         seconds: Host time inside calls and waits; on CUDA the time that the stream waited, known after `drain`. Time that
             computation hides is not counted.
@@ -78,7 +78,7 @@ class CommStats:
         """Times the wait for a collective; on CUDA by events, because reading the clock would need a host sync."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()  # queued on the stream: no sync
+            start.record()  # queued on the stream, without a sync
             yield
             end.record()
             self._pending.append((start, end))
@@ -88,7 +88,7 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the times of the CUDA collectives. Call it once a step, after the step, because it syncs with the device."""
+        """Adds the times of the CUDA collectives. Call it once, after each step, because it syncs with the device."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3
@@ -134,11 +134,11 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: One all-reduce of a concatenated copy, for many small tensors. Otherwise each gradient has its own all-reduce
-            and is not copied, for few large tensors.
+        flat: True: one all-reduce of a concatenated copy, for many small tensors. False: one all-reduce for each gradient,
+            without a copy, for few large tensors.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if len(gradients) != len(parameters):  # the ranks would sum different tensors
+    if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors
         raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")
     if not flat:
         for gradient in gradients:

@@ -1,4 +1,4 @@
-"""An all-to-all for debugging. It finds rows that were lost, doubled, swapped or changed in transit.
+"""An all-to-all for debugging, which finds rows that were lost, doubled, swapped or changed in transit.
 
 Each exchange has two more exchanges of metadata, in the same order on every rank:
 
@@ -10,8 +10,8 @@ A row's checksum is an exact integer. The content term is the sum of the row's 3
 that a changed word changes it. The place term is made of the row's position, source and destination, mod 2^61 - 1, so that
 a lost, doubled or swapped row shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
 
-The rank that finds an error raises and enters no other collective. Its exit closes its connections, and the launcher ends
-its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
+The rank that finds an error raises and enters no other collective. The rank's exit closes its connections, and the launcher
+ends its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
 """
 
 import math
@@ -29,13 +29,13 @@ MODULUS = (1 << 61) - 1
 # Large odd factors of the place term; their products with positions and ranks stay below 2^63.
 POSITION, SOURCE, DESTINATION = 1_000_003, 1_000_000_007, 998_244_353
 WEIGHT_BITS = 15
-MAX_ROW_BYTES = 4 << 16  # so that words x 2^31 x 2^15 stays below 2^63
+MAX_ROW_BYTES = 4 << 16  # larger rows would let words x 2^31 x 2^15 reach 2^63
 
 
 def content_sums(rows: Tensor) -> Tensor:
     """Content term of each row, int64 [N]: exact, the same on every device, for rows of any shape and dtype.
 
-    It costs about two passes over the rows, and memory of 8 bytes for each word.
+    The sums cost about two passes over the rows, and 8 bytes of memory for each word.
     """
     num_rows = rows.shape[0]
     if rows.numel() == 0:
@@ -84,14 +84,14 @@ class CheckedAllToAll(AllToAll):
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS  # from the sender's rows, before they leave
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # taken from the sender's rows before the exchange
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Compares sizes and tags of the call with all peers. One host sync."""
+        """Compares sizes and tags of the call with all peers. Costs one host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
@@ -108,7 +108,7 @@ class CheckedAllToAll(AllToAll):
                 )
 
     def verify(self, received: Tensor, checks: Tensor, rows: Pending) -> None:
-        """Compares the received rows with their checksums. One host sync.
+        """Compares the received rows with their checksums. Costs one host sync.
 
         Raises:
             IntegrityError: names layer, ranks, and the first rows that differ.
@@ -116,7 +116,7 @@ class CheckedAllToAll(AllToAll):
         place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
         content = content_sums(received) % MODULUS
         wrong = checks != (content + place) % MODULUS
-        if not wrong.any():  # the host sync
+        if not wrong.any():  # host sync
             return
         sent = (checks - place) % MODULUS
         at = 0

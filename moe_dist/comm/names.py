@@ -1,9 +1,9 @@
 """Names of the collectives in events, byte counts and reports of a hang.
 
-The dispatchers put a hop (`INTER`, `INTRA`) before a name. They put BACKWARD and the number of a chunk after it.
+The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk after the name.
 """
 
-COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata, in `plan`
+COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata that `plan` exchanges
 DISPATCH_WEIGHTS, DISPATCH_ROWS, COMBINE_ROWS = "dispatch weights", "dispatch rows", "combine rows"
 BACKWARD = " backward"
 INTER, INTRA = "inter-node ", "intra-node "

@@ -19,7 +19,7 @@ class Position:
     Attributes:
         entered: Number of collectives entered so far, this one included. Every rank issues the same collectives in the
             same order, so a rank with a smaller number is behind.
-        layer: Layer that called it; empty outside the layers.
+        layer: Layer that called the collective; empty outside the layers.
         send, receive: Items to and from each rank of the group; empty if all ranks send the same number.
         since: Time of entry, by time.monotonic.
     """
@@ -33,7 +33,7 @@ class Position:
 
 
 class CollectiveTracker:
-    """The collectives of one rank. Each costs two dictionary operations and, on CUDA, one event; nothing syncs.
+    """The collectives of one rank. Tracking one costs two dictionary operations and, on CUDA, one event; nothing syncs.
 
     Attributes:
         entered: Number of collectives entered so far.
@@ -85,7 +85,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._unfinished[entered] = (position, _passed(device))  # `oldest` removes it
+                    self._unfinished[entered] = (position, _passed(device))  # `oldest` removes the entry
                 else:
                     del self._unfinished[entered]
                 self._moved = time.monotonic()
@@ -106,13 +106,13 @@ class CollectiveTracker:
 def track_collective(
     tracker: CollectiveTracker | None, collective: str, *, device: "torch.device", **where: Any
 ) -> AbstractContextManager[None]:
-    """`tracker.inside` with the same arguments. Without a tracker it does nothing."""
+    """Calls `tracker.inside` with the other arguments. With None as tracker it does nothing."""
     return nullcontext() if tracker is None else tracker.inside(collective, device=device, **where)
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
-    """Returns a function that tells whether the CUDA device has finished all work queued so far. Its call does not wait."""
-    import torch  # not at module level, because a login node imports this file without torch
+    """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
+    import torch  # imported here, because a login node imports this file without torch
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

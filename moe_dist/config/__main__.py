@@ -1,4 +1,4 @@
-"""`python -m moe_dist.config explain KEY` and `python -m moe_dist.config show CONFIG [key=value ...]`."""
+"""The commands `python -m moe_dist.config explain KEY` and `python -m moe_dist.config show CONFIG [key=value ...]`."""
 
 from typing import Annotated
 

@@ -15,11 +15,12 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file of a path, which may lack .yaml: in the current folder, else in `source_root()` or its configs/."""
+    """The configuration file of a path, which may lack .yaml: in the current folder, else in `source_root()` or its
+    configs/."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # Path.is_file raises without permission or for too long a name; the code that reads the file reports these errors.
+    # Path.is_file raises without permission or for too long a name. The code that reads the file reports such errors.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 

@@ -1,9 +1,9 @@
-"""The cluster file: settings of one site. It is not part of a run's configuration, so a run may continue at another site.
+"""The cluster file has the settings of a site. A run's configuration omits them, so a run may continue at another site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
-Its values become part of shell lines. Names must not have special characters of the shell, and other values are quoted.
-Only `prelude` is shell code, so a cluster file can do everything that a script can: read a file before you use it."""
+Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
+are quoted. Only `prelude` is shell code, so a cluster file can do all that a script can: read a file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ FOLDER = source_root() / "configs" / "clusters"
 VARIABLE = "MOE_DIST_CLUSTER"
 GUIDE = "docs/scaling.md"
 
-SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # no special character of the shell
+SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"

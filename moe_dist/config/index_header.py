@@ -23,11 +23,11 @@ _BLOCK_BYTES = 16 << 20
 class IndexHeader:
     """Sizes of one pair of .idx and .bin."""
 
-    documents: int  # a document is a run of sequences
+    documents: int  # number of documents; a document is a block of consecutive sequences
     sequences: int  # equal to documents, unless documents were split when they were written
-    tokens: int  # of all sequences
+    tokens: int  # tokens of all sequences
     dtype: str  # numpy name of the ids' type
-    itemsize: int  # bytes of an id
+    itemsize: int  # bytes per id
     bin_bytes: int  # size of .bin: tokens x itemsize
 
 

@@ -14,12 +14,13 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
 
     Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that row,
     its second best, and so on in blocks of m / n + 1. So k choices contain the ceil(k / (m / n + 1)) best true experts.
-    This number is k0 for
+    The number of best true experts is k0 for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
     which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The rule does not cover
-    two true experts with exactly equal logits: at the k0-th place both would be chosen unless k is the least of the range.
+    two true experts with exactly equal logits: at the k0-th place both experts would be chosen unless k is the least of the
+    range.
     """
     block = num_null // num_experts + 1
     return range((true_choices - 1) * block + 1, true_choices * block + 1)
@@ -82,7 +83,7 @@ def _no_identity(kind: object) -> str:
 
 def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[str]:
     """The reasons why a trained top-k model would not start unchanged if the null rows of `config` copy its true rows;
-    empty if it would. `source` is the configuration in the checkpoint.
+    empty if the model would start unchanged. `source` is the configuration in the checkpoint.
 
     Bit equality concerns the forward pass; a capacity and the auxiliary terms act only in training.
     """

@@ -26,10 +26,10 @@ _PATTERNS = {
 class Key:
     """One key, or section, of a schema."""
 
-    path: str  # dotted, with NAME and ITEM
+    path: str  # dotted path, with NAME and ITEM
     annotation: Any  # type of the value
     field: FieldInfo | None  # None for an element of a mapping or list
-    variant: str = ""  # the kind of section that has the key, as 'kind: wsd'; empty if there is only one kind
+    variant: str = ""  # the kind of section that has the key, such as 'kind: wsd'; empty if there is only one kind
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:

@@ -1,6 +1,6 @@
 """Reads values into a schema even if they have faults, so that all faults are reported at once.
 
-An unreadable value is replaced, by its default or by any value of its type, and recorded. The other values stay unchanged,
+An unreadable value is replaced, by its default or by any value of its type, and recorded. Readable values stay unchanged,
 so that later checks can still test them. A run never starts with a configuration that has faults.
 """
 
@@ -30,7 +30,7 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
-_ROUNDS = 20  # the missing keys of a replaced section show in the next round; schemas have fewer than 20 levels
+_ROUNDS = 20  # most rounds: missing keys of a replaced section show one round later, and schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
@@ -40,8 +40,8 @@ class PartialConfig(Generic[S]):
     """Values as far as they could be read."""
 
     value: S | None  # the section; None if no value could be made
-    problems: tuple[str, ...]  # every fault of a single key, in words; faults of relations between keys are not in it
-    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced: a rule that compares one is not checked
+    problems: tuple[str, ...]  # every fault of a single key, in words; does not contain violated rules between keys
+    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced; rules that compare these are not checked
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
         """The problems of those `violations` whose keys could all be read."""
@@ -75,7 +75,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
-                if detail["type"] == "missing" and _get(values, where) is not None:  # a misspelt key was moved there
+                if detail["type"] == "missing" and _get(values, where) is not None:  # a misspelt key has been moved there
                     continue
                 if not any(_overlap(dotted(where), known) for known in before):
                     problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))

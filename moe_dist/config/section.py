@@ -11,13 +11,12 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# These have an upper bound because memory grows with each expert, rank and layer: an absurd number must be an error
-# instead.
+# These types have an upper bound, because memory grows with each expert, rank and layer. An absurd number must be an error.
 Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot: a group's name is one part of its parameters' dotted names
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot, because a group's name is one part of dotted names
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`
@@ -26,18 +25,18 @@ GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # of the process groups' timeout; the ranks write their reports in the remaining time
+WATCHDOG_SHARE = 0.8  # share of the process groups' timeout for the watchdog; in the rest the ranks write their reports
 
-WholeConfig = Any  # a `schema.Config`; importing it would make a circle of files
+WholeConfig = Any  # a `schema.Config`, whose import would be circular
 
-VIOLATIONS_LATER = "relations_later"  # key of the validation context: the caller collects violated rules itself
+VIOLATIONS_LATER = "relations_later"  # key of the validation context, true if the caller collects violated rules itself
 
 
 class Violation(NamedTuple):
     """A violated rule."""
 
     keys: tuple[str, ...]  # dotted keys that the rule compares, relative to the section that states the rule
-    problem: str  # error text: key, value, rule and fix
+    problem: str  # error text with key, value, rule and fix
 
 
 class Section(BaseModel):

@@ -14,7 +14,7 @@ from moe_dist.errors import DataError
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file of bits
 BITS: tuple[Bits, ...] = ("filler", "prompt")
 _CHUNK = 1 << 22  # tokens in a chunk: 32 MiB of int64
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # evenly spaced blocks of a large file in its digest: 4 MiB
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly spaced blocks, 4 MiB in all
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
@@ -90,7 +90,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     """Size and SHA-256, by file name, of the manifest and of each training .idx, .bin and file of prompt bits.
 
     Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. So a changed token in a large .bin
-    can go unnoticed if all lengths are the same.
+    may go unnoticed if all lengths are unchanged.
 
     Raises:
         DataError: a file cannot be read.

@@ -29,7 +29,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "routing.npy": np.float32,
 }
 _AGAIN = "prepare the folder again"
-_MAX_BYTES = 1 << 24  # a manifest takes a few kilobytes
+_MAX_BYTES = 1 << 24  # largest size of a manifest that is read; a valid one has a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -42,29 +42,29 @@ class TaskCount(_Stored):
     """Number of questions of a task."""
 
     questions: _Size
-    right: _Size  # answered correctly
+    right: _Size  # number of questions that were answered correctly
 
 
 class TuningManifest(_Stored):
     """The content of the folder."""
 
     format: Literal[1] = 1
-    checkpoint: _Sha256  # of the scored parameters, by `moe_dist.checkpoint.base.content_hash`
-    run: str  # folder of that checkpoint, for error texts
+    checkpoint: _Sha256  # `moe_dist.checkpoint.base.content_hash` of the scored parameters
+    run: str  # folder of the scored checkpoint, for error texts
     step: _Size
-    model: dict[str, JsonValue]  # the section `model` of its configuration
-    tokenizer: _Sha256  # of the data set's tokenizer.json
-    embedder: _Sha256  # of the embedder's files
-    embedder_name: str  # for error texts
+    model: dict[str, JsonValue]  # the section `model` of the scored run's configuration
+    tokenizer: _Sha256  # digest of the data set's tokenizer.json
+    embedder: _Sha256  # digest of the embedder's files
+    embedder_name: str  # name of the embedder, for error texts
     tasks: dict[str, TaskCount]
     samples: _Size
-    right: _Size  # successful samples, which come first
-    longest: _Size  # tokens of the longest sample without its last token, which is never an input
+    right: _Size  # number of successful samples, which come first
+    longest: _Size  # tokens of the longest sample, not counting its last token, which is never an input
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
     columns: _Size  # choice columns C of a layer
-    width: _Size  # of an embedding
-    options: dict[str, JsonValue]  # how the questions were asked: side, seed, rotations, measure
-    digests: dict[str, str]  # by file name
+    width: _Size  # width of an embedding
+    options: dict[str, JsonValue]  # how the questions were asked, by side, seed, rotations and measure
+    digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
         """Shape of each array; None for a dimension of any length."""
@@ -138,7 +138,7 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # ValueError: pickled objects, or not an array
+    except (OSError, ValueError) as error:  # ValueError means pickled objects or no array
         raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if array.dtype != ARRAYS[name] or not fits:

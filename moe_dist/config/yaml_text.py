@@ -1,8 +1,8 @@
 """Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
 Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
-number. Here only `true` and `false` are booleans, numbers are those of JSON and `.inf`, and all else is text. Dates, sets
-and binary values are errors.
+number. This loader takes only `true` and `false` as booleans, JSON's numbers and `.inf` as numbers, and all else as text.
+Dates, sets and binary values are errors.
 """
 
 import json
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
                 self.repeated.append(f"{key.value!r} is in line {seen[key.value]} and again in line {line}; keep one")
             seen[key.value] = line
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # a name may look like a number: modalities: {1: ...}
+                key.tag = "tag:yaml.org,2002:str"  # names of keys stay text, even if they look like numbers
         return super().construct_mapping(node, deep=deep)
 
 
@@ -50,7 +50,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a text that these resolvers would otherwise read back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # write repeated values in full: an anchor is hard to read
+        return True  # writes repeated values in full, because anchors are hard to read
 
 
 def _with_resolvers(*classes: Any) -> None:

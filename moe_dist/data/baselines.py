@@ -1,13 +1,13 @@
 """Baselines for held-out loss: unigram and bigram models counted on the training tokens.
 
 As in the loader, every token is a label except the first of a document and those of a prompt. A label has the modality of
-its id. Both models are given the modality of the label, which a language model has to predict: their loss is slightly too
-low, so a model that beats them does so fairly.
+its id. The unigram and bigram models are given the modality of the label, which a language model has to predict. Their loss
+is slightly too low, so a model with a lower loss beats them fairly.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c counts training labels of the modality; c(a) counts the training labels that follow a.
+c counts training labels of the modality. c(a) counts the training labels that follow the token a.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class _Labels:
 
 
 def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
-    """Mean held-out nats per label of the two models, fitted on the training tokens of all sources.
+    """Mean held-out nats per label of the unigram and the bigram model, counted on the training tokens of all sources.
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
     '<modality>_no_filler/...' leaves out labels that are empty cells, if there are any.
@@ -93,7 +93,7 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # The sentinel -1 equals no pair, so a search past the end counts 0.
+        # No pair equals the sentinel -1, so a search past the end counts 0.
         self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ class Batch:
     # int64, the next token of the same document. IGNORED at padding, at the last token of a document, and where the next
     # token belongs to a prompt.
     labels_BS: torch.Tensor
-    positions_BS: torch.Tensor  # int64, restart at 0 with each document or piece of a document
+    positions_BS: torch.Tensor  # int64, positions that restart at 0 with each document or piece of a document
     # int32, number of the document in its sequence; padding counts as one more document. A token attends only to tokens of
     # its own document.
     documents_BS: torch.Tensor
@@ -32,12 +32,12 @@ class Batch:
     padding_BS: torch.Tensor  # bool, the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """Returns a copy of this batch on another device."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(Batch)})
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that are not padding. Call it before the batch moves to a GPU, where it would be a host sync."""
+        """Number of tokens that are not padding. Call it before the batch moves to a GPU, where it costs a host sync."""
         return int((~self.padding_BS).sum())
 
 
@@ -46,9 +46,9 @@ class Segment:
     """A piece of a document, read from disk."""
 
     tokens: np.ndarray  # int64 [length], or [length + 1] if the document continues: the last token is then only a label
-    filler: np.ndarray  # bool, one per token: an empty cell of a picture
-    length: int  # input tokens
-    prompt: np.ndarray | None = None  # bool, one per token: an input, but no label; None if all tokens are labels
+    filler: np.ndarray  # bool per token, true for an empty cell of a picture
+    length: int  # number of input tokens
+    prompt: np.ndarray | None = None  # bool per token, true for an input that is no label; None if all tokens are labels
 
 
 class BatchMaker:

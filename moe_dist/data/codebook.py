@@ -1,6 +1,6 @@
 """Encodes pictures: a picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
 
-Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. So the codes do not
+Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. So codes do not
 depend on the machine, its BLAS or the number of threads.
 
 Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
@@ -62,7 +62,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # Weighting by counts gives frequent flat patches, such as backgrounds, exact entries.
+    # Weighting by counts gives exact entries to frequent flat patches, such as backgrounds.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
-VARIATIONS = ("place", "flip", "background")  # place: scale and shift
+VARIATIONS = ("place", "flip", "background")  # place means scale and shift
 Item = TypeVar("Item")
 
 
@@ -42,10 +42,10 @@ class Instruction:
     """A prompt with its answer."""
 
     family: str  # instructions of one family are on one side of the split
-    prompt: str  # an input, but no label
+    prompt: str  # its tokens are inputs, but no labels
     answer: str
-    image: Path | None = None  # a picture that stands before the prompt
-    side: str = ""  # train or valid; '' lets the split decide
+    image: Path | None = None  # picture before the prompt
+    side: str = ""  # side of the split, train or valid; '' lets the split decide
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Corpus:
 class Recipe:
     """Settings for the split and for the encoding of the sources."""
 
-    seed: int = 0  # of the split, the renders and the codebook
+    seed: int = 0  # seed of the split, the renders and the codebook
     renders: int = 10  # augmented renders of each training picture; each render is a document
-    heldout_renders: int = 5  # of each held-out picture
+    heldout_renders: int = 5  # renders of each held-out picture
     val_fraction: float = 0.1  # held-out share of the pictures, and of each text source's characters
     vocab_size: int = 4096  # tokens of the BPE, with special tokens
     codes: int = 512  # entries of the codebook

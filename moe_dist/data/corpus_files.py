@@ -15,7 +15,7 @@ INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 def text_files(name: str, path: Path, licence: str) -> Source[Text]:
     """Texts from a JSONL file (each line an object with a "text"), or from all UTF-8 files under a folder.
 
-    Skipped are other files, names that begin with a dot, and captions (a .txt beside a picture of the same name). Each file
+    Other files, names that begin with a dot, and captions (a .txt beside a picture of the same name) are skipped. Each file
     or line is a document; equal documents are one family.
 
     Raises:
@@ -55,9 +55,9 @@ def picture_files(name: str, folder: Path, licence: str) -> Source[Picture]:
 
 
 def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
-    """Instructions from a JSONL file, one object a line. Required: `prompt` and `answer`. Optional: `image`, a picture file
-    relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default: lines with
-    equal prompt and image); `side`, train or valid, on every line or on none.
+    """Instructions from a JSONL file, one object per line. Required: `prompt` and `answer`. Optional: `image`, a picture
+    file relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default: lines
+    with equal prompt and image); `side`, train or valid, on every line or on none.
 
     Raises:
         ConfigError: the file does not exist or is empty.

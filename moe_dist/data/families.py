@@ -16,7 +16,7 @@ VARIATION_SELECTOR = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
-FACING_RIGHT = 0x27A1  # after a joiner: the mirror image of the emoji before it
+FACING_RIGHT = 0x27A1  # after a joiner, this marks the mirror image of the preceding emoji
 
 # Male and female forms are one family: each code point is replaced by its neutral form.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
@@ -36,7 +36,7 @@ NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
 def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
     """The code points that an emoji shares with its variants in skin tone, gender and direction.
 
-    A gender sign or arrow marks a variant only after a joiner; alone it is a picture of its own.
+    A gender sign or arrow marks a variant only after a joiner; without a joiner, the sign or arrow is a picture of its own.
     """
     bare = [point for point in code_points if point != VARIATION_SELECTOR and point not in SKIN_TONES]
     family: list[int] = []
@@ -55,7 +55,7 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
-    for start in range(0, len(grids_NC), 128):  # blocks bound the memory: 128 x N counts
+    for start in range(0, len(grids_NC), 128):  # blocks bound the memory to 128 x N counts
         block = grids_NC[start : start + 128]
         differ = np.zeros((len(block), others_CN.shape[1]), np.uint16)
         for cell, others_N in enumerate(others_CN):
@@ -95,17 +95,18 @@ def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
-    """Draws whole components for the held-out side until it has about `fraction` of the total size.
+    """Draws whole components for the held-out side until that side has about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss;
-    unless most components are that large. With fraction > 0 and at least two components, each side gets at least one.
+    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss. If
+    most components are that large, they may move. With fraction > 0 and two components or more, each side gets at least
+    one.
 
     Args:
         components_N: int64, from `join`.
         sizes_N: int64, size of an item: 1 for a picture, the number of characters for a text.
 
     Returns:
-        bool [N], the item is held out.
+        bool [N], true if the item is held out.
     """
     _, component_N = np.unique(components_N, return_inverse=True)
     size_of = np.bincount(component_N, weights=sizes_N).astype(np.int64)

@@ -1,7 +1,7 @@
 """Reads and writes Megatron's indexed data sets. Megatron's builder writes them; training reads them without Megatron.
 
 Megatron's readers do not detect damage: its memory map ends the process with SIGBUS if the file is truncated or the disk
-fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. Here a read is a `pread` on an
+fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. Our reader calls `pread` on an
 open descriptor: a file that is replaced by a rename stays readable, and each short or failed read is an error that names
 the file. Tests compare reading and writing with Megatron.
 """
@@ -142,7 +142,7 @@ class IndexedSplit:
         if file is None:
             return np.zeros(count, bool)
         first = start // 8
-        begin = file.size - self._bit_bytes  # skips the header of an .npy file; raw bytes have none
+        begin = file.size - self._bit_bytes  # skips the header of an .npy file; raw bytes have no header
         raw = file.read(begin + first, -(-(start + count) // 8) - first)
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 
@@ -159,6 +159,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are missing: the builder needs neither
+        warnings.simplefilter("ignore")  # hides that Transformer Engine and Apex, unused here, are missing
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

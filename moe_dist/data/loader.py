@@ -29,7 +29,7 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
+        weights: Share of sequences from each source; unnamed sources are not used. Empty means in proportion to tokens.
         pack_window: Pieces that the packer fits at a time.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
@@ -109,8 +109,8 @@ def heldout_batches(
 ) -> list[Batch]:
     """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
 
-    Every rank gets the same number of batches; rows of padding fill the last ones. A source without a held-out split gives
-    no batch. The choice of sequences does not depend on world_size or micro_batch.
+    Every rank gets the same number of batches; rows of padding fill the last batches. A source without a held-out split
+    gives no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
         ConfigError: the source is unknown.

@@ -19,18 +19,18 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pieces:
-    """Runs of tokens, each within one document."""
+    """Pieces are blocks of consecutive tokens, each within one document."""
 
-    start_P: np.ndarray  # int64, index of the first token in the file
-    length_P: np.ndarray  # int64, tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, the document continues after the piece; then the last token has a label too
+    start_P: np.ndarray  # int64, index in the file of the piece's first token
+    length_P: np.ndarray  # int64, number of tokens, at most the sequence length
+    goes_on_P: np.ndarray  # bool, true if the document continues, so that the piece's last token has a label too
 
 
 @dataclass(frozen=True)
 class Packing:
     """Pieces of each sequence: sequence q holds piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
-    piece_P: np.ndarray  # int64, each piece exactly once
+    piece_P: np.ndarray  # int64, contains each piece exactly once
     first_Q: np.ndarray  # int64 [Q + 1]
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
 
 def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, sequence) of the sequences with room, sorted
+    room: list[tuple[int, int]] = []  # sorted (free tokens, sequence) of the sequences with room
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         tightest = bisect_left(room, (lengths[piece], 0))
         if tightest < len(room):
@@ -148,7 +148,7 @@ class ShuffledEpochs:
         """Index of the item at a position of the stream."""
         epoch, within = divmod(position, self._count)
         if epoch not in self._orders:
-            # A step may straddle two epochs, so the orders of neighbouring epochs are kept.
+            # The orders of neighbouring epochs are kept, because a step may straddle two epochs.
             self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
             self._orders[epoch] = np.random.default_rng((*self._seed, 1 + epoch)).permutation(self._count)
         return int(self._orders[epoch][within])
@@ -157,8 +157,8 @@ class ShuffledEpochs:
 def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
     """Positions of a rank's micro-batches in the step that starts at `position`.
 
-    The i-th micro-batches of all ranks cover the i-th run of world_size x micro_batch positions; rank r takes the r-th part
-    of the run. So a step has the same positions for any number of ranks.
+    The i-th micro-batches of all ranks cover the i-th block of world_size x micro_batch consecutive positions. Rank r takes
+    the r-th part of the block. So the positions of a step do not depend on the number of ranks.
     """
     run = world_size * micro_batch
     assert global_batch % run == 0, (global_batch, world_size, micro_batch)

@@ -2,10 +2,10 @@
 
 Near-equal pictures must be on one side of the split before the codebook is fitted, but their codes show which pictures are
 near-equal. So there are two codebooks: 1. A provisional codebook is fitted on plain renders of all pictures, finds
-near-equal pictures, and is then discarded. It joins families, and the joined families are split. 2. The final codebook is
-fitted on training renders only. It compares the pictures again: a held-out family that is now close to a training picture
-moves to training. The codebook is not fitted again. So no held-out picture is near-equal to a training picture under either
-codebook. With held-out variants, single pictures are split and moved instead of families.
+near-equal pictures, and is then discarded. Near-equal pictures join their families, and the joined families are split. 2.
+The final codebook is fitted on training renders only. By its codes the pictures are compared again: a held-out family now
+close to a training picture moves to training. The codebook stays. So no held-out picture is near-equal to a training
+picture under either codebook. With held-out variants, single pictures are split and moved instead of families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """
@@ -24,7 +24,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # training renders to fit the codebook on: 256,000 patches, 3 s
+_FIT_RENDERS = 4000  # number of training renders to fit the codebook on: 256,000 patches, 3 s
 _CHUNK = 64  # pictures encoded at once
 
 
@@ -33,7 +33,7 @@ class Division:
     """The pictures of the training side and of the held-out side."""
 
     rasters_N: np.ndarray  # uint8 RGBA [N, RASTER, RASTER, 4]
-    component_N: np.ndarray  # int64, equal for pictures that must stay on one side: a family, or near-equal variants
+    component_N: np.ndarray  # int64, equal for pictures that must stay on one side (a family, or near-equal variants)
     held_out_N: np.ndarray  # bool; equal within a component
     codebook: np.ndarray  # uint8 [codes, PATCH, PATCH, 3], fitted on training pictures
 
@@ -43,8 +43,8 @@ class Document:
     """The tokens of a document. All arrays have the same length."""
 
     tokens: np.ndarray  # int64
-    filler: np.ndarray  # bool, the token is an empty cell of a picture
-    prompt: np.ndarray | None = None  # bool, the token is an input, but no label; None if all tokens are labels
+    filler: np.ndarray  # bool, true if the token is an empty cell of a picture
+    prompt: np.ndarray | None = None  # bool, true if the token is an input but no label; None if all tokens are labels
 
 
 def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
@@ -185,7 +185,7 @@ class PictureCoder:
             turn, which = divmod(index, len(picture.captions))
             caption = self._captions[picture.captions[which]]
             share, time = self._recipe.caption_first, turn + number
-            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # 0: caption before the picture, 1: after it
+            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # 0 puts the caption first, 1 the picture
             parts.insert(at, caption)
             fillers.insert(at, np.zeros(len(caption), bool))
         return Document(

@@ -30,7 +30,7 @@ class Render:
     """The input of the codebook."""
 
     pixels: np.ndarray  # uint8 RGB [SIDE, SIDE, 3]
-    empty: np.ndarray  # bool [GRID, GRID], the patch shows only background
+    empty: np.ndarray  # bool [GRID, GRID], true if the patch shows only background
 
 
 def rasterise(path: str | Path) -> np.ndarray:
@@ -42,7 +42,7 @@ def rasterise(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         if path.suffix.lower() == ".svg":
-            import resvg_py  # needed for the default corpus only
+            import resvg_py  # imported here, because only the default corpus needs it
 
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
             image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")

@@ -25,14 +25,14 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of the data set. Without text, images and instructions it is the default corpus."""
+    """Sources of the data set. Without text, images and instructions the default corpus is made."""
 
     text: str | None = None  # folder or JSONL of the user's texts
     images: str | None = None  # folder of the user's pictures
     extra_text: Mapping[str, str] = field(default_factory=dict)  # more text sources by name, each a folder or JSONL
-    licence: str = "not stated"  # of the user's own contents
+    licence: str = "not stated"  # licence of the user's own contents
     instructions: Mapping[str, str] = field(default_factory=dict)  # sources of instructions by name, each a JSONL file
-    languages: tuple[str, ...] = ()  # of the captions of the default pictures; empty for all
+    languages: tuple[str, ...] = ()  # languages of the default pictures' captions; empty for all
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
@@ -45,7 +45,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
         ConfigError: `out` holds other files or a data set made with other options; or an input is missing.
         DataError: an input, or the finished data set, is damaged.
     """
-    out = out.resolve()  # the rename must replace the target of a link, not the link
+    out = out.resolve()  # the rename must replace a link's target and not the link
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked):
         return done, False
@@ -59,7 +59,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     with held:
         if done := _finished(out, asked):
             return done, False
-        from moe_dist.data.corpus_build import build  # imports take seconds and are not needed for a finished folder
+        from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder needs none of it
 
         with renamed_when_complete(out) as folder:
             manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
@@ -80,7 +80,7 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
     written = json.loads((out / RECIPE_FILE).read_text())
-    # An option missing from the record did not exist yet: the folder was made with its default.
+    # An option missing from the record did not exist when the folder was made, so its default applied.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
         f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"

@@ -63,6 +63,6 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # Encode a literal "<eos>" in a text as plain text; it must not end the document. The setting is not stored in the file.
+    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. The file lacks this setting.
     tokenizer.encode_special_tokens = True
     return tokenizer

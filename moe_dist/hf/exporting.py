@@ -2,8 +2,8 @@
 
 Hugging Face models have no null experts. An export can leave out null experts only if every null row of every router is
 still bit-equal to the copy of a true row that `moe_dist.moe.routers.copy_init` made: the model then equals plain top-k with
-fewer choices. Once training has changed the rows, null choices decide how many experts a token takes, and no family can
-express that.
+fewer choices. Once training has changed the null rows, null choices decide how many experts a token takes, and no family
+can express that.
 """
 
 import json
@@ -90,7 +90,7 @@ def export_model(
         read = _reader(contents)
     config = _config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the base's dtype has
+    dtypes = {} if merged else dtypes  # ignores the import's dtypes, because a merged matrix needs more bits
     section = _plain_section(config.model, read)
     chosen = _family(section, family or noted, must=family is not None)
     found = _account(contents, config.model, section, chosen)
@@ -238,8 +238,8 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of config.json: those of `like` if they describe the model; else the model's own values, with the
-    other fields of `like`."""
+    """Returns the fields of config.json: those of `like` if they describe the model; else the model's own values, and all
+    further fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}

@@ -25,17 +25,17 @@ class ModelFamily:
     qk_norm: str  # value of `model.qk_norm`
     biases: Mapping[str, Mapping[str, bool]]  # fields for each `model.attention_bias`; the first entry is the default
     normalise: Mapping[str, Mapping[str, bool]]  # fields for each `router.normalise`; the first entry is the default
-    experts: tuple[str, ...]  # names of the field with the number of experts, the one to write first; empty: dense
+    experts: tuple[str, ...]  # names of the field with the number of experts, preferred name first; empty if dense
     ffn: str  # name of the field with the experts' width
     dense_layers: bool = False  # decoder_sparse_step and mlp_only_layers may make layers dense
     shared: bool = False  # each MoE layer has a shared expert with a sigmoid gate
     head_dim: bool = True  # config.json has a field for the width of a head
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # field: supported values, and why
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, why
 
 
 _NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
-_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for some families
+_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second name for some families
 _CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
 _MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
@@ -141,7 +141,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         },
     }
     if family.dense_layers:
-        read.get("intermediate_size", None)  # unused without dense layers
+        read.get("intermediate_size", None)  # read but unused without dense layers
     return family, section, read.unread()
 
 
@@ -186,7 +186,7 @@ def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """Returns the first MoE layer, the distance to the next one, and true if there are dense layers."""
+    """Returns the first MoE layer, the distance to the next MoE layer, and true if there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
     step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")

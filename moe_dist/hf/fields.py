@@ -1,4 +1,4 @@
-"""Reads a config.json as plain JSON, and records which fields were read, so that an import can report the others."""
+"""Reads a config.json as plain JSON, and records which fields were read, so that an import can report unread fields."""
 
 import json
 import math

@@ -115,7 +115,8 @@ def import_model(
 
 
 def check_tokenizer(source: Source, *, vocab_size: int) -> None:
-    """Reads tokenizer.json if it exists. It may have fewer tokens than the model has rows, because vocabularies are padded.
+    """Reads tokenizer.json if it exists. A tokenizer may have fewer tokens than the model has rows, because vocabularies
+    are padded.
 
     Raises:
         DataError: the file cannot be read, or a token's id has no row in the model.

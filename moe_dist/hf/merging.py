@@ -1,13 +1,13 @@
 """Merges LoRA adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
 
-In attention all tokens do. In an FFN they do if the weight of no adapter depends on the token. This requires
+In attention all tokens use the same matrix. In an FFN they do if no adapter's weight depends on the token, which requires
 
 - one group, because tokens of another group use other adapters,
 - no null experts, because a null choice uses the FFN without an adapter, and
 - one expert, whose probability is exactly 1; or several experts that every token chooses (top_k = num_experts) with a
   weight of exactly 1 (straight_through, published). The sum of the experts' products is then merged.
 
-Otherwise no single matrix equals the FFN.
+If one of these conditions fails, no single matrix equals the FFN.
 """
 
 import re
@@ -74,7 +74,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty if none do."""
+    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty without any."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]

@@ -111,7 +111,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
         group |= {"num_experts": options.experts, "top_k": options.experts_top_k}
     if options.null_experts:
         group |= _with_nulls(group, options)
-        if router["normalise"] == "none":  # a softmax over n + m columns would shrink every weight
+        if router["normalise"] == "none":  # a softmax over n + m columns would make every weight smaller
             router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")

@@ -25,7 +25,7 @@ from moe_dist.hf.fields import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Small files of a model besides its weights; they are copied, not read.
+# Small files of a model besides its weights, which are copied and not read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -35,7 +35,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 AGAIN = "copy or download it again"  # the fix for a file that has changed
 
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints that follows from config.json
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints; config.json determines its values
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name that leads into no other folder
 
 
@@ -65,8 +65,8 @@ class Source:
     folder: Path
     config: Mapping[str, Any]  # content of config.json
     tensors: Mapping[str, Stored]
-    files: Mapping[str, tuple[int, int, str]]  # identity of each file of weights: size, time of change, header's digest
-    pickles: Sequence[str]  # pickle files; they are never opened, because reading them can run code
+    files: Mapping[str, tuple[int, int, str]]  # for each file of weights: size, time of change, header's digest
+    pickles: Sequence[str]  # pickle files, which are never opened, because reading them can run code
     companions: Sequence[str]  # names of the small files that exist
 
     def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:

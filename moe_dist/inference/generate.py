@@ -13,7 +13,7 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences in one batch, without the plain copies of guidance
+_BATCH = 64  # sequences per batch, not counting guidance's plain copies
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Request:
     seed: int = 0  # sequence b draws from (seed, b)
     one_picture: bool = False  # stop at the end mark of a picture
     text_only: bool = False  # start no picture
-    guidance: float = 1.0  # strength of classifier-free guidance; other values than 1 need `plain` prompts
+    guidance: float = 1.0  # strength of classifier-free guidance; values other than 1 need `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
@@ -60,7 +60,7 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """New tokens of each prompt, up to and with the end mark. One host sync for each token.
+        """New tokens of each prompt, up to and including the end mark. Costs one host sync per token.
 
         Args:
             plain: For guidance: the same prompts without captions.
@@ -117,8 +117,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Adds one token to each sequence and to its plain copy. Finished sequences continue as padding, so that the batch
-        keeps its shape."""
+        """Adds one token to each sequence and to its plain copy. Finished sequences continue with padding, so that the
+        batch keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

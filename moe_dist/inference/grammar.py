@@ -1,7 +1,7 @@
 """Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
 
-The training data have this form (`moe_dist/data/picture_coding.py`). Sampling must keep to it, because a picture with a
-missing code cannot be decoded. Each sequence is in one of four states.
+The training data have this form (`moe_dist/data/picture_coding.py`). Sampling must keep to this form, because a picture
+with a missing code cannot be decoded. Each sequence is in one of four states.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class GrammarState(IntEnum):
     """The tokens that may come next in a sequence."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # the same without the start mark, because no picture would fit any more
+    TEXT_ONLY = 1  # text or the end of the document, because no picture would fit any more
     CODE = 2
     END_OF_PICTURE = 3
 
@@ -66,7 +66,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """The grammar of a data set.
 
     Args:
-        vocab_size: Ids of the model. It may have more ids than the data; these are never drawn.
+        vocab_size: Ids of the model. The model may have more ids than the data; ids beyond the data's are never drawn.
         never: Ids that are never drawn, because they occur only as the first token of a document.
 
     Raises:
@@ -84,7 +84,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # also if pad_id is the same id, as in some hand-made data
+    text[manifest.eos_id] = True  # allowed even if pad_id is the same id, as in some hand-made data
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

@@ -17,7 +17,7 @@ from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
-_MAX_NEW_TOKENS = 256  # if a task does not set it
+_MAX_NEW_TOKENS = 256  # default for tasks that set no limit
 
 
 class HarnessModel(LM):
@@ -61,7 +61,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)  # the harness resumes from its cache
+            self.cache_hook.add_partial("generate_until", request.args, text)  # the harness can resume from this cache
             texts.append(text)
         return texts
 
@@ -76,7 +76,7 @@ class HarnessModel(LM):
                 f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
                 "temperature and top_p: take the others out of the task"
             )
-        room = min(room, self._max_seq_len - 1)  # at least one token of context
+        room = min(room, self._max_seq_len - 1)  # leaves at least one token of context
         prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
         text = self._vocabulary.text(self._generator([prompt], wanted)[0])
@@ -111,5 +111,5 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """The last `length` tokens of a prompt; the begin mark replaces the first of these."""
+        """The last `length` tokens of a prompt; the begin mark replaces the first of these tokens."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

@@ -1,7 +1,7 @@
 """Log-likelihood of continuations, over any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
 Sequences of similar length share a batch, padded at the end. Each sequence is computed whole, so every choice computes its
-question again: a key-value cache would avoid this, but the ranks of an EP group would have to agree on its lengths.
+question again. A key-value cache would avoid this, but the ranks of an EP group would have to agree on its lengths.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """Token ids: the given context, and the continuation to score; at least one token each."""
+    """Token ids of the given context, and of the continuation to score. Each has at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -33,15 +33,15 @@ class Score(NamedTuple):
     """The score of one continuation."""
 
     nats: float  # log-likelihood
-    greedy: bool  # each token of the continuation is the likeliest one at its place
+    greedy: bool  # true if each token of the continuation is the likeliest at its place
 
 
 class Likelihood:
     """Scores continuations with one model; each rank scores a part of them.
 
     Args:
-        model: The model with this rank's experts. It is put into evaluation mode: no capacity, no noise, and a causal
-            router where experts choose their tokens.
+        model: The model with this rank's experts. Likelihood puts it into evaluation mode: no capacity, no noise, and a
+            causal router where experts choose their tokens.
         group_of_modality: Expert group of each modality.
         max_seq_len: Longest sequence that the model supports.
         mesh: All ranks; None for a single rank.
@@ -83,8 +83,8 @@ class Likelihood:
         """float64 [B, 2]: nats, and 1 if the continuation is greedy."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # also for an empty batch: it is collective
-        nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 at labels that are not scored
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # collective, so an empty batch runs too
+        nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # labels that are not scored count 0
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]
 

@@ -32,7 +32,7 @@ class CheckpointReader:
 
     Args:
         checkpoints: The run's folder of checkpoints.
-        config: The run's configuration. Its layout is not used.
+        config: The run's configuration, whose layout of ranks is not used.
         mesh: Spreads the experts over its EP groups; None keeps all experts on this rank.
     """
 
@@ -80,7 +80,7 @@ class LoadedRun:
     Attributes:
         folder: Folder of the checkpoint.
         step: Training steps before the checkpoint.
-        config: The saved configuration; `data.path` is the present place of the data.
+        config: The saved configuration, with the present place of the data as `data.path`.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ def choose_device(wanted: str) -> torch.device:
     """The device for `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
-        ConfigError: the name is another one, or CUDA is not available.
+        ConfigError: the name is unknown, or CUDA is not available.
     """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")

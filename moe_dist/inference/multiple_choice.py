@@ -1,7 +1,7 @@
 """Multiple choice by log-likelihood: the model takes the choice with the highest log-likelihood.
 
-Each choice has two measures: `plain` is the log-likelihood; `normalised`, the default, divides it by the number of tokens,
-because plain favours short choices.
+Each choice has two measures: `plain` is the log-likelihood; `normalised`, the default, is the log-likelihood divided by the
+number of tokens, because `plain` favours short choices.
 
 Without rotations a question does not list its choices, so their order matters only on ties, which the first choice wins.
 With rotations a question lists its choices, and the model answers it once for each choice, with that choice listed first. A
@@ -34,8 +34,8 @@ class Answered:
     """A question and the model's choices.
 
     Attributes:
-        taken: For each measure and rotation, the index of the choice that the model took. Indices count in the unrotated
-            question.
+        taken: For each measure and rotation, the index of the choice that the model took. Indices are those of the
+            unrotated question.
     """
 
     question: Question
@@ -87,7 +87,7 @@ class Prompts:
         return encode_texts(self._vocabulary.tokenizer, [part])[0].tolist()
 
 
-Written = list[list[list[Continuation]]]  # by question, rotation and choice
+Written = list[list[list[Continuation]]]  # indexed by question, rotation and choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
@@ -99,7 +99,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # before the model is loaded
+    check_lengths(flat(written), max_seq_len)  # checked before the model is loaded
     return written
 
 
@@ -154,8 +154,8 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's two-sided score interval of a proportion (Wilson 1927), for `total` > 0 independently drawn questions. It
-    stays within [0, 1] and is accurate for few questions."""
+    """Wilson's two-sided score interval of a proportion (Wilson 1927), for `total` > 0 independently drawn questions.
+    Wilson's interval stays within [0, 1] and is accurate for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -170,7 +170,7 @@ def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float 
         right: bool [questions] for each task.
     """
     rng = np.random.default_rng(seed)
-    # Resampling right-or-wrong answers is a binomial draw of the number of right ones.
+    # Resampling right-or-wrong answers is a binomial draw of the number of right answers.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -46,7 +46,7 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
     order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower id
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
-    # Shift the maximum to 0 first: dividing by a small temperature would overflow.
+    # The maximum is shifted to 0 first, because dividing by a small temperature would overflow.
     scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
     sorted_BV = scores_BV.softmax(-1).gather(1, order_BV)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
@@ -56,7 +56,8 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """int64 [B]: the first token, by id, at which the running sum of probabilities exceeds the row's number in [0, 1)."""
+    """Token of each row, int64 [B]: the lowest id at which the running sum of probabilities exceeds the row's number in [0,
+    1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
     # Rounding may leave the total below 1. Scaling the number by the total keeps it below the last sum.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
@@ -77,7 +78,7 @@ def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
 
 
 class UniformDraws:
-    """A stream of uniform numbers for each sequence. It depends only on the seed and the index of the sequence, so that a
+    """A stream of uniform numbers for each sequence. A stream depends only on the seed and the index of the sequence, so a
     sample does not depend on the other samples of a batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:

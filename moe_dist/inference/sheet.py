@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels; lines of a caption at most
-_WIDTH = 16  # characters of a line
+_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the most lines of a caption
+_WIDTH = 16  # characters per line
 
 
 def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:

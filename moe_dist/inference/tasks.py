@@ -26,9 +26,9 @@ class GeneratedSample:
     """The result of one prompt."""
 
     tokens: list[int]  # the new tokens
-    modalities: list[str]  # of each new token
-    text: str  # of the new tokens
-    pictures: list[Image.Image]  # pictures that the new tokens complete, also one that the prompt started
+    modalities: list[str]  # modality of each new token
+    text: str  # text of the new tokens
+    pictures: list[Image.Image]  # pictures that the new tokens complete, even if the prompt started them
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
@@ -53,7 +53,7 @@ def draw_captions(
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
     prompts = [vocabulary.drawing_prompt(caption) for caption in captions for _ in range(samples)]
-    # At guidance 1 the plain copies would only cost time.
+    # With guidance 1 the plain copies would only cost time.
     plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
     return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
 

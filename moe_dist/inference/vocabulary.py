@@ -113,7 +113,7 @@ class Vocabulary:
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Codes of a picture file, drawn on white and not varied at random.
+        """Codes of a picture file, which is drawn on white without random variation.
 
         Raises:
             ConfigError: the file does not exist.
@@ -137,8 +137,8 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """Documents of one side with a picture, in the order of the data. `most` limits the documents that are read of each
-        source; these are evenly spaced."""
+        """Documents of one side with a picture, in the order of the data. `most` limits the number of documents read per
+        source, which are evenly spaced."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):

@@ -1,8 +1,8 @@
 """Adds balance and z losses inside Megatron: Megatron's scaler adds the gradients in backward, its tracker logs the values.
 
 As in `moe_dist.train.loss`, both losses use counts of one micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-Each layer reduces its counts by one all-reduce of a few integers. This runs only with gradients enabled, so Megatron's full
-recompute does not repeat it.
+Each layer reduces its counts by one all-reduce of a few integers. The all-reduce runs only with gradients enabled, so
+Megatron's full recompute does not repeat it.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class AuxTerms:
     every_rank: dist.ProcessGroup  # Megatron's group TP x CP x DP: all ranks of the pipeline stage that have tokens
     data_parallel_size: int  # size of DP without CP
     per_token_loss: bool  # Megatron divides gradients by the tokens of the step instead of by micro-batches and DP
-    layer_number: int  # from 1, for the tracker
+    layer_number: int  # number of the layer in the tracker, from 1
     num_layers: int
     record: Record
 
@@ -50,8 +50,8 @@ class AuxTerms:
         tables = ColumnTables.on(self.groups, y.device)
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
-        # Megatron sums the gradients over TP. Then it averages over DP x CP (its scaler has CP / micro-batches), or divides
-        # their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
+        # Megatron sums the gradients over TP. Megatron then averages over DP x CP (its scaler has CP / micro-batches), or
+        # divides their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
         scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:

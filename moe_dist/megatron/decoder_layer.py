@@ -48,7 +48,7 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # before building, so that one error reports all problems
+        check(config, settings)  # checked before building, so that one error reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
@@ -57,10 +57,10 @@ class DecoderLayer(TransformerLayer):
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # replaced below, because Megatron passes process groups only to its own MoE layer
+            parts.mlp = IdentityOp  # ExpertLayer replaces it below, because Megatron gives groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron takes the layer for a dense one; `ExpertLayer` recomputes by itself
+            self.recompute_mlp = False  # Megatron believes the layer is dense; `ExpertLayer` recomputes by itself
             shared = _shared_expert(stock, config, groups)
             number = self.layer_number
             self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared)

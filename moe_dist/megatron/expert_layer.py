@@ -164,13 +164,13 @@ def _recompute(config: TransformerConfig) -> Recompute:
 def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
     """Sets the attributes by which Megatron reduces gradients and computes their norm."""
     for parameter in layer.experts.parameters():
-        # Megatron then reduces the gradient over the expert data parallel group.
+        # With this attribute Megatron reduces the gradient over the expert data parallel group.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-        # The gradient norm then counts the parameter on every TP rank, because each TP rank holds other experts.
+        # With this attribute the gradient norm counts the parameter on every TP rank, as each TP rank holds other experts.
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         parameter.requires_grad_(parameter.numel() > 0)  # a rank without experts of a group has an empty stack
     for parameter in layer.router.parameters():
-        # Megatron then sums the gradient over TP, because each TP rank routes its own part of the sequence.
+        # With this attribute Megatron sums the gradient over TP, as each TP rank routes its own part of the sequence.
         parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -199,7 +199,7 @@ def _initialise(
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):  # host generator only: Megatron manages those of the devices
+    with torch.random.fork_rng(devices=[]):  # only the host's generator, because Megatron manages those of devices
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         initialiser(drawn)

@@ -37,7 +37,7 @@ def groups_of_rank(
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
     Megatron scatters the mask over the tensor-parallel ranks only on the first pipeline stage, and not with given
-    embeddings. Elsewhere the mask is whole, and this function takes the rank's slice. No communication.
+    embeddings. In all other cases the mask is whole, and this function takes the rank's slice. Nothing is communicated.
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), a boolean that is true for padding, or None without padding.

@@ -43,7 +43,7 @@ def check(config: TransformerConfig, settings: ExpertSettings) -> None:
     """Checks Megatron's configuration.
 
     Raises:
-        ConfigError: the configuration is not compatible; lists all problems.
+        ConfigError: the configuration is not compatible. The error lists all problems.
     """
     if problems := [*_parallel_problems(config), *_expert_problems(config, settings), *_option_problems(config)]:
         raise ConfigError(problems, see=GUIDE)

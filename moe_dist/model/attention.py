@@ -27,7 +27,7 @@ class FlexMask:
     blocks: BlockMask
 
 
-# The tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key. It takes S^2 bytes per sequence.
+# The tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key: S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
 
@@ -44,12 +44,12 @@ def flex_mask(documents_BS: Tensor) -> FlexMask:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
     batch, length = documents_BS.shape
-    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # compiled once a shape
+    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # compiled once per shape
     return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
 
 
 def make_mask(documents_BS: Tensor) -> AttentionMask:
-    """A block mask for flex attention on CUDA; elsewhere a dense mask for scaled_dot_product_attention."""
+    """A block mask for flex attention on CUDA; on other devices a dense mask for scaled_dot_product_attention."""
     return flex_mask(documents_BS) if documents_BS.is_cuda else dense_mask(documents_BS)
 
 
@@ -97,10 +97,10 @@ class Attention(nn.Module):
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Attends from N new tokens to them and to the cache, and adds the marked tokens to the cache. The result of an
-        unmarked token is finite but meaningless."""
+        """Attends from N new tokens to the new tokens and the cache, and adds the marked tokens to the cache. The result of
+        an unmarked token is finite but meaningless."""
         q, k, v = self._project(x_BND, rotary)
-        cache.append(k, v, positions_BN, taken_BN)  # before attention, so that each new token sees itself
+        cache.append(k, v, positions_BN, taken_BN)  # appended before attention, so that each new token sees itself
         k, v, visible = cache.entries(positions_BN, taken_BN)
         return self._linear("o", attend(q, k, v, visible).transpose(1, 2).flatten(2), None)
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
-        # Qwen3 norms each head after the split, OLMoE the whole projection before it.
+        # Qwen3 norms each head after the split, OLMoE the whole projection before the split.
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class AttentionLoRA(nn.Module):
 
     Args:
         widths: I and O of each projection that gets an adapter.
-        rank, alpha: r, and the numerator of the scale.
+        rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Share of an adapter's inputs that is dropped in training.
         seed, layer: Name the draws of the dropout, together with the step and the tokens.
     """
@@ -63,6 +63,6 @@ class AttentionLoRA(nn.Module):
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
-            # Negative numbers, because the projections of LoRA experts in the same layer have 0, 1, 2.
+            # The numbers are negative, because the projections of LoRA experts in the same layer have 0, 1, 2.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

@@ -1,6 +1,6 @@
 """Sizes of a transformer, and its small parts: norm, projection, SwiGLU, rotary positions.
 
-Each part computes in the dtype of its input and casts its weight to it, because master weights may be fp32 while
+Each part computes in the dtype of its input and casts its weight to that dtype, because master weights may be fp32 while
 activations are bf16. Under FSDP2's mixed precision the dtypes match already, and the cast is free.
 """
 
@@ -66,7 +66,7 @@ class Embedding(nn.Embedding):
 
 
 class Projection(nn.Module):
-    """x W^T, plus b if it has a bias; weight [out, in], bias [out]."""
+    """x W^T, plus b if there is a bias; weight [out, in], bias [out]."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -103,14 +103,15 @@ class GatedSwiGLU(SwiGLU):
 
 def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, head_dim / 2] of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, equation 34)."""
-    # fp32 in any model, because bf16 angles cannot tell neighbouring positions apart
+    # Angles are fp32 in any model, because bf16 angles cannot tell neighbouring positions apart.
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints pair them so."""
+    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints use these
+    pairs."""
     cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, after the angles were computed in fp32
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

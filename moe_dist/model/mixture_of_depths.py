@@ -12,7 +12,7 @@ alone, causally:
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
-                entropy while the model trains. Their input is detached, so they affect no other parameter
+    entropy while the model trains. Their input is detached, so their loss trains no other parameter
 
 If the scope has several ranks, each training forward of a layer costs one all-gather of T numbers from each rank (`depth
 scores`), and one host sync for the number of this rank's selected tokens.
@@ -39,7 +39,7 @@ from moe_dist.moe.routers.selection import (
 from moe_dist.moe.routing import DepthSums
 from moe_dist.placement.roles import Role
 
-_SHAPES = 8  # largest number of different slot counts on CUDA, because flex attention compiles for each
+_SHAPES = 8  # largest number of different slot counts on CUDA, because flex attention compiles for each count
 
 
 class Chosen(NamedTuple):
@@ -62,11 +62,11 @@ class DepthRouter(ChoosingRouter):
     """Selects the tokens of one layer.
 
     `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), its running
-    `mean` and `steps`. A step or a calibration (`moe_dist.train.evaluation.calibration`) changes them, no gradient does.
-    Checkpoints contain them.
+    `mean` and `steps`. A step or a calibration (`moe_dist.train.evaluation.calibration`) changes these buffers, and no
+    gradient does. Checkpoints contain the buffers.
 
     Args:
-        hidden_dim: D.
+        hidden_dim: D, the hidden size.
         capacity: c, the share of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean for each step.
         selection_scope: The ranks whose tokens compete; each must have the same number of tokens.
@@ -97,8 +97,8 @@ class DepthRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the capacity's tensor, and thresholds of 0, on the default device. It is called again after a move from
-        the meta device, which loses the values of buffers."""
+        """Creates the capacity's tensor, and thresholds of 0, on the default device. Call it again after a move from the
+        meta device, which loses the values of buffers."""
         self.register_buffer("capacity_1", torch.tensor([self.capacity], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
@@ -118,19 +118,19 @@ class DepthRouter(ChoosingRouter):
         """Selects among the tokens that are not padding (bool `real_T`).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` the number of slots is
-        ceil(c T), and nothing syncs. Otherwise the number of selected tokens is read from the device, which costs one host
-        sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
+        ceil(c T), and nothing syncs. In other cases the number of selected tokens is read from the device, which costs one
+        host sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # detached: the auxiliary loss trains no other parameter
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss trains no other parameter
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # one chooser
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # the layer is the only chooser
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # scope `rank`: the upper bound needs no sync
+            if choice.order_TE is not None:  # in the scope `rank`, the upper bound needs no sync
                 slots = capacity_of_tokens(self.capacity, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -159,8 +159,8 @@ class DepthRouter(ChoosingRouter):
         """Returns x / rms(x) [T, D] and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # or scores would grow with the residual stream
-            # A sum of products, because the bits of a matrix product depend on the number of tokens in the batch.
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else scores would grow with the residual stream
+            # Uses a sum of products, because the bits of a matrix product depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
     def _causal(self, h_TD: Tensor, logit_T: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounds up, so that few shapes occur
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that few shapes occur
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]

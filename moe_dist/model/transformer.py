@@ -31,7 +31,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, only the tokens that it selects."""
+    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, it computes only the selected tokens."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths  # checkpoints contain this attribute name
+        self.depths = mixture_of_depths  # the attribute's name is in checkpoints
 
 
 class Transformer(nn.Module):
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
             request: Passed to the routers of all layers without mixture of depths. Mixture-of-depths layers select their
                 tokens first, so numbers of tokens in a request do not fit them.
         """
-        mask = make_mask(documents_BS)  # once for all layers; B x S^2 bytes where it is dense
+        mask = make_mask(documents_BS)  # made once for all layers; a dense mask takes B x S^2 bytes
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
@@ -123,8 +123,8 @@ class Transformer(nn.Module):
         The logits equal those of `forward` over the whole sequences up to rounding.
 
         Args:
-            tokens_BN, group_BN: As in `forward`. Padding (group -1) may stand anywhere; it adds no entry to the cache, and
-                its logits are meaningless.
+            tokens_BN, group_BN: As in `forward`. Padding (group -1) may stand anywhere; padding adds no entry to the cache,
+                and its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
-                if not taken_BN.any():  # host sync; it pays because few new tokens often all skip the layer
+                if not taken_BN.any():  # a host sync, worthwhile because few new tokens often all skip the layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
             y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
@@ -149,8 +149,8 @@ class Transformer(nn.Module):
         return self._logits(x_BND)
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included. It takes 2 x layers x batch
-        x capacity x num_kv_heads x head_dim x itemsize bytes."""
+        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes 2 x layers x
+        batch x capacity x num_kv_heads x head_dim x itemsize bytes."""
         device = self.embedding.weight.device
         return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
 
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # the logits below are the largest activation: B x S x V
+        x_BSD = self.norm(x_BSD)  # the logits, B x S x V, are the largest activation
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 

@@ -1,8 +1,8 @@
 """Random numbers that depend on names alone, and recomputation, which relies on them.
 
-`logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. There is no state to
-save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a generator by a
-name, and draws for all tokens of one rank at once.
+`logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
+state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a generator
+by a name, and draws for all tokens of one rank at once.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
-    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # T x E int64: no state, but memory
-    # 24 bits and a half: never 0 or 1, and exact in fp32, so that every device and dtype sees the same uniform number.
+    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # takes T x E int64 of memory
+    # 24 bits plus one half are never 0 or 1 and exact in fp32, so every device and dtype sees the same uniform number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean stays.
+    """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean does not change.
 
     Args:
         name: Identifies the draw, as (seed, step, layer, first token, projection). Equal names give equal draws on the same
             kind of device.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
-    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds are below 2^63
+    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)
     return x * (kept / (1.0 - share)).to(x.dtype)
 
@@ -59,5 +59,5 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Product modulo 2^32, in two halves because the whole product would overflow int64."""
+    """Product modulo 2^32, computed in two halves because the whole product would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

@@ -6,14 +6,14 @@ Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`
 
     swiglu(x_QD, gate, up, down, counts)  ->  y_QD
 
-gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts` is on the host: the number of rows of each expert, in
-order. Rows of x beyond their sum belong to no expert; they get no output and a zero gradient. An expert without rows gets a
-zero gradient, not None.
+gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
+order. Rows of x beyond the sum of `counts` belong to no expert; such rows get no output and a zero gradient. An expert
+without rows gets a zero gradient, not None.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
-offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). It leaves the rows beyond
-the last offset uninitialised, in the output and in the gradient. On CUDA, by its documentation, the kernel takes bf16 on
-compute capability 8.0 and up.
+offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
+rows beyond the last offset uninitialised, in the output and in the gradient. On CUDA, by its documentation, the kernel
+takes bf16 on compute capability 8.0 and up.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
 StackedSwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]  # see the top of this file
-ALIGNMENT = 16  # bytes of a stride
+ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 GROUPED_ON_CPU = 16  # from this number of experts on, grouped_mm (a loop in C++ on CPU) was measured to be faster
 
 
 def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed too, so that
-    it gets its zero gradient."""
+    its gradient is zero and not None."""
     # unbind, because the backward of an index fills a whole stack with zeros for each expert
     stacks = [weight.unbind() for weight in (gate, up, down)]
     runs = x_QD[: sum(counts)].split(list(counts))
@@ -51,16 +51,16 @@ def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Se
 def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """Computes all experts by three grouped products. Use it only where `why_not_grouped` returns None."""
     if not sum(counts):
-        return loop_swiglu(x_QD, gate, up, down, counts)  # kernels are not called without a row
+        return loop_swiglu(x_QD, gate, up, down, counts)  # without a row no kernel is called
     x_QD = x_QD[: sum(counts)]
-    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)  # queued, not waited for
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)  # the copy is queued
     empty = [expert for expert, count in enumerate(counts) if not count]
     if empty:
         gate, up, down = (_zero_gradient_of(weight, empty) for weight in (gate, up, down))
     hidden_QF = F.silu(_product(x_QD, gate, offsets)) * _product(x_QD, up, offsets)
     y_QD = _product(hidden_QF, down, offsets)
     if y_QD.requires_grad:
-        y_QD.register_hook(Tensor.contiguous)  # the product refuses a gradient with strides of 0, as `expand` makes it
+        y_QD.register_hook(Tensor.contiguous)  # the product refuses gradients with strides of 0, as `expand` makes them
     return y_QD
 
 
@@ -69,7 +69,7 @@ def choose_gemm(
 ) -> StackedSwiGLU:
     """Chooses the function that computes `num_experts` experts with the widths D and F. Cheap enough for each forward.
 
-    On CUDA `auto` takes the grouped kernel where there is one, because it needs one launch instead of one for each expert.
+    On CUDA `auto` takes the grouped kernel where there is one, because one launch replaces one launch per expert.
     On CPU `auto` takes grouped from GROUPED_ON_CPU experts on (docs/parallelism.md).
 
     Raises:
@@ -111,10 +111,10 @@ def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
-            gradient[expert].zero_()  # in place, because only this product holds the buffer
+            gradient[expert].zero_()  # in place, because only this product uses the gradient's buffer
         return gradient
 
-    weight = weight.view_as(weight)  # a hook on the parameter itself would stay there after this forward
+    weight = weight.view_as(weight)  # a hook on the parameter itself would outlive this forward
     if weight.requires_grad:
         weight.register_hook(zero)
     return weight
@@ -134,13 +134,13 @@ class ExpertStack(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
 
     def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
-        """SwiGLU of each expert over its run of rows: x [sum(counts), D] -> [sum(counts), D]."""
+        """SwiGLU of each expert over its block of consecutive rows: x [sum(counts), D] -> [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. Its edp peers hold no expert of this group either, so all of them skip it.
+            # without a gradient. The stack's edp peers hold no expert of this group either, so all skip it.
             return x_QD[:0]
         swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
-        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # free under FSDP2
+        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # costs nothing under FSDP2
         return swiglu(x_QD, gate, up, down, counts)
 
 
@@ -181,7 +181,7 @@ class Experts(nn.Module):
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
         chunks = slot_chunks(plan.slot_counts, budget)
-        recompute = recompute or len(chunks) > 1  # kept activations of all chunks would undo the budget
+        recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
         at = 0
         for counts in chunks:
             row_Q = plan.row_of_pair_Q[at : at + sum(counts)]
@@ -194,12 +194,12 @@ class Experts(nn.Module):
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at += sum(counts)
         assert out_RD is not None, "there is always one chunk"
-        return out_RD.to(rows_RD.dtype)  # the one rounding
+        return out_RD.to(rows_RD.dtype)  # the only rounding
 
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
         """Runs the experts over some pairs, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
-        x_QD = gather_rows(rows_RD, row_Q)  # a copy of each row for each of its pairs
-        outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice ties a rank without experts into the graph
+        x_QD = gather_rows(rows_RD, row_Q)  # copies each row for each of the row's pairs
+        outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice joins a rank without experts to the graph
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]
@@ -210,7 +210,7 @@ class Experts(nn.Module):
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
     """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns for each chunk its number of pairs
-    of every slot. There is at least one chunk, so that experts without rows get their zero gradients."""
+    of every slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
     total = sum(counts)
     starts = [sum(counts[:slot]) for slot in range(len(counts))]
     edges = range(0, total, budget) if total else [0]

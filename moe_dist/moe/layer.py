@@ -15,7 +15,7 @@ Recompute = Literal["none", "experts", "block"]
 
 
 class Router(Protocol):
-    """Any module that routes T tokens inside their groups."""
+    """Any module that routes each of T tokens to experts of the token's group."""
 
     def __call__(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing: ...
 
@@ -25,13 +25,13 @@ class MoELayer(nn.Module):
 
     Args:
         norm: Norm before the router, or identity.
-        router: A `Router`: chooses the experts of each token.
+        router: A `Router`, which chooses the experts of each token.
         experts: This rank's true experts.
         dispatcher: Sends rows to their experts' ranks, and sums the results back into the tokens.
         shared: An expert that computes every token, or None.
         free: Identity and constant experts, if a group has any.
-        recompute: Backward computes these parts again. `experts`: the expert FFNs, which repeats no exchange. `block`: the
-            whole layer but the routing and the plan, which repeats the dispatch exchange.
+        recompute: What backward computes again. `experts`: the expert FFNs, which repeats no exchange. `block`: the whole
+            layer but the routing and the plan, which repeats the dispatch exchange.
         name: Name of the layer in records, and in reports of a hang or of damage.
     """
 
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
-        repeated = cache.plan is not None  # this is the recomputation of a block
+        repeated = cache.plan is not None  # true in the recomputation of a block
         plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
         cache.plan = plan
         # No op after combine may save a tensor for backward; otherwise block recompute repeats the combine all-to-all.
@@ -83,6 +83,6 @@ class MoELayer(nn.Module):
         if zero_TD is not None:
             y_TD = y_TD + zero_TD
         if experts_off:
-            y_TD = y_TD * 0.0  # after combine, so that every rank issues the same collectives
+            y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
         report = LayerReport(sums, *plan.sent, prob_AC=prob_AC)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

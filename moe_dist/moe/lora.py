@@ -1,4 +1,4 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). The three projections share the routing.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down share the routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
@@ -9,7 +9,7 @@ probability p_e of expert e among all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is that of log p_e
-    published           w_e = 1, as in the paper's public code: the task's loss gives the router no gradient
+    published           w_e = 1, as in the paper's public code. The task's loss then gives the router no gradient
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N pairs of the assignments, Q taken
 pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a projection.
@@ -50,12 +50,12 @@ class LoRAPlan:
 
     @classmethod
     def of(cls, assignments: Assignments, num_experts: int, comm_stats: CommStats) -> "LoRAPlan":
-        """Makes the plan. One host sync, for the counts."""
+        """Makes the plan. Costs one host sync, which reads the counts."""
         expert_N = torch.where(assignments.expert_N == ABSENT, num_experts, assignments.expert_N)
         bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         bins.scatter_add_(0, expert_N, torch.ones_like(expert_N))
         counts = tuple(comm_stats.to_host("LoRA pairs of each expert", bins[:num_experts]))
-        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]  # absent pairs are sorted last
+        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]  # absent pairs come last
         return cls(pair_Q, assignments.token_N[pair_Q], counts)
 
 
@@ -65,7 +65,7 @@ def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
         return weight_N
     if kind == "published":
         return torch.ones_like(weight_N)
-    safe_N = torch.where(weight_N > 0, weight_N, 1.0)  # a chosen probability may underflow to 0, and 0 / 0 is NaN
+    safe_N = torch.where(weight_N > 0, weight_N, 1.0)  # a chosen probability may underflow to 0, and 0 / 0 would be NaN
     return safe_N / safe_N.detach()
 
 
@@ -85,9 +85,9 @@ class LoRAExperts(nn.Module):
     """The LoRA experts of all groups, one stack for each group.
 
     Args:
-        hidden_dim, ffn_dim: D, F.
+        hidden_dim, ffn_dim: D and F.
         groups: All groups in logical order.
-        rank, alpha: r, and the numerator of the scale.
+        rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Share of an adapter's inputs that is dropped in training.
         targets: The projections that have adapters.
         weight: Kind of the experts' weights, see the top of this file.
@@ -116,10 +116,10 @@ class LoRAExperts(nn.Module):
     def forward(
         self, target: str, x_TI: Tensor, y_TO: Tensor, weight_N: Tensor, plan: LoRAPlan, *, draw: tuple[int, ...] | None
     ) -> Tensor:
-        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y if it has no adapters.
+        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y alone without adapters.
 
-        Every expert gets a gradient, zero if no token took it. For each pair, autograd keeps its input and two vectors of
-        length r.
+        Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the pair's
+        input and two vectors of length r.
 
         Args:
             draw: Name of the dropout's draws, see `adapter_draw`.
@@ -129,7 +129,7 @@ class LoRAExperts(nn.Module):
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # on r numbers, not on O
+        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # scales r numbers, not O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
         deltas = [
@@ -141,19 +141,19 @@ class LoRAExperts(nn.Module):
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         """The matrix `name` of every expert, in logical order over all groups."""
         stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
-        # unbind, because the backward of an index fills a whole stack with zeros for each expert
+        # uses unbind, because the backward of an index fills a whole stack with zeros for each expert
         return [matrix for stack in stacks for matrix in stack.unbind()]
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The layer has
-    the interface of `MoELayer`, and needs no all-to-all, because every rank holds all LoRA experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The interface is
+    that of `MoELayer`. No all-to-all is needed, because every rank holds all LoRA experts.
 
     Args:
         norm: Frozen norm of the base model.
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
-        recompute: Backward computes these parts again. `experts`: the FFN and the adapters. `block`: all but the routing.
+        recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: all but the routing.
         seed, layer: Name the draws of the dropout, together with the step and the tokens.
         comm_stats: Records the host syncs.
     """
@@ -178,7 +178,7 @@ class LoRALayer(nn.Module):
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
-        # x_TD.requires_grad would be wrong here, because the input of the first adapter has no gradient.
+        # Testing x_TD.requires_grad would be wrong, because the first adapter's input has no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)

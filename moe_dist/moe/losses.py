@@ -19,7 +19,7 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Constants of the groups on one device. They are made once, because a copy to CUDA in each step would be a host sync.
+    """Constants of the groups on one device. Made once, because a copy to CUDA in each step would be a host sync.
 
     Attributes:
         groups: All groups, in logical order.
@@ -55,21 +55,21 @@ def balance_terms(
         l = C sum_i f_i P_i,   f_i = picks_i / T,   P_i = sum of probabilities / T,   C columns of all kinds in the group
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
-    mean load of the group's null columns, because null columns are copies of one another. The same holds for identity
-    columns. Each constant expert keeps its own load. `vanilla` averages nothing.
+    mean load of the group's null columns, because null columns are copies of one another. The loads of identity columns are
+    replaced by their mean too. Each constant expert keeps its own load. `vanilla` averages nothing.
 
     `null_split` (ZEDA, arXiv 2605.18643) regulates only how choices divide between the n true columns (E) and the n_Z
-    others (Z). An even split has the value 1, as in the source, where the other two kinds have k:
+    others (Z). An even split has the value 1, as in ZEDA's paper; an even load under the other kinds has k:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. A token then
-    takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
+    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. At this load
+    a token takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
         choices_LC: Picks of each column over all ranks.
-        tokens_LG: Tokens of each group over all ranks; a group without tokens contributes 0.
+        tokens_LG: Tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
@@ -78,7 +78,7 @@ def balance_terms(
         return _split_terms(prob_LC, load_LC, tokens_LG.to(prob_LC.dtype).clamp_min(1.0), tables, weight_G)
     if kind == "null_averaged":
         load_LC = _average_copies(load_LC, groups, weight_G)
-    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]  # a group without tokens gives 0 / 1
+    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]  # a group without tokens gives 0 / 1 = 0
     products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
     sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)  # deterministic, unlike a scatter on CUDA
     if kind == "vanilla" or null_weight_G is None:
@@ -104,7 +104,7 @@ def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Se
 def _split_terms(
     prob_LC: Tensor, load_LC: Tensor, tokens_LG: Tensor, tables: ColumnTables, weight_G: Sequence[float]
 ) -> Tensor:
-    """The kind `null_split` of `balance_terms`. A group with true columns alone gets a constant."""
+    """The kind `null_split` of `balance_terms`. The loss of a group that has only true columns is a constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
     terms_LG = torch.zeros_like(tokens_LG)
@@ -118,7 +118,8 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by its factor, a number on the host: a tensor of the factors would be a host sync."""
+    """Multiplies each group's column by its factor, a number on the host, because a tensor of factors would be a host
+    sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 

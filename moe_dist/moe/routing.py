@@ -1,8 +1,8 @@
 """Types that pass between router, dispatcher and training step: assignments, sums, reports.
 
-Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices a token, N (token, expert) pairs,
-G groups, W ranks, A probe tokens, F zero-computation columns (identity and constant experts), C choice columns: the E true
-experts, then all groups' null, identity and constant experts.
+Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
+pairs, G groups, W ranks, A probe tokens, F zero-computation columns (identity and constant experts), C choice columns: the
+E true experts, then all groups' null, identity and constant experts.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer. The dispatcher sees nothing else of the routing.
+    """The (token, expert) pairs of one layer. The dispatcher sees no other part of the routing.
 
-    N is static (T x K for token choice), so that no shape before the dispatcher's host sync depends on data. Taken pairs
-    are unique.
+    N, the number of pairs, is static (T x K for token choice), so that no shape before the dispatcher's host sync depends
+    on data. Taken pairs are unique.
 
     Attributes:
         token_N: int64, token of each pair.
         expert_N: int64, logical expert of each pair; ABSENT if no pair is taken (a null choice, padding).
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
-        counts_WE: Number of pairs of each EP rank and logical expert, equal on all ranks, if it is known without reading
-            the routing; then every pair is taken, and pairs are sorted by expert. Expert choice within one rank knows it,
-            token choice does not (None).
+        counts_WE: Number of pairs of each EP rank and logical expert, equal on all ranks. None if reading the routing is
+            needed to know it, as with token choice. If known, as with expert choice within one rank, every pair is taken
+            and pairs are sorted by expert.
     """
 
     token_N: Tensor
@@ -37,7 +37,7 @@ class Assignments(NamedTuple):
     counts_WE: tuple[tuple[int, ...], ...] | None = None
 
     def taken(self) -> "Assignments":
-        """The taken pairs alone, for tests and pictures. Host sync on CUDA: the length depends on data."""
+        """Only the taken pairs, for tests and pictures. Syncs on CUDA, because their number depends on data."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
@@ -61,10 +61,10 @@ class RouterSums(NamedTuple):
 
     Attributes:
         choices_C: int64, number of choices of each column, before any capacity.
-        prob_C: Sum of the group's softmax probabilities, differentiable.
+        prob_C: Sum over tokens of the group's softmax probabilities, differentiable.
         tokens_G: int64, number of routed tokens.
         log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
-        entropy_G: Sum of the softmax's entropy in nats, without gradient.
+        entropy_G: Sum over tokens of the softmax's entropy in nats, without gradient.
         dropped_E: int64, choices of each true expert that a capacity dropped.
         choice: Further sums of expert choice; None for token choice.
         auxiliary_G: Cross entropy of the auxiliary routers, summed over tokens and experts, differentiable; None if no
@@ -101,7 +101,7 @@ class DepthSums(NamedTuple):
     """Sums over this rank's tokens in a mixture-of-depths layer (`moe_dist.model.mixture_of_depths`).
 
     Attributes:
-        tokens: int64, number of tokens that are not padding.
+        tokens: int64, number of this rank's tokens that are not padding.
         taken: int64, number of tokens that the layer computes.
         agreed: int64, number of tokens for which evaluation's causal decision equals the selection.
         cut: float64, lowest selected score in the selection scope, times `tokens`.
@@ -119,7 +119,7 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks see its tensors.
+    """The report that an MoE layer returns beside its output. As a NamedTuple, it shows its tensors to FSDP2's hooks.
 
     Attributes:
         sums: Sums of the router over this rank's tokens.
@@ -142,7 +142,7 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """Numbers of a training micro-batch on all ranks, known on the host before any layer runs.
+    """Token counts of a training micro-batch on all ranks, known on the host before any layer runs.
 
     Attributes:
         step: Optimizer step, 0-based; part of the names of random draws.
@@ -170,7 +170,7 @@ class RoutingRequest:
     Attributes:
         batch_info: Numbers of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, tokens whose softmax the reports return as `prob_AC`; None for no tokens.
-        experts_off: The routed experts add nothing; everything else, collectives included, is computed as usual.
+        experts_off: If true, routed experts add nothing. All else, collectives included, is computed as usual.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -182,7 +182,7 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that experts (expert choice) or a layer (mixture of depths) take. Without gradient; kept for recompute.
+    """The tokens that experts (expert choice) or a layer (mixture of depths) take, without gradient. Kept for recompute.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
@@ -199,7 +199,7 @@ class ExpertsChoice(NamedTuple):
 @dataclass
 class RoutingCache:
     """The discrete decisions of one layer's forward, and the request. The first forward fills the cache, and the recomputed
-    forward reads it. The bits of a recomputation may differ, and another choice would change split sizes on one rank alone.
+    forward reads it. A recomputation's bits may differ, and a changed choice would change split sizes on only one rank.
     """
 
     choice_TK: Tensor | None = None  # chosen columns of token choice
@@ -207,7 +207,7 @@ class RoutingCache:
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     choice: ExpertsChoice | None = None  # taken tokens of expert choice
-    plan: Any = None  # of the dispatcher
+    plan: Any = None  # the dispatcher's plan
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:

@@ -18,7 +18,8 @@ from moe_dist.placement.roles import Role, group_module
 
 
 class ConstantStack(nn.Module):
-    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all of them."""
+    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all vectors and
+    gates."""
 
     role = Role.ZERO_COMPUTATION
 
@@ -45,7 +46,7 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
         """Weighted sum of the zero-computation experts [T, D] in the dtype of `h_TD`, summed in fp32 (float64 for float64)
-        and rounded once. All experts together are one number times x, plus one product with the stacked vectors."""
+        and rounded once. The sum of all these experts is one number times x, plus one product with the stacked vectors."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # keeps the sum in fp32
             x_TD = h_TD.to(dtype)

@@ -15,7 +15,7 @@ class Difference:
     Attributes:
         step, kind: Step and kind of the first run's line.
         keys: (dotted key, value in the first line, value in the second); None stands for a missing key.
-        same: Number of equal lines before it.
+        same: Number of equal lines before the first difference.
     """
 
     step: int
@@ -27,8 +27,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Returns the first difference and the number of equal lines before it. Lines beyond the end of the shorter record are
-    ignored.
+    """Returns the first difference, and the number of equal lines before that difference. Lines beyond the end of the
+    shorter file are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
@@ -36,7 +36,7 @@ def first_difference(
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
-    for one, other in zip(first, second, strict=False):  # an earlier end is no difference
+    for one, other in zip(first, second, strict=False):  # a shorter file is no difference
         keys = tuple(_differing(_part(one, only), _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
             keys = (("step", one["step"], other["step"]), ("kind", one.get("kind"), other.get("kind")))

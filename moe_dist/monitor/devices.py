@@ -1,4 +1,4 @@
-"""Reads GPU and host on a background thread, so that the training loop never waits for a driver."""
+"""Reads the state of GPU and host on a background thread, so that the training loop never waits for a driver."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 class DeviceMonitor:
-    """Reads every `seconds` until `stop`.
+    """Reads GPU and host every `seconds` until `stop`.
 
     Args:
         gpu: This rank's GPU, as UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index; None if the run
@@ -28,7 +28,7 @@ class DeviceMonitor:
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # starts the clock: cpu_percent measures since the previous call
+        psutil.cpu_percent()  # starts the clock, because cpu_percent measures since the previous call
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
@@ -36,7 +36,7 @@ class DeviceMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and releases NVML. A second call does nothing."""
+        """Ends the thread and releases NVML. A second call of `stop` does nothing."""
         if self._thread is None:
             return
         self._stopped.set()
@@ -47,7 +47,7 @@ class DeviceMonitor:
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self.latest = self._take()  # one assignment: a reader never sees a mix of old and new
+            self.latest = self._take()  # one assignment, so that a reader never sees a mix of old and new values
 
     def _take(self) -> dict[str, float | None]:
         host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}
@@ -70,11 +70,11 @@ class _Gpu:
             pynvml.nvmlInit()
             self._nvml = pynvml
             if isinstance(gpu, str):
-                uuid = gpu if gpu.startswith(("GPU-", "MIG-")) else f"GPU-{gpu}"  # torch omits the prefix
+                uuid = gpu if gpu.startswith(("GPU-", "MIG-")) else f"GPU-{gpu}"  # torch's UUIDs lack this prefix
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             else:
                 self._handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
-        except Exception as error:  # no package, driver or GPU: training needs none of them
+        except Exception as error:  # training needs neither pynvml nor a driver nor a GPU
             self._say("nvml", f"no readings of GPU {gpu} (NVML: {error}); training continues without them")
 
     def read(self) -> dict[str, float | None]:

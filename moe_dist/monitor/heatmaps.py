@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 INK, GREY, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
-MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34  # pixels; cells narrower than TEXT_CELL show no number
-WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # a picture of curves
+MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34  # sizes in pixels; cells narrower than TEXT_CELL show no number
+WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels of a picture of curves
 
 Colour = tuple[int, int, int]
 
@@ -39,8 +39,8 @@ class Scale:
         to_unit: Maps numbers to [0, 1].
         ticks: Numbers that the colour bar marks.
         write: Formats a number as a short text.
-        caption: Describes the number; stands under the title.
-        zero: Colour of exact zeros; None colours zeros as other numbers.
+        caption: Describes the number, in a line under the title.
+        zero: Colour of exact zeros; with None, zeros have the colour of the scale.
     """
 
     colours: tuple[Colour, ...]
@@ -82,7 +82,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # few columns with long names: show all names
+    if num_columns * label_width <= CANVAS // 2:  # few columns: shows all names, however long
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
@@ -183,9 +183,9 @@ def _short(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-@lru_cache(maxsize=8)  # a picture writes thousands of labels in a few sizes
+@lru_cache(maxsize=8)  # cached, because a picture writes thousands of labels in a few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # part of Pillow: needs no font file of the system
+    return ImageFont.load_default(size)  # Pillow contains this font, so no font file of the system is needed
 
 
 def _page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -204,7 +204,7 @@ def draw_against_targets(
     image, canvas = _page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    margin = 0.08 * (high - low) or 0.5  # a flat curve still needs a scale
+    margin = 0.08 * (high - low) or 0.5  # a flat curve needs a margin above 0
     low, high = low - margin, high + margin
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
@@ -223,7 +223,7 @@ def draw_against_targets(
         shade = COLOURS[index % len(COLOURS)]
         for x in range(LEFT, WIDTH - 170, 12):
             canvas.line((x, at(first, target)[1], x + 6, at(first, target)[1]), fill=shade)
-        points = [None if np.isnan(v) else at(s, v) for s, v in zip(steps, values[name], strict=True)]  # a gap
+        points = [None if np.isnan(v) else at(s, v) for s, v in zip(steps, values[name], strict=True)]  # None makes a gap
         for here, there in zip(points, [*points[1:], None], strict=True):
             if here is not None:
                 end = here if there is None else there

@@ -1,4 +1,4 @@
-"""Warns during a run in words: the number, its expected value, the place to look, the key to try.
+"""Warns during a run in words. A hint names the number, its expected value, the place to look and the key to try.
 
 Most hints are judged over a window of steps, because a single odd batch proves nothing.
 """
@@ -14,21 +14,21 @@ import numpy as np
 from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # times the even share of choices
-BUSY_RANK = 1.5  # times the mean rank's rows
-NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1
-LOSS_RISE = 1.05  # times the mean loss of the previous window
-LOSS_FALL = 0.99  # times the mean loss of the first window
-SLOW_RANK = 1.5  # times the median seconds of the other ranks
-SLOW_SECONDS = 0.005  # smaller differences are noise
-SPEED_DROP = 0.6  # times the median speed of the previous steps
-RECENT = 10  # steps that make a median speed
-NAMED = 4  # dead experts that a hint names
+BUSY_EXPERT = 3.0  # a busy expert has this many times the even share of choices
+BUSY_RANK = 1.5  # a busy rank has this many times the mean rank's rows
+NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1 below which a hint warns
+LOSS_RISE = 1.05  # the loss rose if its mean is above this many times the previous window's mean
+LOSS_FALL = 0.99  # the loss fell if its mean is below this many times the first window's mean
+SLOW_RANK = 1.5  # a slow rank takes this many times the median seconds of the other ranks
+SLOW_SECONDS = 0.005  # smaller differences in seconds are noise
+SPEED_DROP = 0.6  # the speed dropped if below this many times the median speed of the previous steps
+RECENT = 10  # number of steps over which a median speed is taken
+NAMED = 4  # largest number of dead experts that a hint names
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One warning. Hints of one `kind` are repeats of each other."""
+    """One warning. Hints of the same `kind` count as repeats of each other."""
 
     kind: str
     text: str
@@ -72,7 +72,7 @@ class HintWatch:
         yield from slower(tuple(self._speeds))
         if len(self._records) < self._window:
             return
-        # The first window of the run, not of a later attempt, whose loss falls slowly anyway.
+        # Only the run's first window is used, because in a later attempt the loss falls slowly anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -92,7 +92,7 @@ def busy_expert(
         share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
         layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
         share, even = float(share_Ln[layer, expert]), 1 / group.num_experts
-        # With two or three experts a share cannot reach three times the even one, hence the 0.9.
+        # With two or three experts a share cannot reach three times the even share, hence the 0.9.
         if group.num_experts > 1 and share >= min(BUSY_EXPERT * even, 0.9):
             yield Hint(
                 f"busy/{group.name}",
@@ -143,7 +143,7 @@ def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iter
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
     """Warns about an EP rank with much more work than the mean rank, because all other ranks wait for it."""
     load_R = weighted_rows_LR.sum(0)
-    if load_R.size < 2 or not load_R.mean():  # nothing to compare
+    if load_R.size < 2 or not load_R.mean():  # there is nothing to compare
         return
     ratio = float(load_R.max() / load_R.mean())
     if ratio >= BUSY_RANK:
@@ -155,7 +155,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that works much longer than the others. Time spent waiting for peers is not counted."""
+    """Warns about a rank that works much longer than the other ranks. Time spent waiting for peers is not counted."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return

@@ -31,10 +31,10 @@ class Record:
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
             weighted_rows_LR (rows x FFN width). Expert choice adds above_LE and idle_LG (tokens that no expert took).
         ledger: Bytes and rows of dispatch and combine (`StepResult.ledger`).
-        host: CPU and memory readings of rank 0's machine, and the seconds of the slowest rank and of the others.
+        host: CPU and memory readings of rank 0's machine, and the seconds of the slowest rank and of other ranks.
         busy_seconds_W: Seconds that each rank worked in the previous step, waiting excluded; empty in the first step.
         load: For each group with a load controller: the `target` and the `achieved` true experts per token, and the
-            `lowest` and `highest` layer. Counts are before any capacity. None means that the group had no tokens.
+            `lowest` and `highest` layer, all counted before any capacity. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
     """
 
@@ -119,7 +119,7 @@ def build_record(
             "tokens_LG": counts.tokens_LG,
             "rows_LR": rows_LR,
             "dropped_LG": dropped_LG,
-            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # a mean per token, from a sum
+            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # mean per token
             "weighted_rows_LR": weighted_LR,
             **({"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG} if counts.unrouted_LG.size else {}),
         },
@@ -304,7 +304,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # shares are ratios of sums over layers; the busiest expert is found in each layer first
+    reduced = {  # shares are ratios of sums over layers; the busiest expert is found per layer
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),
@@ -321,8 +321,8 @@ def group_scalars(
 
 
 def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Sums the columns of the true experts on each EP position, [L, R]; later columns are ignored. Counts after a capacity
-    dropped pairs give the pairs that each position computes, summed over all EP groups."""
+    """Sums the columns of the true experts on each EP position, [L, R]; later columns are ignored. From counts of the pairs
+    that a capacity kept, the result is the number of pairs that each position computes, summed over all EP groups."""
     rank_E = np.array(placement.rank_of_expert)
     pairs_LE = pairs_LC[:, : placement.num_experts]
     return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
@@ -331,21 +331,21 @@ def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
     """Work of each rank, float64 [L, R]: its computed rows times the mean FFN width of the choices of its experts."""
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
-    choices_LE = choices_LC[:, : placement.num_experts]  # before a capacity drops pairs
+    choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
     return rows_LR * np.nan_to_num(width_LR)  # a rank without choices has no width and no rows
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Communication of the step, without metadata bytes; the record's ledger has the metadata bytes too.
+    """Scalars of the step's communication. Metadata bytes are only in the record's ledger.
 
     A row of another method is assumed to cost as many bytes as one of our rows.
     """
     ours = ledger["rows_remote"]
-    row_bytes = _ratio(ledger["payload_bytes"], ours)  # bytes over all exchanges of the step, recomputed ones included
+    row_bytes = _ratio(ledger["payload_bytes"], ours)  # the step's bytes per row sent, with recomputation
 
     def saved(rows: int) -> float | None:
-        if row_bytes is None:  # no row was sent, so the bytes of a row are unknown
+        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
             return None if rows else 0.0
         return (rows - ours) * row_bytes
 
@@ -366,7 +366,7 @@ def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, f
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """Largest over mean of each row, float64 [L]; nan if the row has no load."""
+    """For each row the largest value divided by the mean, float64 [L]; nan if the row has no load."""
     return divide(load_LX.max(1), load_LX.mean(1))
 
 
@@ -383,5 +383,5 @@ def _ratio(over: float, under: float) -> float | None:
 def divide(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     """Quotient as float64; nan where `under` is zero."""
     result = np.full(np.broadcast(over, under).shape, np.nan)
-    np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids a warning for each zero
+    np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids a warning per zero
     return result

@@ -22,7 +22,7 @@ class Subject:
     Attributes:
         groups: Expert groups, in the order of the arrays' columns.
         moe_layers: Index in the model of each MoE layer.
-        num_modalities: Modalities of the data; this number and the groups decide which tags are split.
+        num_modalities: Number of modalities of the data. This number and the groups decide which tags are split.
         active_target: Target of a load controller, in true experts per token, by group.
         mixture_of_depths: True if some layers compute only a share of the tokens.
     """
@@ -75,7 +75,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """Yields each group with the load of its true experts over the layer's mean load, float64 [L, n]."""
+    """Yields each group with the load of its true experts divided by the layer's mean load, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, _over_mean(true_Ln)
 
@@ -87,8 +87,8 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Mean entropy of a token over the largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 would divide by 0
+    """Mean entropy of a token divided by the largest possible entropy, float64 [L, G]; nan without tokens."""
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 cannot be a divisor
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 

@@ -20,7 +20,7 @@ class DepthStatistics:
         layers: Index in the model of each layer.
         capacity: Share of the tokens that each layer should compute.
         groups: Names of the columns G.
-        tokens_LG, taken_LG: int64, the tokens of each group, and the computed tokens of each group.
+        tokens_LG, taken_LG: int64, number of tokens, and of computed tokens, of each group.
         agreed_L: int64, tokens whose causal decision equals the selection of training; None in evaluation, which makes
             only causal decisions.
         weight_L: float64, sum of the gate weights of the computed tokens; None in evaluation.
@@ -81,7 +81,7 @@ class StepStatistics:
         skipped_steps: Skipped steps of the run so far.
         tokens: Input tokens of the run so far, without padding.
         step_seconds: Wall time of the step.
-        epochs: Passes over the training data of each modality so far.
+        epochs: Number of passes over the training data of each modality so far.
         flops_per_token: Forward and backward FLOPs per token at the measured number of experts; None if unknown.
         active_target: Target of a load controller, in true experts per token, by group.
     """
@@ -106,12 +106,12 @@ class EvaluationResult:
         step: Steps taken before the evaluation.
         loss: Nats per token by modality; also 'image_no_filler' if the data marks filler cells.
         tokens: Number of labels of each loss.
-        ablated_loss: The losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing over throughput with evenly spread routing; None if timing
-            proves nothing.
-        balance_efficiency_by_count: Mean over maximum of the ranks' weighted rows: the efficiency that the counts allow.
+        ablated_loss: The held-out losses with the experts' output set to zero.
+        balance_efficiency: Throughput with the real routing divided by that with evenly spread routing; None if not
+            measured.
+        balance_efficiency_by_count: Mean of the ranks' weighted rows divided by the maximum, a bound by counts.
         balance_note: How the timing was done, or why it was not.
-        choice_loss: Expert choice: the losses under the selection of training, which sees later tokens.
+        choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token by group, as evaluated.
         choice_experts_per_token: True experts per token by group under the selection of training.
         mixture_of_depths: Sums of the causal decisions; None if the model has no mixture-of-depths layers.

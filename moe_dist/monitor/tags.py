@@ -11,7 +11,7 @@ from typing import Any
 
 MAX_SCALARS = 40
 
-# Times and device readings. All other tags are bit-equal in two runs with one seed.
+# Tags of times and device readings. All other tags are bit-equal in two runs with one seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
@@ -54,7 +54,7 @@ MEANING: dict[str, str] = {
     "device/power": "GPU power of rank 0 in watts.",
 }
 
-# Tags of models with mixture-of-depths layers. They leave space to split fewer families by group.
+# Tags of models with mixture-of-depths layers. These tags leave space to split fewer families by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that mixture-of-depths layers compute in training.",
     "mixture_of_depths/agreement": "Share of tokens whose causal decision equals the selection of training.",
@@ -62,7 +62,7 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
-# loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
+# Unsplit scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
 DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
@@ -80,7 +80,7 @@ class TagPlan:
     loss_per_modality: bool
 
 
-@cache  # called for each record
+@cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
     """Splits as many families as fit into `MAX_SCALARS`: losses first, then groups, then epochs.
 

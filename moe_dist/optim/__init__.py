@@ -1,1 +1,1 @@
-"""Parameter groups, fused optimizers, schedules and the global gradient norm."""
+"""Groups of parameters for an optimizer, fused optimizers, schedules and the global gradient norm."""

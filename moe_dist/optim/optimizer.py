@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of all roles have no decay either
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role have no decay either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
@@ -65,7 +65,7 @@ def make_optimizer(
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)  # with an obstacle backend=auto falls back to torch
+    obstacle = _apex_obstacle(apex_adam, parameters)  # a reason not to use Apex, with which backend=auto takes torch
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
@@ -103,8 +103,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. The first step would
-    start from the same values."""
+    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. Without this call
+    the first step would start from the same values."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -163,7 +163,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no sync
+    total = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device, without a sync
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
@@ -198,8 +198,8 @@ def lr_factor(
     """Ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
 
     The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
-    a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
-    keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
+    a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. `cosine` and `wsd` reach `min_ratio` in the
+    last step and keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0

@@ -33,7 +33,7 @@ def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 def make_deterministic() -> None:
     """Makes torch and the CUDA libraries deterministic in this process. Call it right after importing torch. An operation
-    without a deterministic implementation then raises a RuntimeError that names it.
+    without a deterministic implementation then raises a RuntimeError that names the operation.
 
     Raises:
         ConfigError: from `deterministic_variables`.

@@ -20,8 +20,8 @@ def initialise(
 
     Norms start at 1, biases at 0. Adapters B start at 0, and adapters A [r, in] are normal with variance 1 / (3 in), as in
     the authors' code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
-    down) with std / sqrt(2 L). A module can set constants for its parameters by name in `initial_values`. The host draws
-    one whole tensor at a time and copies this rank's shard.
+    down) have std / sqrt(2 L), with L layers. A module can set constants for its parameters by name in `initial_values`.
+    The host draws one whole tensor at a time and copies this rank's shard.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -29,13 +29,13 @@ def initialise(
         scale = residual if each.name.endswith((".o.weight", ".down.weight", ".down")) else std
         owner, _, leaf = each.path.rpartition(".")
         constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-        drawn = constant is None  # not set in the constructor, because the meta device stores no values
+        drawn = constant is None  # constants are set here, because the meta device stores no values
         shape = each.parameter.shape
         set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale) if drawn else torch.full(shape, constant))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Allocates a meta-device model on `device`. It fills constant buffers, but not the parameters."""
+    """Allocates a meta-device model on `device`. Fills constant buffers, but not the parameters."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)  # allocates without initialising, which would cost a pass over all parameters
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:

@@ -2,10 +2,10 @@
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
-- `world`: all ranks. Each reads different data. Dense parameters are replicated, or sharded over all ranks.
-- `ep`: ranks that together hold one copy of all experts. They are consecutive, so that an EP group stays inside a node.
+- `world`: all ranks. Each rank reads different data. Dense parameters are replicated, or sharded over all ranks.
+- `ep`: ranks that together hold one copy of all experts. An EP group's ranks are consecutive, to stay inside a node.
   Dispatch and combine run in this group.
-- `edp`: ranks with the same ep_rank. They hold the same experts and sum their gradients.
+- `edp`: ranks with the same ep_rank. The ranks of an edp group hold the same experts and sum their gradients.
 - `intra_node`, `inter_node`: exist with ranks_per_node, where ep_rank = node * ranks_per_node + local. `intra_node` has the
   ranks of one node of the EP group, `inter_node` the ranks with the same `local`.
 """
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.runtime.environment import RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)  # covers the slowest rank's write
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # long enough for the slowest rank's write
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
@@ -80,7 +80,7 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections now, so that errors show early
+        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections at once, so that errors show early
     )
 
 
@@ -103,7 +103,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs a mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # made also for one rank, because FSDP2 needs a mesh
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,
@@ -147,7 +147,7 @@ def _row_of(rows: torch.Tensor, rank: int) -> int:
 
 
 def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:
-    """Creates a group for each row of ranks and returns this rank's own. All ranks create them in the same order, as
+    """Creates a group for each row of ranks and returns this rank's own. All ranks create the groups in the same order, as
     `dist.new_group` requires."""
     groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in rows]
     group = groups[own]
@@ -157,8 +157,8 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """Creates a group of some ranks, for measurements; None on a rank outside it. With `alone` only the members call it,
-    and it must be the first group of exactly these ranks."""
+    """Creates a group of some ranks, for measurements; None on a rank outside the group. With `alone` only members call
+    this function, and the group must be the first of exactly these ranks."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 

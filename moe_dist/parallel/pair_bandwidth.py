@@ -14,7 +14,7 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # a collective is repeated at most so often and so long; the best time counts
+REPEATS, SECONDS = 100, 0.5  # most repeats and seconds of one collective, whose best time counts
 LOOKS = 3  # number of measurements that must confirm a slow pair
 
 
@@ -52,7 +52,7 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # or the connections of n (n - 1) / 2 groups would pile up
+            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would pile up
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
@@ -76,7 +76,7 @@ def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str
     """Names of the nodes in order. Collective over all ranks."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
-    dist.all_gather(everywhere, text)  # bytes, because object collectives use pickle
+    dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
 
 
@@ -97,7 +97,7 @@ class PairMeasurement:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # takes the slower of both ends, and is a barrier
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # takes the slower end's time, and is a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:

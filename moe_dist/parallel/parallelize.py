@@ -1,12 +1,12 @@
 """Makes a single-device model parallel, in this order:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher has the EP group.
-2. Recompute: it is set inside each unit at construction, so that FSDP2 unshards a unit before its recomputation.
-3. FSDP2 or DDP: last, because both need the final parameters and units.
+2. Recompute is set inside each unit at construction, so that FSDP2 unshards a unit before its recomputation.
+3. FSDP2 or DDP comes last, because it needs the final parameters and units.
 
 Gradients are summed and not averaged, because a rank's loss is its share of the global loss. Dense gradients are summed
 over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast
-them to its compute dtype. Their small gradients are summed over the world after backward.
+them to its compute dtype. The small gradients of routers are summed over the world after backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -52,7 +52,7 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks that hold the same values of a parameter; 1 for a shard. The global norm divides by it."""
+        """Number of ranks with the same values of a parameter, by which the global norm divides; 1 for a shard."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
@@ -78,7 +78,7 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes all parameters but those of `roles`: frozen parameters get neither gradients nor moments. Call it before
+    """Freezes all parameters but those of `roles`: frozen parameters get neither gradients nor moments. Call this before
     FSDP2 or DDP, which skip frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
@@ -88,9 +88,9 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     """Applies FSDP2 in place: to attention and MoE layer (or FFN) of each layer, then to the root with embedding, norm and
     output.
 
-    The MoE layer is one unit. Its experts are sharded over edp, and its other parameters over the world. So no gather or
-    reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between the exchanges
-    of backward, where ranks can deadlock.
+    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So no gather or
+    reduce runs between the layer's two exchanges. A nested unit for the experts would run its reduce-scatter between the
+    exchanges of backward, where ranks can deadlock.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -106,7 +106,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)  # last, because the root takes the parameters that no inner unit has
+    fully_shard(model, **options)  # the root is last, because it takes the parameters that no inner unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum instead of an average
@@ -148,7 +148,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # now, so that the first step uses the same buckets as all others
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the same buckets as later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

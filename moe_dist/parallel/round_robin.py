@@ -49,7 +49,7 @@ def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
 
 
 def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
-    """True if one of the collectives takes more than SLOW times as long as `than`."""
+    """True if one of the pair's collectives takes more than SLOW times as long as in `than`."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 

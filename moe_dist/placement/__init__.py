@@ -1,1 +1,1 @@
-"""The map of experts to ranks, the roles of parameters, and the routing counts. It imports no torch."""
+"""The map of experts to ranks, the roles of parameters, and the routing counts. Imports no torch."""

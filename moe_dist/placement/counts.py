@@ -18,15 +18,15 @@ class StepCounts(NamedTuple, Generic[Array]):
         tokens_LG: Number of routed tokens.
         entropy_LG: Entropy (nats) of the router's softmax, summed over tokens.
         dropped_LE: Choices of each true expert that a capacity dropped.
-        kth_score_LE: k-th largest score of each expert, times the tokens of its group. This field and the next two are for
-            expert choice; they have no columns if tokens choose.
+        kth_score_LE: k-th largest score of each expert, times the tokens of its group. kth_score_LE, above_LE and
+            unrouted_LG are for expert choice and have no columns if tokens choose.
         above_LE: Number of tokens above each expert's threshold.
         unrouted_LG: Number of tokens that no expert took.
         depth_tokens_P: Number of tokens from which a mixture-of-depths layer selects.
         depth_agreed_P: Number of tokens whose causal decision equals the selection of training.
         depth_kth_score_P: Lowest selected score, times the tokens.
         depth_weight_P: Sum of the weights of the selected tokens.
-        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and of those that the layer computes.
+        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and number of these tokens that the layer computes.
     """
 
     choices_LC: Array

@@ -18,7 +18,7 @@ class ExpertGroup:
 
     Attributes:
         name: Name of the group, part of the experts' logical names.
-        num_experts: Number of true experts (n). They alone are placed.
+        num_experts: Number of true (not null) experts, n. Only true experts are placed on ranks.
         num_null: Number of null experts (m).
         top_k: Choices per token (k).
         ffn_dim: Hidden width of each expert (F).
@@ -84,13 +84,13 @@ class ExpertPlacement:
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
         """Spreads every group evenly over all ranks. If a group does not divide evenly, its larger parts start at the rank
-        after those of the group before it, so that the ranks stay balanced."""
+        after the larger parts of the previous group, so that the ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
             for part, experts in enumerate(even_runs(group.experts, num_ranks)):
                 slots[(offset + part) % num_ranks].extend(experts)
-            offset += group.num_experts  # the next group starts where this one ended
+            offset += group.num_experts  # the next group starts where this group ended
         return cls(tuple(groups), tuple(map(tuple, slots)))
 
     @property
@@ -102,7 +102,7 @@ class ExpertPlacement:
         """Number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property  # each layer's plan reads it
+    @cached_property  # read by each layer's plan
     def rank_of_expert(self) -> tuple[int, ...]:
         """Rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
@@ -129,7 +129,7 @@ class ExpertPlacement:
 
 
 def even_runs(experts: range, parts: int) -> list[range]:
-    """Divides a range into runs whose lengths differ by at most one, longer runs first."""
+    """Divides a range into consecutive blocks whose lengths differ by at most one, longer blocks first."""
     short, longer = divmod(len(experts), parts)
     edges = [part * short + min(part, longer) for part in range(parts + 1)]
     return [experts[a:b] for a, b in itertools.pairwise(edges)]

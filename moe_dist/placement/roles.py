@@ -4,7 +4,7 @@ the initial value.
 A module class sets the role of its parameters, as in `role = Role.ROUTER`. Children without a role inherit it. The class
 holds the role, because FSDP2 and `Module.to_empty` replace parameters.
 
-It imports no torch, so that checkpoints can be described without it.
+This file imports no torch, so that checkpoints can be described without torch.
 """
 
 import re
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a login node has no torch
 
 
 class Role(Enum):
-    """The purpose of a parameter. It decides sharding, gradient sums, weight decay, initial value and freezing."""
+    """The purpose of a parameter, which decides sharding, gradient sums, weight decay, initial value and freezing."""
 
     DENSE = "dense"
     EMBEDDING = "embedding"
@@ -35,7 +35,7 @@ ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # 
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute name contains a colon
-_ROLES_OF_NAMES = (  # special names before general ones, because the first match counts
+_ROLES_OF_NAMES = (  # special names come before general ones, because the first match counts
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),

@@ -57,7 +57,7 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Parameters of all mixture-of-depths routers. Every token uses them."""
+    """Parameters of all mixture-of-depths routers. Every token uses all of these parameters."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -67,15 +67,15 @@ def depth_router(model: ModelSection) -> int:
 class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
-    embedding: float = 0  # if tied, it has the parameters of the output projection
+    embedding: float = 0  # embedding table; if tied, it also counts as the output projection's parameters
     attention: float = 0  # projections and their norms; FLOPs also count the products over positions
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
-    shared: float = 0  # with LoRA experts: the frozen FFN
+    shared: float = 0  # shared expert; with LoRA experts the frozen FFN
     dense_ffn: float = 0
     norms: float = 0
-    output: float = 0  # if tied, it has FLOPs and no parameters
+    output: float = 0  # output projection; if tied, only its FLOPs count here
     adapters: float = 0  # LoRA experts, and LoRA on the attention
 
     @property
@@ -120,7 +120,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Parameters that a token uses on average: not the experts that it does not take, and not the layers that it skips.
+    """Parameters that a token uses on average, without the experts that it does not take and the layers that it skips.
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.
@@ -152,7 +152,7 @@ def forward_flops(
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    # In a mixture-of-depths layer a share c of the tokens attends, each to a share c of the positions: c^2.
+    # In a mixture-of-depths layer a share c of the tokens attends, each to a share c of the positions, which gives c^2.
     share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
     attending = model.num_layers - len(model.depth_layers) * (1 - share**2)
     return Parts(
@@ -182,10 +182,10 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """FLOPs per token of full training that router tuning does not compute.
 
-    Backward ends at the lowest tuned layer. In this layer, the router computes the gradient of its weights, and the experts
-    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above this layer, a
-    product with a frozen weight computes only the gradient of its input, which costs as much as forward. Attention scores
-    are products of two activations and compute both gradients.
+    Backward ends at the lowest tuned layer. There the router computes the gradient of its weights, and the experts
+    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above the lowest
+    tuned layer, a product with a frozen weight computes only its input's gradient, which costs as much as forward.
+    Attention scores are products of two activations and compute both gradients.
 
     Args:
         forward: From `forward_flops`, without mixture of depths.
@@ -236,7 +236,7 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: flo
     """
     repeated = {
         "none": 0.0,
-        # LoRA experts have no `experts`; their frozen FFN is `shared`.
+        # With LoRA experts the part `experts` is 0, and the frozen FFN is in the part `shared`.
         "experts": forward.experts or forward.shared + forward.adapters,
         "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]

@@ -22,7 +22,7 @@ def host_violations(config: Config) -> list[Violation]:
 def apex_violations(config: Config) -> list[Violation]:
     """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Does not import Apex. Does not look for it if torch is missing, because the ranks then run on other machines.
+    Does not import Apex. Does not look for Apex if torch is missing, because the ranks then run on other machines.
     """
     if config.optimizer.backend != "apex":
         return []
@@ -49,7 +49,7 @@ def apex_violations(config: Config) -> list[Violation]:
 
 
 def _dispatch_violations(config: Config) -> list[Violation]:
-    """Checks that the dispatcher's modules are installed; like Apex, only if torch is installed."""
+    """Checks that the dispatcher's modules are installed. Like the check for Apex, does nothing if torch is missing."""
     dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []

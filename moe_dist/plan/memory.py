@@ -13,10 +13,10 @@ elements per token; an element has a bytes:
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
-`recompute: experts` does not keep tensors of pairs. `block` keeps the inputs of both halves of a layer and the returned
-rows. Both need the rest once, for one layer. If only routers are trained, frozen weights do not keep their inputs, and
-nothing is kept below the lowest of these routers. `block` cannot repeat the layer of that router, since its input has no
-gradient:
+`recompute: experts` does not keep tensors of pairs. `recompute: block` keeps the inputs of both halves of a layer and the
+returned rows. `experts` and `block` need the other tensors once, for one layer. If only routers are trained, frozen weights
+do not keep their inputs, and nothing is kept below the lowest trained router. `block` cannot repeat the layer of that
+router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
@@ -35,7 +35,7 @@ from moe_dist.plan.flops import ffn_dim_for_all, layers_passed_by, parameters, t
 from moe_dist.plan.policies import expert_groups
 
 FP32 = 4
-CHECKPOINT_BYTES = 12  # for each parameter: fp32 weight and two fp32 moments
+CHECKPOINT_BYTES = 12  # bytes per parameter: fp32 weight and two fp32 moments
 ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 
@@ -43,10 +43,10 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 class RankMemory:
     """Bytes on one rank."""
 
-    parameters: float  # fp32, like gradients and optimizer
+    parameters: float  # bytes of the fp32 master weights; gradients and moments are fp32 too
     gradients: float
     optimizer: float
-    # Weights in the compute type during a micro-batch: none in fp32 under DDP, two units under FSDP2, else all.
+    # Bytes of weights in the compute dtype during a micro-batch: none in fp32 under DDP, two units under FSDP2, else all.
     casts: float
     activations: float  # estimate for one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -81,7 +81,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Parameters whose master weights EP position `rank` holds. FSDP2 shards dense parameters over all ranks and experts
-    over edp. It does not shard routers."""
+    over edp. Routers are not sharded."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
     dense, parallel = parts.total - parts.router - parts.experts, config.parallel
     if parallel.data != "fsdp2":
@@ -98,7 +98,7 @@ def trained_parameters(config: Config) -> float:
 
 
 def tuned_parameters(config: Config) -> float:
-    """Parameters of the trained routers in router tuning. All layers have equally many, and every rank holds all."""
+    """Parameters of the trained routers in router tuning. Layers have equally many, and every rank holds all."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 
@@ -127,7 +127,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the root unit (embedding, output) gathered. It gathers the next layer while one layer computes.
+    # FSDP2 keeps the root unit (embedding, output) gathered, and gathers the next layer while one layer computes.
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 

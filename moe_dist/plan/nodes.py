@@ -24,7 +24,7 @@ def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """The demand of each rank of an EP group. A rank has at most one, because pinned groups share no rank."""
+    """The demand of each rank of an EP group. A rank has at most one demand, because pinned groups share no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -39,7 +39,8 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all form one block.
+    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all groups form one
+    block.
 
     Args:
         demand_of_position: Demand of each rank of an EP group.
@@ -75,8 +76,8 @@ def pack(
 def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Places ranks with a demand first; nodes of different demands are separate. The other ranks then fill the free places,
-    first beside ranks of their own EP group, and last new nodes."""
+    """Places ranks with a demand first, on separate nodes for different demands. Ranks without a demand then fill the free
+    places, first beside ranks of their own EP group, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

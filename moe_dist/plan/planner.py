@@ -24,19 +24,19 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 class PlacementPlan:
     """One placement and its expected costs per token of the mix."""
 
-    name: str  # the policy
+    name: str  # name of the policy
     placement: ExpertPlacement
     load_R: tuple[float, ...]  # pairs x ffn_dim on each rank; a forward pass takes 6 D times as many FLOPs
     remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per distinct (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Upper bound of the throughput relative to evenly loaded ranks: mean / max of the ranks' loads."""
+        """Mean load of the ranks / maximum load: an upper bound of the throughput relative to evenly loaded ranks."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Rows per token between ranks. A row costs 2 x D x itemsize bytes in forward, and the same in backward."""
+        """Rows per token between ranks. A row costs 2 x D x itemsize bytes in forward and again in backward."""
         return sum(self.remote_R)
 
 
@@ -44,8 +44,8 @@ class PlacementPlan:
 class PlanComparison:
     """Pinned and interleaved placement of the same groups."""
 
-    plans: tuple[PlacementPlan, ...]  # the possible ones of pinned and interleaved
-    missing: Mapping[str, str]  # by policy, the reason why it is not possible
+    plans: tuple[PlacementPlan, ...]  # plans of the policies pinned and interleaved that are possible
+    missing: Mapping[str, str]  # for each impossible policy, the reason
 
     @property
     def fastest_compute(self) -> PlacementPlan | None:
@@ -183,7 +183,7 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
     """A sentence that says at which ratio of bandwidth to compute each plan is better.
 
-    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
+    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """
     flops = 6 * (max(traffic.load_R) - max(compute.load_R))
     data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))

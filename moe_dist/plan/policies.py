@@ -67,7 +67,7 @@ def replicated_placement(groups: Groups) -> ExpertPlacement:
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Work of a group: tokens of its modalities x expected experts per token x ffn_dim. Without a mix, of 1 token."""
+    """Work of a group: tokens of its modalities (1 without a mix) x expected experts per token x ffn_dim."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -125,10 +125,10 @@ def _pinned_problems(
 
 
 def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
-    """Number of ranks of each group: first one each, then one more for the group whose busiest rank has most work, and so
-    on.
+    """Number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work gets one
+    more, and so on.
 
-    This minimises the work of the busiest rank. Ranks stay free once every group has as many ranks as experts.
+    This order minimises the work of the busiest rank. Ranks stay free once every group has as many ranks as experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)

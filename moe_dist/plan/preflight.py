@@ -1,7 +1,7 @@
 """Checks configuration, data set and placement against each other before a run, and reports all faults at once.
 
-Takes a second or two, because it reads the lists of lengths in the .idx files and up to 256 MiB of ids of each split.
-Imports no torch."""
+The checks take a second or two, because they read the lists of lengths in the .idx files and up to 256 MiB of ids per
+split. Imports no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from moe_dist.plan.host import host_violations
 from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
-_LOOKED_AT = 256 << 20  # bytes of ids that are read of each split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix counts tokens per million
+_LOOKED_AT = 256 << 20  # largest number of bytes of ids that is read per split
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix is in tokens per million
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: i
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks all that needs no data, for a dry run; and the manifest, if it exists.
+    """Checks all that needs no data, for a dry run. If the manifest exists, checks it too.
 
     Raises:
         ConfigError, DataError: as `check`.
@@ -112,7 +112,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path is unreadable: these files are not the user's
+    if not read.broken([Violation(("data.path",), "")]):  # data.path could not be read, so these files are not the user's
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one for each GPU.
+"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one rank for each GPU.
 
 configuration -> preflight -> rank -> process groups -> model on its mesh -> data -> resume -> Trainer.fit
 """
@@ -70,8 +70,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # before the first CUDA call, which reads the environment
-    folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits for the lease here
+        make_deterministic()  # must come before the first CUDA call, which reads the environment
+    folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits here for the lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
     mesh = session.join_world(config, env, folder)
@@ -103,7 +103,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         finished = trainer.fit()
     if env.rank == 0:
         session.conclude(finished, folder, plan)
-        if stop.first is not None:  # it came during the final evaluation
+        if stop.first is not None:  # the signal came during the final evaluation
             print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
     watchdog.stop()
     destroy_world()

@@ -1,7 +1,7 @@
-"""The frozen base under adapters: `run.init_rules: [adapt]` loads it whole, and a resume finds it again by content hash.
+"""The frozen base under adapters. `run.init_rules: [adapt]` loads the whole base; a resumed run finds it by content hash.
 
-Adapters start with B = 0, so the model computes the same as the base until its first step. The results are bit-equal where
-the matrix products have equally many rows: a base with one expert per layer leaves padding out, the frozen FFN does not. A
+Adapters start with B = 0, so the model computes the same as the base until its first step. Bits are equal only where matrix
+products have equally many rows: a base with one expert per layer skips padding, but the frozen FFN computes it. A
 checkpoint of adapters names its base. Loading the adapters, to resume or to use them, loads exactly that base.
 """
 
@@ -21,7 +21,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import Role, role_of_name
 
-# Keys of `model` that determine the function, besides shapes, which the tensors show.
+# Keys of `model` that determine the model's function. Tensor shapes, which also do, are compared elsewhere.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -47,7 +47,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     def check(contents: Contents) -> None:
         if problems := base_problems(config.model, contents):
             raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
-        found.append(Base(str(contents.folder), content_hash(contents.index)))  # hashes the index, reads no tensor
+        found.append(Base(str(contents.folder), content_hash(contents.index)))  # hashes only the index
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})
@@ -69,7 +69,7 @@ def load_base(
 
     Args:
         values: Values of the checkpoint of adapters.
-        adapters: Folder of that checkpoint, for messages.
+        adapters: Folder of that checkpoint, named in error messages.
 
     Raises:
         DataError: the base is missing or damaged, or has another content hash.

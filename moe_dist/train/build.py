@@ -46,7 +46,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
-    """The settings of the transformer as plain values, because the room `model` imports no configuration."""
+    """The settings of the transformer as plain values, because the package `model` imports no configuration."""
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
@@ -70,7 +70,7 @@ def build_model(
 
     Args:
         placement: Experts of each rank. Without an `ep_group` the layers can only be run if one rank holds all experts.
-        node_groups: Parts of the EP group between nodes and inside the node, for a hierarchical dispatcher.
+        node_groups: Process groups between nodes and inside the node, for a hierarchical dispatcher.
         comm_stats: Counts the communication of all layers.
         tracker: Records the all-to-alls, for the watchdog.
         compute_dtype: Replaces `parallel.precision`, for tests in float64.
@@ -118,7 +118,7 @@ def saved_part(config: Config) -> Part:
 
 
 def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
-    """The position of this rank for checkpoints; without a mesh that of a single rank."""
+    """The position of this rank for checkpoints. Without a mesh there is a single rank."""
     if mesh is None:
         return RankLayout(placement)
     return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -158,7 +158,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             tracker=mesh.tracker,
             **build_scopes(config, mesh, comm_stats),
         )
-    freeze(model, config)  # before sharding: then FSDP2 reduces no gradient of frozen parameters
+    freeze(model, config)  # before sharding, so that FSDP2 reduces no gradient of frozen parameters
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
@@ -172,7 +172,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # else the routers do not change, and their thresholds must not either
+    whole = config.train.only is None  # otherwise the routers do not change, so thresholds must not change
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     balance = build_balance(config.model.moe, model, placement.groups)
     thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
@@ -260,15 +260,15 @@ class TrainingPlan:
     placement: ExpertPlacement
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of count models, from the manifest
-    steps: int  # last step of the run
+    steps: int  # number of the run's last step
     global_batch: int  # sequences in a step
-    lr: Callable[[int], float]  # of a step (0-based)
-    aux: Callable[[int], AuxSettings]  # of a step (0-based)
-    evaluate_every: int  # steps
-    save_every: int  # steps
-    max_skipped_in_a_row: int  # non-finite steps that end the run
+    lr: Callable[[int], float]  # learning rate of a step (0-based)
+    aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
+    evaluate_every: int  # steps between two evaluations
+    save_every: int  # steps between two checkpoints
+    max_skipped_in_a_row: int  # number of consecutive non-finite steps that ends the run
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
-    peak_flops: float | None  # of all devices together; None if unknown
+    peak_flops: float | None  # peak FLOPs per second of all devices together; None if unknown
     active_target: Mapping[str, float]
     even_active: Mapping[str, float]
     checks: tuple[str, ...]  # names of the checks of the finished run (evaluation.checks)

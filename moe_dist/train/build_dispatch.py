@@ -21,7 +21,7 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
-NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside the node
+NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # groups between nodes and inside the node
 
 
 def build_all_to_all(
@@ -43,7 +43,7 @@ class DispatchParts:
 
     parallel: ParallelSection
     placement: ExpertPlacement
-    all_to_all: AllToAll  # of the EP group
+    all_to_all: AllToAll  # all-to-all of the EP group
     hidden_dim: int
     node_groups: NodeGroups = (None, None)
 
@@ -58,8 +58,8 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """The pipelined dispatcher if `overlap` or `chunks` is set, else the plain one; the one with known counts where every
-    routed row is one pair."""
+    """The pipelined dispatcher if `overlap` or `chunks` is set, else the plain dispatcher. Where every routed row is one
+    pair, the dispatcher with known counts is used."""
     if parts.fields != {"overlap": False, "chunks": 1}:
         bound = parts.parallel.max_receive_rows
         return PipelinedDispatcher(parts.placement, parts.all_to_all, max_receive_rows=bound, **parts.fields)
@@ -81,8 +81,8 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """The dispatcher with known counts. Without `always`, evaluation uses the plain dispatcher: tokens choose their experts
-    there, so the counts are not known in advance."""
+    """The dispatcher with known counts. Without `always`, evaluation uses the plain dispatcher: in evaluation tokens choose
+    their experts, so the counts are not known in advance."""
     known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 

@@ -26,7 +26,7 @@ class LayerParts:
     config: Config
     placement: ExpertPlacement
     ep_rank: int
-    all_to_all: AllToAll  # of the EP group
+    all_to_all: AllToAll  # all-to-all of the EP group
     node_groups: NodeGroups
     choice_scope: SelectionScope | None  # ranks whose tokens compete for experts; None for this rank alone
 
@@ -36,8 +36,9 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     keywords of `experts`."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # A dry run has a placement of many ranks but no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(  # one for all layers, because backends allocate large buffers
+    # A dry run has a placement of many ranks but no group. The dry run builds the experts of `ep_rank` and never
+    # dispatches.
+    dispatcher = build_dispatcher(  # all layers share one dispatcher, because backends allocate large buffers
         DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
@@ -79,7 +80,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes a layer of LoRA experts; the fields of the section are keywords of `LoRAExperts`."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
-    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # all groups have the same
+    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # equal in all groups
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(

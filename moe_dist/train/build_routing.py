@@ -41,11 +41,11 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
 
     Args:
         known: Values of the layer: `capacity` (of token choice), `seed`, `layer`, `place` (among the MoE layers),
-            `selection_scope`, `known_counts`. The constructor gets those that are among its parameters.
+            `selection_scope`, `known_counts`. The constructor gets the values that are among its parameters.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
-    # A field of the section takes precedence, because the `capacity` of expert choice is another one.
+    # A field of the section takes precedence, because expert choice has another kind of `capacity`.
     return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 

@@ -33,7 +33,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh needs no stored layer
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh does without stored layers
     )
     reader = RoutingReader(
         parallel.model,
@@ -54,8 +54,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
-    """Returns the function that finds the neighbours of a sample. With l2 each sample is its own only neighbour, with the
-    routing from before the first step."""
+    """Returns the function that finds the neighbours of a sample. With the target `l2`, a sample's only neighbour is the
+    sample itself, with the routing from before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(
@@ -68,10 +68,10 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Counts on one rank, each as a pair: of the trained parameters, and of all parameters."""
+    """Counts on one rank. Each count is a pair: for the trained parameters, and for all parameters."""
 
     parameters: tuple[int, int]
-    optimizer: tuple[int, int]  # bytes of the moments
+    optimizer: tuple[int, int]  # bytes of AdamW's moments
     reduced: tuple[int, int]  # bytes of gradients that a step reduces; FSDP2 reduces whole gradients to shards
 
     def __str__(self) -> str:

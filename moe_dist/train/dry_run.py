@@ -34,10 +34,10 @@ class DryRun:
     training_flops: tuple[float, float]  # forward and backward FLOPs per token, without and with recomputation
     plan: PlacementPlan  # expected work and traffic
     rank: int  # the EP position that needs most memory
-    rank_memory: memory.RankMemory  # of that EP position
-    exchange_bytes: float  # sent per token by all layers in forward, backward and recomputation
+    rank_memory: memory.RankMemory  # memory of the EP position `rank`
+    exchange_bytes: float  # bytes that all layers send per token in forward, backward and recomputation
     checkpoint_bytes: float
-    tokens: int  # of the whole run, with padding
+    tokens: int  # tokens of the whole run, padding included
 
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
@@ -72,7 +72,7 @@ def estimate(config: Config) -> DryRun:
     rank = max(ranks, key=lambda r: memories[r].total)
     frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
-    exchanges = 5 if parallel.recompute == "block" else 4  # block repeats a dispatch
+    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats one dispatch
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
@@ -154,8 +154,8 @@ def bytes_text(number: float) -> str:
 def _memory(
     config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
-    """Memory of one EP position. The plan counts rows and pairs for one token of the whole EP group; here they are counted
-    for one token on each rank."""
+    """Memory of one EP position. The plan counts rows and pairs for one token of the whole EP group. Here rows and pairs
+    are counted for one token on each rank."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)

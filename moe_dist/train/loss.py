@@ -51,12 +51,12 @@ class MicroLoss(NamedTuple):
     balance: Tensor  # this rank's share of the balance term, as added to `total`
     z: Tensor  # this rank's share of the z term, as added to `total`
     auxiliary: Tensor  # this rank's share of the loss of auxiliary routers or of router tuning
-    counts: StepCounts[Tensor]  # over all ranks
+    counts: StepCounts[Tensor]  # routing counts over all ranks
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 if the label is IGNORED."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # bf16 logits are copied: B x S x V x 4 bytes
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # bf16 logits are copied to B x S x V x 4 bytes
     losses = F.cross_entropy(
         logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -84,16 +84,16 @@ def forward(
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> StepCounts[Tensor]:
-    """Sums the layers' counts over all ranks. Called outside any recomputation, once for each micro-batch: one all-reduce,
-    and a second one with mixture of depths."""
+    """Sums the layers' counts over all ranks. Call it outside any recomputation, once for each micro-batch. Costs one
+    all-reduce, and a second one with mixture of depths."""
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # One row for each layer, not one part for each field: the order in which an all-reduce adds the ranks depends on the
-    # place of an element in the vector.
+    # The vector has one row per layer and not one part per field, because the order in which an all-reduce adds the ranks
+    # depends on an element's place in the vector.
     packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     routing = packed.split([part.shape[1] for part in parts], dim=1)
     return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
@@ -105,7 +105,7 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`. Without mixture of depths they have no rows, and no collective runs."""
+    """The fields depth_... of `StepCounts`. Without mixture of depths the fields have no rows, and no collective runs."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -135,7 +135,7 @@ def depth_statistics(
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
     """Copies counts to the host; integers become int64."""
-    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()  # device-to-host sync, one for all fields
+    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()  # one device-to-host sync for all fields
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()
@@ -186,8 +186,8 @@ def micro_loss(
 
     Args:
         labels_in_step: Scored labels of the whole step, over all ranks and micro-batches.
-        share: The micro-batch's fraction of `labels_in_step`. It weighs the auxiliary terms, whose statistics cover one
-            micro-batch on all ranks.
+        share: The micro-batch's fraction of `labels_in_step`. The share weighs the auxiliary terms, whose statistics cover
+            one micro-batch on all ranks.
         world: All ranks; counts are summed over them.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)

@@ -43,22 +43,22 @@ logger = logging.getLogger(__name__)
 class Progress:
     """The state of a run besides weights and optimizer."""
 
-    step: int = 0  # steps taken, with the skipped ones
+    step: int = 0  # steps taken, skipped steps included
     position: int = 0  # sequences drawn from the global stream
     tokens: int = 0  # tokens seen, without padding
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0  # skipped steps since the last good step
     evaluated: int = 0  # step of the last evaluation
-    first_position: int = 0  # where the run began in the global stream; above 0 only with run.keep_position
+    first_position: int = 0  # position in the global stream at which the run began; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
         """True if an evaluation is due after this step (every `every` steps and after step `last`) and not done yet. A stop
-        request skips it, and the resumed run makes it."""
+        request skips the evaluation, and the resumed run makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 class Controller(Protocol):
-    """An object whose state changes during a run, identically on all ranks, and is no tensor of the model."""
+    """An object whose state, apart from the model's tensors, changes during a run, identically on all ranks."""
 
     def state(self) -> JsonValue:
         """A copy of the state as JSON."""
@@ -74,10 +74,10 @@ class Resumable:
 
     Args:
         controllers: Objects whose state is saved too, by name; by default those of `training`.
-        report_save: Called on rank 0 with the seconds that each save took.
+        report_save: Function that rank 0 calls with the seconds that each save took.
 
     Attributes:
-        writer: Writes the checkpoints; reports failures of saves in the background.
+        writer: Writes the checkpoints, and reports failed saves of its background thread.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Resumable:
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # only rank 0 reads and compares the data
-        self._checkpoints.clear()  # before `latest`, so that no earlier writer can still commit
+        self._checkpoints.clear()  # cleared before `latest` is read, so that no earlier writer can still commit
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -138,7 +138,7 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        restored = self._checkpoints.load(newest, self._capture())  # creates the moments that it loads into
+        restored = self._checkpoints.load(newest, self._capture())  # capturing creates the moments to load into
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
@@ -215,7 +215,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
         DataError: the counters are invalid, or contradict each other or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # earlier versions did not save it, and it was always 0
+    saved = {"first_position": 0, **saved}  # earlier versions, where it was always 0, did not save it
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")

@@ -58,7 +58,7 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
-    """Meets all other ranks and makes the process groups.
+    """Waits for all ranks and makes the process groups with them.
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
@@ -68,7 +68,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
     timeout = section.timeout_seconds
     with shared_with_rank_0(folder.path, env):
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        check_at_start(config, env, folder.path)  # checked before the process group, so that a bad node costs no timeout
         with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 publishes its address in the run folder
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
@@ -102,7 +102,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # polls on a thread, costs no device sync
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # polls on a thread, without device syncs
     try:
         yield monitor
     finally:
@@ -113,7 +113,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Opens the sinks of rank 0, joined into one; other ranks have none. Closes them on any end of the run, so that no
+    """Opens the sinks of rank 0, joined into one; other ranks have none. Sinks are closed on any end of the run, so that no
     record stays in a buffer.
 
     The lease is checked before each record. Records must be on disk before each commit of a checkpoint.
@@ -143,7 +143,7 @@ class SinkParts:
 
 
 def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # takes seconds to import, so only rank 0 does
 
     modalities = tuple(parts.plan.manifest.modalities)
     fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}

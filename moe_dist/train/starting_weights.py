@@ -5,7 +5,7 @@ by name and shape   tensors that fit are loaded, all others stay as initialised
 upcycle             experts become copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
 copy_nulls          null rows become copies of true rows, so that a trained top-k model starts unchanged (AdaMoE)
 
-Every refusal comes before the first step. The report lists the loaded tensors, and any change of the model's function.
+A refusal comes before the first step. The report lists the loaded tensors, and any change of the model's function.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that are not compared: they do not change the function, or tensor shapes show their difference.
+# Keys of `model` that are not compared, because they do not change the function or tensor shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
@@ -65,7 +65,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # the same on every rank, without a collective
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank copies the same rows by itself
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
@@ -158,7 +158,7 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
     """The reasons of `_changes` for upcycled experts. Upcycled experts are equal, so the weighted sum of their outputs is
-    their common output if the weights sum to 1."""
+    the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:

@@ -44,8 +44,8 @@ class AfterStep(Protocol):
     """A controller that changes biases or thresholds after the optimizer, identically on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Runs after each step that was not skipped, with the step's counts over all ranks. It may issue no collective and
-        no host sync."""
+        """Runs after each step that was not skipped, with the step's counts over all ranks. The method may issue no
+        collective and no host sync."""
         ...
 
 
@@ -54,13 +54,13 @@ class TrainingStep:
 
     Args:
         parallel: The model on its mesh.
-        placement: The ledger computes the traffic of other dispatchers from it.
+        placement: Map of experts to ranks, from which the ledger computes the traffic of other dispatchers.
         group_of_modality: Expert group of each modality, in the order of the manifest.
         clip_norm: Bound of the global gradient norm, or None.
         comm_stats: Counts the model's communication.
         controllers: Run after each step that was not skipped, in this order.
-        needs_global_batch_info: True if a router needs the token counts of all ranks. They are summed with the label counts
-            and cost a host sync at the beginning of the step.
+        needs_global_batch_info: True if a router needs the token counts of all ranks. Token counts are summed with the
+            label counts and cost a host sync at the beginning of the step.
         tuning: Adds the term of router tuning; the batches then contain its samples.
     """
 
@@ -103,7 +103,7 @@ class TrainingStep:
 
         Args:
             began: time.perf_counter at which the rank began the step, if that was before this call.
-            number: The step (0-based); seeds the random draws.
+            number: Number of the step (0-based), which seeds the random draws.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -118,7 +118,7 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order, so no bit changes.
+        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
@@ -146,11 +146,11 @@ class TrainingStep:
                     world=mesh.world,
                     tracker=mesh.tracker,
                 )
-                del logits  # B x S x V numbers, which backward of the loss does not need
+                del logits  # frees B x S x V numbers, which backward of the loss does not need
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 loss.total.backward()
-            # Frees the graph: its nodes hold the dispatch plans, which backward does not free.
+            # Frees the graph, because its nodes hold the dispatch plans, which backward does not free.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
@@ -175,13 +175,13 @@ class TrainingStep:
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)
-        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which resets it
+        inter_node = self.comm_stats.inter_node_bytes  # read before `take`, which resets it
         payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # LoRA experts: one rank even when ep > 1
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # with LoRA experts, num_ranks is 1 even if ep > 1
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,
@@ -222,7 +222,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # Not optimizer.zero_grad: the optimizer does not hold empty and frozen parameters, whose gradients must go too.
+        # optimizer.zero_grad is not enough, as it skips the gradients of empty and frozen parameters.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
@@ -256,8 +256,8 @@ class TrainingStep:
 class _BusyClock:
     """Measures how long a rank works in a step, without the time it waits for other ranks.
 
-    Subtracts the host's time inside collectives. On CUDA the host does not wait there, so it subtracts the device's time
-    inside the exchanges instead, which is known only after `CommStats.take`.
+    Subtracts the host's time inside collectives. On CUDA the host does not wait in collectives, so the clock subtracts the
+    device's time inside the exchanges instead, which is known only after `CommStats.take`.
     """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
@@ -295,8 +295,8 @@ class _OwnCounts:
 def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
-    """float64 [W, I, G]: this rank's tokens of each micro-batch and group in the rank's row, zeros in all other rows, so
-    that the sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
+    """float64 [W, I, G] over ranks, micro-batches and groups: this rank's tokens in the rank's row, zeros in all other
+    rows. A sum over the ranks gives the counts of all ranks. I is 0 unless `needed`."""
     num_batches = len(batches) if needed else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)

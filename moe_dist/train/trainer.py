@@ -24,7 +24,7 @@ from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
 
-WINDOW = 100  # steps over which the final checks count routing
+WINDOW = 100  # number of last steps whose routing the final checks count
 Loader = TrainLoader | SampleLoader
 
 
@@ -78,7 +78,7 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # on a stop, save first: the grace period may be short
+            if last or (self._owes_evaluation() and not stop):  # a stop saves first, because the grace period may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
                 self.saver.writer.wait()  # a thread may still write the last good state
@@ -148,7 +148,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)

@@ -1,15 +1,14 @@
 """The contenders of the dispatch benchmark. Each takes a case (a point's routing on this rank) and returns a function
 without arguments.
 
-These contenders bring rows to the rank of their experts and back, without laying them out by expert:
+The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 
     floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each of them
-    floor, all          the same, and two copies of the rows whose experts are on this rank
+    floor, all          floor, and two copies of the rows whose experts are on this rank
     dispatch, combine   ours, with a plan that was made beforehand
     ours at rank        ours: plan, dispatch, combine
 
-These contenders lay rows out by expert, and bring them back to their tokens weighted and summed (each expert is the
-identity):
+The following contenders lay rows out by expert, and bring weighted sums back to the tokens (each expert is the identity):
 
     ours                plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
     megatron, ...       see megatron_core.py
@@ -90,8 +89,8 @@ def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the floor. The buffers are allocated here, so that the timed part only copies and exchanges."""
-    plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # two metadata collectives and one host sync
+    """Makes the floor. Buffers are allocated here, so that the timed part only copies and exchanges."""
+    plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0
     source, own = (case.h_TD.new_zeros(rows, case.point.hidden) for rows in (sum(send), num_own))
@@ -129,7 +128,7 @@ def ours(case: Case, assignments: Assignments) -> Run:
     def run() -> Tensor:
         plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
         dispatched = case.dispatcher.dispatch(case.h_TD, assignments.weight_N, plan)
-        pairs_QD = gather_rows(dispatched.rows_RD, plan.row_of_pair_Q)  # a copy: one row for each (token, expert) pair
+        pairs_QD = gather_rows(dispatched.rows_RD, plan.row_of_pair_Q)  # copies one row for each (token, expert) pair
         rows_RD = weighted_row_sum(pairs_QD, dispatched.weight_Q, plan.row_of_pair_Q, dispatched.rows_RD.shape[0])
         return case.dispatcher.combine(rows_RD.to(pairs_QD.dtype), plan)
 
@@ -137,8 +136,8 @@ def ours(case: Case, assignments: Assignments) -> Run:
 
 
 def naive(case: Case, *, nulls: bool) -> Run:
-    """Makes a sender of one row for each choice. With `nulls` a null choice goes, with weight 0, to the expert that was
-    drawn."""
+    """Makes a sender of one row for each choice. With `nulls`, a null choice is sent with weight 0 to the expert drawn
+    before the choice became null."""
     rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
     size, top_k = case.mesh.ep_size, case.point.top_k
 
@@ -153,7 +152,7 @@ def naive(case: Case, *, nulls: bool) -> Run:
         send = torch.bincount(rank_E[choice_N], minlength=size)
         receive = torch.empty_like(send)
         dist.all_to_all_single(receive, send, group=case.group)
-        splits = receive.tolist(), send.tolist()  # two host syncs: split sizes are Python numbers
+        splits = receive.tolist(), send.tolist()  # two host syncs, because split sizes are Python numbers
         token_N = token_N[order_N]
         rows = _swap(case.h_TD[token_N], *splits, case.group)
         slot = _swap(slot_E[choice_N][order_N], *splits, case.group)

@@ -66,7 +66,7 @@ def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]
     default branch gets remapped choices."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
-    generator = torch.Generator().manual_seed(effort.seed)  # the same router on all ranks
+    generator = torch.Generator().manual_seed(effort.seed)  # seeded alike, so that all ranks have the same router
     ours = _our_layer(group, placement, size.hidden, mesh, generator)
     rivals = {
         name: MegatronMoE(
@@ -121,8 +121,8 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     """Measures training steps of the default job's model on random tokens, with our MoE layers and with Megatron-Core's.
-    Attention, router, loss, gradient reduction and optimizer are the same."""
-    half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second
+    All steps use the same attention, router, loss, gradient reduction and optimizer."""
+    half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))
     groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"
     config = load_config(DEFAULT_JOB, [f"parallel.ep={mesh.ep_size}", groups])
@@ -159,8 +159,8 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """Makes a training step over a new model. Its MoE layers are ours if `capacity` is None; else Megatron-Core's, with or
-    without the capacity branch."""
+    """Makes a training step over a new model. The model's MoE layers are ours if `capacity` is None. Otherwise they are
+    Megatron-Core's, with or without the capacity branch."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

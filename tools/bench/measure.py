@@ -24,7 +24,7 @@ class Effort:
 
     rounds: int = 20  # timed rounds; each runs every contender once
     warmup: int = 3  # untimed rounds before the timed ones
-    seed: int = 0  # of routings, rows and the order inside a round
+    seed: int = 0  # seed of routings, rows and the order inside a round
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Returns the median of independent values, and an interval between two of the values by the sign test.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
-    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l); the same holds above. The
-    interval uses the largest l for which both probabilities sum to at most 1 - CONFIDENCE. Fewer than 6 values have no such
-    l, and the interval spans all values.
+    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). For the l-th largest value
+    the probability is equal. The interval uses the largest l for which both probabilities sum to at most 1 - CONFIDENCE.
+    Fewer than 6 values have no such l, and the interval spans all values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
@@ -84,8 +84,8 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
     """Returns the seconds of each contender in each timed round, on the slowest rank.
 
-    Each round runs every contender once, with a barrier before each run. The order is random, new in each round, and the
-    same on all ranks, so that a disturbance of the machine affects all contenders alike.
+    Each round runs every contender once, with a barrier before each run. The order is drawn anew in each round, alike on
+    all ranks, so that a disturbance of the machine affects all contenders alike.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -99,12 +99,12 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                 begin = time.perf_counter()
                 result = contenders[names[index]]()
                 taken = time.perf_counter() - begin
-                del result  # freed outside the timed part, and before the next contender allocates
+                del result  # freed outside the timed part, before the next contender allocates
                 if number >= 0:
                     seconds[number, index] = taken
     finally:
         gc.enable()
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one collective after all rounds, untimed
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one untimed collective after all rounds
     return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
 
 

@@ -1,5 +1,5 @@
-"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so it runs through
-the CUDA stand-in, which replaces names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two
+"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so it runs with a
+stand-in for CUDA, which replaces names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two
 branches:
 
     default     always sends T x K rows, so null choices must be remapped to unused experts
@@ -30,7 +30,7 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         num_attention_heads=4,
         num_moe_experts=experts,
         moe_router_topk=top_k,
-        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 otherwise; its router is not used
+        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 without it; Megatron's router is not used
         moe_ffn_hidden_size=ffn,
         expert_model_parallel_size=ep,
         moe_token_dispatcher_type="alltoall",
@@ -63,7 +63,7 @@ def column_of_expert(placement: ExpertPlacement) -> Tensor:
 
 
 def dispatcher_of(config: Any, ep_rank: int) -> Any:
-    """Makes Megatron's alltoall dispatcher; this rank holds a contiguous range of experts."""
+    """Makes Megatron's alltoall dispatcher; each rank holds a contiguous range of experts."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -77,7 +77,7 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
     O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
-    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the last column takes absent choices
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to the last column
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
     taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
@@ -101,7 +101,7 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their rows; in place it costs one pass
+        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their rows; in place, weighting costs one pass
 
     return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
 
@@ -146,7 +146,7 @@ class MegatronMoE(nn.Module):
         assignments, sums, *_ = router(h_TD, group_T)
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
-        pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync; here all is on the CPU
+        pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync, but here all is on the CPU
         if not self.capacity:
             expert_TK = self._remapped(expert_TK, group_T)
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
@@ -158,7 +158,7 @@ class MegatronMoE(nn.Module):
         used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
         used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
         used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])
-        free_TE = torch.sort(used_TE.to(torch.int8), dim=1, stable=True).indices  # unused experts first
+        free_TE = torch.sort(used_TE.to(torch.int8), dim=1, stable=True).indices  # unused experts come first
         nth_TK = ((expert_TK == ABSENT).cumsum(1) - 1).clamp_min(0)
         return torch.where(expert_TK == ABSENT, free_TE.gather(1, nth_TK), expert_TK)
 

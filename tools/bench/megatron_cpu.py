@@ -4,9 +4,9 @@
         ...                                       # Megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
-compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each is restored. A
-stream does nothing, because a CPU works in order. Functions that Megatron compiles stay uncompiled. The stand-in works with
-megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
+compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
+restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles stay uncompiled. The
+stand-in works with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Replacement:
 
 
 class Idle:
-    """Replaces CUDA streams and CUDA events. A CPU works in order, so the stream never waits and the event is complete."""
+    """Replaces CUDA streams and CUDA events. A CPU works in order, so streams never wait and events are complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
@@ -61,7 +61,7 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a tensor constructor such as `torch.empty`; `device="cuda..."` then allocates on the CPU."""
+    """Wraps a tensor constructor such as `torch.empty`. With the wrapper, `device="cuda..."` allocates on the CPU."""
 
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
@@ -132,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the replacements in megatron-core. This imports megatron-core, so torch's replacements must be in place."""
+    """Lists the replacements in megatron-core. The function imports it, so torch's replacements must be in place."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"
@@ -162,8 +162,8 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
     """Makes Megatron's process groups over the default group, and seeds its random states.
 
-    Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x DP. The exit removes the groups, and the
-    sums of Megatron's tracker of MoE losses, because that tracker is a module global.
+    Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x DP. On exit the groups are removed, and
+    the sums of Megatron's tracker of MoE losses, which is a module global.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -21,7 +21,7 @@ Policy = Literal["contiguous", "pinned", "interleaved"]
 class Point:
     """The sizes and the routing of one measurement."""
 
-    tokens: int = 4096  # of each rank
+    tokens: int = 4096  # tokens of each rank
     hidden: int = 512
     experts: int = 32
     top_k: int = 2  # distinct experts that each token draws

@@ -17,7 +17,7 @@ from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
 # glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation pays for new pages: 10 ms for
-# 32 MiB. These settings keep the blocks, for all contenders, as CUDA's allocator does.
+# 32 MiB. With these settings glibc keeps the blocks, for all contenders, as CUDA's allocator does.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -25,7 +25,7 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # with fewer, fixed costs hide the slope
+SCALING_TOKENS = 2048  # with fewer tokens, fixed costs hide the slope
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class BenchJob:
     """The options of one benchmark, equal on all ranks; `rounds` and `seed` are those of `tools.bench.measure.Effort`."""
 
     world_size: int
-    path: Path  # JSON file of the results; a row that it has is not measured again
-    only: tuple[str, ...]  # sweeps to measure; empty for all
+    path: Path  # JSON file of the results; rows in the file are not measured again
+    only: tuple[str, ...]  # sweeps to measure; empty for all sweeps
     quick: bool  # use points so small that they only test the code
     rounds: int
     seed: int
@@ -76,13 +76,13 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         )
     if len(kept) < len(results["rows"]):
         write_atomically(job.path, json.dumps({**results, "rows": kept}, indent=1) + "\n")
-    os.environ.update(RANK_ENV)  # each rank inherits it and reads it when it starts and imports torch
+    os.environ.update(RANK_ENV)  # each rank inherits these variables and reads them when it imports torch
     with tempfile.TemporaryDirectory(prefix="moe_dist_bench_") as folder:
         arguments = (job, folder, os.getpid())
         ranks = start_processes(_rank, arguments, job.world_size, join=False, daemon=True, start_method="spawn")
         assert ranks is not None
         try:
-            while not ranks.join(grace_period=1.0):  # once a rank fails, the others get 1 s for their tracebacks
+            while not ranks.join(grace_period=1.0):  # when a rank fails, the other ranks get 1 s for their tracebacks
                 pass
         except ProcessExitedException as error:
             raise RuntimeError(f"rank {error.error_index} of {job.world_size} failed") from error
@@ -156,5 +156,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads settings and rows of a file; both are empty if the file does not exist."""
+    """Reads the settings and rows of a file. Settings and rows are empty without a file."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

@@ -1,4 +1,4 @@
-"""Judges benchmark rows (says which rules hold, and why the others do not), and writes them as text, Markdown and picture.
+"""Judges benchmark rows by rules, gives the reason for rules that do not hold, and writes text, Markdown and a picture.
 
 A row is lost if the 95 % interval of its paired ratio lies wholly above 1.05, because ours is then more than 5 % slower.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 Table = list[list[str]]
-# The ratios of the tables in their order, with the colour of those that the picture shows.
+# The ratios in the order of the tables. Ratios that the picture shows have a colour.
 RATIOS: Mapping[str, tuple[int, int, int] | None] = {
     "dispatch, combine / floor": None,
     "dispatch, combine / floor, all": (20, 20, 20),
@@ -33,7 +33,8 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-# Sweeps of whole layers and steps. There Megatron-Core's default branch, with remapped null choices, is a rival too.
+# Sweeps of whole layers and steps. In these sweeps, Megatron-Core's default branch, with remapped null choices, is a rival
+# too.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
 # For each comparison and sweep ("" for all sweeps): the reason why a rule does not hold, and what was tried.
@@ -66,7 +67,7 @@ class BenchResult:
     comparison: str  # for example 'ours / megatron'
     rule: str
     ratio: float  # median of our time over the rival's
-    low: float  # the interval of the ratio
+    low: float  # lower end of the ratio's interval
     high: float
     met: bool  # true if the rule holds
     reason: str = ""  # why the rule does not hold
@@ -215,7 +216,7 @@ def _pipes(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-# --- the picture: a line for each row; on it, for each rival, a dot and its interval on a logarithmic axis
+# --- the picture has a line per row; for each rival the line has a dot and its interval on a logarithmic axis
 
 ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN, LEGEND = 16, 250, 420, 24, 40
 COLUMNS = 2
@@ -228,7 +229,7 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Writes a PNG. Ours is faster left of 1; a row whose interval is right of the dotted line at LOST_ABOVE is lost."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
-    length = -(-len(rows) // COLUMNS)  # rows of a column, rounded up
+    length = -(-len(rows) // COLUMNS)  # rows per column, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
     picture = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)

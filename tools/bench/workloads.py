@@ -1,11 +1,11 @@
-"""Eight token-imbalance workloads, W0 to W7: who goes where, made from (workload, seed, step) alone.
+"""Eight token-imbalance workloads, W0 to W7. (workload, seed, step) alone determine which token goes to which expert.
 
 The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
-step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names, and what each isolates,
-follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
+step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names of the workloads, and the
+effect that each isolates, follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
 
-Shape letters: T tokens of the step over all ranks, E experts, K choices a token, W shards (the ranks that a contiguous
-layout puts the experts on).
+Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
+experts of a shard are on one rank).
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-HEAT = 16.0  # how much likelier a hot expert is drawn than another
-BURST_PERIOD, BURST_STEPS = 8, (4, 5)  # W7: two hot steps in eight
+HEAT = 16.0  # a hot expert is this many times as likely to be drawn as another expert
+BURST_PERIOD, BURST_STEPS = 8, (4, 5)  # in W7 two of eight steps are hot
 
 WORKLOADS: Mapping[str, str] = {
     "W0": "balanced: every expert takes the same number of tokens (within one); the control",
@@ -34,7 +34,7 @@ class WorkloadShape:
     """Sizes of a workload.
 
     Attributes:
-        num_tokens: T, over all source ranks.
+        num_tokens: T, summed over all source ranks.
         num_experts: E.
         top_k: K.
         num_shards: W; shard w holds experts [w E / W, (w + 1) E / W).
@@ -69,7 +69,7 @@ class WorkloadStep:
     Attributes:
         expert_TK: int64, each token's experts, distinct in a row.
         weight_TK: float64, routing weights: sixteenths in [1/16, 1], so that sums of few products are exact.
-        tokens_S: Tokens of each source rank; they take consecutive slices of the rows.
+        tokens_S: Number of tokens of each source rank. The ranks take consecutive slices of the rows.
     """
 
     expert_TK: np.ndarray
@@ -91,7 +91,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
     if workload not in WORKLOADS:
         raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     index = list(WORKLOADS).index(workload)
-    fixed = np.random.default_rng([seed, index])  # what stays over the steps: which experts, which shard
+    fixed = np.random.default_rng([seed, index])  # draws that are equal in all steps: hot experts, hot shard
     rng = np.random.default_rng([seed, index, 1 + step])
     hot = _hot_experts(workload, step, shape, fixed)
     dead = shape.shard(int(fixed.integers(shape.num_shards))) if workload == "W5" and shape.num_shards > 1 else range(0)
@@ -122,14 +122,14 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows of K consecutive experts of a shuffled ring, so that counts differ by one at most; rows shuffled."""
+    """Shuffled rows of K consecutive experts of a shuffled ring, so that counts differ by one at most."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)
 
 
 def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """K experts a token without replacement, hot ones HEAT times as likely: the K largest of log weight + Gumbel noise."""
+    """K distinct experts per token, hot experts HEAT times as likely: the K largest of log weight + Gumbel noise."""
     weight_E = np.ones(shape.num_experts)
     weight_E[hot] = HEAT
     score_TE = np.log(weight_E) + rng.gumbel(size=(shape.num_tokens, shape.num_experts))
@@ -142,7 +142,7 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Each source has a third of the one before it, in a shuffled order; what rounding leaves goes to the largest."""
+    """Token counts of the sources, shuffled: each is a third of the one before; the largest gets the rest from rounding."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

@@ -3,10 +3,10 @@
     python -m tools.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
-convention answers with a shifted name: it calls the k-th of n answers by the (k + step)-th name. Only the instruction says
-which convention to use. An instruction is one of many paraphrases, some of which are held out. Pictures and captions come
-from the base data, each on its own side, so that a model trained on the base can be adapted. All conventions ask about the
-same pictures and captions.
+convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
+convention to use. An instruction is one of many paraphrases, some of which are held out. Pictures and captions come from
+the base data, each on its own side, so that a model trained on the base can be adapted. All conventions ask about the same
+pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of BACKGROUNDS, in order
-TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of LANGUAGES, in order
+TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of the languages in LANGUAGES, in order
 # For each convention: the shift of its names, and the words that name the convention in instructions.
 CONVENTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "plain": (0, ("plain", "usual", "common", "ordinary")),
@@ -60,8 +60,8 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns the instructions of a convention on a side. Both sides have every word and every template, but no pair of a
-    word and a template is on both."""
+    """Returns the instructions of a convention on a side. Training and held-out side have every word and every template,
+    but no pair of a word and a template is on both."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]

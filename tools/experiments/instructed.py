@@ -1,4 +1,4 @@
-"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is."""
+"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is scored."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str] = ()) -> Iterator[Path]:
-    """Makes a folder with the base's tokenizer, codebook and `files`. It gets the name `out` when the block succeeds."""
+    """Makes a folder with the base's tokenizer, codebook and `files`. A successful block renames it to `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:
@@ -41,7 +41,7 @@ def instructed_document(prompt: Iterable[int], answer: Iterable[int], *, eos_id:
 
 
 def write_split(folder: Path, name: str, documents: Iterable[Document], manifest: Manifest) -> SplitSection:
-    """Writes the files of a split into `folder`. Vocabulary and modalities are those of the manifest."""
+    """Writes the files of a split into `folder`. Vocabulary and modalities are taken from the manifest."""
     every = list(documents)
     write_indexed(folder / name, (tokens for tokens, _ in every), vocab_size=manifest.vocab_size)
     np.save(folder / f"{name}_prompt.npy", np.packbits(np.concatenate([prompt for _, prompt in every])))

@@ -1,7 +1,7 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
 Writes measured.json into the run's folder: held-out losses, active experts, rows that would be sent, the curve of loss over
-FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, because only the curve needed them.
+FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, as only the curve needed the others.
 """
 
 import json
@@ -55,9 +55,9 @@ from tools.experiments.tokens import (
 class Spent:
     """The training cost up to a step."""
 
-    tokens: int = 0  # without padding
-    flops: float = 0.0  # forward and backward, by moe_dist.plan.flops from the measured active experts
-    seconds: float = 0.0  # training steps alone, without evaluations, checkpoints and starts
+    tokens: int = 0  # tokens without padding
+    flops: float = 0.0  # forward and backward FLOPs, by moe_dist.plan.flops from the measured active experts
+    seconds: float = 0.0  # seconds of training steps, without evaluations, checkpoints and starts
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
@@ -80,7 +80,7 @@ class Measurement:
 
     Args:
         folder: Folder of the run.
-        section: Says what is measured.
+        section: The section of the study that says what is measured.
         before: Training cost before the run, which the record includes.
         side: Side of the multiple-choice questions.
     """
@@ -151,8 +151,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step. A mean of weights needs other thresholds than its parts, so the thresholds are
-        calibrated again, on training sequences that the run has seen."""
+        """Returns the model of a step. Mean weights need other thresholds than the averaged checkpoints have, so thresholds
+        are calibrated again, on training sequences that the run has seen."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -188,8 +188,8 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """Returns the checkpoints whose mean is the model of a step: the step alone or, with a curve, the last share of the
-        checkpoints up to the step."""
+        """Returns the checkpoints whose mean is the model of a step: only that step or, with a curve, the last share of the
+        checkpoints up to that step."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -258,7 +258,7 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows what it leaks."""
+        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows a leak."""
         with choice_of_training(probes.routers(self._model)):
             return [self._point(batches, at=0.0)]
 
@@ -274,8 +274,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the checkpoints that every run of this configuration has. A run that was stopped and resumed has one more,
-    which must not count in means of weights, because the other runs lack it."""
+    """Returns the checkpoints that every run of this configuration has. A run that was stopped and resumed has one more
+    checkpoint, which must not count in means of weights, because the other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

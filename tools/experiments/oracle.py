@@ -28,10 +28,10 @@ from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # number of steps of Adam, and its learning rate in logits
-# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With its default of 1e-8, Adam would take
-# full steps in the direction of that noise.
+# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon of 1e-8, full
+# steps would go in the direction of that noise.
 EPSILON = 1e-4
-_BATCH = 16  # questions
+_BATCH = 16  # questions per batch
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Oracle:
     def __post_init__(self) -> None:
         routers = [layer.router for layer in self.model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in self.places]
-        # logits = h W^T, and W has full row rank, so h + offset pinv(W)^T has the logits + offset.
+        # logits = h W^T, and W has full row rank, so the input h + offset pinv(W)^T gives the logits plus the offset.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
@@ -72,7 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so they do not affect each other."""
+        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so questions are independent."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -122,7 +122,7 @@ def check_routers(section: MoESection) -> None:
     """Checks that an oracle can fit the router, which must choose by tokens among the true experts of one group.
 
     Raises:
-        ConfigError: the router is of another kind, or the experts are others.
+        ConfigError: the router or the experts are of another kind.
     """
     groups, router = expert_groups(section), section.router
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):

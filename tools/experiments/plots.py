@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss over active experts a token, active experts a token over the token's loss, loss
-over FLOPs and seconds, and the accuracy of arms."""
+"""Plots an experiment with matplotlib: loss against active experts per token, active experts per token against the token's
+loss, loss against FLOPs and seconds, and the accuracy of arms."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
 STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
-IN_FRAME = 0.25  # nats above the best arm; the legend lists arms farther off, because they would flatten the rest
+IN_FRAME = 0.25  # nats above the best arm; arms farther off are only in the legend, because they would flatten the plot
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
@@ -46,15 +46,15 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
     for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
         panel(axes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Leave out version and time, so that equal records give equal files.
+    # Version and time are omitted, so that equal records give equal files.
     figure.savefig(path, metadata={"Software": None})
     return path
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """Draws a dot for each run. A grey line joins the runs with one seed, because these are compared."""
+    """Draws a dot for each run. A grey line joins the runs with the same seed, which are compared."""
     judged = {arm for rule in study.rules for arm in rule.arms}
-    starts = {arm.after for arm in study.arms.values()} - judged  # such an arm only gives others their initial weights
+    starts = {arm.after for arm in study.arms.values()} - judged  # arms that only give other arms their initial weights
     shown = [name for name in study.arms if name not in starts]
     means = {
         name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := of_arm(records, name).values())

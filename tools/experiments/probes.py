@@ -1,9 +1,9 @@
 """Changes the choices of a trained router by hooks, so that the effect can be measured; the model stays unchanged.
 
-threshold    A token keeps its second expert only if the second weight exceeds a bound. This is the simple way to use fewer
-             experts in a top-2 model, and the baseline for adaptive routers.
-flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This measures the
-             cost of occasional wrong choices.
+threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is the simple way to use
+             fewer experts in a top-2 model, and the baseline for adaptive routers.
+flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This probe measures
+             the cost of occasional wrong choices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[No
     """Changes the result of each router inside the context; `change` gets the index of the module."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
-            # Before all other hooks, so that `recorded_routers` records the changed routing.
+            # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
             stack.enter_context(module.register_forward_hook(partial(change, place), prepend=True))
         yield
 
@@ -110,7 +110,7 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
     """Returns `taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # A drawn number of swaps has the right mean also if few tokens are chosen; a rounded one would be 0 then.
+    # The number of swaps is drawn, so that its mean is right. With few chosen tokens, a rounded number would be 0.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()

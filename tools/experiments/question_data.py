@@ -4,8 +4,8 @@
 
 The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
-questions of each task are left out, because `tools.prepare_router_tuning --limit` scores the model on them; so is any
-question with the same numbers or the same two opposites, but not another question about the same noun. Further seeds of
+questions of each task are left out, because `tools.prepare_router_tuning --limit` scores the model on them. Questions with
+the same numbers or the same two opposites are left out too. Other questions about the same noun stay. Further seeds of
 reasoning-gym give further questions. The numbers of a question determine its side, so no seed moves a question to the
 training side.
 """

@@ -30,7 +30,7 @@ from moe_dist.train.router_tuning.samples import Samples
 from tools.experiments.oracle import Oracle
 from tools.experiments.study import QuestionsSection
 
-MEASURE = MEASURES[0]  # per token
+MEASURE = MEASURES[0]  # log-likelihood per token
 SAMPLES = "samples"
 
 

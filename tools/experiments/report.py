@@ -192,7 +192,7 @@ def _loads(study: Study, records: Records) -> list[str]:
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
-        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # rises of the loss and loads, one for each seed
+        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # (rise of the loss, load) of each seed
         for each in mine.values():
             for kind, points in each.get("probes", {}).items():
                 for point in points:
@@ -217,7 +217,7 @@ def _etas(study: Study, records: Records) -> list[str]:
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
-                # Without a mean if the eta of any seed is unknown, because leaving that seed out would bias the mean.
+                # No mean is shown if the eta of any seed is unknown, because leaving that seed out would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
@@ -244,7 +244,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         if not tables:
             continue
         cells = []
-        for bins in zip(*tables, strict=False):  # equal bins are merged, so a seed may have fewer
+        for bins in zip(*tables, strict=False):  # equal bins are merged, so a seed may have fewer bins
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

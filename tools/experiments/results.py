@@ -80,7 +80,7 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds or replaces the record of a run. Rewrites the whole file, so that a crash leaves either the old or the new
+    """Adds or replaces the record of a run. The whole file is rewritten, so that a crash leaves either the old or the new
     file."""
     lines = _lines(path) or [dict(header)]
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]

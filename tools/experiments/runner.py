@@ -23,8 +23,8 @@ from tools.experiments.verdicts import Record
 MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
-STOP_SECONDS = 300.0  # a stopped run saves before it ends
-# One thread for each process, because the runs are small and two of them fill two cores.
+STOP_SECONDS = 300.0  # a stopped run gets this long to save and end
+# Each process has one thread, because the runs are small and two of them fill two cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 

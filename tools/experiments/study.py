@@ -57,9 +57,9 @@ class ArmValue(Part):
 
 
 class InterpolatedValue(Part):
-    """`y` at the `x` of the arm `at`, on straight lines through the arms `through`, sorted by `x`.
+    """The value `y` at the `x` of the arm `at`, on straight lines through the arms `through`, sorted by `x`.
 
-    The outermost lines extend by `reach` beyond the outermost arms; farther out there is no value.
+    The outermost lines extend by `reach` beyond the outermost arms. Farther out there is no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -146,7 +146,7 @@ class CurveSection(Part):
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # eta is measured against this arm
+    of: ArmName | None = None  # the arm against which eta is measured
 
 
 class WireSection(Part):
@@ -160,14 +160,14 @@ class QuestionsSection(Part):
     """Asks multiple-choice questions, scored by log-likelihood per token; a pilot takes the validation side."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    limit: PositiveInt | None = None  # questions of each task
+    limit: PositiveInt | None = None  # largest number of questions per task; None for all
     wordnet: str = ".cache/package/dict"
-    embedder: str | None = None  # by default that of `make embedder`
+    embedder: str | None = None  # folder of the embedder; by default the one of `make embedder`
     least: NonNegativeInt = 0  # required total of test questions
-    left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # training questions of each task in `samples`
-    listed: bool = False  # questions list their choices, and a success must be right under each rotation
-    oracle_questions: PositiveInt = 100  # number of questions of each task, from the first on
-    oracle_layers: PositiveInt = 5  # number of MoE layers, from the last on
+    left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
+    listed: bool = False  # if true, questions list their choices, and a success must be right under each rotation
+    oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
+    oracle_layers: PositiveInt = 5  # the oracle fits the routing of this many last MoE layers
 
 
 class MeasureSection(Part):
@@ -198,7 +198,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measured beside the questions of every run
+    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measurements in addition to the questions of every run
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Runs that determine learning rate, steps and coefficients. They have other seeds and are never reported."""
+    """Runs with other seeds that determine learning rate, steps and coefficients, and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()
@@ -270,8 +270,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include all of their training cost. For that, an arm that continues another arm
-        needs `carry`."""
+        """Returns the arms whose records include all of their training cost. An arm that continues another arm is included
+        only with `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -304,7 +304,7 @@ def load_study(path: Path) -> Study:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
-        # Validate as JSON, in which a list is accepted for a tuple.
+        # Validated as JSON, in which a list is accepted for a tuple.
         return Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]

@@ -33,7 +33,7 @@ ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_n
 class Tokens:
     """All scored tokens of an evaluation. `input` is the token itself, which the experts see; `label` is the next token."""
 
-    loss_N: np.ndarray  # nats
+    loss_N: np.ndarray  # loss in nats
     load_NL: np.ndarray  # active experts in each layer; 0 where the token skips a mixture-of-depths layer
     input_N: np.ndarray  # token ids
     label_N: np.ndarray
@@ -67,7 +67,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
         seen.append(TokenPairs(routing, index_T))
 
     with ExitStack() as stack:
-        # These hooks run after those of a probe, so that the list has the changed routing.
+        # These hooks run after a probe's hooks, so that the list has the changed routing.
         for layer in model.moe_modules():
             stack.enter_context(layer.router.register_forward_hook(note))
         for router in model.depth_routers():
@@ -102,7 +102,7 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 def input_filler(batch: Batch) -> Tensor:
     """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` is true if the next
-    token is one; the first token of a document is the next token of none, so it counts as no empty cell."""
+    token is an empty cell. A document's first token has no token before it, so it never counts as an empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -148,7 +148,7 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
     """Sorts tokens by a value into bins of equal size, and returns the mean active experts of text and of image tokens in
-    each bin. If the two differ inside a bin, the value alone does not explain the difference."""
+    each bin. If text and image differ inside a bin, the value alone does not explain the difference."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))

@@ -28,7 +28,7 @@ from tools.experiments.study import (
 
 CONFIDENCE = 0.95
 Record = Mapping[str, Any]
-Records = Mapping[tuple[str, int], Record]  # by (arm, seed)
+Records = Mapping[tuple[str, int], Record]  # records by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
 
 
@@ -93,9 +93,9 @@ def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | 
 def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
     """Returns ln eta of two curves of (cost, loss).
 
-    eta is the whole cost of `of` over the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches that
-    loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, over the whole cost of `arm`. Returns None
-    for a curve without points, or if a curve starts below the loss to reach.
+    eta is the whole cost of `of` divided by the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches
+    that loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, divided by the whole cost of `arm`.
+    Returns None for a curve without points, or if a curve starts below the loss to reach.
     """
     if not arm or not of:
         return None
@@ -112,7 +112,7 @@ def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
-            beyond its ends; farther out the distance is nan.
+            beyond its ends. Farther out the distance is nan.
     """
     known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
     return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])

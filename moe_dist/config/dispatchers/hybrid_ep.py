@@ -9,7 +9,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
     """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
 
     kernels: ClassVar[str] = "HybridEP"
-    # HybridEP's extension is a separate module, which the main branch of DeepEP lacks.
+    # HybridEP's extension is a module of its own, which the main branch of DeepEP lacks.
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
     source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
 
@@ -22,7 +22,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
         if config.parallel.ep == 1:
             problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
             yield Violation((KIND, "parallel.ep"), problem)
-        if tokens % 4:  # with `width % 16`: TMA copies multiples of 16 bytes
+        if tokens % 4:  # checked with `width % 16`, because TMA copies multiples of 16 bytes
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
                 f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"

@@ -8,8 +8,8 @@ class ExpertsSection(Section):
 
     kind: Any
 
-    replicated: ClassVar[bool] = False  # every rank holds all experts, so that no expert is placed and no row is sent
-    over_frozen_ffn: ClassVar[bool] = False  # experts are adapters over one FFN per layer, which run.init_from brings
+    replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
+    over_frozen_ffn: ClassVar[bool] = False  # true if experts adapt one FFN per layer, which run.init_from brings
 
     @property
     def input_dropout(self) -> float:

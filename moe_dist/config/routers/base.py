@@ -18,11 +18,11 @@ class RouterSection(Section):
 
     kind: Any
 
-    softmax_top_k: ClassVar[bool] = False  # the choice is the plain top-k of one softmax over the group's columns
-    experts_choose: ClassVar[bool] = False  # in training each expert takes tokens
-    fixed_choices: ClassVar[bool] = True  # each token has top_k choices
-    needs_global_batch_info: ClassVar[bool] = False  # the choice depends on a token's position in the batch of all ranks
-    only_true_experts: ClassVar[bool] = False  # the groups must have neither null nor zero-computation experts
+    softmax_top_k: ClassVar[bool] = False  # true if the choice is the plain top-k of one softmax over the group's columns
+    experts_choose: ClassVar[bool] = False  # true if in training each expert takes tokens
+    fixed_choices: ClassVar[bool] = True  # true if each token has top_k choices
+    needs_global_batch_info: ClassVar[bool] = False  # true if choices depend on a token's place in the global batch
+    only_true_experts: ClassVar[bool] = False  # true if groups must have neither null nor zero-computation experts
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class RouterSection(Section):
         return None
 
     def counts_unknown(self) -> str:
-        """The reason why the pairs of each rank and expert are not known before routing; empty if they are known."""
+        """The reason why the number of pairs of each rank and expert is not known before routing; empty if known."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:

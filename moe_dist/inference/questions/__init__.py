@@ -1,1 +1,1 @@
-"""Makes multiple-choice questions and splits them into sides."""
+"""Makes multiple-choice questions and splits them into sides (train, validation and test)."""

@@ -16,8 +16,8 @@ from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import Vocabulary
 
-WORDNET = Path("/usr/share/wordnet")  # Debian's wordnet-base
-QUIZ = Path("/usr/share/games/bsdgames/quiz")  # Debian's bsdgames
+WORDNET = Path("/usr/share/wordnet")  # folder of Debian's package wordnet-base
+QUIZ = Path("/usr/share/games/bsdgames/quiz")  # folder of Debian's package bsdgames
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "wordnet": ("wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category"),
@@ -31,7 +31,7 @@ def task_names(wanted: str) -> list[str]:
     """The tasks of a comma-separated list; the name of a family stands for all of its tasks.
 
     Raises:
-        ConfigError: a name is neither; the message lists the valid names.
+        ConfigError: a name is no task and no family. The message lists the valid names.
     """
     known = {name: (name,) for names in FAMILIES.values() for name in names} | dict(FAMILIES)
     names = [name.strip() for name in wanted.split(",")]

@@ -25,9 +25,9 @@ class Fact:
         asked: A text with a question mark, the caption to draw, or the picture to name.
         keys: Keys such as 'lemma:dog' or 'family:1F415', which no fact of another side may share. A WordNet fact names
             every lemma of its synsets, so two facts about one synset have keys in common.
-        wrong: Answers that are also right, or nearly right. They are never offered as wrong choices.
+        wrong: Answers that are also right, or nearly right, and so are never offered as wrong choices.
         pool: Facts of one pool use each other's answers as wrong choices.
-        closed: All possible answers, if they are few. Wrong choices come from these, whatever the side.
+        closed: All possible answers, if they are few; wrong choices are then taken from them, whatever the side.
         trained_on: For a picture, True if the run was trained on it; None for facts without a picture.
     """
 
@@ -46,7 +46,7 @@ class Question:
     """A fact with four choices, one of them right."""
 
     task: str
-    id: str  # of the fact
+    id: str  # id of the fact
     asked: Part
     choices: tuple[Part, ...]
     answer: int  # index of the right choice

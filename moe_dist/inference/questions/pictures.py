@@ -29,7 +29,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
-    first = {each.caption: each for each in reversed(documents) if each.caption}  # reversed, so that the first one stays
+    first = {each.caption: each for each in reversed(documents) if each.caption}  # reversed, so that the first stays
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
     if side is not Side.TRAIN:

@@ -4,7 +4,7 @@ import re
 
 from moe_dist.inference.questions.fact import Fact
 
-# Generators with short questions and answers, one string as the answer, and thousands of questions within seconds.
+# These generators have short questions and one short string as the answer, and make thousands of questions within seconds.
 GENERATORS = (
     "basic_arithmetic",
     "chain_sum",
@@ -38,7 +38,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
 
 
 def key_of(name: str, asked: str) -> str:
-    """The key that decides the side of a question: its numbers, or its text if it has no numbers. The numbers are sorted
-    and without signs, so that 6 * 7 and 7 * 6 share a side."""
+    """The key that decides the side of a question: the numbers in its text, or the text if it has no numbers. Numbers are
+    sorted and without signs, so that 6 * 7 and 7 * 6 share a side."""
     numbers = sorted(re.findall(r"\d+", asked), key=int)
     return f"{name}:{' '.join(numbers) or asked}"

@@ -1,9 +1,9 @@
-"""Assigns facts to sides by one function of a seed and the fact's keys, for all tasks at once. Makes questions of a side.
+"""Assigns facts to sides (`Side`) by one function of a seed and the fact's keys, for all tasks. Makes a side's questions.
 
-A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys do, else it is
-dropped. So no test fact shares a synset, lemma or picture family with a training fact, in any task. Connected components of
-shared keys would drop no fact, but nearly all of WordNet would be one component. The sides depend on no file, so leaving a
-question set out changes nothing in the others.
+A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys are on that side;
+any other fact is dropped. So no test fact shares a synset, lemma or picture family with a training fact, in any task.
+Connected components of shared keys would drop no fact, but nearly all of WordNet would be one component. The sides depend
+on no file, so leaving out one question set does not change other sets.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 
-# Shares of the keys. A fact with two keys is on the test side with probability TEST_SHARE squared.
+# Shares of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
 _DRAWS = 64  # random draws of wrong answers before all of them are searched
 
@@ -35,7 +35,7 @@ def uniform(*parts: object) -> float:
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """The side of a key. A fact with this key is on this side or on none."""
+    """The side of a key. A fact with this key is on this side or on no side."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -97,7 +97,7 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
 
 
 def _wrong(task: str, fact: Fact, answers: Sequence[Part], seed: int) -> list[Part] | None:
-    """Three distinct wrong answers at random; None if there are fewer."""
+    """Three distinct wrong answers at random; None if there are fewer than three."""
     rng = np.random.default_rng(int(uniform("wrong", seed, task, fact.id) * 2**53))
     never = {fact.answer, *fact.wrong}
     wrong: list[Part] = []

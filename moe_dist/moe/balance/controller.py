@@ -1,8 +1,8 @@
-"""Updates selection biases after each optimizer step, by rules on the step's counts over all ranks.
+"""Updates selection biases after each optimizer step, by rules that use the step's counts over all ranks.
 
-A bias changes only choices: weights, logits and gradients do not depend on it. The biases of true experts change, and those
-of other columns stay 0. So a common shift of the true experts' biases changes how many true experts a token takes.
-Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
+A bias changes only choices: weights, logits and gradients do not depend on it. The biases of true (not null) experts
+change, and the biases of other columns stay 0. So a common shift of the true experts' biases changes how many true experts
+a token takes. Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class Gate(Protocol):
-    """The part of a router that holds one group's biases, one for each column, true experts first."""
+    """The part of a router that holds one group's biases: one bias for each column, true experts first."""
 
     bias: Tensor
 
@@ -41,7 +41,7 @@ class BiasController:
     Args:
         gates_LG: The gate of each layer and group. Each update looks up `bias` anew, because a model may replace buffers.
         groups: All groups, in logical order.
-        rules: All rules get the same counts, and their updates are added.
+        rules: Rules whose updates are added. All rules get the same counts.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -51,18 +51,18 @@ class BiasController:
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
         """Updates the biases from the counts of a whole step over all ranks. A layer without tokens of a group keeps the
-        group's biases. Call it after the optimizer step, because recompute in backward needs the biases of the forward. No
-        collective, no host sync."""
+        group's biases. Call it after the optimizer step, because recompute in backward needs the biases of the forward.
+        Costs no collective and no host sync."""
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no tokens, no update
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # without tokens the group gets no update
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place: checkpoints hold this buffer
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place; checkpoints hold this buffer
         self.step += 1
 
     def state(self) -> JsonValue:

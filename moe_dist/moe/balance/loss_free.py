@@ -1,10 +1,10 @@
-"""Balances the true experts of a group without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
+"""Balances a group's true (not null) experts without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 
-If a group has null or zero-computation columns, the rule subtracts the mean of the signs. A common shift would change
-how many true experts a token takes; `active_experts` controls that number. Without such columns a common shift changes no
-choice, and the published rule is used unchanged.
+If a group has null or zero-computation columns, the rule subtracts the mean of the signs from each sign. Otherwise a common
+shift of the biases would change how many true experts a token takes, which is the number that `active_experts` controls.
+Without such columns a common shift changes no choice, and the published rule is used unchanged.
 """
 
 import torch
@@ -21,8 +21,8 @@ class LossFree:
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
         """See `moe_dist.moe.balance.controller.Rule`."""
-        # compares integers, n c_i with the sum of c, because a rounded mean could flip a sign
+        # compares the integers n c_i and the sum of c, because a rounded mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
-            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # no common shift
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # removes the common shift
         return self.rate * sign_Ln

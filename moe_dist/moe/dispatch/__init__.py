@@ -1,1 +1,1 @@
-"""Dispatchers: they send tokens to their experts' ranks and sum the results, one file for each kind."""
+"""Dispatchers send tokens to their experts' ranks and sum the results. Each kind is one file."""

@@ -1,20 +1,21 @@
 """Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent once, weighted and summed there (in fp32, rounded once to the rows' dtype),
-and comes back once. Rows for the own rank never enter a collective. Shape letters: T tokens on this rank, D hidden size, N
-pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed here.
+A token with three experts on one rank is sent there once. That rank sums their weighted outputs (in fp32, rounded once to
+the rows' dtype) and sends one row back. Rows for the own rank never enter a collective. Shape letters: T tokens on this
+rank, D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed
+here.
 
 Collectives of forward: counts and rows of pairs (integers, in `plan`, not repeated by recompute), pair weights and rows
 (one autograd node, in `dispatch`), and rows back (in `combine`). Collectives of backward: rows, then weight gradients and
 rows. Every rank issues all of them in this order, whatever its sizes.
 
-Host syncs: one for each layer, in `plan`, for the split sizes of rows, pairs and experts together.
+Host syncs: one for each layer. `plan` reads the split sizes of rows, pairs and experts together.
 
 Memory of forward and of backward, with `item` bytes for an element: at most (R + S + T) x D x item. The S rows are a buffer
-that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are y. If the rows are
-narrower than fp32, a sum of T x D x 4 bytes adds to it; rows are converted in slices of `rows.SLICE_BYTES`, which is the
-smallest value for T x D x item here. Backward keeps only the plan: 8 bytes for each taken pair of this rank's tokens, 8 for
-each row in S and O, and 16 for each pair in Q.
+that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y. If the
+rows are narrower than fp32, an fp32 sum of T x D x 4 bytes adds to this memory. Rows are converted to fp32 in slices of
+`rows.SLICE_BYTES`; in the bound, T x D x item counts as at least one slice. Backward keeps only the plan: 8 bytes for each
+taken pair of this rank's tokens, 8 for each row in S and O, and 16 for each pair in Q.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -30,8 +31,8 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Bound of the receive buffer in rows of D; None for no bound. It never holds more than (ep - 1) x T
-            rows: every token of every other rank.
+        max_receive_rows: Bound of the receive buffer in rows of D; None for no bound. The buffer never holds more than (ep
+            - 1) x T rows, which are all tokens of all other ranks of the EP group.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:

@@ -1,12 +1,12 @@
 """Dispatch and combine by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA; see `kernels`.
 
-DeepEP takes K expert ids for each token, -1 for no selection, and K weights. Its expert ids are `SlotNumbers`. A null
-choice is -1, and a token whose choices are all null goes to no rank.
+DeepEP takes K expert ids for each token, -1 for no selection, and K weights. An expert's id is its number in `SlotNumbers`.
+A null choice is -1, and a token whose choices are all null goes to no rank.
 
 Host syncs: two for each layer. DeepEP's dispatch waits for the number of arriving rows, and `plan` reads the layout for the
-ledger. Memory: R rows and y, and DeepEP's own buffer.
+traffic ledger (`ledger`). Memory: R rows, the output y, and DeepEP's own buffer.
 
-Shape letters as in `kernels`, with K choices a token, so that N = T K.
+Shape letters as in `kernels`, with K choices per token, so that N = T K.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             "parallel.dispatch.kind=all_to_all"
         )
     token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
-    # asserted on the device, because a check on the host would sync
+    # the order is asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
@@ -51,7 +51,7 @@ def make_buffer(group: Any, hidden_dim: int) -> Any:
     """A `deep_ep.Buffer` for bf16 rows of `hidden_dim`, as large as DeepEP's hints say. Collective: DeepEP exchanges its
     handles as Python objects."""
     deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
-    size, row_bytes = group.size(), hidden_dim * 2  # bf16
+    size, row_bytes = group.size(), hidden_dim * 2  # bf16 has 2 bytes
     configs = (deep_ep.Buffer.get_dispatch_config(size), deep_ep.Buffer.get_combine_config(size))
     return deep_ep.Buffer(
         group,
@@ -86,7 +86,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         self.top_k = top_k
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
-        """Computes DeepEP's ids and layout. One host sync, for the ledger's counts.
+        """Computes DeepEP's ids and layout. Costs one host sync, for the counts of the traffic ledger.
 
         Raises:
             ConfigError: from `topk_idx_of`.
@@ -121,7 +121,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def settle(self, received: tuple[Any, ...], plan: DeepEPPlan) -> Tensor:
         rows_RD, idx_RK, weight_RK, counts, handle, _ = received
         num_slots = len(self.placement.slots[self.wire.rank])
-        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection: sorted last
+        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection is sorted last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD

@@ -5,9 +5,9 @@
     CombineReceive    sums rows back into the table                                forward of combine
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
-Both classes issue their collectives in the constructor and return the result from `wait`. They copy or add own rows in
-between, while remote rows are in flight. The hierarchical dispatcher chains two exchanges: the rows that arrive from the
-first are the table of the second.
+DispatchSend and CombineReceive issue their collectives in the constructor and return the result from `wait`. In between
+they copy or add own rows, while remote rows are in flight. The hierarchical dispatcher chains two exchanges: the rows that
+arrive from the first are the table of the second.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward.
 Shape letters: M rows of the table, D hidden size, N weights given, P pairs sent (remote, then own), S remote rows sent,
@@ -33,10 +33,10 @@ class ExchangePlan:
 
     Attributes:
         layer: Name of the layer, for records and reports.
-        prefix, suffix: Text before and after the names of the plan's collectives: the hop, the chunk.
-        table_rows: M.
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop (prefix), the chunk (suffix).
+        table_rows: M, the number of rows of the table.
         rows, pairs: Split sizes of remote rows and of remote pairs.
-        row_S, row_O: int64, index in the table of each remote row in sending order, and of each own row.
+        row_S, row_O: int64, index in the table of each remote row (in sending order) and of each own row.
         pair_P: int64, index into the weights of each pair: remote pairs in sending order, then own pairs.
         order_Q: int64, permutation from the order of arrival (own, then remote) to the order of use; None for the same
             order.
@@ -72,10 +72,10 @@ class ExchangePlan:
 
 @dataclass(frozen=True)
 class AllToAllPlan(ExchangePlan):
-    """An exchange whose rows arrive at their experts; `order_Q` sorts pairs by slot.
+    """The plan of an exchange whose rows arrive at their experts. `order_Q` sorts pairs by slot.
 
     Attributes:
-        row_of_pair_Q, slot_counts: See `PairLayout`; rows count own rows first, then received rows.
+        row_of_pair_Q, slot_counts: See `PairLayout`. Row numbers count own rows first, then received rows.
     """
 
     row_of_pair_Q: Tensor
@@ -94,13 +94,13 @@ class Exchange:
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows and returns rows [R, D] and weights [Q]. One autograd node; two collectives in forward, two in
-        backward."""
+        """Sends rows of the table and returns rows [R, D] and weights [Q]. Is one autograd node with two collectives in
+        forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Sums rows [R, D] into the table [M, D], zero where no row came. One autograd node. It saves no tensor, so that
-        the recomputation of a block ends before this exchange."""
+        """Sums rows [R, D] into the table [M, D], zero where no row came. Is one autograd node that saves no tensor, so
+        that the recomputation of a block ends before this exchange."""
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
     def start(
@@ -131,7 +131,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
 
 
 class DispatchSend:
-    """Sends rows of the table to the ranks of their experts; in forward of dispatch, the weights of their pairs too."""
+    """Sends rows of the table to the ranks of their experts. In forward of dispatch, also sends their pairs' weights."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange
@@ -139,13 +139,13 @@ class DispatchSend:
         if weight_N is not None:
             name, weight_P = DISPATCH_ROWS, weight_N.index_select(0, plan.pair_P)
             self.own_weight = weight_P[plan.num_remote_pairs :]
-            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # before the rows
+            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # sent before the rows
         own = plan.num_own_rows
         self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
-        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the one copy of remote rows
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of remote rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
-        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while the others are in flight
+        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while remote rows are in flight
 
     def wait_weights(self) -> Tensor:
         """Returns the weights [Q] in the order of use."""
@@ -155,12 +155,12 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)  # only now, because the collective has read it
+        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read it
         return self.rows_RD
 
 
 class CombineReceive:
-    """Sends rows back to the ranks of their tokens; in backward of dispatch, the gradients of pair weights too."""
+    """Sends rows back to the ranks of their tokens. In backward of dispatch, also sends the gradients of pair weights."""
 
     def __init__(
         self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
@@ -179,16 +179,16 @@ class CombineReceive:
     def wait_weights(self, num_weights: int) -> Tensor:
         """Returns the gradient of the weights [N], zero where no pair is taken."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # pairs are unique: no addition
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # copies, as pairs are unique
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
-        """Returns the sums of the rows and of `base_MD`, if given, [M, D]: rounded once to the rows' dtype."""
+        """Returns the sums of the rows, plus `base_MD` if given: [M, D], rounded once to the rows' dtype."""
         rows_RD, plan, dtype = self.rows_RD, self.plan, accumulation_dtype(self.rows_RD.dtype)
-        if base_MD is None:  # a sum in fp32: M x D x 4 bytes beside bf16 rows
+        if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
             sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
         else:
-            sum_MD = base_MD.to(dtype, copy=True)  # a copy, because the caller keeps its base
-        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])  # while the others are in flight
+            sum_MD = base_MD.to(dtype, copy=True)  # copied, because the caller keeps its tensor
+        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])  # while remote rows are in flight
         add_rows(sum_MD, plan.row_S, self.rows.wait())
         self.exchange.buffers.give(self.back_SD)
         return sum_MD.to(rows_RD.dtype)

@@ -1,10 +1,10 @@
 """Sends rows in two hops: one row for each distinct (token, other node) between nodes, then one for each (token, rank)
 inside the node.
 
-Dispatch sends a row to one rank of the destination node, the rank with the sender's position in its node. That rank
-forwards the row to the experts' ranks. Combine sends the weighted sum of each experts' rank to the forwarding rank, which
-adds the sums of its node and sends one row back to the token. Sums are fp32. They are rounded to the rows' dtype by the
-experts' rank, the forwarding rank and the token's rank: one rounding more than with `all_to_all`.
+Dispatch sends a row to one rank of the destination node, namely the rank whose position in its node equals the sender's.
+This forwarding rank sends the row on to the experts' ranks. In combine each experts' rank sends its weighted sum to the
+forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are fp32. The experts'
+rank, the forwarding rank and the token's rank each round to the rows' dtype, once more than with `all_to_all`.
 
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), M rows of the middle table (rows of own tokens with
 experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
@@ -12,13 +12,13 @@ of L ranks each: EP position = node * L + local.
 
 Collectives of forward: counts and expert ids of both hops (in `plan`, not repeated by recompute), weights and rows between
 nodes, weights and rows inside the node (`dispatch`), rows inside the node, rows between nodes (`combine`). Backward issues
-the reverse. Every rank issues all of them in this order, whatever its sizes.
+the reverse. Every rank issues all collectives in this order, whatever its sizes.
 
-Host syncs: one for each layer, in `plan`, for the sizes of both hops (`hierarchical_planning`).
+Host syncs: one for each layer. `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
 Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
-backward max(R + M + S2, M + S1 + T). If the rows are narrower than fp32, a sum with 4 bytes an element adds M rows to the
-S2 terms and T rows to the S1 terms. Backward keeps only the plan.
+backward max(R + M + S2, M + S1 + T). If the rows are narrower than fp32, an fp32 sum with 4 bytes per element adds M rows
+to the terms with S2 and T rows to the terms with S1. Backward keeps only the plan.
 """
 
 from torch import Tensor
@@ -36,9 +36,9 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
 
     Args:
         placement: The map of experts to EP positions.
-        inter: All-to-all over the ranks with this rank's position in their nodes, in the order of nodes.
+        inter: All-to-all over the ranks that have this rank's position in their nodes, in the order of nodes.
         intra: All-to-all over the ranks of this node.
-        ranks_per_node: L; divides the number of EP positions.
+        ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Bound of each hop's receive buffer in rows; None for no bound. The buffers never hold more than
             (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
     """

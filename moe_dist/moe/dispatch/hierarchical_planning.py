@@ -1,9 +1,9 @@
 """Makes the plans of the hierarchical dispatcher: the rows that cross nodes, and the rows inside the node.
 
-A counting sort orders pairs by (node, token), this node last, so that the pairs of a row are neighbours. In both hops a
-pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender counts the rows and pairs for
-each rank of each node. The forwarding rank adds these counts on the device, and so knows the sizes of the second hop before
-it sees an expert id. So both hops need only one host sync.
+A counting sort orders (token, expert) pairs by (node, token), this node last, so that the pairs of a row are neighbours. In
+both hops a pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender counts the rows and
+pairs for each rank of each node. The forwarding rank adds these counts on the device. Thus it knows the sizes of the second
+hop before it has an expert id, and both hops need only one host sync.
 
 Shape letters: T tokens on this rank, N pairs (static), E experts, W ranks, M rows of the middle table (rows of own tokens
 with experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G
@@ -35,9 +35,9 @@ class HierarchicalPlan:
     """The routes of both hops in one layer and micro-batch. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        inter: Exchange between nodes. Its table is the tokens. Pairs are ordered by (node, token), this node last.
-        intra: Exchange inside the node. Its table is the middle table, M rows. Pairs are ordered by (rank, row).
-        sent: Counts of this rank's tokens; `rows_remote` also counts the rows that this rank forwards for others.
+        inter: Exchange between nodes, whose table is the tokens. Pairs are ordered by (node, token), this node last.
+        intra: Exchange inside the node, whose table is the middle table, M rows. Pairs are ordered by (rank, row).
+        sent: Counts of this rank's tokens. `rows_remote` also counts the rows that this rank forwards for other ranks.
     """
 
     inter: ExchangePlan
@@ -75,8 +75,8 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """All sizes of a layer on the host: both hops, pairs of each of this rank's slots, and this rank's pairs for its own
-    experts."""
+    """All sizes of a layer on the host: sizes of both hops, number of pairs of each of this rank's slots, and number of
+    this rank's pairs with its own experts."""
 
     inter: ExchangeSizes
     intra: ExchangeSizes
@@ -117,7 +117,7 @@ class NodePlanner:
                 f"the wires join {num_nodes} nodes of {per_node} ranks, the placement has {len(self._slots_GL)} nodes"
             )
         tables = self._tables_on(assignments.expert_N.device)
-        sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the host sync
+        sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the layer's host sync
         # sorts pairs by token, then by node: other nodes in order, this node, absent pairs
         expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
         place_N = tables.rank_E[expert_N] // per_node
@@ -141,10 +141,10 @@ class NodePlanner:
         """Plans the hop inside the node. `code_A` are the codes of the middle table's pairs, in the order of its rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: they are not sent
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs are last and not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
-        num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows: M
+        num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows is M
         first_A = _changes(place_A[order_A] * num_rows + row_A)
         row_S, row_O = compact(row_A, first_A, sum(rows.send) + sizes.intra.own_rows).tensor_split([sum(rows.send)])
         code_Q = self._exchange_codes(self.intra, sizes.intra.pairs, slot_A, first_A, INTRA, inter.layer)
@@ -169,15 +169,15 @@ class NodePlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs over a hop. Returns the codes of the pairs that stay, then those received."""
+        """Sends the codes of pairs over a hop. Returns the codes of the pairs that stay, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
-        ids = code_P[:num_out].to(torch.int32)  # half the bytes of int64
+        ids = code_P[:num_out].to(torch.int32)  # int32 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
-        """Counts for each node its distinct rows, and for each of its ranks the distinct rows and the pairs of each slot;
-        int64, flat. It needs no sort: a bitmap of (rank, token) takes W x T bytes. Does not sync."""
+        """Counts for each node its distinct rows, and for each of its ranks the distinct rows and the pairs of each slot.
+        Returns a flat int64 tensor. Uses a bitmap of (rank, token) with W x T bytes instead of a sort. Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last bin takes absent pairs
@@ -192,7 +192,7 @@ class NodePlanner:
         return counts[:total]
 
     def _exchange_counts(self, counts: Tensor, layer: str) -> _Sizes:
-        """Exchanges the counts of both hops. The one host sync of a layer reads all its sizes here."""
+        """Exchanges the counts of both hops. The one host sync of a layer is here and reads all sizes."""
         node, local, size = self.inter.rank, self.intra.rank, self.intra.size
         slots, length = self._slots_GL[node], self._lengths_G[node]
         ranks = tuple(1 + each for each in slots)
@@ -200,7 +200,7 @@ class NodePlanner:
         if self.inter.group is not None:
             splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
             received_GX = self.inter.exchange(counts, splits, name=INTER + COUNTS, layer=layer).view(-1, length)
-        forward_X = received_GX[:, 1:].sum(0)  # rows, and pairs of each slot, to each rank of the node
+        forward_X = received_GX[:, 1:].sum(0)  # counts for each rank of the node: rows, and pairs of each slot
         arriving = forward_X
         if self.intra.group is not None:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)
@@ -225,7 +225,7 @@ class NodePlanner:
 
 
 def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: int, device: torch.device) -> _Tables:
-    # index of the first count of each node and of each rank, and first node slot of each rank
+    # index of the first count of each node and of each rank, and number of the first node slot of each rank
     starts, row_bins, first_slots, at = [], [], [], 0
     for ranks in slots_GL:
         starts.append(at)
@@ -251,14 +251,14 @@ def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: in
 
 
 def _changes(key_N: Tensor) -> Tensor:
-    """Marks the first item of each run of equal keys; bool."""
+    """Marks the first item of each block of consecutive equal keys, as bools."""
     first_N = torch.ones_like(key_N, dtype=torch.bool)
     first_N[1:] = key_N[1:] != key_N[:-1]
     return first_N
 
 
 def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
-    """Rows to a node and pairs to all its ranks, from the counts for that node."""
+    """Number of rows to a node and number of pairs to all its ranks, from the counts for that node."""
     ranks = _cut(counts[1:], [1 + each for each in slots])
     return counts[0], sum(sum(each[1:]) for each in ranks)
 

@@ -1,14 +1,14 @@
 """Dispatch and combine by HybridEP's kernels (`deep_ep.HybridEPBuffer`, of DeepEP's branch hybrid-ep); see `kernels`.
 
 HybridEP takes a map: for each token one bool for each expert of all ranks, and weights of the same shape. A null choice
-marks nothing. HybridEP also takes expert ids, but it scatters them without a mask, so a null choice cannot be -1. Experts
-have the numbers of `SlotNumbers`. Their number on a rank is a multiple of 4, because the kernels need one in an NVLink
-domain. All ranks must have the same number of tokens, a multiple of 4. D must be a multiple of 16.
+marks nothing. HybridEP also takes expert ids, but it scatters the ids without a mask, so a null choice cannot be -1.
+Experts have the numbers of `SlotNumbers`. Each rank has a multiple of 4 slots, because the kernels need this in an NVLink
+domain. All ranks must have equally many tokens, a multiple of 4. D must be a multiple of 16.
 
 Collectives of forward: HybridEP gathers the maps of all ranks, sends rows and weights together, and sends rows back.
 Backward does the same without the maps. Host syncs: two for each layer, both at the first dispatch. HybridEP waits for the
-number of arriving rows, and the adaptor reads the pairs of each slot together with the ledger's counts. Memory: R rows and
-y, and HybridEP's own buffer.
+number of arriving rows, and the adaptor reads the pairs of each slot together with the counts of the traffic ledger
+(`ledger`). Memory: R rows, the output y, and HybridEP's own buffer.
 
 Shape letters as in `kernels`, with W ranks, X = W E' slots of all ranks and Y = E' slots of this rank.
 """
@@ -27,7 +27,7 @@ from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 COUNTS = "HybridEP pairs of each slot"  # name of the host sync in CommStats
-_LOCAL_MAP = 4  # index in HybridEP's handle of the map of arrived rows to own slots, bool [>= R, E']
+_LOCAL_MAP = 4  # place in HybridEP's handle of the map from arrived rows to own slots, bool [>= R, E']
 
 
 def routing_map_of(
@@ -47,7 +47,8 @@ def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -
 
 
 def make_buffer(group: Any, hidden_dim: int, num_tokens: int, slots_per_rank: int) -> Any:
-    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Collective. HybridEP enlarges it for more tokens."""
+    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Collective. HybridEP enlarges the buffer for more
+    tokens."""
     return import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed
         group=group,
         hidden_dim=hidden_dim,
@@ -63,8 +64,8 @@ class HybridEPPlan(KernelPlan):
 
     Attributes:
         routing_map_TX, cell_N: From `routing_map_of`.
-        domain_slots: Number of slots on all ranks of this NVLink domain. A row carries a weight for each of them. Known
-            after the first dispatch.
+        domain_slots: Number of slots on all ranks of this NVLink domain. A row carries a weight for each of these slots.
+            The number is known after the first dispatch.
     """
 
     routing_map_TX: Tensor
@@ -81,7 +82,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         super().__init__(placement, wire, hidden_dim=hidden_dim, buffer=buffer, multiple=4)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
-        """Makes HybridEP's map without a host sync. The first plan makes the buffer, which is collective."""
+        """Makes HybridEP's map without a host sync. The first plan also makes the buffer, by a collective call."""
         if self._buffer is None:
             self._buffer = make_buffer(self.wire.group, self.hidden_dim, num_tokens, self.numbers.slots_per_rank)
         numbers = self.number_of_expert_E(assignments.expert_N.device)
@@ -95,7 +96,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         """See `KernelDispatcher`. The first dispatch also counts the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # one byte for each bool, to each peer
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map to all other ranks
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_RD
 
@@ -103,7 +104,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return self.buffer.dispatch(h_TD, routing_map=plan.routing_map_TX, probs=weight_TX)
 
     def settle(self, received: tuple[Any, ...], plan: HybridEPPlan) -> Tensor:
-        """See `KernelDispatcher`. One host sync, for the pairs of each slot."""
+        """See `KernelDispatcher`. Costs one host sync, which reads the number of pairs of each slot."""
         rows_RD, weight_RY, _, handle = received
         size, own, slots = self.placement.num_ranks, self.wire.rank, self.numbers.slots_per_rank
         num_rows = weight_RY.shape[0]
@@ -132,7 +133,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
     def reduce(self, rows_RD: Tensor, plan: HybridEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         probs = None
         if weight_RY is not None:
-            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # combine needs all slots of the domain
+            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # a column for each slot of the domain
             probs[:, self._own_columns] = weight_RY
         return self.buffer.combine(rows_RD, probs=probs, handle=plan.arrival.handle)
 

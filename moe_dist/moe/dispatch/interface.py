@@ -1,7 +1,7 @@
 """The interface of a dispatcher: `plan` decides which token goes to which rank, and `run` sends tokens to their experts and
 sums the results.
 
-A new dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in
+A new dispatcher is one file beside this file, one section in the tagged union `parallel.dispatch`, and one line in
 build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert)
 pairs computed here.
 """
@@ -18,14 +18,14 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q]. Both are differentiable."""
+    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q], both differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor
 
 
 class PairLayout(Protocol):
-    """The rows that each of this rank's experts computes. The experts need nothing else of a dispatch.
+    """The rows that each of this rank's experts computes. The experts need no other part of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each pair computed here, in slot order.
@@ -39,7 +39,7 @@ class PairLayout(Protocol):
 
 
 class SentCounts(NamedTuple):
-    """Forward counts of one rank's tokens in one layer.
+    """Counts of rows and pairs that one rank's tokens cause in the forward of one layer.
 
     Attributes:
         rows_remote: Rows that leave this rank.
@@ -68,10 +68,10 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group. All its ranks issue the same collectives in the same order.
+    """Sends tokens through the experts of one EP group. The group's ranks issue the same collectives in the same order.
 
     Attributes:
-        takes_known_counts: The dispatcher uses `Assignments.counts_WE`, so routers should set it.
+        takes_known_counts: True if the dispatcher uses `Assignments.counts_WE`. Routers should then set that field.
     """
 
     takes_known_counts: bool = False
@@ -91,13 +91,13 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns y [T, D] of the routed experts, zero for tokens without one, and the output of the shared expert.
+        """Returns y [T, D] of the routed experts, zero for tokens without an expert, and the shared expert's output.
 
         Args:
             experts: Computes the weighted sums [R, D] of dispatched rows.
-            shared: The shared expert, or None. It is called with h.
-            repeated: This is the recomputation of a block. The value of y is not used then, only the tensors that experts
-                and dispatch save for backward.
+            shared: The shared expert, or None. The dispatcher calls it with the layer's input h.
+            repeated: True in the recomputation of a block. The value of y is then unused; only the tensors that experts and
+                dispatch save for backward count.
         """
 
 
@@ -106,11 +106,11 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: P) -> DispatchedRows:
-        """Sends rows and pair weights to the experts' ranks. Each exchange is one autograd node."""
+        """Sends rows and pair weights to the experts' ranks. Each exchange in it is one autograd node."""
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sums the rows [R, D] of all ranks into y [T, D]. Each exchange is one autograd node."""
+        """Sums the rows [R, D] of all ranks into y [T, D]. Each exchange in it is one autograd node."""
 
     def run(
         self,

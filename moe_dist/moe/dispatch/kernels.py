@@ -1,13 +1,15 @@
 """Base class of the adaptors to DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
 
-Results equal those of `all_to_all`: one row for each (token, destination rank), weighted and summed there; the kernels'
-combine adds the ranks' rows without weights. There are three differences. Rows for the own rank pass through the kernels'
-buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows` cannot be checked
-before it. The first dispatch returns a handle, which combine, backward and recompute reuse.
+Results equal those of `all_to_all`: one row goes to each (token, destination rank) and is weighted and summed there, and
+the kernels' combine adds the ranks' rows without weights. Three things differ from `all_to_all`. Rows for the own
+rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so
+`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for combine, backward and
+recompute.
 
-An adaptor converts assignments and weights to the format of its kernels, and makes three calls of its buffer.
-Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source rank, then by token), Q pairs
-computed here, X weights that a token sends and Y weights that a row receives: one for each slot or choice.
+An adaptor converts assignments and weights to the format of its kernels, and calls its buffer in `first_dispatch`,
+`dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source
+rank, then by token), Q pairs computed here, X weights that a token sends and Y weights that a row receives (one weight for
+each slot or choice).
 """
 
 from abc import abstractmethod
@@ -28,11 +30,11 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class SlotNumbers:
-    """Expert numbers of the kernels, which need equally many on every rank. Slot s of rank r has the number r E' + s.
+    """Expert numbers for the kernels, which need equally many (E') on every rank. Slot s of rank r has the number r E' + s.
 
     Attributes:
-        slots_per_rank: E', at least 1, because the kernels divide by it.
-        number_of_expert: Number of each logical expert. A number without a slot is never routed to.
+        slots_per_rank: E', at least 1, because the kernels divide by E'.
+        number_of_expert: Number of each logical expert. No token is routed to a number without a slot.
     """
 
     slots_per_rank: int
@@ -40,7 +42,7 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to a multiple."""
+        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -53,7 +55,7 @@ class Arrival:
 
     Attributes:
         handle: Handle of the kernels, for combine and for repeated dispatches.
-        weight_RY: Received weights. A dispatch by handle carries none.
+        weight_RY: Received weights. A repeated dispatch, by handle, carries no weights.
         pair_Q: int64, places in [R, Y] of the pairs computed here, in slot order.
         row_of_pair_Q, slot_counts: See `PairLayout`.
     """
@@ -67,7 +69,7 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`; with HybridEP also the counts."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`, and with HybridEP also the counts."""
 
     layer: str
     own_rows: int = 0
@@ -107,8 +109,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     """Dispatch and combine over one EP group by the kernels of a library.
 
     Args:
-        wire: The EP group's all-to-all. Only its group, rank and statistics are used; it sends nothing.
-        hidden_dim: D.
+        wire: The EP group's all-to-all. Only its group, rank and statistics are used, and its exchanges are not.
+        hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this.
         buffer: The buffer of the library; None makes one at the first plan.
     """
@@ -122,7 +124,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
         self._buffer = buffer
-        # cached, because a copy to the device in each layer would be a host sync
+        # kept on the device, because a copy in each layer would be a host sync
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
     @property
@@ -146,7 +148,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Any, ...]:
-        """Calls the kernels' dispatch of rows and weights. Host sync: it waits for the number of arriving rows."""
+        """Calls the kernels' dispatch of rows and weights. Host sync: the kernels wait for the number of arriving rows."""
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
@@ -165,7 +167,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         """Bytes of one row's weights and ids in an exchange."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """Sends rows to their experts' ranks; with weights if the plan is not complete yet."""
+        """Sends rows to their experts' ranks. If the plan is not complete yet, weights are sent too."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
                 rows_RD, received = self.dispatch_again(rows_TD, plan), None
@@ -198,7 +200,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
         rows_RD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because an output gets a graph and the plan must not
+        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because the plan must not join autograd's graph
 
     @staticmethod
     @once_differentiable
@@ -209,8 +211,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Forward is the kernels' combine, and backward a dispatch by the same handle. It saves no tensor, so `block` recompute
-    does not repeat it."""
+    """Forward is the kernels' combine, and backward a dispatch by the same handle. The node saves no tensor, so `block`
+    recompute does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -1,17 +1,17 @@
-"""Sends one row for each (token, expert) pair, with known sizes. It exchanges no counts or ids, and nothing syncs.
+"""Sends one row for each (token, expert) pair. All sizes are known, so no counts or ids are exchanged and nothing syncs.
 
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank and expert, known without reading the
 routing. Expert choice within one rank has known counts, because every expert takes its capacity of each rank's tokens.
-Token choice has none. If a rank holds at most one expert of a group, each pair is a distinct (token, rank), and
-deduplication would save nothing. `KnownCountsFirst` then uses this dispatcher before any other.
+Token choice has no known counts. If each rank holds at most one expert of a group, each pair is a distinct (token, rank),
+and deduplication would save nothing. `KnownCountsFirst` prefers this dispatcher then.
 
-Closed form: a rank sends the sum of its row of `counts_WE` over all experts of other ranks. So many rows go out in dispatch
-and come back in combine, and the same in backward. No row is padding. Shape letters: T tokens, D hidden size, N pairs (all
-taken, sorted by expert), Q pairs computed here.
+Closed form: the number of rows that a rank sends is the sum of its row of `counts_WE` over all experts of other ranks. This
+many rows go out in dispatch and come back in combine, and again in backward. No row is padding. Shape letters: T tokens, D
+hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
-Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients. Every rank issues all of them.
-Host syncs: none. The order of pairs depends on the counts alone. The host computes it once for all layers of a micro-batch,
-and keeps the last KEPT_ORDERS. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
+Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and the gradients of each. Every rank issues all of
+them. Host syncs: none. The order of pairs depends on the counts alone. The host computes this order once for all layers of
+a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
-KEPT_ORDERS = 16  # all layers and recomputations of a micro-batch need the same order; micro-batches differ
+KEPT_ORDERS = 16  # cached orders: one per micro-batch, used by all its layers and recomputations
 
 
 class KnownCountsPlan(AllToAllPlan):
-    """An exchange with one row for each pair. Pairs are sent in the order of (rank, expert), the own rank last."""
+    """The plan of an exchange with one row per pair. Pairs are sent in the order of (rank, expert), the own rank last."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        order = self._order(counts, assignments.token_N.device)  # cached: layers of a micro-batch share it
-        # Wrong counts would send rows to wrong experts. Asserted on the device, because a check on the host would sync.
+        order = self._order(counts, assignments.token_N.device)  # cached, because all layers of a micro-batch use it
+        # Wrong counts would send rows to wrong experts. The check is on the device, because the host would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -138,13 +138,13 @@ def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     """Uses `KnownCountsDispatcher` for assignments with counts, and another dispatcher for all others.
 
-    By default it uses known counts only if each rank holds at most one expert of a group. Then each pair is one row, and
+    By default known counts are used only if each rank holds at most one expert of a group. Each pair is then one row, and
     the bytes equal those of `all_to_all`. All ranks decide alike, because counts and placement are the same on all ranks.
 
     Args:
         known: Dispatcher for assignments with counts.
-        general: Dispatcher for all others, over the same ranks.
-        always: Use known counts also if a rank holds several experts of a group. A token then goes once to each of them.
+        general: Dispatcher for assignments without counts, over the same ranks.
+        always: Use known counts even if a rank holds several experts of a group. A token is then sent once per expert.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -168,7 +168,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """True if every rank holds at most one expert of each group. A token, which is routed in one group, then has at most
-    one pair for each rank."""
+    """True if every rank holds at most one expert of each group. A token is routed in one group, so it then has at most one
+    pair for each rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,9 +1,9 @@
 """The traffic ledger: rows that dispatch sent, and rows that other methods would have sent for the same choices. All counts
-are of one rank's forward.
+are those of one rank in forward.
 
 `rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-other rows are closed forms of this rank's counts. They assume that choices spread evenly over the experts of a group, so
-that a share 1 - own/n of them leaves the rank:
+numbers of rows below are computed from this rank's counts. The formulas assume that choices spread evenly over the n
+experts of a group, of which this rank holds `own`, so that a share 1 - own/n of the choices leaves the rank:
 
     rows_per_pair       one row for each pair with an expert on another rank: no deduplication
     rows_topk           top-k with the same k over true experts alone, one row for each choice
@@ -43,10 +43,11 @@ def compare(
     pairs: int,
     pairs_remote: int,
 ) -> Mapping[str, float]:
-    """The ledger of one rank without its bytes, from sums over its layers and micro-batches.
+    """The rows and pairs of one rank's ledger, from sums over its layers and micro-batches. Bytes are not included.
 
     Args:
-        true_choices_G: True experts taken by this rank's tokens of each group, without choices that a capacity dropped.
+        true_choices_G: Choices of true (not null) experts by this rank's tokens of each group, without those that a
+            capacity dropped.
         null_choices_G: Null choices of this rank's tokens of each group.
         tokens_G: This rank's routed tokens of each group.
         rows_remote, pairs, pairs_remote: Sums of the layers' reports.

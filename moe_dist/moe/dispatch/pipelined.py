@@ -1,9 +1,9 @@
 """Computes experts while exchanges are in flight: own rows first, or chunk by chunk, in forward and in backward.
 
 Each exchange has two autograd nodes: Start issues it and End waits for it. In backward End issues and Start waits. An empty
-tensor, the thread, passes through all nodes in the order of forward, so that backward runs them in exactly the reverse
-order. Every rank then issues the same collectives in the same order, whatever else autograd runs in between. With `overlap`
-(o) and chunks 0, 1:
+tensor, called the thread, passes through all nodes in the order of forward, so that backward runs the nodes in exactly the
+reverse order. Every rank then issues the same collectives in the same order, whatever else autograd runs in between. With
+`overlap` (o) and chunks 0, 1:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -12,8 +12,8 @@ order. Every rank then issues the same collectives in the same order, whatever e
 The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
 needs the result of combine.
 
-Memory in rows of D. R' and S' are the rows and buffers of at most three chunks, which are held at once. With `overlap` own
-rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
+Memory in rows of D. R' and S' are the received rows and send buffers of the chunks that are held at once, which are at most
+three. With `overlap` own rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
@@ -22,7 +22,7 @@ rows are not copied, so R counts received rows alone, and the sums of own rows a
     both        forward     S' + max(R' + 2 T, r + 2 T)
                 backward    S' + max(R' + 2 T, 3 T)
 
-If the rows are narrower than fp32, the sum of one of n chunks adds T / n rows of 4 bytes an element to R' (or R).
+If the rows are narrower than fp32, the fp32 sum of one of n chunks adds T / n rows of 4 bytes per element to R' (or R).
 Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
 """
 
@@ -43,7 +43,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class PipelinedPlan:
-    """The plans of all chunks, and this rank's own pairs if they are computed apart."""
+    """The plans of all chunks, and this rank's own pairs if own pairs are computed apart."""
 
     chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
@@ -59,8 +59,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
     Args:
         placement, wire, max_receive_rows: See `AllToAllDispatcher`.
-        overlap: Compute own rows and the shared expert while the first remote rows are in flight. It doubles the number of
-            expert GEMMs.
+        overlap: Compute own rows and the shared expert while the first remote rows are in flight. This doubles the number
+            of expert GEMMs.
         chunks: Number of ranges of tokens. Each range is dispatched while the range before it is computed.
     """
 
@@ -95,8 +95,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Dispatcher.run`. It calls `experts` for the own pairs, if they are apart, and then for each chunk. With
-        `repeated` it skips combine and fills y with NaN, so that any accidental use shows."""
+        """See `Dispatcher.run`. Calls `experts` for the own pairs, if these are apart, and then for each chunk. With
+        `repeated`, combine is skipped and y is filled with NaN, so that any accidental use shows."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
@@ -105,7 +105,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         y_parts = []
         thread: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
-            if index + 1 < len(flights):  # the next chunk travels while this one is computed
+            if index + 1 < len(flights):  # the next chunk travels while this chunk is computed
                 thread = _StartDispatch.apply(thread, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 thread, here_TD, here_N = _Gate.apply(thread, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
@@ -115,7 +115,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
             thread, rows_RD, weight_Q = _EndDispatch.apply(thread, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
-            if index > 0:  # combine of the chunk before was in flight during these experts
+            if index > 0:  # combine of the previous chunk was in flight while this chunk's experts ran
                 thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
             thread = _StartCombine.apply(thread, out_RD, flight)
@@ -124,7 +124,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class _Flight:
-    """The exchange of one chunk in flight. An autograd node leaves it here for the next node, outside of the graph."""
+    """The exchange of one chunk in flight. An autograd node leaves it here, outside of the graph, for the next node."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -136,8 +136,8 @@ class _Flight:
         self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
 
     def sent(self) -> DispatchSend:
-        """Hands over the last `send`."""
-        sent, self._sent = self._sent, None  # drops the reference, so that its rows are freed after use
+        """Returns the pending exchange of the last `send`, and forgets it."""
+        sent, self._sent = self._sent, None  # drops the reference, so that the rows are freed after use
         assert sent is not None
         return sent
 
@@ -146,14 +146,14 @@ class _Flight:
         self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
 
     def returning(self) -> CombineReceive:
-        """Hands over the last `send_back`."""
+        """Returns the pending exchange of the last `send_back`, and forgets it."""
         returning, self._returning = self._returning, None
         assert returning is not None
         return returning
 
 
 class _StartDispatch(torch.autograd.Function):
-    """Forward issues rows and weights to the experts; backward waits for their gradients."""
+    """Forward issues the exchange of rows and weights to the experts. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
@@ -170,8 +170,8 @@ class _StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """The identity. Its backward runs only when everything computed from it has its gradients, and before the backward of
-    StartDispatch, so that this computation overlaps the exchange in backward too."""
+    """The identity. Its backward runs after the backward of everything computed from its output, and before the backward of
+    StartDispatch. So that computation overlaps the exchange in backward too."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -184,12 +184,12 @@ class _Gate(torch.autograd.Function):
 
 
 class _EndDispatch(torch.autograd.Function):
-    """Forward waits for rows [R, D] and weights [Q]; backward issues their gradients."""
+    """Forward waits for rows [R, D] and weights [Q]. Backward issues the exchange of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()  # in the order of issue
+        weight_Q = send.wait_weights()  # waits in the order of issue
         return thread.new_empty(0), send.wait(), weight_Q
 
     @staticmethod
@@ -200,7 +200,7 @@ class _EndDispatch(torch.autograd.Function):
 
 
 class _StartCombine(torch.autograd.Function):
-    """Forward issues the experts' sums to the tokens' ranks; backward waits for their gradients."""
+    """Forward issues the exchange of the experts' sums to the tokens' ranks. Backward waits for the sums' gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
@@ -216,7 +216,7 @@ class _StartCombine(torch.autograd.Function):
 
 
 class _EndCombine(torch.autograd.Function):
-    """Forward waits for the experts' sums and adds them to y; backward issues the gradients of y."""
+    """Forward waits for the experts' sums and adds them to y. Backward issues the exchange of the gradients of y."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:

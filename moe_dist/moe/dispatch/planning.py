@@ -2,12 +2,12 @@
 sync.
 
 Tokens are cut into `chunks` ranges of equal length. Pairs are sorted by (chunk, rank, slot), and rows by (chunk, rank,
-token); in both orders the own rank comes last. Received pairs are then grouped by slot already, so no sort by token is
-needed. A pair is sent as the index of its row among the rows to its rank. Its slot follows from the counts.
+token); in both orders the own rank comes last. The pairs received from a rank are then grouped by slot, so they need no
+sort. A pair is sent as the index of its row among the rows to its rank. Counts give the pair's slot.
 
 Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
-O rows of the own rank, Q pairs computed here, X counts of a rank and chunk (rows, then pairs of each slot), H ranks: the
-own rank, then the others in order.
+O rows of the own rank, Q pairs computed here, X counts of a rank and chunk (rows, then pairs of each slot), H ranks (the
+own rank, then the other ranks in order).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens and experts, if they are computed apart. Their rows are the tokens themselves.
+    """The pairs of this rank's own tokens and experts, if these pairs are computed apart. Their rows are the tokens.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -60,8 +60,8 @@ class _Tables:
     Attributes:
         place_E: Place of each expert's rank: other ranks in order, then the own rank.
         bin_E: Position of each expert in the order of (place, slot).
-        message_M: Index into [row counts, pair counts] of each count to send, rank by rank.
-        holder_H: The own rank, unless its pairs are computed apart, then the others in order.
+        message_M: For each count to send, rank by rank: its index in the concatenated row counts and pair counts.
+        holder_H: The own rank (left out if its pairs are computed apart), then the other ranks in order.
     """
 
     place_E: Tensor
@@ -81,7 +81,7 @@ class ExchangeSizes:
 
     @classmethod
     def of(cls, own: int, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> "ExchangeSizes":
-        """Makes the sizes from the (rows, pairs) to each rank and from each rank, the own rank `own` included."""
+        """Makes the sizes from the numbers of (rows, pairs) to each rank and from each rank. `own` is the own rank."""
         (rows_out, pairs_out), (rows_in, pairs_in) = zip(*sent, strict=True), zip(*received, strict=True)
         rows = Splits(split_sizes(rows_out, own), split_sizes(rows_in, own))
         pairs = Splits(split_sizes(pairs_out, own), split_sizes(pairs_in, own))
@@ -90,9 +90,9 @@ class ExchangeSizes:
 
 @dataclass(frozen=True)
 class _Counts:
-    sizes: list[ExchangeSizes]  # of each chunk
-    slot_counts: list[tuple[int, ...]]  # pairs of each of this rank's slots, of each chunk
-    own_slot_counts: tuple[int, ...]  # the same for this rank's own tokens in chunk 0, where all own pairs are if apart
+    sizes: list[ExchangeSizes]  # sizes of each chunk
+    slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
+    own_slot_counts: tuple[int, ...]  # slot_counts of own tokens in chunk 0, which has all own pairs if they are apart
 
     @property
     def num_remote_pairs(self) -> int:
@@ -101,13 +101,14 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Counts on the device, before the host sync. A bin is a (chunk, rank, slot), and a run is a (chunk, rank)."""
+    """Counts on the device, before the host sync. A bin is one (chunk, rank, slot). A run, one (chunk, rank), is a block of
+    rows."""
 
     bin_N: Tensor  # bin of each pair; absent pairs have the last bin
-    run_N: Tensor  # run of each pair's row
-    index_N: Tensor  # index of each pair's row in its run
-    row_counts: Tensor  # rows of each run
-    pair_counts: Tensor  # pairs of each bin
+    run_N: Tensor  # run that has each pair's row
+    index_N: Tensor  # index of each pair's row inside the run
+    row_counts: Tensor  # number of rows of each run
+    pair_counts: Tensor  # number of pairs of each bin
 
 
 class Planner:
@@ -115,7 +116,7 @@ class Planner:
 
     Args:
         chunks: Number of ranges of tokens.
-        own_apart: Leaves the pairs of the own rank out of the ranges, because they are computed apart.
+        own_apart: True if the pairs of the own rank are computed apart, outside of the ranges.
     """
 
     def __init__(
@@ -132,18 +133,18 @@ class Planner:
         self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Number of tokens of each range: equal numbers, then the rest, then 0."""
+        """Number of tokens of each range: equal numbers, then the remainder, then 0."""
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
-        """Returns a plan for each chunk, and the own pairs (none unless `own_apart`). See `AllToAllDispatcher.plan`."""
+        """Returns a plan for each chunk, and the own pairs (empty without `own_apart`). See `AllToAllDispatcher.plan`."""
         if self.wire.size != self.placement.num_ranks:
             raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
-        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the sync
-        counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
+        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the host sync
+        counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the layer's host sync
         arriving = sum(sum(each.rows.receive) for each in counts.sizes)
         check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
 
@@ -186,12 +187,12 @@ class Planner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts bins and rows by a bitmap of (run, token), summed along the tokens. No sync; W x T x 5 bytes."""
+        """Counts bins and rows by a bitmap of (run, token), summed along the tokens. Costs W x T x 5 bytes and no sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         taken_N = assignments.expert_N != ABSENT
-        expert_N = assignments.expert_N.clamp_min(0)  # a valid index for absent pairs too, which are masked below
+        expert_N = assignments.expert_N.clamp_min(0)  # absent pairs get a valid index too, and are masked below
         bin_N, place_N, token_N = tables.bin_E[expert_N], tables.place_E[expert_N], assignments.token_N
         run_N = place_N
         if chunks > 1:
@@ -216,20 +217,20 @@ class Planner:
         )
 
     def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> tuple[_Counts, Tensor]:
-        """Exchanges the counts. The one host sync of a layer reads the sizes of all chunks here. Also returns the received
-        counts on the device, [W, C, X]."""
+        """Exchanges the counts. The one host sync of a layer is here and reads the sizes of all chunks. Also returns the
+        received counts on the device, [W, C, X]."""
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         received = message
-        if self.wire.group is None:  # one rank receives what it sends
+        if self.wire.group is None:  # a single rank receives its own counts
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both, so one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # a joint copy needs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # for each rank [C, X]; ranks have different numbers of slots
+        # a list with [C, X] for each rank, because ranks have different numbers of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -248,14 +249,14 @@ class Planner:
         return counts, received.view(size, chunks, -1)
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
-        """Sends the row index of each remote pair to its rank, in one collective for all chunks."""
+        """Sends each remote pair's row index to the pair's rank. One collective serves all chunks."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
             tuple(sum(each.send[rank] for each in sizes) for rank in self._ranks),
             tuple(sum(each.receive[rank] for each in sizes) for rank in self._ranks),
         )
-        # from the order (chunk, rank) to the order (rank, chunk)
+        # reorders from (chunk, rank) to (rank, chunk)
         items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
         return self.wire.start(items, splits, name=PAIR_ROWS, layer=layer)
 
@@ -270,13 +271,13 @@ class Planner:
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]  # they travel as int32
+        return pairs, [each.to(torch.int64) for each in indices]  # row indices travel as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Tokens are numbered from
-        the first token of their chunk."""
+        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Token numbers count from
+        the first token of the chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
@@ -287,16 +288,16 @@ class Planner:
 
     def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
         """Returns order_Q and row_of_pair_Q from the arrived pairs, which are sorted by (rank, slot). `index_Q` counts rows
-        from the first row of their rank."""
+        from the first row of the rank."""
         rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
         total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
         first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
         row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
-        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # by slot, then by rank: no sort
+        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # ordered by slot, then by rank
         return order_Q, row_Q[order_Q]
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        """Makes the tables of the placement. Each device gets one copy."""
+        """Makes the tables of the placement, once for each device."""
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
         order = [rank for rank in range(size) if rank != own] + [own]
         place_of = {rank: place for place, rank in enumerate(order)}
@@ -321,6 +322,6 @@ class Planner:
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` by two levels of sizes."""
+    """Cuts `items` into consecutive pieces by two levels of sizes."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

@@ -2,7 +2,7 @@
 
 Sums are fp32 in forward and backward. Autograd saves no index tensor: the indices belong to the dispatch plan, which lives
 until backward anyway. Sorting costs time linear in the number of items, whatever the number of keys. Shape letters: T rows
-of a table, Q (token, expert) pairs, R rows that the pairs belong to, D hidden size, N items, X runs of items.
+of a table, Q (token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
@@ -25,8 +25,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # held, not saved: the plan owns the index anyway
-        return table_TD.index_select(0, index_Q)  # on the host faster than table[index]
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # kept without saving, because the plan owns the index
+        return table_TD.index_select(0, index_Q)  # faster on the host than table[index]
 
     @staticmethod
     @once_differentiable
@@ -48,12 +48,12 @@ class _WeightedSum(torch.autograd.Function):
         (grad_RD,) = grads
         y_QD, weight_Q = ctx.saved_tensors
         grad_QD = grad_RD.index_select(0, ctx.row_Q)
-        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # Q x D numbers in the weights' dtype
+        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # takes Q x D numbers in the weights' dtype
         return (grad_QD * weight_Q[:, None]).to(y_QD.dtype), grad_weight_Q, None, None
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """table[index], [Q, D]. The gradients of a row that is taken several times are summed in fp32 and rounded once."""
+    """Returns table[index], [Q, D]. The gradients of a row gathered several times are summed in fp32 and rounded once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 
@@ -72,7 +72,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
     """Adds each row to the sum at its index, in place, in the sum's dtype. Without gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES`, so that no copy of all rows in the sum's dtype exists.
-    The bits are those of one addition, because the slices are in order.
+    The sum has the same bits as without slices, because the slices are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -85,8 +85,8 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
 def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
     """int64 permutation that sorts int64 keys in [0, num_keys) stably. Does not sync.
 
-    It is a radix sort, one pass for each byte of the key. On the host numpy runs it, because torch uses a radix sort only
-    from 32,768 items on.
+    The sort is a radix sort with one pass for each byte of the key. On the host numpy sorts, because torch uses a radix
+    sort only from 32,768 items on.
     """
     if num_keys > 1 << 15:  # sorts by the low bits, then by the high bits
         low_N = counting_order(key_N & 0x7FFF, 1 << 15)
@@ -106,19 +106,19 @@ def _device_order(short_N: Tensor) -> Tensor:
 def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
     """int64 indices [total] of all runs: for each run start, start + 1, ..., start + length - 1.
 
-    `total` is the sum of the lengths; CUDA would have to sync to learn it.
+    `total` is the sum of the lengths. It is an argument, because reading the sum on CUDA would cost a sync.
     """
     shift_X = start_X - (length_X.cumsum(0) - length_X)  # distance of a run's items from their places in the result
     return spread(shift_X, length_X, total) + torch.arange(total, device=start_X.device)
 
 
 def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Repeats each value `length` times, [total]. Does not sync, because `total` is given."""
+    """Repeats each value `length` times, [total]. Does not sync, because the argument `total` gives the length."""
     return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
-    """`items[keep]` in order. Does not sync, because its length is given."""
+    """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
     kept = items_N.new_empty(num_kept + 1)  # the last place takes all items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]

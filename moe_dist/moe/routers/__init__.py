@@ -1,1 +1,1 @@
-"""Routers, one in each file."""
+"""Routers. Each file has one kind."""

@@ -1,6 +1,6 @@
-"""Capacity of token choice: it bounds the pairs of an expert and drops the others.
+"""Capacity of token choice: a bound of the number of pairs of each expert. Pairs beyond the bound are dropped.
 
-A dropped pair becomes absent: it is neither sent nor padded. No shape depends on data.
+A dropped pair becomes absent: the pair is neither sent nor padded. No shape depends on data.
 Shape letters: N (token, expert) pairs in token order, E true experts.
 """
 
@@ -47,8 +47,8 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
         drop: See `Capacity`.
     """
     num_experts = capacity_E.shape[0]
-    bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # a last bin for absent pairs
-    # sorts pairs by preference, then stably by expert; `position` needs no first sort, because pairs are in token order
+    bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # absent pairs get a last bin
+    # Sorts pairs by preference, then stably by expert. `position` needs no first sort, because pairs are in token order.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
         order_N = torch.sort(score_N, descending=True, stable=True).indices
@@ -59,4 +59,4 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
     over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
-    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # back into the order of pairs
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # restores the order of pairs

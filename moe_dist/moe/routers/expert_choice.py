@@ -3,13 +3,14 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-This choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone, causally:
+Such a choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone,
+causally:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
     auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4); W_1, W_2 are trained later
 
-The weights are s_j in both cases. Shape letters: T tokens of this rank, U tokens of the selection scope, D hidden size, E
-experts of all groups, n experts of one group, G groups, K experts of the largest group.
+The routing weights are s_j with threshold and with auxiliary. Shape letters: T tokens of this rank, U tokens of the
+selection scope, D hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
 
-STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, number of steps
+STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th largest score, and the number of steps
 
 
 class ChoiceGate(GroupGate):
@@ -72,22 +73,22 @@ class ExpertChoiceRouter(ChoosingRouter):
     """Routes T tokens, each inside its group.
 
     Args:
-        hidden_dim: D.
-        groups: All expert groups, in the order of their expert ids. None may have null or zero-computation experts.
-        capacity: c, the share of its group's tokens that each expert takes; None takes `ExpertGroup.capacity`, or else
+        hidden_dim: D, the hidden size.
+        groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
+        capacity: c, the share of its group's tokens that each expert takes. None means `ExpertGroup.capacity`, or else
             top_k / num_experts.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa has 1.
         causal: The rule by which evaluation routes each token alone. With None, evaluation is an error.
         threshold_decay: Decay of the running means of the thresholds.
         selection_scope: The ranks whose tokens compete.
         seed, layer: Name the noise, together with the step, token and expert.
-        known_counts: In training with a scope of one rank, give the dispatcher the known numbers of pairs of all ranks, so
-            that it needs no host sync.
+        known_counts: True: in training with a scope of one rank, the dispatcher gets the known numbers of pairs of all
+            ranks and needs no host sync.
     """
 
     group_of_expert_E: Tensor
     capacity_E: Tensor
-    columns_GK: Tensor  # the experts of each group, with a last row of ABSENT for padding, whose group is -1
+    columns_GK: Tensor  # experts of each group; the last row, of ABSENT, is for padding (group -1)
 
     def __init__(
         self,
@@ -116,8 +117,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and thresholds of 0, which admit every token, on the default device. It is called
-        again after a move from the meta device, which loses the values of buffers."""
+        """Makes the constant tables, and thresholds of 0, which admit every token, on the default device. Call it again
+        after a move from the meta device, which loses the values of buffers."""
         most = max(group.num_experts for group in self.groups)
         rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
         self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
@@ -147,7 +148,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
-            inside_TE = member_TG[:, self.group_of_expert_E]  # T x E bytes
+            inside_TE = member_TG[:, self.group_of_expert_E]  # takes T x E bytes
             noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
@@ -163,7 +164,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits [T, E] of all experts, also for tokens of other groups."""
+        """Logits [T, E] of all experts for all tokens, also tokens of other groups."""
         return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
 
     @torch.no_grad()
@@ -202,7 +203,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise = add_noise if self.training and self.noise else None
         masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
         choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
-        # An expert with c = 1 takes all tokens, so its threshold must be 0.
+        # An expert with capacity 1 takes all tokens, so its threshold must be 0.
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
@@ -223,7 +224,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
         """Binary cross entropy of the auxiliary routers against the choice, summed over tokens and experts [G]."""
-        logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that it trains the auxiliary routers alone
+        logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that this loss trains only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
         return torch.stack([by_expert_E[list(group.experts)].sum() for group in self.groups])
@@ -235,14 +236,14 @@ class ExpertChoiceRouter(ChoosingRouter):
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
-        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # a sort without a host sync
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # sorts without a host sync
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
         score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
         member = member_TG.to(score_TE.dtype)
         tokens_G = member_TG.sum(0)
-        # The entropy of the scores over their sum, so that it compares with the entropy of a softmax.
+        # Scores are divided by their sum, so that their entropy is comparable with that of a softmax.
         shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
         entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
         idle_T = ~choice.taken_TE.any(-1)

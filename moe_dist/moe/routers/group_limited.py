@@ -1,4 +1,5 @@
-"""Top-k of sigmoid scores within a few node groups (DeepSeek-V3, arXiv 2412.19437, section 2.1; GLM-4.5, Kimi K2).
+"""Top-k of sigmoid scores within a few node groups of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1;
+GLM-4.5, Kimi K2).
 
     s = sigmoid(x W^T),  b = the selection bias
     the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
@@ -6,8 +7,8 @@
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because they cost no traffic. Each has its own sigmoid and
-bias. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
+The limit does not apply to null, identity and constant columns, because they cost no traffic. Each of these columns has a
+sigmoid and bias. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
 
 The balance loss takes s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss (equations 18 and
 19), but with counts over the whole step instead of one sequence. The entropy uses the same probabilities. The z-loss uses
@@ -26,8 +27,8 @@ from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.placement.placement import ExpertGroup
 
-TINY = 1e-20  # prevents 0 / 0 where all scores underflow; the value of transformers' DeepseekV3TopkRouter
-BEST = 2  # the score of a node group is the sum of its BEST largest scores
+TINY = 1e-20  # prevents 0 / 0 where all scores underflow; transformers' DeepseekV3TopkRouter has the same value
+BEST = 2  # a node group's score is the sum of its BEST largest expert scores
 
 
 class GroupLimitedRouter(TopKRouter):
@@ -35,7 +36,7 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups of each group; divides the number of its true experts.
+        n_group: Number of node groups of each group. It must divide the group's number of true experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
@@ -60,7 +61,7 @@ class GroupLimitedRouter(TopKRouter):
         self.n_group, self.topk_group = n_group, topk_group
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        score_TC = masked_TC.sigmoid()  # 0 at -inf, outside the token's group
+        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf, outside the token's group
         return score_TC / (score_TC.sum(dim=-1, keepdim=True) + TINY)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class GroupLimitedRouter(TopKRouter):
         if self.selection_bias:
             score_TC = score_TC + self._bias(score_TC.dtype)
         score_TC = score_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
-        if self.topk_group == self.n_group:  # all node groups are allowed
+        if self.topk_group == self.n_group:  # a token may use all node groups
             return score_TC
         parts = [self._within_limit(score_TC[:, group.first_expert :][:, : group.num_experts]) for group in self.groups]
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
@@ -78,7 +79,7 @@ class GroupLimitedRouter(TopKRouter):
         tie."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not order ties
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 
@@ -88,5 +89,5 @@ class GroupLimitedRouter(TopKRouter):
         score_TK = torch.where(kept_TK, masked_TC.gather(1, chosen.column_TK).sigmoid(), 0.0)
         if self.normalise == "none":
             return self.scale * score_TK
-        # adds one by one as in `top_k._softmax_among`, so that zeros between the true choices change no bit
+        # adds one by one as `top_k._softmax_among` does, so that zeros between the true choices change no bit
         return self.scale * score_TK / (reduce(torch.add, score_TK.split(1, dim=-1)) + TINY)

@@ -1,13 +1,13 @@
 """Top-k with a fixed number of active experts in each layer: the baseline for adaptive routers.
 
-A layer and group have a fixed number L of active experts a token. A token takes its floor(L) best experts, and the next
-best with probability L - floor(L). The draw is independent of the token. A whole L is a plain top-k.
+Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts, and the
+next best with probability L - floor(L). The draw does not depend on the token's content. An integer L is plain top-k.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws too, so that the model is evaluated with the L of its training. It numbers tokens inside their batch,
-because it has no step. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws too, so that the model is evaluated with the L of its training. In evaluation, which has no step, tokens
+are numbered inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -22,7 +22,7 @@ from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
-HELD_OUT = -1  # evaluation draws under this step
+HELD_OUT = -1  # the step number in the draws of evaluation
 
 
 class ScheduledTopKRouter(TopKRouter):
@@ -55,7 +55,7 @@ class ScheduledTopKRouter(TopKRouter):
         super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
         self.place, self.seed = place, seed
         self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
-        self.reset_buffers()  # again, because the base class made them without loads
+        self.reset_buffers()  # again, because the base class made the buffers without loads
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
@@ -75,7 +75,7 @@ class ScheduledTopKRouter(TopKRouter):
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
-        # float64, because fp32 rounds a draw near 1 to 1
+        # uses float64, because fp32 rounds a draw near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
         more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
         place_K = torch.arange(self.num_choices, device=group_T.device)

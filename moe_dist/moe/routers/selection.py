@@ -6,13 +6,13 @@ The tokens of one selection scope compete:
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-The larger scopes gather logits by one all-gather for each layer and forward pass. Every rank of the scope issues it, and
-recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
-ranks: (S - 1) x T x E x 4 bytes. All ranks then choose alike, from the same bits. No shape depends on data, and nothing
-syncs with the host.
+The scopes ep_group and world gather logits by one all-gather for each layer and forward pass. Every rank of the scope
+issues the all-gather, and recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to
+each of the S - 1 other ranks: (S - 1) x T x E x 4 bytes. All ranks then choose alike, from the same bits. No shape depends
+on data, and nothing syncs with the host.
 
-This choice depends on later tokens, so it is for training only. Evaluation decides for each token alone, by a threshold
-(`thresholds`) or by an `AuxiliaryRouter`.
+A selection by competition depends on later tokens, so it is for training only. Evaluation decides for each token alone, by
+a threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G groups, W ranks.
@@ -108,10 +108,10 @@ class SelectionScope:
     """The ranks whose tokens compete.
 
     Attributes:
-        group: Process group of the scope's ranks; None for a single rank.
+        group: Process group of the scope's ranks. None for a single rank.
         ranks: Global ranks of the scope, in the group's order. `own` is this rank's index in it.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: They count and track the collective.
+        comm_stats, tracker: Objects that count and track the all-gather.
     """
 
     kind: ScopeKind = "rank"
@@ -136,7 +136,7 @@ class SelectionScope:
         layer: str = "",
         add_noise: Callable[[Tensor], Tensor] | None = None,
     ) -> ExpertsChoice:
-        """Selects this rank's tokens for each chooser, in competition with the other tokens of the scope. At most one
+        """Selects this rank's tokens for each chooser, in competition with the other tokens of the scope. Costs at most one
         collective.
 
         Args:
@@ -144,7 +144,8 @@ class SelectionScope:
             capacity_E: float64, share of its competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Name of the collective and of the layer, for records and reports.
-            add_noise: Adds noise to the logits of the scope [U, E] before they are compared. Reported scores have none.
+            add_noise: Adds noise to the logits of the scope [U, E] before the comparison. Reported scores are without
+                noise.
         """
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -159,7 +160,7 @@ class SelectionScope:
         longest = max(lengths)  # all-gather needs equal sizes
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
-        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # S x T x E numbers on every rank
+        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # takes S x T x E numbers on every rank
         if self.comm_stats is not None:
             self.comm_stats.count(name, (len(lengths) - 1) * padded.nbytes, payload=False)
         with track_collective(self.tracker, name, device=padded.device, layer=layer):
@@ -174,7 +175,7 @@ def capacity_of_tokens(capacity: float, tokens: int) -> int:
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """`capacity_of_tokens` for tensors, int64. Host and device both compute in float64, so the numbers are equal."""
+    """`capacity_of_tokens` for tensors, int64. Host and device compute in float64, so the results are equal."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -182,14 +183,14 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Each chooser takes its ceil(c T) best tokens of the T that compete. The earlier token wins a tie.
+    """Each chooser takes the best ceil(c T) of the T competing tokens. The earlier token wins a tie.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
         noisy_UE: The logits that are compared: the same tensor, or one with noise.
         capacity_E: float64, c of each chooser.
         own: The rows of this rank's tokens.
-        keep_order: Also return the order; only for a scope of one rank.
+        keep_order: Also return the order of tokens. Only for a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # O(U x E) memory in int64
@@ -200,11 +201,11 @@ def choose(
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Lowest selected score of each chooser, without noise; 0 if it selects no token. `order_UE` sorts by `logits_UE`, if
-    that order is known."""
+    """Lowest selected score of each chooser, without noise; 0 if the chooser selects no token. `order_UE` sorts by
+    `logits_UE`; None if that order is unknown."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
-    if order_UE is None:  # with noise the k-th largest score needs a second sort
+    if order_UE is None:  # with noise, finding the k-th largest score needs a second sort
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
     last_1E = (room_E - 1).clamp_min(0)[None]
     kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
@@ -219,7 +220,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """The pairs sorted by expert and falling logit. All ranks know their number beforehand: N is the sum of capacities."""
+    """The pairs sorted by expert and falling logit. All ranks know their number N beforehand, the sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
@@ -237,19 +238,19 @@ def counted_pairs(
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
-    """The same pairs in the order of tokens, for dispatchers that count pairs themselves."""
+    """The pairs of `counted_pairs` in the order of tokens, for dispatchers that count pairs themselves."""
     order_N = counting_order(pairs.token_N, num_tokens)
     return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """The pairs sorted by token: for each token the K experts of its group, ABSENT if the expert does not take the token.
+    """The pairs sorted by token: for each token the K experts of its group, ABSENT for experts that do not take it.
 
     N is T x K with K experts in the largest group, because no smaller bound holds: a threshold does not bound an expert's
     load, and a scope of several ranks does not bound the load from one rank.
 
     Args:
-        columns_TK: int64, the experts of each token's group, then ABSENT; ABSENT for padding.
+        columns_TK: int64, the experts of each token's group, filled up with ABSENT. All ABSENT for padding.
     """
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)

@@ -1,16 +1,16 @@
 """Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
 A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean of the k-th
-largest score in its selection scopes, plus a correction. q is the mean over the scopes of a step, weighted by their tokens.
-w is the weight of a step: 1 / steps at first, then 1 - decay.
+largest score in its selection scopes, plus a correction. q is the mean of the k-th largest score over the scopes of a step,
+weighted by their tokens. w is the weight of a step: 1 / steps at first, later 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
-A running mean of cutoffs alone is biased: at evaluation it admits a different share of tokens than in training, and it lags
-behind drifting scores. `moe_dist.train.evaluation.calibration` sets d so that the shares are equal.
+The running mean m alone is biased: evaluation would admit another share of tokens than training, and m lags behind drifting
+scores. `moe_dist.train.evaluation.calibration` sets d so that the shares are equal.
 
-Scores are without noise, because evaluation has none. All ranks get the same thresholds, because the sums are over all
+Scores contain no noise, because evaluation has none. All ranks get the same thresholds, because the sums are over all
 ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
@@ -26,13 +26,13 @@ from moe_dist.placement.counts import StepCounts
 
 
 class ThresholdUpdater:
-    """Updates thresholds after each step. Their state is in buffers of the routers.
+    """Updates thresholds after each step. The state of the thresholds is in buffers of the routers.
 
     Args:
         gates_LG: The gate of each layer and group.
         decay: Decay of the running means.
         dtype: Dtype of the arithmetic; None for the dtype of the buffers.
-        mixture_of_depths: The gates belong to mixture-of-depths layers, not to experts.
+        mixture_of_depths: True if the gates belong to mixture-of-depths layers, not to experts.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ThresholdUpdater:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()  # first one number for each gate, then one for each chooser
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # first one number per gate, then one per chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)

@@ -5,7 +5,7 @@ if m = 0).
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
 Null choices and pairs that a capacity drops become absent pairs, which cost nothing after the router. Choices of identity
-and constant experts are separate weights, which the token's own rank applies. Shape letters: T tokens, D hidden size, C
+and constant experts become separate weights, applied by the token's own rank. Shape letters: T tokens, D hidden size, C
 columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation columns.
 """
 
@@ -52,8 +52,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Repeats the true rows [n, D] as null rows [m, D], m a multiple of n (AdaMoE, section 4.2). Returns m; 0 without
-        null rows."""
+        """Repeats the true rows [n, D] as null rows [m, D], where m is a multiple of n (AdaMoE, section 4.2). Returns m,
+        which is 0 without null rows."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -62,8 +62,8 @@ class GroupGate(nn.Module):
 
 
 class _Chosen(NamedTuple):
-    column_TK: Tensor  # chosen columns, best first
-    valid_TK: Tensor  # bool, false beyond the token's own k, and for padding
+    column_TK: Tensor  # chosen columns, the best first
+    valid_TK: Tensor  # bool, false for choices beyond the group's own k and for padding
     true_TK: Tensor  # valid choices of true experts
     null_TK: Tensor  # valid choices of null experts
 
@@ -72,24 +72,24 @@ class TopKRouter(nn.Module):
     """Routes T tokens, each inside its group.
 
     Args:
-        hidden_dim: D.
+        hidden_dim: D, the hidden size.
         groups: All groups, in logical order.
         normalise: The softmax that weights come from. `true_chosen`: over the chosen experts that are not null (AdaMoE).
             `all_chosen`: over all chosen experts. `true_all`: over all columns that are not null. `none`: over all columns.
         scale: Factor of every weight.
-        null_logit: Null columns have a row `each`, or share a `single` row, whose logit is a threshold that the router
-            learns for each token (Kilian et al., arXiv 2601.15370).
+        null_logit: `each`: every null column has its own row. `single`: they share one row, whose logit acts as a learned
+            threshold for each token (Kilian et al., arXiv 2601.15370).
         selection_bias: Choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv 2412.19437, section
             2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases of a group are 0,
             its tokens choose by logits: the same order without the rounding of a softmax.
-        capacity: Bound of the pairs of an expert in training; None for no bound. Evaluation drops nothing.
+        capacity: Bound of the number of pairs of an expert in training; None for no bound. Evaluation drops nothing.
     """
 
     group_of_column_C: Tensor
-    columns_E: Tensor  # number of columns of each true expert's group
+    columns_E: Tensor  # number of columns in each true expert's group
     choices_E: Tensor  # k of each true expert's group
     group_of_expert_E: Tensor
-    top_k_G: Tensor  # k of each group, with a last 0 for padding, whose group is -1
+    top_k_G: Tensor  # k of each group; the last entry, 0, is for padding (group -1)
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and biases of 0, on the default device. It is called again after a move from the meta
+        """Makes the constant tables, and biases of 0, on the default device. Call it again after a move from the meta
         device, which loses the values of buffers."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]
@@ -140,10 +140,10 @@ class TopKRouter(nn.Module):
         (float64 for a float64 model). Shapes depend on T alone: no host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
-        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # or it would run the router in bf16
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
-            inside_TC = self.group_of_column_C == group_T[:, None]  # T x C bytes
+            inside_TC = self.group_of_column_C == group_T[:, None]  # takes T x C bytes
             # Padding keeps finite logits, because the softmax of a row of -inf is NaN; every sum masks padding.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = self._probs(masked_TC)
@@ -174,7 +174,7 @@ class TopKRouter(nn.Module):
                 if count:
                     rows = self._gate(group, kind).to(h_TD.dtype)
                     products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
-                    single = (kind, self.null_logit) == ("null", "single")  # one logit stands in all null columns
+                    single = (kind, self.null_logit) == ("null", "single")  # all null columns get this one logit
                     parts += [products[0].expand(-1, count)] if single else products
         return torch.cat(parts, dim=1)
 
@@ -200,13 +200,13 @@ class TopKRouter(nn.Module):
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # on the device: no host sync
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         if cache.choice_TK is None:
             score_TC = self._selection_scores(masked_TC, probs_TC)
-            # a stable sort, because torch.topk does not let ties go to the first columns, the true experts
+            # A stable sort gives ties to the first columns, the true experts. torch.topk does not.
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns in memory
         column_TK = cache.choice_TK
@@ -216,7 +216,7 @@ class TopKRouter(nn.Module):
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
-        """Weight of each choice [T, K]; 0 for null and for invalid choices."""
+        """Weight of each choice [T, K], which is 0 for null and for invalid choices."""
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
@@ -230,7 +230,7 @@ class TopKRouter(nn.Module):
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
         """Softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
         true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_zero_computation), dim=1)
-        # A contiguous copy, because the bits of a softmax may depend on the stride of its rows.
+        # The copy is contiguous, because the bits of a softmax may depend on the stride of its rows.
         kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
         return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
@@ -239,7 +239,7 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # the last column takes all other choices, so that shapes do not depend on data
+        # choices of other kinds go to an extra last column, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
@@ -254,19 +254,19 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # recompute must drop the same pairs
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # a recomputation must drop the same pairs
         return cache.dropped_TK
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """Counts the marked choices of each of the first `num_bins` columns, int64. No marked column is beyond them."""
+        """Counts the marked choices of each of the first `num_bins` columns, int64. No later column is marked."""
         bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
         counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]
 
     def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
         routed_T = group_T >= 0
-        # One-hot of the group, so that sums by group are small matrix products, which are deterministic on every device.
+        # A one-hot matrix makes sums by group small matrix products, which are deterministic on every device.
         member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
         log_z_T = masked_TC.logsumexp(dim=-1)
         member = member_TG.to(log_z_T.dtype)
@@ -284,7 +284,7 @@ class TopKRouter(nn.Module):
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks is 0 with a zero gradient."""
+    """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks gives zeros and a zero gradient."""
     safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients behind the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)

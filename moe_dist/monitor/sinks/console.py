@@ -16,7 +16,7 @@ from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 SHOWN_GROUPS = 3  # more groups do not fit into a line
-WIDE = 120  # columns from which the bar shows group names
+WIDE = 120  # from this number of columns on, the bar shows group names
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ConsoleSink(Sink):
     ) -> None:
         self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
         self._console = console or Console(highlight=False)
-        self._began_at, self._began_step = clock(), resume_step  # the time left counts this attempt only
+        self._began_at, self._began_step = clock(), resume_step  # start of this attempt, for the time left
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_terminal:
@@ -61,7 +61,7 @@ class ConsoleSink(Sink):
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
-                # Not the estimate of rich, because that omits the time between steps.
+                # The estimate of rich is not used, because it omits the time between steps.
                 TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, min_width=len("3h04m"))),
                 console=self._console,
                 expand=True,
@@ -96,7 +96,7 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # a log keeps one line for each message, however long
+        unbroken = not self._console.is_terminal  # in a log each message stays one line, however long
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
@@ -126,7 +126,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with their changes if the previous evaluation had as many tokens. The final evaluation has more."""
+    """Held-out losses, with changes if the previous evaluation had as many tokens. The final evaluation has more tokens."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -142,7 +142,7 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """Expert choice: held-out losses and experts per token, beside the values under the selection of training."""
+    """For expert choice: held-out losses and experts per token, beside the values under the selection of training."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
         f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"
@@ -181,7 +181,7 @@ def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Formats as 4:05 (minutes and seconds), 3h04m or 2d03h, because a narrow terminal has little space."""
+    """Formats a duration as 4:05 (minutes and seconds), 3h04m or 2d03h, because a narrow terminal has little space."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 24:

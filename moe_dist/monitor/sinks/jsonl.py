@@ -50,7 +50,7 @@ class JsonlSink(Sink):
         self._path, self._arrays_every, self._clock = Path(path), arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
-        self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses no written line
+        self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
         self._told = False  # a failing disk is logged once, not at every step
 
@@ -64,7 +64,7 @@ class JsonlSink(Sink):
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
         }
         if record.step % self._arrays_every == 0:
-            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # most bytes of a line
+            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # arrays fill most of a line
         self._write(line)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
@@ -89,7 +89,7 @@ class JsonlSink(Sink):
         """Makes all lines durable.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. They stay in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. Lines stay in memory, and the next checkpoint must wait.
         """
         if self._file.closed:
             return
@@ -113,7 +113,7 @@ class JsonlSink(Sink):
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # Without fsync: a kill loses nothing, a power cut loses the lines since the last flush().
+        # Without fsync a kill loses nothing, but a power cut loses the lines since the last flush().
         odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
         finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # JSON has no nan and inf
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -139,7 +139,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             try:
-                line = json.loads(text) if text.endswith("\n") else None  # without newline it is torn, even if it parses
+                line = json.loads(text) if text.endswith("\n") else None  # a torn line lacks the newline, even if it parses
             except ValueError:
                 line = None
             if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -152,8 +152,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     """Drops lines of steps after `step`, and lines that are no records, such as a line that a crash tore. With
     `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
 
-    The file is always replaced by one rename: a crash leaves the old file whole, and a stale writer that wakes up writes to
-    a deleted file. Reads the file once.
+    The file is always replaced by one rename. So a crash leaves the old file whole, and a stale writer that wakes up writes
+    to a deleted file. The file is read once.
     """
     if not path.exists():
         return
@@ -162,7 +162,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         for text in old:
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: a power cut left a block unwritten
+            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # a power cut leaves zeros in unwritten blocks
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1

@@ -47,7 +47,7 @@ class PrometheusSink(Sink):
         # node_exporter ignores the scratch file, because its name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
-        os.replace(scratch, self._path)  # atomic, without fsync: the file is replaced at the next step anyway
+        os.replace(scratch, self._path)  # atomic; fsync is not needed, because the next step replaces the file
 
 
 class MetricSample(NamedTuple):
@@ -120,5 +120,5 @@ class RaySink(Sink):
 
     def _send(self, scalars: Mapping[str, float | None]) -> None:
         content = json.dumps(list(samples(scalars, step=self._step, run_name=self._run_name)))
-        with contextlib.suppress(OSError):  # no reader, or a full buffer
+        with contextlib.suppress(OSError):  # there may be no reader, or the buffer may be full
             self._socket.sendto(content.encode(), self._path)

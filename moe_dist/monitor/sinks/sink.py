@@ -1,6 +1,6 @@
 """The interface of all sinks, and the wrapper that calls them. Only rank 0 has sinks, so a sink may issue no collective.
 
-A failing display never ends a run, but a checkpoint waits for the records that a restart needs.
+A failing sink never ends a run, but a checkpoint waits for the records that a restart needs.
 """
 
 import logging
@@ -18,8 +18,8 @@ class Sink:
 
     Constructors take `resume_step`, the last step whose records stay (0 in a new run). The sink drops an earlier attempt's
     records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
-    TensorBoardSink also take `evaluation_owed`. It is true if the evaluation of `resume_step` will be repeated, because the
-    earlier attempt died before the next checkpoint; the sink then drops the earlier evaluation too.
+    TensorBoardSink also take `evaluation_owed`. `evaluation_owed` is true if the evaluation of `resume_step` will be
+    repeated, because the earlier attempt died before the next checkpoint; the sink then drops the earlier evaluation too.
     """
 
     def step(self, record: Record) -> None:
@@ -36,14 +36,14 @@ class Sink:
         not write these records again."""
 
     def close(self) -> None:
-        """Flushes and releases files and threads. A second call does nothing."""
+        """Flushes and releases files and threads. A second call of `close` does nothing."""
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record. It must stand before the sinks that write. Each check reads one small file.
+    """Checks the lease before each record, so it must stand before the sinks that write. A check reads one small file.
 
     Args:
-        check: Raises if this process may no longer write to the run folder.
+        check: Function that raises if this process may no longer write to the run folder.
     """
 
     def __init__(self, check: Callable[[], None]) -> None:
@@ -62,8 +62,8 @@ class LeaseWatch(Sink):
 class GuardedSinks(Sink):
     """Passes every call to each sink, in order. A sink that raises OSError is logged and left out until the next start.
 
-    A sink whose `flush` raises CheckpointError (metrics.jsonl) stays and tries again; until it succeeds, no checkpoint is
-    committed.
+    A sink whose `flush` raises CheckpointError (metrics.jsonl) stays and tries again. No checkpoint is committed until the
+    sink succeeds.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -81,7 +81,7 @@ class GuardedSinks(Sink):
 
     def flush(self) -> None:
         """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # One assignment after all sinks, because the thread that writes checkpoints reads the result at any time.
+        # The result is assigned once, after all sinks, because the thread that writes checkpoints may read it at any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:

@@ -20,7 +20,7 @@ from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
-FLUSH_SECONDS = 10  # an event reaches the disk after at most this time
+FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
 NUM_BINS = 40
 
 
@@ -28,7 +28,7 @@ class TensorBoardSink(Sink):
     """Writes event files into `folder`.
 
     Args:
-        folder: runs/<name>/tensorboard.
+        folder: Folder of the event files, runs/<name>/tensorboard.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
         resume_step, evaluation_owed: See `Sink`.
@@ -84,7 +84,7 @@ class TensorBoardSink(Sink):
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
         known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
-        self._open.add_summary(Summary(value=known), step)  # one event for each step costs less than one for each curve
+        self._open.add_summary(Summary(value=known), step)  # one event per step costs less than one per curve
 
     def _add_pictures(self) -> None:
         pictures = {
@@ -98,7 +98,7 @@ class TensorBoardSink(Sink):
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
-                # Fixed bins: numpy's automatic number of bins is unbounded if one load is far from the others.
+                # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is extreme.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
                 self._open.add_summary(histogram, self._last_step)
@@ -215,8 +215,8 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
     `step` is dropped too, because it will be repeated. Each file is replaced by one rename.
 
     TensorBoard's own mark for this (`purge_step`) does not help: its fast server ignores the mark and shows both attempts.
-    Reads from the newest file back to the first that needs no cut: older files were cut when a later attempt began. The
-    events of 100,000 steps take about ten seconds.
+    Reads from the newest file back to the first that needs no cut: files before it were cut when a later attempt began.
+    The events of 100,000 steps take about ten seconds.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
         if _cut(path, step, evaluation_owed):
@@ -234,7 +234,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
             values = event.summary.value
             evaluation = bool(values) and values[0].tag.startswith(
                 "eval/"
-            )  # an evaluation is one event, a loss comes first
+            )  # an evaluation is one event and begins with a loss
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:
@@ -242,7 +242,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())  # the rename below must not become durable before the content
-    os.replace(kept_path, path)  # always: a stale writer that wakes up then writes to a deleted file
+    os.replace(kept_path, path)  # always replaced, so that a stale writer writes to a deleted file
     return kept_steps and not dropped
 
 

@@ -1,4 +1,4 @@
-"""The sink of Weights & Biases. It needs the extra moe_dist[wandb], and only a configured sink imports wandb."""
+"""The sink of Weights & Biases. The sink needs the extra moe_dist[wandb], and only a configured sink imports wandb."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ class WandbSink(Sink):
             silent=True,
             disable_code=True,
             disable_git=True,
-            x_disable_stats=True,  # the scalars have the device readings
+            x_disable_stats=True,  # off, because our scalars have the device readings
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
@@ -51,7 +51,7 @@ class WandbSink(Sink):
             ) from error
 
     def step(self, record: Record) -> None:
-        # Not committed yet, because an evaluation of this step goes into the same row.
+        # The row is not committed yet, because an evaluation of this step goes into the same row.
         self._run.log(_known(record.scalars), step=record.step, commit=False)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:

@@ -9,10 +9,10 @@ from moe_dist.monitor.sinks.console import Check
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
-TEXT_MARGIN = 1.0  # nats by which the text loss must be below the unigram model's loss
-NO_FILLER_RATIO = 0.8  # the picture loss without background cells must be below this part of the unigram model's loss
-ABLATION_MARGIN = 0.2  # nats by which the loss must rise without the output of experts
-NULL_TOLERANCE = 0.05  # of the fraction of null choices
+TEXT_MARGIN = 1.0  # the text loss must be this many nats below the unigram model's loss
+NO_FILLER_RATIO = 0.8  # the picture loss without background cells must be below this share of the unigram model's loss
+ABLATION_MARGIN = 0.2  # the loss must rise by this many nats without the experts' output
+NULL_TOLERANCE = 0.05  # allowed distance of the fraction of null choices from the even fraction
 
 
 def run_checks(
@@ -27,7 +27,7 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """The checks of `evaluation.checks`. A check is left out if the manifest has no baseline or the attempt took no step.
+    """The checks of `evaluation.checks`. A check is omitted if the manifest lacks its baseline or the attempt took no step.
 
     Args:
         names: The names in `evaluation.checks`, in the order of display.

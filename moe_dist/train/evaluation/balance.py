@@ -1,8 +1,8 @@
-"""balance_efficiency: throughput with the real routing over throughput with the same pairs spread evenly.
+"""balance_efficiency is the throughput with the real routing divided by that with the same pairs spread evenly.
 
-Published MoE throughputs are often measured with forced balance. Multiplied by this ratio they hold for the real routing.
-The measurement times the forward pass on held-out batches without gradients. It leaves the training state (gradients,
-random draws, loader, router) unchanged.
+Published MoE throughputs are often measured with forced balance. Multiplied by the balance efficiency, such a throughput
+holds for the real routing. The measurement times the forward pass on held-out batches without gradients. The training state
+(gradients, random draws, loader, router) stays unchanged.
 """
 
 import os
@@ -31,7 +31,7 @@ REPEATS = 5
 class BalanceEfficiency:
     """The measured ratio."""
 
-    timed: float | None  # None if it was not measured
+    timed: float | None  # the ratio; None if it was not measured
     note: str  # the method, or the reason why the ratio was not measured
 
 
@@ -51,9 +51,9 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The running index of the group's pairs, modulo n. Pairs of one token are consecutive, so their experts differ.
+            # Pairs of a group are numbered modulo n. Pairs of one token are consecutive, so their experts differ.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
-            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # no host sync, whatever the counts
+            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # no shape depends on data, so no host sync
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
 
 
@@ -77,7 +77,7 @@ def balance_efficiency(
     for repeat in range(REPEATS + 1):
         for times, context in ((real, None), (even, placement.groups)):
             seconds = _timed(model, batches, group_of_modality, context, mesh)
-            if repeat:  # the first of each is a warm-up
+            if repeat:  # the first repeat is a warm-up
                 times.append(seconds)
     ratio = statistics.median(even) / statistics.median(real)
     return BalanceEfficiency(ratio, f"forward of {len(batches)} held-out batches, median of {REPEATS}, slowest rank")
@@ -104,7 +104,7 @@ def _timed(
     groups: Sequence[ExpertGroup] | None,
     mesh: Mesh,
 ) -> float:
-    """Seconds of a forward over all batches on the slowest rank. Device syncs before and after."""
+    """Seconds of a forward over all batches on the slowest rank. Syncs with the device before and after."""
     training = model.training
     model.eval()
     with even_routing(model, groups) if groups is not None else nullcontext():

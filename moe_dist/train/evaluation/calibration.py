@@ -2,9 +2,9 @@
 share of training tokens as in training.
 
 The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes a score
-that as many tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by bisection
-with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the share may still differ, because
-earlier layers select other tokens, and because held-out text differs.
+that as many tokens exceed, over all ranks and batches, as were selected. The threshold is a quantile of all scores, found
+by bisection with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the share may still
+differ, because earlier layers select other tokens, and because held-out text differs.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that the router sees (in mixture-of-depths
 layers only the selected tokens).
@@ -26,7 +26,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.train.loss import forward
 
-HALVINGS = 30  # bisection of [0, 1] ends at 1e-9, below the resolution of fp32 scores
+HALVINGS = 30  # bisection of [0, 1] ends at a width of 1e-9, below the resolution of fp32 scores
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:

@@ -53,7 +53,7 @@ class Evaluator:
     measure_balance: bool
     ablate: bool
     calibration: int = 0
-    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # batches of the last number of sequences
+    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # last number of sequences, and its batches
 
     def __post_init__(self) -> None:
         if not by_threshold(self.model):
@@ -76,11 +76,11 @@ class Evaluator:
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal, routers = Heldout({}, {}, None), [layer.router for layer in self.model.moe_modules()]
         if final and any(isinstance(router, ChoosingRouter) for router in routers):
-            with choice_of_training(routers):  # selects tokens like a training step, also by later tokens
+            with choice_of_training(routers):  # selects tokens like a training step, which sees later tokens
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:
-            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # of every source
+            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # batches of every source
             balance = balance_efficiency(self.model, some, group_of_modality=groups, placement=self.placement, mesh=mesh)
         depth = heldout.depth_2LG
         return EvaluationResult(
@@ -121,7 +121,7 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """Mean over max of rows x FFN width over the ranks, from the choices of this evaluation."""
+        """From the choices of this evaluation: the ranks' mean of rows x FFN width, divided by the maximum over ranks."""
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self.placement)

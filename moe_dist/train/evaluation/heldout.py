@@ -1,4 +1,4 @@
-"""Held-out losses by modality, summed over all ranks; they do not depend on the number of ranks."""
+"""Held-out losses by modality, summed over all ranks. The losses do not depend on the number of ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,10 +54,10 @@ def heldout_losses(
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], expert group of each modality.
-        experts_off: Compute without the output of routed experts; the rise of the loss measures their contribution.
+        experts_off: Compute without the output of routed experts. The rise of the loss measures their contribution.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so that no batch syncs
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so no batch syncs
     counts: list[Tensor] = []
     shapes: list[torch.Size] = []
     training = model.training
@@ -69,8 +69,8 @@ def heldout_losses(
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
-    model.train(training)  # the mode before the call
-    if not counts:  # no held-out data, on all ranks: their numbers of batches are equal
+    model.train(training)  # restores the mode before the call
+    if not counts:  # no rank has held-out data, as all ranks have equally many batches
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])

@@ -1,4 +1,4 @@
-"""Batches of samples for router tuning and for questions: one sample a row, scored on its right answer only.
+"""Batches of samples for router tuning and for questions: one sample per row, scored on its right answer only.
 
 The order of training is a pure function of (seed, position), as in `moe_dist.data.loader`, for any number of ranks.
 """
@@ -15,7 +15,7 @@ from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
-_BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and as much again for the losses
+_BATCH_LOGITS = 1 << 26  # limit of logits in a batch: 256 MiB in fp32, and as much again for the losses
 
 
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
@@ -26,7 +26,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
     Args:
         lengths: Tokens of each row; equal on all ranks.
-        tokens: Most tokens in a batch, padding included. A large vocabulary lowers it, because the logits need memory.
+        tokens: Most tokens in a batch, padding included. Lower with a large vocabulary, because logits need memory.
         mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
@@ -46,7 +46,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
 @dataclass(frozen=True)
 class SampleBatch(Batch):
-    """A micro-batch with one sample a row. `to` gives the plain batch; the fields below stay on the host.
+    """A micro-batch with one sample per row. `to` gives the plain batch; the fields below stay on the host.
 
     Attributes:
         numbers: Indices of the samples.

@@ -22,7 +22,7 @@ class Neighbours(NamedTuple):
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
     """W of one sample's neighbours from the squared distances [K] in embedding space: float64 [K], summing to 1."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtract the largest exponent: with a small bandwidth far neighbours would otherwise give 0 / 0.
+    # Subtracts the largest exponent, because far neighbours with a small bandwidth would otherwise give 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
@@ -30,12 +30,12 @@ def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
 class NeighbourIndex:
     """Finds a sample's neighbours among the members, the nearest first, without the sample itself.
 
-    Results are cached: 16 bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
-    on one core.
+    Results are cached, with 16 bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width
+    384 on one core.
 
     Args:
-        embeddings_SE: Memory-mapped; not copied.
-        members: M.
+        embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
+        members: M, the number of samples that may be neighbours.
         bandwidth: Sigma of the weights.
         k: Number of neighbours; None to select by similarity.
         similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None to select by k.
@@ -52,7 +52,7 @@ class NeighbourIndex:
         similarity: float | None = None,
         random_seed: int | None = None,
     ) -> None:
-        from sklearn.neighbors import NearestNeighbors  # takes a second to import, so only here
+        from sklearn.neighbors import NearestNeighbors  # imported here, because the import takes a second
 
         assert (k is None) != (similarity is None), "k or a similarity"
         assert k is None or k < members, "preflight checks k"
@@ -76,14 +76,14 @@ class NeighbourIndex:
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:
-        # One sample a query, because the last bits of a distance depend on the other samples of the query.
+        # Each query has one sample, because the last bits of a distance depend on the other samples of the query.
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # One more than k: the result may contain the sample itself, possibly after others with an equal embedding.
+        # Asks for k + 1, because the result may contain the sample itself, possibly after others with an equal embedding.
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:
         assert self._k is not None, "the schema demands k with random neighbours"
         rng = np.random.default_rng([self._random_seed or 0, sample])
-        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)  # one may be the sample itself
+        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)  # may contain the sample itself

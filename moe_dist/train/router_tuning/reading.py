@@ -53,7 +53,7 @@ class RoutingReader:
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
-        self._model.eval()  # no capacity and no noise
+        self._model.eval()  # evaluation mode has no capacity and no noise
         with tracker.among(SAMPLE_ROUTING) if tracker is not None else nullcontext():
             found = self._own_part(prompts)
         self._model.train(training)
@@ -72,7 +72,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # any id does, because the last token of a row is never an input
+        filler = np.zeros(1, np.int64)  # any id works, because the last token of a row is never an input
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))

@@ -46,7 +46,7 @@ class Samples:
         arrays = {name: open_array(folder, name, self.manifest) for name in ARRAYS}
         self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
         self._tokens = arrays["tokens.npy"]
-        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # a copy in memory: 16 bytes a sample
+        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # copied to memory, 16 bytes per sample
         ends_S = self._lengths_S2.sum(1).cumsum()
         self._starts_S = ends_S - self._lengths_S2.sum(1)
         if (self._lengths_S2 < 1).any() or ends_S[-1] != len(self._tokens):

@@ -3,9 +3,9 @@
 
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
-r_i is the concatenated softmax of the chosen layers at one token of sample i. r_j is a constant without gradient: it comes
-from the folder of samples, or is recomputed every `refresh_every` steps. A sample without neighbours adds 0 and counts in
-the mean. `neighbours.py` computes the weights W.
+r_i is the concatenated softmax of the chosen layers at one token of sample i. r_j is a constant without gradient, which
+comes from the folder of samples or is recomputed every `refresh_every` steps. A sample without neighbours adds 0 and counts
+in the mean. `neighbours.py` computes the weights W.
 
 Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
@@ -41,7 +41,7 @@ def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
     """Disables all gradients except those of the given layers' routers.
 
-    Call it before sharding: then frozen parameters have no gradient to reduce, and backward ends at the lowest of the
+    Call it before sharding, so that frozen parameters have no gradient to reduce. Backward then ends at the lowest of the
     layers.
     """
     kept = router_parameters(model, layers)
@@ -59,7 +59,7 @@ class Targets(NamedTuple):
 
 def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
     """Sum over samples and neighbours of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
-    squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # B x K x R numbers of memory
+    squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # takes B x K x R numbers
     return (weight_BK.to(r_BR.dtype) * squared_BK).sum()
 
 
@@ -95,10 +95,10 @@ class RouterTuning:
     ) -> None:
         self._samples, self._chosen, self._reader, self._neighbours = samples, chosen, reader, neighbours
         self._weight, self._refresh_every = weight, refresh_every
-        self._width = len(chosen.places) * samples.manifest.columns  # R
+        self._width = len(chosen.places) * samples.manifest.columns  # R, the width of a sample's routing
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
-        self._routing_SLC: np.ndarray | None = None  # of the last refresh; None: the samples' own
+        self._routing_SLC: np.ndarray | None = None  # routing of the last refresh; None before the first refresh
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
         """The targets of each micro-batch of a step (0-based).
@@ -126,7 +126,7 @@ class RouterTuning:
         """Routing of samples in the chosen layers, [K, R]."""
         if self._routing_SLC is not None:
             return self._routing_SLC[number_K].reshape(len(number_K), self._width)
-        stored_KLC = self._samples.routing_SLC[number_K]  # reads K rows of the memory-mapped file
+        stored_KLC = self._samples.routing_SLC[number_K]  # reads only K rows of the mapped file
         return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
@@ -166,7 +166,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # the routers of the refresh, for this one reading only
+            for name, parameter in self._routers.items():  # sets the routers of the refresh for this one reading
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
