@@ -21,7 +21,7 @@ from moe_dist.config.section import (
     default_kind,
 )
 
-if TYPE_CHECKING:  # type checkers see the type of the base
+if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)

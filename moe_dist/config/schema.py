@@ -230,7 +230,7 @@ class CheckpointSection(Section):
     """Write checkpoints during training. Needs host memory for a copy of the tensors that a rank writes."""
 
 
-if TYPE_CHECKING:  # type checkers see the type of the base
+if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
     AnySink = SinkSection
 else:
     AnySink = kinds_in(sinks, SinkSection)

@@ -24,7 +24,7 @@ from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
 
-WINDOW = 100  # number of last steps whose routing the final checks count
+WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
 Loader = TrainLoader | SampleLoader
 
 

@@ -110,7 +110,7 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
     """Returns `taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # The number of swaps is drawn, so that its mean is right. With few chosen tokens, a rounded number would be 0.
+    # A binomial draw, because `percent` % of a few tokens would be rounded to no swap at all.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()

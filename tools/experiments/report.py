@@ -166,8 +166,9 @@ def _parts(records: Records, kind: str, by: str) -> list[str]:
 def _wire(study: Study, records: Records) -> list[str]:
     wire = study.measure.wire
     lines = [
-        f"Forward rows a token and layer, had the routing of the held-out tokens gone over EP = {wire.ep} "
-        f"({wire.placement}): what is sent here, and what others would have sent for the same choices.",
+        "Rows sent in one forward, per token and layer. They are computed from the routing of the held-out tokens, for "
+        f"EP = {wire.ep} and {wire.placement} experts: the rows of this system, and the rows of other dispatchers for the "
+        "same choices.",
         "",
     ]
     rows = [

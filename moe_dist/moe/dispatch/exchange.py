@@ -99,7 +99,7 @@ class Exchange:
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Sums rows [R, D] into the table [M, D], zero where no row came. Is one autograd node that saves no tensor, so
+        """Adds the received rows [R, D] to the M rows of an output table [M, D], which starts at zero. Is one autograd node that saves no tensor, so
         that the recomputation of a block ends before this exchange."""
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 

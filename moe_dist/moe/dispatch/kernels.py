@@ -152,7 +152,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
-        """Completes the plan with the result of `first_dispatch`; returns the rows [R, D]."""
+        """Stores in the plan the sizes that `first_dispatch` has received, and returns the received rows [R, D]."""
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:

@@ -113,7 +113,7 @@ def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
 
 
 def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Repeats each value `length` times, [total]. Does not sync, because the argument `total` gives the length."""
+    """Repeats value x `length_X[x]` times; the result has the shape [total]. Does not sync, because `total` is given."""
     return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
