@@ -99,8 +99,11 @@ class Exchange:
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Adds the received rows [R, D] to the M rows of an output table [M, D], which starts at zero. Is one autograd node that saves no tensor, so
-        that the recomputation of a block ends before this exchange."""
+        """Adds the received rows [R, D] to the M rows of an output table [M, D], which starts at zero.
+
+        The function is one autograd node that saves no tensor, so that the recomputation of a block ends before
+        this exchange.
+        """
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
     def start(
