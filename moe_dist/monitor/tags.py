@@ -21,8 +21,8 @@ DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
 
 # family -> meaning; a family with a label ends in the label's name in braces. Prometheus shows these texts.
 MEANING: dict[str, str] = {
-    "loss/{term}": "Training loss of the step in nats per token: one term per modality, and 'balance', 'z' or 'auxiliary' "
-    "(auxiliary routers, or router tuning) as added to the loss; 'total' is their sum.",
+    "loss/{term}": "Training loss of the step: nats per label of each modality; 'balance', 'z' and 'auxiliary' (auxiliary "
+    "routers, or router tuning) as added to the loss; 'total' is nats per label of all modalities plus the added terms.",
     "eval/{part}": "Held-out loss in nats per token, by modality; '<modality>_no_filler' leaves out empty image cells.",
     "optim/lr": "Learning rate.",
     "optim/grad_norm": "Global gradient norm before clipping.",
