@@ -1,12 +1,11 @@
 """Imports a Hugging Face model of any size as a checkpoint, which any layout of ranks can load.
 
-    <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>` <out>/config.yaml          a complete configuration
-    for training the model, except the data <out>/huggingface/         config.json and tokenizer files of the model, for a
-    later export
+    <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>`
+    <out>/config.yaml          a complete configuration for training the model, except the data
+    <out>/huggingface/         config.json and tokenizer files of the model, for a later export
 
 The import is written to `<out>.importing`. When all files are on disk, a rename makes `<out>`. After a killed import the
-same command continues with the complete shards in `<out>.importing`. Needs memory for one shard in fp32 and one stored
-tensor.
+same command keeps the complete shards in `<out>.importing`. Needs memory for one shard in fp32 and one stored tensor.
 """
 
 import hashlib
