@@ -41,7 +41,7 @@ def content_hash(index: Index) -> str:
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base model of a checkpoint of adapters lies, and its content hash."""
+    """Folder and content hash of the base model of a checkpoint of adapters."""
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
@@ -96,8 +96,8 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     """Maps the name of each of the model's tensors in `specs` to the name of the tensor in the base's checkpoint.
 
     Raises:
-        ConfigError: the base lacks a tensor, or has it in another shape or dtype, or the model does not use all of the
-            base.
+        ConfigError: the base lacks a tensor, has it in another shape or dtype, or has a parameter that the model does not
+            use.
     """
     index = contents.index
     only = _only_experts(index)

@@ -37,7 +37,7 @@ def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> st
     """The reason why a stored tensor cannot be loaded into a tensor of the model; the empty text if it can.
 
     Args:
-        source: What the text calls the stored tensor.
+        source: Name of the stored tensor in the returned text.
     """
     if entry.shape != spec.shape:
         return f"shape {spec.shape} in the model, {entry.shape} in {source}"

@@ -129,8 +129,7 @@ def read_index(folder: Path) -> Index:
 
 
 def index_problems(index: Index) -> list[str]:
-    """One line per problem: an unknown dtype or shard, or parts that do not contain each element of a tensor exactly
-    once."""
+    """One line per problem: an unknown dtype or shard, or parts that do not contain each element exactly once."""
     problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:

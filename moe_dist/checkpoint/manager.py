@@ -271,8 +271,7 @@ class CheckpointManager:
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
-        """Replaces `latest` on disk. Checks the lease right before the rename, because the write before it may take
-        long."""
+        """Replaces `latest` on disk. Checks the lease right before the rename, because the write may take long."""
         pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
@@ -284,8 +283,7 @@ class CheckpointManager:
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
-        """Deletes old checkpoints and leftovers, which another holder's unfinished save looks like: so checks the lease
-        first."""
+        """Deletes old checkpoints. Checks the lease first, because another process's save looks like a leftover."""
         try:
             self._lease_check()
         except CheckpointError:  # the run's records are not on disk yet; the next save deletes the old checkpoints
@@ -319,8 +317,8 @@ class CheckpointManager:
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
-        tensor by its shards' sum over the ranks. `sources` is as in `load_fitting`. Two all-reduces: one number per tensor,
-        the status."""
+        tensor by the sum of its shards' fingerprints over the ranks. `sources` maps each loaded tensor to its name in the
+        checkpoint. Two all-reduces: of one number per tensor, and of the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that the order is equal on all ranks
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}

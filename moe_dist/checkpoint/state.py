@@ -105,7 +105,7 @@ def capture(
             the ranks with the same experts (edp). FSDP2 shards a stack of experts in dim 0 or inside each expert. Reshards
             parameters that FSDP2 has gathered.
         optimizer: Optimizer of the model's parameters; None for a state without moments.
-        part: `trained` omits frozen parameters; `frozen` omits all other tensors.
+        part: `trained` omits frozen parameters; `frozen` takes only frozen parameters.
     """
     stacks = _expert_stacks(model)
     tensors = _distinct_tensors(model)

@@ -52,7 +52,7 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """The piece's summand of the whole tensor's fingerprint."""
+        """What this piece adds to the whole tensor's fingerprint, which is a sum over all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -113,7 +113,7 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous, because the buffers are pinned; the sync is below
+            buffer.copy_(piece.tensor, non_blocking=True)  # on CUDA asynchronous, because buffers are pinned; sync below
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:

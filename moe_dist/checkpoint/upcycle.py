@@ -7,8 +7,8 @@ In each layer all experts of a group become copies of one FFN of the checkpoint,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
 3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-But if the group has as many experts in the checkpoint, each expert is loaded by its own name. Router rows are not copied:
-with equal rows the router would score all copies alike.
+But if the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name. Router rows
+are not copied: with equal rows the router would score all copies alike.
 """
 
 import re

@@ -95,8 +95,7 @@ class Fields:
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field has a value that is not in `allowed`; `why` tells what moe_dist computes
-        instead."""
+        """Raises ConfigError if a field has a value that is not in `allowed`; `why` tells what moe_dist does instead."""
         value = self.get(name, None)
         if value is not None and value not in allowed:
             raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")

@@ -158,8 +158,8 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process; removes it if no error
-    occurs."""
+    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes it at the end of the
+    `with` block, but not after an error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,7 @@ class Source:
     companions: Sequence[str]  # those of COMPANIONS that the folder contains
 
     def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
-        """Reads a tensor of the shape `shape` from the elements of `name`, from the element `begin` on (in row-major
-        order).
+        """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
 
         Raises:
             DataError: the file cannot be read, or is shorter than when its header was read.

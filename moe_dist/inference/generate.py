@@ -60,7 +60,8 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """New tokens of each prompt, the mark at which it stopped included. Costs one host sync per token and batch.
+        """The new tokens of each prompt, including the end mark of the document or picture at which the generation stops.
+        Costs one host sync per token and batch.
 
         Args:
             plain: For guidance: the prompts without their captions.

@@ -90,7 +90,8 @@ class Likelihood:
 
 
 def check_lengths(continuations: Sequence[Continuation], max_seq_len: int) -> None:
-    """Raises ConfigError if a context or continuation is empty, or both together are longer than `max_seq_len`."""
+    """Raises ConfigError if a context or continuation is empty, or if both together, without the last token, are longer
+    than `max_seq_len`."""
     if not all(each.context and each.tokens for each in continuations):
         raise ConfigError("a question and each of its choices must be one token at least")
     # The last token is only a label, not an input.

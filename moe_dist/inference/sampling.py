@@ -59,7 +59,7 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's `uniform_B`,
     which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the total below 1. The number times the total is below the last cumulative probability.
+    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 

@@ -80,8 +80,9 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """Uses known counts where the router computes them, the plain dispatcher elsewhere (as in evaluation, where tokens
-    choose experts). With `always` even if a rank holds several experts of a group."""
+    """The dispatcher with known counts, for batches whose pairs per rank and expert the router computes in advance. All
+    other batches (as in evaluation, where tokens choose experts) use the plain dispatcher. With `always`, known counts are
+    used even if a rank holds several experts of a group."""
     known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 

@@ -79,7 +79,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
-    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # ffn_dim is equal in all groups
+    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(

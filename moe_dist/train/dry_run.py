@@ -1,7 +1,7 @@
 """Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. Needs no GPU and no data.
 
 Builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
-values for a router that chooses at random, each expert of a group with equal probability.
+values for a router that chooses all columns of a group with equal probability.
 """
 
 import math

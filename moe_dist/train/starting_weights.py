@@ -1,5 +1,5 @@
 """Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
-are loaded, all others stay as initialised. `run.init_rules` change more:
+are loaded, all others stay as initialised. The rules in `run.init_rules`:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)

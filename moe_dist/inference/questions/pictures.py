@@ -1,7 +1,8 @@
 """Facts from the pictures of a run's data set: some ask for the caption of a picture, some for the picture of a caption.
 
-`prepare_data` keeps all pictures of a family in the training or in the held-out part. A picture counts as trained on if any
-picture of its family does. The family follows from the caption: an emoji's code points, else the caption itself.
+`prepare_data` keeps all pictures of a family in the training or in the held-out part. A picture counts as trained on if the
+run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's code points; the family of
+any other picture is its caption.
 """
 
 import re

@@ -30,8 +30,7 @@ HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolut
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """The routers with thresholds for evaluation: those of MoE layers, then those of mixture of depths, both in layer
-    order."""
+    """The routers with thresholds: first those of MoE layers, then those of mixture of depths, both in layer order."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
@@ -82,7 +81,7 @@ def _seen(
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))  # a second time, because the router does not return its scores
+        scores[router].append(router.scores(*inputs[:2]))  # computes the scores a second time
         taken[router].append(router.num_taken(chosen.sums))
 
     with ExitStack() as stack:

@@ -121,7 +121,7 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """The ranks' mean of rows x FFN width divided by the maximum over ranks, with the rows of this evaluation's
+        """Mean over the ranks of rows x FFN width, divided by the maximum; the rows follow from this evaluation's
         choices."""
         if choices_LC is None:
             return None
