@@ -1,8 +1,8 @@
-"""The frozen base model of adapters: a checkpoint of adapters stores the base's path and content hash, not its weights.
+"""The frozen base model under LoRA adapters: their checkpoint stores path and content hash of the base, not its weights.
 
-Names and shapes decide which tensor of the base is loaded into which tensor of the model. Every parameter of the base must
-be used. The FFN of a layer comes from the base's dense FFN in that layer. If the base has no dense FFN there, the FFN comes
-from the only expert of the layer's only group, because the import of a dense Hugging Face model makes groups of one expert.
+Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
+the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer or, if there is none,
+from the layer's only expert, because an imported dense Hugging Face model has one expert per layer.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.roles import EXPERT_NAME, Role, role_of_name
 
-KEY = "base"  # key under which `CheckpointState.values` names the base
+KEY = "base"  # key of the base's path and content hash in `CheckpointState.values`
 GUIDE = "docs/lora-experts.md"
 
 _FFN = re.compile(r"(?P<layer>layers\.\d+)\.(moe\.)?ffn\.(?P<tensor>gate|up|down)\.weight")
@@ -29,8 +29,8 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
 
 
 def content_hash(index: Index) -> str:
-    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer. The hash does not depend on the layout
-    of ranks, the optimizer's moments or the step count."""
+    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer in a checkpoint. The hash does not
+    depend on the layout of ranks, the optimizer's moments or the step count."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())
@@ -41,17 +41,17 @@ def content_hash(index: Index) -> str:
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a checkpoint of adapters."""
+    """Folder and content hash of the base model of a checkpoint of adapters."""
 
     path: str  # folder of the base's checkpoint (step_N)
-    content: str  # `content_hash` of the base
+    content: str  # `content_hash` of that checkpoint
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """The base that the values of a checkpoint name.
+        """Reads path and content hash of the base from `values` of the checkpoint of adapters in `folder`.
 
         Raises:
-            DataError: the values name no base.
+            DataError: `values` has no path or no content hash of a base.
         """
         found = values.get(KEY)
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
@@ -60,13 +60,13 @@ class Base:
         return cls(path, content)
 
     def check(self, contents: Contents, adapters: Path) -> None:
-        """Checks that `contents` is the base of the adapters.
+        """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained.
 
         Raises:
-            DataError: the content hash differs.
+            DataError: the content hash of `contents` is not `content`.
         """
         found = content_hash(contents.index)
-        if found != self.content:  # the path alone proves nothing, because the folder may hold another model by now
+        if found != self.content:  # checked, because the folder at `path` may hold another model by now
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",
@@ -75,7 +75,7 @@ class Base:
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """Opens the base of a checkpoint of adapters, and checks its content hash.
+    """Opens the checkpoint of the base of the adapters in the folder `adapters`, and checks the base's content hash.
 
     Raises:
         DataError: the base is missing or damaged, or has another content hash.
@@ -93,10 +93,11 @@ def find_base(base: Base, adapters: Path) -> Contents:
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each tensor of `specs` to its name in the base.
+    """Maps the name of each of the model's tensors in `specs` to the name of the tensor in the base's checkpoint.
 
     Raises:
-        ConfigError: the base lacks a tensor, a tensor has another shape or dtype, or the model does not use a parameter.
+        ConfigError: the base lacks a tensor, has it in another shape or dtype, or has a parameter that the model does not
+            use.
     """
     index = contents.index
     only = _only_experts(index)
@@ -113,7 +114,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     problems += [
         f"{name}: the model does not use this tensor"
         for name in index.tensors
-        # The router and the optimizer of a frozen base are not used.
+        # The model does not use the base's routers and optimizer moments.
         if name not in used and not name.startswith(OPTIMIZER_PREFIX) and role_of_name(name) is not Role.ROUTER
     ]
     if problems:
@@ -126,7 +127,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
 
 
 def base_names(index: Index) -> dict[str, str]:
-    """Maps each FFN matrix of a base to its name in a layer with LoRA experts, such as `layers.0.moe.ffn.gate`."""
+    """Maps the name of each of a base's FFN matrices to its name under LoRA experts, such as `layers.0.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
         if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):
@@ -135,8 +136,8 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
-    """Possible names of a model's tensor in the base, in order of preference. `only` maps each layer with a single expert
-    to the name of that expert's group."""
+    """Names that the model's tensor `name` may have in the base's checkpoint, in order of preference. `only` comes from
+    `_only_experts`."""
     yield name
     if match := _NORM.fullmatch(name):
         yield f"{match['layer']}.ffn.norm.weight"
@@ -149,7 +150,7 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 
 def _only_experts(index: Index) -> dict[str, str]:
-    """Maps each layer that has a single group with a single expert to the name of that group."""
+    """Maps each layer that has only one expert to the name of that expert's group."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Makes a phase of a save or load fail on all ranks or on none: every rank learns of an error on any rank."""
+"""Makes each phase of a save or load fail on all ranks or on none: an all-reduce tells every rank which ranks failed."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,13 +11,13 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 
-_UNWRITABLE = 2  # status of a rank that raised CheckpointError; after any other error the status is 1000 + its exit code
+_UNWRITABLE = 2  # status of a rank that raised CheckpointError; after another error it is 1000 + the error's exit code
 
 T = TypeVar("T")
 
 
 class CollectiveStatus:
-    """Exchanges a status between the ranks that save or load together.
+    """Exchanges one status per rank, 0 or an error code, between the ranks that save or load together.
 
     Args:
         place: Folder of the checkpoints, named in error messages.
@@ -33,19 +33,19 @@ class CollectiveStatus:
         self.world_size = dist.get_world_size(process_group) if process_group else 1
 
     def add(self, numbers: list[int], name: str = "checkpoint numbers") -> list[int]:
-        """Sums integers over all ranks by one all-reduce, modulo 2^64 as int64."""
+        """Sums each of `numbers` over all ranks by one all-reduce; the sums are int64 and wrap modulo 2^64."""
         summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
     def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T | None:
-        """Like `phase`, but runs `action` on rank 0 only. Returns the result on rank 0, None on the other ranks."""
+        """Like `phase`, but runs `action` on rank 0 only, and returns None on the other ranks."""
         return self.phase(name, lambda: action() if self.rank == 0 else None, kind=kind)
 
     def phase(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T:
-        """Runs `action` on all ranks and returns the rank's own result. Raises on all ranks if it failed on any rank. One
-        all-reduce.
+        """Runs `action` on all ranks and returns this rank's result. If `action` fails on any rank, all ranks raise. Costs
+        one all-reduce.
 
-        File system errors become `kind`; other errors are raised unchanged on the rank where they happened.
+        A file system error becomes an error of class `kind`; any other error is raised unchanged on the rank that failed.
         """
         error: Exception | None = None
         result: T | None = None
@@ -57,10 +57,10 @@ class CollectiveStatus:
         # Every error must reach the all-reduce below: a rank that raised here would leave its peers waiting.
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size  # one status per rank, so that the sum over the ranks tells which ranks failed
+        reports = [0] * self.world_size  # this rank sets only its own entry, so the sum has every rank's status
         if error is not None:
             reports[self.rank] = _report(error)
-        codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, whatever happened
+        codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, with or without an error
         if error is not None:
             raise error
         if any(codes):
@@ -75,7 +75,7 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error that a rank without a failure raises. Its class is that of the first failed rank's error."""
+    """The error that a rank without a failure raises; its class is the class of the lowest failed rank's error."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]
@@ -85,5 +85,5 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + DataError.exit_code: DataError,
     }
     error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True  # the failed rank knows the reason and records the verdict
+    error.consequence = True  # marks an error whose reason only the failed rank knows and records
     return error

@@ -1,7 +1,7 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
-Every byte of a checkpoint is covered: index.json and state.json by SHA256SUMS (in the format of `sha256sum -c SHA256SUMS`),
-the headers of the shards by the index (ShardEntry), and the tensors by fingerprints.
+Every byte of a checkpoint has a digest: SHA256SUMS (a file for `sha256sum -c`) has those of index.json and state.json, the
+index has those of the shards' headers (ShardEntry), and the headers have the tensors' fingerprints.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ from moe_dist.errors import DataError
 CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
 
-_MAX_BYTES = 4096  # largest size of SHA256SUMS that is read; a valid file has about 200 bytes
+_MAX_BYTES = 4096  # bytes of SHA256SUMS that are read at most; a valid file has about 200 bytes
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The JSON files of a checkpoint, checked to be intact and of the same save."""
+    """The content of index.json and state.json in a checkpoint, both intact and written by the same save."""
 
     folder: Path
     index: Index
@@ -42,7 +42,7 @@ class Contents:
 
 @dataclass
 class Examined:
-    """The readable parts of a checkpoint, and its problems."""
+    """The parts of a checkpoint that could be read, and the problems of the checkpoint's files."""
 
     index: Index | None = None
     state: StateFile | None = None
@@ -51,10 +51,10 @@ class Examined:
 
 
 def open_checkpoint(folder: Path) -> Contents:
-    """Reads index and state of a checkpoint, and checks them against each other and their digests.
+    """Reads index.json and state.json of a checkpoint; checks their digests, and that both have the same save and step.
 
     Raises:
-        DamagedError: files are missing or damaged, or belong to different saves. The error names each file.
+        DamagedError: files are missing or damaged, or belong to different saves. The error names each such file.
     """
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
@@ -120,15 +120,15 @@ def examine_files(folder: Path) -> Examined:
 
 
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
-    """The problem of a shard with a readable header; None if the shard is intact."""
+    """The difference between a shard's header and the index; None without a difference. `number` is the shard's number."""
     name = shard_file(number)
-    if header.save_id != index.save_id:  # checked first, because a shard of another save differs in everything else too
+    if header.save_id != index.save_id:  # checked first, because a shard of another save also fails the later checks
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
         if all(part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()):
             return CheckpointProblem("mixed up", name, whose)
         return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
     shard = index.shards[number]
-    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # also detects swapped files of two ranks
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # also if the files of two ranks were swapped
         detail = "its header differs from the one that was saved; perhaps it is another rank's file"
         return CheckpointProblem("damaged", name, detail)
     for part, (dtype, chunk) in header.parts.items():
@@ -151,7 +151,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # if the files are of different saves, wrong digests would only repeat this problem
+    if len(set(said.values())) > 1:  # returns below, because the digests of another save's files would differ too
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())
@@ -162,7 +162,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # files that have a problem already are not checked further
+    faulty = {problem.file for problem in problems}  # the digests of these files are not checked
     for name, digest in (checksums[1] if checksums else {}).items():
         path = folder / name
         if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -171,13 +171,13 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Content of SHA256SUMS. A comment in it has the save id."""
+    """Content of SHA256SUMS: the save id in a comment line, and the digest of each of CHECKED_FILES."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """The save id and the digest of each file; None if SHA256SUMS is malformed. Raises: OSError."""
+    """The save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
     with (folder / CHECKSUMS_FILE).open("rb") as stream:
         text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(

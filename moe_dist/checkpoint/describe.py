@@ -16,17 +16,17 @@ _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 @dataclass(frozen=True)
 class Family:
-    """Counts of the tensors of one kind."""
+    """Number and size of a checkpoint's tensors of one kind."""
 
-    name: str  # dense, routers, adapters or experts of a group, or one of the optimizer's moments of such tensors
+    name: str  # `dense`, `routers`, `adapters` or `experts of GROUP`; `MOMENT of` such a name for moments
     tensors: int
-    numbers: int  # elements of all tensors
+    numbers: int  # total elements of these tensors
     nbytes: int
-    detail: str  # for experts the text layers x experts x matrices, for other kinds empty
+    detail: str  # for experts a text such as `4 layers x 8 experts x down, gate, up`; empty for other kinds
 
 
 def families(index: Index) -> list[Family]:
-    """The tensors of a checkpoint by kind, parameters first."""
+    """Number and size of a checkpoint's tensors by kind: first the kinds of parameters, then those of moments."""
     members: dict[str, list[str]] = defaultdict(list)
     for name in index.tensors:
         moment = _MOMENT.fullmatch(name)
@@ -37,7 +37,7 @@ def families(index: Index) -> list[Family]:
 
 
 def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
-    """Step, run, progress, layout and versions of a checkpoint, as (name, text)."""
+    """Step, run, progress, layout of ranks, and package versions of a checkpoint, as pairs (name, text)."""
     config = _mapping(state.values.get("config"))
     run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
     base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base
@@ -60,7 +60,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """For each EP rank, one line that lists the rank's experts."""
+    """One line per EP rank, which lists the rank's experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
         return ["unknown"]

@@ -1,4 +1,5 @@
-"""The folder of a run's checkpoints: lists them, reads `latest`, deletes old ones. Does not import torch."""
+"""The folder of a run's checkpoints: lists them, reads its file `latest`, deletes old checkpoints. Does not import
+torch."""
 
 import contextlib
 import logging
@@ -12,7 +13,7 @@ from moe_dist.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 LATEST_FILE = "latest"
-NONE_YET = b"none\n"  # content of `latest` during the first save
+NONE_YET = b"none\n"  # content of `latest` before the run's first commit
 
 _COMMITTED = re.compile(r"step_(\d{1,18})")
 _POINTER = re.compile(rb"(step_\d{1,18})\n?")
@@ -20,7 +21,7 @@ _LEFTOVER = re.compile(r"(step_\d+|latest)\.[0-9a-f]+\.(tmp|removed)")
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint's folder; None for any other name."""
+    """The N of a folder named step_N; None for any other name."""
     match = _COMMITTED.fullmatch(folder.absolute().name)
     return int(match[1]) if match else None
 
@@ -38,14 +39,14 @@ class CheckpointDirectory:
         """Steps of all committed checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # temporary folders have no step
+        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # None for temporary folders
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
         """Step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
-            DataError: `latest` names no checkpoint in this folder, or is missing although there are checkpoints.
+            DataError: the file names no checkpoint in this folder, or is missing although the folder has checkpoints.
         """
         path = self.folder / LATEST_FILE
         try:
@@ -60,12 +61,12 @@ class CheckpointDirectory:
             return -1
         match = _POINTER.fullmatch(content)
         name = match[1].decode() if match else content.decode(errors="replace").strip()
-        if match is None or not (self.folder / name / STATE_FILE).is_file():  # `latest` may be a wrong manual edit
+        if match is None or not (self.folder / name / STATE_FILE).is_file():  # a user may have edited `latest`
             raise DataError(f"{path} names {name!r}, which is not a checkpoint in that folder. {self.fix()}")
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """A sentence that tells the user how to resume from a checkpoint other than the failed one."""
+        """A sentence that tells the user how to resume from another checkpoint than `failed`."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."
@@ -73,8 +74,8 @@ class CheckpointDirectory:
         return f"There are {', '.join(others)}: to resume from the newest, `echo {others[-1]} > {pointer}` and start again."
 
     def remove_beyond(self, keep: int, step: int) -> None:
-        """Deletes committed checkpoints up to `step`, except the last `keep`. Logs errors instead of raising, because the
-        new checkpoint is already committed."""
+        """Deletes the committed checkpoints up to step `step`, except the `keep` newest of them. Logs errors instead of
+        raising, because the checkpoint of `step` is already committed."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
                 # The folder is renamed first, so that a half-deleted folder never looks like a checkpoint.
@@ -84,17 +85,17 @@ class CheckpointDirectory:
             logger.warning("cannot remove old checkpoints in %s: %s", self.folder, error)
 
     def remove_leftovers(self) -> None:
-        """Deletes the remains of crashes and of `remove_beyond`. Only the holder of the lease may call it, because these
-        remains look like a running save of another attempt."""
+        """Deletes temporary files and folders that a crash or `remove_beyond` left. Only the holder of the run's lease may
+        call this method, because the files of another process's unfinished save have such names too."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
-                # A writer that lost the lease may delete its own files at the same time.
+                # A process that has lost the lease may delete its own files at the same time.
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at a path: the folder itself, or the newest checkpoint of a run or of a folder of checkpoints.
+    """A checkpoint's folder: `path` itself, or the newest checkpoint if `path` is a run folder or a folder of checkpoints.
 
     Raises:
         ConfigError: there is no checkpoint.

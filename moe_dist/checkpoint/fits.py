@@ -1,5 +1,4 @@
-"""Compares a checkpoint with a model, tensor by tensor: checks that all fit, or selects and reports the tensors that
-fit."""
+"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports those that can."""
 
 import math
 import re
@@ -16,7 +15,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Names of the dtypes in safetensors files; `index.ITEMSIZE` has the same names.
+# Torch dtypes by their names in safetensors files; `index.ITEMSIZE` has the same names.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,10 +34,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """The reason why a stored tensor cannot be loaded into a tensor of the model; empty if it can.
+    """The reason why a stored tensor cannot be loaded into a tensor of the model; the empty text if it can.
 
     Args:
-        source: The name of the stored tensor in the message.
+        source: Name of the stored tensor in the returned text.
     """
     if entry.shape != spec.shape:
         return f"shape {spec.shape} in the model, {entry.shape} in {source}"
@@ -46,11 +45,11 @@ def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> st
 
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> dict[str, str]:
-    """The reason for each tensor that is missing, unexpected, or different in shape or dtype."""
+    """Maps each tensor that checkpoint or model lacks, or that differs in shape or dtype, to a text with the difference."""
     problems = {
         name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
         for name, spec in specs.items()
-        if math.prod(spec.shape)  # empty tensors, such as the null rows of a group without null experts, are not saved
+        if math.prod(spec.shape)  # without elements a tensor is not saved, such as null rows without null experts
     }
     surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, so that the order of messages does not change
     problems |= {
@@ -62,7 +61,7 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Checks that a checkpoint belongs to this model.
+    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes.
 
     Raises:
         ConfigError: a tensor differs. The error lists all differences.
@@ -86,15 +85,15 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Asserts before a commit that the index contains every tensor of the model exactly once. A failure is a bug of
-    moe_dist."""
-    problems = index_problems(index) + _lines(differences(index, specs))  # also finds gaps, which would load as garbage
+    """Asserts, before a checkpoint is committed, that its index contains every element of every tensor of the model once. A
+    failure is a bug of moe_dist."""
+    problems = index_problems(index) + _lines(differences(index, specs))  # also finds elements that no shard contains
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """Number of layers, experts of each group, width and vocabulary size, derived from names and shapes of tensors."""
+    """Number of layers, experts per group, hidden width and vocabulary size, from the names and shapes of tensors."""
     found: dict[str, int] = {}
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     if layers:
@@ -112,15 +111,15 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """Result of a partial load.
+    """What a load of some of a checkpoint's parameters loaded, and what it did not load.
 
     Attributes:
         folder: Folder of the checkpoint.
         taken: Parameters that were loaded.
         elements: Total elements of the loaded parameters.
         kept: Parameters of the model that keep their initial values, each with the reason.
-        left: Parameters of the checkpoint that were not used.
-        made_of: For each loaded parameter with another name in the checkpoint: the name there.
+        left: Parameters of the checkpoint that were not loaded.
+        made_of: Maps each loaded parameter that has another name in the checkpoint to that name.
     """
 
     folder: Path
@@ -131,20 +130,20 @@ class Taken:
     made_of: Mapping[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
-        """A report for people. Parameters whose names differ only in the layer or expert number share a line."""
+        """A report to read. Parameters whose names differ only in the number of the layer or expert share a line."""
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)
         lines += _families(f"{name} of {self.made_of[name]}" for name in self.taken if name in self.made_of)
         lines.append(f"kept {len(self.kept)} tensors of the model as initialised{':' if self.kept else ''}")
-        for reason in sorted(set(self.kept.values())):  # one block for each reason
+        for reason in sorted(set(self.kept.values())):
             lines += _families((name for name, why in self.kept.items() if why == reason), f" ({reason})")
         lines.append(f"left {len(self.left)} tensors of the checkpoint{':' if self.left else ''}")
         return "\n".join([*lines, *_families(self.left)])
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each parameter with the same name, shape and dtype in checkpoint and model to its own name. The result is equal
+    """The names of all parameters with the same name, shape and dtype in checkpoint and model, each mapped to itself. Equal
     on all ranks."""
     parameters = _parameters(specs)
     differ = differences(contents.index, parameters)
@@ -152,7 +151,7 @@ def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, st
 
 
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
-    """The result of a partial load; `sources` maps each loaded parameter to its name in the checkpoint."""
+    """The result of a load; `sources` maps each loaded parameter to its name in the checkpoint."""
     index, parameters = contents.index, _parameters(specs)
     reasons, used = differences(index, parameters), set(sources.values())
     return Taken(
@@ -174,6 +173,6 @@ def _lines(problems: Mapping[str, str]) -> list[str]:
 
 
 def _families(names: Iterable[str], suffix: str = "") -> list[str]:
-    """One line for each set of names that differ only in numbers."""
+    """One line per set of names that differ only in numbers."""
     counts = Counter(_NUMBER.sub("*", name) for name in names)
     return [f"  {family}{f' x {count}' if count > 1 else ''}{suffix}" for family, count in counts.items()]

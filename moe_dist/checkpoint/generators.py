@@ -1,5 +1,5 @@
-"""Saves and restores the random number generators of one rank (torch on host and device, numpy, Python) as JSON values.
-Data order and initial weights do not use these generators; both depend on the seed only."""
+"""Saves and restores the random number generators of one rank (torch on host and device, numpy, Python) as JSON values. The
+data order and the initial weights do not depend on these generators, but only on the run's seed."""
 
 import random
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from moe_dist.errors import DataError
 
 
 def generator_states(device: torch.device) -> dict[str, JsonValue]:
-    """The current states of all generators. On CUDA this costs one device-to-host sync."""
+    """The current states of all these generators. The CUDA generator's state costs one device-to-host sync."""
     version, numbers, gauss = random.getstate()
     name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states: dict[str, JsonValue] = {
         "torch": _text(torch.get_rng_state()),
         "python": [version, list(numbers), gauss],
-        "numpy": [name, key.tolist(), *rest],  # arrays are no JSON values
+        "numpy": [name, key.tolist(), *rest],
     }
     if device.type == "cuda":
         states["cuda"] = _text(torch.cuda.get_rng_state(device))
@@ -27,7 +27,7 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Restores saved states. The CUDA generator keeps its state if none was saved.
+    """Restores the result of `generator_states`. The CUDA generator stays as it is if `states` has no state of it.
 
     Raises:
         DataError: a state is invalid.

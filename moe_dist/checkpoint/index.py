@@ -1,5 +1,5 @@
-"""The JSON files of a checkpoint: index.json lists which file contains which part of each logical tensor, state.json holds
-everything except tensors. Does not import torch, so that a login node can inspect a checkpoint."""
+"""The JSON files of a checkpoint: index.json lists the shard files that contain the parts of each logical tensor,
+state.json holds everything except tensors. Does not import torch, so that a login node can inspect a checkpoint."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from moe_dist.config.renamed import translate
 from moe_dist.errors import DataError
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
-FORMAT = 2  # version of the format; version 1 had no fingerprints
-MAX_FAULTS = 20  # largest number of problems that one message lists
-MAX_JSON_BYTES = 1 << 28  # no valid file is larger: an index of 64 layers x 128 experts has 16 MB
+FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
+MAX_FAULTS = 20  # a message lists at most this many problems
+MAX_JSON_BYTES = 1 << 28  # bytes; far more than needed: the index of 64 layers x 128 experts has 16 MB
 
-# Bytes per element of each dtype in checkpoints, by its name in safetensors.
+# Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
-    """A box of a tensor, stored in the shard file with the number `shard`."""
+    """A part of a tensor in the shard file with the number `shard`: a box with an offset and a length in each dim."""
 
     shard: NonNegativeInt
     offsets: tuple[NonNegativeInt, ...]
@@ -42,11 +42,11 @@ class Entry(StoredModel):
     dtype: str  # a key of ITEMSIZE
     shape: tuple[NonNegativeInt, ...]
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # see `moe_dist.checkpoint.fingerprint`
-    chunks: tuple[Chunk, ...]  # together they cover the tensor exactly once
+    chunks: tuple[Chunk, ...]  # together they contain each element of the tensor exactly once
 
 
 class ShardEntry(StoredModel):
-    """Size and header digest of one shard file. Fingerprints cover the tensors, which follow the header."""
+    """Size in bytes and header digest of one shard file. The tensors after the header have fingerprints instead."""
 
     size: NonNegativeInt
     header_sha256: str
@@ -56,9 +56,9 @@ class Index(StoredModel):
     """Content of index.json."""
 
     format: Literal[2] = FORMAT
-    save_id: str  # random id in all files of a save: it reveals files of different saves
+    save_id: str  # random id of the save, in all of its files: shows if a folder mixes files of different saves
     step: NonNegativeInt
-    shards: tuple[ShardEntry, ...]  # one entry per rank that wrote a file
+    shards: tuple[ShardEntry, ...]  # by shard number; each rank of the save wrote one shard
     tensors: dict[str, Entry]
 
     @property
@@ -73,28 +73,28 @@ class StateFile(StoredModel):
     save_id: str
     step: int
     world_size: int
-    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
-    placement: dict[str, JsonValue]  # expert groups and slots, shown to people; loading does not use them
+    optimizer_steps: int | None  # number of steps that the optimizer has taken; None without an optimizer
+    placement: dict[str, JsonValue]  # expert groups and each rank's experts, only for display
     versions: dict[str, str]
     values: dict[str, JsonValue]  # see `CheckpointState.values`
 
-    @field_validator("values")  # a configuration of an earlier version may use old names
+    @field_validator("values")  # the configuration of an earlier version may have old names of keys
     @classmethod
     def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
-        """The content of the JSON file. NaN and infinity raise ValueError, because JSON does not have them."""
+        """The content of state.json. A NaN or infinity raises ValueError, because JSON does not have them."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
 def shard_file(number: int) -> str:
-    """Name of a shard file, derived from its number so that an index cannot point outside its folder."""
+    """Name of the shard file `number`. An index has only numbers, so it cannot name a file outside its folder."""
     return f"shard_{number:05d}.safetensors"
 
 
 def read_stored(path: Path, model: type[M]) -> M:
-    """Reads a JSON file of a checkpoint and validates it.
+    """Reads the JSON file `path` of a checkpoint and validates it as `model`.
 
     Raises:
         DataError: the file is missing, too large, of another format version or damaged.
@@ -120,7 +120,7 @@ def read_index(folder: Path) -> Index:
     """Reads and checks the index of a checkpoint.
 
     Raises:
-        DataError: the index is missing or damaged, or the boxes of a tensor do not cover it exactly once.
+        DataError: the index is missing or damaged, or has one of the problems of `index_problems`.
     """
     index = read_stored(folder / INDEX_FILE, Index)
     if problems := index_problems(index):
@@ -129,7 +129,7 @@ def read_index(folder: Path) -> Index:
 
 
 def index_problems(index: Index) -> list[str]:
-    """One line for each tensor with an unknown dtype or shard, or with boxes that do not cover it exactly once."""
+    """One line per problem: an unknown dtype or shard, or parts that do not contain each element exactly once."""
     problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:
@@ -143,8 +143,8 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """True if the boxes cover the shape exactly once. Boxes may differ along one dim only, as in all layouts."""
-    if 0 in entry.shape:  # an empty tensor has no bytes and is not stored
+    """True if the parts contain each element exactly once. Only one dim may be divided, as in all layouts."""
+    if 0 in entry.shape:  # a tensor without elements is not stored
         return not entry.chunks
     rank = len(entry.shape)
     if not entry.chunks or any(len(c.shape) != rank or len(c.offsets) != rank for c in entry.chunks):
@@ -164,7 +164,7 @@ def _filled_once(entry: Entry) -> bool:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """A message: a head line, then the first MAX_FAULTS problems."""
+    """A text: the line `head`, then the first MAX_FAULTS problems, one per line."""
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
@@ -178,22 +178,22 @@ class CheckpointProblem:
     """One problem of a checkpoint.
 
     Attributes:
-        kind: missing (a file does not exist), truncated (a file is cut short), damaged (bits changed), mixed up (a file
-            belongs to another save, or the folder's name to another step), foreign (no checkpoint file, or of another
-            model), incomplete (a tensor is missing or duplicated), not finite (a tensor contains nan or inf).
+        kind: missing (a file does not exist), truncated (a file is cut short), damaged (bits changed), mixed up (a file is
+            of another save, or the folder's name has another step), foreign (not a file or tensor of this model's
+            checkpoint), incomplete (a tensor is missing), not finite (a tensor contains nan or inf).
     """
 
     kind: Kind
-    file: str  # name in the checkpoint's folder; empty if the problem concerns the whole checkpoint
+    file: str  # name of a file in the checkpoint's folder; empty if the problem concerns the whole checkpoint
     detail: str
-    tensor: str = ""  # logical name; empty if the problem concerns a file
+    tensor: str = ""  # logical name of a tensor; empty if the problem concerns a file
 
     def __str__(self) -> str:
         return f"{self.kind}: {': '.join(part for part in (self.file, self.tensor, self.detail) if part)}"
 
 
 class DamagedError(DataError):
-    """Raised if a checkpoint differs from what was saved. `file_problems` lists each problem with its kind."""
+    """Raised if a checkpoint differs from what was saved. `file_problems` lists the differences."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

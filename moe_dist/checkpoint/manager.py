@@ -6,8 +6,8 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. Before the commit its files lie in `step_N.<id>.tmp` with a random id, so
-that a second writer cannot mix its files with them.
+A checkpoint is committed when `latest` names it. Before, its files lie in `step_N.<id>.tmp` with a random id, so that two
+processes that save the same step cannot mix their files.
 """
 
 import secrets
@@ -43,18 +43,18 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
 
-SLACK = 1 << 20  # bytes of free space required for headers, index and state, in addition to 1 % of the tensors
+SLACK = 1 << 20  # bytes of free disk space required besides those of the tensors and 1 % of them
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Values of a loaded checkpoint."""
+    """Step and JSON values of a loaded checkpoint."""
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]  # values that this rank saved; empty if the number of ranks has changed
+    rank_values: dict[str, JsonValue]  # as in `CheckpointState`; empty if the number of ranks has changed
 
 
 class CheckpointManager:
@@ -62,17 +62,17 @@ class CheckpointManager:
 
     `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
     these methods in the same order and gets the same result. The methods use small all-reduces on the host: one before
-    writing, and one after each phase, so that an error on any rank reaches all ranks. `write` may run in a thread during
-    training, if nothing else uses the group at that time.
+    writing, and one after each phase, which tells all ranks of an error on any rank. `write` may run in a thread during
+    training, if nothing else uses `process_group` meanwhile.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Function that rank 0 calls before anything is written, and before each rename. The function raises if
-            this process may no longer write to the run.
+        lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
+            process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: Tracker of the watchdog. `write` is not tracked, because the relative order of its thread's collectives and
-            the training's collectives differs between ranks.
+        tracker: Tracker of the watchdog. It does not track `write`, because ranks differ in the order of the collectives of
+            `write` and of the training.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class CheckpointManager:
         return self._status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
-        """Saves the state without copying it first, and blocks until the checkpoint is committed."""
+        """Saves `state` without making a copy of it, and returns when the checkpoint is committed."""
         self._check_layout(state.layout)
         return self.write(take_snapshot(step, state))
 
     def write(self, snapshot: Snapshot) -> Path:
-        """Writes `step_<step>`, commits it, and deletes older checkpoints beyond `keep`. Does nothing if `latest` already
-        names this step.
+        """Writes the folder `step_N`, commits it, and deletes all but the newest `keep` checkpoints. Does nothing if
+        `latest` already names `step_N`.
 
         Raises:
             CheckpointError: on all ranks, if a rank could not write or the disk is full. `latest` is unchanged, and the
-                partial files are deleted, so that a later save may succeed.
+                files of this save are deleted, so that a later save may succeed.
             MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
         """
-        self._check_layout(snapshot.layout)  # with a wrong layout, pieces would be written twice or not at all
+        self._check_layout(snapshot.layout)  # with a wrong layout, tensors would be written twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:  # a resumed run may end on the step that it has loaded
+        if committed:  # a resumed run may have no step left, and saves the step that it has loaded
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -128,8 +128,8 @@ class CheckpointManager:
         return target
 
     def clear(self) -> None:
-        """Deletes the temporary files of crashes and of earlier writers. A new holder of the lease calls `clear` before it
-        loads anything. If a suspended earlier writer wakes up later, its rename then fails.
+        """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease does this
+        before it loads anything: a suspended process that wakes up later then cannot rename its deleted folder.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -144,7 +144,7 @@ class CheckpointManager:
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Folder of the newest committed checkpoint, as rank 0 sees it; None without a checkpoint.
+        """Folder of the newest committed checkpoint, which rank 0 reads from `latest`; None without a checkpoint.
 
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
@@ -153,7 +153,7 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If it fails, all ranks raise. File system errors become `kind`. Costs one all-reduce.
+        """Runs `action` on rank 0; if it fails, all ranks raise. A file system error becomes a `kind`. One all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
@@ -165,15 +165,14 @@ class CheckpointManager:
         return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint of any layout into the tensors of `state` and its optimizer's step count, in place.
+        """Loads a checkpoint from any layout of ranks into the tensors of `state` and the step count of its optimizer.
 
-        After loading, compares the tensors in memory with the saved fingerprints (for shards, summed over the ranks). The
-        comparison detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the
-        parameters. After an error some tensors may have been loaded.
+        Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
+        tensors. Without an optimizer in `state` no moments are loaded. After an error some tensors may have been loaded.
 
         Raises:
-            ConfigError: the checkpoint belongs to another model. The error lists the differences.
-            DataError: a file is missing, damaged or foreign. The error names the file and the other checkpoints.
+            ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
+            DataError: a file is missing, damaged or foreign. The error names the file, and other checkpoints of the run.
         """
         self._check_layout(state.layout)
         try:
@@ -192,22 +191,23 @@ class CheckpointManager:
         sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, str]] = fitting,
         check: Callable[[Contents], None] | None = None,
     ) -> Taken:
-        """Loads the parameters that `sources` selects; all other parameters keep their values.
+        """Loads only the parameters of the model that `sources` selects.
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Maps each parameter to load to its name in the checkpoint, equal on all ranks. The default selects the
-                parameters with equal name, shape and dtype. Other maps are in `moe_dist.checkpoint.upcycle` and `base`.
-            check: Function that gets the checkpoint before a tensor is read, and may raise.
+            sources: Function that maps each parameter to load to its name in the checkpoint, equally on all ranks. By
+                default it selects the parameters with equal name, shape and dtype; `upcycle` and `base` have other
+                functions.
+            check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
 
         Raises:
-            ConfigError: there is no checkpoint, no parameter matches, or `sources` or `check` refuse the checkpoint.
+            ConfigError: there is no checkpoint, `sources` selects nothing, or `sources` or `check` refuses the checkpoint.
             DataError: a file is missing, damaged or foreign.
         """
         self._check_layout(state.layout)
 
         def read() -> tuple[Contents, dict[str, str]]:
-            contents = open_checkpoint(find_checkpoint(path))  # checks all JSON files and digests before any tensor changes
+            contents = open_checkpoint(find_checkpoint(path))  # checks all JSON files and their digests
             if check is not None:
                 check(contents)
             found = dict(sources(contents, state.specs))
@@ -228,9 +228,9 @@ class CheckpointManager:
         )
 
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
-        """Total bytes of all ranks, the save id of rank 0, and True if the step is already committed. One all-reduce."""
+        """Bytes that all ranks write in sum, the save's id, and True if the step is already committed. One all-reduce."""
         first = self._status.rank == 0
-        # All ranks but rank 0 add zeros, so the sums are the save id and the committed flag of rank 0.
+        # For the save's id and the flag all ranks but rank 0 add zeros, so both sums are rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -246,32 +246,32 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # The file `latest` is created before the first commit, so that a crash in that commit cannot leave it missing.
+            # Written before the first commit, so that a crash between its two renames leaves no folder without `latest`.
             self._point(NONE_YET)
-        temporary.mkdir()  # fails if the folder exists, so an id is never used twice
+        temporary.mkdir()  # raises if the folder exists
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
-        """Writes index and state, then renames the folder; runs on rank 0. Checks the lease right before each rename, for
-        the reason in `clear`. Each step is on disk before the next step starts."""
+        """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`; runs on rank 0. Each
+        of these actions is on disk before the next one. Checks the lease right before each rename."""
         try:
             ranks = self._status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
         except DataError as error:
             raise CheckpointError(f"the written files cannot be read back: {error}") from error
-        check_complete(index, snapshot.specs)  # checks names and shapes only, because the tensors were just written
+        check_complete(index, snapshot.specs)  # reads no tensor
         files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
         for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
             write_durably(temporary / name, content)
-        sync(temporary)  # the folder's entries must be on disk before its rename
+        sync(temporary)  # the names of the files must be on disk before the rename
         self._lease_check()
-        if target.exists():  # a complete checkpoint that `latest` does not name, left by a crash between the two renames
+        if target.exists():  # a crash before `latest` was replaced left this complete folder
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)  # atomic on one file system
         sync(self._folder)
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
-        """Replaces `latest` durably. Checks the lease right before the rename, because the sync before it may take long."""
+        """Replaces `latest` on disk. Checks the lease right before the rename, because the write may take long."""
         pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
@@ -283,23 +283,22 @@ class CheckpointManager:
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
-        """Deletes old checkpoints. Checks the lease first, because files of another writer's save look like leftovers."""
+        """Deletes old checkpoints. Checks the lease first, because another process's save looks like a leftover."""
         try:
             self._lease_check()
-        except CheckpointError:  # the run's records are not on disk yet, so the next save deletes old checkpoints
+        except CheckpointError:  # the run's records are not on disk yet; the next save deletes the old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """True if `latest` names a checkpoint whose name and index have this step."""
+        """True if `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
-        except (OSError, DataError):  # `latest` names no valid checkpoint; the next commit replaces it
+        except (OSError, DataError):  # `latest` names no readable checkpoint; the commit will replace it
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads the tensors. Returns the checkpoint's contents, and this rank's values if the number of ranks is
-        unchanged."""
+        """Reads a checkpoint into the tensors of `state`. Returns index and state, and `rank_values` as in `Restored`."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
@@ -312,19 +311,20 @@ class CheckpointManager:
         return contents, headers[self._status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Checks this rank's part of the shard headers. The ranks together check all headers, even of unread shards."""
+        """Reads and checks every W-th shard header on each of W ranks, so that the ranks together check all headers."""
         numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
-        """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
-        sum over the ranks. `sources` is equal on all ranks. Costs two all-reduces: a number per tensor, and the status."""
+        """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
+        tensor by the sum of its shards' fingerprints over the ranks. `sources` maps each loaded tensor to its name in the
+        checkpoint. Two all-reduces: of one number per tensor, and of the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
-        sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that all ranks sum the same tensors
+        sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that the order is equal on all ranks
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
         for name, piece in pieces_of(held).items():
             found = piece.fingerprint()
-            if name in written:  # exactly one of the ranks that hold this piece adds its fingerprint
+            if name in written:  # of the ranks with this piece only one adds its fingerprint
                 sums[name] = signed(found)
             if tuple(piece.tensor.shape) == piece.shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)

@@ -1,12 +1,12 @@
-"""Asynchronous saves: the state is copied between two steps, and a thread writes the copy while the training continues.
+"""Asynchronous saves: the training copies the state between two steps, and continues while a thread writes the copy.
 
-- The thread's collectives have a process group of their own. Gloo matches the calls of a group by their order, and only
-  this thread uses the group during a save, so its calls cannot be matched with calls of the training. All ranks run the
-  same phases and exchange a status after each, so no rank waits for a failed rank.
-- At most one save is in flight; the next save waits for it.
-- A failed save is logged and leaves `latest` unchanged; the next interval tries again. A run waits for its last save and
-  for the save before a stop.
-- If the process dies during a save, the next start of the run deletes the partial folder.
+- The thread's collectives use a Gloo process group of their own. Gloo matches the calls of different ranks by their order
+  in the group, so on a shared group a call of the thread could be matched with a call of the training. All ranks run the
+  same phases of a save, and exchange a status after each, so no rank waits for a failed rank.
+- At most one save runs at a time; the next save waits for its end.
+- A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
+  Before a run ends or stops, it waits for its last save.
+- If the process dies during a save, the next start of the run deletes the unfinished folder.
 """
 
 import logging
@@ -28,14 +28,14 @@ _HOST = torch.device("cpu")
 
 
 class CheckpointWriter:
-    """Saves the states of one rank; all methods except `poll` are collective.
+    """Saves the states of one rank, one after the other. All methods except `poll` are collective.
 
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
-        asynchronous: If True, a thread writes a copy in host memory, which is as large as this rank's part of the state. If
-            False, no copy is made, and the training waits for each save.
+        asynchronous: If True, a thread writes a copy of the state; the copy takes as much host memory as this rank writes.
+            If False, no copy is made, and the training waits for each save.
         tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
-        report: Function that rank 0 calls after each save, with the seconds that it took until it was durable.
+        report: Function that rank 0 calls after each save, with the seconds from the call of `write` to the commit.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class CheckpointWriter:
 
     @property
     def in_flight(self) -> bool:
-        """True while this rank writes a save."""
+        """True while this rank's thread writes a save."""
         return self._in_flight is not None and self._in_flight.is_alive()
 
     def write(self, step: int, state: CheckpointState, *, durable: bool) -> None:
-        """Waits for the save in flight, then saves a state.
+        """Waits for the end of the previous save, then saves `state`.
 
         Args:
-            durable: If True, `write` returns after the commit, and raises if the save fails. If False, a failed save is
-                logged later and does not end the run.
+            durable: If True, `write` returns after the commit, and raises if the save fails. If False, `write` may return
+                before; if the disk fails, a later `poll` or `wait` logs the error.
 
         Raises:
-            CheckpointError: a durable save could not be written.
-            MoeDistError: this save or the save in flight failed, and a retry cannot help, as after a lost lease.
+            CheckpointError: this save could not be written; only if `durable`.
+            MoeDistError: this save or the previous one failed, and a retry cannot help, as after a lost lease.
         """
         began = time.perf_counter()
-        self.wait()  # the buffers are reused, so the previous save must be done
+        self.wait()  # the previous save writes from the same buffers
         if self._asynchronous:
             snapshot = take_snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(
                 target=self._write_snapshot, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
-            blocked = time.perf_counter() - began  # the training waited for the previous save and the copy
+            blocked = time.perf_counter() - began  # seconds in which the training waited for the previous save and the copy
             self._in_flight.start()
             if self._checkpoints.rank == 0:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
@@ -89,16 +89,16 @@ class CheckpointWriter:
             self.poll()
 
     def wait(self) -> None:
-        """Waits for the save in flight. A save that could not be written is reported in the log.
+        """Waits for the end of the last save, and logs its CheckpointError.
 
         Raises:
-            MoeDistError: the save failed with another error.
+            MoeDistError: the save failed with an error that is no CheckpointError.
         """
         self._join()
         self.poll()
 
     def poll(self) -> None:
-        """Reports the last save like `wait`, or does nothing while a save is in flight. The training polls after each
+        """Logs or raises the last save's error like `wait`, but only if the save has ended. Called after each training
         step."""
         if self._failure is None or self.in_flight:
             return
@@ -110,7 +110,7 @@ class CheckpointWriter:
     def _join(self) -> None:
         if self._in_flight is not None:
             with track_collective(self._tracker, "checkpoint", device=_HOST):
-                self._in_flight.join()  # waits for the rest of the write; the watchdog counts this time
+                self._in_flight.join()  # the watchdog counts this wait as a collective
             self._in_flight = None
 
     def _raise_failure(self) -> None:
@@ -120,7 +120,7 @@ class CheckpointWriter:
 
     def _write_snapshot(self, snapshot: Snapshot, began: float) -> None:
         try:
-            path = self._checkpoints.write(snapshot)  # collective over the thread's own group
+            path = self._checkpoints.write(snapshot)  # its collectives use the process group of `checkpoints`
         except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return

@@ -1,8 +1,8 @@
-"""Reads and checks the header of a shard file, without its tensors and without torch.
+"""Reads and checks the header of a shard file. Reads no tensor and does not import torch.
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
-without gaps. The entry `__metadata__` of the header maps strings to strings. `__metadata__` has
-torch.distributed.checkpoint's `DCP_SHARDING_INFO` (the offsets of each part in its tensor), and moe_dist's entries.
+without gaps. The entry `__metadata__` of the header maps strings to strings. One of these is `DCP_SHARDING_INFO` of
+torch.distributed.checkpoint, the offsets of each part in its whole tensor; the others are moe_dist's own.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationEr
 
 from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors refuses larger headers
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a larger header
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
@@ -36,37 +36,37 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a shard file. `parts`, `fingerprints` and `ends` have one entry per tensor, by name."""
+    """The header of a shard file. `parts`, `fingerprints` and `ends` are by the tensor's logical name."""
 
     save_id: str
     step: int
-    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) and box of each tensor part in the file
+    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) of the part in this file, its box in the tensor
     fingerprints: dict[str, int]
-    ends: dict[str, int]  # byte offset in the file at which the part ends
-    rank_values: dict[str, JsonValue]  # values that the writing rank saved for itself
-    size: int  # bytes that the file must have
+    ends: dict[str, int]  # offset in the file of the byte after the part
+    rank_values: dict[str, JsonValue]  # the values of the rank that wrote the file
+    size: int  # bytes of the file according to its header
     sha256: str  # digest of the header
 
 
 def metadata_of(
     offsets: dict[str, list[int]], fingerprints: dict[str, str], *, save_id: str, step: int, rank_values: Any
 ) -> dict[str, str]:
-    """`__metadata__` of a shard file. NaN and infinity in the values raise ValueError, because JSON does not have them."""
+    """`__metadata__` of a shard file. A NaN or infinity in `rank_values` raises ValueError, because JSON has neither."""
     return {
         "format": "pt",
         SHARDING: json.dumps({name: {OFFSETS: each} for name, each in offsets.items()}),
         "fingerprints": json.dumps(fingerprints),
         "save_id": save_id,
         "step": str(step),
-        "rank_values": json.dumps(dict(rank_values), allow_nan=False),  # strict JSON, as in state.json
+        "rank_values": json.dumps(dict(rank_values), allow_nan=False),
     }
 
 
 def read_shard_header(folder: Path, number: int) -> ShardHeader:
-    """Reads and checks a header, and compares it with the size of the file.
+    """Reads and checks the header of the shard file `number`, and compares the file's size with the header.
 
     Raises:
-        DamagedError: has one problem, of kind missing, truncated, foreign or damaged.
+        DamagedError: the file or its header is missing, truncated, foreign or damaged.
     """
     path = folder / shard_file(number)
 
@@ -76,11 +76,11 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size  # compared below with the size that the header implies
+        size = path.stat().st_size
         with path.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            # A damaged length must not cause a huge read.
+            # The limit prevents a huge read if `length` is damaged.
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
         raise problem("missing", "does not exist") from error
@@ -98,7 +98,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # safetensors would not notice appended bytes
+    if size > shard.size:  # checked here, because safetensors does not notice bytes after the last tensor
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
@@ -111,7 +111,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     sums = _SUMS.validate_json(metadata["fingerprints"])
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        # No gap between parts is allowed, because fingerprints would not cover the bytes in it.
+        # No gap between parts is allowed, because no fingerprint would cover the bytes of a gap.
         if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
@@ -132,7 +132,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Kind and detail of the problem of an invalid header. The kind is damaged if moe_dist wrote the file, else foreign."""
+    """`kind` and `detail` of the problem of an invalid header: damaged if moe_dist wrote the file, else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

@@ -1,10 +1,10 @@
-"""The state of a run on this rank: tensors under logical names, which do not depend on the layout, and plain values.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which are equal in all layouts.
 
-    embedding.weight                                    a dense or router parameter has its name in the model
-    layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert has its own tensors; index inside the group
+    embedding.weight                                    dense and router parameters: the name in the model
+    layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments
 
-Every tensor shares the memory of its parameter or moment, so loading into it loads the model.
+Every tensor shares the memory of its parameter or moment, so a load into the tensors changes the model and the optimizer.
 """
 
 import zlib
@@ -29,13 +29,13 @@ Part = Literal["all", "trained", "frozen"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Position of this rank in the layout."""
+    """This rank's position in the layout, and the experts of each EP rank."""
 
     placement: ExpertPlacement
     rank: int = 0
     world_size: int = 1
     ep_rank: int = 0  # rank in the EP (expert-parallel) group
-    edp_rank: int = 0  # rank among the ranks with the same experts
+    edp_rank: int = 0  # rank in the EDP group, the ranks with the same experts
     edp_size: int = 1
 
 
@@ -49,23 +49,23 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A logical tensor, or a shard of it, on this rank."""
+    """A logical tensor on this rank, whole or as a shard."""
 
-    tensor: Tensor  # a plain tensor if whole, a DTensor if sharded
-    copies: int  # number of ranks that hold the same piece as this rank
-    position: int  # this rank's index among the ranks with the same piece
+    tensor: Tensor  # a DTensor if it is sharded, else a plain tensor
+    copies: int  # number of ranks with the same data as this rank, this rank included
+    position: int  # this rank's index among those ranks
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The state that a checkpoint saves and loads.
+    """The state that a checkpoint saves and loads, as one rank has it.
 
     Attributes:
         held: This rank's tensors by logical name.
-        specs: Specs of the logical tensors of all ranks. The dict is equal on all ranks.
-        optimizer: The optimizer whose moments are included; None without moments.
+        specs: Shape and dtype of every logical tensor of the model and optimizer, on whatever rank; equal on all ranks.
+        optimizer: The optimizer whose moments `held` contains; None if it contains no moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
-        rank_values: JSON values of this rank, such as RNG states. Restored only with the same number of ranks.
+        rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.
     """
 
     held: Mapping[str, LocalShard]
@@ -76,12 +76,12 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of this rank; loading writes into them."""
+        """All tensors of this rank by logical name; a load writes into them."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """The tensors that this rank writes. A hash of the name chooses one writer among the ranks with the same piece, so
-        that the ranks write about equally much."""
+        """The tensors that this rank writes. Of the ranks with the same data a hash of the name chooses one as the writer,
+        so that all ranks write about equally many bytes."""
         return {
             name: held.tensor
             for name, held in self.held.items()
@@ -98,14 +98,14 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """The state of this rank's model and optimizer. Makes no copies and calls no collective, but creates missing moments.
+    """The state of this rank's model and optimizer, without copies and collectives. Creates missing moments.
 
     Args:
         model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
-            the ranks with the same experts (edp). Experts are sharded whole (dim 0) or inside. Gathered parameters are
-            resharded.
-        optimizer: Optimizer of the model's parameters; None leaves the moments out.
-        part: `trained` omits frozen parameters, and `frozen` takes only frozen parameters.
+            the ranks with the same experts (edp). FSDP2 shards a stack of experts in dim 0 or inside each expert. Reshards
+            parameters that FSDP2 has gathered.
+        optimizer: Optimizer of the model's parameters; None for a state without moments.
+        part: `trained` omits frozen parameters; `frozen` takes only frozen parameters.
     """
     stacks = _expert_stacks(model)
     tensors = _distinct_tensors(model)
@@ -114,9 +114,9 @@ def capture(
         tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
-        materialise_moments(optimizer)  # moments start as zeros, so that a new run and a resumed run save the same tensors
+        materialise_moments(optimizer)  # creates moments of zeros before the first step, so that any state has all moments
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        # A parameter that is empty on this rank has no moments here, but other ranks may have some.
+        # A parameter without elements on this rank has no moments here, but may have some on other ranks.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
         for moment in MOMENTS:
             known = {name: optimizer.state[p][moment] for name, p in trained.items() if p in optimizer.state}
@@ -128,7 +128,7 @@ def capture(
 
 
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
-    """Specs of the optimizer's moments of the trained parameters."""
+    """Shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     _, specs = _logical(parameters, {}, layout, _expert_stacks(model))
     return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
@@ -140,19 +140,19 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{path}: a module's extra state is not saved; make it a buffer or pass it in `values`")
-        distinct.setdefault(id(tensor), (logical_name(path), tensor))  # tied names share one tensor object
+        distinct.setdefault(id(tensor), (logical_name(path), tensor))
     return dict(distinct.values())
 
 
 def _expert_stacks(model: nn.Module) -> set[str]:
-    """Names of the parameters that stack experts. A checkpoint has one tensor for each expert of a stack."""
+    """Names of the parameters that are stacks of experts [e, ...]; a checkpoint has a tensor per expert instead."""
     return {each.name for each in named_parameters(model) if each.role is Role.EXPERT}
 
 
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """This rank's logical pieces of `tensors`, and the specs of all ranks' whole logical tensors named in `like`."""
+    """This rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -173,7 +173,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Logical expert id and piece of each expert in a stack of experts [e, ...]. The pieces are views of the stack."""
+    """For each expert in this rank's stack of experts [e, ...]: its global id and its tensor, a view of the stack."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):
@@ -182,7 +182,7 @@ def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -
         return
     shape, offset = compute_local_shape_and_global_offset(stack.shape, stack.device_mesh, stack.placements)
     local = stack.to_local()
-    if Shard(0) in stack.placements:  # whole experts, each on one rank of the mesh
+    if Shard(0) in stack.placements:  # each expert lies whole on one rank of the mesh
         assert sum(isinstance(p, Shard) for p in stack.placements) == 1, f"{name}: {stack.placements} cuts experts twice"
         copies, position = _replicas(stack)
         for slot in range(shape[0]):
@@ -202,7 +202,7 @@ def _hold(tensor: Tensor, copies: int, position: int) -> LocalShard:
 
 
 def _replicas(tensor: DTensor) -> tuple[int, int]:
-    """Number of ranks with the same shard, and this rank's index among them."""
+    """Number of ranks with the same shard of `tensor`, and this rank's index among these ranks."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is outside the mesh of a tensor it holds"
     copies, position = 1, 0

@@ -1,9 +1,9 @@
-"""Writes tensors to shard files and reads them, without collectives and without pickle; copies them for a save in the
-background.
+"""Writes tensors to shard files and reads them, without collectives and without pickle. Copies tensors to host memory, for
+a save that a thread writes.
 
-The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor a rank needs, when a checkpoint of one
-layout is loaded into another. DCP's `save` and `load` are not used, because they exchange pickled plans. The files are
-safetensors with DCP's header (`DCP_SHARDING_INFO`), so that DCP's HuggingFaceStorageReader can read them.
+The planners of torch.distributed.checkpoint (DCP) compute which parts of the stored tensors a rank needs, whatever layout
+of ranks saved them. DCP's `save` and `load` are not used, because they exchange pickled plans. The files are safetensors
+with the header entry `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
 """
 
 import json
@@ -45,19 +45,19 @@ _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tenso
 
 @dataclass(frozen=True)
 class Piece:
-    """One rank's piece of a logical tensor."""
+    """The part of a logical tensor that one rank has."""
 
-    tensor: Tensor  # the piece as a plain tensor
-    offsets: tuple[int, ...]  # first element of the piece in each dim of the whole tensor
+    tensor: Tensor  # the elements of the piece, as a plain tensor
+    offsets: tuple[int, ...]  # index of the piece's first element in each dim of the whole tensor
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """The piece's share of the whole tensor's fingerprint, which is the sum of the shares of all pieces."""
+        """What this piece adds to the whole tensor's fingerprint, which is a sum over all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """The non-empty pieces of plain tensors and of local shards of DTensors, without copies."""
+    """This rank's piece of each tensor, plain or DTensor, by name, without copies; leaves out pieces without elements."""
     planner = DefaultSavePlanner(**_DIALECT)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     pieces: dict[str, Piece] = {}
@@ -71,13 +71,13 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data that this rank writes at `step`; `values` and `rank_values` as in `CheckpointState`."""
+    """The data that this rank writes in the save of step `step`; `values` and `rank_values` as in `CheckpointState`."""
 
     step: int
     pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece
-    specs: Mapping[str, TensorSpec]  # specs of all logical tensors, equal on all ranks
+    specs: Mapping[str, TensorSpec]  # as in `CheckpointState`
     layout: RankLayout
-    optimizer_steps: int | None  # steps that the optimizer has taken; None without an optimizer
+    optimizer_steps: int | None  # number of steps that the optimizer has taken; None without an optimizer
     values: dict[str, JsonValue]
     rank_values: dict[str, JsonValue]
 
@@ -102,7 +102,7 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for the copies, as many bytes as this rank writes. Saves share it, so only one snapshot can exist."""
+    """Host memory for copies of the tensors that this rank writes. All saves use it, so only one snapshot can exist."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -113,12 +113,12 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)  # pinned memory lets all copies run before one sync
+            buffer.copy_(piece.tensor, non_blocking=True)  # on CUDA asynchronous, because buffers are pinned; sync below
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the training may overwrite the tensors after this
+                torch.cuda.synchronize(device)  # all copies are done, so the training may change the tensors
         return copies
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ class HostBuffers:
 
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-    """A snapshot of the current state. Reading the optimizer's step count is a device-to-host sync.
+    """A snapshot of `state`. Reading the optimizer's step count is a device-to-host sync.
 
     Args:
-        buffers: Target of the copy; None makes no copy, for a save that blocks the training.
+        buffers: Target of a copy of the tensors; None for no copy, if the training waits for the save.
     """
     pieces = pieces_of(state.written())
     return Snapshot(
@@ -150,11 +150,11 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
 def write_shard(
     folder: Path, number: int, pieces: Mapping[str, Piece], *, save_id: str, step: int, rank_values: Mapping[str, Any]
 ) -> None:
-    """Writes one rank's pieces with fingerprints into the rank's file, and syncs the file to disk.
+    """Writes one rank's pieces and their fingerprints into the shard file `number`, and syncs the file to disk.
 
-    Pieces on a device are first copied to the host, so host memory of the size of the file is needed.
+    Pieces on a GPU are first copied to the host, which takes as much host memory as the file has bytes.
     """
-    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # safetensors needs contiguous memory
+    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # as safetensors requires
     metadata = metadata_of(
         {name: list(piece.offsets) for name, piece in pieces.items()},
         {name: hexadecimal(piece.fingerprint()) for name, piece in pieces.items()},
@@ -163,15 +163,15 @@ def write_shard(
         rank_values=rank_values,
     )
     path = folder / shard_file(number)
-    save_file(data, path, metadata=metadata)  # writes the whole file; the sync below makes it durable
+    save_file(data, path, metadata=metadata)
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Syncs a file's content, or a folder's entries, to disk."""
+    """Waits until the disk has the content of a file, or the list of names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # waits for the disk
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -183,17 +183,17 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """The index of the written files, from their headers. Reads no tensor.
+    """The index of the shard files 0 to `num_shards` - 1 in `folder`, from their headers. Reads no tensor.
 
     Raises:
-        DataError: a file is damaged, or was not written by this save.
+        DataError: a file is damaged, or is not of the save `save_id`.
     """
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
     sums = dict.fromkeys(chunks, 0)
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # read from disk, so that ranks need not send their headers to rank 0
+        header = read_shard_header(folder, number)  # from the disk, so no rank must send its header to rank 0
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():
@@ -211,11 +211,11 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
 
 
 def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, str] | None = None) -> None:
-    """Loads plain tensors and local shards of DTensors in place; reads only the needed parts of the files.
+    """Loads plain tensors and this rank's shards of DTensors in place. Reads only the needed parts of the files.
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps tensors with another name in the checkpoint to that name. Several may have the same source.
+        sources: Maps each tensor that has another name in the checkpoint to that name. Several may have the same name.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -229,7 +229,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
         parts = index.tensors[there[item.storage_index.fqn]].chunks
         chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
         by_shard[chunk.shard].append((item, chunk))
-    for number, items in sorted(by_shard.items()):  # reads the files one after the other, so that each file is opened once
+    for number, items in sorted(by_shard.items()):  # opens each file once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
             for item, chunk in items:
@@ -242,10 +242,10 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
 @contextmanager
 def open_tensors(folder: Path, number: int) -> Iterator[Any]:
-    """Opens a shard file for reading; check its header first (`open_shard`).
+    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`).
 
     Raises:
-        DataError: the file cannot be opened, or a read inside the block fails.
+        DataError: the file cannot be opened, or a read in the `with` block fails.
     """
     path = folder / shard_file(number)
     try:

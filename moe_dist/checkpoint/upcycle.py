@@ -1,14 +1,14 @@
-"""Sparse upcycling: initialises the experts of a model from a dense checkpoint, by names and shapes (Komatsuzaki et al.,
-arXiv 2212.05055). MoMa (arXiv 2407.21770) starts from a model with one expert per modality.
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): initialises the experts of a model as copies of a checkpoint's
+dense FFNs, or of its single experts as in MoMa (arXiv 2407.21770), which starts with one expert per modality.
 
-In each layer the experts of a group are copies of the first source below that the checkpoint contains:
+In each layer all experts of a group become copies of one FFN of the checkpoint, the first of these that exists:
 
-1. the only expert of the group with the same name,
-2. the layer's dense FFN, whose norm is loaded into the norm of the MoE layer,
-3. the only expert of the layer's only group, whatever its name.
+1. the only expert in the checkpoint's group of the same name,
+2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
+3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-If the group has the same number of experts in the checkpoint, each expert is loaded by its own name. Router rows are not
-copied: with equal rows the router could not distinguish the new experts.
+But if the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name. Router rows
+are not copied: with equal rows the router would score all copies alike.
 """
 
 import re
@@ -27,23 +27,23 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The sources of `fitting` and `upcycled` together."""
+    """The maps of `fitting` and `upcycled` merged: from each parameter to load to its name in the checkpoint."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each parameter whose source has another name to the source; equal on all ranks.
+    """Maps each parameter that is a copy of a checkpoint's tensor of another name to that name; equal on all ranks.
 
     Args:
         folder: Folder of the checkpoint, named in error messages.
         specs: The tensors of the model.
 
     Raises:
-        ConfigError: an expert has no source, a source has another shape or dtype, or there is nothing to copy.
+        ConfigError: there is nothing to copy for an expert or for the whole model, or shape or dtype differ.
     """
     there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
     sources: dict[str, str] = {}
-    problems: dict[str, None] = {}  # ordered, without repetitions
+    problems: dict[str, None] = {}  # the keys are an ordered set
     for name in specs:
         if norm := _NORM.fullmatch(name):
             source = f"{norm['layer']}.ffn.norm.weight"
@@ -67,7 +67,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` returns equal names
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` returns those
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
@@ -77,7 +77,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
 
 
 def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
-    """Experts of each layer and group, by the names of their tensors."""
+    """Maps layer and group to the indices of the group's experts, from the names of tensors."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         if not name.startswith(OPTIMIZER_PREFIX) and (match := EXPERT_NAME.fullmatch(name)):
@@ -86,8 +86,8 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
 
 
 def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """The source of an expert's tensor, None without a source. If the group has the same number of experts in the
-    checkpoint, the source is the tensor of the same name."""
+    """Name of the checkpoint's tensor to load into an expert's tensor; None without one. `groups` has the checkpoint's
+    experts in that layer, `experts` the model's experts in that group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -102,8 +102,8 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
 
 
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
-    """The reason why `wanted` experts of a group have no source in a layer. `groups` has the experts that the checkpoint
-    contains in that layer."""
+    """The reason why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
+    checkpoint's experts in that layer."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:

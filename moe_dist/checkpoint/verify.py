@@ -18,17 +18,17 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Each makes a problem of a tensor in the index from two arguments: the detail and the name of the tensor.
+# Both make a problem of a tensor in index.json, from the arguments detail and name of the tensor.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """All problems of a checkpoint. Reads every byte, with one tensor in memory at a time.
+    """All problems of a checkpoint, and what could be read of it. Reads every byte, with one tensor in memory at a time.
 
     Args:
-        specs: The expected tensors. Without specs only experts and moments are checked for completeness, by names and by
-            the placement in state.json.
+        specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
+            (by the names of the parameters) are checked for completeness.
     """
     examined = examine(folder)
     problems = list(examined.file_problems)
@@ -45,7 +45,7 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # Each part has been compared with its shard's header. Here the sum of a tensor's parts is compared with the index.
+        # Each part agrees with its shard's header (`_check_shard`). Here the sum of the parts is compared with the index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:
@@ -59,12 +59,12 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
     try:
         with open_tensors(folder, number) as tensors:
             for name, (_, chunk) in header.parts.items():
-                tensor = tensors.get_tensor(name)  # one tensor at a time bounds the memory
+                tensor = tensors.get_tensor(name)
                 found = fingerprint(tensor, offsets=chunk.offsets, shape=examined.index.tensors[name].shape)
                 sums[name] += found
                 if found != header.fingerprints[name]:
                     problems.append(CheckpointProblem("damaged", file, "its bits differ from those that were saved", name))
-                # Finiteness is checked only for intact tensors, because damaged bits may look like nan.
+                # Only intact tensors are checked for nan and inf, because damaged bits may be read as nan.
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     detail = "contains nan or inf, and was saved like that"
                     problems.append(CheckpointProblem("not finite", file, detail, name))
@@ -90,7 +90,7 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointPr
 
 
 def _missing_moments(index: Index) -> list[CheckpointProblem]:
-    """A parameter with one moment must have both, in its own shape. A checkpoint without moments has no problem."""
+    """Problems with AdamW's moments: a parameter with one moment must have both, each in the parameter's shape."""
     moments = [f"{OPTIMIZER_PREFIX}{moment}." for moment in MOMENTS]
     known = {name.removeprefix(moment) for moment in moments for name in index.tensors if name.startswith(moment)}
     problems = []
@@ -107,7 +107,7 @@ def _missing_moments(index: Index) -> list[CheckpointProblem]:
 
 
 def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
-    """Each layer with experts must have all experts of each group, with the same matrices."""
+    """Problems with experts: each layer with experts must have all experts of each group, with the same matrices."""
     groups = state.placement.get("groups")
     expected: dict[str, int] = {}
     for group in groups if isinstance(groups, list) else []:

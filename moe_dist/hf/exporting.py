@@ -1,9 +1,9 @@
-"""Exports a checkpoint as a Hugging Face folder for transformers 4 and 5, with one tensor for each expert and matrix.
+"""Exports a checkpoint as a Hugging Face folder for transformers 4 and 5, with one tensor per expert and matrix.
 
-Hugging Face models have no null experts. An export can leave out null experts only if every null row of every router is
-still bit-equal to the copy of a true row that `moe_dist.moe.routers.copy_init` made: the model then equals plain top-k with
-fewer choices. Once training has changed the null rows, null choices decide how many experts a token takes, and no family
-can express that.
+Hugging Face models have no null experts. An export can leave out null experts only if the router rows of the null experts
+are bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them: the model then computes the
+same as a model without null experts and with a smaller top_k. If training has changed these rows, the number of true
+experts differs between tokens, and no Hugging Face family can compute that.
 """
 
 import json
@@ -47,14 +47,14 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export."""
+    """What an export wrote."""
 
     family: str  # `model_type`
     tensors: int
     shards: int
-    folded: int  # number of null experts in each layer that were left out
-    like: Path | None  # folder from which config.json and small files were taken
-    merged: bool = False  # adapters were merged into their base
+    folded: int  # number of null experts per layer that were left out
+    like: Path | None  # folder from which fields of config.json and tokenizer files were taken
+    merged: bool = False  # LoRA adapters were merged into their base
 
 
 def export_model(
@@ -67,19 +67,19 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
-    """Exports a checkpoint. Overwrites nothing. Needs the memory of one shard, and of one tensor in fp32.
+    """Exports a checkpoint as the new folder `out`. Needs memory for one shard and for one tensor in fp32.
 
     Args:
-        checkpoint: A checkpoint, or a run or an import that has one.
-        dtype: A key of `source.DTYPES`, for all tensors; None takes the dtypes of the import, else the stored ones.
-        family: `model_type` to write; None takes the family of the import, else the first that can hold the model.
-        like: A folder whose config.json and tokenizer files complete the export; None looks beside the checkpoint, and in
-            `run.init_from`.
+        checkpoint: Folder of a checkpoint, or of a run or an import with a checkpoint.
+        dtype: Dtype of all tensors, a key of `source.DTYPES`. None: the dtypes before the import, else the checkpoint's.
+        family: `model_type` to write. None: the family before the import, else the first family that fits the model.
+        like: Folder with a config.json and tokenizer files to take over. None: the folder `huggingface` of the import that
+            the checkpoint is in, or of `run.init_from`, if it exists.
 
     Raises:
-        ConfigError: `out` exists, or no family can hold the model; gives the reasons.
+        ConfigError: `out` exists, or no family fits the model; gives the reasons.
         DataError: the checkpoint is damaged or incomplete.
-        CheckpointError: the folder cannot be written.
+        CheckpointError: `out` cannot be written.
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
@@ -90,7 +90,7 @@ def export_model(
         read = _reader(contents)
     config = _config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # ignores the import's dtypes, because a merged matrix needs more bits
+    dtypes = {} if merged else dtypes  # no dtypes of an import, because a merged matrix needs more bits than its base
     section = _plain_section(config.model, read)
     chosen = _family(section, family or noted, must=family is not None)
     found = _account(contents, config.model, section, chosen)
@@ -108,11 +108,11 @@ def export_model(
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """Returns the base of a checkpoint of adapters, and a function that reads its tensors with the adapters merged in.
+    """Returns the base of LoRA adapters, and a function that reads a tensor of the base and merges its adapters into it.
 
     Raises:
         ConfigError: the adapters cannot be merged.
-        DataError: the base is missing, damaged, or not the one that the adapters were trained on.
+        DataError: the base is missing or damaged, or is not the base on which the adapters were trained.
     """
     model = _config(adapters).model
     check_mergeable(model)
@@ -131,10 +131,10 @@ def _config(contents: Contents) -> Config:
 
 
 def _plain_section(model: ModelSection, read: Read) -> ModelSection:
-    """Returns the model section without null experts.
+    """Returns the section of the equal model without null experts.
 
     Raises:
-        ConfigError: no family could hold the model; gives every reason.
+        ConfigError: no such model exists, or no family has a feature of the model; gives the reasons.
     """
     moe, problems = model.moe, []
     if len(moe.groups) > 1:
@@ -165,10 +165,10 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
 
 
 def _folded(model: ModelSection, read: Read) -> int:
-    """Returns the top_k of the plain router that equals the router with null experts.
+    """Returns the top_k with which the router without null rows chooses the same true experts with the same weights.
 
     Raises:
-        ConfigError: no plain router equals it; names the layer or option that prevents it.
+        ConfigError: there is none; names the layer or the option that prevents it.
     """
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
@@ -202,10 +202,10 @@ def _family(section: ModelSection, name: str | None, *, must: bool) -> ModelFami
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Returns the tensors to write. Checks that each parameter of the checkpoint is among them or has no effect.
+    """Returns the tensors to write. Checks that they are all parameters of the checkpoint that have an effect.
 
     Raises:
-        DataError: tensors are missing or left over.
+        DataError: the checkpoint lacks a tensor, or has one of another shape or one for which the family has no place.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
@@ -238,8 +238,8 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of config.json: those of `like` if they describe the model; else the model's own values, and all
-    further fields of `like`."""
+    """Returns the fields of config.json: those of `like` if they describe the model; else the fields of `write_fields`, and
+    all other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}
@@ -261,7 +261,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
-    """Returns the values of a section that determine the model's function; equal functions give equal values."""
+    """Returns the values of a section that determine what the model computes, in one form for all equivalent sections."""
     (group,) = section.moe.groups.values()
     dense = len(section.moe_layers) < section.num_layers
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
@@ -277,9 +277,9 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
 
 
 def _reader(contents: Contents) -> Read:
-    """Makes a function that assembles a logical tensor of a checkpoint, and verifies the tensor by its fingerprint.
+    """Makes a function that reads a whole logical tensor of a checkpoint and compares it with its fingerprint.
 
-    The function raises DataError if the tensor is missing, or differs from the saved one.
+    The function raises DataError if the tensor is missing or damaged.
     """
 
     def read(name: str) -> Tensor:
@@ -304,7 +304,7 @@ def _reader(contents: Contents) -> Read:
 def _write(
     folder: Path, read: Read, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
 ) -> int:
-    """Writes the shards, and an index if there are several; returns the number of shards."""
+    """Writes the safetensors files, and an index if there are several; returns the number of files."""
     sizes = [slot.numel * DTYPES[dtypes[slot.name]].itemsize for slot in found]
     parts = list(shards(zip(found, sizes, strict=True), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
@@ -327,8 +327,8 @@ def _write(
 
 @contextmanager
 def _made(out: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside `out`. The folder gets the name `out` when all of it is durable. A failure
-    removes it."""
+    """Makes a temporary folder beside `out`. At the end of the `with` block syncs the folder and renames it to `out`; after
+    an error removes it."""
     folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)

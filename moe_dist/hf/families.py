@@ -1,7 +1,7 @@
-"""Describes the supported model families as data: which field of config.json corresponds to which key of `model`.
+"""Describes the supported Hugging Face model families: which field of config.json gives which key of the section `model`.
 
-Our model computes each of these decoders exactly; a feature that our model lacks is refused by field and value. A dense
-model becomes a model with one expert in each layer, whose routing weight is always 1.
+moe_dist computes the same function as these models. An import refuses a config.json with a feature that moe_dist lacks. A
+dense model becomes a model with one expert per layer, whose routing weight is always 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,29 +13,29 @@ from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 
-GROUP = "all"  # the one expert group of every imported model
+GROUP = "all"  # name of the only expert group of an imported model
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family, for import and export."""
+    """One family (`model_type`) of Hugging Face models."""
 
     name: str  # `model_type`
     architecture: str  # the class with which transformers loads the model
     qk_norm: str  # value of `model.qk_norm`
-    biases: Mapping[str, Mapping[str, bool]]  # fields for each `model.attention_bias`; the first entry is the default
-    normalise: Mapping[str, Mapping[str, bool]]  # fields for each `router.normalise`; the first entry is the default
-    experts: tuple[str, ...]  # names of the field with the number of experts, preferred name first; empty if dense
-    ffn: str  # name of the field with the experts' width
-    dense_layers: bool = False  # decoder_sparse_step and mlp_only_layers may make layers dense
+    biases: Mapping[str, Mapping[str, bool]]  # fields by value of `model.attention_bias`; the first is the default
+    normalise: Mapping[str, Mapping[str, bool]]  # fields by value of `router.normalise`; the first is the default
+    experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
+    ffn: str  # name of the field with the FFN width of an expert
+    dense_layers: bool = False  # fields decoder_sparse_step and mlp_only_layers can make layers dense
     shared: bool = False  # each MoE layer has a shared expert with a sigmoid gate
-    head_dim: bool = True  # config.json has a field for the width of a head
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, why
+    head_dim: bool = True  # config.json has the field head_dim
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
 
 
 _NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
-_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second name for some families
+_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes num_local_experts for some families
 _CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
 _MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
@@ -73,7 +73,7 @@ REFUSED = {
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """Returns the family of a config.json.
+    """Returns the family that config.json names.
 
     Raises:
         ConfigError: the family is not supported, the model is quantised, or it brings its own code.
@@ -101,7 +101,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     """Returns the family, the values of the `model` section, and the fields of config.json that were not read.
 
     Raises:
-        ConfigError: the family is not supported, or a field has a value that our model lacks.
+        ConfigError: moe_dist does not support the family, or the value of a field.
     """
     family = family_of(config)
     read = Fields(config, family.name)
@@ -141,12 +141,12 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         },
     }
     if family.dense_layers:
-        read.get("intermediate_size", None)  # read but unused without dense layers
+        read.get("intermediate_size", None)  # counts as read, although only dense layers use it
     return family, section, read.unread()
 
 
 def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
-    """Refuses features that any family could have and our model lacks."""
+    """Raises ConfigError for features that any family may have and moe_dist lacks."""
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
     read.must_be("partial_rotary_factor", (1, 1.0), "rotary positions turn whole heads")
     read.must_be("rope_scaling", ({}, {"rope_type": "default"}, {"type": "default"}), "rotary positions are not scaled")
@@ -165,7 +165,7 @@ def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
 
 
 def _rope_base(family: ModelFamily, read: Fields) -> float:
-    """Returns the base of the rotary frequencies, which transformers 4 writes as rope_theta, 5 in rope_parameters."""
+    """Returns the base of the rotary frequencies: rope_theta of transformers 4, or in rope_parameters of transformers 5."""
     rope = read.get("rope_parameters", None)
     if rope is None:
         return read.positive("rope_theta", 10000.0) if family.name == "llama" else read.positive("rope_theta")
@@ -179,14 +179,14 @@ def _rope_base(family: ModelFamily, read: Fields) -> float:
 
 
 def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
-    """Returns the choice whose fields have the values of config.json; an absent field counts as in the first choice."""
+    """Returns the key of `choices` whose fields are those of config.json; an absent field has the first key's value."""
     first = next(iter(choices.values()))
     values = {name: read.flag(name, default) for name, default in first.items()}
     return next(choice for choice, fields in choices.items() if fields == values)
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """Returns the first MoE layer, the distance to the next MoE layer, and true if there are dense layers."""
+    """Returns the index of the first MoE layer, the distance between MoE layers, and True if there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
     step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")
@@ -201,7 +201,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def top_k_router(section: ModelSection) -> TopKRouterSection:
-    """Returns the router section; every supported family has a top-k router.
+    """Returns the section of the model's top-k router, the only kind of router that the families have.
 
     Raises:
         ConfigError: the router is of another kind.
@@ -213,7 +213,7 @@ def top_k_router(section: ModelSection) -> TopKRouterSection:
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the reasons why a family cannot hold a model without null experts; empty if it can."""
+    """Returns the settings of a model without null experts that a family does not support."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
@@ -233,7 +233,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of config.json for a section without null experts, for transformers 4 and 5."""
+    """Returns the fields of config.json, for transformers 4 and 5, of a model without null experts."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],

@@ -1,4 +1,4 @@
-"""Reads a config.json as plain JSON, and records which fields were read, so that an import can report unread fields."""
+"""Reads the fields of a config.json, and records which fields were read, so that an import can report the others."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from moe_dist.errors import ConfigError, DataError
 MAX_JSON_BYTES = 1 << 28
 _MISSING: Any = object()
 
-# Names, token ids, training options and switches of other code: none of these changes the logits.
+# Fields that do not change the logits: names, token ids, options of training and of transformers.
 INERT = frozenset(
     (
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
@@ -25,7 +25,7 @@ INERT = frozenset(
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+    """Reads a JSON object from a file; `what` names it in error messages.
 
     Raises:
         DataError: the file is missing, too large or not a JSON object.
@@ -44,17 +44,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of a config.json; every error gives field, value and rule."""
+    """The fields of a config.json. An error message has the field's name, its value and what is allowed."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self._family = values, family
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """Returns a field's value; null counts as absent.
+        """Returns a field's value, or the default if the field is absent or null.
 
         Raises:
-            ConfigError: the field is absent and has no default.
+            ConfigError: the field is absent or null, and has no default.
         """
         self._read.add(name)
         value = self._values.get(name)
@@ -65,41 +65,41 @@ class Fields:
         return default
 
     def whole(self, name: str, default: Any = _MISSING) -> Any:
-        """Returns an integer above 0, or the default."""
+        """Returns the value of a field that must be an integer above 0, or the default."""
         return self._fitting(name, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
 
     def one_of(self, names: Sequence[str]) -> int:
-        """Returns an integer above 0 that may have one of several names; fields that are present must agree."""
+        """Returns an integer above 0 from a field with one of several names; if several exist, they must be equal."""
         found = {name: self.whole(name) for name in names if self.get(name, None) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
         return next(iter(found.values())) if found else self.whole(names[0])
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """Returns a number above 0."""
+        """Returns the value of a field that must be a number above 0, or the default."""
         number = (int, float)
         return float(self._fitting(name, default, "a number above 0", lambda v: type(v) in number and 0 < v < math.inf))
 
     def many(self, name: str) -> list[Any]:
-        """Returns a list; empty if the field is absent."""
+        """Returns the value of a field that must be a list; an empty list if the field is absent."""
         return self._fitting(name, [], "a list", lambda value: isinstance(value, list))
 
     def flag(self, name: str, default: bool) -> bool:
         return self._fitting(name, default, "true or false", lambda value: isinstance(value, bool))
 
     def _fitting(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
-        """Returns a value that fits a rule, or the default."""
+        """Returns the value of a field, which must satisfy `fits`, or the default. `rule` names what it must be."""
         value = self.get(name, default)
         if value is not default and not fits(value):
             raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field is present and its value is not allowed, because our model lacks that feature."""
+        """Raises ConfigError if a field has a value that is not in `allowed`; `why` tells what moe_dist does instead."""
         value = self.get(name, None)
         if value is not None and value not in allowed:
             raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")
 
     def unread(self) -> Sequence[str]:
-        """Returns the fields that have a value, were not read, and may change the logits."""
+        """Returns the names of the fields that have a value, were not read, and may change the logits."""
         return sorted(name for name, value in self._values.items() if value is not None and name not in self._read | INERT)

@@ -1,11 +1,11 @@
-"""Imports a Hugging Face folder as a checkpoint for any layout of ranks, shard by shard, whatever its size.
+"""Imports a Hugging Face model of any size as a checkpoint, which any layout of ranks can load.
 
     <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>`
-    <out>/config.yaml          a whole configuration that trains the model; the user sets the data
-    <out>/huggingface/         config.json and the model's small files, for a later export
+    <out>/config.yaml          a complete configuration for training the model, except the data
+    <out>/huggingface/         config.json and tokenizer files of the model, for a later export
 
-The import is written to `<out>.importing`. Once all of it is durable, one rename makes `<out>`. A killed import continues
-in `<out>.importing` and keeps its complete shards. An import needs the memory of one shard in fp32 and one stored tensor.
+The import is written to `<out>.importing`. When all files are on disk, a rename makes `<out>`. After a killed import the
+same command keeps the complete shards in `<out>.importing`. Needs memory for one shard in fp32 and one stored tensor.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.runtime.progress import Report
 
-HUGGINGFACE = "huggingface"  # name of a folder in an import, and of a key in its state.json
+HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and key in state.json of the import's family and dtypes
 SHARD_BYTES = 512 << 20
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -50,15 +50,15 @@ _PLAN_FILE, _TREE = "plan.json", "tree"
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of an import."""
+    """What an import read and wrote."""
 
     family: str  # `model_type`
     tensors: int
     shards: int
-    kept: int  # shards that an earlier, killed import had written
+    kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
-    converted: Mapping[str, int]  # number of tensors by stored dtype; all become fp32
+    converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
 
 
 def import_model(
@@ -70,12 +70,12 @@ def import_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Imported:
-    """Imports a model. Overwrites nothing.
+    """Imports the model in `folder` as the new folder `out`.
 
     Raises:
-        ConfigError: `out` exists, an option does not fit, or the family or a field is not supported.
-        DataError: the folder is damaged or contradicts its config.json, or the tokenizer does not fit.
-        CheckpointError: the result cannot be written; finished shards are kept, and the same command continues.
+        ConfigError: `out` exists, an option does not fit the model, or moe_dist does not support the family or a field.
+        DataError: `folder` is damaged, or its tensors or its tokenizer do not fit its config.json.
+        CheckpointError: `out` cannot be written; complete shards are kept, and the same command continues.
     """
     options = options or ImportOptions()
     if os.path.lexists(out):
@@ -115,18 +115,18 @@ def import_model(
 
 
 def check_tokenizer(source: Source, *, vocab_size: int) -> None:
-    """Reads tokenizer.json if it exists. A tokenizer may have fewer tokens than the model has rows, because vocabularies
-    are padded.
+    """Checks tokenizer.json if it exists. The model may have more rows in its embedding than the tokenizer has tokens,
+    because vocabularies are padded.
 
     Raises:
-        DataError: the file cannot be read, or a token's id has no row in the model.
+        DataError: the file cannot be read, or a token's id is not below `vocab_size`.
     """
     if TOKENIZER_FILE not in source.companions:
         return
     path = inside(source.folder, TOKENIZER_FILE)
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # the package tokenizers raises a bare Exception
         raise DataError(f"{path}: cannot be read: {error!s:.200}") from error
     token = max(vocabulary, key=lambda each: vocabulary[each], default=None)
     if token is not None and vocabulary[token] >= vocab_size:
@@ -137,7 +137,7 @@ def check_tokenizer(source: Source, *, vocab_size: int) -> None:
 
 
 def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: str) -> Config:
-    """Makes a configuration that fine-tunes the model on one device; the user sets `data`."""
+    """Makes the configuration of a run that fine-tunes the imported model on one device; the user sets `data`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
@@ -158,7 +158,8 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """Makes the temporary folder beside `out`, and locks it for this process; removes it once `out` exists."""
+    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes it at the end of the
+    `with` block, but not after an error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -172,11 +173,11 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
-    """Returns the id of the save: a new one, or that of a killed import with the same input.
+    """Returns the save id of the checkpoint: a new one, or the one of a killed import with the same source and options.
 
     Raises:
-        ConfigError: the killed import had other input.
-        CheckpointError: there is not enough space.
+        ConfigError: the killed import had another source or other options.
+        CheckpointError: the disk has not enough space.
     """
     told = {
         "files": source.files,
@@ -207,7 +208,7 @@ def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions
 def _write_shards(
     place: Path, source: Source, plan: ImportPlan, options: ImportOptions, save_id: str, report: Report
 ) -> int:
-    """Writes the missing shards, each by one rename; returns the number of shards that existed."""
+    """Writes the shards that do not exist yet, each by one rename; returns the number of shards that existed."""
     target, writing = place / _TREE / "step_0", place / "writing"
     for folder in (target, writing):
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,7 @@ def _write_shards(
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            # No variable holds the shard, so that its memory is freed before the next shard is read.
+            # No variable refers to the shard's tensors, so that their memory is freed before the next shard is read.
             write_shard(
                 writing,
                 number,
@@ -242,8 +243,8 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
 def _conclude(
     tree: Path, source: Source, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str
 ) -> None:
-    """Writes index, state and digests of the checkpoint, the configuration, and the small files of the source; syncs all
-    of them to disk."""
+    """Writes all files of the import except the shards: index.json, state.json, SHA256SUMS, `latest`, config.yaml and the
+    folder `huggingface`. Syncs them to disk."""
     folder = tree / "step_0"
     specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
@@ -265,8 +266,8 @@ def _conclude(
 
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
-    """Returns the family and the stored dtype of each logical tensor, which an import recorded in state.json. Any other
-    checkpoint gives None and no dtypes."""
+    """Returns the Hugging Face family, and the dtype that each logical tensor had in the Hugging Face folder, from the
+    values of an import's state.json. Returns None and no dtypes for any other checkpoint."""
     noted = values.get(HUGGINGFACE)
     if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
         return None, {}

@@ -1,13 +1,13 @@
-"""Merges LoRA adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
+"""Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
 
-In attention all tokens use the same matrix. In an FFN they do if no adapter's weight depends on the token, which requires
+All tokens must use the same adapters with the same weights. In attention they do. In an FFN this requires
 
-- one group, because tokens of another group use other adapters,
-- no null experts, because a null choice uses the FFN without an adapter, and
-- one expert, whose probability is exactly 1; or several experts that every token chooses (top_k = num_experts) with a
-  weight of exactly 1 (straight_through, published). The sum of the experts' products is then merged.
+- one expert group, because tokens of another group use other adapters,
+- no null experts, because a token that chooses a null expert uses the FFN without an adapter, and
+- one expert, whose weight is then exactly 1; or several experts that every token chooses (top_k = num_experts) with a
+  weight of exactly 1 (straight_through, published), whose products B A are then summed.
 
-If one of these conditions fails, no single matrix equals the FFN.
+Without one of these conditions the export is refused.
 """
 
 import re
@@ -28,7 +28,7 @@ _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
 def check_mergeable(model: ModelSection) -> None:
-    """Raises ConfigError, with every reason, if no single matrix can replace the adapters."""
+    """Raises ConfigError, with every reason, if the adapters cannot be merged."""
     experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
         return
@@ -53,8 +53,8 @@ def check_mergeable(model: ModelSection) -> None:
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
-    """Makes a function that reads a tensor of the base and merges the adapters into it, in fp32. A tensor that was trained
-    as a whole, such as a router of an MoE base, comes from the adapters' checkpoint.
+    """Makes a function that reads a tensor of the base and merges its adapters into it, in fp32. A tensor that the
+    checkpoint of adapters contains in whole, such as a router of an MoE base, is read from there.
 
     Args:
         model: Model section of the adapters' run, which `check_mergeable` has accepted.
@@ -74,7 +74,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Returns the names of the matrices A and B that adapt a matrix of the base, with their scale; empty without any."""
+    """Returns (name of A, name of B, alpha / r) of the adapter of the base's matrix `name`; empty without an adapter."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
@@ -87,6 +87,6 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """Returns B A in float64, summed over experts if there are several; the caller rounds once."""
+    """Returns B A in float64, summed over the experts of a stack; in float64, so that only the caller rounds."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

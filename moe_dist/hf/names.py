@@ -1,8 +1,8 @@
-"""Maps each of our logical tensors to a place among a family's tensors, for both layouts of Hugging Face checkpoints.
+"""Maps each logical tensor of moe_dist to its place in the tensors of a Hugging Face family, in both layouts of the latter.
 
-By default transformers writes one tensor for each expert and matrix. With `save_original_format=False` it writes fused
-tensors: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows, and down_proj [n, D, F]. In both layouts a
-logical tensor is contiguous, so a name and a first element give its place.
+By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
+the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
+down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element.
 """
 
 import math
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
-    """Fills shards of at most `most` bytes with items in order; a larger item gets a shard of its own.
+    """Divides items, in order, into shards of at most `most` bytes; a larger item gets a shard of its own.
 
     Args:
         items: Pairs of an item and its number of bytes.
@@ -35,20 +35,20 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A contiguous range of elements in one of the family's tensors."""
+    """The place of a logical tensor: contiguous elements in one of the family's tensors."""
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
-    begin: int = 0  # first element of the range, in row-major order
+    begin: int = 0  # index of the first of these elements in the family's tensor, in row-major order
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One of our logical tensors."""
+    """A logical tensor of moe_dist, and its possible places in the tensors of a family."""
 
     name: str
     shape: tuple[int, ...]
-    places: tuple[TensorPlace, ...]  # possible places, the layout to write first; empty if the family has no such tensor
+    places: tuple[TensorPlace, ...]  # an export uses the first place; empty if the family has no such tensor
 
     @property
     def numel(self) -> int:
@@ -56,7 +56,7 @@ class Slot:
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Lists every parameter of a model with its places, except the router rows of null experts."""
+    """Lists every parameter of a model, except the router rows of null experts, with its places in the family's tensors."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -75,7 +75,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
-    """Returns the logical name of the router rows of true or null experts."""
+    """Returns the logical name of the router rows of the layer's experts of a `kind`: `true` (not null) or `null`."""
     (name,) = section.moe.groups
     return f"layers.{layer}.moe.router.{name}.{kind}"
 
@@ -127,7 +127,7 @@ def _moe(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> 
 def _expert_places(
     family: ModelFamily, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
 ) -> Iterator[TensorPlace]:
-    if not family.experts:  # the experts of a formerly dense model are copies of its FFN
+    if not family.experts:  # the experts of a dense model's import are copies of its FFN
         yield TensorPlace(f"{theirs}.mlp.{part}_proj.weight", shape)
         return
     if family.name == "mixtral":

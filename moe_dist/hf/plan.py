@@ -1,6 +1,6 @@
-"""Plans an import: where each logical tensor comes from, and which shard of bounded size holds it.
+"""Plans an import: where the values of each logical tensor come from, and which shard, of limited size, gets the tensor.
 
-A plan depends only on the source's headers and the options, so a killed import continues with the same plan.
+A plan depends only on the headers of the files and on the options, so a killed import continues with the same plan.
 """
 
 import math
@@ -23,31 +23,31 @@ from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
 from moe_dist.placement.roles import Role, role_of_name
 
-ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights
+ITEMSIZE = torch.float32.itemsize  # bytes per element: checkpoints have fp32 weights
 
 _TOGETHER = "take config.json and weights of one model"
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Options by which an import changes the model."""
+    """Options of an import that change the model or add experts to it."""
 
-    null_experts: int = 0  # number of null experts, whose router rows are copies of true rows
+    null_experts: int = 0  # number of null experts; their router rows are copies of those of the true (not null) experts
     top_k: int | None = None  # choices per token if there are null experts
-    experts: int = 1  # number of copies of each dense FFN
-    experts_top_k: int = 1  # choices per token among the copies
-    seed: int = 0  # seed of the router rows of the copies
-    modalities: tuple[str, ...] = ("text",)  # modalities of the one expert group
+    experts: int = 1  # number of experts per layer that are copies of the dense FFN
+    experts_top_k: int = 1  # choices per token among these copies
+    seed: int = 0  # seed of the random router rows of these copies
+    modalities: tuple[str, ...] = ("text",)  # modalities of the only expert group
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Some rows of a logical tensor, and where their values come from: from the stored tensor `source` at element `begin`,
-    from the rows of `source` repeated (tiled), from zeros, or from a normal draw that the name seeds."""
+    """Some rows of a logical tensor, and the origin of their values (`kind`): the stored tensor `source` from element
+    `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
-    row: int  # first row (of a vector: first element)
+    row: int  # index of the part's first row (of a vector: first element)
     rows: int
     kind: Literal["stored", "tiled", "zeros", "normal"]
     source: str = ""
@@ -63,7 +63,7 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the part in fp32, which represents each supported dtype exactly."""
+        """Reads or draws the values of the part. They are fp32, which represents each supported dtype exactly."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         return Piece(self._tensor(source, seed).to(torch.float32), offsets, self.shape)
 
@@ -80,11 +80,11 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Everything that an import writes."""
+    """The model section and the shards that an import writes."""
 
-    section: ModelSection  # model section of the result
-    shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of writing
-    dtypes: Mapping[str, str]  # stored dtype of each logical tensor that is read
+    section: ModelSection  # section `model` of the imported model
+    shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
+    dtypes: Mapping[str, str]  # dtype in the Hugging Face folder of each logical tensor that is read from it
 
     @property
     def parts(self) -> list[TensorPart]:
@@ -96,7 +96,7 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the `model` section of the result: the source's section with null experts, copies and modalities.
+    """Returns the section `model` of the imported model: that of config.json, with the changes of `options`.
 
     Raises:
         ConfigError: an option does not fit the model; gives the reason and valid values.
@@ -111,7 +111,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
         group |= {"num_experts": options.experts, "top_k": options.experts_top_k}
     if options.null_experts:
         group |= _with_nulls(group, options)
-        if router["normalise"] == "none":  # a softmax over n + m columns would make every weight smaller
+        if router["normalise"] == "none":  # the softmax over n true and m null columns has smaller weights
             router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
@@ -124,7 +124,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
-    """Turns pydantic's errors about values that a user gave as options into a ConfigError."""
+    """Turns pydantic's errors about values of options or config.json into a ConfigError; `what` begins its message."""
     problems = []
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
@@ -152,11 +152,11 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
     """Makes the plan of an import.
 
     Args:
-        section: Model section of the result, from `changed_section`.
-        shard_bytes: Largest size of a shard; a larger tensor is cut by rows.
+        section: Result of `changed_section`.
+        shard_bytes: Most bytes of a shard; a larger tensor is divided by rows.
 
     Raises:
-        DataError: tensors of the source are missing, left over or of another shape; names all of them.
+        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all.
     """
     problems: list[str] = []
     parts: list[TensorPart] = []
@@ -185,19 +185,19 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Returns new router rows, which a dense model lacks."""
-    kind = "zeros" if slot.shape[0] == 1 else "normal"  # the row of a single expert has no effect
+    """Returns initial router rows for a dense model, which has none."""
+    kind = "zeros" if slot.shape[0] == 1 else "normal"  # the row of a layer's only expert has no effect
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
 def _has_null_rows(part: TensorPart, section: ModelSection) -> bool:
-    """Returns true for the true rows of a router that gets rows for null experts."""
+    """Returns True if the part is the router rows of true experts, and the model also has null experts."""
     (group,) = section.moe.groups.values()
     return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
 
 
 def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
-    """Returns the router rows of null experts, as copies of the true rows."""
+    """Returns the router rows of null experts, as copies of `gate`, the router rows of the true experts."""
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(
@@ -209,7 +209,7 @@ def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
 
 
 def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:
-    """Cuts a part by rows if it is larger than a shard."""
+    """Divides a part by rows into parts of at most `shard_bytes`."""
     if part.kind != "stored" or part.nbytes <= shard_bytes:
         yield part
         return

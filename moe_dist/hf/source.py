@@ -1,7 +1,7 @@
-"""Opens a Hugging Face folder for reading: only config.json and safetensors files, nothing outside the folder, no code.
+"""Opens a Hugging Face folder for an import. Reads only config.json and safetensors files in the folder, and runs no code.
 
-A tensor is read by a plain read of a range of elements, because a mapped file would count as a whole against a limit of the
-process's memory.
+Tensors are read by plain reads, because a memory-mapped file would count as a whole against a limit of the process's
+memory.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from moe_dist.hf.fields import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Small files of a model besides its weights, which are copied and not read.
+# Files that an import copies along with config.json. It reads only tokenizer.json of them.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -33,10 +33,10 @@ COMPANIONS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-AGAIN = "copy or download it again"  # the fix for a file that has changed
+AGAIN = "copy or download it again"  # the advice for a damaged file, in error messages
 
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints; config.json determines its values
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name that leads into no other folder
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # unread: a buffer in old Llama checkpoints
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
 
 class _Entry(StoredModel):
@@ -50,30 +50,30 @@ _HEADER = TypeAdapter(dict[str, Any])
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the folder."""
+    """One tensor in a safetensors file of the folder."""
 
     file: str
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
-    begin: int  # first byte in the file
+    begin: int  # offset of the first byte in the file
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened folder."""
+    """An opened Hugging Face folder."""
 
     folder: Path
     config: Mapping[str, Any]  # content of config.json
     tensors: Mapping[str, Stored]
-    files: Mapping[str, tuple[int, int, str]]  # for each file of weights: size, time of change, header's digest
+    files: Mapping[str, tuple[int, int, str]]  # safetensors files: bytes, time of change, digest of the header
     pickles: Sequence[str]  # pickle files, which are never opened, because reading them can run code
-    companions: Sequence[str]  # names of the small files that exist
+    companions: Sequence[str]  # those of COMPANIONS that the folder contains
 
     def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
-        """Reads elements of a tensor from the element `begin` on (in row-major order) into a tensor of the given shape.
+        """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
 
         Raises:
-            DataError: the file is shorter than when it was opened.
+            DataError: the file cannot be read, or is shorter than when its header was read.
         """
         stored = self.tensors[name]
         tensor = torch.empty(tuple(shape), dtype=DTYPES[stored.dtype])
@@ -92,11 +92,11 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder and reads every header.
+    """Opens a folder, and reads config.json and the header of every safetensors file.
 
     Raises:
-        DataError: lists all faults: no safetensors, a missing or truncated file, one outside the folder, a tensor that is
-            not where the index says, a dtype not in DTYPES.
+        DataError: there are no safetensors files, a file is missing, truncated or outside the folder, a tensor is not in
+            the file that the index names, or has a dtype that is not in DTYPES. Lists all such problems.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
@@ -136,10 +136,10 @@ def open_source(folder: Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Returns the path of a plain file in the folder.
+    """Returns the path of the file `name` in the folder.
 
     Raises:
-        DataError: the path is missing, is no file, or is a link to outside the folder.
+        DataError: the path does not exist, is no file, or is a link to a place outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -150,7 +150,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
-    """Returns the file of each tensor, from the index; None if there is one file and no index."""
+    """Maps each tensor's name to its file's name, from the index; None if there is one file and no index."""
     safe = [name for name in names if name.endswith(".safetensors")]
     if INDEX_FILE not in names:
         if WEIGHTS_FILE in names:
@@ -177,7 +177,7 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Returns the tensors of a safetensors file, and the digest of the header; checks that the file's size fits them."""
+    """Returns a safetensors file's tensors by name and its header's digest. Checks that the file's size fits the header."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)

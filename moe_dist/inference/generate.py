@@ -13,26 +13,26 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences per batch, not counting guidance's plain copies
+_BATCH = 64  # sequences per batch; with guidance as many copies without captions are added
 
 
 @dataclass(frozen=True)
 class Request:
     """Settings of a generation."""
 
-    max_new_tokens: int  # a picture starts only if all its tokens fit
+    max_new_tokens: int  # per prompt; a picture is started only if all its tokens fit into the rest
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # sequence b draws from (seed, b)
-    one_picture: bool = False  # stop at the end mark of a picture
-    text_only: bool = False  # start no picture
+    seed: int = 0  # sequence b draws from a random stream with the seed (seed, b)
+    one_picture: bool = False  # True to stop after the end mark of a picture
+    text_only: bool = False  # True to start no picture
     guidance: float = 1.0  # strength of classifier-free guidance; values other than 1 need `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Refuses prompts that do not fit the model.
+    """Checks that each prompt and its new tokens fit into the model's longest sequence.
 
     Raises:
-        ConfigError: a prompt is empty or too long, or `max_new_tokens` is below 1.
+        ConfigError: they do not fit, a prompt is empty, or `max_new_tokens` is below 1.
     """
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("there must be a prompt of one token at least, and one token to make")
@@ -47,7 +47,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 class Generator:
-    """Continues prompts with one model, which has all experts on one device and is put into evaluation mode."""
+    """Continues prompts with one model. All its experts must be on one device. Puts the model into evaluation mode."""
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len
@@ -60,13 +60,14 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """New tokens of each prompt, up to and including the end mark. Costs one host sync per token.
+        """The new tokens of each prompt, including the end mark of the document or picture at which the generation stops.
+        Costs one host sync per token and batch.
 
         Args:
-            plain: For guidance: the same prompts without captions.
+            plain: For guidance: the prompts without their captions.
 
         Raises:
-            ConfigError: a prompt does not fit, see `check_lengths`.
+            ConfigError: from `check_lengths`.
         """
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
@@ -107,7 +108,7 @@ class Generator:
         return GrammarState.TEXT_ONLY if request.text_only and state is GrammarState.TEXT else state
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
-        """Runs all prompts as one batch, padded at the end; returns the logits of each prompt's last token [B, V]."""
+        """Runs all prompts as one batch, padded at the end. Returns the logits after each prompt's last token, [B, V]."""
         longest = max(map(len, prompts))
         padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self._device)
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
@@ -117,8 +118,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Adds one token to each sequence and to its plain copy. Finished sequences continue with padding, so that the
-        batch keeps its shape."""
+        """Appends one token to each sequence and to its copy without caption; returns the logits after it. A finished
+        sequence gets padding, so that the batch keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

@@ -1,7 +1,7 @@
-"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
+"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; the rest is text.
 
-The training data have this form (`moe_dist/data/picture_coding.py`). Sampling must keep to this form, because a picture
-with a missing code cannot be decoded. Each sequence is in one of four states.
+The training data have this form (`moe_dist/data/picture_coding.py`). Generated tokens must have it too, because a picture
+with a missing code cannot be decoded.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """The tokens that may come next in a sequence."""
+    """What may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: the end mark of a picture."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # text or the end of the document, because no picture would fit any more
+    TEXT_ONLY = 1  # text or the end of the document, because no picture fits into the rest
     CODE = 2
     END_OF_PICTURE = 3
 
@@ -29,26 +29,26 @@ class GrammarState(IntEnum):
 class Grammar:
     """The grammar of a data set."""
 
-    modality_of_id: np.ndarray  # int64 [V], an index into `modalities`
-    modalities: tuple[str, ...]  # names, in the order of the manifest
-    eos_id: int  # ends a document
-    begin_id: int | None  # start mark of a picture; None if the data have no pictures
-    end_id: int | None  # end mark of a picture
-    cells: int  # codes in a picture; 0 without pictures
-    allowed_SV: np.ndarray  # bool [4, V], the ids that each state allows
+    modality_of_id: np.ndarray  # int64 [V], modality of each token id as an index into `modalities`; -1 for none
+    modalities: tuple[str, ...]  # names of the modalities, in the order of the manifest
+    eos_id: int  # id of the token that ends a document
+    begin_id: int | None  # id of the start mark of a picture; None if the data have no pictures
+    end_id: int | None  # id of the end mark of a picture
+    cells: int  # number of codes in a picture; 0 without pictures
+    allowed_SV: np.ndarray  # bool [4, V], True for the ids that a state allows
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
-        """The state after `tokens`, if at most `room` more tokens may follow."""
+        """The state of a sequence with the tokens `tokens`, if at most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
-            since = list(reversed(tokens)).index(self.begin_id)  # tokens after the last start mark
+            since = list(reversed(tokens)).index(self.begin_id)  # number of tokens after the last start mark
             if since < self.cells:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # codes and marks
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # and both marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Codes of each complete picture in the tokens, int64 [cells]; code 0 is the first of the codebook."""
+        """Codes of each complete picture in `tokens`, int64 [cells], as indices into the codebook."""
         first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
@@ -58,7 +58,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The text tokens, without pictures, marks and the end of the document."""
+        """The text tokens in `tokens`, without pictures, marks and the end of the document."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -66,7 +66,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """The grammar of a data set.
 
     Args:
-        vocab_size: Ids of the model. The model may have more ids than the data; ids beyond the data's are never drawn.
+        vocab_size: Number of ids of the model. Ids that the data do not have are never drawn.
         never: Ids that are never drawn, because they occur only as the first token of a document.
 
     Raises:
@@ -84,7 +84,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # allowed even if pad_id is the same id, as in some hand-made data
+    text[manifest.eos_id] = True  # even if pad_id is the same id, as in some hand-made data
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

@@ -1,6 +1,6 @@
-"""Adapts a trained model to EleutherAI's lm-evaluation-harness (package lm_eval, extra `evaluate`).
+"""Makes a trained model usable by EleutherAI's lm-evaluation-harness (package lm_eval, in the extra `evaluate`).
 
-Import this module only where lm_eval is installed. Runs on one process.
+Can be imported only if lm_eval is installed. Runs in one process.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
-_MAX_NEW_TOKENS = 256  # default for tasks that set no limit
+_MAX_NEW_TOKENS = 256  # for tasks that set no limit
 
 
 class HarnessModel(LM):
-    """A model with the three methods that the harness calls.
+    """A trained model with the three methods that the harness calls.
 
-    A context that does not fit into `max_seq_len` loses its beginning, except the begin mark of a document. `likelihood`
-    and `generator` use the same model.
+    If a context does not fit into `max_seq_len`, its first tokens are left out, except the begin mark of the document.
+    `likelihood` and `generator` must use the same model.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the log-likelihood of the continuation, and True if it is the greedy one."""
+        """For each (context, continuation): the continuation's log-likelihood, and True if greedy decoding gives it."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -43,7 +43,7 @@ class HarnessModel(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """For each (text,): the log-likelihood. Each token is scored once, with as much context as fits into its window."""
+        """For each (text,): its log-likelihood, the sum over windows of at most `max_seq_len` tokens (see `_windows`)."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
         sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
@@ -52,7 +52,7 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """For each (context, options): the generated text, up to the first stop string of the option `until`.
+        """For each (context, options): the generated text before the first of the stop strings in the option `until`.
 
         Raises:
             ConfigError: an option is not supported.
@@ -61,7 +61,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)  # the harness can resume from this cache
+            self.cache_hook.add_partial("generate_until", request.args, text)  # a restarted harness reads this cache
             texts.append(text)
         return texts
 
@@ -76,7 +76,7 @@ class HarnessModel(LM):
                 f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
                 "temperature and top_p: take the others out of the task"
             )
-        room = min(room, self._max_seq_len - 1)  # leaves at least one token of context
+        room = min(room, self._max_seq_len - 1)  # at least one token of context stays
         prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
         text = self._vocabulary.text(self._generator([prompt], wanted)[0])
@@ -85,8 +85,7 @@ class HarnessModel(LM):
         return text
 
     def _pair(self, context: str, continuation: str) -> Continuation:
-        # A space between context and continuation belongs to the continuation: byte-level BPE joins a space to the next
-        # word.
+        # Spaces at the context's end go to the continuation, because byte-level BPE joins a space to the word after it.
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -100,7 +99,7 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Windows that together score each token once; the contexts overlap. Empty text gives none."""
+        """Windows that together score each token of a text once, with as much context as fits. An empty text has none."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):
@@ -111,5 +110,5 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """The last `length` tokens of a prompt; the begin mark replaces the first of these tokens."""
+        """Shortens a prompt to `length` tokens: the begin mark and the last `length` - 1 tokens."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

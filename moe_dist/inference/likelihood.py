@@ -1,7 +1,7 @@
-"""Log-likelihood of continuations, over any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
+"""Log-likelihood of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
-Sequences of similar length share a batch, padded at the end. Each sequence is computed whole, so every choice computes its
-question again. A key-value cache would avoid this, but the ranks of an EP group would have to agree on its lengths.
+Sequences of similar length share a batch, padded at the end. The model runs on each context once per continuation. A
+key-value cache would avoid this, but the ranks of an EP group would then have to agree on the lengths of their caches.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """Token ids of the given context, and of the continuation to score. Each has at least one token."""
+    """Token ids of a context, and of the continuation to score (`tokens`). Each has at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -32,20 +32,20 @@ class Continuation(NamedTuple):
 class Score(NamedTuple):
     """The score of one continuation."""
 
-    nats: float  # log-likelihood
-    greedy: bool  # true if each token of the continuation is the likeliest at its place
+    nats: float  # log-likelihood of the continuation's tokens
+    greedy: bool  # True if each token of the continuation is the most likely one at its position
 
 
 class Likelihood:
     """Scores continuations with one model; each rank scores a part of them.
 
     Args:
-        model: The model with this rank's experts. Likelihood puts it into evaluation mode: no capacity, no noise, and a
-            causal router where experts choose their tokens.
-        group_of_modality: Expert group of each modality.
+        model: The model with this rank's experts; is put into evaluation mode, which has no capacity limit and no noise,
+            and in which the routing of a token does not depend on later tokens.
+        group_of_modality: Index of the expert group of each modality.
         max_seq_len: Longest sequence that the model supports.
         mesh: All ranks; None for a single rank.
-        batch_tokens: Most tokens in one batch of a rank, padding included.
+        batch_tokens: Most tokens per batch of a rank, padding included.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Likelihood:
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """The score of each continuation, in order. Collective: every rank passes the same continuations and gets all
+        """The scores, in the order of the continuations. Collective: every rank passes the same continuations and gets all
         scores.
 
         Raises:
-            ConfigError: a continuation is empty or longer than the model supports; raised before anything is computed.
+            ConfigError: from `check_lengths`, before anything is computed.
         """
         check_lengths(continuations, self._max_seq_len)
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
@@ -80,20 +80,21 @@ class Likelihood:
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]  # device-to-host sync
 
     def _score(self, batch: Sequence[Continuation]) -> Tensor:
-        """float64 [B, 2]: nats, and 1 if the continuation is greedy."""
+        """The fields of `Score` of each continuation in a batch, float64 [B, 2]; `greedy` is 1 or 0."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # collective, so an empty batch runs too
-        nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # labels that are not scored count 0
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # collective, so a batch of padding runs too
+        nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 where the label is IGNORED
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]
 
 
 def check_lengths(continuations: Sequence[Continuation], max_seq_len: int) -> None:
-    """Refuses continuations that are empty or too long. Raises: ConfigError."""
+    """Raises ConfigError if a context or continuation is empty, or if both together, without the last token, are longer
+    than `max_seq_len`."""
     if not all(each.context and each.tokens for each in continuations):
         raise ConfigError("a question and each of its choices must be one token at least")
-    # The last token is scored but never an input.
+    # The last token is only a label, not an input.
     longest = max((len(each.context) + len(each.tokens) - 1 for each in continuations), default=0)
     if longest > max_seq_len:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Loads the model of a run from a checkpoint of any layout, onto one process or spread over several ranks."""
+"""Loads the model of a run from a checkpoint of any layout of ranks, into one process or distributed over several ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from moe_dist.train.resume import mapping_of, saved_config
 
 
 class CheckpointReader:
-    """Reads checkpoints of one run, of any layout, repeatedly into one model in evaluation mode.
+    """Loads checkpoints of one run, one after the other, into the same model in evaluation mode.
 
     Args:
-        checkpoints: The run's folder of checkpoints.
-        config: The run's configuration, whose layout of ranks is not used.
-        mesh: Spreads the experts over its EP groups; None keeps all experts on this rank.
+        checkpoints: Folder of the run's checkpoints.
+        config: The run's configuration; its layout of ranks is not used.
+        mesh: The experts are divided among the ranks of its EP groups; None for all experts on this rank.
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
@@ -43,30 +43,30 @@ class CheckpointReader:
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
         with torch.device("meta"):
             self.model = build_model(config, self.placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
-        allocate(self.model, device)  # uninitialised memory, because `read` loads every tensor
+        allocate(self.model, device)  # not initialised, because `read` loads every tensor
         freeze(self.model, config)
         self.model.eval()
         group = None if mesh is None else mesh.checkpoint
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
         self._layout, part = rank_layout(self.placement, mesh), saved_part(config)
         self.state = capture(self.model, None, self._layout, part=part)
-        self._has_base = part != "trained"  # a checkpoint of adapters does not contain its base
+        self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base
 
     def read(self, folder: Path) -> Transformer:
-        """The model with a checkpoint's weights. Collective with a mesh.
+        """Loads a checkpoint and returns the model. Collective if there is a mesh.
 
         Raises:
-            DataError: the checkpoint is damaged, or the base of its adapters is missing.
+            DataError: the checkpoint is damaged, or its adapters' base is missing.
         """
         restored = self._manager.load(folder, self.state)
-        if not self._has_base:  # all checkpoints of a run share one base, so it is loaded once
+        if not self._has_base:  # once, because all checkpoints of a run have the same base
             load_base(restored.values, folder, self._manager, self.model, self._layout)
             self._has_base = True
         return self.model
 
 
 def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
-    """Placement of a trained model's experts on an EP group of `ranks` ranks."""
+    """Placement, for inference, of a trained model's experts on an EP group of `ranks` ranks."""
     groups = expert_groups(config.model.moe)
     if config.model.moe.experts.replicated:
         return replicated_placement(groups)
@@ -75,12 +75,12 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint with the configuration and the data of its run; the weights are not loaded yet.
+    """A checkpoint with the configuration and the manifest of its run; `load` loads the weights.
 
     Attributes:
         folder: Folder of the checkpoint.
-        step: Training steps before the checkpoint.
-        config: The saved configuration, with the present place of the data as `data.path`.
+        step: Number of training steps before the checkpoint.
+        config: The saved configuration, but with the data set's present folder as `data.path`.
     """
 
     folder: Path
@@ -89,33 +89,33 @@ class LoadedRun:
     manifest: Manifest
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """The model in evaluation mode, see `CheckpointReader`. Collective with a mesh."""
+        """Loads and returns the model in evaluation mode, see `CheckpointReader`. Collective if there is a mesh."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
-        """Tokenizer, grammar and codebook of the run's data; raises as `Vocabulary`."""
+        """Tokenizer, grammar and codebook of the run's data set."""
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """Loads the model and returns its scorer; the ranks of a mesh share the work. Collective with a mesh."""
+        """Loads the model and returns its `Likelihood`. Collective if there is a mesh."""
         model, groups = self.load(device, mesh), self.group_of_modality
         max_seq_len = self.config.model.max_seq_len
         return Likelihood(model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len, mesh=mesh)
 
     @property
     def group_of_modality(self) -> list[int]:
-        """Index of the expert group of each modality of the data."""
+        """Index of the expert group of each modality, in the order of the manifest."""
         return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
 def causal_problems(config: Config) -> list[str]:
-    """Reasons why a model cannot generate: in evaluation the routing of a token depends on later tokens."""
+    """Reasons why the routing of a token depends on later tokens even in evaluation, so that the model cannot generate."""
     problem = config.model.moe.router.not_causal()
     return [problem] if problem else []
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `cpu`, `cuda`, or `auto` (CUDA if available).
+    """The device with the name `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
         ConfigError: the name is unknown, or CUDA is not available.
@@ -130,17 +130,17 @@ def choose_device(wanted: str) -> torch.device:
 def find_trained(
     path: Path, *, step: int | None = None, data: Path | None = None, allow: Callable[[Config], list[str]] = lambda _: []
 ) -> LoadedRun:
-    """Finds the checkpoint of a run and the data of its training.
+    """Finds a checkpoint, and the data set on which its run was trained.
 
     Args:
-        path: A run, a folder of checkpoints, or a checkpoint.
-        step: Step of the checkpoint; the newest by default.
-        data: Present folder of the data set; by default the folder in the run's configuration.
-        allow: Returns reasons not to use a run of this configuration; called before the data are read.
+        path: A run folder, a folder of checkpoints, or the folder of a checkpoint.
+        step: Step of the checkpoint; by default the newest.
+        data: The data set's present folder; by default the folder in the run's configuration.
+        allow: Function that returns reasons not to use a run with a given configuration.
 
     Raises:
-        ConfigError: the checkpoint or the data do not exist, or `allow` returns a reason.
-        DataError: files are damaged, or the data differ from those of the training.
+        ConfigError: the checkpoint or the data set does not exist, or `allow` returns a reason.
+        DataError: files are damaged, or the run was trained on other data.
     """
     folder = find_checkpoint(path) if step is None else _of_step(path, step)
     state = open_checkpoint(folder).state

@@ -1,11 +1,12 @@
-"""Multiple choice by log-likelihood: the model takes the choice with the highest log-likelihood.
+"""Answers multiple-choice questions: the model takes the choice with the highest log-likelihood after the question.
 
-Each choice has two measures: `plain` is the log-likelihood; `normalised`, the default, is the log-likelihood divided by the
-number of tokens, because `plain` favours short choices.
+There are two measures of a choice: `plain` is its log-likelihood; `normalised`, the default, is its log-likelihood divided
+by its number of tokens, because `plain` favours short choices.
 
-Without rotations a question does not list its choices, so their order matters only on ties, which the first choice wins.
-With rotations a question lists its choices, and the model answers it once for each choice, with that choice listed first. A
-question counts as right only if every answer is right, so a model that always takes the second choice answers none.
+Without rotations the text of a question does not list the choices, so their order matters only for equal measures, where
+the first choice is taken. With rotations the text lists the choices, and the model answers once per choice, with that
+choice first. The question counts as right only if every answer is right, so a model that always takes the second choice
+gets none right.
 """
 
 from collections.abc import Sequence
@@ -31,33 +32,33 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and the model's choices.
+    """A question and the choices that the model took.
 
     Attributes:
-        taken: For each measure and rotation, the index of the choice that the model took. Indices are those of the
-            unrotated question.
+        taken: By measure, for each rotation, the index of the choice that the model took, in the order of the unrotated
+            question.
     """
 
     question: Question
     taken: dict[Measure, tuple[int, ...]]
 
     def right(self, measure: Measure) -> bool:
-        """True if the model took the right choice under every rotation."""
+        """True if the model took the right choice in every rotation."""
         return all(choice == self.question.answer for choice in self.taken[measure])
 
 
 class Prompts:
-    """Writes questions like the documents of the data: a text continues, and a picture stands before or after its caption.
+    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption.
 
     Args:
-        listed: True if a question lists all choices.
+        listed: True if the text of a question lists all choices.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
         self._vocabulary, self._listed = vocabulary, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
-        """The question followed by each of its choices."""
+        """For each choice of the question: the question as context, and the choice as continuation."""
         context = self._context(question)
         return [Continuation(context, self._choice(question, choice)) for choice in question.choices]
 
@@ -78,7 +79,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # the question contains the start mark, and the end mark is certain
+            return self._tokens(choice)[1:-1]  # the context has the start mark; the end mark has probability 1
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -87,11 +88,11 @@ class Prompts:
         return encode_texts(self._vocabulary.tokenizer, [part])[0].tolist()
 
 
-Written = list[list[list[Continuation]]]  # indexed by question, rotation and choice
+Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """The questions as tokens.
+    """The questions as token ids, with every rotation if `rotations`.
 
     Raises:
         ConfigError: a question is longer than the model supports.
@@ -99,12 +100,12 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # checked before the model is loaded
+    check_lengths(flat(written), max_seq_len)  # here, before the model is loaded
     return written
 
 
 def flat(written: Written) -> list[Continuation]:
-    """All continuations by question, rotation and choice."""
+    """All continuations in one list, in the order of question, rotation and choice."""
     return [each for of_question in written for turn in of_question for each in turn]
 
 
@@ -123,16 +124,16 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Index of the most likely choice; the first one on ties."""
+    """Index of the choice with the highest measure, the first of equal ones."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
     ]
-    return values.index(max(values))  # index finds the first maximum
+    return values.index(max(values))  # `index` finds the first one
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
-    """Checks that each id of the tokenizer is a text token of the data and has a row in the model.
+    """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`.
 
     Raises:
         DataError: the tokenizer belongs to another data set.
@@ -154,8 +155,8 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's two-sided score interval of a proportion (Wilson 1927), for `total` > 0 independently drawn questions.
-    Wilson's interval stays within [0, 1] and is accurate for few questions."""
+    """Wilson's two-sided score interval (Wilson 1927) of a proportion, `right` of `total` > 0 independent questions. It
+    stays within [0, 1] and is accurate even for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -164,20 +165,20 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean accuracy over tasks; resamples the questions within each task.
+    """Percentile bootstrap interval of the mean over tasks of the accuracy. Resamples the questions of each task.
 
     Args:
-        right: bool [questions] for each task.
+        right: For each task: bool [questions], True for a right answer.
     """
     rng = np.random.default_rng(seed)
-    # Resampling right-or-wrong answers is a binomial draw of the number of right answers.
+    # The number of right answers in a resample has a binomial distribution.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
-    """Accuracy of each task and the mean over the tasks, with intervals, as plain values for JSON."""
+    """Accuracy of each task, and their mean over the tasks, both with intervals, as values for JSON."""
     tasks = {name: _task(each) for name, each in answered.items()}
     mean: dict[str, object] = {}
     for measure in MEASURES:

@@ -1,4 +1,4 @@
-"""Draws the next token from logits: temperature, nucleus, and one uniform number for each sequence. Pure functions.
+"""Draws the next token of each sequence from logits, with temperature and nucleus sampling. Pure functions.
 
 Shape letters: B sequences, V vocabulary.
 """
@@ -14,12 +14,12 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw.
+    """Settings for drawing tokens.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Only the most likely tokens may be drawn: the fewest whose probabilities, at that temperature, reach this sum
-            (nucleus of Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
+        temperature: Number by which logits are divided; 0 for always the most likely token.
+        top_p: Only tokens of the nucleus are drawn: the fewest most likely tokens whose probabilities, with the
+            temperature, sum to at least `top_p` (Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
 
     Raises:
         ConfigError: a value is out of range.
@@ -38,15 +38,15 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probability of each token, float64 [B, V]: 0 for tokens that are not allowed or outside the nucleus.
+    """Probability with which each token is drawn, float64 [B, V]: 0 if it is not allowed or not in the nucleus.
 
-    Every row must allow a token. Among equally likely tokens the lower id comes first.
+    Every row of `allowed_BV` must allow a token. Of equally likely tokens the one with the lower id is preferred.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
-    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower id
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: for equal scores the lower id first
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
-    # The maximum is shifted to 0 first, because dividing by a small temperature would overflow.
+    # Subtracts the maximum first, because a division by a small temperature could overflow.
     scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
     sorted_BV = scores_BV.softmax(-1).gather(1, order_BV)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
@@ -56,34 +56,34 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Token of each row, int64 [B]: the lowest id at which the running sum of probabilities exceeds the row's number in [0,
-    1)."""
+    """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's `uniform_B`,
+    which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the total below 1. Scaling the number by the total keeps it below the last sum.
+    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 
 
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance on log-probabilities: plain + guidance x (logits - plain).
+    """Classifier-free guidance: plain + guidance x (conditional - plain), where both are log-probabilities.
 
-    Guidance 1 gives the model's own distribution; a larger value follows the caption more closely. Ho and Salimans, arXiv
-    2207.12598, equation 6, with w = guidance - 1.
+    With `guidance` 1 the distribution is that of the model; with a larger value pictures follow the caption more closely.
+    Ho and Salimans, arXiv 2207.12598, equation 6, with w = guidance - 1.
 
     Args:
-        plain_BV: Logits of the same sequences without captions.
+        plain_BV: Logits of the same sequences without captions; `logits_BV` are those with captions.
     """
     conditional, plain = logits_BV.to(torch.float64).log_softmax(-1), plain_BV.to(torch.float64).log_softmax(-1)
     return plain + guidance * (conditional - plain)
 
 
 class UniformDraws:
-    """A stream of uniform numbers for each sequence. A stream depends only on the seed and the index of the sequence, so a
-    sample does not depend on the other samples of a batch."""
+    """A stream of random numbers, uniform in [0, 1), per sequence. A stream depends only on the seed and the sequence's
+    index, so that what is drawn for a sequence does not depend on the other sequences of the batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]
 
     def __call__(self) -> Tensor:
-        """The next number of each sequence, float64 [B]."""
+        """The next number of each stream, float64 [B]."""
         return torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in self._generators])

@@ -1,4 +1,4 @@
-"""Draws pictures with captions on one sheet."""
+"""Draws pictures and their captions in one PNG."""
 
 import io
 import textwrap
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the most lines of a caption
-_WIDTH = 16  # characters per line
+_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels, except _LINES: most lines of a caption
+_WIDTH = 16  # characters of a caption per line and picture
 
 
 def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
-    """A PNG with `columns` entries in a row. Each entry shows its pictures side by side above its caption.
+    """A PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
 
     Args:
-        rows: Caption and pictures of each entry, with equally many pictures. The font has Latin letters only.
+        rows: Caption and pictures of each entry, equally many pictures in each. The font has only Latin letters.
     """
     each = len(rows[0][1])
     width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
@@ -30,6 +30,6 @@ def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: in
         wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
         pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
-    # 256 colours keep the file small; the codebook's patches differ in shades that nobody can tell apart.
+    # Only 256 colours, which makes the file small; the shades that get lost cannot be told apart.
     canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The three generation tasks: continue a text, draw a caption, caption a picture."""
+"""The three generation tasks: continue a text, draw the picture of a caption, write the caption of a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts, and the request that continues them. `plain` has the prompts without captions, for guidance."""
+    """Arguments of `Generator`: prompts, settings, and for guidance (`plain`) the prompts without captions."""
 
     prompts: list[list[int]]
     request: Request
@@ -23,19 +23,19 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """The result of one prompt."""
+    """What was generated for one prompt."""
 
-    tokens: list[int]  # the new tokens
+    tokens: list[int]  # ids of the new tokens
     modalities: list[str]  # modality of each new token
     text: str  # text of the new tokens
-    pictures: list[Image.Image]  # pictures that the new tokens complete, even if the prompt started them
+    pictures: list[Image.Image]  # pictures that end in the new tokens
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
-    """`samples` continuations of a text, which may contain pictures.
+    """The task of making `samples` continuations of a text. They may contain pictures.
 
     Raises:
-        ConfigError, DataError: the data set has no tokenizer, or the tokenizer is damaged.
+        ConfigError, DataError: the data set's tokenizer is missing or damaged.
     """
     request = Request(tokens, sampling, seed, text_only=not vocabulary.has_codebook)
     return Task([vocabulary.text_prompt(text)] * samples, request)
@@ -44,16 +44,16 @@ def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: in
 def draw_captions(
     vocabulary: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
-    """`samples` pictures of each caption, one caption after the other.
+    """The task of drawing `samples` pictures of each caption, one caption after the other.
 
     Raises:
-        ConfigError, DataError: tokenizer or codebook are missing or damaged, or guidance is below 0.
+        ConfigError, DataError: the data set's tokenizer or codebook is missing or damaged, or `guidance` is below 0.
     """
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
     prompts = [vocabulary.drawing_prompt(caption) for caption in captions for _ in range(samples)]
-    # With guidance 1 the plain copies would only cost time.
+    # With guidance 1 the prompts without captions have no effect.
     plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
     return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
 
@@ -61,13 +61,13 @@ def draw_captions(
 def describe_picture(
     vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
-    """`samples` captions of a picture; each begins with `beginning`. Raises the errors of `draw_captions`."""
+    """The task of writing `samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
     return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)
 
 
 def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[GeneratedSample]:
-    """The samples of each prompt, in order."""
+    """Generates one sample per prompt, in the order of the prompts."""
     grammar = vocabulary.grammar
     made = generator(task.prompts, task.request, plain=task.plain)
     samples = []
@@ -86,7 +86,7 @@ def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[G
 
 
 def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
-    """`count` distinct random captions, in the order of the data.
+    """`count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data.
 
     Raises:
         ConfigError: no caption begins with `starting`.

@@ -1,6 +1,6 @@
-"""The files of a data set that generation needs: tokenizer, codebook, held-out captions and pictures.
+"""Tokenizer, codebook, and documents with pictures of a data set.
 
-Makes prompts from captions, and picture files from codes.
+Makes prompts from texts and pictures, and texts and pictures from tokens.
 """
 
 import io
@@ -22,19 +22,19 @@ from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_i
 from moe_dist.errors import ConfigError
 from moe_dist.inference.grammar import Grammar, grammar_of
 
-_SCALE = 8  # upscaling factor: a pixel of a picture becomes 8 x 8 pixels of the image file
+_SCALE = 8  # a pixel of a picture becomes 8 x 8 pixels of the PNG file
 
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """A document with a picture, usually from the held-out side."""
+    """The first picture in a document, held out unless `pictured` made it from training documents."""
 
-    caption: str  # the text of the document
-    codes: np.ndarray  # int64 [cells]
+    caption: str  # the document's text
+    codes: np.ndarray  # int64 [cells], indices into the codebook
 
 
 class Vocabulary:
-    """Encodes and decodes the text and pictures of one data set. `vocab_size` is the number of ids of the model."""
+    """Encodes and decodes texts and pictures as in one data set. `vocab_size` is the model's number of token ids."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
@@ -51,10 +51,10 @@ class Vocabulary:
 
     @cached_property
     def codebook(self) -> np.ndarray:
-        """uint8 [codes, patch, patch, 3].
+        """The picture patch of each code, RGB values, uint8 [codes, patch, patch, 3].
 
         Raises:
-            ConfigError: the data set has no pictures, no codebook, or another grid.
+            ConfigError: the data set has no pictures or no codebook, or its pictures have another grid of codes.
             DataError: the codebook is damaged.
         """
         image = self._manifest.image
@@ -71,12 +71,12 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """True if the data set can encode and decode pictures."""
+        """True if the data set has a codebook, so that pictures can be encoded and decoded."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of these data."""
+        """The grammar of the data set."""
         return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
 
     @property
@@ -84,21 +84,21 @@ class Vocabulary:
         return special_ids(self.tokenizer)[BOS]
 
     def text_prompt(self, text: str) -> list[int]:
-        """The beginning of a document with the given text."""
+        """A document that begins with `text`: the begin mark, and the tokens of the text."""
         return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
-        """A document up to the start mark of a picture, after the given caption."""
+        """A document that begins with `caption` and the start mark of a picture."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         return [*self.text_prompt(caption), image.begin_id]
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
-        """A document with a picture, its end mark, and the beginning of the caption."""
+        """A document that begins with a picture and the text `beginning` of its caption."""
         return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
 
     def picture(self, codes: np.ndarray) -> list[int]:
-        """The tokens of a picture with both marks."""
+        """The tokens of a picture, start mark and end mark included."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
@@ -109,15 +109,15 @@ class Vocabulary:
         return self.grammar.modalities.index("image")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of generated tokens; invalid UTF-8 becomes the replacement character."""
+        """The text in `tokens`, without pictures. Invalid UTF-8 becomes the replacement character."""
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Codes of a picture file, which is drawn on white without random variation.
+        """Codes of the picture in a file, drawn on white, without the random changes that training pictures get.
 
         Raises:
             ConfigError: the file does not exist.
-            DataError: the file is damaged or of an unknown kind.
+            DataError: the file is damaged or of an unknown format.
         """
         if not path.is_file():
             raise ConfigError(
@@ -126,7 +126,7 @@ class Vocabulary:
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:
-        """Every held-out document with a picture, in the order of the data.
+        """All held-out documents with a picture, in the order of the data.
 
         Raises:
             ConfigError: no held-out document has a picture.
@@ -137,8 +137,8 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """Documents of one side with a picture, in the order of the data. `most` limits the number of documents read per
-        source, which are evenly spaced."""
+        """The training (`train`) or held-out (`valid`) documents with a picture, in the order of the data. With `most`,
+        reads only about so many documents per source, evenly spaced."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):
@@ -153,12 +153,12 @@ class Vocabulary:
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
-    """The picture [32, 32] of the given codes."""
+    """The picture with the codes `codes`, of 32 x 32 pixels."""
     return Image.fromarray(decode(codes[None], codebook)[0])
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file, enlarged so that each pixel is visible."""
+    """The content of a PNG file with the picture, enlarged by the factor `_SCALE`."""
     buffer = io.BytesIO()
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one rank for each GPU.
+"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one such process per GPU.
 
 configuration -> preflight -> rank -> process groups -> model on its mesh -> data -> resume -> Trainer.fit
 """
@@ -42,10 +42,10 @@ def main(
 
 
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
-    """Runs one attempt on this rank and returns its exit code."""
+    """Runs one attempt (one start of the run) on this rank and returns the exit code."""
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
-    # Signals are caught before the import of torch, which takes seconds.
+    # From here on stop signals are caught; the import of torch, which takes seconds, comes later.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
@@ -57,7 +57,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
 
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
-    """Builds process groups, model, data and checkpoints in this order, then trains. Runs on every rank."""
+    """Builds process groups, model and data loader, loads a checkpoint, and trains. Runs on every rank."""
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
     from moe_dist.checkpoint.manager import CheckpointManager
@@ -70,8 +70,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # must come before the first CUDA call, which reads the environment
-    folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits here for the lease
+        make_deterministic()  # before the first CUDA call, which reads the environment variables
+    folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
     mesh = session.join_world(config, env, folder)
@@ -103,7 +103,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         finished = trainer.fit()
     if env.rank == 0:
         session.conclude(finished, folder, plan)
-        if stop.first is not None:  # the signal came during the final evaluation
+        if stop.first is not None:  # a stop signal came after the last step
             print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
     watchdog.stop()
     destroy_world()

@@ -1,8 +1,9 @@
-"""The frozen base under adapters. `run.init_rules: [adapt]` loads the whole base; a resumed run finds it by content hash.
+"""Loads the frozen base model under LoRA adapters: in a new run from `run.init_from` (with `run.init_rules: [adapt]`), in a
+resumed run from the folder that its checkpoint names, if the content hash is the same.
 
-Adapters start with B = 0, so the model computes the same as the base until its first step. Bits are equal only where matrix
-products have equally many rows: a base with one expert per layer skips padding, but the frozen FFN computes it. A
-checkpoint of adapters names its base. Loading the adapters, to resume or to use them, loads exactly that base.
+Adapters start with B = 0, so before the first step the model computes the base's function. The logits are bit-equal only in
+batches without padding: a base with one expert per layer skips padding, the frozen FFN computes it, and the rounding of a
+matrix product depends on its number of rows.
 """
 
 import json
@@ -21,7 +22,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import Role, role_of_name
 
-# Keys of `model` that determine the model's function. Tensor shapes, which also do, are compared elsewhere.
+# Keys of `model` that must be equal, so that the model computes the base's function. `base_sources` compares the shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -35,10 +36,10 @@ _FUNCTION = (
 
 
 def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout) -> tuple[Base, str]:
-    """Loads the base of `run.init_from` under new adapters; returns the base and a readable report. Collective.
+    """Loads the base from `run.init_from` into a model with new adapters; returns base and report to print. Collective.
 
     Raises:
-        ConfigError: there is no checkpoint, or it does not fit these adapters; lists every reason.
+        ConfigError: there is no checkpoint, or it does not fit the model; lists every reason.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -47,7 +48,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     def check(contents: Contents) -> None:
         if problems := base_problems(config.model, contents):
             raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
-        found.append(Base(str(contents.folder), content_hash(contents.index)))  # hashes only the index
+        found.append(Base(str(contents.folder), content_hash(contents.index)))  # reads no tensor
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})
@@ -65,10 +66,10 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
 def load_base(
     values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
 ) -> Base:
-    """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective.
+    """Loads the base of a checkpoint of adapters into the model's frozen parameters. Collective.
 
     Args:
-        values: Values of the checkpoint of adapters.
+        values: `CheckpointState.values` of the checkpoint of adapters.
         adapters: Folder of that checkpoint, named in error messages.
 
     Raises:
@@ -84,7 +85,7 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Reasons in the configuration of a checkpoint why it cannot be the base of a model; tensors are checked elsewhere."""
+    """Reasons in a checkpoint's configuration why it cannot be the base of `model`. `base_sources` checks tensors."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -106,7 +107,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Reasons why the experts of a base are not equal to one dense FFN for all tokens."""
+    """Reasons why the MoE layers of a base do not compute the same as one dense FFN for all tokens."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
@@ -125,6 +126,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """True if the base provides a parameter: all parameters except adapters and the new router of LoRA experts."""
+    """True if a parameter comes from the base: all except the adapters and the routers of LoRA experts do."""
     role = role_of_name(name)
     return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

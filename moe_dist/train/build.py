@@ -1,4 +1,4 @@
-"""Turns configuration sections into objects; only this file and the other `build_*` files do so."""
+"""Makes model, optimizer, data loader and evaluator from the configuration, together with the other `build_*` files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -46,7 +46,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
-    """The settings of the transformer as plain values, because the package `model` imports no configuration."""
+    """The arguments of the transformer, taken from the configuration, which the package `model` does not import."""
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
@@ -66,14 +66,14 @@ def build_model(
     choice_scope: SelectionScope | None = None,
     depth_scope: SelectionScope | None = None,
 ) -> Transformer:
-    """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
+    """The transformer with this rank's experts, on the default device (the meta device in a dry run and before sharding).
 
     Args:
-        placement: Experts of each rank. Without an `ep_group` the layers can only be run if one rank holds all experts.
-        node_groups: Process groups between nodes and inside the node, for a hierarchical dispatcher.
-        comm_stats: Counts the communication of all layers.
-        tracker: Records the all-to-alls, for the watchdog.
-        compute_dtype: Replaces `parallel.precision`, for tests in float64.
+        placement: Experts of each EP rank. The model can run without an `ep_group` only if one rank holds all experts.
+        node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
+        comm_stats: Counts bytes and seconds of the exchanges of all layers.
+        tracker: Records the all-to-alls for the watchdog.
+        compute_dtype: Overrides `parallel.precision`, for tests in float64.
         choice_scope: Ranks whose tokens compete for experts; None for this rank alone.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
     """
@@ -93,7 +93,7 @@ def build_model(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """The specs of all tensors in a checkpoint of the configured model, for any layout: parameters, buffers, and moments of
+    """Shape and dtype of all logical tensors in a checkpoint of the configured model: parameters, buffers, and moments of
     trained parameters. Allocates no tensor."""
     groups = expert_groups(config.model.moe)
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
@@ -113,12 +113,12 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """The part of the model that a run's checkpoint contains: adapters without their base, else all."""
+    """The part of the model that a run's checkpoints contain: the trained parameters if it trains adapters, else all."""
     return "trained" if config.train.only == "adapters" else "all"
 
 
 def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
-    """The position of this rank for checkpoints. Without a mesh there is a single rank."""
+    """This rank's position in the layout of ranks, for checkpoints. `mesh` is None for a single rank."""
     if mesh is None:
         return RankLayout(placement)
     return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -126,7 +126,7 @@ def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
 
 @dataclass(frozen=True)
 class Training:
-    """The model on its mesh, its optimizer and the training step."""
+    """The model, wrapped for data parallelism, its optimizer and the training step."""
 
     parallel: ParallelModel
     optimizer: Optimizer
@@ -135,15 +135,15 @@ class Training:
     tuning: RouterTuning | None = None
 
     def controllers(self) -> dict[str, BiasController | RouterTuning]:
-        """The objects besides tensors whose state a checkpoint saves, by name."""
+        """The controllers whose state a checkpoint saves, by name."""
         found = {"balance": self.balance, "router_tuning": self.tuning}
         return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
-    """Builds the model on the meta device, shards it, initialises its weights, wraps it, and makes optimizer and step.
+    """Builds the model on the meta device, shards it, initialises its weights, wraps it; makes optimizer and training step.
 
-    Sharding comes before the allocation, so that no rank ever allocates the whole model.
+    Shards before allocating memory, so that no rank ever allocates the whole model.
     """
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
@@ -158,7 +158,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             tracker=mesh.tracker,
             **build_scopes(config, mesh, comm_stats),
         )
-    freeze(model, config)  # before sharding, so that FSDP2 reduces no gradient of frozen parameters
+    freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
@@ -172,7 +172,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # otherwise the routers do not change, so thresholds must not change
+    whole = config.train.only is None  # if False, the MoE routers are frozen, so their thresholds must not change
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     balance = build_balance(config.model.moe, model, placement.groups)
     thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
@@ -210,7 +210,7 @@ def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[in
 
 
 def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
-    """A rank's training batches."""
+    """Makes the loader of one rank's training batches."""
     share: dict[str, int] = {
         "seed": config.run.seed,
         "global_batch": config.train.global_batch,
@@ -227,7 +227,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
-    """Held-out evaluation of the model in training."""
+    """Makes the held-out evaluation of the model in training."""
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
@@ -247,35 +247,35 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Settings of the loop, as plain values.
+    """Settings of the training loop, as plain values.
 
     Attributes:
-        flops_per_token: Returns the forward and backward FLOPs per token, from the active experts per token and the token
-            share of each group.
-        active_target: Target of a load controller, in active experts per token, by group.
-        even_active: Expected active experts per token by group, where controllers or the balance loss make them differ from
-            k n over all columns.
+        flops_per_token: Function that returns the FLOPs per token, forward and backward, from each group's true (not null)
+            experts per token and its share of the tokens.
+        active_target: By group: the active experts per token that a controller aims at.
+        even_active: By group: the active experts per token at even load, if a controller or a null weight makes them differ
+            from top_k x true columns / all columns.
     """
 
     placement: ExpertPlacement
     modalities: tuple[str, ...]
-    baselines: Mapping[str, float]  # held-out losses of count models, from the manifest
-    steps: int  # number of the run's last step
-    global_batch: int  # sequences in a step
+    baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
+    steps: int  # number of steps of the run
+    global_batch: int  # sequences per step, over all ranks
     lr: Callable[[int], float]  # learning rate of a step (0-based)
     aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
     evaluate_every: int  # steps between two evaluations
     save_every: int  # steps between two checkpoints
-    max_skipped_in_a_row: int  # number of consecutive non-finite steps that ends the run
+    max_skipped_in_a_row: int  # the run ends with an error after so many skipped steps in a row
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
-    peak_flops: float | None  # peak FLOPs per second of all devices together; None if unknown
+    peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     active_target: Mapping[str, float]
     even_active: Mapping[str, float]
-    checks: tuple[str, ...]  # names of the checks of the finished run (evaluation.checks)
+    checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
 
 def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -> TrainingPlan:
-    """Steps, schedules and intervals of the loop."""
+    """Makes the settings of the training loop from the configuration."""
     optimizer, balance, peak = config.optimizer, config.loss.balance, config.monitor.peak_tflops
     names = [group.name for group in placement.groups]
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None

@@ -1,5 +1,4 @@
-"""Turns the section `parallel` into communication objects: all-to-alls over process groups, and the dispatcher of all
-layers."""
+"""Makes all-to-alls over process groups, and the dispatcher that all MoE layers share, from the section `parallel`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
-NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # groups between nodes and inside the node
+NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside this node
 
 
 def build_all_to_all(
@@ -32,14 +31,14 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """The all-to-all of one process group, with checks if configured."""
+    """The all-to-all of one process group; it checks each exchange if `parallel.check_exchanges` is set."""
     all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
 
 @dataclass(frozen=True)
 class DispatchParts:
-    """The arguments of every dispatcher."""
+    """The values from which the functions below make a dispatcher."""
 
     parallel: ParallelSection
     placement: ExpertPlacement
@@ -53,13 +52,13 @@ class DispatchParts:
 
 
 def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
-    """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
+    """The dispatcher of all MoE layers. The fields of `parallel.dispatch` become keywords of its constructor."""
     return DISPATCHERS[parts.parallel.dispatch.kind](parts)
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """The pipelined dispatcher if `overlap` or `chunks` is set, else the plain dispatcher. Where every routed row is one
-    pair, the dispatcher with known counts is used."""
+    """The pipelined dispatcher if `overlap` or `chunks` is set. Else the dispatcher with known counts, if no row is sent
+    for several (token, expert) pairs, or the plain dispatcher."""
     if parts.fields != {"overlap": False, "chunks": 1}:
         bound = parts.parallel.max_receive_rows
         return PipelinedDispatcher(parts.placement, parts.all_to_all, max_receive_rows=bound, **parts.fields)
@@ -81,14 +80,15 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """The dispatcher with known counts. Without `always`, evaluation uses the plain dispatcher: in evaluation tokens choose
-    their experts, so the counts are not known in advance."""
+    """The dispatcher with known counts, for batches whose pairs per rank and expert the router computes in advance. All
+    other batches (as in evaluation, where tokens choose experts) use the plain dispatcher. With `always`, known counts are
+    used even if a rank holds several experts of a group."""
     known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 
 
 def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
-    top_k = max(group.top_k for group in parts.placement.groups)  # the assignments have the largest K of all groups
+    top_k = max(group.top_k for group in parts.placement.groups)  # the largest top_k of all groups
     return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
 
 

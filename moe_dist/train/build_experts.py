@@ -1,4 +1,4 @@
-"""Turns the sections of experts into MoE layers, by one function for each kind, and makes LoRA for the attention."""
+"""Makes MoE layers from the configuration, by one function per kind of experts, and LoRA adapters of the attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from moe_dist.train.build_routing import build_router
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The arguments of every MoE layer."""
+    """The values from which the functions below make MoE layers."""
 
     config: Config
     placement: ExpertPlacement
@@ -32,13 +32,12 @@ class LayerParts:
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
-    """Returns a function that makes a layer of FFN experts; all layers share the dispatcher. The fields of the section are
-    keywords of `experts`."""
+    """Returns a function that makes the MoE layer with a given index, with FFN experts. The fields of the section `experts`
+    become keywords of the class `experts`."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # A dry run has a placement of many ranks but no group. The dry run builds the experts of `ep_rank` and never
-    # dispatches.
-    dispatcher = build_dispatcher(  # all layers share one dispatcher, because backends allocate large buffers
+    # In a dry run the placement has many ranks, but there is no process group: the layers are made and never run.
+    dispatcher = build_dispatcher(  # one for all layers, because a dispatcher may allocate large buffers
         DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
@@ -78,9 +77,9 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
-    """Returns a function that makes a layer of LoRA experts; the fields of the section are keywords of `LoRAExperts`."""
+    """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
-    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # equal in all groups
+    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(
@@ -104,7 +103,7 @@ EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Returns a function that makes the adapters of a layer's attention; None without `model.attention_lora`."""
+    """Returns a function that makes the LoRA adapters of a layer's attention; None without `model.attention_lora`."""
     lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None

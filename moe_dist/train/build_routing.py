@@ -1,4 +1,4 @@
-"""Turns configuration sections into routers, load controllers, and selection scopes."""
+"""Makes routers, load controllers and selection scopes from the configuration."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -37,20 +37,20 @@ CONTROLLERS: dict[str, type[Rule]] = {
 
 
 def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
-    """The router of one layer; the fields of the section are keywords of its constructor.
+    """The router of one MoE layer; the fields of `section` become keywords of its constructor.
 
     Args:
-        known: Values of the layer: `capacity` (of token choice), `seed`, `layer`, `place` (among the MoE layers),
-            `selection_scope`, `known_counts`. The constructor gets the values that are among its parameters.
+        known: Further values: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among the MoE
+            layers), `selection_scope`, `known_counts`. The constructor gets those that it has as parameters.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
-    # A field of the section takes precedence, because expert choice has another kind of `capacity`.
+    # A field of the section overrides a value of `known`: expert choice has a `capacity` of its own.
     return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """The controller of the model's selection biases; None without rules. A section's fields are keywords of its rule."""
+    """The controller of the model's selection biases, with a rule per section of `balance`; None without sections."""
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
@@ -59,7 +59,7 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
 
 
 def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str, Any]:
-    """The selection scopes of expert choice and of mixture of depths, as keywords of `build_model`."""
+    """The ranks whose tokens compete in expert choice and in mixture of depths, as keywords of `build_model`."""
 
     def scope(kind: ScopeKind) -> SelectionScope:
         ranks = {"rank": (mesh.rank,), "ep_group": mesh.ep_ranks, "world": tuple(range(mesh.world_size))}[kind]
@@ -72,7 +72,7 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str,
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """The updater of the thresholds of mixture-of-depths routers; None if no router has a threshold."""
+    """The controller that updates the thresholds of mixture-of-depths routers; None if no router has one."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

@@ -1,4 +1,4 @@
-"""Turns the section `router_tuning` into objects."""
+"""Makes the objects of router tuning from the section `router_tuning`."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
-    """Router tuning of a model on its mesh; `groups` has the expert group of each modality."""
+    """Router tuning of a model; `groups` has the index of the expert group of each modality."""
     section, mesh = config.router_tuning, parallel.mesh
     assert section is not None, "the caller checks the section"
     if mesh.rank == 0:
@@ -33,7 +33,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # a refresh does without stored layers
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # with refreshes, layers may be missing
     )
     reader = RoutingReader(
         parallel.model,
@@ -54,8 +54,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
-    """Returns the function that finds the neighbours of a sample. With the target `l2`, a sample's only neighbour is the
-    sample itself, with the routing from before the first step."""
+    """Returns the function that finds the neighbours of a sample. With the regulariser `l2` a sample's only neighbour is
+    the sample itself, with its routing before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(
@@ -68,11 +68,11 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Counts on one rank. Each count is a pair: for the trained parameters, and for all parameters."""
+    """Counts on one rank, each as a pair: of the trained parameters, and of all parameters."""
 
     parameters: tuple[int, int]
     optimizer: tuple[int, int]  # bytes of AdamW's moments
-    reduced: tuple[int, int]  # bytes of gradients that a step reduces; FSDP2 reduces whole gradients to shards
+    reduced: tuple[int, int]  # bytes of gradients that the data-parallel reduction of a step takes as input
 
     def __str__(self) -> str:
         parts = zip(("parameters", "bytes of optimizer state", "bytes of gradients to reduce a step"), self, strict=True)
@@ -80,7 +80,7 @@ class Savings(NamedTuple):
 
 
 def savings(parallel: ParallelModel) -> Savings:
-    """Counts the optimizer state and the gradient reduction on this rank, with and without router tuning."""
+    """Counts parameters, optimizer state and reduced gradients on this rank, with router tuning and without it."""
     sums = [[0, 0], [0, 0], [0, 0]]
     for info in parallel.parameters:
         parameter, itemsize = info.parameter, info.parameter.element_size()

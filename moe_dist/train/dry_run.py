@@ -1,7 +1,7 @@
-"""Estimates a run before it starts: parameters, FLOPs, memory, checkpoint, tokens, hours. Needs no GPU and no data.
+"""Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. Needs no GPU and no data.
 
-The parameters of the model, built on the meta device, must agree with the analytic count. FLOPs, memory and traffic are
-expectations under a uniform router.
+Builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
+values for a router that chooses all columns of a group with equal probability.
 """
 
 import math
@@ -24,30 +24,30 @@ from moe_dist.train.build import build_model
 
 @dataclass(frozen=True)
 class DryRun:
-    """The figures of a run."""
+    """The estimates of a run."""
 
-    layout: PlannedLayout  # placement of the experts, and the token mix
+    layout: PlannedLayout  # placement of the experts, and each modality's share of the tokens
     world_size: int
     parts: flops.Parts  # parameters by part of the model
-    active_parameters: float  # parameters that a token uses on average
+    active_parameters: float  # mean number of parameters that a token uses
     forward: flops.Parts  # FLOPs per token by part of the model
-    training_flops: tuple[float, float]  # forward and backward FLOPs per token, without and with recomputation
-    plan: PlacementPlan  # expected work and traffic
-    rank: int  # the EP position that needs most memory
-    rank_memory: memory.RankMemory  # memory of the EP position `rank`
-    exchange_bytes: float  # bytes that all layers send per token in forward, backward and recomputation
+    training_flops: tuple[float, float]  # FLOPs per token of forward and backward, without and with recomputation
+    plan: PlacementPlan  # expected work and traffic of each rank
+    rank: int  # the EP rank that needs most memory
+    rank_memory: memory.RankMemory  # memory of that EP rank
+    exchange_bytes: float  # bytes per token, sent by all layers in forward, backward and recomputation
     checkpoint_bytes: float
     tokens: int  # tokens of the whole run, padding included
 
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
-    """Prints the figures of a run and returns them.
+    """Prints the estimates of a run and returns them.
 
     Args:
-        tokens_per_second: Throughput of all ranks together, to compute the hours.
+        tokens_per_second: Throughput of all ranks together, from which the hours are computed; None for no hours.
 
     Raises:
-        ConfigError, DataError: the run is not possible; lists every problem that shows without the data.
+        ConfigError, DataError: the run is not possible; lists every problem that can be found without the data.
     """
     result = estimate(config)
     console = console or Console()
@@ -58,7 +58,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
 
 
 def estimate(config: Config) -> DryRun:
-    """The figures of a run. Raises the errors of `dry_run`."""
+    """The estimates of a run. Raises the errors of `dry_run`."""
     layout = layout_without_data(config)
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
@@ -72,7 +72,7 @@ def estimate(config: Config) -> DryRun:
     rank = max(ranks, key=lambda r: memories[r].total)
     frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
-    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats one dispatch
+    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block adds one dispatch
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
@@ -93,7 +93,7 @@ def estimate(config: Config) -> DryRun:
 
 
 def render(config: Config, result: DryRun, tokens_per_second: float | None = None) -> Table:
-    """The figures as a table."""
+    """The estimates as a table."""
     table = Table(
         title=f"{config.run.name}: {result.world_size} ranks (ep {config.parallel.ep} x edp {config.parallel.edp})"
     )
@@ -138,7 +138,7 @@ def _times(config: Config) -> str:
 
 
 def count_text(number: float) -> str:
-    """A number with three digits and K, M, G, T, P or E."""
+    """A number as text with three digits and a space, K, M, G, T, P or E."""
     if number < 1000:
         return f"{number:.3g} "
     power = min(6, int(math.log10(number) + 1e-12) // 3)
@@ -146,7 +146,7 @@ def count_text(number: float) -> str:
 
 
 def bytes_text(number: float) -> str:
-    """Bytes in binary units."""
+    """A number of bytes as text in B, KiB, MiB, GiB, TiB or PiB."""
     power = min(5, int(math.log2(number)) // 10) if number >= 1 else 0
     return f"{number / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'][power]}"
 
@@ -154,8 +154,8 @@ def bytes_text(number: float) -> str:
 def _memory(
     config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
-    """Memory of one EP position. The plan counts rows and pairs for one token of the whole EP group. Here rows and pairs
-    are counted for one token on each rank."""
+    """Memory of the EP rank `rank`. `plan` has the rows for one token of the whole EP group; here rows and pairs are those
+    for one token on each of its ranks."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
@@ -164,10 +164,10 @@ def _memory(
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Compares the analytic count with the parameters of the model that the run would build, over all ranks."""
+    """Compares `parts` with the number of parameters, over all EP ranks, of the model that the run would build."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
-    for held, ranks in Counter(held_R).items():  # ranks with equal numbers of experts are built once
+    for held, ranks in Counter(held_R).items():  # ranks with the same numbers of experts share a model
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
         experts = _numel([each.parameter for each in named_parameters(model) if each.role is Role.EXPERT])
@@ -207,7 +207,7 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """The numbers of null, identity and constant experts of a group; empty if it has none of them."""
+    """Text with a group's top_k and numbers of null, identity and constant experts; empty if it has none of these."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

@@ -1,5 +1,5 @@
-"""Cross entropy and auxiliary terms, divided by global counts: each rank computes its share of the loss, and the shares sum
-to the loss of the step.
+"""The loss of a step: cross entropy and auxiliary terms. Each rank divides its sums by counts over all ranks, so that the
+results of the ranks add up to the loss of the step.
 
 Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns, E true
 experts.
@@ -30,7 +30,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Coefficients of the auxiliary terms in one step; `null_weight_G` as in `moe_dist.moe.losses.balance_terms`."""
+    """Kind and coefficients of a step's auxiliary terms; `null_weight_G` as in `moe_dist.moe.losses.balance_terms`."""
 
     kind: BalanceKind
     balance: float
@@ -39,24 +39,24 @@ class AuxSettings:
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """The settings of optimizer step `step` (0-based); the schedule gives the balance coefficient."""
+    """The settings of step `step` (0-based): the balance coefficient from `schedule`, and `settings`."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
 class MicroLoss(NamedTuple):
-    """The loss of one micro-batch on this rank. Only `total` has a gradient; all other losses are float64."""
+    """The losses of one micro-batch on this rank. Only `total` has a gradient; the other losses are float64."""
 
-    total: Tensor  # this rank's share of the step's loss
-    nll_M: Tensor  # summed token losses by the label's modality, nats
-    balance: Tensor  # this rank's share of the balance term, as added to `total`
-    z: Tensor  # this rank's share of the z term, as added to `total`
-    auxiliary: Tensor  # this rank's share of the loss of auxiliary routers or of router tuning
-    counts: StepCounts[Tensor]  # routing counts over all ranks
+    total: Tensor  # what this micro-batch and rank add to the step's loss
+    nll_M: Tensor  # sum of token losses by the label's modality, in nats
+    balance: Tensor  # balance term in `total`
+    z: Tensor  # z term in `total`
+    auxiliary: Tensor  # loss of auxiliary routers, or term of router tuning, in `total`
+    counts: StepCounts[Tensor]  # routing counts of the micro-batch over all ranks
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 if the label is IGNORED."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # bf16 logits are copied to B x S x V x 4 bytes
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # for bf16 logits a copy of B x S x V x 4 bytes
     losses = F.cross_entropy(
         logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -64,7 +64,7 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Sum of `values_BS` over scored positions for each modality of the label, float64 [M]."""
+    """Sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
     member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=values_BS.device)
     member &= (labels_BS != IGNORED).flatten()[:, None]
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
@@ -76,7 +76,7 @@ def forward(
     group_of_modality: Tensor,
     request: RoutingRequest = NO_REQUEST,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer, or its parallel wrapper, on a batch; returns logits [B, S, V] and the reports of the layers."""
+    """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V] and one report per MoE layer."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
     return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
 
@@ -84,7 +84,7 @@ def forward(
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> StepCounts[Tensor]:
-    """Sums the layers' counts over all ranks. Call it outside any recomputation, once for each micro-batch. Costs one
+    """Sums the counts in `reports` over all ranks. Must be called once per micro-batch, outside recomputed code. Costs one
     all-reduce, and a second one with mixture of depths."""
     sums = [report.sums for report in reports]
     rows = [
@@ -92,8 +92,8 @@ def global_counts(
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # The vector has one row per layer and not one part per field, because the order in which an all-reduce adds the ranks
-    # depends on an element's place in the vector.
+    # One row per layer, with all fields. Another layout would change last bits: the order in which an all-reduce adds the
+    # ranks depends on an element's place.
     packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     routing = packed.split([part.shape[1] for part in parts], dim=1)
     return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
@@ -105,7 +105,7 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`. Without mixture of depths the fields have no rows, and no collective runs."""
+    """The fields depth_... of `StepCounts`, by one all-reduce; empty and no collective without mixture of depths."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -120,21 +120,21 @@ def _depth_counts(
 
 
 def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tensor]:
-    """The sum over a step's micro-batches, field by field."""
+    """Sums the counts over a step's micro-batches, field by field."""
     return StepCounts(*(torch.stack(parts).sum(0) for parts in zip(*micro_batches, strict=True)))
 
 
 def depth_statistics(
     model: Transformer, placement: ExpertPlacement, tokens_LG: np.ndarray, taken_LG: np.ndarray, **more: np.ndarray
 ) -> DepthStatistics:
-    """The statistics of a model's mixture-of-depths layers, from counts over all ranks."""
+    """Statistics of the model's mixture-of-depths layers; all counts are over all ranks."""
     groups = tuple(group.name for group in placement.groups)
     layers, capacity = model.args.depth_layers, model.depth_routers()[0].capacity
     return DepthStatistics(layers, capacity, groups, tokens_LG, taken_LG, **more)
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host; integers become int64."""
+    """Copies counts to the host. They become int64, except those in FRACTIONAL."""
     flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()  # one device-to-host sync for all fields
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
@@ -144,11 +144,11 @@ def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
 
 
 def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
-    """This rank's share of the auxiliary routers' loss of each layer and group, [L, G] (no rows without such routers): the
-    mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
+    """This rank's summand of the auxiliary routers' loss, [L, G] ([0, G] without such routers): for each layer and group
+    the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
 
     Args:
-        tokens_LG: Tokens over all ranks; a group without tokens contributes 0.
+        tokens_LG: Number of tokens over all ranks; the loss of a group without tokens is 0.
     """
     known = [report.sums.auxiliary_G for report in reports if report.sums.auxiliary_G is not None]
     if not known:
@@ -157,8 +157,8 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
-    """This rank's share of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over all tokens,
-    summed over the layers. Only these routers get gradients from it."""
+    """This rank's summand of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over the tokens
+    of all ranks, summed over the layers. Only these routers get gradients from it."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
     terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
@@ -179,16 +179,16 @@ def micro_loss(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> MicroLoss:
-    """This rank's share of the step's loss for one micro-batch.
+    """What one micro-batch on this rank adds to the step's loss:
 
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
                                                               + sum_layers,groups auxiliary)
 
     Args:
-        labels_in_step: Scored labels of the whole step, over all ranks and micro-batches.
-        share: The micro-batch's fraction of `labels_in_step`. The share weighs the auxiliary terms, whose statistics cover
-            one micro-batch on all ranks.
-        world: All ranks; counts are summed over them.
+        labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
+        share: This micro-batch's labels on all ranks divided by `labels_in_step`: the weight of the auxiliary terms, which
+            are computed per micro-batch over all ranks.
+        world: Group of all ranks, over which counts are summed.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)
     counts = global_counts(reports, world, tracker)

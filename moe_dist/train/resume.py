@@ -1,12 +1,12 @@
-"""The content of a run's checkpoint, and resuming a run from it.
+"""Saves a run's state to checkpoints, and resumes the run from them. A checkpoint contains:
 
 parameters, moments, optimizer step count     tensors and state.json, see `moe_dist.checkpoint.state`
-values["progress"]                            step (which determines the schedules), data position, counters
+values["progress"]                            `Progress`: the step (which sets the schedules), the data position, counters
 values["config"], values["data"]              resolved configuration; digests of the data
-values["base"]                                of adapters only: path and content hash of the base
+values["base"]                                only if adapters are trained: path and content hash of their base
 values["controllers"]                         state of each controller, by name
-rank_values["generators"]                     random number generators of each rank
-placement, versions                           for people; loading does not use them
+rank_values["generators"]                     states of each rank's random number generators
+placement, versions                           to be read by people; a load ignores them
 """
 
 import json
@@ -41,43 +41,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """The state of a run besides weights and optimizer."""
+    """The counters of a run."""
 
-    step: int = 0  # steps taken, skipped steps included
-    position: int = 0  # sequences drawn from the global stream
-    tokens: int = 0  # tokens seen, without padding
-    skipped_steps: int = 0  # steps whose loss or gradient was not finite
-    skipped_in_a_row: int = 0  # skipped steps since the last good step
-    evaluated: int = 0  # step of the last evaluation
-    first_position: int = 0  # position in the global stream at which the run began; above 0 only with run.keep_position
+    step: int = 0  # number of steps taken, skipped steps included
+    position: int = 0  # number of sequences drawn from the global stream by all ranks
+    tokens: int = 0  # number of tokens trained on, without padding
+    skipped_steps: int = 0  # number of steps without an update, because loss or gradient was not finite
+    skipped_in_a_row: int = 0  # number of skipped steps since the last step that was not skipped
+    evaluated: int = 0  # step after which the last evaluation was made
+    first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """True if an evaluation is due after this step (every `every` steps and after step `last`) and not done yet. A stop
-        request skips the evaluation, and the resumed run makes it."""
+        """True if an evaluation is due after the current step (every `every` steps and after step `last`) and was not made.
+        If a stop request prevents it, the resumed run makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 class Controller(Protocol):
-    """An object whose state, apart from the model's tensors, changes during a run, identically on all ranks."""
+    """An object with a state that is no tensor of the model and that changes during a run, equally on all ranks."""
 
     def state(self) -> JsonValue:
-        """A copy of the state as JSON."""
+        """A copy of the state as a JSON value."""
         ...
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a saved state. Raises: DataError: the state is invalid."""
+        """Restores a result of `state`. Raises: DataError: the state is invalid."""
         ...
 
 
 class Resumable:
-    """Saves and restores one rank's part of a run. All methods are collective over the world.
+    """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
 
     Args:
-        controllers: Objects whose state is saved too, by name; by default those of `training`.
-        report_save: Function that rank 0 calls with the seconds that each save took.
+        controllers: By name, objects whose state is saved too; by default those of `training`.
+        report_save: Function that rank 0 calls after each save with the seconds that it took.
 
     Attributes:
-        writer: Writes the checkpoints, and reports failed saves of its background thread.
+        writer: Writes the checkpoints, and logs or raises the errors of its thread.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Resumable:
         self._layout = rank_layout(placement, mesh)
 
     def save(self, progress: Progress, *, durable: bool) -> None:
-        """Saves the present state, see `CheckpointWriter.write`.
+        """Saves the state of the run, as `CheckpointWriter.write` does.
 
         Raises:
-            CheckpointError: on all ranks, if a durable save failed; the previous checkpoint stays valid.
+            CheckpointError: on all ranks, if `durable` and the save failed. The previous checkpoint is still valid.
         """
         values: dict[str, JsonValue] = {
             "progress": {**asdict(progress)},
@@ -119,16 +119,16 @@ class Resumable:
         self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer and returns its progress. A new run starts at step 0, with
-        the weights of `run.init_from` if set.
+        """Loads the newest checkpoint into model and optimizer and returns its progress. Without a checkpoint returns the
+        progress of a new run, after loading the weights of `run.init_from` if that is set.
 
         Raises:
-            DataError: the checkpoint is damaged or belongs to another run, or the data are not those of the training.
-            ConfigError: the checkpoint belongs to another model.
+            DataError: the checkpoint is damaged or of another run, or the run was trained on other data.
+            ConfigError: the checkpoint is of another model.
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
-        self._data = found or {}  # only rank 0 reads and compares the data
-        self._checkpoints.clear()  # cleared before `latest` is read, so that no earlier writer can still commit
+        self._data = found or {}  # `found` is None on all ranks but 0, which alone compares the data
+        self._checkpoints.clear()  # before `latest` is read, so that no suspended process can commit afterwards
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -138,7 +138,7 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        restored = self._checkpoints.load(newest, self._capture())  # capturing creates the moments to load into
+        restored = self._checkpoints.load(newest, self._capture())  # `_capture` creates the moments
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
@@ -151,7 +151,7 @@ class Resumable:
         return progress
 
     def _begin(self) -> str:
-        """Loads the weights of `run.init_from`; returns a readable report."""
+        """Loads the weights of `run.init_from`; returns a report to print."""
         model = self._training.parallel.model
         if saved_part(self._config) == "trained":
             self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
@@ -166,7 +166,7 @@ class Resumable:
         return capture(model, optimizer, self._layout, part=part, values=values, rank_values=rank_values)
 
     def _check_origin(self, folder: Path, restored: Restored) -> None:
-        """Checks that this run saved the checkpoint and was trained on the same data. Runs on rank 0."""
+        """Checks that the checkpoint is of this run and that the run's data are unchanged. Runs on rank 0."""
         saved = saved_config(restored.values, folder)
         if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
             raise DataError(
@@ -188,10 +188,10 @@ class Resumable:
             )
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """The progress of a new run that begins at the data position of another run's checkpoint.
+        """The progress of a new run whose data begin where those of the run `init_from` ended.
 
         Raises:
-            ConfigError: that position has another meaning in this run's data.
+            ConfigError: the two runs do not draw the same stream of sequences.
         """
         position = self._checkpoints.broadcast(
             "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
@@ -209,13 +209,13 @@ class Resumable:
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
-    """The progress of a checkpoint.
+    """The progress that a checkpoint contains.
 
     Raises:
-        DataError: the counters are invalid, or contradict each other or the configuration.
+        DataError: a counter is invalid, or contradicts another counter or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # earlier versions, where it was always 0, did not save it
+    saved = {"first_position": 0, **saved}  # checkpoints of earlier versions lack it; there it was always 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
@@ -239,13 +239,13 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """The position of a checkpoint in the global stream, for a new run that continues there.
+    """The `position` of another run's checkpoint, for a new run that draws the same stream of sequences from there on.
 
-    The data, the section `data` and the seed determine the stream, so they must be equal in both runs.
+    The data set, the section `data` and the seed determine the stream, so they must be equal in both runs.
 
     Raises:
-        ConfigError: the data, the section `data` or the seed differ.
-        DataError: the checkpoint is not of a run.
+        ConfigError: the data set, the section `data` or the seed differs, or the other run was router tuning.
+        DataError: the checkpoint lacks the values of a run, for example because an import wrote it.
     """
     state = open_checkpoint(folder).state
     saved = saved_config(state.values, folder)
@@ -269,7 +269,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
-    """The configuration in a checkpoint.
+    """The configuration of the run that saved a checkpoint.
 
     Raises:
         DataError: this version cannot read the configuration.
@@ -284,10 +284,10 @@ def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
 
 
 def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
-    """The mapping of the given name in a checkpoint's values.
+    """Returns `values[name]` of a checkpoint, which must be a mapping.
 
     Raises:
-        DataError: the values have no mapping of that name.
+        DataError: it is missing or no mapping.
     """
     found = values.get(name)
     if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""The surroundings of training on one rank: device, process groups, watchdog, sinks, and the final summary."""
+"""What a rank needs around the training loop: device, process groups, watchdog, sinks of records, and the final summary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ from moe_dist.train.trainer import Finished
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """This rank's device: the GPU with its local rank, or the CPU.
+    """This rank's device: the GPU whose index is the local rank, or the CPU.
 
     Raises:
         ResourceError: there is no GPU for this rank.
@@ -53,23 +53,23 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
             "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
         )
     device = torch.device("cuda", env.local_rank)
-    torch.cuda.set_device(device)  # NCCL and the current stream use the current device
+    torch.cuda.set_device(device)  # NCCL and torch.cuda.current_stream use the current device
     return device
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
-    """Waits for all ranks and makes the process groups with them.
+    """Waits until all ranks have started, and makes the process groups.
 
     Raises:
-        ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails, or the ranks do not share the run folder.
+        ResourceError: this rank is on another node than planned, or has no GPU.
+        MoeDistError: a check of this node failed, or this rank does not see rank 0's run folder.
     """
     section, device = config.parallel, choose_device(config, env)
     timeout = section.timeout_seconds
     with shared_with_rank_0(folder.path, env):
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # checked before the process group, so that a bad node costs no timeout
-        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 publishes its address in the run folder
+        check_at_start(config, env, folder.path)  # before all ranks meet, so that they wait for no bad node
+        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 writes its address to the run folder
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
 
@@ -77,9 +77,9 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts to watch this rank's collectives; a single rank needs no watchdog.
+    """Starts the watchdog of this rank's collectives, unless the run has a single rank.
 
-    Call it after `join_world`: rank 0 has then opened the run folder, and all ranks read the attempt's id from its lease.
+    Must be called after `join_world`: rank 0 has then written the run's lease, from which all ranks read the attempt's id.
     """
     holder = read_holder(folder.lease_json)
     watchdog = Watchdog(
@@ -92,17 +92,17 @@ def start_watchdog(
         step=attempt.last_step,
         end=attempt.give_up,
     )
-    return watchdog.start() if env.world_size > 1 else watchdog  # starts a thread that polls
+    return watchdog.start() if env.world_size > 1 else watchdog  # in a thread
 
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Reads rank 0's device on a background thread; other ranks have no monitor."""
+    """On rank 0 reads the device's state in a thread during the `with` block; on other ranks yields None."""
     if env.rank != 0:
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # polls on a thread, without device syncs
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # without device syncs
     try:
         yield monitor
     finally:
@@ -113,17 +113,17 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Opens the sinks of rank 0, joined into one; other ranks have none. Sinks are closed on any end of the run, so that no
-    record stays in a buffer.
+    """Opens the sinks of records on rank 0, joined into one; other ranks have none. The sinks are closed even after an
+    error, so that no record stays in a buffer.
 
-    The lease is checked before each record. Records must be on disk before each commit of a checkpoint.
+    Before each record, rank 0 checks that it holds the lease. A checkpoint is committed only if all records are on disk.
     """
     if env.rank != 0:
         yield []
         return
     console = Console()
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-    attempt.check_lease()  # another attempt may have taken the run while this rank started
+    attempt.check_lease()  # another attempt may have taken the lease meanwhile
     sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
     attempt.require(sinks.check_written)
     try:
@@ -134,7 +134,7 @@ def open_sinks(
 
 @dataclass(frozen=True)
 class SinkParts:
-    """The arguments of sinks besides the fields of the configuration."""
+    """The values, besides the sections of `monitor.sinks`, from which sinks are made."""
 
     plan: Preflight
     folder: RunFolder
@@ -143,7 +143,7 @@ class SinkParts:
 
 
 def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # takes seconds to import, so only rank 0 does
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # here, because the import takes seconds
 
     modalities = tuple(parts.plan.manifest.modalities)
     fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
@@ -168,8 +168,8 @@ SINKS: dict[str, Callable[..., Sink]] = {
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
-    """One sink for each section of `monitor.sinks`, and one for Ray if Ray started the run. Each sink gets configuration
-    and placement as text."""
+    """One sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes configuration and placement
+    to each sink as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(
         placement.groups,
@@ -194,7 +194,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
 
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
-    """The placement of a run and the cost of each placement policy for its token mix, as text of `width` columns."""
+    """Text of `width` columns: placement of a run's experts, and costs of each placement policy for its token mix."""
     if plan.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
@@ -208,8 +208,8 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
-    """Prints the summary and stores it. A restart of the finished run prints the stored summary."""
-    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run while this one waited
+    """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run."""
+    if not finished.took_steps and folder.summary_txt.is_file():  # finished while this attempt waited
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)

@@ -1,11 +1,10 @@
-"""Starts a new run from the weights of another run's checkpoint (`run.init_from`), by name and shape and by
-`run.init_rules`.
+"""Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
+are loaded, all others stay as initialised. The rules in `run.init_rules`:
 
-by name and shape   tensors that fit are loaded, all others stay as initialised
-upcycle             experts become copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
-copy_nulls          null rows become copies of true rows, so that a trained top-k model starts unchanged (AdaMoE)
+upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
+copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)
 
-A refusal comes before the first step. The report lists the loaded tensors, and any change of the model's function.
+All checks run before the first step. The report lists the loaded tensors and the differences in the models' functions.
 """
 
 from collections.abc import Mapping
@@ -29,15 +28,15 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that are not compared, because they do not change the function or tensor shapes show the difference.
+# Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
 def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
-    """Loads the weights of `run.init_from` into the model; returns a readable report. Collective over the world.
+    """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; gives reason and fix.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; tells what to change.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -54,7 +53,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
-        # Upcycled experts are equal, so the choice of a token does not change its output.
+        # Not with upcycle: the experts of a group are then equal, so a token's output does not depend on its choice.
         if copy and not upcycle and (problems := source_problems(config, source)):
             raise ConfigError(
                 [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
@@ -65,7 +64,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank copies the same rows by itself
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all rows
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
@@ -81,7 +80,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _check_scored(config: Config) -> None:
-    """Raises: ConfigError: the samples of router tuning were not scored with the weights of `run.init_from`."""
+    """Raises: ConfigError: the samples of router tuning were not made with the weights of `run.init_from`."""
     assert config.router_tuning is not None, "the caller checks the section"
     assert config.run.init_from is not None, "preflight checks it"
     manifest = load_tuning_manifest(config.router_tuning.data)
@@ -97,15 +96,15 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """The gates of all layers and groups. Every rank holds whole routers."""
+    """The gates (router weights) of all MoE layers and groups. Every rank has them whole."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Differences between checkpoint and model, except in router rows: a tensor of another shape, a tensor that the model
-    does not have, another value of a key of `model`."""
+    """Differences between checkpoint and model that a rule refuses, except in routers: a tensor with another shape, a
+    tensor that the model lacks, a key of `model` with another value."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -117,13 +116,13 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     ][:1]
     other = _other_keys(config, source)
     if "upcycle" in config.run.init_rules:
-        other.pop("mixture_of_depths", None)  # a seed model may gain mixture of depths
+        other.pop("mixture_of_depths", None)  # an upcycled model may add mixture of depths
     return problems + [f"{problem}; take that" for problem in other.values()]
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Reasons why a model that loaded all tensors of the checkpoint computes another function; empty if it computes the
-    same function (an upcycled model up to rounding)."""
+    """Reasons, besides `_misfits`, why the model computes another function than the checkpoint's model. If there are none,
+    it computes the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     if "upcycle" not in config.run.init_rules:
@@ -133,11 +132,11 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
-    """A message with both values for each key of `model` that differs from the checkpoint's configuration."""
+    """Maps each key of `model` with another value in the checkpoint's configuration to a message with both values."""
     before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
     if not isinstance(before, dict):
         return {}
-    here["head_dim"] = config.model.resolved_head_dim  # null means hidden_dim / num_heads
+    here["head_dim"] = config.model.resolved_head_dim  # a null in `model.head_dim` means hidden_dim / num_heads
     width, heads = before.get("hidden_dim"), before.get("num_heads")
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     there = {**before, "head_dim": before.get("head_dim") or each}
@@ -149,7 +148,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Tensors that keep their initial values, except router rows that a rule initialises."""
+    """Names of the tensors that keep their initial values, except those of routers that a rule permits."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if "upcycle" not in config.run.init_rules:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -157,8 +156,8 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """The reasons of `_changes` for upcycled experts. Upcycled experts are equal, so the weighted sum of their outputs is
-    the output of one expert if the weights sum to 1."""
+    """The part of `_changes` for upcycled experts. These are equal, so the weighted sum of their outputs is the output of
+    one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:

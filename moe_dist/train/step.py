@@ -1,8 +1,8 @@
-"""One optimizer step over all ranks: forward, backward, a joint decision, update. The loop around it is in `trainer.py`.
+"""One optimizer step over all ranks: forward, backward, a check for nan and inf, update. `trainer.py` has the loop.
 
-A step issues these collectives besides those of the layers: the label counts before the first forward, the routing counts
-of each micro-batch, the gradients, and one packed vector with gradient norm, stop requests and statistics. Every rank
-issues the same collectives in the same order.
+Besides the collectives of the layers, a step sums over the ranks: the label counts before the first forward, the routing
+counts of each micro-batch, the gradients, and one vector with squared gradient norm, losses, stop requests and statistics.
+Every rank issues the same collectives in the same order.
 """
 
 import time
@@ -41,27 +41,27 @@ from moe_dist.train.router_tuning.tuning import RouterTuning
 
 
 class AfterStep(Protocol):
-    """A controller that changes biases or thresholds after the optimizer, identically on all ranks."""
+    """A controller that changes biases or thresholds of routers after the optimizer's step, equally on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Runs after each step that was not skipped, with the step's counts over all ranks. The method may issue no
-        collective and no host sync."""
+        """Is called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective
+        and no host sync."""
         ...
 
 
 class TrainingStep:
-    """Takes steps with one model and optimizer.
+    """Takes training steps with one model and optimizer.
 
     Args:
         parallel: The model on its mesh.
-        placement: Map of experts to ranks, from which the ledger computes the traffic of other dispatchers.
-        group_of_modality: Expert group of each modality, in the order of the manifest.
-        clip_norm: Bound of the global gradient norm, or None.
-        comm_stats: Counts the model's communication.
-        controllers: Run after each step that was not skipped, in this order.
-        needs_global_batch_info: True if a router needs the token counts of all ranks. Token counts are summed with the
-            label counts and cost a host sync at the beginning of the step.
-        tuning: Adds the term of router tuning; the batches then contain its samples.
+        placement: Experts of each EP rank, from which the ledger computes the rows that other dispatchers would send.
+        group_of_modality: Index of the expert group of each modality, in the order of the manifest.
+        clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None for no limit.
+        comm_stats: Counts bytes and seconds of the model's exchanges.
+        controllers: Called in this order after each step that was not skipped.
+        needs_global_batch_info: True if a router needs the token counts of all ranks. They are summed with the label
+            counts, and cost a host sync at the beginning of the step.
+        tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainingStep:
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info = needs_global_batch_info
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
-        self._times = self._no_times[:0]  # busy seconds of the last step in this rank's slot; empty before the first step
+        self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step; empty before the first step
         self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
@@ -96,21 +96,21 @@ class TrainingStep:
         began: float | None = None,
         number: int = 0,
     ) -> StepResult:
-        """Takes one step over this rank's micro-batches.
+        """Takes one step with this rank's micro-batches.
 
-        Host syncs besides those of the dispatchers come only at the end: this rank's own counts for the ledger, the summed
-        vector, and the summed counts.
+        Besides the dispatchers' syncs the host syncs with the device only at the end: for this rank's counts (for the
+        ledger), the summed vector, and the counts over all ranks.
 
         Args:
-            began: time.perf_counter at which the rank began the step, if that was before this call.
-            number: Number of the step (0-based), which seeds the random draws.
+            began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
+            number: Number of the step (0-based), which is part of the seed of random draws.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
-        labels_M = torch.stack(  # scored labels of each micro-batch and modality on this rank
+        labels_M = torch.stack(  # [micro-batches, M]: number of labels on this rank
             [
                 sums_by_modality(torch.ones_like(each.labels_BS), each.labels_BS, each.label_modality_BS, num_modalities)
                 for each in batches
@@ -118,13 +118,13 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # The all-reduce also sums the times of the previous step. Sums of counts are exact in any order.
+        # The all-reduce also gives the ranks' times of the previous step. Sums of counts are exact in any order.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
-        self.comm_stats.take()  # drops the traffic of evaluations since the last step
+        self.comm_stats.take()  # drops the bytes of evaluations since the last step
 
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
@@ -146,11 +146,11 @@ class TrainingStep:
                     world=mesh.world,
                     tracker=mesh.tracker,
                 )
-                del logits  # frees B x S x V numbers, which backward of the loss does not need
+                del logits  # frees B x S x V numbers, which backward does not need
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 loss.total.backward()
-            # Frees the graph, because its nodes hold the dispatch plans, which backward does not free.
+            # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
@@ -170,18 +170,18 @@ class TrainingStep:
         forward_rows: Tensor,
         tokens_and_stop: list[float],
     ) -> Tensor:
-        """Packs this rank's share of the squared gradient norm, the losses, the stop request and the statistics into one
-        float64 vector, so that one all-reduce sums them all."""
+        """Returns a float64 vector with this rank's summands of the squared gradient norm, the losses, the stop requests
+        and the statistics, so that one all-reduce sums them all."""
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)
-        inter_node = self.comm_stats.inter_node_bytes  # read before `take`, which resets it
+        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
         payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # with LoRA experts, num_ranks is 1 even if ep > 1
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 with LoRA experts
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,
@@ -204,10 +204,10 @@ class TrainingStep:
         )
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
-        """Updates the weights if the sums over all ranks are finite. All ranks see the same sums, so all take the step or
-        none does: a NaN on one rank makes the sums NaN."""
+        """Updates the weights if the sums over all ranks are finite, else skips the step. All ranks have the same sums, so
+        all decide alike; a NaN on one rank makes the sum NaN."""
         num_modalities = len(self.group_of_modality)
-        values = summed.tolist()  # device-to-host sync: gradient norm, losses, stop requests and statistics
+        values = summed.tolist()  # device-to-host sync
         squared, balance, z, auxiliary = values[:4]
         nll_M = np.array(values[4 : 4 + num_modalities])
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
@@ -222,7 +222,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # optimizer.zero_grad is not enough, as it skips the gradients of empty and frozen parameters.
+        # `optimizer.zero_grad` would leave the gradients of empty and frozen parameters.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
@@ -254,10 +254,10 @@ class TrainingStep:
 
 
 class _BusyClock:
-    """Measures how long a rank works in a step, without the time it waits for other ranks.
+    """Measures the busy time of a rank in a step: without the time that it waits for other ranks.
 
-    Subtracts the host's time inside collectives. On CUDA the host does not wait in collectives, so the clock subtracts the
-    device's time inside the exchanges instead, which is known only after `CommStats.take`.
+    Subtracts the host's time in collectives. On CUDA the host does not wait in collectives, so it subtracts the device's
+    time in the exchanges, which is known only after `CommStats.take`.
     """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
@@ -270,7 +270,7 @@ class _BusyClock:
 
 
 class _OwnCounts:
-    """This rank's true choices after capacity, null choices and tokens of each group, summed on the device."""
+    """This rank's counts per group, summed over layers and micro-batches: kept true choices, null choices, tokens."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -287,7 +287,7 @@ class _OwnCounts:
             self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
 
     def totals(self) -> tuple[list[int], list[int], list[int]]:
-        """True choices after capacity, null choices and tokens of each group."""
+        """Choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
         true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()  # device-to-host sync
         return true_G, null_G, tokens_G
 
@@ -295,8 +295,8 @@ class _OwnCounts:
 def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
-    """float64 [W, I, G] over ranks, micro-batches and groups: this rank's tokens in the rank's row, zeros in all other
-    rows. A sum over the ranks gives the counts of all ranks. I is 0 unless `needed`."""
+    """Token counts, float64 [W, I, G] by rank, micro-batch and group: this rank's counts in its own row, zeros in all other
+    rows, so that the sum over the ranks has all counts. I is 0 unless `needed`."""
     num_batches = len(batches) if needed else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)
@@ -309,13 +309,13 @@ def _count_members(
 def _batch_infos(
     batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
 ) -> list[GlobalBatchInfo | None]:
-    """The batch info of each micro-batch from the counts of all ranks; None if no router needs it.
+    """The `GlobalBatchInfo` of each micro-batch, from the token counts of all ranks; None if no router needs it.
 
-    The i-th micro-batch has the same shape on every rank.
+    The i-th micro-batch must have the same shape on every rank.
     """
     if not members_WIG.numel():
         return [None] * len(batches)
-    # Device-to-host sync. Later exchanges take their split sizes from these counts and need no sync of their own.
+    # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
     flat = comm_stats.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
     counts_WIG, batch_info, first = np.array(flat).reshape(members_WIG.shape), [], 0
     for i, batch in enumerate(batches):

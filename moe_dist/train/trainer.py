@@ -24,7 +24,7 @@ from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
 
-WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
+WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
 Loader = TrainLoader | SampleLoader
 
 
@@ -39,15 +39,15 @@ class Finished:
 
 @dataclass
 class Trainer:
-    """Runs the loop on one rank. Every rank runs the same loop; only rank 0 has sinks.
+    """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
 
     Attributes:
         take_step: Takes one optimizer step.
-        loader: This rank's batches by position.
-        devices: Reads this rank's device; None on ranks without sinks.
-        saver: Saves the state; called identically on all ranks.
-        stop: The stop request of this process. The ranks exchange their requests inside each step.
-        progress: The state of the run, at first that of the starting point.
+        loader: Returns this rank's batches of the step that begins at a position of the global stream.
+        devices: Reads the state of this rank's device; None on ranks without sinks.
+        saver: Saves the state of the run; all ranks call it at the same steps.
+        stop: Whether this process got a stop signal. Each step tells all ranks of it.
+        progress: The counters of the run, at first those of the loaded checkpoint.
     """
 
     plan: TrainingPlan
@@ -63,11 +63,11 @@ class Trainer:
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def fit(self) -> Finished:
-        """Trains to the last step.
+        """Trains until the last step.
 
         Raises:
-            StoppedError: a rank got a stop signal; the state is saved.
-            DivergedError: too many steps in a row were not finite; the last checkpoint stays.
+            StoppedError: a rank got a stop signal. The state has been saved.
+            DivergedError: too many steps in a row were skipped. The last checkpoint is unchanged.
         """
         plan, progress = self.plan, self.progress
         evaluation: EvaluationResult | None = None
@@ -78,16 +78,16 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # a stop saves first, because the grace period may be short
+            if last or (self._owes_evaluation() and not stop):  # before a stop it only saves, as time is short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self.saver.writer.wait()  # a thread may still write the last good state
+                self.saver.writer.wait()  # the last save may still run
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
-        if evaluation is None:  # the run resumed after its last step
+        if evaluation is None:  # the loaded checkpoint is of the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation))
 
@@ -137,7 +137,7 @@ class Trainer:
             sink.step(record)
 
     def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
-        """FLOPs per token, from the step's active experts per token and token share of each group."""
+        """FLOPs per token of a step, from each group's true experts per token and its fraction of the tokens."""
         placement = self.plan.placement
         taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
         experts, share = {}, {}
@@ -148,7 +148,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt recorded this evaluation
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
@@ -156,7 +156,7 @@ class Trainer:
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """This rank's last training micro-batches, at most `count`; those of the last step come first."""
+        """This rank's last training micro-batches, at most `count`; first those of the last step, then those before it."""
         position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
             batches += self.loader.batches(position)
@@ -164,13 +164,13 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the state. Unless `must`, a thread may write the save during the next steps."""
+        """Saves the state of the run. Unless `must`, a thread may write it during the next steps."""
         for sink in self.sinks:
-            sink.flush()  # a resumed run does not write the records up to the checkpoint's step again
+            sink.flush()  # first, because a run that resumes from this save does not write these records again
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
-        counts = [result.counts for result in self._recent]  # empty if this attempt took no step
+        counts = [result.counts for result in self._recent]  # empty without steps in this attempt
         groups = self.plan.placement.groups
         no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
         return run_checks(

@@ -1,4 +1,4 @@
-"""The tasks by name, and the packages that they need with the commands that install them."""
+"""Makes the questions of a task by the task's name, and checks that the packages that it needs are installed."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import Vocabulary
 
-WORDNET = Path("/usr/share/wordnet")  # folder of Debian's package wordnet-base
-QUIZ = Path("/usr/share/games/bsdgames/quiz")  # folder of Debian's package bsdgames
+WORDNET = Path("/usr/share/wordnet")  # where Debian's package wordnet-base puts its files
+QUIZ = Path("/usr/share/games/bsdgames/quiz")  # where Debian's package bsdgames puts its quiz files
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "wordnet": ("wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category"),
@@ -28,10 +28,10 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def task_names(wanted: str) -> list[str]:
-    """The tasks of a comma-separated list; the name of a family stands for all of its tasks.
+    """The names of tasks in a comma-separated list, where the name of a family stands for all of its tasks.
 
     Raises:
-        ConfigError: a name is no task and no family. The message lists the valid names.
+        ConfigError: a name is neither a task nor a family. The message lists the valid names.
     """
     known = {name: (name,) for names in FAMILIES.values() for name in names} | dict(FAMILIES)
     names = [name.strip() for name in wanted.split(",")]
@@ -48,19 +48,19 @@ def task_names(wanted: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Makes the questions of tasks."""
+    """Makes questions from packages and from the pictures of a run's data set."""
 
-    vocabulary: Vocabulary  # gives the pictures of the run's data
-    sources: Sequence[str]  # names of the sources of the run's data
-    wordnet: Path = WORDNET  # folder of WordNet's files
-    quiz: Path = QUIZ  # folder of the quiz files
-    seed: int = 0  # determines sides, wrong answers and order
+    vocabulary: Vocabulary  # encodes the pictures of the run's data set
+    sources: Sequence[str]  # names of the sources in the run's data set
+    wordnet: Path = WORDNET  # folder with WordNet's files
+    quiz: Path = QUIZ  # folder with the quiz files
+    seed: int = 0  # determines the side of each fact, the wrong choices and the order of questions
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Checks that all packages of the tasks are installed.
+        """Checks that all packages that the tasks need are installed.
 
         Raises:
-            ConfigError: packages are missing; names each package and the command that installs it.
+            ConfigError: packages are missing; names each with the command that installs it.
         """
         families = {name.partition("-")[0] for name in tasks}
         problems = []
@@ -88,10 +88,10 @@ class Catalogue:
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
-            _ = self.vocabulary.codebook  # raises ConfigError if the data have no codebook
+            _ = self.vocabulary.codebook  # raises ConfigError without a codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """The questions of one side of a task, at most `limit`. Raises the errors of `make_questions` and the readers."""
+        """The first `limit` questions of a task on one side, or all. Raises the errors of `make_questions`."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:

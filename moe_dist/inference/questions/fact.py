@@ -1,4 +1,4 @@
-"""Facts and questions. A fact is a question with its right answer; a question adds wrong answers."""
+"""A fact is what is asked, with the right answer; a question is a fact with wrong choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ NUM_CHOICES = 4
 
 @dataclass(frozen=True)
 class Codes:
-    """A picture as codes; code 0 is the first of the codebook."""
+    """A picture as codes, which are indices into the codebook."""
 
     codes: tuple[int, ...]
 
@@ -18,17 +18,17 @@ Part = str | Codes
 
 @dataclass(frozen=True)
 class Fact:
-    """A question with its answer, from a package.
+    """What is asked, and the right answer.
 
     Attributes:
-        id: Unique within the task, and independent of other facts.
-        asked: A text with a question mark, the caption to draw, or the picture to name.
-        keys: Keys such as 'lemma:dog' or 'family:1F415', which no fact of another side may share. A WordNet fact names
-            every lemma of its synsets, so two facts about one synset have keys in common.
-        wrong: Answers that are also right, or nearly right, and so are never offered as wrong choices.
-        pool: Facts of one pool use each other's answers as wrong choices.
-        closed: All possible answers, if they are few; wrong choices are then taken from them, whatever the side.
-        trained_on: For a picture, True if the run was trained on it; None for facts without a picture.
+        id: Id of the fact, unique within its task, which does not depend on other facts.
+        asked: A text with a question mark, a caption whose picture is asked for, or a picture whose caption is asked for.
+        keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides have no key in common. A WordNet fact
+            has a key for every lemma of its synsets, so two facts about one synset have common keys.
+        wrong: Answers that are right or nearly right too, so that they must not be wrong choices.
+        pool: Name of a set of facts. The wrong choices are right answers of other facts in it.
+        closed: All possible answers, if they are few; the wrong choices are then from these, on every side.
+        trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """
 
     id: str
@@ -46,18 +46,18 @@ class Question:
     """A fact with four choices, one of them right."""
 
     task: str
-    id: str  # id of the fact
+    id: str  # `Fact.id`
     asked: Part
     choices: tuple[Part, ...]
     answer: int  # index of the right choice
 
     def rotated(self, by: int) -> "Question":
-        """The same question with the first `by` choices moved to the end."""
+        """The same question with its first `by` choices moved to the end."""
         by %= len(self.choices)
         choices = (*self.choices[by:], *self.choices[:by])
         return Question(self.task, self.id, self.asked, choices, (self.answer - by) % len(choices))
 
 
 def lemma_keys(words: Sequence[str]) -> frozenset[str]:
-    """Keys of words, in lower case and with single spaces."""
+    """Keys of facts about `words`: one per word, in lower case and with single spaces."""
     return frozenset("lemma:" + " ".join(word.replace("_", " ").lower().split()) for word in words)

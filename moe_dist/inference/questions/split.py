@@ -1,9 +1,9 @@
-"""Assigns facts to sides (`Side`) by one function of a seed and the fact's keys, for all tasks. Makes a side's questions.
+"""Assigns facts to sides (train, validation, test) by a seed and the facts' keys, and makes the questions of a side.
 
-A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys are on that side;
-any other fact is dropped. So no test fact shares a synset, lemma or picture family with a training fact, in any task.
-Connected components of shared keys would drop no fact, but nearly all of WordNet would be one component. The sides depend
-on no file, so leaving out one question set does not change other sets.
+A hash puts each key (a lemma, a picture family) on a side. A fact whose keys are all on one side is on that side; other
+facts are dropped. So no test fact shares a synset, lemma or picture family with a training fact, even of another task. To
+put all facts that are connected by keys on one side would drop none, but nearly all of WordNet is connected. A side depends
+on no file, so leaving out a task does not change the others.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import numpy as np
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 
-# Shares of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
+# Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
-_DRAWS = 64  # random draws of wrong answers before all of them are searched
+_DRAWS = 64  # answers that are drawn at random before all are tried in order
 
 
 class Side(StrEnum):
-    """The part of the facts that a question belongs to."""
+    """The part of the facts from which a question is made."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -29,13 +29,13 @@ class Side(StrEnum):
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that depends only on the arguments and is the same on every machine."""
+    """A pseudorandom number in [0, 1), a hash of the arguments, equal on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """The side of a key. A fact with this key is on this side or on no side."""
+    """The side of a key. A fact with this key is on this side or is dropped."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -43,17 +43,17 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """The common side of all keys of a fact; None if the keys are on several sides.
+    """The side of a fact, on which all its keys are; None if they are on several sides.
 
-    A picture family follows the run's own data: trained pictures are on the train side, and held-out families are divided
-    between the two other sides.
+    The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts it on
+    one of the two other sides.
     """
     sides = {_side(key, fact.trained_on, seed) for key in fact.keys}
     return sides.pop() if len(sides) == 1 else None
 
 
 def on_side(facts: Iterable[Fact], side: Side, seed: int) -> list[Fact]:
-    """The facts of one side, in their order."""
+    """The facts on one side, in their order."""
     return [fact for fact in facts if side_of(fact, seed) is side]
 
 
@@ -66,13 +66,13 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """The questions of one side of a task, at most `limit`; a smaller limit gives the first questions of a larger one.
+    """The first `limit` questions of a task on one side, or all, in an order that `seed` determines.
 
-    Wrong choices are right answers of other facts of the same side and pool, so that they are words of similar frequency
-    and occur on no other side. The right choice stands at each index equally often, up to one.
+    Wrong choices are right answers of other facts of the same side and pool, so that they are words of similar frequency,
+    and are no answers on other sides. The right choice is at each index equally often (a difference of one is possible).
 
     Raises:
-        DataError: the side has no fact with three wrong answers.
+        DataError: no fact on the side has three wrong choices.
     """
     chosen = sorted(on_side(facts, side, seed), key=lambda fact: uniform("order", seed, task, fact.id))
     pools: dict[str, list[Part]] = {}
@@ -97,7 +97,7 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
 
 
 def _wrong(task: str, fact: Fact, answers: Sequence[Part], seed: int) -> list[Part] | None:
-    """Three distinct wrong answers at random; None if there are fewer than three."""
+    """Three distinct random wrong choices for `fact` from `answers`; None if there are fewer than three."""
     rng = np.random.default_rng(int(uniform("wrong", seed, task, fact.id) * 2**53))
     never = {fact.answer, *fact.wrong}
     wrong: list[Part] = []

@@ -1,5 +1,5 @@
-"""Facts from the quiz files of Debian's bsdgames (format: quiz(6)). A line is a fact with colon-separated fields; in a
-field `{}` marks optional parts and `|` separates alternatives."""
+"""Facts from the quiz files of Debian's bsdgames (format: quiz(6)). Each line has fields separated by colons. In a field
+`{}` marks optional parts and `|` separates alternatives."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,15 +14,15 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """Files, and the question about each line."""
+    """Quiz files, and what is asked about each of their lines."""
 
     files: tuple[str, ...]
-    question: Callable[[str], str]  # makes the question from the first alternative of the asked field
-    asked: int  # index of the field that the question asks about
+    question: Callable[[str], str]  # makes the question's text from the first alternative in the field `asked`
+    asked: int  # index of the field that the question contains
     answer: int  # index of the field with the answer
 
 
-# A task joins several quizzes where one quiz alone would leave a side with only a handful of facts.
+# A task has several quizzes where one quiz would leave only a handful of facts on a side.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -39,7 +39,7 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """The facts of one task, one for each line without typesetting marks. Each quiz is a pool.
+    """The facts of one task, one per line without typesetting marks. The facts of a quiz are a pool.
 
     Raises:
         DataError: a file is missing or has no facts.
@@ -71,7 +71,7 @@ def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
 
 
 def alternatives(field: str) -> list[str]:
-    """The alternatives of a field. Optional parts are kept, in their first form: 'forget{-| }me' gives 'forget-me'."""
+    """The alternatives in a field. Keeps optional parts, in their first alternative: 'forget{-| }me' gives 'forget-me'."""
     while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
         field = replaced
     return [each.strip() for each in field.split("|")]

@@ -1,7 +1,7 @@
-"""Facts of WordNet, from its files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
+"""Facts from WordNet's files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Nouns are used in the first sense of their first word, if that word occurs in WordNet's tagged text. Rarer senses and unused
-words would make questions that nobody can answer.
+Of the noun synsets only those are used that are the first sense of their first word, if this word occurs in WordNet's
+tagged text. Other synsets would make questions that nobody can answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +13,10 @@ from typing import TypeVar
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import Fact, lemma_keys
 
-LONGEST_GLOSS = 120  # largest number of characters in a definition
+LONGEST_GLOSS = 120  # most characters of a definition that is asked about
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
-# Lexicographer files of nouns (lexnames(5WN)), from number 04; 03, "Tops", has the top concepts and is no category.
+# WordNet's lexicographer files of nouns (lexnames(5WN)), from number 04 on. Number 03, "Tops", is no category.
 _CATEGORY_NAMES = """
 act animal artifact attribute body cognition communication event feeling food group location motive object person
 phenomenon plant possession process quantity relation shape state substance time
@@ -26,20 +26,20 @@ CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 
 @dataclass(frozen=True)
 class Synset:
-    """One synset: a meaning and its words."""
+    """One synset: a meaning, and the words that have it."""
 
-    lexicographer: int  # number of the lexicographer file, which is the category of a noun
-    words: tuple[str, ...]  # underscores are replaced by spaces
-    # (symbol, offset, part of speech, source word, target word); words count from 1, and 0 is the whole synset
+    lexicographer: int  # number of the lexicographer file; for a noun a key of CATEGORIES or 3
+    words: tuple[str, ...]  # with spaces instead of underscores
+    # (symbol, offset of the other synset, its part of speech, source word, target word); words count from 1, 0 means all
     pointers: tuple[tuple[str, str, str, int, int], ...]
     gloss: str  # the definition, without examples
 
 
 class WordNet:
-    """The files of one folder, read on first use; reading the nouns takes a second.
+    """Facts from the WordNet files in one folder. Reads a file when it is first needed; reading the nouns takes a second.
 
     Raises:
-        DataError: from any method: a file is not in WordNet's format.
+        DataError: in any method, if a file is missing or not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")
@@ -62,7 +62,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """Facts that ask for the nearest hypernym of a noun. No other hypernym, near or far, is a wrong choice."""
+        """Facts that ask for the nearest hypernym of a noun. No other hypernym of the noun may be a wrong choice."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -81,8 +81,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """Facts that ask for the opposite of an adjective. The answer is the first opposite; the opposites of all senses of
-        the adjective are no wrong choices."""
+        """Facts that ask for the opposite of an adjective. The answer is its first opposite in the file; no opposite of any
+        of its senses may be a wrong choice."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -105,7 +105,7 @@ class WordNet:
         return list(facts.values())
 
     def categories(self) -> list[Fact]:
-        """Facts that ask for the category of a noun, one of WordNet's 25."""
+        """Facts that ask for the category of a noun, one of CATEGORIES."""
         closed = tuple(CATEGORIES.values())
         return [
             Fact(
@@ -121,7 +121,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """The noun synsets that are the first sense of their first word, by offset, if that word occurs in tagged text."""
+        """By offset: the noun synsets that are the first sense of their first word, if this word occurs in tagged text."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset
@@ -162,7 +162,7 @@ class WordNet:
         return self._parsed(name, _synset)
 
     def _parsed(self, name: str, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
-        """The parsed lines of a file, without the licence, whose lines begin with a space."""
+        """The parsed lines of a file, without those of the licence, which begin with a space."""
         path = self._folder / name
         number = 0
         try:
@@ -175,7 +175,7 @@ class WordNet:
 
 
 def _synset(line: str) -> tuple[str, Synset]:
-    """Offset and synset of a line of data.*."""
+    """Offset and synset in a line of a file data.*."""
     head, _, gloss = line.partition("|")
     fields = head.split()
     words_end = 4 + 2 * int(fields[3], 16)
@@ -189,13 +189,13 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """Lemma and offset of the first sense, from a line of index.*; None if the lemma does not occur in tagged text."""
+    """Lemma and offset of its first sense in a line of index.*; None if the lemma does not occur in tagged text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """True if a text contains one of the words and so gives the answer away."""
+    """True if a text contains one of the words, so that it gives the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

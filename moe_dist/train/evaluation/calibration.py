@@ -1,13 +1,13 @@
-"""Calibrates thresholds before a held-out evaluation, so that each expert and each mixture-of-depths layer takes the same
-share of training tokens as in training.
+"""Calibrates routers' thresholds before a held-out evaluation, so that with them each expert and each mixture-of-depths
+layer takes the same fraction of training tokens as in training.
 
-The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes a score
-that as many tokens exceed, over all ranks and batches, as were selected. The threshold is a quantile of all scores, found
-by bisection with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the share may still
-differ, because earlier layers select other tokens, and because held-out text differs.
+The model runs on training batches in evaluation mode, but each expert or layer selects tokens as in training. Then each
+threshold is set so that the number of tokens with a higher score, over all ranks and batches, equals the number of selected
+tokens. Bisection finds it with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the
+fraction may still differ, because earlier layers select other tokens, and because held-out text differs.
 
-Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that the router sees (in mixture-of-depths
-layers only the selected tokens).
+Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
+mixture-of-depths layer only the selected tokens).
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.train.loss import forward
 
-HALVINGS = 30  # bisection of [0, 1] ends at a width of 1e-9, below the resolution of fp32 scores
+HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolution of fp32 scores
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """The routers that evaluate by thresholds: those of experts, then those of mixture of depths, each in layer order."""
+    """The routers with thresholds: first those of MoE layers, then those of mixture of depths, both in layer order."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
@@ -44,8 +44,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place. Without batches nothing changes. An expert keeps its threshold if the
-    batches have no token of its group.
+    """Sets the thresholds of all layers in place; none without batches. An expert also keeps its threshold if no token was
+    selected for it.
 
     Collective: every rank must pass the same number of batches.
     """
@@ -75,8 +75,8 @@ def _seen(
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each router the scores [T, n] and the number of selected tokens, float64 [n], of this rank's tokens. The scores
-    take T x N numbers of memory over all routers."""
+    """For each router, of this rank's tokens: the scores [T, n], and the number of selected tokens per threshold, float64
+    [n]. The scores of all routers are T x N numbers in memory."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 

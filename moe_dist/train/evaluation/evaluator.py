@@ -1,4 +1,4 @@
-"""Held-out evaluation during a run: losses by modality, ablation, and balance efficiency."""
+"""Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -26,15 +26,15 @@ TIMED_BATCHES = 4
 
 @dataclass
 class Evaluator:
-    """Evaluates one model on the held-out side of every source.
+    """Evaluates the model on the held-out documents of every source.
 
     Attributes:
-        folder, manifest: The data set.
-        sequences, final_sequences: Held-out sequences of each source in an evaluation during the run, and in the last one.
-        micro_batch: Sequences in one batch of a rank.
+        folder, manifest: Folder and manifest of the data set.
+        sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last one.
+        micro_batch: Sequences per batch of a rank.
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
-        measure_balance: True to time the balance efficiency.
-        ablate: True to measure the final loss without experts too.
+        measure_balance: True to measure the balance efficiency.
+        ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
             thresholds.
     """
@@ -53,20 +53,20 @@ class Evaluator:
     measure_balance: bool
     ablate: bool
     calibration: int = 0
-    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # last number of sequences, and its batches
+    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # the last argument of `_batches`, and its result
 
     def __post_init__(self) -> None:
         if not by_threshold(self.model):
             self.calibration = 0
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers unchanged, except the
-        thresholds that it calibrates.
+        """Evaluates the model after step `step`. Collective. Changes the thresholds that it calibrates, but no gradients,
+        random generators, loader or other part of routers.
 
         Args:
-            final: Use `final_sequences`; also measure the loss without experts, and with expert choice the loss under the
-                selection of training.
-            trained: This rank's last `calibration` training micro-batches, or fewer at the start.
+            final: True for the last evaluation: uses `final_sequences`, and also measures the loss without experts and, if
+                experts choose tokens in training, the loss with that selection.
+            trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
         """
         mesh, groups = self.mesh, self.group_of_modality
         with mesh.tracker.among("calibration"):
@@ -76,11 +76,11 @@ class Evaluator:
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal, routers = Heldout({}, {}, None), [layer.router for layer in self.model.moe_modules()]
         if final and any(isinstance(router, ChoosingRouter) for router in routers):
-            with choice_of_training(routers):  # selects tokens like a training step, which sees later tokens
+            with choice_of_training(routers):  # experts choose tokens as in training, which depends on later tokens
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:
-            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # batches of every source
+            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # from every source
             balance = balance_efficiency(self.model, some, group_of_modality=groups, placement=self.placement, mesh=mesh)
         depth = heldout.depth_2LG
         return EvaluationResult(
@@ -110,7 +110,7 @@ class Evaluator:
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
-        """True experts per token by group, mean over the layers; groups without tokens are left out."""
+        """Number of true (not null) experts per token and layer, by group, without groups that have no tokens."""
         if heldout.choices_LC is None or heldout.tokens_LG is None:
             return {}
         tokens_G = heldout.tokens_LG.sum(0)
@@ -121,7 +121,8 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """From the choices of this evaluation: the ranks' mean of rows x FFN width, divided by the maximum over ranks."""
+        """Mean over the ranks of rows x FFN width, divided by the maximum; the rows follow from this evaluation's
+        choices."""
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self.placement)

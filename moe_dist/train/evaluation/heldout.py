@@ -1,4 +1,4 @@
-"""Held-out losses by modality, summed over all ranks. The losses do not depend on the number of ranks."""
+"""Held-out losses by modality, from sums over all ranks. The losses do not depend on the number of ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from moe_dist.train.loss import forward, sums_by_modality, token_losses
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out sums over all ranks.
+    """Held-out losses and routing counts, over all ranks.
 
     Attributes:
-        loss: Nats per token by the label's modality, and '<modality>_no_filler' if the data marks filler cells; modalities
-            without labels are left out.
-        tokens: Number of labels of each loss.
-        choices_LC: int64, number of choices of each column, see `moe_dist.monitor.statistics`; None without batches.
-        tokens_LG: int64, tokens routed in each group; None without batches.
-        depth_2LG: int64, for each mixture-of-depths layer and group the number of tokens, and the number of tokens that the
-            layer computed; None without such layers or batches.
+        loss: Nats per label by the label's modality; '<modality>_no_filler' is without filler cells, if the data mark such
+            cells. Modalities without labels are left out.
+        tokens: Number of labels behind each entry of `loss`.
+        choices_LC: int64, number of choices per layer and column, see `moe_dist.monitor.statistics`; None without batches.
+        tokens_LG: int64, number of routed tokens per layer and group; None without batches.
+        depth_2LG: int64, per mixture-of-depths layer and group: [0] number of tokens, [1] number of those that the layer
+            computed. None without such layers or batches.
     """
 
     loss: Mapping[str, float]
@@ -49,15 +49,15 @@ def heldout_losses(
     tracker: CollectiveTracker | None = None,
     experts_off: bool = False,
 ) -> Heldout:
-    """Losses by modality. Collective: every rank must pass the same number of batches.
+    """Held-out losses and routing counts. Collective: every rank must pass the same number of batches.
 
     Args:
         model: The transformer itself, not its DDP wrapper.
-        group_of_modality: int64 [M], expert group of each modality.
-        experts_off: Compute without the output of routed experts. The rise of the loss measures their contribution.
+        group_of_modality: int64 [M], index of the expert group of each modality.
+        experts_off: Leave out the output of routed experts. The rise of the loss measures what they contribute.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, so no batch syncs
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs
     counts: list[Tensor] = []
     shapes: list[torch.Size] = []
     training = model.training
@@ -69,8 +69,8 @@ def heldout_losses(
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
-    model.train(training)  # restores the mode before the call
-    if not counts:  # no rank has held-out data, as all ranks have equally many batches
+    model.train(training)  # back to the mode before the call
+    if not counts:  # no rank has batches, because all ranks have equally many
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
@@ -88,8 +88,7 @@ def heldout_losses(
 
 
 def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
-    """The layers' choices [L, C] and tokens [L, G]. With mixture of depths also [2, L, G]: tokens of each group, and tokens
-    that the layer computed. All parts go through one all-reduce."""
+    """`choices_LC`, `tokens_LG` and, with mixture of depths, `depth_2LG` of `Heldout`, for one batch of this rank."""
     parts = [torch.stack([report.sums.choices_C for report in reports])]
     parts.append(torch.stack([report.sums.tokens_G for report in reports]))
     mixture_of_depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
@@ -97,7 +96,7 @@ def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """float64 [4, M]: sum of losses and number of labels, first over all labels, then over filler cells only."""
+    """float64 [4, M]: loss sum and number of labels by modality, first of all labels, then of filler cells only."""
     ones = torch.ones_like(losses_BS)
     filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
     return torch.stack(

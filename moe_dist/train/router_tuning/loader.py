@@ -1,6 +1,6 @@
-"""Batches of samples for router tuning and for questions: one sample per row, scored on its right answer only.
+"""Batches of prompts with answers, for router tuning and questions: one per row; only the answer's tokens are labels.
 
-The order of training is a pure function of (seed, position), as in `moe_dist.data.loader`, for any number of ranks.
+The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
 """
 
 from collections.abc import Sequence
@@ -15,43 +15,43 @@ from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
-_BATCH_LOGITS = 1 << 26  # limit of logits in a batch: 256 MiB in fp32, and as much again for the losses
+_BATCH_LOGITS = 1 << 26  # most logits per batch: 256 MiB in fp32, and as much again for the losses
 
 
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
-    """Divides rows into batches of similar length; returns the row indices of each batch of one rank.
+    """Divides rows into batches of rows with similar lengths; returns the row indices of each batch of this rank.
 
-    Every rank gets the same number of batches, because the rank's experts take part in the forward of every rank. Empty
-    batches fill the last round.
+    Every rank gets equally many batches, of which the last may be empty, because a rank's experts take part in the forward
+    pass of every rank.
 
     Args:
-        lengths: Tokens of each row; equal on all ranks.
-        tokens: Most tokens in a batch, padding included. Lower with a large vocabulary, because logits need memory.
+        lengths: Number of tokens of each row; equal on all ranks.
+        tokens: Most tokens per batch, padding included. Fewer with a large `vocab_size`, to limit the logits' memory.
         mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
     batches: list[list[int]] = []
     room = 0
-    # The longest rows come first, so that the first batch shows whether the memory is enough.
+    # The longest rows come first, so that memory that is too small shows in the first batch.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if room <= 0:
             batches.append([])
             room = max(1, most // lengths[index])
         batches[-1].append(index)
         room -= 1
-    batches += [[]] * (-len(batches) % world_size)  # a rank runs an empty batch as one row of padding
+    batches += [[]] * (-len(batches) % world_size)  # `SampleMaker` makes one row of padding of an empty batch
     return batches[rank::world_size]
 
 
 @dataclass(frozen=True)
 class SampleBatch(Batch):
-    """A micro-batch with one sample per row. `to` gives the plain batch; the fields below stay on the host.
+    """A micro-batch with one sample per row. The result of `to` is a `Batch` without the two fields below.
 
     Attributes:
-        numbers: Indices of the samples.
-        probe_tokens_B: int64, index of the last token of each prompt among the B x S tokens. The logits of this token
-            predict the first token of the answer, and its routing is the sample's routing.
+        numbers: Indices of the samples in `Samples`.
+        probe_tokens_B: int64, index, among the B x S tokens, of the last token of each sample's prompt. This token's logits
+            predict the answer's first token, and its routing is the routing of the sample.
     """
 
     numbers: tuple[int, ...]
@@ -59,13 +59,13 @@ class SampleBatch(Batch):
 
 
 class SampleMaker:
-    """Makes batches of samples, as wide as the longest one. The manifest gives the modality of each token id."""
+    """Makes batches of samples, padded to the longest sample. `manifest` gives the modality of each token id."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """One row for each sample; without samples one row of padding.
+        """Makes a batch with one row per sample; without samples one row of padding.
 
         Raises:
             DataError: a token id lies outside the vocabulary.
@@ -74,7 +74,7 @@ class SampleMaker:
         for each in samples:
             tokens = np.concatenate([each.prompt, each.answer])
             in_prompt = np.arange(len(tokens)) < len(each.prompt)
-            # The last token is a label but never an input.
+            # The last token of an answer is only a label, not an input.
             rows.append([Segment(tokens, np.zeros(len(tokens), bool), len(tokens) - 1, prompt=in_prompt)])
         width = max((segment.length for (segment,) in rows), default=1)
         maker = BatchMaker(seq_len=width, pad_id=self._pad_id, modalities=self._modalities)
@@ -88,9 +88,9 @@ class SampleLoader:
     """Training batches of one rank: `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: Each epoch contains every sample once, in a new order.
-        global_batch: Samples of a step over all ranks; a multiple of world_size * micro_batch.
-        micro_batch: Samples in one batch of a rank.
+        samples: Every epoch contains each sample once, in another order.
+        global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
+        micro_batch: Samples per micro-batch of a rank.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class SampleLoader:
         return made
 
     def number(self, position: int) -> int:
-        """Index of the sample at a position of the global stream."""
+        """Index in `Samples` of the sample at a position of the global stream."""
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Epochs of the samples up to a position. Every modality of the data has the same number."""
+        """Epochs over the samples up to a position, by modality; the same number for each."""
         return dict.fromkeys(self._modalities, position / len(self._samples))

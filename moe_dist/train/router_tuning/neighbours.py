@@ -1,10 +1,10 @@
-"""Finds the neighbours of a sample by embeddings, with scikit-learn's search over the first rows of a memory-mapped file.
+"""Finds the samples with the embeddings nearest to a sample's (its neighbours), with scikit-learn, in a memory-mapped file.
 
-The weights of the neighbours are those of RoMA (arXiv 2511.07419, section 3):
+The weights of the neighbours j of a sample i, with embeddings E(x), are those of RoMA (arXiv 2511.07419, section 3):
 
     W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
-Shape letters: S samples, M members (the first M samples, which may be neighbours), E width, K neighbours.
+Shape letters: S samples, M members (the first M samples, only these may be neighbours), E embedding width, K neighbours.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,16 @@ import numpy as np
 
 
 class Neighbours(NamedTuple):
-    """The neighbours of one sample: indices, int64 [K], and weights W, float64 [K]; K is 0 without neighbours."""
+    """The neighbours of one sample: their indices, int64 [K], and weights W, float64 [K]. K may be 0."""
 
     number_K: np.ndarray
     weight_K: np.ndarray
 
 
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
-    """W of one sample's neighbours from the squared distances [K] in embedding space: float64 [K], summing to 1."""
+    """Weights W of one sample's neighbours, float64 [K] with the sum 1, from squared distances of embeddings, [K]."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtracts the largest exponent, because far neighbours with a small bandwidth would otherwise give 0 / 0.
+    # Subtracts the largest exponent: without this, neighbours that are far for the bandwidth would give 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
@@ -30,16 +30,16 @@ def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
 class NeighbourIndex:
     """Finds a sample's neighbours among the members, the nearest first, without the sample itself.
 
-    Results are cached, with 16 bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width
-    384 on one core.
+    Results are cached, 16 bytes per neighbour. A search reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
+    on one core.
 
     Args:
         embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
         members: M, the number of samples that may be neighbours.
-        bandwidth: Sigma of the weights.
+        bandwidth: sigma in the weights.
         k: Number of neighbours; None to select by similarity.
-        similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None to select by k.
-        random_seed: If given, k members are drawn at random instead of the nearest. The seed and the sample determine them.
+        similarity: Smallest s_ij of a neighbour; None to select by k.
+        random_seed: If given, k random members, which depend on seed and sample, are taken instead of the nearest.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class NeighbourIndex:
         number_K = found[found != sample][: self._k]
         own_E = self._embeddings_SE[sample].astype(np.float64)
         squared_K = np.square(self._embeddings_SE[number_K].astype(np.float64) - own_E).sum(1)
-        order_K = np.lexsort((number_K, squared_K))  # equal distances are ordered by index
+        order_K = np.lexsort((number_K, squared_K))  # by distance, then by index
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:
-        # Each query has one sample, because the last bits of a distance depend on the other samples of the query.
+        # One sample per search, because the last bits of a distance depend on the other samples of the search.
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # Asks for k + 1, because the result may contain the sample itself, possibly after others with an equal embedding.
+        # k + 1, because the result may contain the sample itself, also after others with an equal embedding.
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:

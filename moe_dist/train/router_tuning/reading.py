@@ -1,4 +1,4 @@
-"""Reads the routing of samples: the softmax of each MoE layer at the last token of each prompt.
+"""Computes the routing of samples: the router softmax of each chosen MoE layer for the last token of each sample's prompt.
 
 Shape letters: S samples, L chosen layers, C choice columns, B samples of a batch.
 """
@@ -21,14 +21,14 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class RoutingReader:
-    """Reads routing with one model; each rank reads a part of the samples.
+    """Computes the routing of samples with one model; each rank runs a part of the samples.
 
     Args:
         model: The model with this rank's experts.
-        group_of_modality: int64 [M], expert group of each modality, on the model's device.
+        group_of_modality: int64 [M], index of the expert group of each modality, on the model's device.
         places: Indices of the chosen layers among the MoE layers.
         mesh: All ranks; None for a single rank.
-        batch_tokens: Most tokens in one batch of a rank, padding included.
+        batch_tokens: Most tokens per batch of a rank, padding included.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class RoutingReader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Softmax [S, L, C] of the last token of each prompt, on the host; fp32, or float64 for a float64 model.
+        """Router softmax [S, L, C] for the last token of each prompt, on the host; fp32, or float64 for a float64 model.
 
-        The model runs in evaluation mode and returns to its former mode. Collective: every rank passes the same prompts
-        and gets the whole result. Takes S x L x C numbers of device memory.
+        The model runs in evaluation mode and gets its former mode back. Collective: every rank passes the same prompts and
+        gets the whole result. On the device the result is S x L x C numbers.
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
-        self._model.eval()  # evaluation mode has no capacity and no noise
+        self._model.eval()  # without capacity limit and noise
         with tracker.among(SAMPLE_ROUTING) if tracker is not None else nullcontext():
             found = self._own_part(prompts)
         self._model.train(training)
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """The softmax of this rank's prompts; zeros for all other prompts, so that the sum over the ranks is the result."""
+        """The softmax [S, L, C] with zeros for the prompts of other ranks, so that the sum over the ranks is the result."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
@@ -72,7 +72,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # any id works, because the last token of a row is never an input
+        filler = np.zeros(1, np.int64)  # an answer of one token, whose id does not matter, because it is only a label
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))
@@ -81,6 +81,6 @@ class RoutingReader:
 
 
 def routing_of(reports: Sequence[LayerReport], places: Sequence[int]) -> Tensor:
-    """The softmax [A, L, C] of the A probe tokens in the layers at `places` among the MoE layers."""
+    """The router softmax [A, L, C] of the A probe tokens in the MoE layers with the indices `places`."""
     found = [reports[place].prob_AC for place in places]
     return torch.stack([each for each in found if each is not None], dim=1)

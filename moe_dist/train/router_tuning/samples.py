@@ -1,6 +1,6 @@
-"""The samples of router tuning on disk: read memory-mapped, written all or nothing.
+"""The samples of router tuning on disk: reads them memory-mapped, and writes them so that no incomplete folder appears.
 
-See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E width of an embedding, L layers, C columns.
+See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers, C columns.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """Token ids of a prompt and of its right answer; at least one each."""
+    """Token ids of a prompt, and of its right answer. Neither is empty."""
 
     prompt: np.ndarray
     answer: np.ndarray
 
 
 class Samples:
-    """A folder that `tools.prepare_router_tuning` made. Opening it reads only the lengths; all other arrays are mapped.
+    """The samples in a folder that `tools.prepare_router_tuning` made. All arrays except the lengths are memory-mapped.
 
     Attributes:
         digest: SHA-256 of the manifest, which contains the digests of the files.
@@ -59,36 +59,36 @@ class Samples:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """A copy of one sample's tokens."""
+        """A copy of the token ids of one sample."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
         return TuningSample(tokens[:prompt], tokens[prompt:])
 
     def prompts(self) -> list[np.ndarray]:
-        """The prompts of all samples, in order."""
+        """The prompts of all samples, in the order of the samples."""
         return [self.sample(number).prompt for number in range(len(self))]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A question that the run has answered."""
+    """A question that a trained run has answered."""
 
     task: str
     id: str
-    text: str  # the text to embed
+    text: str  # the text for the embedding
     sample: TuningSample
-    right: bool  # the run's answer was correct
+    right: bool  # True if the run's answer was right
 
 
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder, successful samples first. The folder is built under a hidden name and renamed when complete, so that
-    `out` never exists in part; the next call removes a partial folder.
+    """Writes a folder of samples, those with `right` first. The folder is written under a hidden name and renamed when it
+    is complete. The next call removes an incomplete folder.
 
     Args:
-        out: Must not exist.
-        scored, embeddings_SE, routing_SLC: One row for each question.
+        out: The folder, which must not exist.
+        scored, embeddings_SE, routing_SLC: One entry per question, in the same order.
         facts: The manifest without sizes, tasks and digests, which are added here.
 
     Raises:
@@ -122,7 +122,7 @@ def write_samples(
                 "tasks": {name: {"questions": questions, "right": right} for name, (questions, right) in tasks.items()},
                 "samples": len(ordered),
                 "right": sum(each.right for each in ordered),
-                "longest": int(lengths_S2.sum(1).max()) - 1,  # the last token is never an input
+                "longest": int(lengths_S2.sum(1).max()) - 1,  # without the last token, which is only a label
                 "columns": int(routing_SLC.shape[2]),
                 "width": int(embeddings_SE.shape[1]),
                 "digests": {name: sampled_digest(folder / name) for name in (*arrays, "questions.jsonl")},
@@ -148,7 +148,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks before hours of scoring that a folder can be made. Raises: ConfigError: it exists, or its parent is not
+    """Checks that a folder can be made, before hours of scoring. Raises: ConfigError: `out` exists, or its parent is not
     writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

@@ -1,11 +1,11 @@
-"""Router tuning inside a training step: freezes all but the chosen routers, and adds the manifold term of RoMA (arXiv
+"""Router tuning in a training step: freezes all parameters except chosen routers, and adds the manifold term of RoMA (arXiv
 2511.07419, section 3) to the loss.
 
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
-r_i is the concatenated softmax of the chosen layers at one token of sample i. r_j is a constant without gradient, which
-comes from the folder of samples or is recomputed every `refresh_every` steps. A sample without neighbours adds 0 and counts
-in the mean. `neighbours.py` computes the weights W.
+r_i is the routing of sample i: the router softmax of the chosen layers for the last token of its prompt, concatenated. r_j
+is a constant, read from the folder of samples or recomputed every `refresh_every` steps. A sample without neighbours counts
+in the mean with 0. `neighbours.py` computes the weights W.
 
 Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
@@ -33,16 +33,16 @@ from moe_dist.train.router_tuning.samples import Samples
 
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
-    """The router parameters of the given layers, by logical name."""
+    """The router parameters of the layers with the indices `layers`, by logical name."""
     prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
     return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables all gradients except those of the given layers' routers.
+    """Disables the gradients of all parameters except the routers of `layers`.
 
-    Call it before sharding, so that frozen parameters have no gradient to reduce. Backward then ends at the lowest of the
-    layers.
+    Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters. Backward then ends at the
+    lowest of `layers`.
     """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
@@ -52,14 +52,14 @@ def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
 class Targets(NamedTuple):
     """The constants of the manifold term for one micro-batch, on the model's device."""
 
-    probe_tokens_B: Tensor  # int64, index of each sample's probe token
-    target_BKR: Tensor  # float64, routing of the neighbours
-    weight_BK: Tensor  # float64, 0 where a sample has fewer than K neighbours
+    probe_tokens_B: Tensor  # int64, as in `SampleBatch`
+    target_BKR: Tensor  # float64, routing r_j of the neighbours
+    weight_BK: Tensor  # float64, weights W_ij; 0 where a sample has fewer than K neighbours
 
 
 def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
-    """Sum over samples and neighbours of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
-    squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # takes B x K x R numbers
+    """Sum over samples i and neighbours j of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
+    squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # B x K x R numbers in memory
     return (weight_BK.to(r_BR.dtype) * squared_BK).sum()
 
 
@@ -67,19 +67,19 @@ def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
 class Chosen:
     """The layers whose routers are trained."""
 
-    layers: tuple[int, ...]  # indices of the transformer layers
-    places: tuple[int, ...]  # indices among the MoE layers
-    stored: tuple[int, ...]  # indices among the layers whose routing is stored with the samples
+    layers: tuple[int, ...]  # their indices among all layers
+    places: tuple[int, ...]  # their indices among the MoE layers
+    stored: tuple[int, ...]  # their indices among the layers whose routing the folder of samples contains
 
 
 class RouterTuning:
-    """The manifold term of one run, and its saved state.
+    """Computes the manifold term of a run, and saves and restores what it depends on.
 
     Args:
-        reader: Recomputes the routing of all samples in a refresh.
-        neighbours: Returns the neighbours of a sample, by its index.
-        weight: Lambda divided by the number of samples in a step.
-        refresh_every: Steps between refreshes; None to use the stored routing for the whole run.
+        reader: Recomputes the routing of all samples (a refresh).
+        neighbours: Function that returns the neighbours of the sample with a given index.
+        weight: lambda divided by the number of samples per step, over all ranks.
+        refresh_every: Steps between refreshes; None for no refresh.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class RouterTuning:
         self._width = len(chosen.places) * samples.manifest.columns  # R, the width of a sample's routing
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
-        self._routing_SLC: np.ndarray | None = None  # routing of the last refresh; None before the first refresh
+        self._routing_SLC: np.ndarray | None = None  # result of the last refresh; None before the first
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
-        """The targets of each micro-batch of a step (0-based).
+        """The targets of each micro-batch of step `step` (0-based).
 
-        Collective if a refresh is due: the ranks together compute the routing of all samples with the present routers.
+        Collective if a refresh is due: then the ranks together compute the routing of all samples with the current weights.
         """
         if self._refresh_every is not None and step and step % self._refresh_every == 0:
             self._refreshed = (step, {name: _packed(parameter) for name, parameter in self._routers.items()})
@@ -123,26 +123,25 @@ class RouterTuning:
         return Targets(batch.probe_tokens_B.to(device), *on_device)
 
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
-        """Routing of samples in the chosen layers, [K, R]."""
+        """Routing [K, R] of the samples `number_K` in the chosen layers."""
         if self._routing_SLC is not None:
             return self._routing_SLC[number_K].reshape(len(number_K), self._width)
-        stored_KLC = self._samples.routing_SLC[number_K]  # reads only K rows of the mapped file
+        stored_KLC = self._samples.routing_SLC[number_K]  # reads K rows of the memory-mapped file
         return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """Adds this rank's share of the term to the loss. The shares of the ranks sum to the term, because `weight` divides
-        by the samples of all ranks."""
+        """Adds to the loss what this rank's micro-batch contributes to the manifold term."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Digest of the samples, and the router weights of the last refresh: `restore` recomputes the routing with them."""
+        """Digest of the samples, and step and router weights of the last refresh, which `restore` repeats."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a saved state; the model's weights must be loaded already. Collective.
+        """Restores a result of `state`; the model's weights must be loaded already. Collective.
 
         Raises:
             DataError: the state is invalid, or belongs to other samples.
@@ -166,7 +165,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # sets the routers of the refresh for this one reading
+            for name, parameter in self._routers.items():  # for this refresh only
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
