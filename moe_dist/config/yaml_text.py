@@ -26,7 +26,7 @@ _RESOLVERS = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads with these resolvers, and collects duplicate keys of a mapping in `repeated`."""
+    """A loader with the rules of `_RESOLVERS`, which collects duplicate keys of a mapping in `repeated`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that these resolvers would otherwise read back as a number, boolean or null."""
+    """A dumper that quotes a text which `_RESOLVERS` would read back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # writes repeated values in full, because anchors are hard to read
@@ -69,7 +69,7 @@ _Loader.yaml_constructors = {
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value of one document, and its faults: duplicate keys, or the first syntax error, with which the value is
+    """The value of a YAML text, and its faults: duplicate keys, or the first syntax error; with a syntax error the value is
     None."""
     try:
         loader = _Loader(text)

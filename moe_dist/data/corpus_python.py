@@ -10,7 +10,8 @@ from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Folders whose files follow one template. Each is one family, else held-out files would have copies in training.
+# Folders in which all files follow one template. The files of such a folder are one family, else held-out files would have
+# near copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 
