@@ -1,5 +1,5 @@
-"""The cluster file has the settings of a site. A run's configuration contains none of these, so a run may continue at
-another site.
+"""The cluster file has the settings of a site. A run's configuration has no such setting, so a run may continue at another
+site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
@@ -114,8 +114,7 @@ class Cluster(Section):
 
     @property
     def network_variables(self) -> dict[str, str]:
-        """Environment variables for NCCL and gloo: those of the key `nccl`, and for both libraries the network
-        interface."""
+        """Environment variables for NCCL and gloo: those of the key `nccl`, and the network interface for both."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 

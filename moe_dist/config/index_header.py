@@ -37,14 +37,12 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Byte offsets in an .idx of its three lists: tokens of each sequence, byte offsets into .bin, and first sequence of
-    each document."""
+    """Byte offsets in an .idx of the lists: tokens of each sequence, offsets into .bin, first sequence of each document."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
 def read_index_header(prefix: Path) -> IndexHeader:
-    """Reads the .idx of `prefix` and compares it with the size of its .bin. Costs one pass over the list of sequence
-    lengths.
+    """Reads the .idx of `prefix` and compares it with the size of its .bin. Reads all sequence lengths.
 
     Raises:
         DataError: a file is missing, truncated or of another format, or .idx and .bin do not match.

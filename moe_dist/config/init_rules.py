@@ -73,8 +73,7 @@ def _copy_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _no_identity(kind: object) -> str:
-    """The reason why a router of this kind, which is not top_k, would choose other experts once null rows copy true
-    rows."""
+    """The reason why a router of this `kind`, not top_k, chooses other experts once null rows copy true rows."""
     return (
         f"with a router of kind {kind} copies of true rows change the choice: only in a plain top-k of one softmax does a "
         "copy rank directly behind its original; sigmoid scores, node groups and experts that choose treat a copy "

@@ -58,8 +58,8 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The section classes that a value of this type can have, by the value of their `tag_key`: {'': class} if there is only
-    one, {} if the type is no section."""
+    """The section classes of this type by the value of their `tag_key`; {'': class} for a single class, {} for no
+    section."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}

@@ -55,8 +55,7 @@ def _error(problems: list[str]) -> ConfigError:
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """Like `load_config`, but returns faults together with the readable values, so that the caller can report more
-    faults."""
+    """Like `load_config`, but returns readable values and faults, for callers that report more faults."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -144,8 +143,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """The text of an override as a value: for a key of type str (`run.name=2024`) the text itself, unless it is quoted;
-    otherwise the text read as YAML."""
+    """The text itself for a key of type str (`run.name=2024`) if it is not quoted, else the text read as YAML; and
+    faults."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)

@@ -61,8 +61,7 @@ class PartialConfig(Generic[S]):
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until they fit. Former names of keys and
-    kinds are faults."""
+    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until they fit. Former names are faults."""
     values, renames = translation(json.loads(json.dumps(values)))
     problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
     wrong: set[str] = set()
@@ -130,8 +129,8 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """Each part of a pydantic error location with its key. Kinds of sections and the mark "[key]", which a location also
-    contains, are left out."""
+    """Each part of a pydantic error location with its key. Leaves out the location's kinds of sections and marks
+    "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:

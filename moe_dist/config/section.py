@@ -40,8 +40,7 @@ class Violation(NamedTuple):
 
 
 class Section(BaseModel):
-    """The base class of all sections. Each field has its meaning in `description`, or in a docstring below the field if
-    that is too long for its line."""
+    """The base class of all sections. A field's meaning is its `description`, or a docstring below it if too long."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -54,8 +53,7 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Makes the class docstring the description of the field `kind` or `policy`, and joins each field's description to
-        one line."""
+        """Makes the class docstring the description of `kind` or `policy`; joins each description to one line."""
         for name, field in cls.model_fields.items():
             named = (cls.__doc__ or "") if name in ("kind", "policy") else None
             text = field.description or named

@@ -18,8 +18,7 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly space
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads the sequence lengths, but no
-    tokens.
+    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads sequence lengths, no tokens.
 
     Raises:
         DataError: a file is missing or damaged, or its counts differ from the manifest's.

@@ -7,8 +7,7 @@
     routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples whose question the run answered correctly come first, so that the neighbour search can use the first rows of a
-memory-mapped file.
+Samples that the run answered correctly come first, so that the neighbour index covers the first rows of each array.
 """
 
 from collections.abc import Mapping

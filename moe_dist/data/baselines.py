@@ -7,8 +7,7 @@ loss slightly lower, so a language model with a still lower loss is better than 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c(x) is the number of training labels x, c(a, x) the number of those that follow the token a, and c(a) the number of all
-training labels after a; all counts are of labels of one modality.
+c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, and labels after a.
 """
 
 from collections.abc import Mapping
@@ -23,8 +22,7 @@ BIGRAM_PRIOR = 200.0  # gives nearly the lowest loss for text and for image code
 
 
 class _Labels:
-    """The labels of several splits, one after the other; with each label the token before it, and whether it is an empty
-    cell of a picture."""
+    """All labels of several splits, the token before each label, and whether the label is an empty cell of a picture."""
 
     def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
         parts = [self._read(IndexedSplit(folder, split)) for split in splits]
@@ -68,8 +66,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 def _score(
     model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
 ) -> dict[str, float]:
-    """Mean nats per label over the labels that `masks` selects: of all sources together, and of each source if there are
-    several."""
+    """Mean nats per label that `masks` selects: over all sources together, and in each source if there are several."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
     whole = {key: np.concatenate(list(nats.values()))} if nats else {}
@@ -87,8 +84,7 @@ class _Unigram:
 
 
 class _LeftBigram:
-    """The bigram model. It counts (token, label) pairs by sorting, because an array for all pairs would have vocab_size^2
-    elements."""
+    """Counts (token, label) pairs by sorting, because an array of all pairs would have vocab_size^2 elements."""
 
     def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
         chosen = _within(train.label, ranges)

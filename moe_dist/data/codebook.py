@@ -49,8 +49,7 @@ def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
-    """Fits a codebook by k-means, which starts from random distinct patches. Entries are rounded to uint8 after each round.
-    `codes` is K.
+    """Fits a codebook of K = `codes` by k-means from random distinct patches, with entries rounded to uint8 in each round.
 
     Returns:
         uint8 [K, PATCH, PATCH, 3].

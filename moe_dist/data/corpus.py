@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
-VARIATIONS = ("place", "flip", "background")  # what differs between renders of a picture; place: scale and shift
+VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place: scale and shift
 Item = TypeVar("Item")
 
 

@@ -177,8 +177,7 @@ class _Writer:
         self._sources[source.name] = _section(source, splits)
 
     def add_instructions(self, source: Source[Instruction], held_out: np.ndarray) -> None:
-        """Adds documents of a picture, the prompt, a space and the answer. Only the tokens of the answer and the end token
-        are labels."""
+        """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are scored."""
         pictured = [each for each in source.items if each.image is not None]
         if pictured and self._codebook is None:
             raise ConfigError(

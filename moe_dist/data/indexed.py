@@ -130,13 +130,11 @@ class IndexedSplit:
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """For each of these tokens whether it is an empty cell of a picture, bool; all False without a filler file. Raises
-        as `tokens`."""
+        """Whether each token is an empty cell of a picture, bool; all False without a filler file. Raises as `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """For each of these tokens whether it is a prompt token, bool; all False without a prompt file. Raises as
-        `tokens`."""
+        """Whether each token belongs to a prompt, bool; all False without a prompt file. Raises as `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:

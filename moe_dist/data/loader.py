@@ -29,8 +29,8 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. If empty, shares are in proportion to
-            the sources' training tokens.
+        weights: Share of sequences from each source; unnamed sources are not used. If empty, in proportion to training
+            tokens.
         pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.

@@ -28,8 +28,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Packing:
-    """The pieces in each sequence: sequence q consists of the pieces piece_P[first_Q[q] : first_Q[q + 1]], in this
-    order."""
+    """The pieces in each sequence: those of sequence q are piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
     piece_P: np.ndarray  # int64, indices of the pieces, each exactly once
     first_Q: np.ndarray  # int64 [Q + 1]
@@ -52,8 +51,7 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Packs pieces into sequences by best fit, longest piece first; each `window` consecutive pieces are packed by
-    themselves. Padding fills the room left in a sequence.
+    """Packs each `window` consecutive pieces into sequences, by best fit, longest piece first. Padding fills sequences.
 
     Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
     quarter of a second.

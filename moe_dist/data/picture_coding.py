@@ -60,7 +60,7 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
 
     Raises:
-        ConfigError: `recipe` holds out single pictures, but each is near-equal to a training picture or the only one of its
+        ConfigError: single pictures are to be held out, but each is near-equal to a training picture or alone in its
             family.
     """
     report("split families", 0, 2)
@@ -104,8 +104,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fits a codebook on augmented copies of the chosen pictures: on all of them, or on evenly spaced ones if they are
-    many."""
+    """Fits a codebook on all augmented copies of the chosen pictures, or on evenly spaced ones of many."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -116,8 +115,7 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 
 
 class PictureCoder:
-    """Makes documents from pictures: each document is an augmented copy of a picture, with one of its captions before or
-    after it.
+    """Makes documents from pictures: each is an augmented copy of a picture, with one of its captions before or after.
 
     The copies of a picture take its captions in turn. The caption is first in a share `recipe.caption_first` of the
     documents. The numbers of the picture and of the copy determine caption and order, without random draws.
@@ -160,8 +158,7 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes a picture without augmentation. Returns token ids, with begin and end token, and for each token whether
-        it is an empty cell."""
+        """Encodes a picture without augmentation: token ids from begin to end token, and whether each is an empty cell."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

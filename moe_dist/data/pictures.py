@@ -1,5 +1,4 @@
-"""Makes small RGB pictures from files: rasterises a file once, then scales, shifts and flips the raster, and adds a
-background.
+"""Makes small pictures from files: rasterises a file once, then scales, shifts and flips the raster on a background.
 
 A raster is uint8 RGBA [RASTER, RASTER, 4].
 """

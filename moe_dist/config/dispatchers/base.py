@@ -1,5 +1,4 @@
-"""The base classes of the sections of dispatchers. Other code reads the properties of a section and never compares its
-`kind`."""
+"""The base classes of the sections of dispatchers. Other code reads these properties and never compares `kind`."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar

@@ -1,5 +1,4 @@
-"""The base class of the sections of routers. Other code reads the class variables and properties, and never compares the
-`kind`."""
+"""The base class of the sections of routers. Other code reads these properties and never compares `kind`."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -56,8 +55,7 @@ class RouterSection(Section):
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the routing weights of a token that takes at least one true expert; None if the sum differs between
-        tokens."""
+        """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     @property
@@ -70,8 +68,7 @@ class RouterSection(Section):
         return None
 
     def counts_unknown(self) -> str:
-        """The reason why routing alone decides how many (token, expert) pairs each rank has for each expert; empty if that
-        is known before."""
+        """The reason why only routing decides the number of pairs of each rank and expert; empty if it is known before."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
