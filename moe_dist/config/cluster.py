@@ -1,5 +1,4 @@
-"""The cluster file has the settings of a site. A run's configuration has no such setting, so a run may continue at another
-site.
+"""The cluster file has the settings of a site. A run's configuration has none of them, so it may continue at another site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 

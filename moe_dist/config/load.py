@@ -143,8 +143,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """The text itself for a key of type str (`run.name=2024`) if it is not quoted, else the text read as YAML; and
-    faults."""
+    """Value and faults of a text: for a key of type str (`run.name=2024`) the unquoted text, else the text read as YAML."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)

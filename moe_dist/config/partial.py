@@ -129,8 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """Each part of a pydantic error location with its key. Leaves out the location's kinds of sections and marks
-    "[key]"."""
+    """Each part of a pydantic error location with its key. Leaves out kinds of sections and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
