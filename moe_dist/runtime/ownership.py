@@ -35,8 +35,8 @@ def user_name(uid: int) -> str:
 def other_owner(folder: Path) -> str | None:
     """The name of the folder's owner if that is another user; None if this user owns it, or if it is missing.
 
-    Some file systems show one owner for all files (root over NFS, mounts in a container). So if the owner differs, a
-    temporary file is created: if the file gets the same owner, the folder counts as this user's.
+    Some file systems show one owner for all files (root over NFS, mounts in a container). If the owner differs, a temporary
+    file is created: if it gets that owner too, the folder counts as this user's.
     """
     try:
         owner = folder.stat().st_uid

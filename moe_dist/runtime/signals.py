@@ -28,8 +28,8 @@ class StopSignals:
     """Records the stop signals that reach this process inside a `with` block of the main thread.
 
     Attributes:
-        first: The first signal; None before.
-        interrupts: Number of SIGINTs.
+        first: The first stop signal; None before it.
+        interrupts: Number of SIGINTs so far.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.renew()
-        # A launcher may start this process with blocked stop signals, so that an early one is neither lost nor kills it.
+        # A launcher may start this process with blocked stop signals, so an early one is not lost and kills nothing.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
         return self
 
@@ -59,7 +59,7 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """A rank's request to stop; repeated signals count once. Enter it in the main thread, before anything else.
+    """Whether a signal has asked this rank to stop; repeated signals count once. Enter it in the main thread, first of all.
 
     Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
 
