@@ -47,7 +47,7 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         seen = listen(path, questions.num_nodes, env) if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
-    return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
+    return replace(facts, clock=time.time())  # as late as possible: the receiver compares it with the arrival time
 
 
 def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:

@@ -64,7 +64,7 @@ def srun_command(
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE and the local ones set.
         minutes: Time limit of the job.
-        visible: Further folders to mount in the site's container under the same path.
+        visible: Further folders that the site's container mounts under the same path.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]

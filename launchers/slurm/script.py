@@ -54,7 +54,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{count}" if cluster.gpus.syntax == "gres" else f"--gpus-per-node={count}")
     if part.feature is not None:
         options.append(f"--constraint={part.feature}")
-    if part.nodes[0].own or len(parts(job)) > 1:  # two components on one node would give two tasks the same SLURM_LOCALID
+    if part.nodes[0].own or len(parts(job)) > 1:  # else two tasks could have one SLURM_LOCALID
         options.append("--exclusive")
     return options
 
@@ -81,7 +81,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
     heads = [[*part_options(part, job, cluster), *site_options(cluster)] for part in parts(job)]
-    heads = [[*first, *heads[0]], *heads[1:]]  # job options belong to the first component
+    heads = [[*first, *heads[0]], *heads[1:]]  # options of the whole job go into the first component
     headers = ["\n".join(f"#SBATCH {shlex.quote(option)}" for option in head) for head in heads]
     body = [line for line in TRAIN_SBATCH.read_text().splitlines() if not line.startswith(("#!", "#SBATCH"))]
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
@@ -89,7 +89,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
 
 def output_pattern(folder: Path, *, array: bool = False) -> str:
     """Path of a job's output with Slurm's placeholders: %j is the job, %A the array, %a its task."""
-    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # %% is a plain %
+    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # in a pattern %% means %
 
 
 def srun_command(
