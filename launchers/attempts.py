@@ -71,7 +71,7 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Reports on standard error why an attempt failed. Completes its record in status.json if the ranks could not. Returns its
+    """Reports on standard error why an attempt failed. Completes its record in status.json if no rank did. Returns its
     verdict (the exit code on record) and the reason."""
     record = folder.read_status().of(attempt_id)
     verdict = record.verdict if record is not None else None

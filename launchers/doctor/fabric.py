@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds causes of slow pairs: a node that is slow with every other node, or a single pair. Returns one result per cause.
+    """Finds what is slow: a node with every other node, or a single pair of nodes. Returns one result per cause.
 
     Args:
         measured: Shortest times of each pair of nodes.
