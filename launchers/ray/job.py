@@ -64,7 +64,7 @@ def check_job(
     site = load_cluster(cluster, os.environ)
     preflight = check_file(config_path, overrides)
     config = preflight.config
-    if problems := relative_paths(config):  # each node resolves them in its own working directory
+    if problems := relative_paths(config):  # a node resolves a relative path in its own working directory
         fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
     plan, folder = plan_job(preflight, site), RunFolder.of(config)

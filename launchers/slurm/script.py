@@ -35,7 +35,8 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """Groups the nodes of a plan by feature, number of ranks and exclusiveness. Rank 0 is in the first group."""
+    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use them. Rank 0 is in the first
+    group."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)

@@ -1,4 +1,4 @@
-"""The cluster file has the settings of a site. A run's configuration has none of them, so it may continue at another site.
+"""A cluster file has the settings of a site. A run's configuration has no site settings, so a run may change its site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 

@@ -58,8 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The section classes of this type by the value of their `tag_key`; {'': class} for a single class, {} for no
-    section."""
+    """The section classes of a type, by the value of their `tag_key`; {'': class} if there is one, {} if none."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}

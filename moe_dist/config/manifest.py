@@ -25,7 +25,7 @@ def _inside(path: str) -> str:
 
 
 FilePath = Annotated[PathText, AfterValidator(_inside)]
-IdRange = tuple[Count, PositiveInt]  # [first, last + 1]
+IdRange = tuple[Count, PositiveInt]  # token ids from `first` to `last`, as [first, last + 1]
 
 
 class SplitSection(Section):

@@ -30,7 +30,7 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
-_ROUNDS = 20  # most rounds: missing keys of a replaced section show one round later, and schemas have fewer than 20 levels
+_ROUNDS = 20  # most rounds: each may find missing keys one level deeper, and schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 

@@ -61,7 +61,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
-    """Tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
+    """Number of tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
 
     Raises:
         DataError: the files are missing or damaged.
@@ -77,7 +77,7 @@ def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tupl
 
 
 def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manifest) -> dict[str, int]:
-    """Tokens of each modality in a split: from the manifest, or counted in the .bin if a hand-written manifest has no
+    """Number of tokens of each modality in a split: from the manifest, or counted in the .bin if the manifest has no
     counts."""
     counts = split.tokens_by_modality
     if not counts and len(manifest.modalities) == 1:
@@ -110,7 +110,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
 
 
 def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
-    """One line for each file whose digest has changed."""
+    """One line of an error text for each file whose digest has changed."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
         for name in dict.fromkeys([*saved, *found])

@@ -29,8 +29,7 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. If empty, in proportion to training
-            tokens.
+        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
         pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.

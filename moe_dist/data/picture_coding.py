@@ -60,8 +60,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
 
     Raises:
-        ConfigError: single pictures are to be held out, but each is near-equal to a training picture or alone in its
-            family.
+        ConfigError: single pictures are to be held out, but each is alone in its family or near-equal to a training
+            picture.
     """
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))

@@ -14,14 +14,14 @@ import numpy as np
 from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # an expert is busy from this many times the even share of true choices on
-BUSY_RANK = 1.5  # a rank is busy from this many times the mean rank's work on
+BUSY_EXPERT = 3.0  # times the even share of true choices from which an expert counts as busy
+BUSY_RANK = 1.5  # times the mean rank's work from which a rank counts as busy
 NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1 below which a hint warns
-LOSS_RISE = 1.05  # the loss rose if its mean is above this many times the previous window's mean
-LOSS_FALL = 0.99  # the loss fell if its mean is below this many times the first window's mean
-SLOW_RANK = 1.5  # a rank is slow from this many times the median seconds of the other ranks on
-SLOW_SECONDS = 0.005  # a slow rank is also this many seconds slower than the median
-SPEED_DROP = 0.6  # the speed dropped if below this many times the median speed of the previous steps
+LOSS_RISE = 1.05  # times the previous window's mean loss, above which the loss has risen
+LOSS_FALL = 0.99  # times the first window's mean loss, below which the loss has fallen
+SLOW_RANK = 1.5  # times the median seconds of the other ranks from which a rank counts as slow
+SLOW_SECONDS = 0.005  # least difference in seconds; smaller ones are noise
+SPEED_DROP = 0.6  # times the median speed of the previous steps, below which the speed has dropped
 RECENT = 10  # steps in the median of the current speed
 NAMED = 4  # largest number of dead experts that a hint names
 
@@ -171,7 +171,8 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean of the run's first window."""
+    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean loss in the run's first
+    window."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])

@@ -305,7 +305,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # per family: metrics over summed layers, or of each layer, and their reduction
+    reduced = {  # family -> (metrics of sums over layers, or of each layer; reduction over layers)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),

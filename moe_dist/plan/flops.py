@@ -3,8 +3,8 @@ torch.
 
 A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
 weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention counts all
-positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less. Shape letters: S
-sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less.
+Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,14 +68,14 @@ class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
     embedding: float = 0  # embedding table; if tied, it is also the output projection
-    attention: float = 0  # projections and norms of queries and keys; FLOPs also of scores and values
+    attention: float = 0  # projections with biases and norms; FLOPs include the products over positions
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
     shared: float = 0  # shared expert; with LoRA experts the frozen FFN
     dense_ffn: float = 0
     norms: float = 0
-    output: float = 0  # output projection; if tied, 0 parameters, but its FLOPs
+    output: float = 0  # output projection; if tied, it has FLOPs but no parameters of its own
     adapters: float = 0  # LoRA experts, and LoRA on the attention
 
     @property

@@ -22,7 +22,7 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix counts tokens of a million
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix counts the tokens of a million drawn tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # a wrong data.path was replaced: these are not its files
+    if not read.broken([Violation(("data.path",), "")]):  # a wrong data.path was replaced: the faults are of other files
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)

@@ -141,7 +141,8 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Counts and times all contenders at a point, and compares each of `pairs`. The result is equal on all ranks."""
+    """Counts and times all contenders at a point, and compares the times of each pair in `pairs`. The result is equal on
+    all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {

@@ -132,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the attributes of megatron-core that are replaced. Importing it needs torch's replacements."""
+    """Lists the attributes of megatron-core that are replaced. Imports it, so torch's must be replaced."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"

@@ -98,7 +98,7 @@ class Measurement:
         self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns all measurements of the run as its record. `wanted` names the probes; `asks` may name `oracle` and
+        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle` and
         `samples`."""
         last = max(self._directory.steps())
         plan = build_plan(self._config, self._manifest, self._placement)
@@ -252,7 +252,7 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss after swapping some of the tokens that experts chose with others."""
+        """Measures the loss after swapping some tokens that experts (or mixture-of-depths layers) chose with others."""
         modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:
@@ -260,8 +260,7 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows that it uses
-        them."""
+        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows a leak."""
         with choice_of_training(probes.routers(self._model)):
             return [self._point(batches, at=0.0)]
 

@@ -17,7 +17,7 @@ INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
 STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
-IN_FRAME = 0.25  # nats above the best arm that the plot shows; arms above are only in the legend
+IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above it are only in the legend
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:

@@ -39,7 +39,7 @@ def routers(model: Transformer) -> list[nn.Module]:
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
     """Returns the weight of each token's second expert [T], 0 for a token without one.
 
-    In this router tokens must choose, and the two weights of a token must sum to 1.
+    Tokens must choose experts in this router, and the two weights of a token must sum to 1.
     """
     weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
     return weight_TK.view(num_tokens, -1).sort(dim=1, descending=True).values[:, 1]

@@ -35,7 +35,7 @@ ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
-VARIANT = "~"  # in a pilot's run names: between arm and variant; not allowed in arm names
+VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
 LEFT = 500  # per task, training questions that no base is trained on; routers are tuned on them
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]

@@ -148,7 +148,7 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
     """Sorts tokens by a value into bins of equal size, and returns the mean true experts of text and of image tokens in
-    each bin. If text and image differ inside a bin, the value alone does not explain why."""
+    each bin. If these differ in a bin, the value alone does not determine the number of experts."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))
