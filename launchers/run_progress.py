@@ -1,4 +1,4 @@
-"""Reads a run's state, throughput, checkpoints and attempts from its run folder. It reads only the end of a large file."""
+"""Reads a run's state, throughput, checkpoints and attempts from its run folder. Reads only the end of a large file."""
 
 import contextlib
 import json

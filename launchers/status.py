@@ -1,4 +1,4 @@
-"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. It only reads run folders."""
+"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. Only reads run folders."""
 
 import time
 from collections.abc import Sequence

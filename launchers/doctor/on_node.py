@@ -1,6 +1,6 @@
 """The doctor's task on each node: `python -m launchers.doctor.on_node QUESTIONS` prints the node's facts as one line.
 
-It also tests whether every node can connect to a free port of rank 0's node, at the address that the rendezvous of a run
+The task also tests whether each node can connect to a free port of rank 0's node, at the address that a run's rendezvous
 would use (moe_dist/runtime/rendezvous.py). Does not import torch.
 """
 

@@ -57,7 +57,7 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command. It requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
+    """The srun command. Requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
     Each kind of node is one component of the job, because the run's job has the same components. Task 0 runs on node 0 of
     the plan.
 

@@ -1,6 +1,6 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank does not run in the actor's process. So the rank gets signals in its main thread, can exit at any time, and shares
+The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit any time, and shares
 no interpreter with Ray's threads.
 """
 

@@ -1,6 +1,6 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-It plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
+Plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
 the run has stopped after a signal and saved (exit code 75). After a node failure Slurm itself requeues the job.
 """
 

@@ -13,8 +13,8 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
     the m null rows of the router are m / n copies of each of the n true rows.
 
     Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that row,
-    its second best, and so on in blocks of m / n + 1. So k choices contain the ceil(k / (m / n + 1)) best true experts.
-    With k0 = `true_choices`, a token takes its k0 best true experts for
+    its second best, and so on in blocks of m / n + 1. The k best columns contain the ceil(k / (m / n + 1)) best true
+    experts. With k0 = `true_choices`, a token takes its k0 best true experts for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 

@@ -1,11 +1,11 @@
 """Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes the renders.
 
-Near-equal pictures must be on one side of the split before the codebook is fitted, but their codes show which pictures are
-near-equal. So there are two codebooks: 1. A provisional codebook is fitted on plain renders of all pictures, finds
-near-equal pictures, and is then discarded. Near-equal pictures join their families, and the joined families are split. 2.
-The final codebook is fitted on training renders only. By its codes the pictures are compared again: a held-out family now
-close to a training picture moves to training. The codebook stays. So no held-out picture is near-equal to a training
-picture under either codebook. With held-out variants, single pictures are split and moved instead of families.
+Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
+but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
+provisional codebook is fitted on all pictures: pictures that are near-equal by its codes join one family, the families are
+split, and this codebook is discarded. The final codebook is fitted on augmented training pictures: a held-out family that
+is near-equal to a training picture by its codes moves to training. No held-out picture is then near-equal to a training
+picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """

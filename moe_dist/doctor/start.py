@@ -1,8 +1,8 @@
-"""Checks the nodes at the start of every run, before the rendezvous. It takes seconds and does not import torch.
+"""Checks the nodes at the start of every run, before the rendezvous. The check takes seconds and imports no torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
-A rank that finds an error on its own node ends. Rank 0 also compares the nodes, because a different torch version on one
+A rank that finds an error on its own node exits. Rank 0 also compares the nodes, because a different torch version on one
 node would otherwise show as a hang in NCCL's initialisation or as wrong results.
 """
 

@@ -178,7 +178,7 @@ class Lease:
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
         """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the file `claim`. That process
-        reads the lease once more before it replaces it."""
+        reads the lease again before it replaces it."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:

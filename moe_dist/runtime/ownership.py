@@ -1,6 +1,6 @@
 """Checks the owner of a run folder: only the owner writes a run; a Unix group may share the files.
 
-This prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
+The check prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
 (docs/security.md).
 """
 

@@ -94,8 +94,8 @@ def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """The address at which other nodes can reach this node. It comes from MOE_DIST_RENDEZVOUS_HOST (a name or address of
-    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of them
+    """The address at which other nodes can reach this node. Taken from MOE_DIST_RENDEZVOUS_HOST (a name or address of this
+    node), else the interface GLOO_SOCKET_IFNAME, else the host name. Raises ConfigError if none of them
     gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")

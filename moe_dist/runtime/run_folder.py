@@ -69,7 +69,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Says what a start with `config` would do. It only reads, so every rank may call it.
+        """Says what a start with `config` would do. It only reads files, so every rank may call it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another

@@ -1,7 +1,7 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
 moe_dist never writes environment variables. But an exception may quote a URL with its key, and a user may pass a key as an
-override. Such secrets are found by their value.
+override. Values of secret variables are found in such texts.
 """
 
 import re

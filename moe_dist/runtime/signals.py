@@ -2,7 +2,7 @@
 installed before torch is imported.
 
 SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits inside a
-collective, Python runs no signal handler. Therefore a thread reads the wakeup descriptor, which the C-level handler writes
+collective, Python runs no signal handler. A thread therefore reads the wakeup descriptor, which the C-level handler writes
 without delay, and starts the timer that ends the process after the grace period.
 """
 
@@ -128,7 +128,7 @@ class StopRequest(StopSignals):
 
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
     """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker: the kernel then
-    kills the child when the thread that started it ends. So start children from the main thread.
+    kills the child when the thread that started it ends. Start children in the main thread.
 
     Args:
         parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.

@@ -3,7 +3,7 @@
     log/watchdog_<attempt>/rank_R.json     position of rank R as a JSON object: collective, layer, splits, seconds, step
 
 A thread on each rank polls the rank's `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a
-report. The other ranks see the folder and write reports of their own. Then each rank reads all reports, records the verdict
+report. Other ranks see the report folder and write reports, too. Then each rank reads all reports, records the verdict
 (the first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a
 report is suspended or dead, or has lost the run folder. The thread uses only the file system, no process group.
 """

@@ -159,8 +159,8 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """Makes a training step over a new model. The model's MoE layers are ours if `capacity` is None. Otherwise they are
-    Megatron-Core's, with or without the capacity branch."""
+    """Makes a training step over a new model. Its MoE layers are ours if `capacity` is None, else Megatron-Core's, with or
+    without the capacity branch."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

@@ -6,8 +6,8 @@ The data are the sources of the base data, and questions of WordNet and reasonin
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
 questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
 with the same numbers, or about the same pair of antonyms, as one of these are left out too. Other questions about the same
-noun stay. More seeds of reasoning-gym give more questions. The numbers in a question determine its side, so no seed puts a
-held-out question on the training side.
+noun are kept. More seeds of reasoning-gym give more questions. The numbers in a question determine its side, so no seed
+puts a held-out question on the training side.
 """
 
 from collections.abc import Iterator

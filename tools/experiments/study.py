@@ -59,7 +59,7 @@ class ArmValue(Part):
 class InterpolatedValue(Part):
     """The value `y` at the `x` of the arm `at`, interpolated linearly between the arms `through`; x and y are dotted paths.
 
-    The outermost lines extend by `reach` beyond the outermost arms. Farther out there is no value.
+    The outermost lines extend by `reach` beyond the outermost arms. Farther out the rule has no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
