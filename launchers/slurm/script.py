@@ -132,7 +132,7 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables. The text
+    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables. It
     does not use SLURM_PROCID: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
     job one after the other.
 
