@@ -155,7 +155,7 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        # With eval an incomplete shell command fails in its own line and does not break the whole file.
+        # With eval an incomplete shell command fails by itself and does not break the whole text.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(first.argv)})", ""])

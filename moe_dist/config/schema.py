@@ -289,6 +289,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # data may move, because digests check the content (config/split_files.py)
-    "router_tuning.data",  # data may move, as with data.path
+    "data.path",  # the data's folder may move: digests check its content (config/split_files.py)
+    "router_tuning.data",  # may move, as data.path
 )

@@ -87,7 +87,7 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Size and SHA-256, by file name, of the manifest and of each training .idx, .bin and file of prompt bits.
+    """Size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
     Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digest of a .bin above 4 MiB may
     therefore not change with a token if all sequence lengths stay the same.

@@ -37,7 +37,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that are not padding. Call it before the batch moves to a GPU, where it costs a host sync."""
+        """Number of tokens that are not padding. Call it before the batch moves to a GPU: there it costs a host sync."""
         return int((~self.padding_BS).sum())
 
 

@@ -23,14 +23,14 @@ class Picture:
     """A picture with captions."""
 
     key: str  # unique in the source; seeds the random augmentation of the picture
-    family: str  # pictures of one family are on one side of the split, unless variants are held out
+    family: str  # pictures of a family are all training or all held out, unless single variants are held out
     path: Path  # SVG, or any file that Pillow reads
     captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text. Texts of one family are on one side of the split."""
+    """A text. Texts of a family are all training or all held out."""
 
     key: str
     family: str
@@ -41,7 +41,7 @@ class Text:
 class Instruction:
     """A prompt with its answer."""
 
-    family: str  # instructions of one family are on one side of the split
+    family: str  # instructions of a family are all training or all held out
     prompt: str  # its tokens are inputs, but no labels
     answer: str
     image: Path | None = None  # picture before the prompt

@@ -98,7 +98,8 @@ def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, 
     """Draws whole components at random for the held-out side until it has about `fraction` of the total size.
 
     A component stays in training if it is larger than a tenth of the held-out side and than the median component, so that
-    no family dominates held-out loss. With fraction > 0 and two components or more, each side gets at least one.
+    no family dominates held-out loss. With fraction > 0 and two components or more, training and held-out side have at
+    least one each.
 
     Args:
         components_N: int64, from `join`.

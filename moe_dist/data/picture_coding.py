@@ -1,4 +1,4 @@
-"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes the renders.
+"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes augmented copies.
 
 Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
 but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
@@ -7,7 +7,7 @@ split, and this codebook is discarded. The final codebook is fitted on augmented
 is near-equal to a training picture by its codes moves to training. No held-out picture is then near-equal to a training
 picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
 
-Shape letters: N pictures, R renders of a picture, C cells of a grid.
+Shape letters: N pictures, C cells of a grid of codes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # number of training renders to fit the codebook on: 256,000 patches, 3 s
+_FIT_RENDERS = 4000  # augmented training pictures on which the codebook is fitted: 256,000 patches, 3 s
 _CHUNK = 64  # number of pictures encoded at once
 
 

@@ -82,7 +82,7 @@ class TagPlan:
 
 @cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits as many families as fit into `MAX_SCALARS`: losses first, then groups, then epochs.
+    """Splits as many tag families as `MAX_SCALARS` scalars allow: losses first, then those by group, then epochs.
 
     With mixture-of-depths layers, which add scalars, as many group families are split as fit, in order. Without such layers
     either all group families are split or none.

@@ -128,7 +128,7 @@ def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
     """Number of ranks that each group gets. Each group gets one rank; then the group whose busiest rank has most work gets
     one more, and so on.
 
-    The order minimises the busiest rank's work. Ranks stay free once every group has as many ranks as experts.
+    The order minimises the busiest rank's work. Further ranks get no experts once every group has as many ranks as experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)

@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss against active experts per token, active experts per token against the token's
-loss, loss against FLOPs and seconds, and the accuracy of arms."""
+"""Plots an experiment with matplotlib: loss against true experts per token, true experts per token against the token's
+loss, loss against FLOPs and seconds, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -59,7 +59,7 @@ class QuestionRound:
 
     def oracle(self) -> dict[str, Any]:
         """Returns the accuracy on the first questions of each task, with the routing of the last layers fitted to the right
-        answers; `before` is the accuracy without the fit."""
+        answers; its key `before` has the accuracy without the fit."""
         layers = len(self.config.model.moe_layers)
         oracle = Oracle(
             self.model,

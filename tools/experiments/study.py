@@ -283,7 +283,7 @@ class Study(Part):
 class StudyJob:
     """One run and its measurement."""
 
-    label: str  # the arm's name; in a pilot "~" and the name of a variant may follow
+    label: str  # name of the arm; in a pilot also VARIANT and the name of a variant
     arm: Arm
     seed: int
     settings: Mapping[str, Any]  # overrides of the base configuration, without those from other arms' records

@@ -96,7 +96,7 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message stays one line, however long
+        unbroken = not self._console.is_terminal  # in a log each message is one line, however long
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:

@@ -89,7 +89,7 @@ class JsonlSink(Sink):
         """Makes all lines durable.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. Lines stay in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. They are kept in memory, and the next checkpoint must wait.
         """
         if self._file.closed:
             return
