@@ -7,7 +7,7 @@
     standard error     the output of rank 0
 
 A killed Ray worker cannot clean up, and neither Ray nor PDEATHSIG reaches a process that a rank started in a new session.
-The supervisor can kill it: it has its own session and becomes the parent of orphaned processes (PR_SET_CHILD_SUBREAPER).
+The supervisor can kill orphans: it runs in its own session and becomes their parent (PR_SET_CHILD_SUBREAPER).
 Its standard input closes when the actor ends for any reason; the supervisor then kills the rank and all orphans.
 """
 

@@ -51,7 +51,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """Lines about the keys of a section, with a heading for each of its kinds."""
+    """A table of the keys of a section, with a heading for each of its kinds."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)
