@@ -16,12 +16,12 @@ from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-# (number of restarts, attempt_id) -> (outcome, for each rank's log the offset at which the attempt begins)
+# (restarts before the attempt, attempt_id) -> (outcome, byte offset at which the attempt begins in each rank's log)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
-    """Says what a start of the run would do, and prints the summary of a finished run. With `overwrite` it renames the
+    """Returns what a start of the run would do, and prints the summary of a finished run. With `overwrite` it renames the
     folder of an old run first."""
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
@@ -60,7 +60,7 @@ def run_attempts(
 
 
 def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
-    """Writes a header line for the attempt into each rank's log; returns for each log the offset after it."""
+    """Writes a header line for the attempt into each rank's log; returns the byte offset after it, by rank."""
     offsets = []
     for rank in range(num_ranks):
         with folder.log_of(rank).open("ab", buffering=0) as log:
@@ -71,14 +71,14 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Reports on standard error why an attempt failed. Completes its record in status.json if no rank could. Returns its
+    """Reports on standard error why an attempt failed. Completes its record in status.json if no rank did. Returns its
     verdict (the exit code on record) and the reason."""
     record = folder.read_status().of(attempt_id)
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # it wrote the verdict before it exited, so before its exit could make a peer fail
+        cause = record.rank  # it wrote the verdict before its exit could make a peer fail
     if outcome.aborted:
         print("killed; the last checkpoint is intact", file=sys.stderr)
     elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
@@ -90,7 +90,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # a waiting peer recorded its collective and how long it waited
+                detail = reason  # recorded by a waiting peer: its collective and its waiting time
             reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
         if record is not None and (outcome.silent or verdict is None):
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
@@ -117,7 +117,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
 
 
 def _last_problem(output: str) -> str:
-    """The last line of a rank's output that is no reference to a page of the docs."""
+    """The last line of a rank's output that does not refer to a page of the docs."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""
 

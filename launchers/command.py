@@ -1,4 +1,4 @@
-"""Plans the nodes and ranks of a job, and the command and environment of each rank. All launchers use this plan."""
+"""Plans the nodes and ranks of a job, and the command and environment of each rank. All launchers use these plans."""
 
 import os
 import sys
@@ -26,8 +26,8 @@ class NodePlan:
     Attributes:
         index: Number of the node in the job, from 0.
         ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
-        feature, labels: Requirements on the node: Slurm checks the feature, Ray the labels.
-        groups: Names of the expert groups on this node.
+        feature, labels: What the node must have: a Slurm feature, and Ray labels.
+        groups: Names of the expert groups whose experts are on this node.
         own: The node is reserved for these groups, so no other group and no other job may use it.
     """
 
@@ -40,7 +40,7 @@ class NodePlan:
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
-        """The labels; without labels, the Slurm feature as a label called `feature`."""
+        """`labels`; if there are none, the Slurm feature as a label called `feature`."""
         return self.labels or ({"feature": self.feature} if self.feature is not None else {})
 
 
@@ -127,7 +127,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
         demands(config.placement, placement),
         edp=config.parallel.edp,
         capacity=gpus or cluster.ranks_per_node,  # one rank per GPU
-        domain_nodes=cluster.domain_nodes,  # the packing keeps an EP group inside one domain
+        domain_nodes=cluster.domain_nodes,  # an EP group stays in one domain
     )
     of_rank = tuple(groups_of_rank(placement, rank) for rank in range(config.parallel.ep * config.parallel.edp))
     names = [group.name for group in placement.groups]
@@ -218,7 +218,7 @@ PUBLISHED_RENDEZVOUS: Mapping[str, str] = {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
 def file_rendezvous(path: Path) -> dict[str, str]:
-    """The rendezvous of ranks that share a new file."""
+    """Environment variables with which the ranks meet through a new file that all share."""
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
 
 
@@ -234,7 +234,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "PYTHONFAULTHANDLER": "1",  # a traceback on SIGSEGV and the like
     }
     if plan.loopback:
-        shared["GLOO_SOCKET_IFNAME"] = "lo"  # no port is open to other machines
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # other machines cannot connect
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
@@ -263,7 +263,7 @@ def relative_paths(config: Config) -> list[str]:
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """Overrides that set parallel.edp for a number of ranks; empty if parallel.edp fits already or `num_ranks` is None.
+    """The override of parallel.edp for `num_ranks` ranks; empty if parallel.edp fits already or `num_ranks` is None.
     Raises ConfigError if the number is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:

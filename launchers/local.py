@@ -21,7 +21,7 @@ from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_co
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
-KILL_AFTER_GRACE_SECONDS = 10.0  # a rank ends itself after the grace period; later than this the launcher kills it
+KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
 
 
 def launch(
@@ -56,7 +56,7 @@ def launch(
         return 0
     print(f"{world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}", file=sys.stderr)
 
-    with StopSignals() as signals:  # signals between two attempts count, too
+    with StopSignals() as signals:  # also handles signals between two attempts
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             with tempfile.TemporaryDirectory(prefix="moe_dist_") as store:  # mode 0700, so no other user can join

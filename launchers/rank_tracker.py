@@ -1,4 +1,4 @@
-"""Tracks the ends of an attempt's ranks and finds the one that failed first. Pure: callers pass events and the time."""
+"""Tracks how an attempt's ranks end, and finds the rank that failed first. Pure: callers pass events and the time."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
 # A rank killed by one of these cannot log a reason, and no failed peer causes it (a failed peer can cause SIGABRT).
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
-LINGER_SECONDS = 300.0  # from the first rank that ends successfully until ranks that still run are killed
+LINGER_SECONDS = 300.0  # from the first success of a rank until ranks that still run are killed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
         first_failed: The rank that caused the failure; None if no rank failed by itself.
         stop: The first stop signal that the launcher got.
         aborted: A second Ctrl-C killed the ranks.
-        frozen: Ranks that SIGSTOP had suspended when the first rank failed; the first of them is the cause.
+        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first of these caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; its code is that of SIGKILL.
     """
 
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def silent(self) -> bool:
-        """The failed rank was killed or frozen. It could not record a reason, so status.json holds a peer's follow-up
+        """True if the rank that failed first was killed or frozen, so that status.json has only a peer's follow-up
         error."""
         cause = self.first_failed
         return cause is not None and (self.codes[cause] in SUDDEN or cause in self.frozen)
@@ -77,7 +77,7 @@ class RankTracker:
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:
         self.codes: dict[int, int] = {}
         self._num_ranks, self._timeouts, self._say = num_ranks, timeouts, say
-        self._failed: list[int] = []  # in the order of failure; without ranks that the launcher killed
+        self._failed: list[int] = []  # ranks in the order of failure, without those that the launcher killed
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
@@ -97,7 +97,7 @@ class RankTracker:
 
         Args:
             frozen: Returns the ranks suspended by SIGSTOP; called at the first failure.
-            lost: Description if its node or Ray worker is gone; empty if the process ended by itself.
+            lost: A description if the rank's node or Ray worker is gone; empty if the process ended by itself.
         """
         self.codes[rank] = code
         if lost:

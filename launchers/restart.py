@@ -8,7 +8,7 @@ from pathlib import Path
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
 DEFAULT_MAX_RESTARTS = 3
-WITHOUT_GAIN = 2  # after this many attempts in a row without a later checkpoint, a restart will not help
+WITHOUT_GAIN = 2  # after this many attempts in a row without a new checkpoint, no restart
 # Exit codes without a restart: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
 
@@ -19,7 +19,7 @@ class AttemptEnd:
 
     Attributes:
         code: The recorded verdict; without a record, the exit code of the ranks.
-        begin, end: Step of the newest committed checkpoint before and after the attempt.
+        begin, end: Step of the newest committed checkpoint, before and after the attempt.
     """
 
     code: int
@@ -43,7 +43,7 @@ def is_final(code: int) -> bool:
 
 def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
     """The reason against a restart: the limit is reached, or the last attempts committed no later checkpoint. None if the
-    job may be restarted. The message names `option`, which sets the limit; the default is the key in the cluster file."""
+    job may be restarted. The text names `option`, which sets the limit; by default the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]

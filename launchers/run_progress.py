@@ -1,4 +1,4 @@
-"""Reads a run's state, throughput, checkpoints and attempts from its run folder. It reads only the end of a large file."""
+"""Reads a run's state, throughput, checkpoints and attempts from its run folder. Reads only the end of a large file."""
 
 import contextlib
 import json
@@ -18,14 +18,14 @@ from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
-RATE_STEPS = 20  # throughput is the median over this many steps
+RATE_STEPS = 20  # number of last steps whose median is shown
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # a lease is renewed every 5 s; the rest allows for clock skew between hosts
+SILENT_SECONDS = 90.0  # much more than the 5 s between renewals, as hosts' clocks may differ
 _STEP_LINE = b'"kind":"step"'
 
 
 class RunState(Enum):
-    """State of a run."""
+    """The state that is shown for a run."""
 
     NEW = "not begun"
     RUNNING = "running"
@@ -35,7 +35,7 @@ class RunState(Enum):
     STOPPED = "stopped"
     FAILED = "failed"
     DIVERGED = "diverged"
-    REFUSED = "refused"  # invalid configuration or data, or no suitable nodes
+    REFUSED = "refused"  # refused: invalid configuration or data, or no suitable nodes
     UNREADABLE = "unreadable"
 
 
@@ -55,7 +55,7 @@ class RunProgress:
 
     Attributes:
         why: Why the latest attempt ended, or the error in reading the run folder.
-        step, total_steps: Last recorded step and train.steps; total_steps is None if the configuration cannot be read.
+        step, total_steps: Last recorded step, and train.steps (None if the configuration cannot be read).
         tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
         record_age, beat_age, checkpoint_age: Seconds since the last record, lease renewal and checkpoint commit.
         checkpoint_step: Step of the newest committed checkpoint; 0 without a checkpoint.
@@ -141,7 +141,7 @@ def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float 
 
 
 def _last_records(path: Path) -> list[dict[str, Any]]:
-    """Up to RATE_STEPS step records, last first; skips lines that are not valid JSON."""
+    """Up to RATE_STEPS last records of steps, newest first; skips lines that are not valid JSON."""
     found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
         for line in lines_from_end(path, most_bytes=RECORDS_READ):

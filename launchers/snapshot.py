@@ -1,4 +1,4 @@
-"""A copy of the code, configuration and cluster file at submission. Every attempt of the job runs this copy, so later
+"""A copy of a job's code, configuration and cluster file, at submission. Every attempt of the job runs this copy, so later
 changes of the clone do not affect a waiting job.
 
     <folder>/code/          tracked files with their uncommitted changes, and untracked source files
@@ -26,7 +26,7 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.provenance import SNAPSHOT_JSON, SNAPSHOT_PATCH, code_state
 
-_PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # folders copied without git
+_PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # folders to copy if git is missing
 _NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # suffixes of untracked files that are copied
 
 
@@ -101,7 +101,7 @@ def code_folder() -> Path:
         new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
         shutil.copytree(root, new, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(root.parent, new / "moe_dist", ignore=shutil.ignore_patterns("__pycache__", root.name))
-        with contextlib.suppress(OSError):  # another command was faster
+        with contextlib.suppress(OSError):  # another command made it first
             new.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. It only reads run folders."""
+"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. Only reads run folders."""
 
 import time
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.status import AttemptRecord
 
-WIDTH = 120  # columns if the output is no terminal
-BAR = 60  # columns of the progress bar
+WIDTH = 120  # width of the output if it is no terminal
+BAR = 60  # width of the progress bar
 ATTEMPTS_SHOWN = 8
 _STYLES = {
     RunState.RUNNING: "green",
@@ -61,7 +61,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
         if not found:
             raise ConfigError(f"{root} holds no run; name a run's folder, or the folder of the runs with --root")
-        return sorted(found, key=_last_written, reverse=True)  # the run of interest is usually the latest
+        return sorted(found, key=_last_written, reverse=True)  # latest first
     found = []
     for name in names:
         path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)
@@ -75,7 +75,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
-    """A table with one line per run; the last column, the reason, gets the rest of `width`."""
+    """A table with one line per run; its last column, the reason, takes the rest of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [_row(run) for run in runs]
     widths = [max(len(name), *(len(row[column]) for row in rows)) for column, name in enumerate(names)]

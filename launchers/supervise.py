@@ -55,7 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            with contextlib.suppress(OSError):  # reads on if the disk is full, because a full pipe would block the rank
+            with contextlib.suppress(OSError):  # on a full disk, reads on: a full pipe would block the rank
                 self._log.write(chunk)
 
 
@@ -135,7 +135,7 @@ class Ranks:
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._ranks:
-            process.send_signal(number)  # no effect on a reaped process
+            process.send_signal(number)  # does nothing if the process was reaped
 
 
 def _start(

@@ -40,8 +40,8 @@ class LazyGroup(TyperGroup):
     """Lists COMMANDS, and imports the function of a subcommand only when the subcommand runs or is completed."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns name, command and remaining arguments. If args[0] is the name of a module, the error names the subcommand
-        that replaces it."""
+        """Returns the subcommand's name, its click command and the remaining arguments. If args[0] is a module's name, the
+        error text names the subcommand to use instead."""
         if args[0] not in self.commands and (words := _words_of(args[0])):
             ctx.fail(f"{args[0]} is now `moe-dist {words}`")
         name, command, rest = super().resolve_command(ctx, args)
@@ -49,7 +49,7 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """The subcommand that replaces the module `name`, which may be an old name and may lack its package."""
+    """The words of the subcommand for the module `name`: a present or former name, with or without its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
     module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name
@@ -58,7 +58,7 @@ def _words_of(name: str) -> str | None:
 
 def load_subcommand(name: str) -> Any:
     """Imports a subcommand and returns its click command."""
-    root = str(source_root())  # holds the packages launchers and tools, in a clone and in an installed package
+    root = str(source_root())  # this folder holds the packages launchers and tools
     if root not in sys.path:
         sys.path.insert(0, root)
         paths = filter(None, [root, os.environ.get("PYTHONPATH")])

@@ -11,16 +11,16 @@ EXIT_FAILED = 1
 
 
 class MoeDistError(Exception):
-    """Base of all errors that a user can cause and fix.
+    """The base class of all errors that a user can cause and fix.
 
     Args:
         problems: One problem, or all problems found. Each names the field, its value, the rule and the fix.
-        see: Page of the docs.
+        see: Page of the docs with more about it.
     """
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # True if a launcher may start the same command again
-    consequence: bool = False  # True if the cause is an error on another rank, which reports the reason
+    consequence: bool = False  # True if another rank's error is the cause, which that rank reports
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)

@@ -1,4 +1,4 @@
-"""Finds the first step at which the metrics.jsonl of two runs differ, without times and devices; shows the difference."""
+"""Shows the first step at which the metrics.jsonl of two runs differ; ignores times and device readings."""
 
 from pathlib import Path
 from typing import Annotated

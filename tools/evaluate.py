@@ -123,7 +123,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
 def _harness(
     options: EvaluateOptions, trained: LoadedRun, vocabulary: Vocabulary, likelihood: Likelihood
 ) -> dict[str, Any]:
-    """Returns the results of lm_eval by task."""
+    """Runs tasks of lm-evaluation-harness; returns the results by task."""
     from lm_eval.api.task import Task
     from lm_eval.evaluator import simple_evaluate  # takes seconds to import
     from lm_eval.tasks import TaskManager
@@ -156,7 +156,7 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
-    """Writes the results beside earlier ones, under a new number."""
+    """Writes the results to a new numbered file beside earlier ones."""
     number = 1
     while True:
         path = folder / f"step_{step}_{number}.json"

@@ -104,7 +104,7 @@ def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[
 
 
 def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns the codes of a picture file, or of the held-out picture with this number."""
+    """Returns the codes of a picture file, or of the held-out picture with a given number."""
     if not picture.isdecimal() or Path(picture).is_file():
         return vocabulary.read_picture(Path(picture))
     heldout = vocabulary.heldout()

@@ -82,8 +82,8 @@ def main(options: PrepareOptions) -> None:
             places=[model.moe_layers.index(layer) for layer in layers],
             mesh=likelihood.mesh,
         )
-        routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: all ranks read their share
-    if env.rank == 0:  # the other ranks have left the group, so a slow embedder lets no collective time out
+        routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank computes a part
+    if env.rank == 0:  # the process group is gone, so no collective can time out during a slow embedding
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
             options.out, scored, embeddings_SE, routing_SLC, _manifest(options, trained, embedder, layers)
@@ -119,7 +119,7 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
 
 
 def _manifest(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
-    """Makes the manifest of the samples; `write_samples` fills in the counts."""
+    """Makes the manifest of the samples; `write_samples` fills in its counts."""
     return TuningManifest(
         checkpoint=content_hash(open_checkpoint(trained.folder).index),
         run=str(trained.folder),

@@ -45,7 +45,7 @@ def main(
 
 
 def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
-    """Finds the base of a checkpoint of adapters; returns None for any other checkpoint."""
+    """Finds the checkpoint with the frozen weights of an adapter checkpoint; returns None for any other checkpoint."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     if state is None or KEY not in state.values:
@@ -54,7 +54,7 @@ def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
 
 
 def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """Returns the tensors that the checkpoint's configuration calls for. Returns None and a remark if there is no
+    """Returns the tensors that a checkpoint with this configuration must have. Returns None and a remark if there is no
     readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs

@@ -21,7 +21,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 from moe_dist.runtime.status import measured_save_seconds
 
-# Checks the scheduler and its nodes. The argument is the measured seconds of a save; None if no save was measured.
+# A function that checks the scheduler and its nodes, from the measured seconds of a save (None if none was measured).
 CheckScheduler = Callable[[float | None], list[CheckResult]]
 
 

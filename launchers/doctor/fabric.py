@@ -17,18 +17,18 @@ from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
 CHECK = "fabric"
 MARK = "moe_dist fabric: "  # begins the line with the result
-CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20  # sent by each node of a pair in an all-to-all
+CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20  # bytes that each node of a pair sends in an all-to-all
 TIMEOUT_SECONDS = 120.0
 
 
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds the causes: a node that is slow with every other node, or a single slow pair. Returns one result per cause.
+    """Finds what is slow: a node with every other node, or a single pair of nodes. Returns one result per cause.
 
     Args:
-        measured: Best time of each pair.
-        slow: Pairs that were slow in two measurements.
+        measured: Shortest times of each pair of nodes.
+        slow: Pairs that were slow in both measurements.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.
     """

@@ -1,4 +1,4 @@
-"""Checks if a cluster has the nodes that a plan requires. The functions are pure and know no scheduler."""
+"""Checks whether a cluster has the nodes that a plan requires. The functions are pure and know no scheduler."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ class Offer:
     """A node of the cluster.
 
     Attributes:
-        state: The scheduler's name of the state.
-        up: Jobs can run there, now or after other jobs end.
+        state: The node's state, as the scheduler names it.
+        up: True if jobs can run on it, now or after other jobs end.
         traits: Features, or labels in the form 'name=value'.
         amounts: Countable resources, such as {'GPU': 8, 'CPU': 96}.
     """
@@ -34,7 +34,7 @@ class Want:
     Attributes:
         ranks: The ranks on the node as text, such as '0-3'.
         traits: Features or labels that the node must have.
-        amounts: Minimum of each resource.
+        amounts: Least amount of each resource.
     """
 
     ranks: str
@@ -54,7 +54,7 @@ class Want:
 
 
 def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
-    """Reports the first problem: no node has the traits, none is large enough, or too few are in operation; otherwise OK.
+    """Reports the first problem: no node has the traits, none has the resources, or too few are `up`; otherwise OK.
 
     Args:
         trait_word: The scheduler's word for a trait: 'feature' or 'label'.
@@ -67,7 +67,7 @@ def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str
         if not any(want.fits(offer) for offer in offers):
             return _too_large(want, [offer for offer in offers if want.has_traits(offer)], trait_word, where)
     up = [offer for offer in offers if offer.up]
-    # maximum bipartite matching of planned nodes to usable nodes
+    # planned node -> usable node, by maximum bipartite matching
     matched = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     if None in matched:
         return _too_few(wants, offers, wants[matched.index(None)], trait_word, where)

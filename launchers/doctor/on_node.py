@@ -1,6 +1,6 @@
 """The doctor's task on each node: `python -m launchers.doctor.on_node QUESTIONS` prints the node's facts as one line.
 
-It also tests whether every node can connect to a free port of rank 0's node, at the address that the rendezvous of a run
+The task also tests whether each node can connect to a free port of rank 0's node, at the address that a run's rendezvous
 would use (moe_dist/runtime/rendezvous.py). Does not import torch.
 """
 
@@ -47,7 +47,7 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         seen = listen(path, questions.num_nodes, env) if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
-    return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
+    return replace(facts, clock=time.time())  # as late as possible: the receiver compares it with the arrival time
 
 
 def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:

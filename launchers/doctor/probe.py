@@ -63,7 +63,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         text = f"{len(heard)} of {len(plan.nodes)} nodes answered within {PROBE_MINUTES} minutes"
         fix = "check that the others see this clone and its environment (cluster file: prelude, python, container)"
         found.append(error("probe", text, fix))
-    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
+    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # by number: node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
     return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
 
@@ -103,4 +103,4 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     try:
         yield (str(folder / "token"), token), folder / "meeting"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # also after a failed job
+        shutil.rmtree(folder, ignore_errors=True)  # also if the job failed

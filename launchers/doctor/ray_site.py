@@ -24,7 +24,7 @@ from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
-START_SECONDS = 300.0  # wait for the start of a task; GPUs may be in use
+START_SECONDS = 300.0  # seconds that a task may take to start; GPUs may be in use
 
 
 def check_ray(
@@ -63,7 +63,7 @@ def run_on_nodes(
         variables["MOE_DIST_NODE_NAME"] = names[node]
         if rank == 0 and cluster.interface is None:
             variables[HOST_VARIABLE] = chosen[node].address
-        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # fails rather than running elsewhere
+        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # an error if not on this node
         command = [cluster.python or sys.executable, "-m", module, argument]
         waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
     deadline, problems = time.monotonic() + START_SECONDS + 60.0 * minutes, []
@@ -100,7 +100,7 @@ def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Check
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
-    """Assigns the plan to the nodes, and ignores that other jobs may use them."""
+    """Returns the Ray node of each planned node, as if no other job used the nodes."""
     idle = [replace(node, free=node.total) for node in nodes]
     return assign(plan, idle, bundle_of_rank(plan, cluster.cpus_per_rank))
 

@@ -48,7 +48,7 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
     offers = []
     for line in ask(*_sinfo(partition), "--Node", "--format=%N|%T|%f|%c|%G|%P").splitlines():
         name, state, features, cpus, gres, of = (part.strip() for part in line.split("|"))
-        if partition is None and not of.endswith("*"):  # the star marks the default partition
+        if partition is None and not of.endswith("*"):  # a star ends the name of the default partition
             continue
         traits = frozenset() if features == "(null)" else frozenset(features.split(","))
         amounts = {"CPU": float(cpus), "GPU": float(gpus_of(gres))}
@@ -73,7 +73,7 @@ def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
 
 
 def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> CheckResult:
-    """Compares the seconds of a save with the grace periods of Slurm: at the time limit, and on preemption. A grace period
+    """Compares the seconds of a save with Slurm's grace periods, at the time limit and on preemption. A grace period
     is the time from a stop signal until Slurm kills the ranks."""
     preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
     kill_wait = re.match(r"\d+", settings.get("KillWait", ""))

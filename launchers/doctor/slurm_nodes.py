@@ -57,14 +57,14 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command. It requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
+    """The srun command. Requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
     Each kind of node is one component of the job, because the run's job has the same components. Task 0 runs on node 0 of
     the plan.
 
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE and the local ones set.
         minutes: Time limit of the job.
-        visible: Further folders to mount in the site's container under the same path.
+        visible: Further folders that the site's container mounts under the same path.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]

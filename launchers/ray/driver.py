@@ -33,9 +33,9 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's
 CONNECT_SECONDS = 10.0  # connection timeout to the head
 STOP_WAIT_DEFAULT = 3.0  # seconds; Ray's own default
 MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
-SETTLE_SECONDS = 5.0  # wait for missing nodes before the first attempt
-LAST_LINES_SECONDS = 1.0  # Ray's delay in forwarding rank 0's output
-REPLACE_SECONDS = 300.0  # wait for missing nodes before a restart, while a lost node is replaced
+SETTLE_SECONDS = 5.0  # time limit for missing nodes before the first attempt
+LAST_LINES_SECONDS = 1.0  # seconds within which Ray forwards rank 0's last output
+REPLACE_SECONDS = 300.0  # time limit for missing nodes before a restart
 
 
 def drive(job: RayJob, signals: StopSignals) -> int:
@@ -78,7 +78,7 @@ def _attempt(
             config=job.config,
             overrides=job.overrides,
             job=job.plan,
-            rendezvous=PUBLISHED_RENDEZVOUS,  # a port of rank 0's node, which the driver cannot know
+            rendezvous=PUBLISHED_RENDEZVOUS,  # rank 0 chooses a port of its node
             attempt=restarts,
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
@@ -109,7 +109,7 @@ def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[
 
 
 def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
-    """Network variables from the cluster file. If the file names no interface, rank 0 listens at its node's Ray address."""
+    """The cluster file's `network_variables`. If it names no interface, rank 0 listens at its node's Ray address."""
     host = {HOST_VARIABLE: workers[0].host} if rank == 0 and cluster.interface is None else {}
     return cluster.network_variables | host
 
@@ -133,7 +133,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     without a cluster. `forwarded` names environment variables for the ranks; a job's runtime environment sets them instead.
     """
     shipped: dict[str, object] = {}
-    if IN_A_JOB not in env:  # Ray copies this clone to the nodes, as it does for a job
+    if IN_A_JOB not in env:  # let Ray copy this clone to the nodes, as for a job
         shipped = {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")

@@ -27,7 +27,7 @@ READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just fr
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
 TICK_SECONDS = 0.2
-PATIENT_SECONDS = 5.0  # wait this long before printing: Ray may still be freeing an earlier attempt's resources
+PATIENT_SECONDS = 5.0  # seconds before a wait is reported: Ray may still free earlier resources
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
@@ -95,7 +95,7 @@ class Gang:
         try:
             ray.get(started, timeout=ANSWER_SECONDS)
         except (RayError, GetTimeoutError) as error:
-            first, _, _ = str(error).strip().partition("\n")  # the rest is Ray's traceback
+            first, _, _ = str(error).strip().partition("\n")  # further lines are Ray's traceback
             raise LostError(f"a rank could not be started: {first}") from error
 
     def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
@@ -125,7 +125,7 @@ class Gang:
         return self._nodes[self._job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str]:
-        """The exit code of a rank, and ''; if its Ray worker or node is lost, the code of SIGKILL and a description."""
+        """Returns (exit code of a rank, ''); if its Ray worker or node is lost, (code of SIGKILL, description)."""
         try:
             return ray.get(reference), ""
         except RayError:
@@ -212,7 +212,7 @@ def gather_gang(
 
 
 def live_nodes() -> list[RayNode]:
-    """The nodes that accept a connection now, the head last. Ray itself notices a lost node late."""
+    """The Ray nodes that accept a connection now; the head node is last. Ray itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [
         RayNode(

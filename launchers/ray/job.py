@@ -24,7 +24,7 @@ class RayJob:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_failures: Limit for restarts after failures.
-        wait_seconds: Wait for nodes that the cluster lacks; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
+        wait_seconds: Time limit for nodes that the cluster lacks; None: SETTLE_SECONDS at first, REPLACE_SECONDS later.
         program: Arguments of each rank's interpreter before the configuration.
         forwarded: Names of environment variables for the ranks; a job's runtime environment sets them instead.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
@@ -64,7 +64,7 @@ def check_job(
     site = load_cluster(cluster, os.environ)
     preflight = check_file(config_path, overrides)
     config = preflight.config
-    if problems := relative_paths(config):  # each node resolves them in its own working directory
+    if problems := relative_paths(config):  # a node resolves a relative path in its own working directory
         fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
     plan, folder = plan_job(preflight, site), RunFolder.of(config)

@@ -1,6 +1,6 @@
 """Forwards rank 0's metrics to Ray, which exports them as `ray_moe_dist_...` at the metrics port of rank 0's node.
 
-A rank is a plain process and cannot use Ray's API. It sends one datagram per step (`monitor/sinks/prometheus.py`) to a Unix
+A rank is a plain process and cannot use Ray's API. Rank 0 sends datagrams (`monitor/sinks/prometheus.py`) to a Unix
 socket that its actor reads.
 """
 

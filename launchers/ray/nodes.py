@@ -44,7 +44,7 @@ class RayNode:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The result of `assign`; exactly one of its fields is not empty.
+    """The result of `assign`. Exactly one field is not empty.
 
     Attributes:
         nodes: A free Ray node for each planned node.
@@ -58,7 +58,7 @@ class Assignment:
 
 
 def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
-    """Resources of one rank; it gets one CPU core if `cpus` is None."""
+    """Ray resources of one rank: `cpus` CPU cores (1 if None), and a GPU if the run needs GPUs."""
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 
@@ -69,7 +69,7 @@ def nodes_sharing_ep_groups(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
     for first in range(0, job.world_size, ep):
         nodes = {job.node_of(rank).index for rank in range(first, first + ep)}
         for other in [each for each in found if each & nodes]:
-            nodes |= other  # two EP groups on one node join their parts
+            nodes |= other  # a node with ranks of two EP groups joins their parts
             found.remove(other)
         found.append(nodes)
     return [tuple(sorted(each)) for each in found]
@@ -95,14 +95,14 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # first as if the cluster were idle: what fails here cannot be fixed by waiting
+    found = chosen("total")  # as if no other job ran: waiting cannot fix what is missing here
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
-        if None not in alone:  # there are enough nodes, but not in one domain
+        if None not in alone:  # enough nodes, but not in one domain
             return Assignment(problems=(_domain_problem(missing, nodes),))
         return Assignment(problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # then with the current load
+    found = chosen("free")  # with the resources that are free now
     if None in found:
         return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(nodes=tuple(nodes[node] for node in found if node is not None))
@@ -116,8 +116,8 @@ def _fits(each: NodePlan, node: RayNode, resources: Mapping[str, float], bundle:
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy: takes
-    the largest group first, and the smallest domain that has room. A node without the label is a domain by itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy: gives
+    the largest group first the smallest domain that fits. A node without the label DOMAIN is a domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):

@@ -1,6 +1,6 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank does not run in the actor's process. So the rank gets signals in its main thread, can exit at any time, and shares
+The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit any time, and shares
 no interpreter with Ray's threads.
 """
 
@@ -25,7 +25,7 @@ from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0  # an NFS client may cache for this long that a new file does not exist
+SEEN_SECONDS = 30.0  # an NFS client may take this long to see a new file
 POLL_SECONDS = 0.2
 
 
@@ -87,17 +87,17 @@ class RankActor:
         if shown:
             self._socket_folder = tempfile.TemporaryDirectory(prefix="moe_dist_")
             path = Path(self._socket_folder.name) / "metrics"
-            serve_metrics(path)  # the actor has Ray's API, the rank has not
+            serve_metrics(path)  # here, because only the actor can use Ray's API
             variables[RAY_METRICS] = str(path)
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
-            stdin=subprocess.PIPE,  # closes when this actor ends, for whatever reason
+            stdin=subprocess.PIPE,  # closes when this actor ends for any reason
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills the process group of a worker that ends
         )
         self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
-        self._pid = self._hear().get("pid")  # waits until the rank runs
+        self._pid = self._hear().get("pid")  # returns when the rank runs
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
 

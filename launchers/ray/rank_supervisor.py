@@ -7,8 +7,8 @@
     standard error     the output of rank 0
 
 A killed Ray worker cannot clean up, and neither Ray nor PDEATHSIG reaches a process that a rank started in a new session.
-The supervisor can: it runs in its own session and becomes the parent of orphaned processes (PR_SET_CHILD_SUBREAPER). Its
-standard input closes when the actor ends for any reason; it then kills the rank and all orphans.
+The supervisor can kill orphans: it runs in its own session and becomes their parent (PR_SET_CHILD_SUBREAPER).
+Its standard input closes when the actor ends for any reason; the supervisor then kills the rank and all orphans.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 _PR_SET_CHILD_SUBREAPER = 36
 TICK_SECONDS = 0.1
 LINGER_SECONDS = 2.0  # from the end of the rank until its remaining child processes are killed
-ADOPTED_SECONDS = 10.0  # timeout for killed processes to disappear
+ADOPTED_SECONDS = 10.0  # seconds within which killed processes must disappear
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Order:
     Attributes:
         env: The complete environment.
         log: File to which the output is appended.
-        shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
+        shown: True for rank 0: both its outputs go to the driver, and its standard error also into the log.
     """
 
     argv: Sequence[str]
@@ -99,11 +99,11 @@ class RankSupervisor:
 
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._code is None:  # after its end the pid may belong to another process
+            if self._code is None:  # once the rank has ended, its pid may be reused
                 os.kill(self._rank.pid, signal.Signals[name])  # the main thread of the rank handles it
 
     def _show(self, text: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk
+        with contextlib.suppress(OSError):  # full disk
             if self._log is not None:
                 self._log.write(text)
         with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ class RankSupervisor:
         """Reaps all ended children; returns True if some still run."""
         with contextlib.suppress(ChildProcessError):
             while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)  # any child, also adopted ones
+                pid, status = os.waitpid(-1, os.WNOHANG)  # any child, adopted orphans included
                 if pid == 0:
                     return True
                 if pid == self._rank.pid:
@@ -156,7 +156,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte: the rest of the input is read with select
+    while not line.endswith(b"\n"):  # byte by byte, because `select` must see the input after this line
         byte = os.read(0, 1)
         if not byte:
             return

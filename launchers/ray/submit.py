@@ -47,7 +47,7 @@ def submit(address: str, line: str, *, grace_seconds: int, forwarded: Sequence[s
         ResourceError: no Ray answers at the address.
     """
     require_variables(forwarded, os.environ)
-    variables = {name: os.environ[name] for name in forwarded} | {STOP_WAIT: str(grace_seconds)}  # Ray reads the last one
+    variables = {name: os.environ[name] for name in forwarded} | {STOP_WAIT: str(grace_seconds)}  # Ray reads STOP_WAIT
     client = connect(address)
     job_id = client.submit_job(entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": variables})
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
@@ -97,12 +97,12 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
         broken: Exception | None = None
         try:
             asyncio.run(_show(client, job_id, shown))
-        except (RuntimeError, OSError) as error:  # the connection broke; the job's state is queried below
+        except (RuntimeError, OSError) as error:  # connection lost; the next lines query the job
             broken = error
         details = client.get_job_info(job_id)  # polls, because Ray has no call that waits for a job
         if details.status.is_terminal():
             log = client.get_job_logs(job_id)
-            print(log[shown.characters :], end="", flush=True)  # what the broken connection did not send
+            print(log[shown.characters :], end="", flush=True)  # the part that was not printed yet
             return verdict(details, log)
         if broken is not None:
             print(f"[following {job_id} again: {broken}]", file=sys.stderr)
@@ -127,7 +127,7 @@ def verdict(details: "JobDetails", log: str) -> int:
 
 @dataclass
 class _Shown:
-    """Number of characters of a log that were printed, over all connections."""
+    """Number of characters of a log that were printed so far, over all connections."""
 
     characters: int = 0
 

@@ -75,7 +75,7 @@ def prepare(
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = check_file(config_path, overrides).config
-    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # because the job runs in another folder
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # the job runs in another folder
     config = load_config(config_path, fixed)
     folder = Path(config.run.root) / config.run.name
     plan = plan_job(check(config), cluster)
@@ -123,7 +123,7 @@ def _tasks(
     folder: Path,
     plan: JobPlan,
 ) -> tuple[tuple[str, ...], ...]:
-    """The overrides of each array task, with a run name of its own. All tasks must need the same nodes."""
+    """The overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:
@@ -148,7 +148,7 @@ def _tasks(
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """Converts an error of sbatch. If nodes are missing, the message names the ranks, the expert groups and the feature."""
+    """The exception for an error of sbatch. If nodes are missing, it names the ranks, the expert groups and the feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"
@@ -214,7 +214,7 @@ def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None
         number = submit(job, options)
     except MoeDistError:
         if old is not None:
-            folder.put_back(old)  # a refused job must not move the old run
+            folder.put_back(old)  # restore the old run if the job was refused
         raise
     if old is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-It plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
+Plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
 the run has stopped after a signal and saved (exit code 75). After a node failure Slurm itself requeues the job.
 """
 
@@ -72,7 +72,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         code, ended = run_step(command)
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
-        if verdict == STOPPED:  # after all other verdicts a restart cannot help, or Slurm restarts by itself
+        if verdict == STOPPED:  # for other verdicts a restart is useless, or Slurm requeues by itself
             requeue_job(job, snapshot, _restart_limit([*begins, committed_step(folder.checkpoints)], cluster))
     return verdict
 
@@ -127,7 +127,7 @@ def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     """Folders to mount in a container under the same path."""
     weights = config.run.init_from
-    begin = [weights] if weights is not None and Path(weights).exists() else []  # may be deleted after the first attempt
+    begin = [weights] if weights is not None and Path(weights).exists() else []  # these weights may be deleted later
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 

@@ -15,7 +15,7 @@ _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
 
 
 class SlurmError(MoeDistError):
-    """A command of Slurm failed."""
+    """A Slurm command failed."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """Groups the nodes of a plan by feature, number of ranks and exclusiveness. Rank 0 is in the first group."""
+    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use them. Rank 0 is in the first
+    group."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
@@ -54,7 +55,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{count}" if cluster.gpus.syntax == "gres" else f"--gpus-per-node={count}")
     if part.feature is not None:
         options.append(f"--constraint={part.feature}")
-    if part.nodes[0].own or len(parts(job)) > 1:  # two components on one node would give two tasks the same SLURM_LOCALID
+    if part.nodes[0].own or len(parts(job)) > 1:  # else two tasks could have one SLURM_LOCALID
         options.append("--exclusive")
     return options
 
@@ -81,7 +82,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
     heads = [[*part_options(part, job, cluster), *site_options(cluster)] for part in parts(job)]
-    heads = [[*first, *heads[0]], *heads[1:]]  # job options belong to the first component
+    heads = [[*first, *heads[0]], *heads[1:]]  # options of the whole job go into the first component
     headers = ["\n".join(f"#SBATCH {shlex.quote(option)}" for option in head) for head in heads]
     body = [line for line in TRAIN_SBATCH.read_text().splitlines() if not line.startswith(("#!", "#SBATCH"))]
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
@@ -89,7 +90,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
 
 def output_pattern(folder: Path, *, array: bool = False) -> str:
     """Path of a job's output with Slurm's placeholders: %j is the job, %A the array, %a its task."""
-    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # %% is a plain %
+    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # in a pattern %% means %
 
 
 def srun_command(
@@ -131,7 +132,7 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh sources in every task. It maps host and SLURM_LOCALID to the rank's variables. It
+    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables. It
     does not use SLURM_PROCID: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
     job one after the other.
 
@@ -154,7 +155,7 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        # With eval an incomplete shell command fails in its own line and does not break the whole file.
+        # With eval an incomplete shell command fails by itself and does not break the whole text.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(first.argv)})", ""])

@@ -72,7 +72,7 @@ class SlurmJob:
 def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
     """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before 8.31,
     for example on RHEL 8). Without the prefix, a signal before a rank has its handlers kills that rank without a save."""
-    if isinstance(cluster.container, PyxisContainer):  # the container's own `env` cannot be tested from here
+    if isinstance(cluster.container, PyxisContainer):  # the image's `env` cannot be tested here
         return HOLD_SIGNALS
     supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
     return HOLD_SIGNALS if supported else ()

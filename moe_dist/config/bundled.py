@@ -15,8 +15,8 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The configuration file of a path, which may lack .yaml: in the current folder, else in `source_root()` or its
-    configs/."""
+    """Finds the configuration file `path`, whose .yaml may be omitted: in the current folder, else in `source_root()` or
+    its configs/."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]

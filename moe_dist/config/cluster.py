@@ -1,4 +1,4 @@
-"""The cluster file has the settings of a site. A run's configuration omits them, so a run may continue at another site.
+"""A cluster file has the settings of a site. A run's configuration has no site settings, so a run may change its site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
@@ -29,7 +29,7 @@ LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# Options that the launcher sets itself, from the run and from the other keys of the cluster file.
+# sbatch options that the Slurm launcher sets, from the run's configuration and from other keys of the cluster file.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
@@ -41,7 +41,7 @@ Line = Annotated[str, Field(pattern=LINE_PATTERN)]
 
 
 class GpuSection(Section):
-    """The GPUs of a node, and the form of their request."""
+    """The GPUs of a node, and how a Slurm job requests them."""
 
     syntax: Literal["gres", "gpus-per-node", "none"] = "gres"
     """Form of the request: --gres=gpu:8, --gpus-per-node=8, or none if the site has no GPUs."""
@@ -113,7 +113,7 @@ class Cluster(Section):
 
     @property
     def network_variables(self) -> dict[str, str]:
-        """Environment variables for NCCL and gloo: `nccl`, and both libraries' interface."""
+        """Environment variables for NCCL and gloo: those of the key `nccl`, and the network interface for both."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 

@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """Type, default and meaning of a key; for a section, of each of its keys; for '', of each section.
+    """A text with type, default and meaning of a key; for a section, of each key in it; for the key '', of each section.
 
     Raises:
         ConfigError: the key does not exist; the message names the most similar key.
@@ -38,7 +38,7 @@ def explain(key: str = "") -> RenderableType:
 
 
 def default_text(key: Key) -> str:
-    """The default as it would be written in a file; 'required' if there is none."""
+    """A key's default as YAML text; 'required' if the key has no default."""
     if key.field is None:
         return ""
     if key.field.is_required():
@@ -51,7 +51,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """The keys of a section, with a heading for each of its variants."""
+    """A table of the keys of a section, with a heading for each of its kinds."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)

@@ -21,28 +21,28 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """Sizes of one pair of .idx and .bin."""
+    """The sizes of one data set split, which is a pair of files .idx and .bin."""
 
     documents: int  # number of documents; a document is a block of consecutive sequences
-    sequences: int  # equal to documents, unless documents were split when they were written
+    sequences: int  # equal to `documents` if each document is one sequence
     tokens: int  # tokens of all sequences
-    dtype: str  # numpy name of the ids' type
-    itemsize: int  # bytes per id
+    dtype: str  # numpy name of the token ids' type
+    itemsize: int  # bytes per token id
     bin_bytes: int  # size of .bin: tokens x itemsize
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
-    """The .idx and the .bin of a prefix, which may itself contain dots."""
+    """The paths <prefix>.idx and <prefix>.bin; the prefix may itself contain dots."""
     return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Byte offsets of the three lists in an .idx: lengths, offsets into .bin, and first sequences of documents."""
+    """Byte offsets in an .idx of the lists: tokens of each sequence, offsets into .bin, first sequence of each document."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
 def read_index_header(prefix: Path) -> IndexHeader:
-    """Reads the .idx of `prefix` and compares it with the size of its .bin. Costs one pass over the list of lengths.
+    """Reads the .idx of `prefix` and compares it with the size of its .bin. Reads all sequence lengths.
 
     Raises:
         DataError: a file is missing, truncated or of another format, or .idx and .bin do not match.
@@ -103,7 +103,7 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
 
 
 def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
-    """Type code, number of sequences, and entries of the document list."""
+    """Reads the type code, the number of sequences, and the number of entries of the document list."""
     try:
         with idx.open("rb") as stream:
             raw = stream.read(_HEADER.size)

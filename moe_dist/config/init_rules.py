@@ -1,4 +1,4 @@
-"""Rules of `run.init_rules`. The rules for the checkpoint are checked when it is loaded. Imports no torch."""
+"""Rules of `run.init_rules`. Rules that need the checkpoint are checked when the checkpoint is loaded. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,12 +9,12 @@ KEY = "run.init_rules"
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
-    """The values of top_k with which the choice of a top-`true_choices` stays the same, if null rows copy each of n true
-    rows m / n times.
+    """The values of top_k with which a token takes the same true experts as with top_k = `true_choices` before the copy, if
+    the m null rows of the router are m / n copies of each of the n true rows.
 
     Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that row,
-    its second best, and so on in blocks of m / n + 1. So k choices contain the ceil(k / (m / n + 1)) best true experts.
-    The number of best true experts is k0 for
+    its second best, and so on in blocks of m / n + 1. The k best columns contain the ceil(k / (m / n + 1)) best true
+    experts. With k0 = `true_choices`, a token takes its k0 best true experts for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
@@ -73,7 +73,7 @@ def _copy_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _no_identity(kind: object) -> str:
-    """The reason why a router of another kind than top_k does not start unchanged with copied null rows."""
+    """The reason why a router of this `kind`, not top_k, chooses other experts once null rows copy true rows."""
     return (
         f"with a router of kind {kind} copies of true rows change the choice: only in a plain top-k of one softmax does a "
         "copy rank directly behind its original; sigmoid scores, node groups and experts that choose treat a copy "
@@ -82,10 +82,10 @@ def _no_identity(kind: object) -> str:
 
 
 def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[str]:
-    """The reasons why a trained top-k model would not start unchanged if the null rows of `config` copy its true rows;
-    empty if the model would start unchanged. `source` is the configuration in the checkpoint.
+    """The reasons why the checkpoint's top-k model would have other outputs once the null rows of `config` copy its true
+    rows; empty if it would have the same outputs. `source` is the configuration in the checkpoint.
 
-    Bit equality concerns the forward pass; a capacity and the auxiliary terms act only in training.
+    Only the forward pass in evaluation is compared: a capacity and auxiliary losses act only in training.
     """
     here = config.model.moe
     model = source.get("model")

@@ -29,11 +29,11 @@ class Key:
     path: str  # dotted path, with NAME and ITEM
     annotation: Any  # type of the value
     field: FieldInfo | None  # None for an element of a mapping or list
-    variant: str = ""  # the kind of section that has the key, such as 'kind: wsd'; empty if there is only one kind
+    variant: str = ""  # the section's kind, such as 'kind: wsd', if only some kinds have the key; else empty
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
-        """The possible sections of the key, as in `variants_of`."""
+        """The sections that the key's value can be, as in `variants_of`."""
         return variants_of(self.annotation)
 
 
@@ -49,8 +49,8 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """The key that names a section's variant, such as `kind`: its type is one literal. None if the section has no such
-    key."""
+    """The key by which a section says its kind, such as `kind`: its type is a Literal of one text. None if the section has
+    no such key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name
@@ -58,7 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The sections that a value of this type can be, by tag. A plain section has the tag ''. Empty for other types."""
+    """The section classes of a type, by the value of their `tag_key`; {'': class} if there is one, {} if none."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -70,8 +70,8 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
-    """Keys directly below a value of this type, by name. A name has several keys if variants of a section share the
-    name."""
+    """Keys directly below a value of this type, by name. A name has several keys if several kinds of the section have
+    it."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -100,7 +100,7 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """The keys that a dotted path can mean: none if it is unknown, several if variants of a section share it."""
+    """The keys that a dotted path can mean: none if it is unknown, several if several kinds of a section have it."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [
@@ -128,7 +128,7 @@ def nearest(root: type[BaseModel], path: str) -> str | None:
 
 
 def unknown_key(root: type[BaseModel], path: str) -> str:
-    """An error text for a key that is unknown, or that only another variant of its section has."""
+    """An error text for a key that is unknown, or that only another kind of its section has."""
     if elsewhere := [key.variant for key in find(root, path)]:
         return f"belongs to {' or '.join(elsewhere)}, but the section is of another kind"
     if near := nearest(root, path):

@@ -1,4 +1,4 @@
-"""Makes a choice of kinds from a folder of sections: a new file is a new kind, and no list names it."""
+"""Makes a pydantic union of all section classes in a package: a new file there adds a kind, without a list to edit."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -55,7 +55,7 @@ def _error(problems: list[str]) -> ConfigError:
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """Like `load_config`, but returns the faults beside the readable values, for callers that check more."""
+    """Like `load_config`, but returns readable values and faults, for callers that report more faults."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -65,7 +65,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Every violated rule inside a section, with full keys."""
+    """Every violated rule between keys of one section; the keys are dotted paths from the root."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)
@@ -74,14 +74,14 @@ def model_violations(config: Config) -> list[Violation]:
 
 
 def rule_violations(config: Config) -> list[Violation]:
-    """Every violated rule between sections."""
+    """Every violated rule between keys of different sections."""
     return [violation for _, section in sections_in(config) for violation in section.violations_in(config)]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Sets `key=value` pairs in `values`; returns the faults of those that cannot be set.
+    """Sets `key=value` pairs in `values`; returns one error text for each pair that cannot be set.
 
-    Selecting another variant of a section (`placement.policy=pinned`) drops the keys that only the old variant had.
+    A pair that selects another kind of a section (`placement.policy=pinned`) drops the keys that only the old kind has.
     """
     problems: list[str] = []
     pairs: list[tuple[str, Any]] = []
@@ -102,7 +102,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             problems += [f"{key}: {problem}" for problem in wrong]
         else:
             pairs.append((key, value))
-    # A new variant comes first, because it drops keys of the old variant that another override may set again.
+    # Pairs that select a kind come first, because they drop keys of the old kind that a later pair may set again.
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if problem := _set(values, key, value):
             problems.append(problem)
@@ -120,7 +120,7 @@ def difference(old: Config, new: Config) -> list[Change]:
     return [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if (key in before) != (key in after) or before.get(key) != after.get(key)  # null and no key differ
+        if (key in before) != (key in after) or before.get(key) != after.get(key)  # a missing key is not null
     ]
 
 
@@ -143,7 +143,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """The value read as YAML. For a key of type text (`run.name=2024`) it is the literal text, unless it is quoted."""
+    """Value and faults of a text: for a key of type str (`run.name=2024`) the unquoted text, else the text read as YAML."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)
@@ -180,8 +180,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """The value into which an override writes if the file does not have the key: the default items of a list. A section
-    starts empty, because its other keys have their own defaults."""
+    """The value of a key that the file lacks, before an override changes one item in it: the default of a list, or {} for a
+    section, whose other keys have their own defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}

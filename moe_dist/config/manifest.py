@@ -25,7 +25,7 @@ def _inside(path: str) -> str:
 
 
 FilePath = Annotated[PathText, AfterValidator(_inside)]
-IdRange = tuple[Count, PositiveInt]  # [first, last + 1]
+IdRange = tuple[Count, PositiveInt]  # token ids from `first` to `last`, as [first, last + 1]
 
 
 class SplitSection(Section):
@@ -60,7 +60,7 @@ class ImageSection(Section):
     """File .npy of uint8 [codes, patch, patch, 3]: the pixels of each code."""
 
 
-# Names of losses: loss/<name> shows them beside the losses of modalities.
+# No modality may have these names: the tags loss/<name> of other losses use them.
 RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
 
 

@@ -28,7 +28,7 @@ from moe_dist.config.section import (
     default_kind,
 )
 
-if TYPE_CHECKING:  # type checkers see the type of the base
+if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
     AnyRouter = RouterSection
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
@@ -127,7 +127,7 @@ class MoESection(Section):
 
     @property
     def active_targets(self) -> dict[str, float]:
-        """The controllers' targets in true experts per token, by group."""
+        """The mean true experts per token that controllers aim at, by group."""
         return {name: target for each in self.balance for name, target in each.targets.items()}
 
     @property
@@ -214,7 +214,7 @@ class ModelSection(Section):
 
     @property
     def attention_widths(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each of the attention's projections."""
+        """Number of inputs and of outputs of each attention projection."""
         dim, width = self.hidden_dim, self.resolved_head_dim
         heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
         return {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}

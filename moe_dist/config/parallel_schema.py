@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # type checkers see the base class instead of a union that is
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)
-GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes, the stride that grouped GEMM needs
+GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes; grouped GEMM needs row strides of whole 16 bytes
 
 
 class ParallelSection(Section):

@@ -30,29 +30,29 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
-_ROUNDS = 20  # most rounds: missing keys of a replaced section show one round later, and schemas have fewer than 20 levels
+_ROUNDS = 20  # most rounds: each may find missing keys one level deeper, and schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class PartialConfig(Generic[S]):
-    """Values as far as they could be read."""
+    """The result of reading values that may have faults."""
 
-    value: S | None  # the section; None if no value could be made
-    problems: tuple[str, ...]  # every fault of a single key, in words; does not contain violated rules between keys
+    value: S | None  # the section, with wrong values replaced; None if that was not possible
+    problems: tuple[str, ...]  # an error text for each fault of a single key; rules between keys are not checked here
     wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced; rules that compare these are not checked
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """The problems of those `violations` whose keys could all be read."""
+        """The error texts of those `violations` in which no key has a replaced value."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
-        """The value, if it has no faults.
+        """Returns the value, or raises if it has faults.
 
         Args:
             violations: Returns the violated rules of the value.
-            error: Makes the exception that is raised, from all faults.
+            error: Makes the exception to raise, from all error texts.
         """
         problems = [*self.problems, *(self.broken(violations(self.value)) if self.value is not None else [])]
         if problems or self.value is None:
@@ -70,7 +70,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
             return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
-            before = frozenset(wrong)  # the user is not told of a value that an earlier round inserted
+            before = frozenset(wrong)  # faults of these paths are not reported: an earlier round inserted their values
             # Misspelt keys come first, because a misspelt key may be the key that is reported missing.
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
@@ -113,7 +113,7 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
 
 
 def dotted(where: Where) -> str:
-    """The path in the form of an override."""
+    """The path as dotted text, such as `data.weights.web`."""
     return ".".join(map(str, where))
 
 
@@ -129,7 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """The keys along an error location of pydantic. The location also holds variants of sections and the mark "[key]"."""
+    """Each part of a pydantic error location with its key. Leaves out kinds of sections and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
@@ -189,7 +189,7 @@ def _any_value(annotation: Any) -> Any:
     """Any value of a type. A section is empty here, because the next round fills in its missing keys."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
-    if variants := variants_of(kind):  # the tag must be valid, or the union itself is a fault in each round
+    if variants := variants_of(kind):  # with a valid kind, else pydantic rejects the section in each round
         tag, section = next(iter(variants.items()))
         return {tag_key(section): tag} if tag else {}
     if origin is dict:

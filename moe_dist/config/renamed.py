@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moe_dist.config.keys import ITEM
 
-# Former key (dotted, with the present names of the sections above it) -> the present name of its last part.
+# Former key (a dotted path, in which only the last part is a former name) -> the present name of that last part.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
@@ -25,7 +25,7 @@ VALUES = {
 
 
 class Rename(NamedTuple):
-    """A renamed key, or key=value, with its present name."""
+    """The former and present form of a renamed key, or of a renamed value as key=value."""
 
     old: str
     new: str
@@ -44,7 +44,7 @@ def translate(values: Any) -> Any:
 
 
 def translation(values: Any) -> tuple[Any, list[Rename]]:
-    """Like `translate`, and the renames that were applied."""
+    """Returns the result of `translate`, and the renames that were applied."""
     renames: list[Rename] = []
     return _translated(values, "", "", "", renames), renames
 
@@ -58,8 +58,8 @@ def new_key(key: str) -> str | None:
 
 
 def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rename]) -> Any:
-    """`value` with present names. `old` and `new` are its former and present dotted key; `pattern` is `new` with ITEM for
-    each index."""
+    """A copy of `value` with present names. `old` and `new` are the dotted key of `value` in former and in present names;
+    `pattern` is `new` with ITEM for each index."""
     if isinstance(value, list | tuple):
         place = _below(pattern, ITEM)
         return [_translated(item, _below(old, i), _below(new, i), place, renames) for i, item in enumerate(value)]

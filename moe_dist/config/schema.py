@@ -266,8 +266,8 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected true experts per token, by group: the controller's target, else the number at which a weighted balance
-        loss is even, k n / (n + m w). Leaves out groups with neither."""
+        """Expected true experts per token, by group: the controller's target, else for a balance loss with null weight w
+        the number at its minimum, k n / (n + m w). Groups with neither are left out."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]
@@ -277,7 +277,7 @@ class Config(Section):
         return found | self.model.moe.active_targets
 
 
-# Keys (a section, or one key of it) that may differ on resume. The keys of model, data and optimisation must not differ.
+# Sections and keys that may differ on resume. All other keys (of model, data and optimisation) must not differ.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
@@ -289,6 +289,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # data may move, because digests check the content (config/split_files.py)
-    "router_tuning.data",  # data may move, as with data.path
+    "data.path",  # the data's folder may move: digests check its content (config/split_files.py)
+    "router_tuning.data",  # may move, as data.path
 )

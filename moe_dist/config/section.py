@@ -25,9 +25,9 @@ GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # share of the process groups' timeout for the watchdog; in the rest the ranks write their reports
+WATCHDOG_SHARE = 0.8  # the watchdog's time limit as a share of the process groups' timeout; in the rest ranks write reports
 
-WholeConfig = Any  # a `schema.Config`, whose import would be circular
+WholeConfig = Any  # means `schema.Config`, which cannot be imported here (circular import)
 
 VIOLATIONS_LATER = "relations_later"  # key of the validation context, true if the caller collects violated rules itself
 
@@ -40,7 +40,7 @@ class Violation(NamedTuple):
 
 
 class Section(BaseModel):
-    """A key's meaning stands beside it as `description`, or below it as a docstring if the line is too short."""
+    """The base class of all sections. A field's meaning is its `description`, or a docstring below it if too long."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -53,7 +53,7 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Uses a kind's docstring as the description of the key that names it; joins each description to one line."""
+        """Makes the class docstring the description of `kind` or `policy`; joins each description to one line."""
         for name, field in cls.model_fields.items():
             named = (cls.__doc__ or "") if name in ("kind", "policy") else None
             text = field.description or named

@@ -11,14 +11,14 @@ from moe_dist.config.index_header import IndexHeader, index_paths, read_index_he
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, SplitSection
 from moe_dist.errors import DataError
 
-Bits = Literal["filler", "prompt"]  # keys of a split that name a file of bits
+Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
 BITS: tuple[Bits, ...] = ("filler", "prompt")
 _CHUNK = 1 << 22  # tokens in a chunk: 32 MiB of int64
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly spaced blocks, 4 MiB in all
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Checks a split of a manifest against its .bin, .idx and files of bits. Reads the list of lengths, no tokens.
+    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads sequence lengths, no tokens.
 
     Raises:
         DataError: a file is missing or damaged, or its counts differ from the manifest's.
@@ -34,7 +34,7 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Bits of a split, memory-mapped, eight tokens in a byte as by numpy.packbits: an .npy file, or raw bytes.
+    """Memory-maps a split's filler or prompt file, an .npy file or raw bytes with one bit per token as by numpy.packbits.
 
     Returns:
         uint8 [ceil(tokens / 8)], or None if the split has no such file.
@@ -61,7 +61,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
-    """Tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
+    """Number of tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
 
     Raises:
         DataError: the files are missing or damaged.
@@ -77,7 +77,7 @@ def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tupl
 
 
 def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manifest) -> dict[str, int]:
-    """Tokens of each modality in a split: from the manifest, or counted in the .bin if a hand-written manifest has no
+    """Number of tokens of each modality in a split: from the manifest, or counted in the .bin if the manifest has no
     counts."""
     counts = split.tokens_by_modality
     if not counts and len(manifest.modalities) == 1:
@@ -87,10 +87,10 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Size and SHA-256, by file name, of the manifest and of each training .idx, .bin and file of prompt bits.
+    """Size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
-    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. So a changed token in a large .bin
-    may go unnoticed if all lengths are unchanged.
+    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digest of a .bin above 4 MiB may
+    therefore not change with a token if all sequence lengths stay the same.
 
     Raises:
         DataError: a file cannot be read.
@@ -110,7 +110,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
 
 
 def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
-    """One line for each file whose digest has changed."""
+    """One line of an error text for each file whose digest has changed."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
         for name in dict.fromkeys([*saved, *found])

@@ -7,7 +7,7 @@
     routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Successful samples come first, because the neighbour index covers the first rows of a memory-mapped file.
+Samples that the run answered correctly come first, so that the neighbour index covers the first rows of each array.
 """
 
 from collections.abc import Mapping
@@ -50,24 +50,24 @@ class TuningManifest(_Stored):
 
     format: Literal[1] = 1
     checkpoint: _Sha256  # `moe_dist.checkpoint.base.content_hash` of the scored parameters
-    run: str  # folder of the scored checkpoint, for error texts
+    run: str  # folder of the run that answered the questions, for error texts
     step: _Size
     model: dict[str, JsonValue]  # the section `model` of the scored run's configuration
-    tokenizer: _Sha256  # digest of the data set's tokenizer.json
-    embedder: _Sha256  # digest of the embedder's files
+    tokenizer: _Sha256  # SHA-256 of the data set's tokenizer.json
+    embedder: _Sha256  # SHA-256 of the embedder's files
     embedder_name: str  # name of the embedder, for error texts
     tasks: dict[str, TaskCount]
     samples: _Size
-    right: _Size  # number of successful samples, which come first
-    longest: _Size  # tokens of the longest sample, not counting its last token, which is never an input
+    right: _Size  # number of samples whose question the run answered correctly; they come first
+    longest: _Size  # tokens of the longest sample, minus 1, because a sample's last token is no input
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
-    columns: _Size  # choice columns C of a layer
+    columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding
-    options: dict[str, JsonValue]  # how the questions were asked, by side, seed, rotations and measure
+    options: dict[str, JsonValue]  # how the questions were chosen and asked: side, seed, rotations, measure
     digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Shape of each array; None for a dimension of any length."""
+        """Required shape of each array file; None stands for any length."""
         return {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),
@@ -130,7 +130,7 @@ def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
 
 
 def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
-    """One of ARRAYS, memory-mapped.
+    """Memory-maps the array file `name`, one of ARRAYS.
 
     Raises:
         DataError: the array is missing, not a plain array, or of another shape or type than in the manifest.

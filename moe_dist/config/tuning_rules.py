@@ -78,7 +78,7 @@ def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest
         found = tokenizer_digest(config.data.path, data)
     except OSError:  # another check reports a data set that lacks its tokenizer
         return []
-    if found in ("", manifest.tokenizer):  # ids cannot be compared without a tokenizer
+    if found in ("", manifest.tokenizer):  # a data set without tokenizer cannot be compared
         return []
     return [
         f"its samples were written with another tokenizer than that of data.path={config.data.path!r}; set data.path to "
@@ -87,7 +87,7 @@ def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest
 
 
 def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """Checks that there are enough samples for k neighbours besides the sample itself."""
+    """Checks that each sample can have k other samples as neighbours."""
     if section.regulariser == "l2" or section.weight == 0.0:
         return []
     members = manifest.right if section.filter_by_success else manifest.samples

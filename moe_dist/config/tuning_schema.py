@@ -81,7 +81,7 @@ class RouterTuningSection(Section):
 
 
 def _start_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
-    """The run must start with exactly the scored weights, at the first sample."""
+    """The run must start at the first sample, with exactly the weights that answered the questions."""
     run = config.run
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"

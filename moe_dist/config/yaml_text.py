@@ -1,8 +1,8 @@
 """Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
 Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
-number. This loader takes only `true` and `false` as booleans, JSON's numbers and `.inf` as numbers, and all else as text.
-Dates, sets and binary values are errors.
+number. Here only `true` and `false` are booleans, JSON's numbers and `.inf` are numbers, and all else is text. Dates, sets
+and binary values are errors.
 """
 
 import json
@@ -26,7 +26,7 @@ _RESOLVERS = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads with these resolvers, and collects duplicate keys of a mapping in `repeated`."""
+    """A loader with the rules of `_RESOLVERS`, which collects duplicate keys of a mapping in `repeated`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that these resolvers would otherwise read back as a number, boolean or null."""
+    """A dumper that quotes a text which `_RESOLVERS` would read back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # writes repeated values in full, because anchors are hard to read
@@ -69,7 +69,7 @@ _Loader.yaml_constructors = {
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value of one document, and its faults: duplicate keys, or the first syntax error, with which the value is
+    """The value of a YAML text, and its faults: duplicate keys, or the first syntax error; with a syntax error the value is
     None."""
     try:
         loader = _Loader(text)

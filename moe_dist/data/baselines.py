@@ -1,13 +1,13 @@
 """Baselines for held-out loss: unigram and bigram models counted on the training tokens.
 
 As in the loader, every token is a label except the first of a document and those of a prompt. A label has the modality of
-its id. The unigram and bigram models are given the modality of the label, which a language model has to predict. Their loss
-is slightly too low, so a model with a lower loss beats them fairly.
+its id. The unigram and bigram models are told the label's modality, which a language model has to predict. This makes their
+loss slightly lower, so a language model with a still lower loss is better than them.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c counts training labels of the modality. c(a) counts the training labels that follow the token a.
+c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, and labels after a.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.data.indexed import IndexedSplit
 
-BIGRAM_PRIOR = 200.0  # close to the best value for text and for image codes of the default corpus
+BIGRAM_PRIOR = 200.0  # gives nearly the lowest loss for text and for image codes of the default corpus
 
 
 class _Labels:
-    """All labels of some splits: the labels, the tokens before them, and flags for empty cells of pictures."""
+    """All labels of several splits, the token before each label, and whether the label is an empty cell of a picture."""
 
     def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
         parts = [self._read(IndexedSplit(folder, split)) for split in splits]
@@ -42,9 +42,8 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
     """Mean held-out nats per label of the unigram and the bigram model, counted on the training tokens of all sources.
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
-    '<modality>_no_filler/...' leaves out labels that are empty cells, if there are any.
-    '<source>/<modality>/...' is for the labels of one source, if there are several. Reads all tokens into memory, about 60
-    bytes per token.
+    '<modality>_no_filler/...' is for labels that are not empty cells of pictures, if some are. '<source>/<modality>/...' is
+    for the labels of one source, if there are several sources. Reads all tokens into memory, about 60 bytes per token.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.
@@ -67,7 +66,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 def _score(
     model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
 ) -> dict[str, float]:
-    """Mean nats of the masked labels over all sources, and for each source if there are several."""
+    """Mean nats per label that `masks` selects: over all sources together, and in each source if there are several."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
     whole = {key: np.concatenate(list(nats.values()))} if nats else {}
@@ -85,7 +84,7 @@ class _Unigram:
 
 
 class _LeftBigram:
-    """Counts pairs by sorting, because a table of all pairs would need vocab_size^2 memory."""
+    """Counts (token, label) pairs by sorting, because an array of all pairs would have vocab_size^2 elements."""
 
     def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
         chosen = _within(train.label, ranges)
@@ -93,7 +92,7 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # No pair equals the sentinel -1, so a search past the end counts 0.
+        # The added pair -1 equals no pair, so a search that ends there finds the count 0.
         self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.errors import DataError
 
-IGNORED = -100  # label of a position without a loss, as in torch's cross_entropy
+IGNORED = -100  # label of a position without loss: the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that are not padding. Call it before the batch moves to a GPU, where it costs a host sync."""
+        """Number of tokens that are not padding. Call it before the batch moves to a GPU: there it costs a host sync."""
         return int((~self.padding_BS).sum())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document, read from disk."""
+    """A piece of a document, as read from disk."""
 
     tokens: np.ndarray  # int64 [length], or [length + 1] if the document continues: the last token is then only a label
     filler: np.ndarray  # bool per token, true for an empty cell of a picture
@@ -68,7 +68,7 @@ class BatchMaker:
                 self._modality_of_id[first:end] = modality
 
     def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
-        """Fills one row for each list of segments; an empty list gives a row of padding.
+        """Makes a batch whose row i holds the segments of sequences[i]; an empty list gives a row of padding.
 
         Raises:
             DataError: an id lies outside the vocabulary.
@@ -94,7 +94,7 @@ class BatchMaker:
         self._check(tokens, labels)
         label_modality = np.where(labels == IGNORED, 0, self._modality_of_id[np.maximum(labels, 0)])
         arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
-        return Batch(*(torch.from_numpy(array) for array in arrays))  # shares memory, no copy
+        return Batch(*(torch.from_numpy(array) for array in arrays))  # the tensors share the arrays' memory
 
     def _check(self, tokens: np.ndarray, labels: np.ndarray) -> None:
         vocab_size = len(self._modality_of_id)

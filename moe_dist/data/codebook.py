@@ -1,7 +1,7 @@
 """Encodes pictures: a picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
 
-Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. So codes do not
-depend on the machine, its BLAS or the number of threads.
+Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. The codes of a
+picture therefore do not depend on the machine, its BLAS or the number of threads.
 
 Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
 """
@@ -15,11 +15,11 @@ from moe_dist.errors import DataError
 GRID = 8  # patches along each side of a picture: 64 codes per picture
 PATCH = 4  # pixels along each side of a patch
 SIDE = GRID * PATCH
-_CHUNK = 8192  # patches compared with the whole codebook at once: 16 MiB of distances for 512 entries
+_CHUNK = 8192  # patches compared with all codebook entries at once: 16 MiB of distances for 512 entries
 
 
 def to_patches(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [N, SIDE, SIDE, 3] -> uint8 [N * GRID * GRID, V], row by row."""
+    """Cuts pictures, uint8 [N, SIDE, SIDE, 3], into patches, uint8 [N * GRID * GRID, V], row by row of each picture."""
     cut = pictures.reshape(-1, GRID, PATCH, GRID, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     return np.ascontiguousarray(cut.reshape(-1, PATCH * PATCH * 3))
 
@@ -43,13 +43,13 @@ def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
 
 
 def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """Integer [N, GRID * GRID] -> uint8 pictures [N, SIDE, SIDE, 3]."""
+    """Makes pictures, uint8 [N, SIDE, SIDE, 3], from codes, integer [N, GRID * GRID]."""
     patches = codebook.reshape(len(codebook), PATCH, PATCH, 3)[codes.reshape(-1, GRID, GRID).astype(np.int64)]
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3)
 
 
 def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
-    """k-means that starts from random distinct patches. Each round rounds the entries to uint8. `codes` is K.
+    """Fits a codebook of K = `codes` by k-means from random distinct patches, with entries rounded to uint8 in each round.
 
     Returns:
         uint8 [K, PATCH, PATCH, 3].
@@ -62,7 +62,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # Weighting by counts gives exact entries to frequent flat patches, such as backgrounds.
+    # Each distinct patch weighs as often as it occurs, so frequent flat patches, such as backgrounds, get exact entries.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)

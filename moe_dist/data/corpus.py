@@ -6,13 +6,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
-VARIATIONS = ("place", "flip", "background")  # place means scale and shift
+VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place: scale and shift
 Item = TypeVar("Item")
 
 
 class HoldOut(StrEnum):
-    """Pictures that are held out: whole families, or single variants. The family of a held-out variant is in training, but
-    no training picture is close to the variant."""
+    """What is held out: whole families of pictures, or single pictures (variants) of families that stay in training. No
+    training picture is near-equal to a held-out variant."""
 
     FAMILIES = "families"
     VARIANTS = "variants"
@@ -22,15 +22,15 @@ class HoldOut(StrEnum):
 class Picture:
     """A picture with captions."""
 
-    key: str  # unique in the source; seeds the random draws of the picture's renders
-    family: str  # pictures of one family are on one side of the split, unless variants are held out
+    key: str  # unique in the source; seeds the random augmentation of the picture
+    family: str  # pictures of a family are all training or all held out, unless single variants are held out
     path: Path  # SVG, or any file that Pillow reads
-    captions: tuple[str, ...]  # for example in several languages; may be empty
+    captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text. Texts of one family are on one side of the split."""
+    """A text. Texts of a family are all training or all held out."""
 
     key: str
     family: str
@@ -41,11 +41,11 @@ class Text:
 class Instruction:
     """A prompt with its answer."""
 
-    family: str  # instructions of one family are on one side of the split
+    family: str  # instructions of a family are all training or all held out
     prompt: str  # its tokens are inputs, but no labels
     answer: str
     image: Path | None = None  # picture before the prompt
-    side: str = ""  # side of the split, train or valid; '' lets the split decide
+    side: str = ""  # train or valid; '' if the random split decides
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings for the split and for the encoding of the sources."""
+    """Settings for the split into training and held-out data, and for the encoding of the sources."""
 
-    seed: int = 0  # seed of the split, the renders and the codebook
-    renders: int = 10  # augmented renders of each training picture; each render is a document
-    heldout_renders: int = 5  # renders of each held-out picture
+    seed: int = 0  # seed of the split, the augmentation and the codebook
+    renders: int = 10  # augmented copies of each training picture; each copy is a document
+    heldout_renders: int = 5  # augmented copies of each held-out picture
     val_fraction: float = 0.1  # held-out share of the pictures, and of each text source's characters
-    vocab_size: int = 4096  # tokens of the BPE, with special tokens
+    vocab_size: int = 4096  # number of tokens of the BPE, special tokens included
     codes: int = 512  # entries of the codebook
     tokenizer: str | None = None  # path of a tokenizer.json to use; None fits a tokenizer
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
-    vary: tuple[str, ...] = VARIATIONS  # properties in which the renders of a picture differ
+    vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ
     caption_first: float = 0.5  # share of a picture's documents in which the caption is before the picture
 
 

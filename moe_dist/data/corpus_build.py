@@ -25,7 +25,7 @@ from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
-_FIT_CHARACTERS = 4_000_000  # characters per source to fit the BPE on, which takes seconds; all would take minutes
+_FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted: takes seconds, not minutes
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
@@ -37,8 +37,8 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and figures for display: pictures and families on each side, and the PSNR of the codes in dB. With
-        held-out variants, components of near-equal pictures are counted instead of families.
+        The manifest, and numbers for display: of pictures and families on each side of the split, and the PSNR of decoded
+        pictures in dB. With held-out variants, sets of near-equal pictures are counted instead of families.
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.
@@ -84,8 +84,8 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Mask of the held-out instructions of each source. A family is on the same side in all sources, namely the side that
-    one of its lines names, or else the side that the split draws.
+    """For each source a mask of its instructions, true if held out. A family is on the same side of the split in all
+    sources: the side that a line of the family names, else a side drawn at random.
 
     Raises:
         DataError: lines of one family name both sides, or a source has nothing to train on.
@@ -142,7 +142,7 @@ class _Writer:
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
-        """Sets the codebook, whose codes get token ids even if the data set has no pictures."""
+        """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 
@@ -177,7 +177,7 @@ class _Writer:
         self._sources[source.name] = _section(source, splits)
 
     def add_instructions(self, source: Source[Instruction], held_out: np.ndarray) -> None:
-        """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are labels."""
+        """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are scored."""
         pictured = [each for each in source.items if each.image is not None]
         if pictured and self._codebook is None:
             raise ConfigError(

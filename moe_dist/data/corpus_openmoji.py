@@ -14,7 +14,7 @@ _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
 def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
-    """All pictures that have a name, sorted by file name; a caption reads like 'en: guitar'.
+    """All OpenMoji pictures that have a name, sorted by file name; a caption has the form 'en: guitar'.
 
     Args:
         languages: Languages of the captions, chosen from `LANGUAGES`.

@@ -1,9 +1,9 @@
 """Picture families, and the split into training and held-out pictures.
 
-If a held-out picture has a near copy in training, memorising looks like learning. So pictures are first joined into
-families: one emoji in all skin tones, genders and directions, and pictures with equal or near-equal code grids. A family is
-on one side of the split, with all its captions and renders. With held-out variants, single pictures are held out: their
-family is in training, but no training picture is close to them.
+If a held-out picture has a near copy in training, memorising looks like learning. Pictures are therefore first joined into
+families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly so. A
+family is on one side of the split, with all captions and augmented copies of its pictures. With `HoldOut.VARIANTS` single
+pictures are held out: their family is in training, but no training picture is near-equal to them.
 
 Shape letters: N pictures or documents, C cells of a grid.
 """
@@ -18,7 +18,7 @@ JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
 FACING_RIGHT = 0x27A1  # after a joiner, this marks the mirror image of the preceding emoji
 
-# Male and female forms are one family: each code point is replaced by its neutral form.
+# Male and female emoji are one family: their code points are replaced by these gender-neutral ones.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
 _HOLDING_HANDS = (_PERSON, JOINER, 0x1F91D, JOINER, _PERSON)
 NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
@@ -51,11 +51,11 @@ def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
 def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> list[tuple[int, int]]:
     """Pairs (i, j) for which grids_NC[i] and others_NC[j] differ in at most `most` cells.
 
-    Compares every pair: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
+    Compares every pair of grids: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
-    for start in range(0, len(grids_NC), 128):  # blocks bound the memory to 128 x N counts
+    for start in range(0, len(grids_NC), 128):  # 128 grids at a time, to bound the memory for `differ`
         block = grids_NC[start : start + 128]
         differ = np.zeros((len(block), others_CN.shape[1]), np.uint16)
         for cell, others_N in enumerate(others_CN):
@@ -66,10 +66,10 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
 
 
 def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray:
-    """Joins items with equal keys, and the two items of each pair, by union-find.
+    """Joins items with equal keys, and the two items of each pair, into components (by union-find).
 
     Returns:
-        int64 [N]: for each item the smallest index of its component.
+        int64 [N]: for each item the smallest index of an item in its component.
     """
     parent = list(range(len(keys)))
 
@@ -88,18 +88,18 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 
 
 def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
-    """Mask of the pictures that may be held out, bool [N]. A component with the first picture of a family stays in
-    training, so that each family has a picture in training. `components_N` are from `join`."""
+    """Mask of the pictures that may be held out, bool [N]. A component (from `join`) that contains the first picture of a
+    family stays in training, so that each family has a picture there."""
     firsts = np.unique(join(families))
     return ~np.isin(components_N, components_N[firsts])
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
-    """Draws whole components for the held-out side until that side has about `fraction` of the total size.
+    """Draws whole components at random for the held-out side until it has about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side stays in training, so that no family dominates held-out loss. If
-    most components are that large, they may move. With fraction > 0 and two components or more, each side gets at least
-    one.
+    A component stays in training if it is larger than a tenth of the held-out side and than the median component, so that
+    no family dominates held-out loss. With fraction > 0 and two components or more, training and held-out side have at
+    least one each.
 
     Args:
         components_N: int64, from `join`.

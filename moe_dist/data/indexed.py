@@ -1,9 +1,9 @@
 """Reads and writes Megatron's indexed data sets. Megatron's builder writes them; training reads them without Megatron.
 
 Megatron's readers do not detect damage: its memory map ends the process with SIGBUS if the file is truncated or the disk
-fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. Our reader calls `pread` on an
-open descriptor: a file that is replaced by a rename stays readable, and each short or failed read is an error that names
-the file. Tests compare reading and writing with Megatron.
+fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. The reader here calls `pread`
+on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read raises an error
+that names the file. Tests compare the results with Megatron's.
 """
 
 import os
@@ -75,7 +75,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-_UINT16_BELOW = 65500  # vocabulary size from which Megatron stores int32 (DType.optimal_dtype)
+_UINT16_BELOW = 65500  # Megatron stores int32 for this vocabulary size and above (DType.optimal_dtype)
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
@@ -120,7 +120,7 @@ class IndexedSplit:
         self._bit_bytes = -(-split.tokens // 8)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens, int64, starting at token `start` of the file.
+        """The `count` token ids from token `start` of the file on, int64.
 
         Raises:
             DataError: the file was truncated after it was opened.
@@ -130,11 +130,11 @@ class IndexedSplit:
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Filler flags of these tokens, bool; all False if the split has no filler file. Raises as `tokens`."""
+        """Whether each token is an empty cell of a picture, bool; all False without a filler file. Raises as `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """Prompt flags of these tokens, bool; all False if the split has no prompt file. Raises as `tokens`."""
+        """Whether each token belongs to a prompt, bool; all False without a prompt file. Raises as `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
@@ -147,7 +147,7 @@ class IndexedSplit:
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 
     def _lists(self, idx: CheckedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths and byte offsets of the sequences, and the sequence at which each document begins."""
+        """Reads the lengths and byte offsets of the sequences, and the index of the first sequence of each document."""
         sequences, entries = self.header.sequences, self.header.documents + 1
         at_lengths, at_pointers, at_marks = list_offsets(sequences)
         return (

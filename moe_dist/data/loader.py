@@ -1,7 +1,7 @@
 """Batches of training and held-out sequences from a prepared data set.
 
-The training stream is a pure function of (data, seed, position). Sequence q is the same for any number of ranks and any
-micro-batch size, so a checkpoint saves only the number of sequences drawn.
+The training stream is a pure function of (data, seed, position). Sequence q of the stream is the same for any number of
+ranks and any micro-batch size, so a checkpoint saves only the number of sequences drawn so far.
 """
 
 import zlib
@@ -23,17 +23,17 @@ _HELDOUT_WINDOW = 512
 class TrainLoader:
     """Training batches of one rank.
 
-    Documents are shuffled and packed once for (seed, source). Each epoch of a source draws a new order of its sequences. So
-    an epoch has each document exactly once, all epochs have equally many sequences, and a resumed run reaches any position
-    without replay. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
+    The documents of a source are shuffled and packed into sequences once, by (seed, source). Each epoch of a source has the
+    same sequences in a new order: it has each document exactly once, and a resumed run reaches any position without replay.
+    Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. Empty means in proportion to tokens.
-        pack_window: Pieces that the packer fits at a time.
+        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
+        pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
-        micro_batch: Sequences of a batch.
+        micro_batch: Sequences of a micro-batch of a rank.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -67,7 +67,7 @@ class TrainLoader:
 
     @property
     def sequences_per_epoch(self) -> dict[str, int]:
-        """Sequences of one epoch of each source."""
+        """Number of sequences in an epoch of each source."""
         return {name: len(stream) for name, stream in self._streams.items()}
 
     def batches(self, position: int) -> list[Batch]:
@@ -79,13 +79,13 @@ class TrainLoader:
         return [self._maker.make([self.sequence(at) for at in each]) for each in micro_batches(position, **self._share)]
 
     def sequence(self, number: int) -> list[Segment]:
-        """Sequence `number` of the global stream."""
+        """The pieces of documents in sequence `number` of the global stream."""
         source, index = self._mixture.place(number)
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Mean number of times that the training tokens of each modality were drawn in the first `position` sequences; 0 if
-        the sources in use have no token of the modality."""
+        """Mean number of times that each training token of a modality was drawn in the first `position` sequences, by
+        modality; 0 if the sources in use have no token of the modality."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}
@@ -109,8 +109,8 @@ def heldout_batches(
 ) -> list[Batch]:
     """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
 
-    Every rank gets the same number of batches; rows of padding fill the last batches. A source without a held-out split
-    gives no batch. The choice of sequences does not depend on world_size or micro_batch.
+    Every rank gets the same number of batches; the last batches have rows of padding where sequences are lacking. A source
+    without a held-out split gives no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
         ConfigError: the source is unknown.
@@ -137,7 +137,7 @@ def heldout_batches(
 
 
 def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str, float]:
-    """Share of sequences of each source in use, in the manifest's order; the shares sum to 1.
+    """Share of the sequences that come from each source in use, in the manifest's order; the shares sum to 1.
 
     Raises:
         ConfigError: weights name an unknown source.

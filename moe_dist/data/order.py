@@ -1,9 +1,9 @@
 """The order of the training sequences: a pure function of seed and position.
 
 `cut` and `pack` put documents into sequences of a fixed length; a document longer than a sequence is cut into pieces.
-`Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` shuffles each source again
-for each epoch. `micro_batches` gives each rank its share of a step. Attention and positions restart at each piece, so the
-packing changes only the amount of padding.
+`Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` gives the sequences of a
+source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Attention and
+positions restart at each piece, so the packing changes only the amount of padding.
 
 Shape letters: D documents, P pieces, Q sequences, S sources.
 """
@@ -19,25 +19,25 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces are blocks of consecutive tokens, each within one document."""
+    """All pieces of a split: blocks of consecutive tokens, each within one document."""
 
-    start_P: np.ndarray  # int64, index in the file of the piece's first token
+    start_P: np.ndarray  # int64, index of the piece's first token in the .bin
     length_P: np.ndarray  # int64, number of tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, true if the document continues, so that the piece's last token has a label too
+    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, so that its last token has a label
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Pieces of each sequence: sequence q holds piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
+    """The pieces in each sequence: those of sequence q are piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
-    piece_P: np.ndarray  # int64, contains each piece exactly once
+    piece_P: np.ndarray  # int64, indices of the pieces, each exactly once
     first_Q: np.ndarray  # int64 [Q + 1]
 
     def __len__(self) -> int:
         return len(self.first_Q) - 1
 
     def pieces_of(self, sequence: int) -> list[int]:
-        """Indices of the sequence's pieces."""
+        """Indices of the pieces in a sequence."""
         return self.piece_P[self.first_Q[sequence] : self.first_Q[sequence + 1]].tolist()
 
 
@@ -51,7 +51,7 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Packs by best fit, longest piece first, in windows of `window` pieces. Padding fills sequences with room left.
+    """Packs each `window` consecutive pieces into sequences, by best fit, longest piece first. Padding fills sequences.
 
     Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
     quarter of a second.
@@ -68,7 +68,7 @@ def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
 
 def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted (free tokens, sequence) of the sequences with room
+    room: list[tuple[int, int]] = []  # sorted (number of free positions, sequence)
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         tightest = bisect_left(room, (lengths[piece], 0))
         if tightest < len(room):
@@ -82,7 +82,7 @@ def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     return sequences
 
 
-SLOTS = 1000  # length of the repeated pattern of sources
+SLOTS = 1000  # length of the pattern of sources, which repeats
 
 
 class Mixture:
@@ -98,7 +98,7 @@ class Mixture:
         self.names = tuple(shares)
         self._slots_S = _slots(np.array(list(shares.values()), np.float64))
         self._pattern = _pattern(self._slots_S)
-        # Row s counts, for each source, its slots before slot s.
+        # Row s has, for each source, the number of its slots before slot s.
         self._before = np.zeros((SLOTS + 1, len(self.names)), np.int64)
         np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
 
@@ -127,7 +127,7 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """Source of each slot: the source that is furthest behind its share."""
+    """The source of each slot of the pattern: always the source that is furthest behind its share so far."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):
@@ -138,14 +138,14 @@ def _pattern(slots_S: np.ndarray) -> np.ndarray:
 
 
 class ShuffledEpochs:
-    """An order of `count` items for each epoch, drawn from (seed, epoch) alone."""
+    """A random order of `count` items for each epoch, which depends only on (seed, epoch)."""
 
     def __init__(self, seed: Sequence[int], count: int) -> None:
         self._seed, self._count = tuple(seed), count
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, position: int) -> int:
-        """Index of the item at a position of the stream."""
+        """Index of the item at a position of the stream of epochs."""
         epoch, within = divmod(position, self._count)
         if epoch not in self._orders:
             # The orders of neighbouring epochs are kept, because a step may straddle two epochs.
@@ -155,10 +155,10 @@ class ShuffledEpochs:
 
 
 def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
-    """Positions of a rank's micro-batches in the step that starts at `position`.
+    """For each micro-batch of a rank the positions of its sequences in the global stream; the step starts at `position`.
 
     The i-th micro-batches of all ranks cover the i-th block of world_size x micro_batch consecutive positions. Rank r takes
-    the r-th part of the block. So the positions of a step do not depend on the number of ranks.
+    the r-th part of the block. The positions of a whole step therefore do not depend on the number of ranks.
     """
     run = world_size * micro_batch
     assert global_batch % run == 0, (global_batch, world_size, micro_batch)

@@ -1,13 +1,13 @@
-"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes the renders.
+"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes augmented copies.
 
-Near-equal pictures must be on one side of the split before the codebook is fitted, but their codes show which pictures are
-near-equal. So there are two codebooks: 1. A provisional codebook is fitted on plain renders of all pictures, finds
-near-equal pictures, and is then discarded. Near-equal pictures join their families, and the joined families are split. 2.
-The final codebook is fitted on training renders only. By its codes the pictures are compared again: a held-out family now
-close to a training picture moves to training. The codebook stays. So no held-out picture is near-equal to a training
-picture under either codebook. With held-out variants, single pictures are split and moved instead of families.
+Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
+but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
+provisional codebook is fitted on all pictures: pictures that are near-equal by its codes join one family, the families are
+split, and this codebook is discarded. The final codebook is fitted on augmented training pictures: a held-out family that
+is near-equal to a training picture by its codes moves to training. No held-out picture is then near-equal to a training
+picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
 
-Shape letters: N pictures, R renders of a picture, C cells of a grid.
+Shape letters: N pictures, C cells of a grid of codes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # number of training renders to fit the codebook on: 256,000 patches, 3 s
-_CHUNK = 64  # pictures encoded at once
+_FIT_RENDERS = 4000  # augmented training pictures on which the codebook is fitted: 256,000 patches, 3 s
+_CHUNK = 64  # number of pictures encoded at once
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Division:
     """The pictures of the training side and of the held-out side."""
 
     rasters_N: np.ndarray  # uint8 RGBA [N, RASTER, RASTER, 4]
-    component_N: np.ndarray  # int64, equal for pictures that must stay on one side (a family, or near-equal variants)
-    held_out_N: np.ndarray  # bool; equal within a component
+    component_N: np.ndarray  # int64, equal for pictures that must be on one side (a family, or near-equal pictures)
+    held_out_N: np.ndarray  # bool, true if the picture is held out; equal within a component
     codebook: np.ndarray  # uint8 [codes, PATCH, PATCH, 3], fitted on training pictures
 
 
@@ -44,11 +44,11 @@ class Document:
 
     tokens: np.ndarray  # int64
     filler: np.ndarray  # bool, true if the token is an empty cell of a picture
-    prompt: np.ndarray | None = None  # bool, true if the token is an input but no label; None if all tokens are labels
+    prompt: np.ndarray | None = None  # bool, true if the token is never a label; None if all tokens are labels
 
 
 def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
-    """uint8 RGBA [N, RASTER, RASTER, 4]."""
+    """Rasterises all pictures, uint8 RGBA [N, RASTER, RASTER, 4]."""
     rasters = []
     for number, picture in enumerate(pictures):
         rasters.append(rasterise(picture.path))
@@ -60,14 +60,15 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
 
     Raises:
-        ConfigError: variants are to be held out, but no picture qualifies.
+        ConfigError: single pictures are to be held out, but each is alone in its family or near-equal to a training
+            picture.
     """
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
 
     def joined(keys: Sequence[object], codebook: np.ndarray) -> np.ndarray:
-        # Renders are flipped at random, so a mirror image counts as near too.
+        # Augmentation flips pictures at random, so a picture near-equal to a mirror image counts as near-equal.
         grids_NC = encode(plain_patches, codebook).reshape(-1, GRID * GRID)
         mirrored_NC = encode(mirrored_patches, codebook).reshape(-1, GRID * GRID)
         near = near_pairs(grids_NC, grids_NC, most=NEAR_CELLS) + near_pairs(grids_NC, mirrored_NC, most=NEAR_CELLS)
@@ -92,8 +93,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Mask of the pictures that are held out at first, bool [N]: `val_fraction` of all, or fewer if there are fewer
-    variants."""
+    """Mask of the pictures that are held out before the second comparison, bool [N]: `val_fraction` of all pictures, or
+    fewer if fewer may be held out."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -103,7 +104,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fits a codebook on the renders of the chosen pictures, or on an even sample of them."""
+    """Fits a codebook on all augmented copies of the chosen pictures, or on evenly spaced ones of many."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -114,10 +115,10 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 
 
 class PictureCoder:
-    """Makes documents from pictures: each render with one of its captions, before or after the picture.
+    """Makes documents from pictures: each is an augmented copy of a picture, with one of its captions before or after.
 
-    Captions rotate over the renders of a picture. The caption is first in a share `recipe.caption_first` of the documents.
-    The numbers of picture and render determine caption and order, without random draws.
+    The copies of a picture take its captions in turn. The caption is first in a share `recipe.caption_first` of the
+    documents. The numbers of the picture and of the copy determine caption and order, without random draws.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].
@@ -142,7 +143,7 @@ class PictureCoder:
     def documents(
         self, pictures: Sequence[Picture], rasters: np.ndarray, *, renders: int, stage: str, report: Report
     ) -> Iterator[Document]:
-        """`renders` documents of each picture, picture by picture."""
+        """Yields `renders` documents of each picture, picture by picture."""
         for start in range(0, len(pictures), _CHUNK):
             chunk = pictures[start : start + _CHUNK]
             made = [
@@ -157,7 +158,7 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A picture without augmentation, between its begin and end tokens: token ids, and a filler flag per token."""
+        """Encodes a picture without augmentation: token ids from begin to end token, and whether each is an empty cell."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

@@ -1,4 +1,4 @@
-"""Renders picture files: rasterises a picture once, then scales, shifts and flips it, and adds a background.
+"""Makes small pictures from files: rasterises a file once, then scales, shifts and flips the raster on a background.
 
 A raster is uint8 RGBA [RASTER, RASTER, 4].
 """
@@ -27,7 +27,7 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Render:
-    """The input of the codebook."""
+    """A picture of SIDE x SIDE pixels, which the codebook encodes."""
 
     pixels: np.ndarray  # uint8 RGB [SIDE, SIDE, 3]
     empty: np.ndarray  # bool [GRID, GRID], true if the patch shows only background
@@ -58,13 +58,13 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """The picture on white without augmentation. Near-equal pictures are found by these renders."""
+    """The picture on white without augmentation. Pictures are compared with each other in this form."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """Render `index` of picture `key`. Scale, shift, flip and background are drawn from (seed, key, index) alone.
-    Properties that are not in `vary` are those of `plain`."""
+    """The augmented copy `index` of picture `key`. Its scale, shift, flip and background are drawn at random from (seed,
+    key, index) alone; those that `vary` lacks are as in `plain`."""
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
     room = SIDE - side  # negative if the picture is larger than the frame and gets cropped

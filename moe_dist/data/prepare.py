@@ -30,9 +30,9 @@ class Inputs:
     text: str | None = None  # folder or JSONL of the user's texts
     images: str | None = None  # folder of the user's pictures
     extra_text: Mapping[str, str] = field(default_factory=dict)  # more text sources by name, each a folder or JSONL
-    licence: str = "not stated"  # licence of the user's own contents
+    licence: str = "not stated"  # licence of the user's own texts, pictures and instructions
     instructions: Mapping[str, str] = field(default_factory=dict)  # sources of instructions by name, each a JSONL file
-    languages: tuple[str, ...] = ()  # languages of the default pictures' captions; empty for all
+    languages: tuple[str, ...] = ()  # languages of the captions of the default corpus; empty for all
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
@@ -80,7 +80,7 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
     written = json.loads((out / RECIPE_FILE).read_text())
-    # An option missing from the record did not exist when the folder was made, so its default applied.
+    # An option that recipe.json lacks did not exist when the folder was made: its default applied.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
         f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"

@@ -8,12 +8,12 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, MoeD
 
 
 class Level(IntEnum):
-    """Severity of a result."""
+    """Severity of a check's result."""
 
     OK = 0
-    NOTE = 1  # could not be checked, or there is nothing to compare with
-    WARNING = 2  # the run would start, but work worse
-    ERROR = 3  # the run would end with the result's exit code
+    NOTE = 1  # the check could not be made
+    WARNING = 2  # the run would start, but with a disadvantage
+    ERROR = 3  # the run would end with the exit code `verdict`
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class CheckResult:
 
 
 def ok(check: str, text: str) -> CheckResult:
-    """A check without problems."""
+    """The result of a check that found no problem."""
     return CheckResult(check, Level.OK, text)
 
 
 def note(check: str, text: str) -> CheckResult:
-    """A check that could not be made."""
+    """The result of a check that could not be made."""
     return CheckResult(check, Level.NOTE, text)
 
 
 def warning(check: str, text: str, fix: str) -> CheckResult:
-    """A problem with which the run would start, but work worse."""
+    """The result of a check with a problem that would not stop the run."""
     return CheckResult(check, Level.WARNING, text, fix)
 
 
 def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = ResourceError) -> CheckResult:
-    """A problem that would end the run with the exit code of `kind`."""
+    """The result of a check with a problem that would end the run with the exit code of `kind`."""
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
-# The kinds of errors, first the one that must be fixed first.
+# Exit code -> class of the error, in the order in which a user must fix errors.
 _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
 
 

@@ -9,7 +9,7 @@ from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 from moe_dist.errors import ConfigError
 
 CLOCK_SECONDS = 5.0
-SHM_BYTES_PER_RANK = 64 << 20  # NCCL's buffers between two ranks of a node; many containers have only 64 MiB in all
+SHM_BYTES_PER_RANK = 64 << 20  # for NCCL's buffers in /dev/shm; many containers have only 64 MiB in all
 # Connections of a rank: two to each peer in each of the world, EP, edp and checkpoint groups; and files of Python itself.
 FILES_PER_PEER, OWN_FILES = 8, 256
 PACKAGES = ("python", "torch", "nccl", "moe_dist")
@@ -77,7 +77,7 @@ def _resolve(nodes: Sequence[NodeFacts]) -> CheckResult:
 
 
 def _ports(nodes: Sequence[NodeFacts]) -> CheckResult:
-    cut_off = [n for n in nodes if n.unreachable and not n.unresolved]  # `_resolve` reports names that do not resolve
+    cut_off = [n for n in nodes if n.unreachable and not n.unresolved]  # `_resolve` reports unresolved names
     if len(nodes) == 1:
         return note("ports", "one node: its ranks connect on the loopback or through a file")
     if not cut_off:
@@ -125,12 +125,12 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
     """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
-    to the arrival of the answer. So a slow start is no wrong clock, and a clock error below the delay stays unseen."""
+    to the arrival of the answer. A slow answer thus is no clock error; an error below the delay stays unseen."""
     return min(max(clock, asked), seen)
 
 
 def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
-    off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}  # seconds; positive is ahead
+    off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}  # seconds by which a node's clock is ahead
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_SECONDS}
     if not wrong:
         return ok("clocks", f"the clocks of {_all(nodes)} agree within {CLOCK_SECONDS:g} s")

@@ -30,9 +30,9 @@ class Questions:
 
     Attributes:
         folder, data: run.root, where every node must be able to write; and data.path.
-        token_file: Path and content of a file that the doctor has written into `folder`; None skips this check.
+        token_file: Path and content of a file that the doctor wrote into `folder`; None skips its check.
         hosts: Host names that the node must be able to resolve (the rendezvous host).
-        meeting: File with the address for the connection test of `launchers/doctor/on_node.py`; None skips the test.
+        meeting: File with rank 0's address for the connection test (`launchers/doctor/on_node.py`); None skips it.
         num_nodes: Number of nodes in the connection test.
     """
 
@@ -56,10 +56,10 @@ class NodeFacts:
         gpus: Number of GPUs that NVML finds; None without NVML.
         driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
-        open_files, locked_memory: Soft limits: a number of files, and bytes; NO_LIMIT without a limit.
-        folder_problem: The reason why a file cannot be written to the folder and read back; empty without a problem.
-        free_bytes: Free space in the folder for this user.
-        sees_token: True if the node sees the doctor's token file; None without that check.
+        open_files, locked_memory: Soft limits on open files (a number) and locked memory (bytes); or NO_LIMIT.
+        folder_problem: The reason why a file cannot be written to run.root and read back; empty without a problem.
+        free_bytes: Free bytes in run.root for this user.
+        sees_token: True if the node can read `Questions.token_file`; None without that check.
         unresolved: Host names that do not resolve, with the resolver's error.
         unreachable: Error on connecting to rank 0's node; empty after success or without the test.
     """
@@ -130,7 +130,7 @@ def apex_kind() -> str:
 
 
 def write_problem(folder: Path) -> str:
-    """Writes a file to the folder, or to the nearest existing parent, and reads it back. Returns the problem; empty without
+    """Writes a file to the folder, or to its nearest existing parent, and reads it back. Returns the problem; empty without
     a problem."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -180,7 +180,7 @@ def to_line(facts: NodeFacts) -> str:
 
 
 def from_line(line: str) -> NodeFacts | None:
-    """The facts in a line of output; None for any other line."""
+    """The facts in a line that `to_line` made; None for any other line."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -234,5 +234,5 @@ def _sees(token_file: tuple[str, str] | None) -> bool | None:
     if token_file is None:
         return None
     with contextlib.suppress(OSError):
-        return Path(token_file[0]).read_text() == token_file[1]  # the content proves that it is the same folder
+        return Path(token_file[0]).read_text() == token_file[1]  # equal content: it is the doctor's folder
     return False

@@ -1,8 +1,8 @@
-"""Checks the nodes at the start of every run, before the rendezvous. It takes seconds and does not import torch.
+"""Checks the nodes at the start of every run, before the rendezvous. The check takes seconds and imports no torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
-A rank that finds an error on its own node ends. Rank 0 also compares the nodes, because a different torch version on one
+A rank that finds an error on its own node exits. Rank 0 also compares the nodes, because a different torch version on one
 node would otherwise show as a hang in NCCL's initialisation or as wrong results.
 """
 
@@ -38,8 +38,8 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks all nodes on rank 0, and on the first rank of each other node that node; returns the results. Other ranks
-    return an empty list. Call it on every rank after rank 0 has opened the run folder. Only rank 0 logs warnings.
+    """Rank 0 checks all nodes, and the first rank of each other node checks its own node; returns the results. All other
+    ranks return an empty list. Call it on every rank after rank 0 has opened the run folder. Only rank 0 logs warnings.
 
     Args:
         wait_seconds: How long rank 0 waits for the facts of the other nodes; it does not compare nodes that are later.
@@ -88,8 +88,8 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Waits for the facts of the other nodes, until the nodes cover all ranks, or for `wait_seconds`. Returns, for the
-    first rank of each node, the time of arrival by this host's clock and the facts."""
+    """Waits for the facts of the other nodes, until the nodes cover all ranks, or for `wait_seconds`. Returns first rank of
+    a node -> (time at which its facts arrived by this host's clock, its facts)."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
@@ -104,5 +104,5 @@ def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[
             env.world_size - ranks,
             wait_seconds,
         )
-    shutil.rmtree(folder, ignore_errors=True)  # needed only until rank 0 has compared
+    shutil.rmtree(folder, ignore_errors=True)  # only rank 0 reads it
     return found

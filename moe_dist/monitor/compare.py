@@ -27,8 +27,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Returns the first difference, and the number of equal lines before that difference. Lines beyond the end of the
-    shorter file are ignored.
+    """Returns the first difference, and the number of equal lines before that difference. Lines of one file beyond the end
+    of the other are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
@@ -36,7 +36,7 @@ def first_difference(
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
-    for one, other in zip(first, second, strict=False):  # a shorter file is no difference
+    for one, other in zip(first, second, strict=False):  # the further lines of a longer file are ignored
         keys = tuple(_differing(_part(one, only), _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
             keys = (("step", one["step"], other["step"]), ("kind", one.get("kind"), other.get("kind")))
@@ -65,7 +65,7 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value). A list of plain numbers stays one value, because arrays are compared whole."""
+    """Yields (dotted key, value). A list of numbers is one value, because arrays are compared as a whole."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

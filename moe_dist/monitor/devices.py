@@ -28,7 +28,7 @@ class DeviceMonitor:
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # starts the clock, because cpu_percent measures since the previous call
+        psutil.cpu_percent()  # first call: the next call measures since this one
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()

@@ -1,6 +1,6 @@
 """Draws heat maps and curves: arrays of numbers in, uint8 [height, width, 3] out. Uses only numpy and Pillow.
 
-Cells of a heat map shrink as the table grows: from 44 pixels with the value written inside, to 7 pixels.
+The more cells a heat map has, the smaller they are: from 44 pixels, with the value written inside, to 7 pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ INK, GREY, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
 MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34  # sizes in pixels; cells narrower than TEXT_CELL show no number
-WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels of a picture of curves
+WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels: size and margins of a picture with curves
 
 Colour = tuple[int, int, int]
 
@@ -32,15 +32,15 @@ COLOURS: tuple[Colour, ...] = ((33, 102, 172), (178, 24, 43), (35, 139, 69), (10
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps numbers to colours.
+    """How a heat map shows numbers as colours.
 
     Attributes:
-        colours: Colours at equal distances from 0 to 1.
+        colours: Colours for evenly spaced numbers from 0 to 1; between them the scale interpolates.
         to_unit: Maps numbers to [0, 1].
-        ticks: Numbers that the colour bar marks.
+        ticks: Numbers that are written beside the colour bar.
         write: Formats a number as a short text.
-        caption: Describes the number, in a line under the title.
-        zero: Colour of exact zeros; with None, zeros have the colour of the scale.
+        caption: A line under the title that says what the numbers are.
+        zero: Colour of exact zeros; None: as for any other number.
     """
 
     colours: tuple[Colour, ...]
@@ -53,7 +53,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """One side of the table: a name, and a label for each row or column. Optional sublabels stand below the labels."""
+    """The rows or the columns of a heat map: a name, and a label for each. Optional sublabels stand below the labels."""
 
     name: str
     labels: Sequence[str]
@@ -164,7 +164,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def _labelled(count: int, cell: int, needed: int) -> range:
-    """Selects the rows or columns with a label: all, or every 2nd, 4th, 8th ... if space is short."""
+    """Indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -200,11 +200,11 @@ def draw_against_targets(
     steps: Sequence[int], values: Mapping[str, Sequence[float]], targets: Mapping[str, float], *, title: str, caption: str
 ) -> np.ndarray:
     """Draws for each name of `targets` its values over `steps` as a curve, and its target as a dashed line. A nan leaves a
-    gap. `steps` rise, and there is at least one."""
+    gap. `steps` are at least one, in rising order."""
     image, canvas = _page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    margin = 0.08 * (high - low) or 0.5  # a flat curve needs a margin above 0
+    margin = 0.08 * (high - low) or 0.5  # the margin must not be 0 if all values are equal
     low, high = low - margin, high + margin
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 

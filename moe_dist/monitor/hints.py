@@ -14,34 +14,34 @@ import numpy as np
 from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # a busy expert has this many times the even share of choices
-BUSY_RANK = 1.5  # a busy rank has this many times the mean rank's rows
+BUSY_EXPERT = 3.0  # times the even share of true choices from which an expert counts as busy
+BUSY_RANK = 1.5  # times the mean rank's work from which a rank counts as busy
 NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1 below which a hint warns
-LOSS_RISE = 1.05  # the loss rose if its mean is above this many times the previous window's mean
-LOSS_FALL = 0.99  # the loss fell if its mean is below this many times the first window's mean
-SLOW_RANK = 1.5  # a slow rank takes this many times the median seconds of the other ranks
-SLOW_SECONDS = 0.005  # smaller differences in seconds are noise
-SPEED_DROP = 0.6  # the speed dropped if below this many times the median speed of the previous steps
-RECENT = 10  # number of steps over which a median speed is taken
+LOSS_RISE = 1.05  # times the previous window's mean loss, above which the loss has risen
+LOSS_FALL = 0.99  # times the first window's mean loss, below which the loss has fallen
+SLOW_RANK = 1.5  # times the median seconds of the other ranks from which a rank counts as slow
+SLOW_SECONDS = 0.005  # least difference in seconds; smaller ones are noise
+SPEED_DROP = 0.6  # times the median speed of the previous steps, below which the speed has dropped
+RECENT = 10  # steps in the median of the current speed
 NAMED = 4  # largest number of dead experts that a hint names
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One warning. Hints of the same `kind` count as repeats of each other."""
+    """One warning. Two hints of the same `kind` are repeats."""
 
     kind: str
     text: str
 
 
 class HintWatch:
-    """Keeps a window of records and returns the hints that it justifies.
+    """Keeps the records of the last `window` steps and returns the hints that follow from them.
 
     Args:
-        groups: Groups in the order of the arrays' columns.
-        moe_layers: Index in the model of each MoE layer.
+        groups: Expert groups in the order of the columns of `Record.arrays`.
+        moe_layers: Layer index of each MoE layer.
         window: Steps in a window.
-        quiet: Steps in which a kind of hint is not repeated.
+        quiet: Number of steps before a hint of the same kind may come again.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)  # holds the arrays of `window` steps in memory
+        self._records: deque[Record] = deque(maxlen=window)  # includes the arrays of each step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
         self._said: dict[str, int] = {}  # kind -> step of its last hint
 
     def update(self, record: Record) -> list[Hint]:
-        """Takes the record of the next step and returns its hints, without recent repeats."""
+        """Takes the record of the next step; returns its hints, except repeats within `quiet` steps."""
         self._records.append(record)
         loss, speed = record.scalars["loss/total"], record.scalars["perf/tokens_per_second"]
         if loss is not None and math.isfinite(loss):
@@ -92,7 +92,7 @@ def busy_expert(
         share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
         layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
         share, even = float(share_Ln[layer, expert]), 1 / group.num_experts
-        # With two or three experts a share cannot reach three times the even share, hence the 0.9.
+        # In a group of two or three experts no share can exceed three times the even share, hence the limit 0.9.
         if group.num_experts > 1 and share >= min(BUSY_EXPERT * even, 0.9):
             yield Hint(
                 f"busy/{group.name}",
@@ -107,7 +107,7 @@ def dead_experts(
 ) -> Iterator[Hint]:
     """Warns about the experts that no token chose during the whole window."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        # A layer without true choices is skipped: no token of the group came, or null_collapse warns.
+        # A layer in which no true expert was chosen is skipped: the group had no tokens, or null_collapse warns.
         dead = np.argwhere((true_Ln == 0) & (true_Ln.sum(1, keepdims=True) > 0))
         if not len(dead):
             continue
@@ -143,7 +143,7 @@ def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iter
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
     """Warns about an EP rank with much more work than the mean rank, because all other ranks wait for it."""
     load_R = weighted_rows_LR.sum(0)
-    if load_R.size < 2 or not load_R.mean():  # there is nothing to compare
+    if load_R.size < 2 or not load_R.mean():  # one rank, or no rows
         return
     ratio = float(load_R.max() / load_R.mean())
     if ratio >= BUSY_RANK:
@@ -171,7 +171,8 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean of the run's first window."""
+    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean loss in the run's first
+    window."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])

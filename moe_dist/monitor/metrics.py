@@ -23,18 +23,19 @@ class Record:
     Attributes:
         step: Number of the step; the first step of a run is 1.
         skipped: True if no rank took the optimizer step.
-        scalars: Value by tag (`tags.MEANING`). None means that the step has no such value; nan and inf are computed values.
+        scalars: Number by tag (`tags.MEANING`); None if the step has no such number. nan and inf are computed numbers.
         losses: Nats per token by modality. None means that the step had no label of that modality.
         labels: Number of unmasked labels by modality.
-        epochs: Passes over each modality's training data so far.
+        epochs: Number of passes over each modality's training data so far.
         balance_coefficient: Coefficient of the balance loss.
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
-            weighted_rows_LR (rows x FFN width). Expert choice adds above_LE and idle_LG (tokens that no expert took).
-        ledger: Bytes and rows of dispatch and combine (`StepResult.ledger`).
-        host: CPU and memory readings of rank 0's machine, and the seconds of the slowest rank and of other ranks.
-        busy_seconds_W: Seconds that each rank worked in the previous step, waiting excluded; empty in the first step.
-        load: For each group with a load controller: the `target` and the `achieved` true experts per token, and the
-            `lowest` and `highest` layer, all counted before any capacity. None means that the group had no tokens.
+            weighted_rows_LR (rows x FFN width). Expert choice adds above_LE (tokens above the threshold) and idle_LG
+            (tokens without expert).
+        ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
+        host: CPU and memory readings of rank 0's machine, and seconds of work of the slowest and the other ranks.
+        busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
+        load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
+            and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
     """
 
@@ -155,7 +156,7 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     """Scalars of a held-out evaluation: eval/..., the balance efficiencies that were measured, and
     mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
 
-    If the modalities do not fit among the scalars, eval/mean is the mean loss over all their tokens.
+    With too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
     """
     scalars: dict[str, float | None]
     depths = result.mixture_of_depths
@@ -175,11 +176,11 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
 
 
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
-    """Numbers of each mixture-of-depths layer, float64 [L]; nan without tokens.
+    """Metrics of each mixture-of-depths layer, float64 [L]; nan for a layer without tokens.
 
-    `computed` is the computed share of all tokens, `computed_by_group` [L, G] the computed share of each group's tokens.
-    Training adds `agreement`, the share of tokens whose causal decision equals the selection of training, and
-    `gate_weight`, the mean gate weight of the computed tokens.
+    `computed` is the share of all tokens that the layer computes, `computed_by_group` [L, G] the share of each group's
+    tokens. Training adds `agreement`, the share of tokens for which the causal decision equals the top-k selection of
+    training, and `gate_weight`, the mean gate weight of computed tokens.
     """
     tokens_L, taken_L = depths.tokens_LG.sum(1), depths.taken_LG.sum(1)
     metrics = {
@@ -206,8 +207,8 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """Scalars of the mixture-of-depths layers. Each share is a ratio of sums over layers. Without `split`,
-    mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
+    """Scalars of the mixture-of-depths layers. Each share is a sum over layers divided by a sum over layers. Without
+    `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
     if not split:
@@ -233,7 +234,7 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """loss/total = nats of all modalities / labels of all modalities + balance, z and auxiliary terms; and each term.
+    """Each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary.
 
     Raises:
         ValueError: A modality has the name of a loss term.
@@ -243,14 +244,14 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Auxiliary routers and router tuning have no z-loss, so loss/auxiliary replaces loss/z among the 40 scalars.
+    # Auxiliary routers and router tuning have no z-loss: loss/auxiliary takes the place of loss/z in the 40 scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
 
 
 class GroupChoices(NamedTuple):
-    """One group's columns of `choices_LC`: true, null, identity and constant experts."""
+    """The columns of `choices_LC` of one group, by kind: true, null, identity and constant experts."""
 
     true_Ln: np.ndarray
     null_Lm: np.ndarray
@@ -277,8 +278,8 @@ def group_metrics(
     """Computes each of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts after a capacity dropped pairs; the other families count all choices.
-    capacity_used divides by an even share, which is the capacity at factor 1: k T / (columns of the group) if tokens
-    choose, c T if experts choose.
+    capacity_used is the busiest expert's load over an even share, which a capacity factor of 1 allows: k T / (columns of
+    the group) if tokens choose, c T if experts choose.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -304,7 +305,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # shares are ratios of sums over layers; the busiest expert is found per layer
+    reduced = {  # family -> (metrics of sums over layers, or of each layer; reduction over layers)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),
@@ -321,15 +322,15 @@ def group_scalars(
 
 
 def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Sums the columns of the true experts on each EP position, [L, R]; later columns are ignored. From counts of the pairs
-    that a capacity kept, the result is the number of pairs that each position computes, summed over all EP groups."""
+    """Sums the true experts' columns of `pairs_LC` by the experts' EP position, [L, R]. If `pairs_LC` counts the pairs that
+    a capacity kept, the result is the pairs that each position computes, over all EP groups."""
     rank_E = np.array(placement.rank_of_expert)
     pairs_LE = pairs_LC[:, : placement.num_experts]
     return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Work of each rank, float64 [L, R]: its computed rows times the mean FFN width of the choices of its experts."""
+    """Work of each EP position, float64 [L, R]: its computed pairs times their mean FFN width."""
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
@@ -337,12 +338,12 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Scalars of the step's communication. Metadata bytes are only in the record's ledger.
+    """Scalars of the step's communication. Metadata bytes are not included.
 
-    A row of another method is assumed to cost as many bytes as one of our rows.
+    The bytes of other methods are estimated as their rows times this step's bytes per row.
     """
     ours = ledger["rows_remote"]
-    row_bytes = _ratio(ledger["payload_bytes"], ours)  # the step's bytes per row sent, with recomputation
+    row_bytes = _ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
 
     def saved(rows: int) -> float | None:
         if row_bytes is None:  # no row was sent, so the bytes per row are unknown
@@ -366,7 +367,7 @@ def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, f
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """For each row the largest value divided by the mean, float64 [L]; nan if the row has no load."""
+    """For each layer its largest load divided by its mean load, float64 [L]; nan for a layer without load."""
     return divide(load_LX.max(1), load_LX.mean(1))
 
 
@@ -381,7 +382,7 @@ def _ratio(over: float, under: float) -> float | None:
 
 
 def divide(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """Quotient as float64; nan where `under` is zero."""
+    """`over` / `under` as float64; nan where `under` is zero."""
     result = np.full(np.broadcast(over, under).shape, np.nan)
-    np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids a warning per zero
+    np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids numpy's warnings
     return result

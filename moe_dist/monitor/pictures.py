@@ -1,4 +1,4 @@
-"""Selects the heat maps of a run. Each map shows sums over all steps since the previous maps, because one step is noisy.
+"""Draws the heat maps of a run. Each map shows sums over all steps since the previous map, because a single step is noisy.
 
 Shape letters as in `metrics.py`.
 """
@@ -20,10 +20,10 @@ class Subject:
     """The run that the pictures show.
 
     Attributes:
-        groups: Expert groups, in the order of the arrays' columns.
-        moe_layers: Index in the model of each MoE layer.
-        num_modalities: Number of modalities of the data. This number and the groups decide which tags are split.
-        active_target: Target of a load controller, in true experts per token, by group.
+        groups: Expert groups, in the order of the columns of `Record.arrays`.
+        moe_layers: Layer index of each MoE layer.
+        num_modalities: Number of modalities of the data. It decides which scalars are split by group.
+        active_target: True experts per token that a load controller aims at, by group.
         mixture_of_depths: True if some layers compute only a share of the tokens.
     """
 
@@ -75,7 +75,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """Yields each group with the load of its true experts divided by the layer's mean load, float64 [L, n]."""
+    """Yields each group, and its true experts' choices over the mean of the group's experts in a layer, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, _over_mean(true_Ln)
 
@@ -93,8 +93,8 @@ def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: 
 
 
 def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterator[tuple[str, np.ndarray, float, str, str]]:
-    """Yields (name, values [L, G], top of the colour scale, title, caption) of each map of layers x groups. A family that
-    the scalars do not split by group gets a map."""
+    """Yields (name, values [L, G], top of the colour scale, title, caption) of each map of layers x groups. A family of
+    scalars that is not split by group gets a map."""
     groups, tokens_LG = subject.groups, sums["tokens_LG"]
     metrics = group_metrics(sums["choices_LC"], tokens_LG, groups, dropped_LG=sums["dropped_LG"])
     split = tag_plan(len(groups), subject.num_modalities, mixture_of_depths=subject.mixture_of_depths).by_group

@@ -14,15 +14,15 @@ from moe_dist.placement.counts import StepCounts
 
 @dataclass(frozen=True)
 class DepthStatistics:
-    """Sums of the mixture-of-depths layers over a step, or over a held-out evaluation. L counts only these layers here.
+    """Sums over a step or a held-out evaluation, for each mixture-of-depths layer. L counts only these layers here.
 
     Attributes:
-        layers: Index in the model of each layer.
+        layers: Index of each mixture-of-depths layer in the model.
         capacity: Share of the tokens that each layer should compute.
         groups: Names of the columns G.
         tokens_LG, taken_LG: int64, number of tokens, and of computed tokens, of each group.
-        agreed_L: int64, tokens whose causal decision equals the selection of training; None in evaluation, which makes
-            only causal decisions.
+        agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
+            evaluation, which makes only causal decisions.
         weight_L: float64, sum of the gate weights of the computed tokens; None in evaluation.
     """
 
@@ -40,13 +40,13 @@ class StepResult:
     """Sums of one optimizer step over all ranks and micro-batches.
 
     Attributes:
-        nll_M, labels_M: Token losses (nats) and number of scored labels, by the modality of the label.
+        nll_M, labels_M: Sum of the label losses (nats), and number of labels, by the modality of the label.
         balance, z: Balance loss and z-loss as added to the loss, coefficients included.
         auxiliary: Loss of auxiliary routers or of router tuning as added to the loss; 0 if the run has neither.
-        grad_norm: Global norm before clipping; not finite if the step was skipped.
+        grad_norm: Global norm of the gradient before clipping; not finite if a gradient was not.
         skipped: True if no rank took the step, because the loss or a gradient was not finite.
         tokens: Input tokens without padding.
-        ledger: Bytes and rows of dispatch and combine, with the keys `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
+        ledger: Counts of bytes and rows in dispatch and combine, with the keys `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
         comm_seconds: Time inside dispatch and combine collectives, mean over ranks.
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waiting for peers;
             empty in the first step.
@@ -82,8 +82,8 @@ class StepStatistics:
         tokens: Input tokens of the run so far, without padding.
         step_seconds: Wall time of the step.
         epochs: Number of passes over the training data of each modality so far.
-        flops_per_token: Forward and backward FLOPs per token at the measured number of experts; None if unknown.
-        active_target: Target of a load controller, in true experts per token, by group.
+        flops_per_token: Forward and backward FLOPs per token, for the measured experts per token; None if unknown.
+        active_target: True experts per token that a load controller aims at, by group.
     """
 
     result: StepResult
@@ -103,18 +103,18 @@ class EvaluationResult:
     """Held-out losses after one step. Optional mappings are empty if not measured.
 
     Attributes:
-        step: Steps taken before the evaluation.
+        step: Number of steps taken before the evaluation.
         loss: Nats per token by modality; also 'image_no_filler' if the data marks filler cells.
         tokens: Number of labels of each loss.
         ablated_loss: The held-out losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing divided by that with evenly spread routing; None if not
+        balance_efficiency: Throughput with the real routing divided by throughput with evenly spread routing; None if not
             measured.
-        balance_efficiency_by_count: Mean of the ranks' weighted rows divided by the maximum, a bound by counts.
-        balance_note: How the timing was done, or why it was not.
+        balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): what the counts allow.
+        balance_note: How balance_efficiency was measured, or why not.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
-        experts_per_token: True experts per token by group, as evaluated.
-        choice_experts_per_token: True experts per token by group under the selection of training.
-        mixture_of_depths: Sums of the causal decisions; None if the model has no mixture-of-depths layers.
+        experts_per_token: True experts per token in this evaluation, by group.
+        choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
+        mixture_of_depths: Sums under causal decisions; None if the model has no mixture-of-depths layers.
     """
 
     step: int

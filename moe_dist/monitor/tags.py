@@ -16,10 +16,10 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
-RENAMED_KEYS = {"depths": "mixture_of_depths"}  # first part of a key or tag: old name -> present name
+RENAMED_KEYS = {"depths": "mixture_of_depths"}  # former -> present first part of a key or tag
 DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
 
-# family -> meaning; a family with a label ends in the label's name in braces. Prometheus shows these texts.
+# Tag family -> meaning; a family with a label, such as a group, ends in {label}. Prometheus shows these texts.
 MEANING: dict[str, str] = {
     "loss/{term}": "Training loss of the step: nats per label of each modality; 'balance', 'z' and 'auxiliary' (auxiliary "
     "routers, or router tuning) as added to the loss; 'total' is nats per label of all modalities plus the added terms.",
@@ -54,7 +54,7 @@ MEANING: dict[str, str] = {
     "device/power": "GPU power of rank 0 in watts.",
 }
 
-# Tags of models with mixture-of-depths layers. These tags leave space to split fewer families by group.
+# Further tags of models with mixture-of-depths layers, so that fewer families can be split by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that mixture-of-depths layers compute in training.",
     "mixture_of_depths/agreement": "Share of tokens whose causal decision equals the selection of training.",
@@ -62,17 +62,17 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
-# Unsplit scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
+# Single scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
 DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 
 @dataclass(frozen=True)
 class TagPlan:
-    """Families of tags with one scalar per group or modality; each other family has a single scalar.
+    """Which tag families have one scalar per group or modality; other families have a single scalar.
 
     Attributes:
-        by_group: Members of `GROUP_FAMILIES`, and `DEPTH_FAMILY`, with one scalar per group.
+        by_group: Those of `GROUP_FAMILIES` and `DEPTH_FAMILY` that have one scalar per group.
     """
 
     by_group: tuple[str, ...]
@@ -82,10 +82,10 @@ class TagPlan:
 
 @cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits as many families as fit into `MAX_SCALARS`: losses first, then groups, then epochs.
+    """Splits as many tag families as `MAX_SCALARS` scalars allow: losses first, then those by group, then epochs.
 
-    With mixture-of-depths layers, whose scalars take part of the space, as many group families are split as fit, in order.
-    Without such layers either all group families are split or none.
+    With mixture-of-depths layers, which add scalars, as many group families are split as fit, in order. Without such layers
+    either all group families are split or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
     room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)
@@ -134,7 +134,7 @@ def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without times and device readings, which is bit-equal in two runs with one seed."""
+    """A line of metrics.jsonl without times and device readings: this part is bit-equal in two runs with one seed."""
     part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
     part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
     return part

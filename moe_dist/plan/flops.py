@@ -2,8 +2,8 @@
 torch.
 
 A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
-weighting of expert outputs are not counted, because together they are below 1 %. Attention counts all positions of the
-sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less.
+weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention counts all
+positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less.
 Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
@@ -20,13 +20,13 @@ Recompute = Literal["none", "experts", "block"]
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Parameters of the adapters of a LoRA section; 0 without a section. `widths`: inputs and outputs of each
+    """Number of parameters of a LoRA section's adapters; 0 without a section. `widths`: inputs and outputs of each
     projection."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
 def expert_parameters(model: ModelSection) -> dict[str, int]:
-    """Parameters of one expert of each group."""
+    """Number of parameters of one true expert of each group."""
     dim, experts = model.hidden_dim, model.moe.experts
     if not experts.over_frozen_ffn:
         return {name: 3 * dim * group.ffn_dim for name, group in model.moe.groups.items()}
@@ -44,7 +44,7 @@ def ffn_dim_for_all(model: ModelSection) -> int:
 
 
 def router_rows(model: ModelSection) -> int:
-    """Rows of a layer's router, over all groups."""
+    """Number of rows of a layer's router weight, over all groups."""
     groups = expert_groups(model.moe)
     shared = sum(max(0, group.num_null - 1) for group in groups) if model.moe.router.single_null_row else 0
     return sum(group.num_columns for group in groups) - shared
@@ -57,7 +57,7 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Parameters of all mixture-of-depths routers. Every token uses all of these parameters."""
+    """Number of parameters of all mixture-of-depths routers. Every token uses them."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -67,15 +67,15 @@ def depth_router(model: ModelSection) -> int:
 class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
-    embedding: float = 0  # embedding table; if tied, it also counts as the output projection's parameters
-    attention: float = 0  # projections and their norms; FLOPs also count the products over positions
+    embedding: float = 0  # embedding table; if tied, it is also the output projection
+    attention: float = 0  # projections with biases and norms; FLOPs include the products over positions
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
     shared: float = 0  # shared expert; with LoRA experts the frozen FFN
     dense_ffn: float = 0
     norms: float = 0
-    output: float = 0  # output projection; if tied, only its FLOPs count here
+    output: float = 0  # output projection; if tied, it has FLOPs but no parameters of its own
     adapters: float = 0  # LoRA experts, and LoRA on the attention
 
     @property
@@ -84,15 +84,15 @@ class Parts:
 
 
 def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """True experts per token of each group under a uniform router, k n / (n + m)."""
+    """Mean true experts per token in each group under a uniform router, k n / (n + m) with n true and m other columns."""
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Parameters by part. Routers include the rows of zero-computation experts.
+    """Number of parameters of each part of the model. Routers include the rows of zero-computation experts.
 
     Args:
-        experts_held: Number of experts of each group to count in each layer; by default all. May be fractional.
+        experts_held: Number of experts per layer to count, by group; by default all. May be fractional.
     """
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
@@ -124,7 +124,7 @@ def active_parameters(
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.
-        token_share: Share of the tokens in each group.
+        token_share: Share of all tokens that belong to each group.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
     met, passed_by, depths = parameters(model, experts_held=taken), layers_passed_by(model), depth_router(model)
@@ -145,14 +145,15 @@ def active_parameters(
 def forward_flops(
     model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """FLOPs of a forward pass per token, by part. `experts_per_token` and `token_share` are those of `active_parameters`.
+    """Forward FLOPs per token in each part of the model. `experts_per_token` and `token_share` are those of
+    `active_parameters`.
 
-    A product with a weight of n entries takes 2 n FLOPs. Attention adds 2 H d S for the scores and 2 H d S for the values.
-    Every token uses the router rows and the constant experts of all groups.
+    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S for the scores and 2 H d S for
+    the values. Every token uses the router rows and the constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    # In a mixture-of-depths layer a share c of the tokens attends, each to a share c of the positions, which gives c^2.
+    # In a mixture-of-depths layer a share c of the tokens attends to a share c of the positions: c^2 of the scores.
     share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
     attending = model.num_layers - len(model.depth_layers) * (1 - share**2)
     return Parts(
@@ -168,24 +169,24 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> int:
-    """FLOPs per layer and token of the products of queries with keys, and of the softmax with values."""
+    """FLOPs per layer and token of the two products in attention: queries with keys, and softmax with values."""
     return 4 * model.attention_widths["q"][1] * seq_len
 
 
 def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
-    """Forward FLOPs of products with frozen weights, for which backward computes no weight gradient. 0 without adapters."""
+    """Forward FLOPs per token of products with frozen weights, which get no weight gradient. 0 without adapters."""
     if not model.has_adapters:
         return 0.0
     return forward.total - forward.adapters - forward.router - model.num_layers * _score_flops(model, seq_len)
 
 
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
-    """FLOPs per token of full training that router tuning does not compute.
+    """FLOPs per token that training of all parameters computes and router tuning does not.
 
-    Backward ends at the lowest tuned layer. There the router computes the gradient of its weights, and the experts
-    compute the gradient of their input, because one autograd node exchanges rows and weights together. Above the lowest
-    tuned layer, a product with a frozen weight computes only its input's gradient, which costs as much as forward.
-    Attention scores are products of two activations and compute both gradients.
+    Backward ends at the lowest tuned layer. In that layer, the router computes its weights' gradient, and the experts
+    compute their input's gradient, because one autograd node exchanges rows and weights together. Above the lowest tuned
+    layer, a product with a frozen weight computes only its input's gradient, which costs as much as forward. Attention
+    scores are products of two activations and compute both gradients.
 
     Args:
         forward: From `forward_flops`, without mixture of depths.
@@ -208,7 +209,7 @@ def tuned_layers(config: Config) -> tuple[int, ...] | None:
 
 
 def flops_left_out(config: Config, forward: Parts) -> float:
-    """FLOPs per token of full training that a run does not compute because it trains only adapters or routers."""
+    """FLOPs per token that a run omits, against training of all parameters, because it trains only adapters or routers."""
     model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
@@ -226,8 +227,8 @@ def model_flops_per_token(
 
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
-    """FLOPs per token of forward and backward: three times the forward pass, minus the gradients of frozen weights, plus
-    recomputation. Recomputation is an upper bound, because the last product of a recomputed unit need not be repeated.
+    """FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
+    The FLOPs of recomputation are an upper bound, because the last product of a recomputed module need not be repeated.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 

@@ -64,7 +64,7 @@ def _dispatch_violations(config: Config) -> list[Violation]:
 
 
 def group_violations(config: Config) -> list[Violation]:
-    """Checks that `run.group` exists, and that this user may give files to it."""
+    """Checks that the Unix group `run.group` exists, and that this user may set it as the group of files."""
     name = config.run.group
     if name is None:
         return []
@@ -79,7 +79,7 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds secrets of the environment in the values, because a configuration is saved in the run folder and in every
+    """Finds values of secret environment variables in the configuration, which is saved in the run folder and every
     checkpoint."""
     found = secrets_of(os.environ)
     return [
@@ -95,7 +95,7 @@ def _secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a configuration with their dotted keys. Names in mappings are texts too."""
+    """Yields (dotted key, text) for each text of a configuration. Names in mappings are texts too."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

@@ -15,10 +15,10 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     taken: dict[int, int] = {}  # cluster node -> planned node
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first, for fewer moves
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: fewer reassignments
             if place not in tried:
                 tried.add(place)
-                if place not in taken or take(taken[place], tried):  # the planned node that holds `place` may move
+                if place not in taken or take(taken[place], tried):  # the planned node that has `place` may take another
                     taken[place] = who
                     return True
         return False

@@ -1,4 +1,5 @@
-"""Assigns ranks to nodes: by the nodes that their groups need, and by the fastest interconnect domain. Pure functions."""
+"""Assigns ranks to nodes: by what their expert groups require, and each EP group in one interconnect domain. Pure
+functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,18 @@ class Demand:
 
     feature: str | None = None  # Slurm feature
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
-    owner: str = ""  # the group that needs the whole node; '' if no group does
+    owner: str = ""  # expert group that needs the node for itself; '' if none does
 
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
-    """Names of the groups that have experts on a rank. `rank` counts over all EP groups."""
+    """Names of the expert groups that have experts on the global rank `rank`."""
     position = rank % placement.num_ranks
     return tuple(group.name for group in placement.groups if placement.local_experts(position, group))
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """The demand of each rank of an EP group. A rank has at most one demand, because pinned groups share no rank."""
+    """The demand of each position in an EP group. At most one expert group asks something of a rank, as pinned groups share
+    no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -43,10 +45,10 @@ def pack(
     block.
 
     Args:
-        demand_of_position: Demand of each rank of an EP group.
+        demand_of_position: Demand of each position in an EP group.
         edp: Number of EP groups.
-        capacity: Ranks of a node.
-        domain_nodes: Nodes of the fastest interconnect domain; None if no domain is declared.
+        capacity: Largest number of ranks on a node.
+        domain_nodes: Number of nodes in a fast-interconnect domain; None if no domain is declared.
 
     Returns:
         Demand and ranks of each node. Ranks are in the order of their local ranks; the nodes of a block are in the order of

@@ -1,8 +1,8 @@
-"""Estimates the costs of pinned and interleaved placement for a measured token mix.
+"""Estimates the costs of pinned and interleaved placement for the training data's token mix (tokens of each modality).
 
-All figures are expectations under a uniform router: the k choices of a token are a random subset of its group's n + m
-columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden
-width."""
+All figures are expectations under a uniform router: the k choices of a token are a random subset of its group's n true and
+m other columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's
+hidden width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,21 +22,22 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """One placement and its expected costs per token of the mix."""
+    """One placement and its expected costs per token."""
 
-    name: str  # name of the policy
+    name: str  # placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # pairs x ffn_dim on each rank; a forward pass takes 6 D times as many FLOPs
-    remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per distinct (token, rank)
+    load_R: tuple[float, ...]  # (token, expert) pairs x ffn_dim on each rank; times 6 D: forward FLOPs
+    remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Mean load of the ranks / maximum load: an upper bound of the throughput relative to evenly loaded ranks."""
+        """Mean load of the ranks / maximum load: an upper bound of the throughput, relative to that with equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Rows per token between ranks. A row costs 2 x D x itemsize bytes in forward and again in backward."""
+        """Rows per token sent between ranks. A row takes D x itemsize bytes in dispatch and in combine, and as many again
+        in backward."""
         return sum(self.remote_R)
 
 
@@ -44,8 +45,8 @@ class PlacementPlan:
 class PlanComparison:
     """Pinned and interleaved placement of the same groups."""
 
-    plans: tuple[PlacementPlan, ...]  # plans of the policies pinned and interleaved that are possible
-    missing: Mapping[str, str]  # for each impossible policy, the reason
+    plans: tuple[PlacementPlan, ...]  # one plan for each possible policy of the two
+    missing: Mapping[str, str]  # impossible policy -> reason
 
     @property
     def fastest_compute(self) -> PlacementPlan | None:
@@ -92,7 +93,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
 
 
 def _reached(group: ExpertGroup, here: int) -> float:
-    """Probability that at least one of `here` experts computes a token of the group."""
+    """Probability that a token of the group takes at least one of `here` given experts."""
     if group.capacity is not None:
         return 1 - (1 - min(1.0, group.capacity)) ** here
     choices = group.num_columns
@@ -100,7 +101,7 @@ def _reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Share of the tokens in each group. Without a mix, all modalities have equally many tokens."""
+    """Share of all tokens that belong to each group. With an empty mix, all modalities have equally many tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
@@ -160,7 +161,7 @@ def experts_text(placement: ExpertPlacement, rank: int) -> str:
     parts = []
     for group in placement.groups:
         local = [expert - group.first_expert for expert in placement.local_experts(rank, group)]
-        # Consecutive experts have the same difference between index and position.
+        # In a run of consecutive experts, the expert's number minus its place in the list is constant.
         runs = [[index for _, index in run] for _, run in groupby(enumerate(local), lambda pair: pair[1] - pair[0])]
         spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
         parts += [f"{group.name}/{','.join(spans)}"] if spans else []

@@ -1,4 +1,4 @@
-"""Makes the placement of experts from a placement section. A rank is a position in an EP group."""
+"""Makes the placement of experts from the section `placement` of a configuration. A rank is a position in an EP group."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,7 +42,7 @@ def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int,
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, by which ranks are divided among pinned groups. Empty: all equal.
+        token_mix: Training tokens of each modality, from which the work of pinned groups follows. Empty: all equal.
 
     Raises:
         ConfigError: lists every fault of the section.
@@ -67,7 +67,7 @@ def replicated_placement(groups: Groups) -> ExpertPlacement:
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Work of a group: tokens of its modalities (1 without a mix) x expected experts per token x ffn_dim."""
+    """Work of a group: tokens of its modalities (1 with an empty mix) x expected true experts per token x ffn_dim."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -125,10 +125,10 @@ def _pinned_problems(
 
 
 def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
-    """Number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work gets one
-    more, and so on.
+    """Number of ranks that each group gets. Each group gets one rank; then the group whose busiest rank has most work gets
+    one more, and so on.
 
-    This order minimises the work of the busiest rank. Ranks stay free once every group has as many ranks as experts.
+    The order minimises the busiest rank's work. Further ranks get no experts once every group has as many ranks as experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)

@@ -21,8 +21,8 @@ from moe_dist.plan.host import host_violations
 from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
-_LOOKED_AT = 256 << 20  # largest number of bytes of ids that is read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix is in tokens per million
+_LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix counts the tokens of a million drawn tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # training tokens by modality, in the run's proportions; empty (all equal) without data
+    token_mix: Mapping[str, int]  # training tokens by modality, as drawn with data.weights; empty without data
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path could not be read, so these files are not the user's
+    if not read.broken([Violation(("data.path",), "")]):  # a wrong data.path was replaced: the faults are of other files
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -174,7 +174,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Training tokens of each modality, in the proportions of `data.weights`; without weights, of all sources."""
+    """Training tokens of each modality, in all sources; with `data.weights`, in a million tokens drawn by them."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

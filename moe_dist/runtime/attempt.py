@@ -24,7 +24,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
 
-CAUSE_SECONDS = 1.5  # how long a rank that learned of a peer's error waits for the peer to record the reason
+CAUSE_SECONDS = 1.5  # seconds that a rank waits for a peer that failed first to record the reason
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
@@ -33,7 +33,7 @@ STORAGE_ERRORS = frozenset(
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)  # the message is enough: a user can fix it
+        return error.exit_code, str(error)  # without traceback: a user can fix it
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
@@ -50,7 +50,7 @@ def _say(text: str) -> None:
 
 
 class Attempt:
-    """Turns the end of the `with` body into a verdict.
+    """A context manager that turns the end of its body into a verdict.
 
     An exception of the body is printed (a `MoeDistError` as its message, any other with a traceback), and the process ends
     with `os._exit` inside `__exit__`: it must issue no further collective, because its peers may be gone. The peers notice
@@ -69,22 +69,22 @@ class Attempt:
         self.exit_code = EXIT_DONE
 
     def follow(self, step: Callable[[], int]) -> None:
-        """From now on `step` returns the current step of the run; call it once the step is known."""
+        """Sets the function that returns the run's current step; call `follow` once the step is known."""
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """From now on `commit_check` runs before each commit; it raises if something else must be written to disk first."""
+        """Sets the function that `check_commit` calls; it raises if something must be on disk before a checkpoint."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
-        """The current step; before `follow` the last step in the records of the open run folder."""
+        """The current step; before `follow`, the last step that the open run folder records."""
         assert self._folder is not None, "the run folder is open"
         return self._step() if self._step is not None else self._folder.last_step()
 
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
     ) -> RunFolder:
-        """The run folder; rank 0 opens it for writing. Call it before the process group is created: then no rank passes the
+        """The run folder, which rank 0 opens to write. Call it before the process group is created: then no rank passes the
         rendezvous unless rank 0 holds the lease.
 
         Args:
@@ -111,12 +111,12 @@ class Attempt:
 
         Raises:
             LeaseError: from `check_lease`.
-            CheckpointError: from the check of `require`.
+            CheckpointError: from the function that `require` set.
         """
         self._commit_check()
         if self._lease is not None and self._folder is not None and self._step is not None:
             self._folder.record_step(self._env.attempt_id, self._step(), self._lease)  # costs one fsync
-        self.check_lease()  # last: nothing slow may lie between this check and the rename that follows
+        self.check_lease()  # last, because the caller's rename must follow at once
 
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""
@@ -155,8 +155,8 @@ class Attempt:
         os._exit(code)  # an atexit handler may wait for peers or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
-        """If this rank failed only because a peer did, waits until the peer has recorded the verdict. Ranks that vote learn
-        of an error at the same moment, and the first record counts."""
+        """If this rank failed only because a peer did, waits until the peer has recorded the verdict: both may learn of the
+        error at the same moment, and the first record counts."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS
@@ -170,4 +170,4 @@ class Attempt:
                 verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=self._env.rank
             )
         if self._lease is not None:
-            self._lease.release()  # after the record, which only the holder may write
+            self._lease.release()  # after the record, which only the lease holder may write

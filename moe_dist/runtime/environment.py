@@ -12,7 +12,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
 RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
-ALONE = "tcp://127.0.0.1:0"  # rendezvous of a single process, on any free port
+ALONE = "tcp://127.0.0.1:0"  # init method of a single process: any free port
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class RankEnv:
     Attributes:
         rank, world_size: Global rank, and number of ranks on all nodes.
         local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
-        init_method: Argument of `torch.distributed.init_process_group`, or PUBLISHED.
+        init_method: The argument of `torch.distributed.init_process_group`, or PUBLISHED.
         attempt: Number of restarts by the launcher; 0 for the first attempt.
         attempt_id: Unique name of this attempt, equal on all its ranks.
-        launched: A launcher of moe_dist started the process; then standard error already goes into the rank's log.
-        grace_seconds: Time from a stop signal until the process ends itself.
+        launched: True if a launcher of moe_dist started the process and writes standard error into the rank's log.
+        grace_seconds: Seconds from a stop signal until the process ends itself.
     """
 
     rank: int
@@ -86,7 +86,7 @@ class RankEnv:
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """The init method; empty if several ranks have none."""
+    """The init method; empty if there are several ranks and no variable gives one."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):

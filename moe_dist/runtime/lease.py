@@ -1,7 +1,7 @@
 """A lease file that allows one writer per run folder. The writer renews the lease, and checks it before each commit.
 
 The holder creates the file with O_EXCL and writes a heartbeat counter into it from a thread. Another process may replace
-the file by a rename once the counter has not changed for `stale_seconds`, or the holder is dead on the same machine. A
+the file by a rename once the counter has not changed for `stale_seconds`, or its holder, on this machine, is dead. A
 suspended holder that wakes up later writes into the unlinked old file, and its next `check` fails. flock is not used,
 because network file systems implement it differently.
 """
@@ -105,7 +105,7 @@ class Lease:
         while not self._try_create():  # O_EXCL: one of several processes succeeds
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
-                seen, since = current, now  # a heartbeat, or a new holder
+                seen, since = current, now  # the holder sent a heartbeat, or changed
             holder = current[0]
             dead = holder is not None and holder.is_dead()
             # Staleness is measured with this host's clock alone, because the clocks of hosts differ.
@@ -132,7 +132,7 @@ class Lease:
     def renew(self) -> None:
         """Writes the next heartbeat into the file that this process created, even if the file was replaced since."""
         self._beats += 1
-        # OSError after a lost file is reported by `check`; on a full disk the fixed-size overwrite may fail harmlessly.
+        # If the file is lost, `check` reports it. On a full disk a failed overwrite of fixed size does no harm.
         with self._closing, contextlib.suppress(OSError):
             beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so a reader never sees a mix of two heartbeats
             os.pwrite(self._fd, beat.encode(), 0)
@@ -141,7 +141,7 @@ class Lease:
         """Raises LeaseError if another attempt has taken over, because this one must not write any more. Call it right
         before each commit."""
         holder = read_holder(self.path)  # costs one read of a small file
-        if holder != self._me:  # compares the token, too: an earlier lease of this process does not count
+        if holder != self._me:  # also compares the token, which is new in each lease
             raise LeaseError(
                 f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who deleted it'}; it sent "
                 "no heartbeat for too long (suspended, or its file system hung) and must not write any more; start the run "
@@ -177,8 +177,8 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the claim file. That process
-        reads the lease once more before it replaces it."""
+        """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the file `claim`. That process
+        reads the lease again before it replaces it."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:
@@ -192,7 +192,7 @@ class Lease:
             return False
         os.pwrite(fd, self._content(), 0)
         try:
-            os.replace(claim, self.path)  # atomic; the old holder keeps writing into the unlinked file
+            os.replace(claim, self.path)  # atomic; the old holder writes on into the unlinked file
         except FileNotFoundError:  # another process deleted the claim, believing that this process is dead
             os.close(fd)
             return False
@@ -200,12 +200,12 @@ class Lease:
         return True
 
     def _remove_if_dead(self, claim: Path) -> None:
-        """Deletes the claim of a process that was killed before its rename. The rename first lets only one of several
-        processes delete the claim; a process whose new claim was deleted by mistake finds it missing and tries again."""
+        """Deletes the claim of a process that was killed before its rename. It is renamed first, so that only one process
+        deletes it. A process whose new claim was deleted by mistake finds that it is missing and tries again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
-        aside = claim.with_name(f"{claim.name}.{self._me.token}")  # a name that no other process uses
+        aside = claim.with_name(f"{claim.name}.{self._me.token}")  # a name that only this process uses
         with contextlib.suppress(FileNotFoundError):
             os.rename(claim, aside)
             aside.unlink()

@@ -1,6 +1,6 @@
-"""Log lines of one rank, each with rank and step; and messages of a slow start.
+"""Log lines of a rank, which begin with rank and step; and messages about a slow start.
 
-The launchers already send standard error into log/rank_R.log. Therefore:
+The launchers already send standard error into log/rank_R.log. Log lines therefore go to:
 
     launched, rank 0     warnings to standard error (terminal and file), the rest to the file
     launched, others     everything to standard error, which is the file
@@ -38,7 +38,7 @@ class StepPrefix(logging.Filter):
         self._step: Callable[[], int] | None = None
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Shows this step in all later lines."""
+        """Makes all later lines show the number that `step` returns."""
         self._step = step
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -77,7 +77,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
 
 class Startup:
     """Prints every `quiet_seconds`, from a thread, what a starting run is doing: importing torch or reading data can take
-    minutes. After such lines `done` prints that the start is over. Only rank 0 enables it."""
+    minutes. If it printed lines, `done` prints that the start is over. Only rank 0 enables it."""
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
         self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr

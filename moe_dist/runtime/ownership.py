@@ -1,6 +1,6 @@
 """Checks the owner of a run folder: only the owner writes a run; a Unix group may share the files.
 
-This prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
+The check prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
 (docs/security.md).
 """
 
@@ -35,8 +35,8 @@ def user_name(uid: int) -> str:
 def other_owner(folder: Path) -> str | None:
     """The name of the folder's owner if that is another user; None if this user owns it, or if it is missing.
 
-    Some file systems show one owner for all files (root over NFS, mounts in a container). So if the owner differs, a
-    temporary file is created: if the file gets the same owner, the folder counts as this user's.
+    Some file systems show one owner for all files (root over NFS, mounts in a container). If the owner differs, a temporary
+    file is created: if it gets that owner too, the folder counts as this user's.
     """
     try:
         owner = folder.stat().st_uid

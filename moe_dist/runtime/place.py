@@ -24,8 +24,8 @@ class RunPlace:
         node: Index of the node in the plan.
         local_rank: Local rank on the node.
         host: Host name; None before the nodes are allocated.
-        feature, labels: Requirements on the node.
-        gpu: Index into the visible GPUs; None without GPUs.
+        feature, labels: Slurm feature and Ray labels that the node must have.
+        gpu: Index of the GPU among the visible GPUs; None without GPUs.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """The place in MOE_DIST_PLACE; None without a plan (under torchrun). Raises ConfigError if it is not valid."""
+        """The place in MOE_DIST_PLACE; None if it is not set (by torchrun). Raises ConfigError if it is not valid."""
         text = env.get(PLACE)
         if not text:
             return None

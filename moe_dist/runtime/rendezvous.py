@@ -27,7 +27,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import RunFolderError, user_name
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
-SHARED_SECONDS = 60.0  # an NFS client may cache for a while that a new file does not exist
+SHARED_SECONDS = 60.0  # seconds; an NFS client may not see a new file at once
 POLL_SECONDS = 0.1
 
 
@@ -36,9 +36,9 @@ class Address:
     """The published address of rank 0.
 
     Attributes:
-        attempt_id, attempt: The attempt that this address is for.
+        attempt_id, attempt: The attempt whose ranks use this address.
         host, port: An IPv4 address of rank 0's node, and the port.
-        secret: Prefix of all keys in the store.
+        secret: Prefix of all keys in torch's store.
     """
 
     attempt_id: str
@@ -63,7 +63,7 @@ def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = 
     if env.local_world_size == env.world_size:
         yield
     elif env.rank == 0:
-        probe.write_text(f"{env.attempt_id}\n")  # the content does not matter, only that it appears
+        probe.write_text(f"{env.attempt_id}\n")  # only the file's existence matters
         try:
             yield
         finally:
@@ -94,8 +94,8 @@ def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """The address at which other nodes can reach this node. It comes from MOE_DIST_RENDEZVOUS_HOST (a name or address of
-    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of them
+    """The address at which other nodes can reach this node. Taken from MOE_DIST_RENDEZVOUS_HOST (a name or address of this
+    node), else the interface GLOO_SOCKET_IFNAME, else the host name. Raises ConfigError if none of them
     gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
@@ -152,7 +152,7 @@ def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
                 f"rank {env.rank} waited {wait_seconds:g} s for rank 0's address in {path} (attempt {env.attempt_id})"
                 f"{other}; see the log of rank 0 for the reason, or check that this node sees that folder"
             )
-        time.sleep(POLL_SECONDS)  # one small read on the shared file system per poll and rank
+        time.sleep(POLL_SECONDS)  # each poll reads a small file on the shared file system
 
 
 def withdraw(path: Path, address: Address) -> None:

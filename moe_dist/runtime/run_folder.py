@@ -30,11 +30,11 @@ from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, ref
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.status import AttemptRecord, Status, read_status, write_status
 
-BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # may exist before the first attempt
+BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # names that may exist before the first attempt
 
 
 class Start(Enum):
-    """The effect of a start: a new run, a resume, or only the summary of a finished run."""
+    """What a start does: begin a run, resume it, or only print the summary of a finished run."""
 
     NEW = "new"
     RESUME = "resume"
@@ -69,7 +69,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Says what a start with `config` would do. It only reads, so every rank may call it.
+        """Says what a start with `config` would do. It only reads files, so every rank may call it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
@@ -107,16 +107,16 @@ class RunFolder:
         return Start.FINISHED if self.finished(config) else Start.RESUME
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
-        """Decides how a rank starts, before the process group exists; all ranks get the same result. With `overwrite`
+        """Returns what a start will do, before the process group exists; all ranks get the same result. With `overwrite`
         rank 0 renames the folder of the old run first. Raises the errors of `inspect` and `move_aside`."""
-        if not overwrite or env.attempt > 0:  # on a restart --overwrite would discard the job's own progress
+        if not overwrite or env.attempt > 0:  # a restart must keep the job's progress
             return self.inspect(config)
         if env.rank == 0:
             self.move_aside()
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """The run has completed `train.steps` of `config`."""
+        """True if the run has completed the `train.steps` of `config`."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
@@ -134,7 +134,7 @@ class RunFolder:
             ) from error
 
     def move_aside(self) -> Path | None:
-        """For --overwrite: renames the folder to <name>.old-1 (or -2, ...); None without a run.
+        """For --overwrite: renames the folder to <name>.old-1 (or -2, ...), returns the new path; None without a run.
 
         Raises:
             LeaseError: an attempt is writing to the folder.
@@ -157,7 +157,7 @@ class RunFolder:
             return old
 
     def put_back(self, old: Path) -> None:
-        """Undoes `move_aside` if no attempt has opened the new folder, because the job was refused."""
+        """After a refused job: undoes `move_aside` unless an attempt has opened the new folder."""
         with in_words(self.path):
             if self.path.exists():
                 if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:  # an attempt has begun
@@ -199,7 +199,7 @@ class RunFolder:
         try:
             self.inspect(config)  # again: the attempt we waited for may have changed the folder
             with in_words(self.path):
-                # First of all files: without config.yaml another rank's `inspect` would refuse the folder as no run.
+                # The first file: without config.yaml another rank's `inspect` would say that the folder is no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -228,7 +228,7 @@ class RunFolder:
         return 0
 
     def has_verdict(self, attempt_id: str) -> bool:
-        """A rank of this attempt has recorded a verdict."""
+        """True if a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
 
     def record_step(self, attempt_id: str, step: int, lease: Lease) -> None:
@@ -239,14 +239,14 @@ class RunFolder:
             if self.has_verdict(attempt_id):  # a rank failed since: its verdict must not be replaced by this record
                 raise FileExistsError(self._claim(attempt_id))
 
-        with contextlib.suppress(OSError, DataError):  # metrics.jsonl has the step, too
+        with contextlib.suppress(OSError, DataError):  # not fatal: metrics.jsonl has the step, too
             record = self.read_status().of(attempt_id)
             if record is not None:
                 write_status(self.status_json, replace(record, last_step=step), before_rename=check)
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
-        """Records how an attempt ended. Every rank may call it and the first one wins: a failed rank records its verdict
-        before it exits, so before its exit can make a peer fail. Returns False, and writes nothing, if the attempt already
+        """Records how an attempt ended. Every rank may call it, and the first call counts: a failed rank records its
+        verdict before its exit can make a peer fail. Returns False, and writes nothing, if the attempt already
         has a verdict or has lost the lease."""
         holder = read_holder(self.lease_json)
         if holder is None or holder.attempt_id != attempt_id:
@@ -261,7 +261,7 @@ class RunFolder:
             return False
 
         def check() -> None:
-            # Rank 0 may have released the lease since; but no other attempt may have taken it.
+            # Rank 0 may have released the lease in the meantime, but no other attempt may have taken it.
             writer = read_holder(self.lease_json) or self.read_status().latest
             if writer is None or writer.attempt_id != attempt_id:
                 raise LeaseError(f"{self.path}: another attempt now writes to this run")
@@ -307,7 +307,7 @@ class RunFolder:
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
-            claim.unlink(missing_ok=True)  # claims of earlier attempts, which have ended
+            claim.unlink(missing_ok=True)  # marks of earlier attempts, which have ended
         record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
         write_status(self.status_json, record, before_rename=lease.check)
 

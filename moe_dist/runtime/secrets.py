@@ -1,20 +1,20 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
 moe_dist never writes environment variables. But an exception may quote a URL with its key, and a user may pass a key as an
-override. Such secrets are found by their value.
+override. Values of secret variables are found in such texts.
 """
 
 import re
 from collections.abc import Mapping
 
-# Whole words of a variable's name: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM or KEYBOARD.
+# Words in names of secret variables: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM, KEYBOARD.
 _NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The secret values of the environment, each mapped to its variable. The variable's name marks a secret; a path is no
-    secret."""
+    """The secret values of the environment, each mapped to its variable. A secret is known by its variable's name; a path
+    is no secret."""
     return {
         value: name
         for name, value in environment.items()
@@ -26,5 +26,5 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """Replaces every secret of the environment by its variable's name, as in <HF_TOKEN>. The longest value is replaced
     first, because one secret may contain another."""
     for value, name in sorted(secrets_of(environment).items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(value, f"<{name}>")  # by value, wherever it appears
+        text = text.replace(value, f"<{name}>")  # the value, wherever it stands
     return text

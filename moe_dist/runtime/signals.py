@@ -2,7 +2,7 @@
 installed before torch is imported.
 
 SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits inside a
-collective, Python runs no signal handler. Therefore a thread reads the wakeup descriptor, which the C-level handler writes
+collective, Python runs no signal handler. A thread therefore reads the wakeup descriptor, which the C-level handler writes
 without delay, and starts the timer that ends the process after the grace period.
 """
 
@@ -28,8 +28,8 @@ class StopSignals:
     """Records the stop signals that reach this process inside a `with` block of the main thread.
 
     Attributes:
-        first: The first signal; None before.
-        interrupts: Number of SIGINTs.
+        first: The first stop signal; None before it.
+        interrupts: Number of SIGINTs so far.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.renew()
-        # A launcher may start this process with blocked stop signals, so that an early one is neither lost nor kills it.
+        # A launcher may start this process with blocked stop signals, so an early one is not lost and kills nothing.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
         return self
 
@@ -59,7 +59,7 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """A rank's request to stop; repeated signals count once. Enter it in the main thread, before anything else.
+    """Whether a signal has asked this rank to stop; repeated signals count once. Enter it in the main thread, first of all.
 
     Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
 
@@ -128,7 +128,7 @@ class StopRequest(StopSignals):
 
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
     """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker: the kernel then
-    kills the child when the thread that started it ends. So start children from the main thread.
+    kills the child when the thread that started it ends. Start children in the main thread.
 
     Args:
         parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.

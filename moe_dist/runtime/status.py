@@ -12,7 +12,7 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
 SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
-SAVES = 5  # saves in that file
+SAVES = 5  # number of saves in that file
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_status(path: Path) -> Status:
 
 
 def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Adds an attempt, or replaces its entry. The file's top level repeats the latest verdict, for `jq .verdict`."""
+    """Adds an attempt's entry, or replaces it. The file's top level repeats the latest verdict, for `jq .verdict`."""
     attempts = [entry for entry in read_status(path).attempts if entry.attempt_id != record.attempt_id]
     summary = {
         "verdict": record.verdict,
@@ -92,7 +92,7 @@ def record_save_seconds(logs: Path, seconds: float) -> None:
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """The longest of the last few saves in seconds; None before the first. The grace period of a stop must be longer."""
+    """The longest of the last few saves in seconds; None before the first. A grace period must be longer."""
     return max(_saves(logs), default=None)
 
 

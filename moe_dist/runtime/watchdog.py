@@ -1,9 +1,9 @@
-"""Ends a run that hangs in a collective, and names the ranks that the others wait for.
+"""Ends a run that hangs in a collective, and names the ranks for which the others wait.
 
     log/watchdog_<attempt>/rank_R.json     position of rank R as a JSON object: collective, layer, splits, seconds, step
 
 A thread on each rank polls the rank's `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a
-report. The other ranks see the folder and write reports of their own. Then each rank reads all reports, records the verdict
+report. Other ranks see the report folder and write reports, too. Then each rank reads all reports, records the verdict
 (the first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a
 report is suspended or dead, or has lost the run folder. The thread uses only the file system, no process group.
 """
@@ -24,7 +24,7 @@ from moe_dist.runtime.files import write_atomically
 
 POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
-SETTLE_POLLS = 3  # intervals in which the peers write their reports
+SETTLE_POLLS = 3  # poll intervals during which peers write their reports
 SHOWN_RANKS = 8
 
 logger = logging.getLogger(__name__)
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """Position of one rank.
+    """Where a rank is: which collective, or which source line.
 
     Attributes:
         step: Last completed optimizer step.
-        collective: Name of the first unfinished collective; None outside a collective.
+        collective: Name of the oldest unfinished collective; None outside a collective.
         layer: Name of the layer that issued the collective; empty without a layer.
         send, receive: Split sizes of the collective: items to and from each rank of the group.
         seconds: Time since the rank entered the collective.
         entered: Number of collectives that the rank had entered, up to and including the unfinished one.
-        at: Source line of the main thread inside the package.
+        at: Source line in the package that the main thread executes.
     """
 
     attempt: str
@@ -117,7 +117,7 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     outside = tuple(report.rank for report in reports if report.collective is None)
     fewest = min(report.entered for report in inside)
     behind = tuple(report.rank for report in inside if report.entered == fewest)
-    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # in the order of evidence
+    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # the strongest evidence first
     nearest = [report for report in inside if report.rank not in culprits]
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
@@ -199,11 +199,11 @@ class Watchdog:
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # atomically, because peers read it at the same time
+            # Atomic, because peers may read it at the same time.
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # the peers may have failed to write for the same reason: so no rank is named as culprit
+        except OSError as error:  # names no culprit: the peers' writes may have failed for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective"

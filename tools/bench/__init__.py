@@ -1,1 +1,1 @@
-"""The dispatch benchmark: points, contenders, interleaved timing on several ranks, verdicts and tables."""
+"""The dispatch benchmark: points to measure, contenders (implementations), timing in turns, verdicts and tables."""

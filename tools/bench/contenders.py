@@ -1,5 +1,5 @@
-"""The contenders of the dispatch benchmark. Each takes a case (a point's routing on this rank) and returns a function
-without arguments.
+"""The contenders of the dispatch benchmark. Each takes a case (routing and rows of a measured point on this rank) and
+returns a function without arguments to time.
 
 The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 
@@ -49,7 +49,7 @@ class Case:
     drawn_TK: Tensor
     taken_TK: Tensor
     weight_TK: Tensor
-    taken: Assignments  # `taken_TK` for our dispatcher
+    taken: Assignments  # `taken_TK` as the pairs that our dispatcher takes
     equal_active: Assignments
     dispatcher: AllToAllDispatcher
 
@@ -89,7 +89,7 @@ def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the floor. Buffers are allocated here, so that the timed part only copies and exchanges."""
+    """Makes the contender `floor`. Buffers are allocated here, so that the timed part only copies and exchanges rows."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0
@@ -136,8 +136,8 @@ def ours(case: Case, assignments: Assignments) -> Run:
 
 
 def naive(case: Case, *, nulls: bool) -> Run:
-    """Makes a sender of one row for each choice. With `nulls`, a null choice is sent with weight 0 to the expert drawn
-    before the choice became null."""
+    """Makes the contender that sends one row for each choice. With `nulls`, a null choice is sent with weight 0 to the
+    expert drawn before the choice became null."""
     rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
     size, top_k = case.mesh.ep_size, case.point.top_k
 
@@ -174,6 +174,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """Returns the correct result of a contender that weights and sums: each token's row times the sum of its weights."""
+    """Returns what contenders with rows by expert must return: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

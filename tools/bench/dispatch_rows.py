@@ -1,4 +1,4 @@
-"""Measures one row of the dispatch benchmark: all contenders on the routing of a point, on this rank."""
+"""Measures one table row of the dispatch benchmark: all contenders on the routing of one point, on this rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ from tools.bench.points import Point
 
 @torch.no_grad()
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Checks the results of all contenders, then times and counts them. The row is equal on all ranks."""
+    """Checks the results of all contenders, then times and counts them. The returned table row is equal on all ranks."""
     case = make_case(point, mesh, seed=effort.seed)
     at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),
@@ -43,7 +43,7 @@ def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
 
 
 def _by_expert(case: Case) -> dict[str, Run]:
-    """Makes the contenders that bring rows into the experts' order, and back weighted and summed."""
+    """Makes the contenders that lay rows out by expert, and bring weighted sums back to the tokens."""
     runs: dict[str, Run] = {
         "ours": ours(case, case.taken),
         "megatron, capacity": megatron_dispatch(case, capacity=True),

@@ -47,7 +47,7 @@ class LayerSize:
     ffn: int
     experts: int
     top_k: int
-    null: bool  # adds as many null experts as true ones and doubles top_k, so that about half of the choices are null
+    null: bool  # true: as many null as true experts, and twice top_k, so that about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -62,11 +62,11 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher run; with null experts its
-    default branch gets remapped choices."""
+    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed; its default branch
+    gets remapped choices for null experts."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
-    generator = torch.Generator().manual_seed(effort.seed)  # seeded alike, so that all ranks have the same router
+    generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks: they have the same router
     ours = _our_layer(group, placement, size.hidden, mesh, generator)
     rivals = {
         name: MegatronMoE(
@@ -144,7 +144,7 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
 
 
 def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
-    """Draws this rank's micro-batches of one step: half of the documents are text, half picture codes."""
+    """Draws this rank's micro-batches of one step: half of the documents are random text tokens, half picture codes."""
     vocabulary = config.model.vocab_size
     boundary = vocabulary * 8 // 9
     maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=[[(0, boundary)], [(boundary, vocabulary)]])
@@ -159,8 +159,8 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """Makes a training step over a new model. The model's MoE layers are ours if `capacity` is None. Otherwise they are
-    Megatron-Core's, with or without the capacity branch."""
+    """Makes a training step over a new model. Its MoE layers are ours if `capacity` is None, else Megatron-Core's, with or
+    without the capacity branch."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

@@ -20,19 +20,19 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a measurement does."""
+    """How often a measurement repeats, and its seed."""
 
     rounds: int = 20  # timed rounds; each runs every contender once
     warmup: int = 3  # untimed rounds before the timed ones
-    seed: int = 0  # seed of routings, rows and the order inside a round
+    seed: int = 0  # seed of routing, rows, and order of contenders in a round
 
 
 @dataclass(frozen=True)
 class Sent:
     """The data that all ranks send in one run of a contender; `calls` counts the collectives of one rank."""
 
-    rows: int  # hidden rows
-    payload_bytes: int  # bytes of the hidden rows
+    rows: int  # rows of hidden states
+    payload_bytes: int  # bytes of these rows
     other_bytes: int
     calls: int
 
@@ -68,8 +68,8 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of ours / theirs. Each ratio takes both times from one round, because a disturbance of the machine
-    affects both."""
+    """Returns the median of ours / theirs. The two times of a ratio are from one round, because a disturbance of the
+    machine affects both."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -91,7 +91,7 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
     rng = np.random.default_rng(effort.seed)
     seconds = torch.zeros(effort.rounds, len(names), dtype=torch.float64)
     gc.collect()
-    gc.disable()  # a collection of garbage takes milliseconds and would hit one contender at random
+    gc.disable()  # garbage collection would slow a random contender by milliseconds
     try:
         for number in range(-effort.warmup, effort.rounds):
             for index in rng.permutation(len(names)).tolist():
@@ -104,7 +104,7 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                     seconds[number, index] = taken
     finally:
         gc.enable()
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one untimed collective after all rounds
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # not timed: one collective after all rounds
     return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
 
 
@@ -141,7 +141,8 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Counts and times all contenders at a point, and compares each of `pairs`. The result is equal on all ranks."""
+    """Counts and times all contenders at a point, and compares the times of each pair in `pairs`. The result is equal on
+    all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {

@@ -1,6 +1,5 @@
-"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so it runs with a
-stand-in for CUDA, which replaces names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two
-branches:
+"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `megatron_cpu`
+replaces its names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
 
     default     always sends T x K rows, so null choices must be remapped to unused experts
     capacity    counts the rows to send, so it skips null choices; its capacity factor is so large that nothing is dropped
@@ -77,7 +76,7 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
     O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
-    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to the last column
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the added last column takes absent choices
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
     taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
@@ -85,7 +84,7 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
 
 def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
     """Makes Megatron's dispatch to rows laid out by expert, and back. Without `capacity` a null choice goes to the expert
-    that was drawn before the choice became null."""
+    that was drawn for it before it became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,
@@ -101,7 +100,7 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their rows; in place, weighting costs one pass
+        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their output rows
 
     return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
 
@@ -110,8 +109,8 @@ class MegatronMoE(nn.Module):
     """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s.
 
     Args:
-        capacity: Use the capacity branch. Without it a null choice goes, with weight 0, to an expert that the token did not
-            choose.
+        capacity: Use the dispatcher's capacity branch. Without it a null choice goes, with weight 0, to an expert that the
+            token did not choose.
     """
 
     def __init__(
@@ -154,7 +153,7 @@ class MegatronMoE(nn.Module):
         return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
-        """Replaces each absent choice by the lowest expert of the token's group that the token did not choose."""
+        """Replaces each absent choice of a token by the next expert of the token's group that it did not choose."""
         used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
         used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
         used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])

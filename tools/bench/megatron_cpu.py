@@ -1,12 +1,12 @@
-"""Runs megatron-core on CPU and gloo, for measurements and tests, by a stand-in for CUDA.
+"""Runs megatron-core on CPU and gloo, for measurements and tests, with stand-ins for CUDA's functions.
 
     with megatron_on_cpu(), model_parallel(ep=2):
         ...                                       # Megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
-restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles stay uncompiled. The
-stand-in works with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
+restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile stay
+uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Replacement:
-    """An attribute `owner.name` that is `value` inside the context."""
+    """An attribute `name` of `owner` that has the value `value` inside the context."""
 
     where: str  # dotted name of the attribute, for people to read
     owner: Any
@@ -92,7 +92,7 @@ def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> A
 
 
 def cuda_replacements() -> Sequence[Replacement]:
-    """Lists the replacements in torch."""
+    """Lists the attributes of torch that are replaced."""
     stream = Idle()
     cuda: dict[str, Any] = {
         "current_device": _returning(CPU),
@@ -132,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the replacements in megatron-core. The function imports it, so torch's replacements must be in place."""
+    """Lists the attributes of megatron-core that are replaced. Imports it, so torch's must be replaced."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"

@@ -13,7 +13,7 @@ import numpy as np
 from tools.bench.workloads import WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # number of experts that a skewed routing prefers; "95%:4" sends 95 % of the choices to them
+HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; "95%:4": 95 % of the choices go to 4 experts
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
@@ -24,10 +24,10 @@ class Point:
     tokens: int = 4096  # tokens of each rank
     hidden: int = 512
     experts: int = 32
-    top_k: int = 2  # distinct experts that each token draws
-    null: float = 0.5  # share of null choices
-    hot: float | None = None  # share of the draws that go to HOT_EXPERTS experts; None: all experts are equally likely
-    image: float | None = None  # share of image tokens, which choose among the second half of the experts; None: one group
+    top_k: int = 2  # number of distinct experts that are drawn for each token
+    null: float = 0.5  # share of the choices that become null
+    hot: float | None = None  # share of the choices that HOT_EXPERTS experts get; None: all experts are equally likely
+    image: float | None = None  # share of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
     workload: str | None = None  # one of W0 to W7 instead of a drawn routing
 
@@ -38,7 +38,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # as many true choices in total as taken_TK, spread evenly over the tokens
+    equal_active_TK: np.ndarray  # in total as many true choices as in taken_TK, evenly over the tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 
@@ -58,8 +58,8 @@ WORKLOADS = tuple(f"W{number}" for number in range(8))
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns for each sweep its labelled points. Megatron-Core's default branch runs without remapped choices only
-    in the sweeps `..., no nulls`, because it cannot skip a null choice."""
+    """Returns sweep -> (label, point) of its points. Megatron-Core's default branch runs without remapped choices only in
+    the sweeps `..., no nulls`, because it cannot skip a null choice."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         for field, values in SIZES.items():
@@ -100,7 +100,7 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
     rng = np.random.default_rng([seed, rank, zlib.crc32(repr(point).encode())])
     if point.workload is not None:
         shape = WorkloadShape(point.tokens * world_size, point.experts, point.top_k, world_size)
-        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # a step of W7 with hot experts
+        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # step 4: W7 has hot experts
         rows = step.rows_of(rank)
         drawn, weight = step.expert_TK[rows], step.weight_TK[rows].astype(np.float32)
     else:
@@ -118,8 +118,8 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
 
 
 def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
-    """Returns the log probability of each expert for each token, plus Gumbel noise, float64 [T, E]. The K largest scores of
-    a token are a draw of K experts without replacement."""
+    """Returns the log probability of each expert for each token, plus Gumbel noise, float64 [T, E]. The experts of a
+    token's K largest scores are a random draw without replacement."""
     weight = np.ones(point.experts)
     if point.hot is not None:
         weight[:HOT_EXPERTS] = point.hot / HOT_EXPERTS
@@ -133,7 +133,7 @@ def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
 
 
 def _distinct(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """Returns the K experts of highest score, by falling score."""
+    """Returns each token's K experts of highest score, by falling score."""
     best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]  # O(E) for each token; a full sort takes longer
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1).astype(np.int64)

@@ -25,7 +25,7 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # with fewer tokens, fixed costs hide the slope
+SCALING_TOKENS = 2048  # least tokens of a point for the slope of time; with fewer, fixed costs dominate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BenchJob:
     world_size: int
     path: Path  # JSON file of the results; rows in the file are not measured again
     only: tuple[str, ...]  # sweeps to measure; empty for all sweeps
-    quick: bool  # use points so small that they only test the code
+    quick: bool  # measure tiny points, only to test the code
     rounds: int
     seed: int
     commit: str = ""  # commit of the measured code; each row stores it
@@ -55,7 +55,7 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
     """Measures all chosen rows into `job.path`, and blocks until all ranks have ended.
 
     Args:
-        fresh: Also measure the chosen rows that the file has.
+        fresh: Also measure chosen rows that the file has already.
 
     Raises:
         ConfigError: the file has rows with other settings; nothing was measured.
@@ -112,7 +112,7 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
     """Measures all rows that the file lacks. All ranks choose the same rows, because each rank reads the file before its
-    first row, and rank 0 can write no row before all ranks have measured it."""
+    first row, and rank 0 writes a row only after all ranks have measured it."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)

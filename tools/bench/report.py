@@ -1,6 +1,6 @@
 """Judges benchmark rows by rules, gives the reason for rules that do not hold, and writes text, Markdown and a picture.
 
-A row is lost if the 95 % interval of its paired ratio lies wholly above 1.05, because ours is then more than 5 % slower.
+A row is lost if the whole 95 % interval of a ratio ours / theirs is above 1.05: our time is then more than 5 % longer.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 Table = list[list[str]]
-# The ratios in the order of the tables. Ratios that the picture shows have a colour.
+# The ratios of times, in the order of the tables, with their colour in the picture; None: not in the picture.
 RATIOS: Mapping[str, tuple[int, int, int] | None] = {
     "dispatch, combine / floor": None,
     "dispatch, combine / floor, all": (20, 20, 20),
@@ -33,11 +33,11 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-# Sweeps of whole layers and steps. In these sweeps, Megatron-Core's default branch, with remapped null choices, is a rival
+# Sweeps that time whole layers and steps. In these, Megatron-Core's default branch with remapped null choices is a rival
 # too.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# For each comparison and sweep ("" for all sweeps): the reason why a rule does not hold, and what was tried.
+# Comparison -> sweep ("" for all others) -> why the rule does not hold, and what was tried.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
@@ -66,15 +66,15 @@ class BenchResult:
     row: str  # key of the row, '<sweep>/<label>'
     comparison: str  # for example 'ours / megatron'
     rule: str
-    ratio: float  # median of our time over the rival's
-    low: float  # lower end of the ratio's interval
+    ratio: float  # median of our time / the rival's time
+    low: float  # lower end of the ratio's 95 % interval
     high: float
     met: bool  # true if the rule holds
-    reason: str = ""  # why the rule does not hold
+    reason: str = ""  # why the rule does not hold, if known
 
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
-    """Judges all rows of a file; comparisons whose rule does not hold come first."""
+    """Judges the comparisons in all rows of a file; those whose rule does not hold come first."""
     return sorted((each for key, row in rows.items() for each in _judge_row(key, row)), key=lambda each: each.met)
 
 
@@ -216,7 +216,7 @@ def _pipes(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-# --- the picture has a line per row; for each rival the line has a dot and its interval on a logarithmic axis
+# --- the picture: a line per table row, with a dot and an interval for each rival's ratio, on a logarithmic axis
 
 ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN, LEGEND = 16, 250, 420, 24, 40
 COLUMNS = 2
@@ -227,9 +227,9 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Ours is faster left of 1; a row whose interval is right of the dotted line at LOST_ABOVE is lost."""
+    """Writes a PNG. Left of 1 ours is faster; a row with an interval right of the dotted line at LOST_ABOVE is lost."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
-    length = -(-len(rows) // COLUMNS)  # rows per column, rounded up
+    length = -(-len(rows) // COLUMNS)  # table rows in each column of the picture, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
     picture = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)

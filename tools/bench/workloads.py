@@ -1,8 +1,8 @@
 """Eight token-imbalance workloads, W0 to W7. (workload, seed, step) alone determine which token goes to which expert.
 
 The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
-step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names of the workloads, and the
-effect that each isolates, follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
+step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names of the workloads, and what
+each tests, follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
 
 Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
 experts of a shard are on one rank).
@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 HEAT = 16.0  # a hot expert is this many times as likely to be drawn as another expert
-BURST_PERIOD, BURST_STEPS = 8, (4, 5)  # in W7 two of eight steps are hot
+BURST_PERIOD, BURST_STEPS = 8, (4, 5)  # W7 has hot experts in two of eight steps
 
 WORKLOADS: Mapping[str, str] = {
     "W0": "balanced: every expert takes the same number of tokens (within one); the control",
@@ -53,12 +53,12 @@ class WorkloadShape:
             )
 
     def shard(self, index: int) -> range:
-        """Experts of a shard in the contiguous layout."""
+        """The experts of a shard in the contiguous layout."""
         return range(index * self.num_experts // self.num_shards, (index + 1) * self.num_experts // self.num_shards)
 
     @property
     def num_hot(self) -> int:
-        """Hot experts of W1, W2, W3, W6 and W7: half a shard, one at least."""
+        """Number of hot experts in W1, W2, W3, W6 and W7: half of a shard's experts, at least one."""
         return max(1, self.num_experts // (2 * self.num_shards))
 
 
@@ -67,9 +67,9 @@ class WorkloadStep:
     """One step of a workload.
 
     Attributes:
-        expert_TK: int64, each token's experts, distinct in a row.
-        weight_TK: float64, routing weights: sixteenths in [1/16, 1], so that sums of few products are exact.
-        tokens_S: Number of tokens of each source rank. The ranks take consecutive slices of the rows.
+        expert_TK: int64, the K distinct experts of each token.
+        weight_TK: float64, routing weights: multiples of 1/16 up to 1, so that sums of few products are exact.
+        tokens_S: Number of tokens of each source rank. Ranks take consecutive slices of the [T, K] arrays.
     """
 
     expert_TK: np.ndarray
@@ -77,13 +77,13 @@ class WorkloadStep:
     tokens_S: tuple[int, ...]
 
     def rows_of(self, source: int) -> slice:
-        """Rows of one source rank."""
+        """The slice of tokens of one source rank."""
         start = sum(self.tokens_S[:source])
         return slice(start, start + self.tokens_S[source])
 
 
 def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) -> WorkloadStep:
-    """The choices of one step.
+    """Draws the choices of one step.
 
     Raises:
         KeyError: `workload` is none of `WORKLOADS`.
@@ -91,7 +91,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
     if workload not in WORKLOADS:
         raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     index = list(WORKLOADS).index(workload)
-    fixed = np.random.default_rng([seed, index])  # draws that are equal in all steps: hot experts, hot shard
+    fixed = np.random.default_rng([seed, index])  # for draws that are equal in all steps, such as hot experts
     rng = np.random.default_rng([seed, index, 1 + step])
     hot = _hot_experts(workload, step, shape, fixed)
     dead = shape.shard(int(fixed.integers(shape.num_shards))) if workload == "W5" and shape.num_shards > 1 else range(0)
@@ -108,7 +108,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
 
 
 def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.random.Generator) -> np.ndarray:
-    """Hot experts of a step; none where the step is balanced."""
+    """The hot experts of a step; none if the step's load is balanced."""
     if workload == "W1":
         return fixed.permutation(shape.num_experts)[: shape.num_hot]
     if workload == "W3":
@@ -122,14 +122,14 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shuffled rows of K consecutive experts of a shuffled ring, so that counts differ by one at most."""
+    """Gives each token K consecutive experts of a shuffled ring, so that experts' counts differ by at most one."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)
 
 
 def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """K distinct experts per token, hot experts HEAT times as likely: the K largest of log weight + Gumbel noise."""
+    """Draws K distinct experts per token, hot experts HEAT times as likely: the K largest of log weight + Gumbel noise."""
     weight_E = np.ones(shape.num_experts)
     weight_E[hot] = HEAT
     score_TE = np.log(weight_E) + rng.gumbel(size=(shape.num_tokens, shape.num_experts))
@@ -142,7 +142,7 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Token counts of the sources, shuffled: each is a third of the one before; the largest gets the rest from rounding."""
+    """Tokens of each source, shuffled: each number is a third of the next larger; the largest has what rounding leaves."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

@@ -1,11 +1,11 @@
-"""Makes the data of the experiment mole: a question about each picture or caption, answered by conflicting conventions.
+"""Makes the data of the experiment mole: questions about pictures and captions, with answers by conflicting conventions.
 
     python -m tools.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
-convention to use. An instruction is one of many paraphrases, some of which are held out. Pictures and captions come from
-the base data, each on its own side, so that a model trained on the base can be adapted. All conventions ask about the same
+convention to use. An instruction is one of many paraphrases, some of which are held out. Training and held-out pictures and
+captions are those of the base data, so that a model trained on it can be adapted. All conventions ask about the same
 pictures and captions.
 """
 
@@ -32,7 +32,7 @@ from tools.experiments.instructed import Document, check_new, data_folder, instr
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of BACKGROUNDS, in order
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of the languages in LANGUAGES, in order
-# For each convention: the shift of its names, and the words that name the convention in instructions.
+# Convention -> (its shift of the names, the words that name it in instructions).
 CONVENTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "plain": (0, ("plain", "usual", "common", "ordinary")),
     "shifted": (2, ("shifted", "moved", "turned", "displaced")),
@@ -60,7 +60,7 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns the instructions of a convention on a side. Training and held-out side have every word and every template,
+    """Returns a convention's instructions on the training or held-out side. Both sides have every word and every template,
     but no pair of a word and a template is on both."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
@@ -68,7 +68,7 @@ def paraphrases(convention: str, side: str) -> list[str]:
 
 
 def answer(convention: str, asked: Asked) -> str:
-    """Returns the name of the right answer under a convention."""
+    """Returns the answer that is right under a convention."""
     step, _ = CONVENTIONS[convention]
     return asked.names[(asked.right + step) % len(asked.names)]
 
@@ -122,7 +122,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Takes a caption and a picture in turn from a side's documents; a question about a picture omits its caption."""
+    """Takes captions and pictures in turn from a side's documents; a question about a picture does not show its caption."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()
@@ -141,7 +141,7 @@ def _asked(
 
 
 def _picture(manifest: Manifest, tokens: np.ndarray, filler: np.ndarray, colour_of_code: np.ndarray) -> Asked | None:
-    """Returns the picture of a document; None if no cell of the picture shows only background."""
+    """Returns a document's picture and the index of its background colour; None if no cell shows only background."""
     begin, end = _image(manifest, tokens)
     first_code = manifest.vocab_size - len(colour_of_code)
     colours = colour_of_code[tokens[filler] - first_code]
@@ -158,7 +158,7 @@ def _caption(manifest: Manifest, tokens: np.ndarray, tokenizer: Tokenizer) -> As
 
 
 def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
-    """Returns the index of the picture's first token, and of the token after its last."""
+    """Returns where a document's picture is: the index of its first token, and of the token after its last."""
     assert manifest.image is not None
     (begin,) = np.flatnonzero(tokens == manifest.image.begin_id)
     (end,) = np.flatnonzero(tokens == manifest.image.end_id)
@@ -166,7 +166,7 @@ def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _colours(base: Path, manifest: Manifest) -> np.ndarray:
-    """Returns for each code the index of the background colour that is nearest to the code's mean colour [codes]."""
+    """Returns, int [codes], the index in BACKGROUNDS of the colour nearest to each code's mean colour."""
     assert manifest.image is not None
     means = load_codebook(base / str(manifest.image.codebook)).astype(np.float64).mean((1, 2))
     return ((means[:, None] - np.array(BACKGROUNDS, np.float64)) ** 2).sum(-1).argmin(1)
@@ -175,7 +175,7 @@ def _colours(base: Path, manifest: Manifest) -> np.ndarray:
 def _documents(convention: str, side: str, every: Sequence[Asked], tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """Yields the documents of a convention: the picture or caption, the instruction, a space and the answer."""
     special, instructions = special_ids(tokenizer), paraphrases(convention, side)
-    # The seed depends on the convention, so that one picture has another instruction in each convention.
+    # The seed depends on the convention, so that a picture's instructions differ between conventions.
     rng = np.random.default_rng((seed, list(CONVENTIONS).index(convention)))
     drawn = rng.integers(len(instructions), size=len(every)).tolist()
     asked = encode_texts(tokenizer, [f"\n{instructions[number]}\nAnswer:" for number in drawn])

@@ -1,7 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, active experts, rows that would be sent, the curve of loss over
-FLOPs and seconds, and the arm's probes. Then removes all checkpoints but the last, as only the curve needed the others.
+Writes measured.json into the run's folder: held-out losses, true experts per token, rows that an EP group would send, the
+curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last: only the curve needs the
+others.
 """
 
 import json
@@ -53,15 +54,15 @@ from tools.experiments.tokens import (
 
 @dataclass(frozen=True)
 class Spent:
-    """The training cost up to a step."""
+    """The cost of training up to a step."""
 
     tokens: int = 0  # tokens without padding
-    flops: float = 0.0  # forward and backward FLOPs, by moe_dist.plan.flops from the measured active experts
+    flops: float = 0.0  # forward and backward FLOPs, by moe_dist.plan.flops from the measured true experts per token
     seconds: float = 0.0  # seconds of training steps, without evaluations, checkpoints and starts
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """Returns the cost after each step, including the cost `before` the run."""
+    """Returns step -> cost up to and with this step, plus the cost `before` the run."""
     spent, sums, prefix = {}, before, "moe/experts_per_token/"
     for record in filter(lambda each: each["kind"] == "step", read_lines(metrics)):
         scalars = record["scalars"]
@@ -81,8 +82,8 @@ class Measurement:
     Args:
         folder: Folder of the run.
         section: The section of the study that says what is measured.
-        before: Training cost before the run, which the record includes.
-        side: Side of the multiple-choice questions.
+        before: Cost of training before the run, which the record's costs include.
+        side: Side of the split from which multiple-choice questions are taken.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -97,7 +98,8 @@ class Measurement:
         self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns the whole record of the run. `wanted` names the probes; `asks` may name `oracle` and `samples`."""
+        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle` and
+        `samples`."""
         last = max(self._directory.steps())
         plan = build_plan(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
@@ -135,7 +137,7 @@ class Measurement:
         return found
 
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
-        """Returns the held-out batches of each source that the run was trained on."""
+        """Returns source -> held-out batches, for each source on which the run was trained."""
         return {
             source: heldout_batches(
                 self._config.data.path,
@@ -151,8 +153,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step. Mean weights need other thresholds than the averaged checkpoints have, so thresholds
-        are calibrated again, on training sequences that the run has seen."""
+        """Returns the model of a step. Averaged weights need other thresholds than the averaged checkpoints have, so
+        thresholds are measured again, on training sequences that the run has seen."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -164,9 +166,9 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads the mean weights of these checkpoints, summed in float64, into the model.
+        """Loads the mean of the weights of these checkpoints (summed in float64) into the model.
 
-        Thresholds of routers are averaged too; integer counts are those of the last checkpoint.
+        Router thresholds are averaged too; integer tensors are those of the last checkpoint.
 
         Raises:
             DataError: a checkpoint is damaged, or the base of its adapters is missing.
@@ -176,7 +178,7 @@ class Measurement:
             self._reader.read(self._directory.path_of(step))
             for name, tensor in self._reader.state.tensors().items():
                 if tensor.is_floating_point():
-                    sums[name] = sums.get(name, 0.0) + tensor.to(torch.float64)  # takes 8 bytes for each weight
+                    sums[name] = sums.get(name, 0.0) + tensor.to(torch.float64)  # 8 bytes per weight
         if len(steps) > 1:
             for name, tensor in self._reader.state.tensors().items():
                 if name in sums:
@@ -188,8 +190,8 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """Returns the checkpoints whose mean is the model of a step: only that step or, with a curve, the last share of the
-        checkpoints up to that step."""
+        """Returns the steps of the checkpoints whose mean is the model of a step: only that step or, with a curve, also
+        those in the last `average` of the steps up to it."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -209,7 +211,7 @@ class Measurement:
         return points
 
     def _frequency(self) -> np.ndarray:
-        """Returns ln(1 + count in the training data) of each token id [V]."""
+        """Returns ln(1 + number of occurrences in the training data) of each token id, float64 [V]."""
         counts = np.zeros(self._manifest.vocab_size, np.int64)
         for source in self._manifest.sources.values():
             split = IndexedSplit(self._config.data.path, source.train)
@@ -219,7 +221,7 @@ class Measurement:
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
-            return dict.fromkeys(ROWS, 0.0)  # every rank holds all experts
+            return dict.fromkeys(ROWS, 0.0)  # every rank holds all experts, so no row is sent
         count = SentRows(spread(self._placement, self._section.wire.ep))
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -233,7 +235,7 @@ class Measurement:
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
         """Measures the loss with fewer experts per token, after dropping second experts of low weight. A first pass over
-        all batches determines the bounds."""
+        all batches finds the bounds on the weight."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -250,7 +252,7 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss after swapping some chosen tokens with unchosen ones."""
+        """Measures the loss after swapping some tokens that experts (or mixture-of-depths layers) chose with others."""
         modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:
@@ -274,8 +276,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the checkpoints that every run of this configuration has. A run that was stopped and resumed has one more
-    checkpoint, which must not count in means of weights, because the other runs lack it."""
+    """Returns the steps of the checkpoints that every run of this configuration has. A run that was stopped and resumed has
+    one more checkpoint, which must not count in means of weights, because the other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

@@ -1,9 +1,9 @@
-"""Estimates how much routing could gain if it knew the label: fits router logits to the right answer of each question.
+"""Estimates the accuracy of a router that knows the label: fits router logits to the right answer of each question.
 
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
 The fitted r is an offset of the router logits in the chosen layers, at the last token of the prompt and at the answer's
-tokens. The resulting accuracy is only an estimate: a longer fit may find more, and no router at inference knows the label.
+tokens. The accuracy is only an estimate: a longer fit may reach more, and no router knows the label at inference.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
@@ -40,21 +40,21 @@ class Oracle:
 
     model: Transformer  # in evaluation mode; its routers pass `check_routers`
     maker: SampleMaker  # makes batches from prompts and answers
-    group_of_modality: Tensor  # index of the expert group of each modality, int64 [M]
+    group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
     places: Sequence[int]  # the MoE layers whose routing is fitted, by their index among all MoE layers
 
     def __post_init__(self) -> None:
         routers = [layer.router for layer in self.model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in self.places]
-        # logits = h W^T, and W has full row rank, so the input h + offset pinv(W)^T gives the logits plus the offset.
+        # logits = h W^T, and W has full row rank: with the input h + offset pinv(W)^T, a router's logits gain the offset.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
     def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
-        """Returns the choice of each question with the highest log-likelihood per token.
+        """Returns, for each question, the index of the choice with the highest log-likelihood per token.
 
         Args:
-            written: The choices of each question, as text to score.
+            written: The choices of each question, as tokens to score.
             answers: Index of the right choice of each question.
         """
         # Longest first, so that a batch holds questions of similar length and little padding.
@@ -72,7 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits [B, L, C]. The loss is a sum over questions, so questions are independent."""
+        """Fits the offsets of the logits, float32 [B, L, C]. The loss is a sum, so questions are independent."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -96,7 +96,7 @@ class Oracle:
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Makes routers add the offset, inside the context, for tokens with a scored label: these predict the answer."""
+        """Inside the context, routers add the offset for tokens with a scored label: these predict the answer."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

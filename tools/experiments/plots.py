@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss against active experts per token, active experts per token against the token's
-loss, loss against FLOPs and seconds, and the accuracy of arms."""
+"""Plots an experiment with matplotlib: loss against true experts per token, true experts per token against the token's
+loss, loss against FLOPs and seconds, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
 STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
-IN_FRAME = 0.25  # nats above the best arm; arms farther off are only in the legend, because they would flatten the plot
+IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above it are only in the legend
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
-    """Writes the pictures for which these records have data."""
+    """Writes each picture for which these records have data."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
     loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) > 1:
@@ -52,9 +52,9 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """Draws a dot for each run. A grey line joins the runs with the same seed, which are compared."""
+    """Draws a dot for each run. A grey line joins runs with one seed, between which arms are compared."""
     judged = {arm for rule in study.rules for arm in rule.arms}
-    starts = {arm.after for arm in study.arms.values()} - judged  # arms that only give other arms their initial weights
+    starts = {arm.after for arm in study.arms.values()} - judged  # arms that only provide initial weights
     shown = [name for name in study.arms if name not in starts]
     means = {
         name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := of_arm(records, name).values())
@@ -104,7 +104,7 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
-    """Returns a panel of loss over cost and, with a reference arm, a panel of the distance from it at equal cost."""
+    """Returns a panel of loss over cost and, with a reference arm, one of the difference of losses at equal cost."""
     of = {} if study.reference is None else _points(records, study.reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
@@ -139,7 +139,7 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the mean curve over seeds, without the points that some seed lacks."""
+    """Returns the mean of the seeds' curves, without points that the curve of some seed lacks."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
@@ -156,7 +156,7 @@ def _logarithmic(axes: "Axes") -> None:
 
 
 def _style(place: int) -> str:
-    """Returns marker and line style of an arm."""
+    """Returns matplotlib's marker and line style of the arm number `place`."""
     return STYLES[place // 10 % len(STYLES)]
 
 
@@ -174,7 +174,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Returns the mean experts per token of a bin, over both modalities."""
+    """Returns the mean true experts per token in a bin, over text and image tokens."""
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
     tokens = [part["tokens"] for part in parts]
     return float(np.average([part["load"] for part in parts], weights=tokens)) if parts else float("nan")

@@ -1,4 +1,4 @@
-"""Changes the choices of a trained router by hooks, so that the effect can be measured; the model stays unchanged.
+"""Changes the choices of a trained router by hooks, to measure the effect on the loss; the model stays unchanged.
 
 threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is the simple way to use
              fewer experts in a top-2 model, and the baseline for adaptive routers.
@@ -23,7 +23,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Changes the result of each router inside the context; `change` gets the index of the module."""
+    """Inside the context, `change` changes the result of each of the router `modules`; it also gets the module's index."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
             # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
@@ -39,7 +39,7 @@ def routers(model: Transformer) -> list[nn.Module]:
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
     """Returns the weight of each token's second expert [T], 0 for a token without one.
 
-    The router must choose by tokens, and the two weights of a token must sum to 1.
+    Tokens must choose experts in this router, and the two weights of a token must sum to 1.
     """
     weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
     return weight_TK.view(num_tokens, -1).sort(dim=1, descending=True).values[:, 1]
@@ -63,7 +63,7 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """Returns the bound at which a token keeps `load` experts on average, 1 to 2, from all tokens' second weights."""
+    """Returns the bound with which tokens keep `load` experts on average, 1 to 2; second_N: their second weights."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -120,13 +120,13 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """Makes the generator of a layer and batch. Equal choices give equal draws, for any percentage."""
+    """Makes the random generator for a layer and batch. Its seed follows from the choices, not from the percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tables [T, E]: the chosen pairs, the weight that the router gives or would give to each pair, and the
-    pairs in which token and expert have the same group. Takes O(T x E) memory."""
+    """Returns three [T, E] tensors: whether the pair was chosen, its weight if chosen, and whether its token and expert are
+    in one group. Takes O(T x E) memory."""
     gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

@@ -4,10 +4,10 @@
 
 The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
-questions of each task are left out, because `tools.prepare_router_tuning --limit` scores the model on them. Questions with
-the same numbers or the same two opposites are left out too. Other questions about the same noun stay. Further seeds of
-reasoning-gym give further questions. The numbers of a question determine its side, so no seed moves a question to the
-training side.
+questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
+with the same numbers, or about the same pair of antonyms, as one of these are left out too. Other questions about the same
+noun are kept. More seeds of reasoning-gym give more questions. The numbers in a question determine its side, so no seed
+puts a held-out question on the training side.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 from tools.experiments.study import LEFT
 
-SLOW = ("reasoning-number_sequence",)  # takes half a minute for 2,000 questions; other tasks take a second or less
+SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions; other tasks take a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
 LICENCES = {"wordnet": ("WordNet licence", "WordNet, Princeton University"), "reasoning": ("Apache-2.0", "reasoning-gym")}
 
@@ -77,7 +77,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Yields the training questions of a family, without the first `left` of each task."""
+    """Yields training questions of all tasks of a family, without the first `left` of each task."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -87,9 +87,9 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Yields each training question that further seeds give for a task, once."""
+    """Yields, once each, the training questions of a task that further seeds give."""
     seen: set[Part] = set()
-    # Question i of a seed is made from seed + i, so nearer seeds would share questions.
+    # Question i of a seed is made from seed + i: seeds less than SIZE apart would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
         for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
             if question.asked not in seen:

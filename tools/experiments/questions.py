@@ -36,12 +36,12 @@ SAMPLES = "samples"
 
 @dataclass
 class QuestionRound:
-    """Asks one model the questions of one side; the answer is the choice with the highest log-likelihood per token."""
+    """Asks a model the questions of one side; its answer is the choice with the highest log-likelihood per token."""
 
-    model: Transformer  # the whole model, on this process
+    model: Transformer  # with all experts on this process
     config: Config
     manifest: Manifest
-    group_of_modality: Tensor  # index of the expert group of each modality, int64 [M]
+    group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
     section: QuestionsSection
     side: Side
 
@@ -53,13 +53,13 @@ class QuestionRound:
         self._likelihood = Likelihood(self.model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len)
 
     def record(self) -> dict[str, Any]:
-        """Returns the accuracy of each task, and the mean over tasks."""
+        """Returns the accuracy in each task, and the mean over tasks."""
         by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
         return {"side": str(self.side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
         """Returns the accuracy on the first questions of each task, with the routing of the last layers fitted to the right
-        answers; `before` is the accuracy without the fit."""
+        answers; its key `before` has the accuracy without the fit."""
         layers = len(self.config.model.moe_layers)
         oracle = Oracle(
             self.model,
@@ -94,7 +94,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """Returns the names of the tasks, and the catalogue that makes their questions.
+    """Returns the names of the tasks that `section` selects, and the catalogue that makes their questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that it needs is missing.

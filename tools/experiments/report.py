@@ -1,7 +1,7 @@
 """Writes the results of an experiment into docs/reproductions.md: verdicts, tables and plots.
 
-Each experiment has a section between two comments, which each report rewrites. Results under other rules (an earlier
-attempt) have a section of their own, which stays.
+Each experiment has a section between two comments, which each report rewrites. Results of an earlier attempt, under other
+rules, have a section of their own, which is not rewritten.
 """
 
 import math
@@ -130,7 +130,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Shows the share of held-out documents with a right answer: the mean over sources, and each source."""
+    """A table of the share of held-out documents with a right answer: the mean over sources, and each source."""
     sources = _parts(records, "answers", "by_source")
     metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
     rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
@@ -138,7 +138,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Shows the share of questions answered right, for some arms also with routing fitted to the labels."""
+    """A table of the share of questions answered right; for arms with an oracle also with routing fitted to the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
@@ -207,7 +207,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records) -> list[str]:
-    """Shows eta against the reference arm, in all and for each modality: geometric mean, least and largest over seeds."""
+    """A table of eta against the reference arm, in all and by modality: geometric mean, least and largest over seeds."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -238,14 +238,14 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """Shows the mean experts per token in each bin, for arms in which tokens take different numbers of experts."""
+    """A table of mean true experts per token, by bin of tokens, for arms in which this number differs between tokens."""
     rows = []
     for name, mine in _per_arm(study, records):
         tables = [each[key] for each in mine.values() if each.get(key) and each["load"]["all"] % 1]
         if not tables:
             continue
         cells = []
-        for bins in zip(*tables, strict=False):  # equal bins are merged, so a seed may have fewer bins
+        for bins in zip(*tables, strict=False):  # `binned` merges equal bins, so a seed may have fewer
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

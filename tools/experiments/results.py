@@ -1,6 +1,6 @@
 """Reads and writes the records of an experiment: a first line that identifies the rules, then a line of JSON for each run.
 
-The file is committed. A record takes a few kilobytes and contains all data of tables, plots and verdicts.
+The file is committed. A record takes a few kilobytes and has all data for tables, plots and verdicts.
 """
 
 import json
@@ -24,7 +24,7 @@ def results_path(study: Study, *, pilot: bool) -> Path:
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:
-    """Returns the commit of the rules: the one that last changed the study's file or its base.
+    """Returns the commit of the rules: the last one that changed the study's file or its base configuration.
 
     Raises:
         ConfigError: the pilot has not fixed its values, a file with rules is not committed as it is, or the results at
@@ -94,8 +94,8 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Returns the commit of the code, and true under "changed" if the code differs from it. Files in docs/ do not count as
-    code, because records are written there."""
+    """Returns the current commit, and "changed": true if the code differs from it. Files in docs/ do not count as code,
+    because records are written there."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")

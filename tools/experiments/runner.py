@@ -23,7 +23,7 @@ from tools.experiments.verdicts import Record
 MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
-STOP_SECONDS = 300.0  # a stopped run gets this long to save and end
+STOP_SECONDS = 300.0  # seconds in which a stopped run must save and end
 # Each process has one thread, because the runs are small and two of them fill two cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
@@ -36,7 +36,7 @@ class JobFailedError(MoeDistError):
 class _Running:
     job: StudyJob
     process: subprocess.Popen[bytes]
-    training: bool  # false: the process measures a finished training
+    training: bool  # true: the process trains; false: it measures a finished run
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Runner:
 
 
 def _reach(record: Record, path: str, job: StudyJob) -> Any:
-    """Returns the value at a dotted path of a record."""
+    """Returns the value at a dotted path in a record."""
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:

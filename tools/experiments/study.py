@@ -35,8 +35,8 @@ ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
-VARIANT = "~"  # separates an arm from its variant in a pilot; not allowed in names of arms
-LEFT = 500  # training questions of each task that no base is trained on; routers are tuned on them
+VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
+LEFT = 500  # per task, training questions that no base is trained on; routers are tuned on them
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
@@ -57,9 +57,9 @@ class ArmValue(Part):
 
 
 class InterpolatedValue(Part):
-    """The value `y` at the `x` of the arm `at`, on straight lines through the arms `through`, sorted by `x`.
+    """The value `y` at the `x` of the arm `at`, interpolated linearly between the arms `through`; x and y are dotted paths.
 
-    The outermost lines extend by `reach` beyond the outermost arms. Farther out there is no value.
+    The outermost lines extend by `reach` beyond the outermost arms. Farther out the rule has no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -70,7 +70,7 @@ class InterpolatedValue(Part):
 
 
 class EtaValue(Part):
-    """ln eta, where eta is the cost of the arm `of` over the cost at which the arm `eta` reaches the last loss of `of`."""
+    """ln eta, where eta = cost of the arm `of` / cost at which the arm `eta` reaches the last loss of `of`."""
 
     eta: ArmName
     of: ArmName
@@ -95,7 +95,7 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss under a probe at `at`, over the loss without the probe."""
+    """`factor` times the rise of the loss by a probe with the setting `at`; the loss without the probe is subtracted."""
 
     arm: ArmName
     probe: str
@@ -108,10 +108,10 @@ Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | Rat
 
 
 class ValueRule(Part):
-    """Requires that `lower` is below `higher` + margin.
+    """A rule: `lower` must be below `higher` + margin.
 
     With `bound`, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
-    With `mean`, the mean difference itself must be at most the margin.
+    With `mean`, the mean paired difference itself must be at most the margin.
     """
 
     claim: str
@@ -150,7 +150,7 @@ class CurveSection(Part):
 
 
 class WireSection(Part):
-    """The layout for which rows that leave their rank are counted."""
+    """The assumed EP group, for which rows that leave their rank are counted."""
 
     ep: PositiveInt = 4
     placement: Literal["interleaved"] = "interleaved"
@@ -163,11 +163,11 @@ class QuestionsSection(Part):
     limit: PositiveInt | None = None  # largest number of questions per task; None for all
     wordnet: str = ".cache/package/dict"
     embedder: str | None = None  # folder of the embedder; by default the one of `make embedder`
-    least: NonNegativeInt = 0  # required total of test questions
+    least: NonNegativeInt = 0  # least number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    listed: bool = False  # if true, questions list their choices, and a success must be right under each rotation
-    oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
-    oracle_layers: PositiveInt = 5  # the oracle fits the routing of this many last MoE layers
+    listed: bool = False  # true: questions list their choices, and a success is right in each rotation of the choices
+    oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
+    oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
 
 class MeasureSection(Part):
@@ -194,7 +194,7 @@ class Arm(Part):
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
-    carry: bool = False  # the costs in the record include the cost of the run named by `after`
+    carry: bool = False  # the record's costs include those of the arm `after`
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
@@ -231,7 +231,7 @@ class Study(Part):
     seeds: Seeds
     pilot: PilotSection
     measure: MeasureSection = Field(default_factory=MeasureSection)
-    not_testable: str = ""  # why no rule can be judged here; empty if the rules can be
+    not_testable: str = ""  # why no rule can be judged on these runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[ValueRule, ...] = ()
 
@@ -270,8 +270,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include all of their training cost. An arm that continues another arm is included
-        only with `carry`."""
+        """Returns the arms whose records include their whole training cost: an arm that continues another one only with
+        `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -283,10 +283,10 @@ class Study(Part):
 class StudyJob:
     """One run and its measurement."""
 
-    label: str  # the arm's name; in a pilot "~" and the name of a variant may follow
+    label: str  # name of the arm; in a pilot also VARIANT and the name of a variant
     arm: Arm
     seed: int
-    settings: Mapping[str, Any]  # overrides of the base configuration; the start of the job adds the measured ones
+    settings: Mapping[str, Any]  # overrides of the base configuration, without those from other arms' records
 
 
 def load_study(path: Path) -> Study:
@@ -320,7 +320,7 @@ def fingerprint(study_path: Path, study: Study) -> str:
 
 
 def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
-    """Returns every run, arm by arm in the order of the file. An arm comes after the arms that it needs."""
+    """Returns the job of every run, arm by arm in the order of the file. An arm comes after the arms that it needs."""
     if pilot:
         return _pilot_jobs(study)
     return [_job(study, name, arm, seed, {}) for name, arm in study.arms.items() for seed in study.seeds_of(arm)]
@@ -362,8 +362,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. A value that is still to be measured has a stand-in: 1.5 for a number of experts,
-    and for a folder one that does not exist.
+    """Returns the configuration of a run. Values that are not measured yet are replaced: a number of experts by 1.5, a
+    folder by one that does not exist.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -1,5 +1,5 @@
-"""Evaluates a model token by token: loss and active experts of each held-out token, right answers of instruction data, and
-the rows that the routing would send.
+"""Evaluates a model token by token: loss and true experts of each held-out token, right answers of instruction data, and
+the rows that an EP group would send.
 
 The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
 go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
@@ -31,10 +31,10 @@ ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_n
 
 @dataclass(frozen=True)
 class Tokens:
-    """All scored tokens of an evaluation. `input` is the token itself, which the experts see; `label` is the next token."""
+    """All scored tokens of an evaluation. `input` is the token that the experts compute; `label` is the next token."""
 
     loss_N: np.ndarray  # loss in nats
-    load_NL: np.ndarray  # active experts in each layer; 0 where the token skips a mixture-of-depths layer
+    load_NL: np.ndarray  # number of true experts in each layer; 0 where the token skips a mixture-of-depths layer
     input_N: np.ndarray  # token ids
     label_N: np.ndarray
     input_filler_N: np.ndarray  # true for an empty cell of a picture
@@ -45,17 +45,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """The routing of one layer's forward."""
+    """The routing of a batch in one layer."""
 
     routing: Routing
-    index_T: Tensor  # position in the batch of each token of the router; a mixture-of-depths layer routes only some tokens
+    index_T: Tensor  # index in the batch of each routed token; a mixture-of-depths layer routes only some tokens
 
 
 @contextmanager
 def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
     """Makes each forward of a router append its routing to the yielded list, layer by layer."""
     seen: list[TokenPairs] = []
-    chosen: list[Tensor] = []  # tokens of the current layer, if it selects its tokens
+    chosen: list[Tensor] = []  # indices of the tokens of a mixture-of-depths layer
 
     def note_tokens(module: nn.Module, arguments: tuple[Any, ...], found: Any) -> None:
         del module, arguments
@@ -102,14 +102,14 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 def input_filler(batch: Batch) -> Tensor:
     """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` is true if the next
-    token is an empty cell. A document's first token has no token before it, so it never counts as an empty cell."""
+    token is an empty cell. The first token of a document always counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
 
 
 def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
-    """Returns the active experts of each token of the batch [T], float64; 0 for tokens that skip the layer."""
+    """Returns the number of true experts of each token in the batch, float64 [T]; 0 for tokens that skip the layer."""
     pairs = seen.routing.assignments.taken()
     ones = torch.ones(len(pairs.token_N), dtype=torch.float64)
     return torch.zeros(num_tokens, dtype=torch.float64).index_add_(0, seen.index_T[pairs.token_N], ones)
@@ -128,7 +128,7 @@ def losses(tokens: Tokens) -> dict[str, float]:
 
 
 def loads(tokens: Tokens) -> dict[str, Any]:
-    """Returns the mean active experts per token and layer: of all scored tokens, by layer, and by kind of token or label.
+    """Returns the mean true experts per token and layer: over all scored tokens, by layer, and by kind of token or label.
     `idle` is the share of (token, layer) pairs without any expert."""
     load_N = tokens.load_NL.mean(1)
     kinds = {
@@ -147,8 +147,8 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
-    """Sorts tokens by a value into bins of equal size, and returns the mean active experts of text and of image tokens in
-    each bin. If text and image differ inside a bin, the value alone does not explain the difference."""
+    """Sorts tokens by a value into bins of equal size, and returns the mean true experts of text and of image tokens in
+    each bin. If these differ in a bin, the value alone does not determine the number of experts."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))
@@ -164,7 +164,7 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts documents with scored tokens and right answers of each source, and averages the accuracy over sources.
+    """Counts scored documents, and those answered right, in each source; averages the accuracy over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
@@ -180,7 +180,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Counts a batch's documents with scored tokens, and those in which each scored token is the most likely one."""
+    """Counts a batch's documents with scored tokens, and those in which the most likely token is always the label."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)
@@ -190,7 +190,7 @@ def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
 
 
 def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
-    """Places the experts of a run on `ep` ranks."""
+    """Makes the interleaved placement of a run's experts on `ep` ranks."""
     return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
 
 
@@ -211,8 +211,8 @@ class SentRows:
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False  # a row for an expert on the token's own rank is not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # The routing does not store which token made a null choice, so each rank gets a share of the null choices, and of
-        # each group's tokens, in proportion to the rank's tokens.
+        # The routing does not say which token made a null choice, so null choices, and each group's tokens, are divided
+        # among ranks in proportion to their tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
@@ -238,7 +238,7 @@ class SentRows:
         self._tokens += int(sums.tokens_G.sum())
 
     def per_token(self) -> Mapping[str, float]:
-        """Returns the rows per token and layer."""
+        """Returns the mean number of sent rows per token and layer, by dispatch method."""
         return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
 
 

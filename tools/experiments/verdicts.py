@@ -1,7 +1,7 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
-Runs with one seed share data, order and base weights, so the difference d_i between two arms is taken for each seed i. The
-one-sided 95 % bounds of the mean difference over n seeds are (Student's t)
+Runs with one seed share data, order and base weights, so the difference d_i between two arms is taken between runs with the
+same seed i. The one-sided 95 % bounds of the mean difference over n seeds are (Student's t)
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -34,7 +34,7 @@ Outcome = Literal["pass", "fail", "not testable here"]
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean and standard deviation of n paired differences, and the two one-sided bounds of the mean."""
+    """Mean and standard deviation of n paired differences, and two one-sided 95 % bounds of the mean."""
 
     n: int
     mean: float
@@ -44,7 +44,7 @@ class Paired:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Computes the mean of paired differences and its one-sided bounds.
+    """Computes mean, standard deviation and one-sided bounds of paired differences.
 
     Raises:
         ValueError: there are fewer than two differences, or one is not finite, so that no bound exists.
@@ -74,7 +74,7 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Returns the cost at which a curve of (cost, loss) first reaches a loss, interpolated in ln cost.
+    """Returns the cost at which the loss of a curve of (cost, loss) first falls to `loss`, interpolated in ln cost.
 
     Returns None if the curve never reaches the loss, or starts below it: then the cost of reaching it is unknown.
     """
@@ -108,11 +108,11 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
 
 def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Returns the distance of a curve from the curve `of`, at the costs of `curve`, [2, points]: cost and nats above `of`.
+    """Returns cost and nats above the curve `of`, [2, points], at each cost of `curve`.
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
-            beyond its ends. Farther out the distance is nan.
+            beyond its ends. Farther out the result is nan.
     """
     known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
     return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])
@@ -129,7 +129,7 @@ class Verdict:
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """Judges each rule, from all seeds that the rule's arms share."""
+    """Judges each rule, from the seeds for which all arms of the rule have records."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
@@ -158,7 +158,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """Returns a value for one seed; None if the records lack it."""
+    """Returns the number that a rule's `value` has for one seed; None if records lack it."""
     match value:
         case ConstantValue():
             return value.constant
@@ -185,7 +185,7 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
 
 
 def number_at(record: Record, path: str) -> float | None:
-    """Returns the number at a dotted path of a record; None if the path has no number."""
+    """Returns the number at a dotted path in a record; None if there is no number."""
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -200,7 +200,7 @@ def of_arm(records: Records, arm: str) -> dict[int, Record]:
 
 
 def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
-    """Returns the points (cost, held-out loss of a part) of a run, by rising cost."""
+    """Returns the points (cost, held-out loss of `part`) of a run's curve, by rising cost."""
     return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]
 
 

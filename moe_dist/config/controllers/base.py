@@ -11,5 +11,5 @@ class ControllerSection(Section):
 
     @property
     def targets(self) -> Mapping[str, float]:
-        """Target of true experts per token, by group."""
+        """The mean number of true experts per token that the controller aims at, by group."""
         return {}

@@ -1,4 +1,4 @@
-"""The base classes of the sections of dispatchers. Other code reads these properties and never compares the kind."""
+"""The base classes of the sections of dispatchers. Other code reads these properties and never compares `kind`."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ class DispatchSection(Section):
 
     @property
     def name(self) -> str:
-        """The kind in the form of an override."""
+        """The key and value that select this dispatcher, as on the command line."""
         return f"{KIND}={self.kind}"
 
     @property
@@ -33,7 +33,7 @@ class DispatchSection(Section):
 
 
 class KernelDispatchSection(DispatchSection):
-    """A dispatcher with the GPU kernels of another project. Rows are bf16. Its buffers have room for one number of
+    """A dispatcher with the GPU kernels of another project. Rows are bf16. Its buffers have room for a fixed number of
     tokens."""
 
     kernels: ClassVar[str]
@@ -75,6 +75,6 @@ class KernelDispatchSection(DispatchSection):
 
 
 def either(values: list[str]) -> str:
-    """`2, 4 or 8`."""
+    """Joins values for an error text, as in `2, 4 or 8`."""
     *most, last = values
     return f"{', '.join(most)} or {last}" if most else last

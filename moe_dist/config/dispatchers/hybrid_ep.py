@@ -22,7 +22,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
         if config.parallel.ep == 1:
             problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
             yield Violation((KIND, "parallel.ep"), problem)
-        if tokens % 4:  # checked with `width % 16`, because TMA copies multiples of 16 bytes
+        if tokens % 4:  # TMA copies multiples of 16 bytes
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
                 f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"

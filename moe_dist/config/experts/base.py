@@ -4,14 +4,14 @@ from moe_dist.config.section import Section
 
 
 class ExpertsSection(Section):
-    """The module that a true expert is."""
+    """The kind of module that each true expert is, such as an FFN."""
 
     kind: Any
 
     replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
-    over_frozen_ffn: ClassVar[bool] = False  # true if experts adapt one FFN per layer, which run.init_from brings
+    over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters of one FFN per layer, loaded by run.init_from
 
     @property
     def input_dropout(self) -> float:
-        """Share of an expert's inputs that is dropped in training."""
+        """Dropout probability of an expert's inputs in training."""
         return 0.0

@@ -50,7 +50,7 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
         return self.dropout
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        if config.model.moe.router.softmax_top_k:  # adapter_violations reports other routers
+        if config.model.moe.router.softmax_top_k:  # `adapter_violations` reports routers without `softmax_top_k`
             for rule in (_routing, _groups, _sharding):
                 yield from rule(config)
 

@@ -1,4 +1,4 @@
-"""The base class of the sections of routers. Other code reads these capabilities and never compares the kind."""
+"""The base class of the sections of routers. Other code reads these properties and never compares `kind`."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -10,33 +10,33 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 
 
 class RouterSection(Section):
-    """The rule by which tokens and experts are matched.
+    """The rule that decides which experts compute which tokens.
 
-    Defaults are those of a router with which each token takes top_k columns of its group. selection_bias, null_logit,
-    normalise, scale and scope mean the same in all kinds that have them.
+    The values here are right for a router with which each token takes top_k columns of its group; other kinds override
+    them. selection_bias, null_logit, normalise, scale and scope mean the same in all kinds that have them.
     """
 
     kind: Any
 
-    softmax_top_k: ClassVar[bool] = False  # true if the choice is the plain top-k of one softmax over the group's columns
-    experts_choose: ClassVar[bool] = False  # true if in training each expert takes tokens
-    fixed_choices: ClassVar[bool] = True  # true if each token has top_k choices
-    needs_global_batch_info: ClassVar[bool] = False  # true if choices depend on a token's place in the global batch
-    only_true_experts: ClassVar[bool] = False  # true if groups must have neither null nor zero-computation experts
+    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over its group's columns
+    experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
+    fixed_choices: ClassVar[bool] = True  # true if each token chooses exactly top_k columns
+    needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
+    only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
 
     @property
     def name(self) -> str:
-        """The kind in the form of an override."""
+        """The key and value that select this router, as on the command line."""
         return f"{ROUTER}.kind={self.kind}"
 
     @property
     def said(self) -> str:
-        """All keys and values in one line."""
+        """The section's keys and values as one line of text."""
         return ", ".join(f"{key}: {value}" for key, value in self.model_dump(mode="json").items())
 
     @property
     def has_selection_bias(self) -> bool:
-        """Whether there is a bias that load controllers can change."""
+        """Whether the router has a selection bias, which load controllers change."""
         return getattr(self, "selection_bias", False)
 
     @property
@@ -50,25 +50,25 @@ class RouterSection(Section):
 
     @property
     def normalises_chosen(self) -> bool:
-        """Whether the weights of a token's choices sum to a constant."""
+        """Whether a token's routing weights are divided by their sum over the chosen (or chosen true) experts."""
         return getattr(self, "normalise", "none") in ("true_chosen", "all_chosen")
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the weights of a token that takes a true expert; None if it differs between tokens."""
+        """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        """The ranks whose tokens compete for an expert."""
+        """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""
         return getattr(self, "scope", "rank")
 
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
-        """Share of its group's tokens that each expert takes; None if tokens choose."""
+        """Share of its group's tokens that each expert takes; None if tokens choose experts."""
         return None
 
     def counts_unknown(self) -> str:
-        """The reason why the number of pairs of each rank and expert is not known before routing; empty if known."""
+        """The reason why only routing decides the number of pairs of each rank and expert; empty if it is known before."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:

@@ -11,7 +11,7 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # null experts have no use, because a token may stay without any expert
+    only_true_experts: ClassVar[bool] = True  # null experts are useless: no expert may take a token
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: Share | None = None
@@ -50,7 +50,7 @@ class ExpertChoiceRouterSection(RouterSection):
         )
 
     def keywords(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind", "scope"})  # the scope is passed as an object
+        return self.model_dump(exclude={"kind", "scope"})  # the caller passes the scope as an object
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if self.causal is not None:
@@ -60,8 +60,8 @@ class ExpertChoiceRouterSection(RouterSection):
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Expert choice is balanced by construction, and its scores are not a softmax: the losses of token choice do not
-    apply."""
+    """Expert choice allows no balance loss, because each expert takes its share of tokens, and no z-loss, because its
+    scores are no softmax."""
     schedule = config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
@@ -78,7 +78,7 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """No expert can take more than all tokens, and model.moe.capacity must not be set."""
+    """An expert must not have to take more than all tokens, and model.moe.capacity must be null."""
     name = section.name
     for group_name, group in config.model.moe.groups.items():
         prefix = f"model.moe.groups.{group_name}"

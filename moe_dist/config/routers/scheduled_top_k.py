@@ -14,7 +14,7 @@ KEY = f"{ROUTER}.active_experts"
 class ScheduledTopKRouterSection(RouterSection):
     """Top-k with a given mean k for each layer, which does not depend on the token: a baseline for null experts."""
 
-    needs_global_batch_info: ClassVar[bool] = True  # draws are numbered by the tokens of the whole step
+    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on its number in the step
     only_true_experts: ClassVar[bool] = True
 
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"
@@ -46,7 +46,7 @@ class ScheduledTopKRouterSection(RouterSection):
                 top_k = f"model.moe.groups.{name}.top_k"
                 problem = f"{key} has {max(loads):g}, above {top_k}={groups[name].top_k}: lower it, or raise top_k"
                 yield Violation((key, top_k), problem)
-            # A draw belongs to a step and a token, but a mixture-of-depths layer does not know which tokens it computes.
+            # The random draw needs each token's number in the step, which a mixture-of-depths layer does not pass on.
             drawn = [each for each, load in zip(model.moe_layers, loads, strict=False) if load % 1.0]
             if deep := sorted(set(drawn) & set(model.depth_layers)):
                 problem = (

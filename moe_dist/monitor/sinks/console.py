@@ -15,8 +15,8 @@ from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
-SHOWN_GROUPS = 3  # more groups do not fit into a line
-WIDE = 120  # from this number of columns on, the bar shows group names
+SHOWN_GROUPS = 3  # most groups that fit into a line
+WIDE = 120  # terminal columns from which on the bar shows group names
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ConsoleSink(Sink):
     """Shows the run on the console.
 
     Args:
-        total_steps: Last step of the run.
+        total_steps: Number of steps of the run.
         every: Steps between plain lines if the console is no terminal.
         resume_step: Last step of the earlier attempt.
         hints: Source of the hints; None shows no hints.
@@ -96,17 +96,17 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message stays one line, however long
+        unbroken = not self._console.is_terminal  # in a log each message is one line, however long
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
-        """Estimates from the mean time of a step in this attempt, evaluations and checkpoints included."""
+        """The time until the last step, from the mean time per step in this attempt with evaluations and checkpoints."""
         done = max(1, step - self._began_step)
         return duration((self._clock() - self._began_at) / done * (self._total - step))
 
 
 def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
-    """The numbers beside the bar. Without the names of the groups (`named`) the line fits into 80 columns."""
+    """The numbers beside the progress bar. `named` adds group names, which do not fit into 80 columns."""
     loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
     return (
         f"loss {_number(loss, '.3f')} · {_thousands(rate)} tok/s · "
@@ -126,7 +126,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with changes if the previous evaluation had as many tokens. The final evaluation has more tokens."""
+    """Held-out losses, and their changes if the previous evaluation had equally many tokens. (The final one has more.)"""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -142,7 +142,7 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """For expert choice: held-out losses and experts per token, beside the values under the selection of training."""
+    """For expert choice: held-out losses and experts per token, causal and with the selection of training."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
         f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"

@@ -24,7 +24,7 @@ from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
-# A line begins with these keys, so that a resume need not parse the JSON of gigabytes.
+# Every line begins with these keys, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
@@ -89,7 +89,7 @@ class JsonlSink(Sink):
         """Makes all lines durable.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. Lines stay in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. They are kept in memory, and the next checkpoint must wait.
         """
         if self._file.closed:
             return
@@ -115,7 +115,7 @@ class JsonlSink(Sink):
     def _write(self, line: Mapping[str, Any]) -> None:
         # Without fsync a kill loses nothing, but a power cut loses the lines since the last flush().
         odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
-        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # JSON has no nan and inf
+        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # nan and inf go into `non_finite` as text
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
             self._drain()
@@ -139,7 +139,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             try:
-                line = json.loads(text) if text.endswith("\n") else None  # a torn line lacks the newline, even if it parses
+                line = json.loads(text) if text.endswith("\n") else None  # a line without newline was cut
             except ValueError:
                 line = None
             if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -149,11 +149,11 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
-    """Drops lines of steps after `step`, and lines that are no records, such as a line that a crash tore. With
+    """Drops the lines of steps after `step`, and unreadable lines, such as one that a crash cut short. With
     `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
 
-    The file is always replaced by one rename. So a crash leaves the old file whole, and a stale writer that wakes up writes
-    to a deleted file. The file is read once.
+    The file is always replaced by one rename: a crash leaves the old file whole, and a suspended earlier writer that wakes
+    up writes to a deleted file. The file is read once.
     """
     if not path.exists():
         return
@@ -169,7 +169,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
             else:
                 new.write(text)
         new.flush()
-        os.fsync(new.fileno())  # the rename below must not become durable before the content
+        os.fsync(new.fileno())  # the content must be on disk before the rename
     os.replace(kept_path, path)
     if unreadable or dropped:
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"

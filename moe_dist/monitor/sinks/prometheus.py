@@ -1,7 +1,7 @@
 """Two sinks of the latest scalars as labelled samples: a textfile for Prometheus, and datagrams for Ray's metrics.
 
-Textfile format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are
-gauges, because a resumed run goes back in steps, and a counter must never fall.
+Textfile format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are gauges,
+because a resumed run repeats steps, and a Prometheus counter must never fall.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class PrometheusSink(Sink):
         self._replace()
 
     def _replace(self) -> None:
-        # node_exporter ignores the scratch file, because its name does not end in .prom.
+        # node_exporter ignores the temporary file, because its name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
         os.replace(scratch, self._path)  # atomic; fsync is not needed, because the next step replaces the file
@@ -96,10 +96,11 @@ class RaySink(Sink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/metrics.py`), in one datagram to a Unix socket.
 
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. If
-    nobody reads or the buffer is full, the datagram is lost, because training must not wait; metrics.jsonl has all records.
+    nothing reads or the buffer is full, the datagram is lost, because training must not wait; metrics.jsonl has all
+    records.
 
     Args:
-        socket_path: Socket of the actor.
+        socket_path: Path of the socket that the actor reads.
         run_name: Value of the label `run` of each sample.
     """
 
@@ -120,5 +121,5 @@ class RaySink(Sink):
 
     def _send(self, scalars: Mapping[str, float | None]) -> None:
         content = json.dumps(list(samples(scalars, step=self._step, run_name=self._run_name)))
-        with contextlib.suppress(OSError):  # there may be no reader, or the buffer may be full
+        with contextlib.suppress(OSError):  # no reader, or a full buffer
             self._socket.sendto(content.encode(), self._path)

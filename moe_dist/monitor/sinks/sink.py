@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 class Sink:
     """A destination of records. A method that a sink does not define does nothing.
 
-    Constructors take `resume_step`, the last step whose records stay (0 in a new run). The sink drops an earlier attempt's
-    records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
+    Constructors take `resume_step`, the step from which the run resumes (0 in a new run). The sink drops an earlier
+    attempt's records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
     TensorBoardSink also take `evaluation_owed`. `evaluation_owed` is true if the evaluation of `resume_step` will be
     repeated, because the earlier attempt died before the next checkpoint; the sink then drops the earlier evaluation too.
     """
@@ -32,15 +32,15 @@ class Sink:
         """Takes a page of text, such as the configuration."""
 
     def flush(self) -> None:
-        """Makes all records so far durable. The caller flushes before it commits a checkpoint, because a later resume does
-        not write these records again."""
+        """Makes all records so far durable. The caller flushes before it commits a checkpoint, because a resume from it
+        does not make these records again."""
 
     def close(self) -> None:
         """Flushes and releases files and threads. A second call of `close` does nothing."""
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record, so it must stand before the sinks that write. A check reads one small file.
+    """Checks the lease before each record. Must come before the sinks that write. A check reads one small file.
 
     Args:
         check: Function that raises if this process may no longer write to the run folder.
@@ -60,7 +60,7 @@ class LeaseWatch(Sink):
 
 
 class GuardedSinks(Sink):
-    """Passes every call to each sink, in order. A sink that raises OSError is logged and left out until the next start.
+    """Passes every call to each sink, in order. A sink that raises OSError is logged and not called again.
 
     A sink whose `flush` raises CheckpointError (metrics.jsonl) stays and tries again. No checkpoint is committed until the
     sink succeeds.
@@ -81,7 +81,7 @@ class GuardedSinks(Sink):
 
     def flush(self) -> None:
         """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # The result is assigned once, after all sinks, because the thread that writes checkpoints may read it at any time.
+        # Assigned only after all sinks, because the thread that writes checkpoints may read it at any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:

@@ -62,7 +62,7 @@ class TensorBoardSink(Sink):
         self._add(scalars, result.step)
 
     def text(self, tag: str, markdown: str) -> None:
-        # An attempt's text stands at its first step, so that a resume before that step removes the text too.
+        # A text has the attempt's first step, so that a later resume from before that step removes it too.
         self._open.add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
@@ -84,7 +84,7 @@ class TensorBoardSink(Sink):
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
         known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
-        self._open.add_summary(Summary(value=known), step)  # one event per step costs less than one per curve
+        self._open.add_summary(Summary(value=known), step)  # one event for all scalars is smaller than one for each
 
     def _add_pictures(self) -> None:
         pictures = {
@@ -105,7 +105,7 @@ class TensorBoardSink(Sink):
 
 
 class Window:
-    """Sums of the arrays over consecutive steps."""
+    """Sums of the records' arrays over consecutive steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -117,7 +117,7 @@ class Window:
         tokens_LG = record.arrays["tokens_LG"]
         names = ("choices_LC", "tokens_LG", "dropped_LG", "weighted_rows_LR", "idle_LG")
         arrays = {name: record.arrays[name] for name in names if name in record.arrays}
-        # The product undoes the mean, and nan (a group without tokens) must not enter the sum.
+        # Mean entropy x tokens; nan (a group without tokens) must not enter the sum.
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
@@ -163,7 +163,7 @@ class Window:
 
 
 def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) -> DepthStatistics | None:
-    """Adds the sums of two steps; the remaining fields are equal in all steps of a run."""
+    """Adds the counts of two steps; all other fields are equal in all steps of a run."""
     if sums is None or depths is None:
         return depths
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
@@ -171,7 +171,7 @@ def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) ->
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
-    """The custom scalars page: pages of charts, each with the regular expressions of the tags that it shows."""
+    """The custom scalars page: category -> chart title -> chart type, and regular expressions of the chart's tags."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
     losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
 
@@ -224,12 +224,12 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
 
 
 def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
-    """Cuts a file. Returns True if the file has steps and keeps all of them."""
+    """Drops these events from one file. Returns True if the file has steps and none was dropped."""
     kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
     kept_steps = dropped = False
     with kept_path.open("wb") as file:
         writer = RecordWriter(file)
-        for raw in RawEventFileLoader(str(path)).Load():  # stops silently at a torn event, as TensorBoard does
+        for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
             event = Event.FromString(raw)
             values = event.summary.value
             evaluation = bool(values) and values[0].tag.startswith(
@@ -238,11 +238,11 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:
-                kept_steps |= event.step > 0  # the header of a file is an event of step 0
+                kept_steps |= event.step > 0  # a file begins with an event of step 0
                 writer.write(raw)
         file.flush()
-        os.fsync(file.fileno())  # the rename below must not become durable before the content
-    os.replace(kept_path, path)  # always replaced, so that a stale writer writes to a deleted file
+        os.fsync(file.fileno())  # the content must be on disk before the rename
+    os.replace(kept_path, path)  # always, so that a suspended earlier writer writes to a deleted file
     return kept_steps and not dropped
 
 

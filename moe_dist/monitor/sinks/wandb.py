@@ -51,7 +51,7 @@ class WandbSink(Sink):
             ) from error
 
     def step(self, record: Record) -> None:
-        # The row is not committed yet, because an evaluation of this step goes into the same row.
+        # Not committed yet, because an evaluation of this step goes into the same wandb row.
         self._run.log(_known(record.scalars), step=record.step, commit=False)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
