@@ -159,7 +159,8 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index of a rank's first token among all tokens of the step, which is the same in any layout."""
+        """Returns the index, among all tokens of the step, of a rank's first token. Any layout gives a token the same
+        index."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
