@@ -6,7 +6,7 @@
 Such a choice depends on later tokens, so only training uses it (`selection`). Evaluation routes each token causally:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4); W_1, W_2 learn in a later run
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); W_1, W_2 learn in a later run
 
 With both rules the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D hidden
 size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
