@@ -37,7 +37,7 @@ class AttentionLoRA(nn.Module):
     Args:
         widths: I and O of each projection that gets an adapter.
         rank, alpha: r, and alpha of the scale alpha / r.
-        dropout: Share of an adapter's inputs that is dropped in training.
+        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
         seed, layer: With the step and the tokens, the name of the random numbers for dropout.
     """
 

@@ -88,7 +88,7 @@ class LoRAExperts(nn.Module):
         hidden_dim, ffn_dim: D and F.
         groups: All groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
-        dropout: Share of an adapter's inputs that is dropped in training.
+        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.
         weight: Kind of the weights w_e, see the top of this file.
     """

@@ -3,8 +3,8 @@
     identity  E(x) = x                                          (LongCat-Flash, arXiv 2509.01322; MoE++'s copy expert)
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned
 
-x is the input of the true experts, after the norm. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D hidden
-size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
+x is the layer's normalised input, as for true experts. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D
+hidden size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
 """
 
 from collections.abc import Sequence

@@ -4,9 +4,9 @@
 2. Recompute: set inside each FSDP2 unit when it is built, so that FSDP2 gathers a unit's parameters before recomputation.
 3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
-Gradients are summed and not averaged, because a rank's loss is its share of the global loss. Dense gradients are summed
-over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast
-them to its compute dtype. `reduce_gradients` sums the routers' gradients over the world after backward.
+Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
+summed over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would
+cast them to its compute dtype. `reduce_gradients` sums the routers' gradients over the world after backward.
 """
 
 from collections.abc import Collection, Iterator

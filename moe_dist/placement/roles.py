@@ -4,7 +4,7 @@ the initial value.
 A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. The
 role is not an attribute of parameters, because FSDP2 and `Module.to_empty` replace parameters.
 
-This file imports no torch, so that checkpoints can be described without torch.
+This file imports no torch, so that commands without torch can describe checkpoints.
 """
 
 import re

@@ -11,7 +11,8 @@ While the mean is below the target the biases rise, so true experts win choices 
 mean bias equally. The form per expert also balances the true experts; the form per group keeps their order.
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
-true experts converges to the target although each step is noisy (Robbins and Monro, 1951), also while the router learns.
+true experts per token converges to the target although each step is noisy (Robbins and Monro, 1951), even as the router
+learns.
 """
 
 from collections.abc import Mapping

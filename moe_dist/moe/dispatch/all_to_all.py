@@ -5,9 +5,9 @@ once to the rows' dtype) and sends one row back. Rows that stay on their rank ne
 tokens on this rank, D hidden size, N (token, expert) pairs, absent ones included, S rows sent to other ranks, O rows that
 stay, R = O + rows received, Q pairs computed here.
 
-Collectives of forward: counts and rows of pairs (integers, in `plan`, not repeated by recompute), pair weights and rows
-(one autograd node, in `dispatch`), and rows back (in `combine`). Collectives of backward: rows, then weight gradients and
-rows. Every rank issues all of them in this order, also with nothing to send.
+Collectives of forward: counts, and the row index of each pair (integers, in `plan`, not repeated by recompute); pair
+weights and rows (one autograd node, in `dispatch`); rows back (in `combine`). Collectives of backward: rows (of `combine`),
+then weight gradients and rows (of `dispatch`). Every rank issues all of them in this order, also with nothing to send.
 
 Host syncs: one per layer, in which `plan` reads the numbers of rows and of pairs to and from all ranks.
 
@@ -31,8 +31,8 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Bound of the receive buffer in rows of D; None for no bound. The buffer never holds more than (ep
-            - 1) x T rows, which are all tokens of all other ranks of the EP group.
+        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
+            (ep - 1) x T rows, all tokens of all other ranks of the EP group.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:

@@ -5,9 +5,9 @@
     CombineReceive    sums rows back into the table                                forward of combine
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
-DispatchSend and CombineReceive issue their collectives in the constructor and return the result from `wait`. In between
-they copy or add the rows that stay on this rank, while the other rows are in flight. The hierarchical dispatcher chains two
-exchanges: the rows that arrive from the first are the table of the second.
+The constructors of DispatchSend and CombineReceive issue the collectives, and `wait` returns the result. The rows that stay
+on this rank are copied or added while the other rows are in flight. The hierarchical dispatcher chains two exchanges: the
+rows that arrive from the first are the table of the second.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward.
 Shape letters: M rows of the table, D hidden size, N pair weights, P taken pairs of this rank (to other ranks, then own), S

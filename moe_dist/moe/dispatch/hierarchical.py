@@ -11,8 +11,8 @@ tokens with experts in this node, then rows from other nodes), A pairs of the mi
 Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 
 Collectives of forward: counts and expert ids of both hops (in `plan`, not repeated by recompute), weights and rows between
-nodes, weights and rows inside the node (`dispatch`), rows inside the node, rows between nodes (`combine`). Backward issues
-them in reverse order. Every rank issues all of them, also with nothing to send.
+nodes, weights and rows inside the node (`dispatch`), and rows back inside the node, then between nodes (`combine`).
+Backward issues them in reverse order. Every rank issues all of them, also with nothing to send.
 
 Host syncs: one per layer. `plan` reads the sizes of both hops together (`hierarchical_planning`).
 

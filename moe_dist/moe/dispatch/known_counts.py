@@ -9,10 +9,10 @@ The number of rows that a rank sends is the sum of its row of `counts_WE` over a
 out in dispatch and come back in combine, and again in backward. No row is padding. Shape letters: T tokens, D hidden size,
 N pairs (all taken, sorted by expert), Q pairs computed here.
 
-Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and the gradients of each. Every rank issues all of
-them, also with nothing to send. Host syncs: none. The order of pairs depends on the counts alone. The host computes this
-order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of `all_to_all`, with
-S rows for the pairs sent.
+Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and in backward the gradients of all three. Every
+rank issues all of them, also with nothing to send. Host syncs: none. The order of pairs depends on the counts alone. The
+host computes this order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of
+`all_to_all`, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ class ThresholdUpdater:
 
     Args:
         gates_LG: The gate of each layer and group.
-        decay: Decay of the running means.
+        decay: Decay of the running means per step.
         dtype: Dtype of the arithmetic; None for the dtype of the buffers.
         mixture_of_depths: True if the gates belong to mixture-of-depths layers, not to experts.
     """
