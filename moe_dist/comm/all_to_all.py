@@ -14,7 +14,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items to and from each rank of the group. The own rank has 0, because its own items are not sent."""
+    """Numbers of items that this rank sends to and receives from each rank of the group; 0 for this rank itself."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -29,7 +29,7 @@ class Pending:
 
     Attributes:
         wire: The `AllToAll` that issued the exchange.
-        layer, name: The layer that asked for the exchange, and the exchanged content; for records and reports of a hang.
+        layer, name: Names of the layer and of the exchanged content, for records and for reports of a hang.
         received: Buffer for the items that arrive, [sum(receive), ...].
     """
 
@@ -39,7 +39,7 @@ class Pending:
     splits: Splits
     received: Tensor = field(repr=False)
     _work: dist.Work | None = None
-    _items: Tensor | None = None  # keeps the memory alive that the collective still reads
+    _items: Tensor | None = None  # keeps the sent tensor in memory until the collective has read it
     _waited: bool = False
 
     def issue(self, items: Tensor) -> None:
@@ -56,8 +56,8 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """Waits and returns the received items, [sum(receive), ...]. On NCCL the stream waits, on gloo the host. Call it
-        once."""
+        """Waits and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits, with gloo the host.
+        Call this method once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -68,19 +68,19 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective: during the call, because the first call may wait for
-        its peers, and during the wait. Between call and wait the rank computes."""
+        """Shows the watchdog that this rank is inside the collective, during the call (the first call may wait for the
+        other ranks) and during the wait, but not in between, where the rank computes."""
         where = {"layer": self.layer, "send": self.splits.send, "receive": self.splits.receive}
         return track_collective(self.wire.tracker, self.name, device=self.received.device, **where)
 
 
 class AllToAll:
-    """All-to-all over one process group. Without a group there is one rank, and each exchange moves nothing.
+    """All-to-all over one process group. None as group means a single rank, whose exchanges move nothing.
 
     Args:
         tracker: Tracks each exchange for the watchdog.
-        between_nodes: True if the group's ranks are on different nodes, so that the payload also counts as inter-node
-            bytes.
+        between_nodes: True if the group's ranks are on different nodes, so that `CommStats` also counts the payload as
+            inter-node bytes.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class AllToAll:
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Sends consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
+        """Sends one slice of `items` [sum(send), ...] to each rank, in rank order, and returns without waiting.
 
         All ranks of the group must start their exchanges in the same order. An exchange without items is issued too,
         because a peer may have something to send.
 
         Args:
             layer, name: See `Pending`.
-            payload: True if the items are hidden rows, not metadata.
-            out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
+            payload: True if the items are hidden states or their gradients, False if they are metadata.
+            out: Contiguous tensor [sum(receive), ...] for the received items; None allocates one.
         """
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
         pending = Pending(self, layer, name, splits, received)
@@ -117,20 +117,20 @@ class AllToAll:
             remote = sum(splits.send) - splits.send[self.rank]  # the own slice is copied locally
             row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
             self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
-            pending.issue(items.contiguous())  # copies only strided items
+            pending.issue(items.contiguous())  # copies only if the items are not contiguous
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
-        """Exchanges metadata, waits, and returns the received items [sum(receive), ...]."""
+        """Sends metadata, waits, and returns the received items [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer).wait()
 
 
 class RowBuffers:
-    """A free list of buffers for rows. An exchange takes a buffer and gives it back; the next layer uses it again.
+    """A pool of buffers for rows. An exchange takes a buffer and gives it back, and the next layer uses the same buffer.
 
     A buffer grows to the largest size that was asked for. Use buffers only for rows that backward does not read: rows to
-    send, and received rows that are added to others. A fresh allocation would cost the host one page fault per 4 KiB,
-    which is more than the copy into it.
+    send, and received rows that are added to a sum. On the host, a new allocation costs one page fault per 4 KiB, which
+    takes longer than copying the rows into the buffer.
 
     Args:
         keep: If false, a buffer is freed when it is given back.
@@ -141,7 +141,7 @@ class RowBuffers:
         self._free: list[Tensor] = []
 
     def take(self, num_rows: int, like: Tensor) -> Tensor:
-        """Uninitialised rows [num_rows, D] with the width, dtype and device of `like` [*, D]."""
+        """Returns uninitialised rows [num_rows, D] with the width D, the dtype and the device of `like` [*, D]."""
         width = like.shape[-1]
         num_bytes = num_rows * width * like.element_size()
         same_device = (index for index, storage in enumerate(self._free) if storage.device == like.device)
@@ -149,15 +149,15 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # raw bytes, so that every dtype fits
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # stored as bytes, for rows of any dtype
 
     def give(self, rows: Tensor) -> None:
-        """Takes rows back; their values may change from now on."""
+        """Takes the buffer of these rows back; the next user of the buffer overwrites the rows."""
         if self._keep:
-            storage = rows.untyped_storage()  # takes the whole storage, also beyond the rows
+            storage = rows.untyped_storage()  # the whole buffer, of which the rows may be a part
             self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
 
 
 def split_sizes(counts: Sequence[int], own: int) -> tuple[int, ...]:
-    """`counts` with the own rank's entry set to 0."""
+    """Returns `counts` with the entry of this rank (`own`) set to 0."""
     return tuple(0 if rank == own else count for rank, count in enumerate(counts))

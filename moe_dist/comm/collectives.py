@@ -1,6 +1,6 @@
-"""Reductions over a process group, and counts of the bytes that every collective sends.
+"""Reductions over a process group, and statistics (`CommStats`) of the bytes that all collectives send.
 
-Without a group (one rank) a reduction returns its argument. A `tracker` shows each reduction to the watchdog by its `name`.
+With None as group (a single rank) a reduction returns its argument. A `tracker` shows the watchdog the reduction's `name`.
 """
 
 import time
@@ -17,16 +17,16 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """Running counts of this rank's communication. All layers of a model share one object.
+    """Counts the bytes and seconds of this rank's communication. All layers of a model share one object.
 
     Attributes:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
-        inter_node_bytes: The part of the payload that left the node; 0 if the dispatcher does not distinguish nodes.
+        inter_node_bytes: The payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
-        seconds: Host time inside calls and waits; on CUDA the time that the stream waited, known after `drain`. Time that
-            computation hides is not counted.
-        events: If a list is given, it records in order: the name of each collective at its call, "wait <name>" at its wait,
-            "sync <name>" where the host waits for the device, and the names given to `mark`.
+        seconds: On CPU the host's time inside the calls and waits of collectives; on CUDA the time that the stream waited
+            for them, which `drain` adds. The time in which a collective runs beside computation is not counted.
+        events: List to which are appended, in order (None: no list): the name of each collective at its call, "wait <name>"
+            at its wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
     """
 
     payload_bytes: int = 0
@@ -37,7 +37,7 @@ class CommStats:
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     def count(self, name: str, num_bytes: int, *, payload: bool, between_nodes: bool = False) -> None:
-        """Adds one collective that sends `num_bytes` from this rank."""
+        """Adds `num_bytes`, which this rank sends in the collective `name`."""
         if payload:
             self.payload_bytes += num_bytes
             self.inter_node_bytes += num_bytes * between_nodes
@@ -50,9 +50,9 @@ class CommStats:
             self.events.append(name)
 
     def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Records `name` now, and "<name> backward" when the tensor's gradient has been computed; returns the tensor.
+        """Adds `name` to the events now, and "<name> backward" when the tensor's gradient has been computed.
 
-        Tests use it to prove that a computation overlaps an exchange. Without a list of events it does nothing.
+        Returns the tensor. Tests use these events to prove that a computation overlaps an exchange.
         """
         if self.events is not None:
             self.event(name)
@@ -61,13 +61,13 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Copies integers [n] to the host as a list, and records `name`. The host waits for all queued work."""
+        """Copies integers [n] to the host as a list, for which the host waits, and adds "sync <name>" to the events."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Times the call of a collective on the host. On CUDA it counts nothing, because the call only queues work."""
+        """Adds the host's time in a collective's call to `seconds`; on CUDA nothing, because the call only queues work."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -75,7 +75,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Times the wait for a collective; on CUDA by events, because reading the clock would need a host sync."""
+        """Adds the time of the wait for a collective to `seconds`; CUDA events measure it on CUDA, without a host sync."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # queued on the stream, without a sync
@@ -88,14 +88,14 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the times of the CUDA collectives. Call it once, after each step, because it syncs with the device."""
+        """Adds the stream's waiting times on CUDA to `seconds`. It syncs, so call it only once per step, at the end."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3
         self._pending.clear()
 
     def take(self) -> tuple[int, int, float]:
-        """Returns payload bytes, metadata bytes and seconds since the last call, and sets all counts to 0."""
+        """Returns payload bytes, metadata bytes and seconds since the last `take`, and sets all numbers to 0."""
         self.drain()  # host sync on CUDA
         taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
@@ -106,7 +106,7 @@ class CommStats:
 def sum_over(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "sum", tracker: CollectiveTracker | None = None
 ) -> Tensor:
-    """Sums `tensor` over the ranks of `group`, in place. Every rank gets the same bits."""
+    """Sums `tensor` over the ranks of `group`, in place. The result is bit-identical on every rank."""
     if group is not None:
         with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
@@ -134,8 +134,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: True: one all-reduce of a concatenated copy, for many small tensors. False: one all-reduce for each gradient,
-            without a copy, for few large tensors.
+        flat: True: one all-reduce of a concatenated copy of all gradients, for many small ones. False: one all-reduce per
+            gradient, without a copy, for few large ones.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

@@ -1,17 +1,18 @@
-"""An all-to-all for debugging, which finds rows that were lost, doubled, swapped or changed in transit.
+"""An all-to-all for debugging, which detects rows that were lost, doubled, swapped or changed between sender and receiver.
 
-Each exchange has two more exchanges of metadata, in the same order on every rank:
+With each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
 
-    before      for each pair of ranks the number of rows, the bytes of a row, and a tag of the call. If a sender's numbers
-                differ from the receiver's, the receiver raises an error instead of hanging in the exchange.
-    after       one checksum for each row. The receiver computes the checksum of the received row and compares.
+    before      the number of rows, the bytes per row, and a hash of the exchange's name, between each pair of ranks. If
+                sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
+    after       the sender's checksum of each row. The receiver compares it with the checksum of the row that arrived.
 
-A row's checksum is an exact integer. The content term is the sum of the row's 32-bit words times odd 15-bit weights, so
-that a changed word changes it. The place term is made of the row's position, source and destination, mod 2^61 - 1, so that
-a lost, doubled or swapped row shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
+A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
+each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
+its slice, its source rank and its destination rank, so that lost, doubled or swapped rows are found. Shape letters: N rows,
+B bytes of a row, W words.
 
-The rank that finds an error raises and enters no other collective. The rank's exit closes its connections, and the launcher
-ends its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
+The rank that finds an error raises, and enters no other collective. Its exit closes its connections, and the launcher ends
+the other ranks. The ranks take no vote, because after a damaged exchange no collective can be trusted.
 """
 
 import math
@@ -29,13 +30,13 @@ MODULUS = (1 << 61) - 1
 # Large odd factors of the place term; their products with positions and ranks stay below 2^63.
 POSITION, SOURCE, DESTINATION = 1_000_003, 1_000_000_007, 998_244_353
 WEIGHT_BITS = 15
-MAX_ROW_BYTES = 4 << 16  # larger rows would let words x 2^31 x 2^15 reach 2^63
+MAX_ROW_BYTES = 4 << 16  # with larger rows the content term, up to words x 2^31 x 2^15, could overflow int64
 
 
 def content_sums(rows: Tensor) -> Tensor:
     """Content term of each row, int64 [N]: exact, the same on every device, for rows of any shape and dtype.
 
-    The sums cost about two passes over the rows, and 8 bytes of memory for each word.
+    The sums cost about two passes over the rows, and 8 bytes of memory per 32-bit word.
     """
     num_rows = rows.shape[0]
     if rows.numel() == 0:
@@ -46,13 +47,13 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so that no changed word is multiplied to 0
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so that no change of a word vanishes
     return (words_NW * weight_W).sum(1)
 
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
-    """Place term of each row, int64 [N], from its index in its peer's slice, its source and its destination. `splits` are
-    the lengths of the slices, in the order of peers."""
+    """Place term of each row, int64 [N], from the row's index in its slice and from its source and destination ranks.
+    `splits` are the lengths of the slices to or from each rank."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)
@@ -62,10 +63,10 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """Has the calls of `AllToAll`, and sends the rows through another `AllToAll`, the transport.
+    """Has the interface of `AllToAll`, sends the rows through another `AllToAll` (`transport`), and checks them.
 
-    Each exchange costs two more exchanges of metadata, two host syncs and some passes over the rows. The order and the
-    bits of the exchange of rows do not change.
+    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The order of the
+    exchanges of rows, and the bits of the rows, are those of the transport.
     """
 
     def __init__(self, transport: AllToAll) -> None:
@@ -75,7 +76,8 @@ class CheckedAllToAll(AllToAll):
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Compares the ranks' sizes, then starts the exchanges of the rows and of their checksums. See `AllToAll.start`.
+        """Compares row counts and sizes with all peers, then starts the exchanges of rows and of checksums. See
+        `AllToAll.start`.
 
         Raises:
             IntegrityError: the ranks disagree about the call or its sizes; no row has been sent yet.
@@ -91,7 +93,7 @@ class CheckedAllToAll(AllToAll):
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Compares sizes and tags of the call with all peers. Costs one host sync."""
+        """Compares row counts, bytes per row and the hash of the exchange's name with all peers. Costs one host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
@@ -149,7 +151,7 @@ class _Checked(Pending):
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
     """Describes the damage to the rows of one source. `sent` and `content` are the content terms at the sender and at the
     receiver."""
-    rows = wrong.nonzero().flatten().tolist()  # host sync, only on the way to an error
+    rows = wrong.nonzero().flatten().tolist()  # host sync, only if there is damage
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()
     damages = []

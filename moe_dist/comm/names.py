@@ -1,6 +1,6 @@
 """Names of the collectives in events, byte counts and reports of a hang.
 
-The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk after the name.
+`hierarchical` puts `INTER` or `INTRA` before a name. In backward `BACKWARD` follows the name, and last a chunk's number.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata that `plan` exchanges
@@ -11,7 +11,7 @@ INTER, INTRA = "inter-node ", "intra-node "
 CHOICE_LOGITS = "choice logits"  # gathered by expert choice
 DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
 
-# Collectives of the training step and of evaluation, outside the layers.
+# Collectives that the training step and evaluation issue outside of the layers.
 LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"
 STEP_SUMS = "norm, vote and statistics"
 ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"

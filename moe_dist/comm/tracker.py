@@ -1,4 +1,4 @@
-"""Tracks the collectives that this rank is inside. Callers write; the watchdog's thread reads. Imports no torch."""
+"""Tracks the collectives that this rank has entered and not yet left, for the watchdog's thread. Imports no torch."""
 
 import itertools
 import threading
@@ -17,10 +17,10 @@ class Position:
     """One collective that this rank has entered.
 
     Attributes:
-        entered: Number of collectives entered so far, this one included. Every rank issues the same collectives in the
-            same order, so a rank with a smaller number is behind.
+        entered: Number of collectives that this rank has entered so far, including this one. All ranks issue the same
+            collectives in the same order, so a rank with a smaller number is behind.
         layer: Layer that called the collective; empty outside the layers.
-        send, receive: Items to and from each rank of the group; empty if all ranks send the same number.
+        send, receive: Numbers of items to and from each rank of the group; empty if all ranks send equally many.
         since: Time of entry, by time.monotonic.
     """
 
@@ -33,7 +33,8 @@ class Position:
 
 
 class CollectiveTracker:
-    """The collectives of one rank. Tracking one costs two dictionary operations and, on CUDA, one event; nothing syncs.
+    """Records the collectives that one rank enters and leaves. Tracking a collective costs two dictionary operations and,
+    on CUDA, one CUDA event, but no sync.
 
     Attributes:
         entered: Number of collectives entered so far.
@@ -51,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses work that calls untracked collectives, such as FSDP2's. A rank that neither enters nor leaves a tracked
-        collective for too long is then reported to be inside one of `collectives`."""
+        """Encloses work that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
+        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -92,9 +93,9 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """The first unfinished collective; None if there is none and the rank is not inside `among`."""
+        """The unfinished collective that was entered first; without one, the position inside `among`; else None."""
         with self._lock:
-            for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes
+            for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
                 if finished is not None and finished():
                     del self._unfinished[entered]
                     self._moved = time.monotonic()

@@ -1,4 +1,5 @@
-"""Offers the MoE layer to Megatron-Core, as a layer spec for GPTModel with Megatron's groups, DDP, optimizer, checkpoints.
+"""Offers the MoE layer to Megatron-Core as a layer spec for GPTModel, with Megatron's groups, DDP, optimizer and
+checkpoints.
 
 Megatron is imported at the first access to one of the names below.
 """

@@ -1,8 +1,7 @@
-"""Adds balance and z losses inside Megatron: Megatron's scaler adds the gradients in backward, its tracker logs the values.
+"""Adds balance and z losses in Megatron: Megatron's scaler adds their gradients in backward, its tracker logs the values.
 
-As in `moe_dist.train.loss`, both losses use counts of one micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-Each layer reduces its counts by one all-reduce of a few integers. The all-reduce runs only with gradients enabled, so
-Megatron's full recompute does not repeat it.
+As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage (TP x CP x DP).
+Each layer sums its counts by one all-reduce of a few integers, only with gradients enabled: once in full recompute.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import RouterSums
 from moe_dist.placement.placement import ExpertGroup
 
-# (name, this rank's share of the value, layer number, number of layers, group over which the shares are summed)
+# Arguments: name, this rank's share of the value, layer number, number of layers, group over which the shares are summed.
 Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
 
 
@@ -30,19 +29,19 @@ class AuxTerms:
 
     groups: Sequence[ExpertGroup]
     kind: Literal["null_averaged", "vanilla"]  # kind of the balance loss, as in `moe_dist.moe.losses`
-    balance: float  # coefficient of the balance loss; 0 leaves it out
+    balance: float  # coefficient of the balance loss; 0 for no balance loss
     z: float
     every_rank: dist.ProcessGroup  # Megatron's group TP x CP x DP: all ranks of the pipeline stage that have tokens
-    data_parallel_size: int  # size of DP without CP
-    per_token_loss: bool  # Megatron divides gradients by the tokens of the step instead of by micro-batches and DP
-    layer_number: int  # number of the layer in the tracker, from 1
+    data_parallel_size: int  # size of the DP group without CP
+    per_token_loss: bool  # Megatron divides gradients by the step's tokens, not by micro-batches and DP size
+    layer_number: int  # counts from 1, for the tracker
     num_layers: int
     record: Record
 
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
-        """Returns `y` unchanged, and adds the gradients of both losses to the backward of `y`. Costs one all-reduce, unless
-        both coefficients are 0."""
-        if not (self.balance or self.z) or not torch.is_grad_enabled():  # also skips the first forward of full recompute
+        """Returns `y` with the same values; its backward also adds the gradients of both losses. Costs one all-reduce,
+        unless both coefficients are 0."""
+        if not (self.balance or self.z) or not torch.is_grad_enabled():  # also the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
         counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]
@@ -50,8 +49,8 @@ class AuxTerms:
         tables = ColumnTables.on(self.groups, y.device)
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
-        # Megatron sums the gradients over TP. Megatron then averages over DP x CP (its scaler has CP / micro-batches), or
-        # divides their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
+        # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or
+        # divides the sum by the step's tokens. `scale` cancels this, so that the ranks' shares sum to the loss.
         scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:

@@ -3,7 +3,7 @@
     python pretrain_gpt.py --spec moe_dist.megatron.decoder_layer decoder_layer ...     (docs/megatron.md)
     GPTModel(config, transformer_layer_spec=decoder_layer_spec(settings), ...)
 
-Attention, norms and dense layers come from Megatron's own specs; its moe_layer_freq decides which layers have experts.
+Attention, norms and dense layers come from Megatron's specs; Megatron's moe_layer_freq says which layers have experts.
 """
 
 import copy
@@ -31,7 +31,7 @@ class DecoderLayer(TransformerLayer):
     """Megatron's TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
 
     Args:
-        submodules: The layer's spec; None takes it from Megatron's decoder spec.
+        submodules: The submodules of the layer's spec; None takes those of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
         options: Further arguments of Megatron's layer; the other arguments are those of Megatron's layer, too.
     """
@@ -48,26 +48,26 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # checked before building, so that one error reports all problems
+        check(config, settings)  # first, so that one error reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
-        parts = copy.copy(submodules or _megatrons_own(config, number))  # Megatron shares one spec among layers
+        parts = copy.copy(submodules or _megatrons_own(config, number))  # copied, because layers share one spec
         every = config.moe_layer_freq
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # ExpertLayer replaces it below, because Megatron gives groups only to its own MoE layer
+            parts.mlp = IdentityOp  # replaced below: Megatron would pass process groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron believes the layer is dense; `ExpertLayer` recomputes by itself
+            self.recompute_mlp = False  # Megatron takes the layer for a dense one; `ExpertLayer` recomputes by itself
             shared = _shared_expert(stock, config, groups)
             number = self.layer_number
             self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared)
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
-    """Returns the spec of a decoder layer with these experts, for the argument `transformer_layer_spec` of GPTModel."""
+    """Returns the spec of a layer with the experts of `settings`, for GPTModel's argument `transformer_layer_spec`."""
     return ModuleSpec(module=DecoderLayer, params={"settings": settings})
 
 
@@ -76,7 +76,7 @@ decoder_layer = ModuleSpec(module=DecoderLayer)
 
 
 def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSubmodules:
-    """Returns the submodules of a layer in Megatron's decoder spec."""
+    """Returns the submodules of one layer from Megatron's decoder spec."""
     use_te = config.transformer_impl == "transformer_engine"
     specs: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization)
     return specs[number - 1].submodules

@@ -31,7 +31,7 @@ from moe_dist.placement.roles import group_module, named_parameters
 
 
 class UntimedCommStats(CommStats):
-    """Counts bytes but takes no times, because Megatron's loop would never collect the CUDA events."""
+    """Counts bytes but not the time of waits, because Megatron's training loop would never collect the CUDA events."""
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -43,7 +43,7 @@ class ExpertLayer(MegatronModule):
 
     Args:
         config: Megatron's configuration, which `requirements.check` has accepted.
-        layer_number: Number of the layer in the whole model, from 1.
+        layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
     """
 
@@ -66,7 +66,7 @@ class ExpertLayer(MegatronModule):
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        self.comm_stats = UntimedCommStats()  # bytes sent by this layer on this rank since the last `take`
+        self.comm_stats = UntimedCommStats()  # of this layer alone
         all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
         self.moe = _build(config, settings, self.placement, all_to_all, name=f"layers.{layer_number - 1}")
         self.moe.shared = shared
@@ -88,11 +88,11 @@ class ExpertLayer(MegatronModule):
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """Returns the weighted sum of experts [s, B, D], and no bias.
+        """Returns the layer's output [s, B, D], and None as bias.
 
         Args:
             hidden_states: [s, B, D].
-            padding_mask: Modality ids, see `moe_dist.megatron.modality`.
+            padding_mask: May contain modality ids, see `moe_dist.megatron.modality`.
         """
         length, batch, _ = hidden_states.shape
         group_T = groups_of_rank(
@@ -156,7 +156,7 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Returns the recompute mode for Megatron's selective recompute. Full recompute wraps the layer from outside."""
+    """Returns the layer's mode for Megatron's selective recompute. Full recompute wraps the layer from outside."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 
@@ -168,7 +168,7 @@ def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
         # With this attribute the gradient norm counts the parameter on every TP rank, as each TP rank holds other experts.
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        parameter.requires_grad_(parameter.numel() > 0)  # a rank without experts of a group has an empty stack
+        parameter.requires_grad_(parameter.numel() > 0)  # a stack is empty if this rank has no expert of the group
     for parameter in layer.router.parameters():
         # With this attribute Megatron sums the gradient over TP, as each TP rank routes its own part of the sequence.
         parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,8 +180,8 @@ def _initialise(
 ) -> None:
     """Initialises router and experts with Megatron's initialisers; `down` takes the initialiser of output layers.
 
-    (seed, logical name) seeds each draw. One expert's matrix at a time is drawn on the host in fp32, so that every layout
-    and device starts with equal weights. Does nothing if `perform_initialization` is off.
+    Each matrix is drawn on the host in fp32, from (seed, logical name), so that every layout and device starts with equal
+    weights. Does nothing if `perform_initialization` is off.
     """
     if not config.perform_initialization:
         return
@@ -194,12 +194,12 @@ def _initialise(
             initialiser = config.output_layer_init_method if name == "down" else config.init_method
             for weight, expert in zip(stack, local, strict=True):
                 logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"
-                weight.copy_(_draw(logical, weight, initialiser, seed))  # casts to the parameter's dtype
+                weight.copy_(_draw(logical, weight, initialiser, seed))  # copy_ casts to the parameter's dtype
 
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):  # only the host's generator, because Megatron manages those of devices
+    with torch.random.fork_rng(devices=[]):  # saves only the host's random state, as Megatron manages that of devices
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         initialiser(drawn)

@@ -1,8 +1,8 @@
 """Carries the modality ids of tokens through Megatron, in the argument `padding_mask`.
 
-Megatron passes this tensor unchanged from GPTModel.forward to every MoE layer. Megatron expects a boolean that is true for
-padding; here the tensor may hold modality ids instead. Shape letters: B sequences, S positions, s positions on this rank
-(S / TP under sequence parallelism), T = s x B tokens of this rank.
+Megatron passes `padding_mask` from GPTModel.forward to every MoE layer. Megatron's own layers expect a bool that is true
+for padding; here the tensor may contain modality ids instead. Shape letters: B sequences, S positions, s positions on this
+rank (S / TP under sequence parallelism), T = s x B tokens of this rank.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
 
     Args:
         tokens_BS: Token ids.
-        ranges: The vocabulary ranges [first, end) of each modality, in the order in which the settings' groups list the
+        ranges: For each modality its vocabulary ranges [first, end), in the order in which the settings' groups list the
             modalities. A token in no range counts as padding, -1.
     """
     ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
@@ -36,16 +36,16 @@ def groups_of_rank(
 ) -> Tensor:
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
-    Megatron scatters the mask over the tensor-parallel ranks only on the first pipeline stage, and not with given
-    embeddings. In all other cases the mask is whole, and this function takes the rank's slice. Nothing is communicated.
+    Megatron scatters the mask over the TP ranks only on the first pipeline stage, and only if it computes the embeddings.
+    Otherwise the mask has the whole sequence, and this function takes the rank's slice. Nothing is communicated.
 
     Args:
-        mask_BS: Integer modality ids (-1 for padding), a boolean that is true for padding, or None without padding.
-        group_of_modality_M: int64; the last element is -1, because padding reads it by the index -1.
+        mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
+        group_of_modality_M: int64, group of each modality, and last a -1, which padding reads with the index -1.
         length, batch: s and B.
 
     Raises:
-        ConfigError: there are several modalities and no ids, or the ids do not fit the hidden states.
+        ConfigError: there are several modalities and no ids, or the ids do not have the shape of the hidden states.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
     if mask_BS is None or mask_BS.dtype == torch.bool:
@@ -60,7 +60,7 @@ def groups_of_rank(
             return group_of_modality_M[:1].expand(length * batch)
         mask_BS = torch.where(mask_BS, PADDING, 0)
     if mask_BS.shape == (batch, length * tp_size) and tp_size > 1:
-        mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]  # Megatron scatters the sequence in rank order
+        mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]  # this rank's part of the sequence
     if mask_BS.shape != (batch, length):
         raise ConfigError(
             f"padding_mask: shape {tuple(mask_BS.shape)} must be [batch={batch}, {length}] or the whole sequence "
@@ -68,4 +68,4 @@ def groups_of_rank(
             "parallelism as the tokens are",
             see=GUIDE,
         )
-    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # hidden states have the sequence first
+    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # hidden states are [s, B, D]

@@ -8,8 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 
-# Options of Megatron's router, dispatcher and experts that have no effect here: field, required value, and the reason or
-# the setting to use instead.
+# Options of Megatron's router, dispatcher and experts that this MoE layer does not support: field, value that it must have,
+# and the reason or the setting to use instead.
 _OFF: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_score_function", "softmax", "weights are a softmax"),
     ("moe_router_pre_softmax", False, "set router.normalise to none in the expert settings instead"),
@@ -90,7 +90,7 @@ def _expert_problems(config: TransformerConfig, settings: ExpertSettings) -> lis
 
 
 def _option_problems(config: TransformerConfig) -> list[str]:
-    # Not every version of Megatron has every field. None, False and 0 all mean that the option is off.
+    # A version of Megatron may lack a field. None, False and 0 all mean that the option is off.
     values = [(field, getattr(config, field, off), off, reason) for field, off, reason in _OFF]
     return [
         f"{field}={value}: must be {off}; {why}" for field, value, off, why in values if value != off and (value or off)

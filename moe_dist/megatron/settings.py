@@ -50,15 +50,15 @@ class ExpertSettings(Section):
     )
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
-        """Returns the groups as plain values, with experts numbered over all groups."""
-        return expert_groups(MoESection.model_construct(groups=self.groups))  # reading has validated the groups
+        """Returns the groups as `ExpertGroup`s, with experts numbered over all groups."""
+        return expert_groups(MoESection.model_construct(groups=self.groups))  # already validated
 
     def group_of_modality(self) -> tuple[int, ...]:
-        """Returns the index of the group of each modality, in the order in which the groups list the modalities."""
+        """Returns the group index of each modality, in the order in which the groups list the modalities."""
         return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
 
     def place(self, num_ranks: int) -> ExpertPlacement:
-        """Places the experts on an EP group of `num_ranks`.
+        """Assigns the experts to the `num_ranks` ranks of an EP group.
 
         Raises:
             ConfigError: the placement is invalid.
@@ -86,7 +86,7 @@ def read_settings(path: str | Path) -> ExpertSettings:
     """Reads the settings' YAML file.
 
     Raises:
-        ConfigError: the file is invalid; lists all problems.
+        ConfigError: the file is invalid. The error lists all problems.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Writes the MoE layer into Megatron's distributed checkpoints. Each expert has a logical name that depends on no rank.
+"""Describes the MoE layer for Megatron's distributed checkpoints, by logical names that do not depend on ranks:
 
     <prefix>experts.<group>.<index in the group>.<gate|up|down>      [F, D] or [D, F]
     <prefix>router.<group>.<true|null>                                replicated over TP and DP
 
-`sharded_offsets` are Megatron's leading axes: Megatron stores all layers as one tensor along a first axis. A stack of
-experts is one parameter. A factory splits the stack into experts before saving, and stacks the experts after loading; the
-optimizer's states go the same way.
+`sharded_offsets` places a layer's tensor in one tensor of all layers, which Megatron stores with a first axis for layers. A
+rank's stack of experts is one parameter: a factory splits the stack into experts before saving, and stacks them after
+loading; the same is done with the optimizer's states.
 """
 
 from typing import Any
@@ -28,19 +28,19 @@ Offsets = tuple[tuple[int, int, int], ...]
 def sharded_layer_state(
     layer: Any, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns the layer's state for `dist_checkpointing`, with the keys of the layer's state dict. Each expert has an entry
-    of its own, so a checkpoint loads at any EP size and placement."""
+    """Returns the layer's sharded state for `dist_checkpointing`, with the keys of the layer's state dict. Each expert is
+    an entry of its own, so that a checkpoint can be loaded with any EP size and placement."""
     state: dict[str, Any] = {}
     for name in ("router", "shared"):
         module = getattr(layer.moe, name)
         if module is not None:
-            offsets: Any = sharded_offsets  # Megatron's annotation allows exactly one
+            offsets: Any = sharded_offsets  # the annotation in Megatron allows exactly one offset
             local = sharded_state_dict_default(module, f"{prefix}{name}.", offsets, metadata, tp_group=layer.tp_group)
             for key, value in local.items():
                 if isinstance(value, ShardedBase):
                     value.key = logical_name(value.key)
                 state[f"{prefix}moe.{key.removeprefix(prefix)}"] = value
-    replica = (0, 0, layer.expert_data_parallel_group.rank())  # only replica 0 writes
+    replica = (0, 0, layer.expert_data_parallel_group.rank())  # only the replica 0 of a tensor is written
     for group in layer.placement.groups:
         experts = layer.placement.local_experts(layer.ep_rank, group)
         indices = [expert - group.first_expert for expert in experts]
@@ -56,7 +56,7 @@ def sharded_layer_state(
 def _factory(
     key: str, stack: Tensor, indices: list[int], offsets: Offsets, replica: tuple[int, int, int]
 ) -> ShardedTensorFactory:
-    """Makes a factory that splits a stack [e, ...] into one sharded tensor per expert, and stacks them again."""
+    """Makes a factory that splits a stack [e, ...] into one sharded tensor per expert, and stacks loaded experts again."""
 
     @torch.no_grad()
     def cut(key: str, stack: Tensor, replica_id: Any, _flattened_range: Any) -> dict[str, ShardedTensor]:

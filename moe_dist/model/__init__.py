@@ -1,1 +1,1 @@
-"""The transformer, written for one device: no collectives."""
+"""The transformer, written as for one device: only routers and MoE layers issue collectives."""

@@ -1,6 +1,6 @@
 """Causal grouped-query attention. Tokens attend only inside their document, also where documents share a sequence.
 
-Shape letters: B sequences, S positions, N new tokens of each sequence, H query heads, d head width, D hidden size.
+Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Block mask for flex attention, which skips the blocks between documents. FSDP2 would flatten a bare BlockMask."""
+    """Wraps flex attention's block mask, which skips blocks between documents. FSDP2 would flatten a BlockMask itself."""
 
     blocks: BlockMask
 
 
-# The tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key: S^2 bytes per sequence.
+# A Tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key: S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
 
@@ -38,18 +38,18 @@ def dense_mask(documents_BS: Tensor) -> Tensor:
 
 
 def flex_mask(documents_BS: Tensor) -> FlexMask:
-    """The block mask of `dense_mask`. Compiled on CUDA, because eager mode would build the dense mask first."""
+    """`dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
     batch, length = documents_BS.shape
-    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # compiled once per shape
+    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # one compilation per shape
     return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
 
 
 def make_mask(documents_BS: Tensor) -> AttentionMask:
-    """A block mask for flex attention on CUDA; on other devices a dense mask for scaled_dot_product_attention."""
+    """Returns a block mask for flex attention on CUDA, and elsewhere a dense mask for scaled_dot_product_attention."""
     return flex_mask(documents_BS) if documents_BS.is_cuda else dense_mask(documents_BS)
 
 
@@ -59,15 +59,15 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Softmax attention [B, H, S, d]. k and v may have fewer heads (H_kv); H / H_kv query heads share one of them."""
+    """Softmax attention: [B, H, S, d]. If k and v have fewer heads (H_kv), H / H_kv query heads share one of them."""
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would build S x S scores
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
     return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
-    """Norm, attention and output projection; the caller adds the residual."""
+    """Norm, attention and output projection. The caller adds the residual."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]. `batch_info` seeds the adapters' dropout."""
+        """Takes and returns [B, S, D]. `batch_info` has the step and tokens that seed the LoRA adapters' dropout."""
         if self.recompute and x_BSD.requires_grad:
             return recomputed(self._forward, x_BSD, rotary, mask, batch_info)
         return self._forward(x_BSD, rotary, mask, batch_info)
@@ -97,10 +97,10 @@ class Attention(nn.Module):
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Attends from N new tokens to the new tokens and the cache, and adds the marked tokens to the cache. The result of
-        an unmarked token is finite but meaningless."""
+        """Adds the tokens marked by `taken_BN` to the cache, and attends from the N new tokens of each sequence to the
+        cache. The output of an unmarked token is finite but meaningless."""
         q, k, v = self._project(x_BND, rotary)
-        cache.append(k, v, positions_BN, taken_BN)  # appended before attention, so that each new token sees itself
+        cache.append(k, v, positions_BN, taken_BN)  # before attention, so that each new token sees itself
         k, v, visible = cache.entries(positions_BN, taken_BN)
         return self._linear("o", attend(q, k, v, visible).transpose(1, 2).flatten(2), None)
 
@@ -111,21 +111,21 @@ class Attention(nn.Module):
         return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), batch_info)
 
     def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """The projection `name` of x, with its LoRA adapter if there is one."""
+        """Applies the projection `name` to x, with its LoRA adapter if there is one."""
         y = self.get_submodule(name)(x)
         return y if self.adapters is None else self.adapters(name, x, y, batch_info)
 
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys after rotation, and values, each [B, heads, S, d]."""
+        """Returns queries and keys, after rotation, and values: [B, heads, S, d]."""
         h = self.norm(x_BSD)
         q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary)
         k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary)
         return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
-        # Qwen3 norms each head after the split, OLMoE the whole projection before the split.
+        # Qwen3 normalises each head after the split into heads, OLMoE the whole projection before it.
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:

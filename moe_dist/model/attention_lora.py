@@ -18,7 +18,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 class Adapter(nn.Module):
-    """The adapter of one projection: `a` [r, I] and `b` [O, r]."""
+    """The adapter of one projection: B A x, with A as `a` [r, I] and B as `b` [O, r]."""
 
     role = Role.ADAPTER
 
@@ -37,8 +37,8 @@ class AttentionLoRA(nn.Module):
     Args:
         widths: I and O of each projection that gets an adapter.
         rank, alpha: r, and alpha of the scale alpha / r.
-        dropout: Share of an adapter's inputs that is dropped in training.
-        seed, layer: Name the draws of the dropout, together with the step and the tokens.
+        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
+        seed, layer: With the step and the tokens, the name of the random numbers for dropout.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class AttentionLoRA(nn.Module):
             self.add_module(target, Adapter(inputs, outputs, rank))
 
     def forward(self, target: str, x: Tensor, y: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """y plus the adapter of the projection `target` applied to x; y if the projection has no adapter."""
+        """Returns y + (alpha / r) B A x with the adapter of the projection `target`, or y if it has no adapter."""
         if target not in self._modules:
             return y
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
-            # The numbers are negative, because the projections of LoRA experts in the same layer have 0, 1, 2.
+            # Negative numbers here, because the projections of LoRA experts in the same layer have the numbers 0, 1 and 2.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

@@ -1,7 +1,7 @@
-"""Sizes of a transformer, and its small parts: norm, projection, SwiGLU, rotary positions.
+"""The sizes of a transformer (`ModelArgs`), and its small parts: norm, projection, SwiGLU, rotary positions.
 
-Each part computes in the dtype of its input and casts its weight to that dtype, because master weights may be fp32 while
-activations are bf16. Under FSDP2's mixed precision the dtypes match already, and the cast is free.
+Each part computes in its input's dtype and casts its weight to this dtype, because weights may be fp32 and activations
+bf16. Under FSDP2's mixed precision both already have the same dtype, and the cast costs nothing.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class ModelArgs:
 
     Attributes:
         moe_layers: Indices of the MoE layers; the others have a dense FFN of width `dense_ffn_dim`.
-        depth_layers: Indices of the mixture-of-depths layers, which compute a share of the tokens.
-        qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
-        attention_bias: The attention projections that have a bias.
-        recompute_blocks: Recompute the activations of attention in backward.
+        depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
+        qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over the whole projection (OLMoE).
+        attention_bias: Which attention projections have a bias.
+        recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
     """
 
@@ -78,7 +78,7 @@ class Projection(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), the dense FFN and the shared expert of an MoE layer."""
+    """down(silu(gate x) * up x): the dense FFN, and the shared expert of an MoE layer."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedSwiGLU(SwiGLU):
-    """sigmoid(<x, s>) * SwiGLU(x), the shared expert of Qwen2-MoE; `scale` holds s [1, D]."""
+    """sigmoid(<x, s>) * SwiGLU(x): the shared expert of Qwen2-MoE. `scale` has the weight s [1, D]."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__(dim, ffn_dim)
@@ -102,16 +102,15 @@ class GatedSwiGLU(SwiGLU):
 
 
 def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, head_dim / 2] of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, equation 34)."""
-    # Angles are fp32 in any model, because bf16 angles cannot tell neighbouring positions apart.
+    """Cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, equation 34)."""
+    # Angles are fp32 also in a bf16 model, because in bf16 neighbouring positions would have the same angle.
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints use these
-    pairs."""
-    cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, after the angles were computed in fp32
+    """Rotates the pairs of elements (i, i + d/2) of each head, as in Llama checkpoints, by the token's angles."""
+    cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, from fp32
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,23 +1,23 @@
-"""Mixture of depths: a layer computes a share of the tokens, and the others skip it (Raposo et al. 2024, arXiv 2404.02258;
-MoMa, arXiv 2407.21770, section 2.3, before the tokens are split by modality).
+"""Mixture of depths: a layer computes some of the tokens, and the others skip the layer (Raposo et al. 2024, arXiv
+2404.02258; MoMa, arXiv 2407.21770, section 2.3, before the tokens are split by modality).
 
     s = <w, x / rms(x)>
     select the ceil(c T) tokens of largest s in the selection scope; ties go to the earlier token
-    x <- x + sigmoid(s) layer(x)    for selected tokens, at their own positions, which attend only to each other
+    x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
     x <- x                          for the others
 
-Training selects by `moe_dist.moe.routers.selection`, as expert choice with one chooser. Evaluation decides for each token
-alone, causally:
+Training selects by competition (`moe_dist.moe.routers.selection`), as in expert choice, with the layer as the only chooser.
+Evaluation decides for each token alone, causally:
 
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
-    entropy while the model trains. Their input is detached, so their loss trains no other parameter
+                entropy while the model trains. Their input is detached, so their loss changes no other parameter
 
-If the scope has several ranks, each training forward of a layer costs one all-gather of T numbers from each rank (`depth
-scores`), and one host sync for the number of this rank's selected tokens.
+With a scope of several ranks, each forward of a layer in training costs one all-gather of T numbers per rank (`depth
+scores`), and one host sync, which reads the number of this rank's selected tokens.
 
-Shape letters: B sequences, S positions, T = B x S tokens of this rank, D hidden size, C slots (tokens that are computed).
+Shape letters: B sequences, S positions, T = B x S tokens of this rank, D hidden size, C slots (places of computed tokens).
 """
 
 from typing import NamedTuple
@@ -39,16 +39,16 @@ from moe_dist.moe.routers.selection import (
 from moe_dist.moe.routing import DepthSums
 from moe_dist.placement.roles import Role
 
-_SHAPES = 8  # largest number of different slot counts on CUDA, because flex attention compiles for each count
+_SHAPES = 8  # largest number of different C on CUDA, because flex attention compiles for each C
 
 
 class Chosen(NamedTuple):
     """The tokens that a layer computes, in the order of the sequence.
 
     Attributes:
-        index_C: int64, token of this rank in each slot; 0 if the slot is empty.
-        full_C: bool, whether the slot holds a token.
-        weight_C: Weight of the token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
+        index_C: int64, index of the token in each slot; 0 if the slot is empty.
+        full_C: bool, true if the slot has a token.
+        weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
         sums: Sums of the router, for the layer's report.
     """
 
@@ -59,16 +59,16 @@ class Chosen(NamedTuple):
 
 
 class DepthRouter(ChoosingRouter):
-    """Selects the tokens of one layer.
+    """Selects the tokens that one layer computes.
 
-    `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), its running
-    `mean` and `steps`. A step or a calibration (`moe_dist.train.evaluation.calibration`) changes these buffers, and no
-    gradient does. Checkpoints contain the buffers.
+    `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), the running
+    `mean` and the number of `steps`. Steps and calibrations (`moe_dist.train.evaluation.calibration`) write these buffers,
+    which have no gradient. Checkpoints contain the buffers.
 
     Args:
         hidden_dim: D, the hidden size.
         capacity: c, the share of the scope's tokens that the layer computes.
-        threshold_decay: Decay of the running mean for each step.
+        threshold_decay: Decay of the running mean per step.
         selection_scope: The ranks whose tokens compete; each must have the same number of tokens.
         name: Name of the layer, for reports.
     """
@@ -97,8 +97,8 @@ class DepthRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the capacity's tensor, and thresholds of 0, on the default device. Call it again after a move from the
-        meta device, which loses the values of buffers."""
+        """Creates the buffers on the default device: the capacity, and a threshold of 0. Call it again after a move from
+        the meta device, which loses the values of buffers."""
         self.register_buffer("capacity_1", torch.tensor([self.capacity], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
@@ -115,14 +115,14 @@ class DepthRouter(ChoosingRouter):
         return sums.taken[None]
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
-        """Selects among the tokens that are not padding (bool `real_T`).
+        """Selects tokens among those that are not padding (`real_T`, bool).
 
-        All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` the number of slots is
-        ceil(c T), and nothing syncs. In other cases the number of selected tokens is read from the device, which costs one
-        host sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
+        All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` there are ceil(c T) slots,
+        and nothing syncs. Otherwise one host sync reads the number of selected tokens from the device. There is always at
+        least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss trains no other parameter
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss changes no other parameter
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
@@ -130,7 +130,7 @@ class DepthRouter(ChoosingRouter):
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # in the scope `rank`, the upper bound needs no sync
+            if choice.order_TE is not None:  # in the scope `rank`, T is enough for a bound
                 slots = capacity_of_tokens(self.capacity, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -146,12 +146,12 @@ class DepthRouter(ChoosingRouter):
         return Chosen(index_C, full_C, weight_C, sums)
 
     def scores(self, x_TD: Tensor, real_T: Tensor) -> Tensor:
-        """sigmoid(s) [T, 1]; 0 for padding."""
+        """Returns sigmoid(s) [T, 1]; 0 for padding."""
         _, logit_T = self._logits(x_TD)
         return torch.where(real_T, logit_T.sigmoid(), 0.0)[:, None]
 
     def takes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Decides for each token alone, as evaluation does. Returns a bool mask [T] of computed tokens and weights [T]."""
+        """Decides for each token alone, as in evaluation. Returns a bool mask [T] of tokens to compute, and weights [T]."""
         h_TD, logit_T = self._logits(x_TD)
         return self._causal(h_TD, logit_T) > 0, logit_T.sigmoid()
 
@@ -159,12 +159,12 @@ class DepthRouter(ChoosingRouter):
         """Returns x / rms(x) [T, D] and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else scores would grow with the residual stream
-            # Uses a sum of products, because the bits of a matrix product depend on the number of tokens in the batch.
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # otherwise s would grow with the residual stream
+            # Not a matrix product, because its bits depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
     def _causal(self, h_TD: Tensor, logit_T: Tensor) -> Tensor:
-        """A number for each token [T], above 0 if evaluation computes the token."""
+        """Returns a number per token [T], which is above 0 if evaluation computes the token."""
         if self.auxiliary is not None:
             return self.auxiliary(h_TD).squeeze(-1)
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
@@ -178,11 +178,11 @@ class DepthRouter(ChoosingRouter):
 
 
 def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
-    """Returns the token of each slot in rising order, 0 if empty, and a bool mask of the full slots."""
+    """Returns the token index of each slot, rising, 0 if the slot is empty, and a bool mask of the full slots."""
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that few shapes occur
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that few C occur
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]
@@ -191,8 +191,8 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
-    """Document of each slot [1, C], with different numbers in different sequences. Each empty slot gets its own document,
-    so that no token attends to it."""
+    """Returns the document number of each slot [1, C], different in different sequences. Each empty slot has a document of
+    its own, so that no token attends to it."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)
     document_C = (documents_BS + offset_B1).flatten()[chosen.index_C]

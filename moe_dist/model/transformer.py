@@ -31,7 +31,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, it computes only the selected tokens."""
+    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths` the layer computes only the selected tokens."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths  # the attribute's name is in checkpoints
+        self.depths = mixture_of_depths  # checkpoints contain this attribute's name
 
 
 class Transformer(nn.Module):
@@ -56,8 +56,8 @@ class Transformer(nn.Module):
 
     Args:
         make_moe: Makes the MoE layer of each layer index in `args.moe_layers`.
-        make_depths: Makes the router of each layer index in `args.depth_layers`, all of which must be MoE layers.
-        make_adapters: Makes the LoRA adapters of the attention, for each layer index.
+        make_depths: Makes the depth router of each layer index in `args.depth_layers`, which must be MoE layers.
+        make_adapters: Makes the LoRA adapters of the attention of each layer index.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 token ids.
-            positions_BS: int64 position inside the document.
-            documents_BS: Document of each token; a token sees only earlier tokens of its document.
+            positions_BS: int64 position of each token inside its document.
+            documents_BS: Document number of each token; a token attends to no later token and to no other document.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: Passed to the routers of all layers without mixture of depths. Mixture-of-depths layers select their
-                tokens first, so numbers of tokens in a request do not fit them.
+            request: Passed to the routers of all layers but mixture-of-depths layers, whose routers get only the selected
+                tokens, so that the request's token counts would be wrong.
         """
         mask = make_mask(documents_BS)  # made once for all layers; a dense mask takes B x S^2 bytes
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -117,14 +117,14 @@ class Transformer(nn.Module):
         return self._logits(x_BSD), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
-        """Returns logits [B, N, V] of N new tokens of each sequence, and adds the new tokens to the cache. Each sequence is
-        one document. Call it in evaluation mode.
+        """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
+        document. Call it in evaluation mode.
 
-        The logits equal those of `forward` over the whole sequences up to rounding.
+        The logits equal those of `forward` for the whole sequences, up to rounding.
 
         Args:
-            tokens_BN, group_BN: As in `forward`. Padding (group -1) may stand anywhere; padding adds no entry to the cache,
-                and its logits are meaningless.
+            tokens_BN, group_BN: As in `forward`. Padding (group -1) may be at any place; it adds no entry to the cache, and
+                its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
-                if not taken_BN.any():  # a host sync, worthwhile because few new tokens often all skip the layer
+                if not taken_BN.any():  # a host sync, but often no new token takes the layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
             y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
@@ -149,27 +149,27 @@ class Transformer(nn.Module):
         return self._logits(x_BND)
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes 2 x layers x
-        batch x capacity x num_kv_heads x head_dim x itemsize bytes."""
+        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes 2 x
+        layers x batch x capacity x num_kv_heads x head_dim x itemsize bytes."""
         device = self.embedding.weight.device
         return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
 
     def _shallow(
         self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
     ) -> tuple[Tensor, LayerReport | None]:
-        """Runs a layer on the C tokens that it selects, put into one sequence with their own positions and documents. The
-        other tokens stay unchanged."""
+        """Runs a mixture-of-depths layer on its C selected tokens, which form one sequence and keep their positions and
+        documents. The other tokens stay unchanged."""
         assert layer.depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
         chosen = layer.depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
-        # selected tokens keep their positions, so that distances to other tokens do not change
+        # positions stay, so that distances between tokens do not change
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
         a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
-        # Full slots hold distinct tokens and empty slots add zeros to token 0, so the order of additions changes no bit.
+        # Each full slot has another token, and empty slots add 0 to token 0, so the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
         if report is not None:
             groups_G = torch.arange(len(report.sums.tokens_G), device=group_T.device)
@@ -188,14 +188,14 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, LayerReport | None]:
-        """Returns the output of the layer's experts and their report, or of its dense FFN and None."""
+        """Returns the output and the report of the layer's MoE layer, or the output of its dense FFN and None."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
         y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), request)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # the logits, B x S x V, are the largest activation
+        x_BSD = self.norm(x_BSD)  # next the largest activation: the logits, B x S x V
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 

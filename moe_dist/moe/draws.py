@@ -1,8 +1,8 @@
-"""Random numbers that depend on names alone, and recomputation, which relies on them.
+"""Random numbers that depend only on a name (integers such as seed and step), and recomputation, which needs such numbers.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
-state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a generator
-by a name, and draws for all tokens of one rank at once.
+state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a torch
+generator with a name, and draws for all tokens of one rank at once.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls the function without keeping its activations: backward computes them again. No state of a random generator is
-    saved, because all draws in a layer depend on names alone."""
+    """Calls `function` without keeping its activations: backward computes them again. No random state is saved, because all
+    random numbers in a layer depend on names alone."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -27,12 +27,12 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
     Args:
         name: Identifies the draw, as (seed, step, layer).
-        row_T, columns: int64, numbers of the tokens and of the experts. Each (token, expert) has its own draw.
+        row_T, columns: int64, the indices of tokens and experts: each (token, expert) has its own random number.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
-    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # takes T x E int64 of memory
+    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # a temporary int64 [T, E]
     # 24 bits plus one half are never 0 or 1 and exact in fp32, so every device and dtype sees the same uniform number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
@@ -42,8 +42,8 @@ def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
     """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean does not change.
 
     Args:
-        name: Identifies the draw, as (seed, step, layer, first token, projection). Equal names give equal draws on the same
-            kind of device.
+        name: Identifies the draw, as (seed, step, layer, first token, projection). Equal names give equal draws on devices
+            of the same kind.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63

@@ -1,14 +1,15 @@
-"""The true experts of this rank: SwiGLU FFNs, stacked by group, run over rows that are sorted by slot.
+"""The true (not null) experts of this rank: SwiGLU FFNs with weights stacked by group, run over rows that are sorted by
+slot.
 
-Shape letters: Q pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e a group's experts here.
+Shape letters: Q pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e of them on this rank.
 
 Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`, with the same contract:
 
     swiglu(x_QD, gate, up, down, counts)  ->  y_QD
 
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
-order. Rows of x beyond the sum of `counts` belong to no expert; such rows get no output and a zero gradient. An expert
-without rows gets a zero gradient, not None.
+order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
+of an expert without rows get a zero gradient, not None.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
@@ -32,13 +33,13 @@ from moe_dist.placement.roles import Role, group_module
 ExpertGemm = Literal["auto", "grouped", "loop"]
 StackedSwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]  # see the top of this file
 ALIGNMENT = 16  # a stride must be a multiple of this many bytes
-GROUPED_ON_CPU = 16  # from this number of experts on, grouped_mm (a loop in C++ on CPU) was measured to be faster
+GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
 
 
 def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
     """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed too, so that
-    its gradient is zero and not None."""
-    # unbind, because the backward of an index fills a whole stack with zeros for each expert
+    the gradient of its weights is zero and not None."""
+    # unbind, because the backward of an index would fill a whole stack with zeros per expert
     stacks = [weight.unbind() for weight in (gate, up, down)]
     runs = x_QD[: sum(counts)].split(list(counts))
     outputs = [
@@ -49,11 +50,11 @@ def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Se
 
 
 def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes all experts by three grouped products. Use it only where `why_not_grouped` returns None."""
+    """Computes all experts by three grouped matrix products. Use it only where `why_not_grouped` returns None."""
     if not sum(counts):
-        return loop_swiglu(x_QD, gate, up, down, counts)  # without a row no kernel is called
+        return loop_swiglu(x_QD, gate, up, down, counts)  # without rows no kernel is called
     x_QD = x_QD[: sum(counts)]
-    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)  # the copy is queued
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)  # does not sync
     empty = [expert for expert, count in enumerate(counts) if not count]
     if empty:
         gate, up, down = (_zero_gradient_of(weight, empty) for weight in (gate, up, down))
@@ -69,8 +70,8 @@ def choose_gemm(
 ) -> StackedSwiGLU:
     """Chooses the function that computes `num_experts` experts with the widths D and F. Cheap enough for each forward.
 
-    On CUDA `auto` takes the grouped kernel where there is one, because one launch replaces one launch per expert.
-    On CPU `auto` takes grouped from GROUPED_ON_CPU experts on (docs/parallelism.md).
+    On CUDA `auto` takes the grouped kernel where there is one, because it needs one kernel launch instead of one per
+    expert. On CPU `auto` takes grouped from GROUPED_ON_CPU experts on (docs/parallelism.md).
 
     Raises:
         ValueError: `grouped` is not possible here.
@@ -106,8 +107,8 @@ def _product(x_QI: Tensor, weight_eOI: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
-    """The weight, whose gradient is set to 0 for these experts: torch does not document what the grouped product's backward
-    leaves for an expert without rows."""
+    """Returns the weight with a hook that sets these experts' gradients to 0: torch does not document what the backward of
+    the grouped product writes for an expert without rows."""
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
@@ -134,7 +135,7 @@ class ExpertStack(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
 
     def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
-        """SwiGLU of each expert over its block of consecutive rows: x [sum(counts), D] -> [sum(counts), D]."""
+        """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
             # without a gradient. The stack's edp peers hold no expert of this group either, so all skip it.
@@ -145,7 +146,7 @@ class ExpertStack(nn.Module):
 
 
 class Experts(nn.Module):
-    """All true experts of this rank, one stack for each group.
+    """All true (not null) experts of this rank, one `ExpertStack` per group.
 
     A group without experts here has an empty stack [0, F, D]. Every rank then has the same FSDP2 units and the same order
     of gathers. Without the empty stack, FSDP2's prefetch ran ahead of the exchanges of other ranks, and all ranks hung.
@@ -154,8 +155,8 @@ class Experts(nn.Module):
         hidden_dim: D.
         groups: All groups in logical order; the rank's slots are sorted the same way.
         num_local: Number of experts of each group on this rank.
-        pair_budget: Largest number of pairs computed at once; None for no bound. More pairs run in recomputed chunks, so
-            that an expert that takes all tokens costs time and not memory.
+        pair_budget: Largest number of pairs computed at once; None for no bound. More pairs are computed in chunks, which
+            backward recomputes, so that unbalanced routing costs time and not memory.
         gemm: See `choose_gemm`.
     """
 
@@ -175,8 +176,8 @@ class Experts(nn.Module):
             self.add_module(group_module(group.name), ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """Weighted sum of the experts over the pairs of each row: [R, D] in the rows' dtype, summed in fp32 and rounded
-        once. With `recompute`, backward computes the FFNs again instead of keeping their activations."""
+        """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
+        fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
@@ -190,15 +191,15 @@ class Experts(nn.Module):
                 part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts)
             else:
                 part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts)
-            # An addition saves no tensor for backward, so a chunk keeps nothing that grows with its pairs.
+            # An addition saves no tensor for backward, so a chunk keeps nothing whose size depends on its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at += sum(counts)
         assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)  # the only rounding
 
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
-        """Runs the experts over some pairs, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
-        x_QD = gather_rows(rows_RD, row_Q)  # copies each row for each of the row's pairs
+        """Computes the pairs of one chunk, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
+        x_QD = gather_rows(rows_RD, row_Q)  # one copy of a row per pair
         outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice joins a rank without experts to the graph
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
@@ -209,8 +210,8 @@ class Experts(nn.Module):
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns for each chunk its number of pairs
-    of every slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
+    """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns per chunk the number of pairs of
+    each slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
     total = sum(counts)
     starts = [sum(counts[:slot]) for slot in range(len(counts))]
     edges = range(0, total, budget) if total else [0]

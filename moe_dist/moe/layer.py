@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. The forward stores nothing on the module."""
+"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. The forward sets no attribute of the module."""
 
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -27,11 +27,11 @@ class MoELayer(nn.Module):
         norm: Norm before the router, or identity.
         router: A `Router`, which chooses the experts of each token.
         experts: This rank's true experts.
-        dispatcher: Sends rows to their experts' ranks, and sums the results back into the tokens.
-        shared: An expert that computes every token, or None.
-        free: Identity and constant experts, if a group has any.
-        recompute: What backward computes again. `experts`: the expert FFNs, which repeats no exchange. `block`: the whole
-            layer but the routing and the plan, which repeats the dispatch exchange.
+        dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
+        shared: An expert that computes every token on the token's rank, or None.
+        free: Identity and constant experts (without dispatch), if a group has any.
+        recompute: What backward computes again. `experts`: only the expert FFNs, without an exchange. `block`: the whole
+            layer, with the dispatch exchange, but not the choice of experts and the dispatch plan.
         name: Name of the layer in records, and in reports of a hang or of damage.
     """
 
@@ -58,7 +58,7 @@ class MoELayer(nn.Module):
         self.name = name
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report."""
+        """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)

@@ -3,9 +3,9 @@
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. A token whose choices are all null passes the frozen FFN alone. Every rank holds all experts, so there is no
-all-to-all. A token costs one FFN, and for each of its experts products of rank r. The weight w_e follows from the
-probability p_e of expert e among all columns:
+W is frozen. For a token whose choices are all null, y is the frozen FFN's output. Every rank holds all experts, so there is
+no all-to-all. A token costs one FFN, and for each of its experts matrix products of rank r. The weight w_e depends on the
+router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is that of log p_e
@@ -60,7 +60,7 @@ class LoRAPlan:
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Weights of the taken pairs from their probabilities; the top of this file lists the kinds."""
+    """Returns the weights w_e of pairs from their probabilities `weight_N`, by a kind listed at the top of this file."""
     if kind == "probability":
         return weight_N
     if kind == "published":
@@ -70,7 +70,7 @@ def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
 
 
 class LoRAStack(nn.Module):
-    """The experts of one group. Each target has A [n, r, I] as `<target>_a` and B [n, O, r] as `<target>_b`."""
+    """The LoRA experts of one group: per target projection A [n, r, I] as `<target>_a` and B [n, O, r] as `<target>_b`."""
 
     role = Role.ADAPTER
 
@@ -82,15 +82,15 @@ class LoRAStack(nn.Module):
 
 
 class LoRAExperts(nn.Module):
-    """The LoRA experts of all groups, one stack for each group.
+    """The LoRA experts of all groups, one `LoRAStack` per group.
 
     Args:
         hidden_dim, ffn_dim: D and F.
         groups: All groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
-        dropout: Share of an adapter's inputs that is dropped in training.
+        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.
-        weight: Kind of the experts' weights, see the top of this file.
+        weight: Kind of the weights w_e, see the top of this file.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class LoRAExperts(nn.Module):
     def forward(
         self, target: str, x_TI: Tensor, y_TO: Tensor, weight_N: Tensor, plan: LoRAPlan, *, draw: tuple[int, ...] | None
     ) -> Tensor:
-        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y alone without adapters.
+        """Adds the weighted LoRA outputs of each token's experts to y, the output of the projection `target`.
 
-        Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the pair's
-        input and two vectors of length r.
+        Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the input row
+        and two vectors of length r.
 
         Args:
-            draw: Name of the dropout's draws, see `adapter_draw`.
+            draw: Name of the random numbers for dropout, see `adapter_draw`.
         """
         if target not in self._widths:
             return y_TO
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # scales r numbers, not O
+        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # applied to r numbers per pair, not O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
         deltas = [
@@ -141,20 +141,20 @@ class LoRAExperts(nn.Module):
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         """The matrix `name` of every expert, in logical order over all groups."""
         stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
-        # uses unbind, because the backward of an index fills a whole stack with zeros for each expert
+        # unbind, because the backward of an index would fill a whole stack with zeros per expert
         return [matrix for stack in stacks for matrix in stack.unbind()]
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The interface is
-    that of `MoELayer`. No all-to-all is needed, because every rank holds all LoRA experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. Has the
+    interface of `MoELayer`, but no all-to-all, because every rank holds all LoRA experts.
 
     Args:
         norm: Frozen norm of the base model.
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
         recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: all but the routing.
-        seed, layer: Name the draws of the dropout, together with the step and the tokens.
+        seed, layer: With the step and the tokens, the name of the random numbers for dropout.
         comm_stats: Records the host syncs.
     """
 
@@ -176,9 +176,9 @@ class LoRALayer(nn.Module):
         self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report."""
+        """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
-        # Testing x_TD.requires_grad would be wrong, because the first adapter's input has no gradient.
+        # x_TD.requires_grad is no test here: with the base model frozen, the first LoRA layer's input needs no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)
@@ -208,5 +208,5 @@ class LoRALayer(nn.Module):
 
 
 def adapter_draw(seed: int, layer: int, batch_info: GlobalBatchInfo) -> tuple[int, ...]:
-    """The name of a layer's draws in this micro-batch on this rank."""
+    """Returns the name of a layer's random numbers for this rank's micro-batch, for `dropped`."""
     return (seed, batch_info.step, layer, batch_info.first_token_of(batch_info.rank))

@@ -1,4 +1,4 @@
-"""Load-balance and z-loss terms from the layers' reports. Pure functions of counts that are summed over all ranks.
+"""Load-balance losses and z-loss, as functions of a rank's router sums and of counts over all ranks.
 
 Shape letters: L MoE layers, G groups, C choice columns (true experts by logical id, then the groups' null, identity and
 constant experts).
@@ -19,7 +19,7 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Constants of the groups on one device. Made once, because a copy to CUDA in each step would be a host sync.
+    """Tensors that describe the groups' columns, made once, because a copy to CUDA per step would be a host sync.
 
     Attributes:
         groups: All groups, in logical order.
@@ -52,24 +52,24 @@ def balance_terms(
 ) -> Tensor:
     """This rank's share of the load-balance loss of each layer and group, [L, G], with coefficient 1.
 
-        l = C sum_i f_i P_i,   f_i = picks_i / T,   P_i = sum of probabilities / T,   C columns of all kinds in the group
+        l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   C columns of all kinds in the group
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
-    mean load of the group's null columns, because null columns are copies of one another. The loads of identity columns are
-    replaced by their mean too. Each constant expert keeps its own load. `vanilla` averages nothing.
+    mean load of the group's null columns, because null columns are equivalent. The same holds for identity columns, not for
+    constant experts. `vanilla` replaces no load.
 
-    `null_split` (ZEDA, arXiv 2605.18643) regulates only how choices divide between the n true columns (E) and the n_Z
-    others (Z). An even split has the value 1, as in ZEDA's paper; an even load under the other kinds has k:
+    `null_split` (ZEDA, arXiv 2605.18643) balances only the share of choices of the n true columns (E) against that of the
+    n_Z other columns (Z). With an even split it is 1, as in ZEDA's paper; with an even load the other kinds are k:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. At this load
-    a token takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
+    The null weight w is ZEDA's: the loss is balanced when a null column has w times the load of a true column. A token then
+    takes k n / (n + m w) true experts, with m null columns. LongCat-Flash scales its loss to its target in the same way.
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
-        choices_LC: Picks of each column over all ranks.
-        tokens_LG: Tokens of each group over all ranks. A group without tokens contributes 0.
+        choices_LC: Number of choices of each column over all ranks.
+        tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
@@ -88,8 +88,8 @@ def balance_terms(
 
 
 def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
-    """Replaces the loads of each group's null columns by their mean over the null weight, and the loads of its identity
-    columns by their mean."""
+    """Replaces the loads of each group's null columns by their mean divided by the null weight, and the loads of its
+    identity columns by their mean."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
     counts = [group.num_null for group in groups] + [group.num_identity for group in groups]
@@ -104,7 +104,7 @@ def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Se
 def _split_terms(
     prob_LC: Tensor, load_LC: Tensor, tokens_LG: Tensor, tables: ColumnTables, weight_G: Sequence[float]
 ) -> Tensor:
-    """The kind `null_split` of `balance_terms`. The loss of a group that has only true columns is a constant."""
+    """Computes `null_split`, see `balance_terms`. For a group that has only true columns the loss is constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
     terms_LG = torch.zeros_like(tokens_LG)
@@ -118,12 +118,11 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by its factor, a number on the host, because a tensor of factors would be a host
-    sync."""
+    """Multiplies each group's column by its factor: floats, because copying a tensor of factors would be a host sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
     """This rank's share of each layer's router z-loss, [L], with coefficient 1: the mean over tokens of logsumexp(logits)^2
-    over the columns of the token's group (ST-MoE, arXiv 2202.08906, equation 5). `tokens_LG` counts all ranks."""
+    over the columns of the token's group (ST-MoE, arXiv 2202.08906, equation 5). `tokens_LG` is summed over all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

@@ -13,22 +13,23 @@ from torch import Tensor
 
 from moe_dist.placement.placement import ExpertGroup
 
-ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
+ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
     """The (token, expert) pairs of one layer. The dispatcher sees no other part of the routing.
 
-    N, the number of pairs, is static (T x K for token choice), so that no shape before the dispatcher's host sync depends
-    on data. Taken pairs are unique.
+    N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that shapes are known without
+    a host sync: a pair that no expert computes (a null choice, padding) stays in the list as an absent pair. All other
+    pairs are taken, and unique.
 
     Attributes:
         token_N: int64, token of each pair.
-        expert_N: int64, logical expert of each pair; ABSENT if no pair is taken (a null choice, padding).
+        expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
-        counts_WE: Number of pairs of each EP rank and logical expert, equal on all ranks. None if reading the routing is
-            needed to know it, as with token choice. If known, as with expert choice within one rank, every pair is taken
-            and pairs are sorted by expert.
+        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks. None if
+            it depends on the routing, as with token choice. If given, as with expert choice within one rank, every pair is
+            taken and pairs are sorted by expert.
     """
 
     token_N: Tensor
@@ -37,17 +38,17 @@ class Assignments(NamedTuple):
     counts_WE: tuple[tuple[int, ...], ...] | None = None
 
     def taken(self) -> "Assignments":
-        """Only the taken pairs, for tests and pictures. Syncs on CUDA, because their number depends on data."""
+        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because it reads their number."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
 
 class ChoiceSums(NamedTuple):
-    """Further sums of expert choice over this rank's tokens in one layer: float64, without gradient.
+    """More sums over this rank's tokens in one layer, of expert choice alone: float64, without gradient.
 
     Attributes:
-        kth_score_E: The k-th largest score of each expert in its selection scope, times the tokens of its group.
-        above_E: Number of tokens whose score is above the expert's threshold.
+        kth_score_E: The k-th largest score of each expert in its selection scope, times this rank's tokens of its group.
+        above_E: Number of tokens whose score is above the threshold of each expert.
         unrouted_G: Number of tokens that no expert takes.
     """
 
@@ -60,15 +61,15 @@ class RouterSums(NamedTuple):
     """Sums over this rank's routed tokens in one layer, for balance losses and monitoring.
 
     Attributes:
-        choices_C: int64, number of choices of each column, before any capacity.
-        prob_C: Sum over tokens of the group's softmax probabilities, differentiable.
+        choices_C: int64, number of choices of each column, including choices that a capacity drops.
+        prob_C: Sum over tokens of each column's probability (with expert choice: score), differentiable in token choice.
         tokens_G: int64, number of routed tokens.
         log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
-        entropy_G: Sum over tokens of the softmax's entropy in nats, without gradient.
-        dropped_E: int64, choices of each true expert that a capacity dropped.
-        choice: Further sums of expert choice; None for token choice.
-        auxiliary_G: Cross entropy of the auxiliary routers, summed over tokens and experts, differentiable; None if no
-            auxiliary router is trained.
+        entropy_G: Sum over tokens of the entropy of the probabilities in nats, without gradient.
+        dropped_E: int64, number of choices of each true expert that a capacity dropped.
+        choice: More sums with expert choice; None with token choice.
+        auxiliary_G: Cross entropy of auxiliary routers, summed over tokens and experts, differentiable; None if none is
+            trained.
     """
 
     choices_C: Tensor
@@ -87,8 +88,7 @@ class Routing(NamedTuple):
     Attributes:
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
             run on the token's own rank and are never pairs. None if no group has them.
-        prob_AC: Softmax of the probe tokens over the columns of their group, 0 in other columns; fp32 with gradient. None
-            without probe tokens.
+        prob_AC: Probabilities of the probe tokens, 0 in columns of other groups; fp32 with gradient, or None.
     """
 
     assignments: Assignments
@@ -103,7 +103,7 @@ class DepthSums(NamedTuple):
     Attributes:
         tokens: int64, number of this rank's tokens that are not padding.
         taken: int64, number of tokens that the layer computes.
-        agreed: int64, number of tokens for which evaluation's causal decision equals the selection.
+        agreed: int64, number of tokens for which the causal rule of evaluation decides as the selection does.
         cut: float64, lowest selected score in the selection scope, times `tokens`.
         weight: float64, sum of the weights of the computed tokens, without gradient.
         auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without that
@@ -119,15 +119,15 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. As a NamedTuple, it shows its tensors to FSDP2's hooks.
+    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks find its tensors.
 
     Attributes:
         sums: Sums of the router over this rank's tokens.
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
-        pairs: (token, expert) pairs that this rank's tokens take.
+        pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
         depth: Sums of a mixture-of-depths layer; None in other layers.
-        members_G: int64, in a mixture-of-depths layer the tokens of each group, skipped tokens included.
+        members_G: int64, in a mixture-of-depths layer the number of all tokens of each group; None in other layers.
         prob_AC: See `Routing`.
     """
 
@@ -145,8 +145,8 @@ class GlobalBatchInfo:
     """Token counts of a training micro-batch on all ranks, known on the host before any layer runs.
 
     Attributes:
-        step: Optimizer step, 0-based; part of the names of random draws.
-        first_token: Number of the micro-batch's first token among all tokens of the step.
+        step: Optimizer step, 0-based; part of the names of random numbers.
+        first_token: Index of the micro-batch's first token among all tokens of the step.
         rank: Global rank of this process.
         tokens_W: T of each rank of the world.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
@@ -159,7 +159,8 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Number of a rank's first token among all tokens of the step. Each token has the same number in any layout."""
+        """Returns the index, among all tokens of the step, of a rank's first token. Any layout gives a token the same
+        index."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
@@ -168,9 +169,9 @@ class RoutingRequest:
     """Input of all routers and MoE layers beside the tokens.
 
     Attributes:
-        batch_info: Numbers of the micro-batch on all ranks; None in evaluation.
-        probe_tokens_A: int64, tokens whose softmax the reports return as `prob_AC`; None for no tokens.
-        experts_off: If true, routed experts add nothing. All else, collectives included, is computed as usual.
+        batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
+        probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
+        experts_off: If true, routed experts add 0 to the output; all else, collectives included, is computed as usual.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -182,11 +183,11 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that experts (expert choice) or a layer (mixture of depths) take, without gradient. Kept for recompute.
+    """The tokens that experts (expert choice) or a layer (mixture of depths) take, without gradient, kept for recompute.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
-        order_TE: int64, this rank's tokens by falling logit of each expert; None if the scope has several ranks.
+        order_TE: int64, this rank's tokens sorted by falling logit, per expert; None if the scope has several ranks.
         kth_score_E: The lowest taken score of each expert in the scope, without noise; 0 if it takes no token, or if its
             capacity takes all tokens of its group.
     """
@@ -198,8 +199,9 @@ class ExpertsChoice(NamedTuple):
 
 @dataclass
 class RoutingCache:
-    """The discrete decisions of one layer's forward, and the request. The first forward fills the cache, and the recomputed
-    forward reads it. A recomputation's bits may differ, and a changed choice would change split sizes on only one rank.
+    """The discrete decisions of one layer's forward, and the request. The first forward writes them, and the recomputed
+    forward reads them: recomputed logits may differ in the last bits, and a changed choice would change one rank's split
+    sizes.
     """
 
     choice_TK: Tensor | None = None  # chosen columns of token choice
@@ -211,7 +213,7 @@ class RoutingCache:
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """Group of each choice column. Columns are all true experts, then all null, identity and constant experts, each in
-    group order. True columns come first, so that a stable sort lets ties go to true experts."""
+    """Returns the group of each choice column. Columns are all true experts, then all null, identity and constant experts,
+    each kind in group order. True columns are first, so that a stable sort gives ties to true experts."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

@@ -3,8 +3,8 @@
     identity  E(x) = x                                          (LongCat-Flash, arXiv 2509.01322; MoE++'s copy expert)
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned
 
-x is the input of the true experts, after the norm. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D hidden
-size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
+x is the layer's normalised input, as for true experts. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D
+hidden size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class ConstantStack(nn.Module):
 class ZeroComputationExperts(nn.Module):
     """The zero-computation experts of all groups.
 
-    Every token computes the gate of every constant expert, so that shapes do not depend on the routing and every parameter
-    has a gradient on every rank.
+    Every constant expert's gate is computed for every token, so that shapes do not depend on the routing and every
+    parameter has a gradient on every rank.
     """
 
     def __init__(self, hidden_dim: int, groups: Sequence[ExpertGroup]) -> None:
@@ -45,8 +45,9 @@ class ZeroComputationExperts(nn.Module):
                 self.add_module(group_module(group.name), ConstantStack(hidden_dim, group.num_constant))
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
-        """Weighted sum of the zero-computation experts [T, D] in the dtype of `h_TD`, summed in fp32 (float64 for float64)
-        and rounded once. The sum of all these experts is one number times x, plus one product with the stacked vectors."""
+        """Returns the weighted sum of each token's zero-computation experts, [T, D] in the dtype of `h_TD`, summed in fp32
+        (float64 for float64) and rounded once. The sum is one number times x plus one product with the stacked vectors
+        v."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # keeps the sum in fp32
             x_TD = h_TD.to(dtype)

@@ -1,1 +1,1 @@
-"""Groups of parameters for an optimizer, fused optimizers, schedules and the global gradient norm."""
+"""Parameter groups for an optimizer, fused optimizers, schedules and the global gradient norm."""

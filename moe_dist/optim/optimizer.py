@@ -1,8 +1,8 @@
 """Parameter groups, fused AdamW (torch's, or NVIDIA Apex's if installed) and its state, the global gradient norm,
 schedules.
 
-This file issues no collective: the training step sums the ranks' contributions to the norm. The arguments of a schedule
-have the names of the configuration's fields, so that a section's `model_dump()` fits.
+This file issues no collective: the training step sums the ranks' contributions to the norm. A schedule's arguments are
+named like the configuration's fields, so that a section's `model_dump()` can be passed.
 """
 
 import importlib
@@ -19,20 +19,20 @@ from torch.optim import Optimizer
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role have no decay either
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor have vectors of any role decay
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
-    """True if this rank holds no element: it has no expert of the group, or its shard is beyond the last row."""
+    """True if this rank has no element of the parameter: no expert of the group, or a shard beyond the last row."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel() == 0
 
 
 def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order.
+    """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order.
 
-    A fused kernel needs parameters of one kind. So plain tensors, DTensors over all ranks (dense) and DTensors over edp
-    (experts) are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
+    A fused kernel needs parameters of one kind, so plain tensors, DTensors over all ranks (dense parameters) and DTensors
+    over edp (experts) are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
     """
     groups: dict[tuple[bool, object], dict[str, Any]] = {}
     for _, _, role, parameter in named_parameters(model):
@@ -57,20 +57,20 @@ def make_optimizer(
     eps: float,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay` is the
-    default for groups without one.
+    """Makes AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay` is
+    for groups without a weight decay of their own.
 
     Raises:
         ConfigError: backend=apex, but Apex is missing or does not support the parameters.
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)  # a reason not to use Apex, with which backend=auto takes torch
+    obstacle = _apex_obstacle(apex_adam, parameters)  # why Apex cannot be used; None if it can
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
-    # torch rejects an empty list, but a rank without parameters still takes part in each step.
+    # torch rejects an empty list of groups, but a rank without parameters still takes part in each step.
     return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
@@ -103,8 +103,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. Without this call
-    the first step would start from the same values."""
+    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. The first step would
+    create the same values."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -137,24 +137,25 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:
-    # Apex has one count per group; torch has one tensor per parameter.
+    # Apex has one step count per group; torch has one tensor per parameter.
     return not isinstance(optimizer, torch.optim.AdamW)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The local part of each gradient, as plain tensors that share its memory. Parameters without gradient are left out."""
+    """Returns this rank's part of each gradient, without a copy, as a plain tensor; parameters without gradient are left
+    out."""
     gradients = (parameter.grad for parameter in parameters)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
 
 
 @torch.no_grad()
 def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torch.device) -> Tensor:
-    """This rank's contribution to the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
-    gradients, 0-d float64. The squared norm is the sum of the contributions of all ranks. No host sync.
+    """Returns this rank's share of the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
+    gradients, 0-d float64. The sum of the shares of all ranks is the squared norm. No host sync.
 
     Args:
-        parameters: Each parameter with its replicas, the number of ranks that hold the same part of its (already reduced)
-            gradient: all ranks for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
+        parameters: Each parameter with its replicas, the number of ranks with the same part of its (already reduced)
+            gradient: all ranks for a replicated dense parameter, the edp size for a replicated expert, 1 for a shard.
         device: Device of the result, also on a rank without gradients.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -163,7 +164,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device, without a sync
+    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device: no sync
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
@@ -195,11 +196,11 @@ def lr_factor(
     min_ratio: float = 0.0,
     decay_steps: int = 0,
 ) -> float:
-    """Ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
+    """Returns the ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
 
     The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
     a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. `cosine` and `wsd` reach `min_ratio` in the
-    last step and keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
+    last step and keep it afterwards. If warm-up and decay overlap, the ratio is the smaller of both.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0
@@ -220,5 +221,6 @@ def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Value at `step` of a piecewise constant schedule: pairs (first step, value), the first steps increasing from 0."""
+    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), first steps rising from
+    0."""
     return next(value for first, value in reversed(schedule) if first <= step)

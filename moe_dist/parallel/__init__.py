@@ -1,1 +1,1 @@
-"""The device mesh, and the steps that make a single-device model parallel."""
+"""Process groups, and what makes a single-device model parallel: initial weights, sharding, gradient sums."""

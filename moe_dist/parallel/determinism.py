@@ -1,6 +1,6 @@
 """`parallel.deterministic`: runs with the same layout, seed and versions give bit-identical results.
 
-On CPU a step is always deterministic. On CUDA there are four sources of different bits: atomic additions of `index_add_`
+On CPU a step is always deterministic. On CUDA four things can change bits from run to run: atomic additions of `index_add_`
 and `scatter_add_`, cuBLAS workspaces shared between streams, cuDNN kernels chosen by timing, and sums in NVLink SHARP.
 """
 
@@ -17,7 +17,7 @@ _NCCL = ("NCCL_ALGO", "^NVLS")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that must be added to `given`. cuBLAS and NCCL read them at their first use.
+    """Returns the environment variables to add to those in `given`. cuBLAS and NCCL read them when they are first used.
 
     Raises:
         ConfigError: a variable has a value with which cuBLAS is not deterministic.
@@ -40,6 +40,6 @@ def make_deterministic() -> None:
     """
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # benchmarking may choose another kernel in each run
+    torch.backends.cudnn.benchmark = False  # timing may choose other kernels in each run
     # Otherwise torch fills every `torch.empty` with NaN to reveal uninitialised reads, which costs a write per buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Initial weights from (seed, logical name): bit-identical for every layout of ranks."""
+"""Draws initial weights from (seed, logical name), so that they are bit-identical for every layout of ranks."""
 
 import hashlib
 import math
@@ -18,10 +18,10 @@ def initialise(
 ) -> None:
     """Allocates a meta-device model on `device`, and initialises every parameter.
 
-    Norms start at 1, biases at 0. Adapters B start at 0, and adapters A [r, in] are normal with variance 1 / (3 in), as in
+    Norms start at 1 and biases at 0. LoRA matrices B start at 0, and A [r, in] is normal with variance 1 / (3 in), as in
     the authors' code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
     down) have std / sqrt(2 L), with L layers. A module can set constants for its parameters by name in `initial_values`.
-    The host draws one whole tensor at a time and copies this rank's shard.
+    One whole tensor at a time is drawn on the host, and this rank's shard is copied to the device.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -35,16 +35,16 @@ def initialise(
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Allocates a meta-device model on `device`. Fills constant buffers, but not the parameters."""
+    """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)  # allocates without initialising, which would cost a pass over all parameters
+        model.to_empty(device=device)  # without values: initialising here would be a wasted pass over all parameters
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
 
 def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:
-    """Logical names of the experts in the stack `layers.i.moe.experts.<group>.<tensor>` of this rank."""
+    """Returns the logical names of the experts in this rank's stack `layers.i.moe.experts.<group>.<tensor>`."""
     prefix, group_name, tensor = name.rsplit(".", 2)
     group = next(group for group in placement.groups if group.name == group_name)
     local = placement.local_experts(ep_rank, group)
@@ -52,14 +52,14 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
 
 
 def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
-    """The whole initial tensor of a parameter, on the host."""
+    """Returns the whole (not sharded) initial value of a parameter, on the host."""
     name, shape = named.name, tuple(named.parameter.shape)
     if named.role is Role.NORM:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if named.role is Role.ADAPTER:
-        if name.endswith("b"):  # with B = 0 the model starts as the base model
+        if name.endswith("b"):  # with B = 0 outputs start as those of the base model
             return torch.zeros(shape)
         scale = (3 * shape[-1]) ** -0.5
     if named.role is Role.EXPERT:
@@ -70,7 +70,7 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
 
 
 def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """The initial value of a logical tensor, fp32: normal with `std`, drawn from (seed, logical name)."""
+    """Returns the initial value of the tensor with this logical name: fp32, normal with `std`, drawn from (seed, name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()  # Python's hash() differs in each process
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -78,7 +78,7 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 @torch.no_grad()
 def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter. A DTensor gets only the part of its local shard."""
+    """Copies a whole tensor into a parameter; of a DTensor, only this rank's shard is copied."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return

@@ -1,4 +1,4 @@
-"""Creates all process groups. No other file creates one.
+"""Creates all process groups: no other file creates one.
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
@@ -6,8 +6,8 @@
 - `ep`: ranks that together hold one copy of all experts. An EP group's ranks are consecutive, to stay inside a node.
   Dispatch and combine run in this group.
 - `edp`: ranks with the same ep_rank. The ranks of an edp group hold the same experts and sum their gradients.
-- `intra_node`, `inter_node`: exist with ranks_per_node, where ep_rank = node * ranks_per_node + local. `intra_node` has the
-  ranks of one node of the EP group, `inter_node` the ranks with the same `local`.
+- `intra_node`, `inter_node`: exist only with ranks_per_node. ep_rank = node * ranks_per_node + local; `intra_node` has the
+  EP group's ranks with the same `node`, `inter_node` those with the same `local`.
 """
 
 from collections.abc import Iterator
@@ -28,15 +28,14 @@ _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks and process groups of one process.
+    """The ranks and process groups of this process.
 
     Attributes:
         ep: None for an EP group of one rank, which communicates nothing.
-        checkpoint: A gloo group of all ranks for the checkpoint thread, because training uses the other groups at the same
-            time.
+        checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Ordered by ep_rank; None for a single rank, or without ranks_per_node.
+        intra_node, inter_node: Ranks in the order of ep_rank; None without ranks_per_node, or if the group has one rank.
     """
 
     rank: int
@@ -71,8 +70,8 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. The
-    rendezvous uses `store`, or `init_method` if it is None."""
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` of each collective is in seconds. The
+    rendezvous uses `store`, or `init_method` if `store` is None."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if store is None else None,
@@ -80,7 +79,7 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections at once, so that errors show early
+        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections now, so that errors show early
     )
 
 
@@ -94,8 +93,8 @@ def make_mesh(
 ) -> Mesh:
     """Divides the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
 
-    With `ranks_per_node`, which must divide `ep`, it also divides each EP group into nodes. Each group gets `timeout`
-    explicitly, because torch's groups do not inherit it from the default group.
+    With `ranks_per_node`, which must divide `ep`, each EP group is also divided into nodes. Each group gets `timeout`
+    explicitly, because torch's groups do not inherit the default group's timeout.
     """
     world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if world is None or world_size % ep:
@@ -103,7 +102,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # made also for one rank, because FSDP2 needs a mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs its mesh
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,
@@ -116,7 +115,7 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # a dead rank ends a wait at once, because its connections close
+        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the others.
         checkpoint=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
@@ -129,13 +128,13 @@ def make_mesh(
 def _node_groups(
     grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Returns this rank's groups inside its node and between nodes. The rows of `grid` are the EP groups."""
+    """Returns this rank's groups inside its node and between nodes. Each row of `grid` has the ranks of an EP group."""
     if ranks_per_node is None:
         return None, None
     ep = grid.shape[1]
     if ep % ranks_per_node:
         raise AssertionError(f"an EP group of {ep} ranks cannot be cut into nodes of {ranks_per_node}")
-    cube = grid.view(-1, ep // ranks_per_node, ranks_per_node)  # EP group, node, local
+    cube = grid.view(-1, ep // ranks_per_node, ranks_per_node)  # [EP group, node, local]
     nodes, rails = cube.flatten(0, 1), cube.transpose(1, 2).flatten(0, 1)
     intra = _own_group(nodes, _row_of(nodes, rank), timeout) if nodes.shape[1] > 1 else None
     inter = _own_group(rails, _row_of(rails, rank), timeout) if rails.shape[1] > 1 else None
@@ -147,8 +146,8 @@ def _row_of(rows: torch.Tensor, rank: int) -> int:
 
 
 def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:
-    """Creates a group for each row of ranks and returns this rank's own. All ranks create the groups in the same order, as
-    `dist.new_group` requires."""
+    """Creates a process group for each row of ranks, and returns the group of row `own`. All ranks create all groups in the
+    same order, as `dist.new_group` requires."""
     groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in rows]
     group = groups[own]
     if not isinstance(group, dist.ProcessGroup):
@@ -157,8 +156,8 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """Creates a group of some ranks, for measurements; None on a rank outside the group. With `alone` only members call
-    this function, and the group must be the first of exactly these ranks."""
+    """Creates a group of `ranks`, for measurements; returns None on other ranks. With `alone` only `ranks` call this
+    function, and no group of exactly these ranks may have been made before."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 
@@ -171,7 +170,7 @@ def destroy_world() -> None:
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh, None for a single rank, and
+    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh (None for a single rank) and
     this rank's device."""
     if env.world_size == 1:
         yield None, device

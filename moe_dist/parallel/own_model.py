@@ -34,15 +34,14 @@ def build_moe_layer(
     """Builds a layer with this rank's experts and dispatch over `ep_group`.
 
     `y, report = layer(x, group)` takes x [T, D] and int64 group indices [T], and returns y [T, D] without the residual.
-    Weights are normal with `std` and drawn from (seed, logical name), so that any number of ranks starts with the same
-    values.
+    Weights are normal with `std`, drawn from (seed, logical name), so that they are the same for any number of ranks.
 
     Args:
         hidden_dim: D.
         groups: All groups of experts, in logical order.
         ep_group: The ranks that share the experts. With None this process holds all experts.
-        placement: The map of experts to ranks; by default every group is spread over all ranks.
-        router: By default `TopKRouter(hidden_dim, groups)`. A given router keeps its weights.
+        placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
+        router: None makes `TopKRouter(hidden_dim, groups)`. The weights of a given router are not changed.
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
     """
     wire = AllToAll(ep_group, CommStats())
@@ -69,8 +68,8 @@ def build_moe_layer(
 
 
 def balance_loss(report: LayerReport, groups: Sequence[ExpertGroup], group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's share of AdaMoE's load-balance loss of one layer (arXiv 2406.13233, section 3.2), 0-d, with coefficient
-    1. The sum over ranks is the loss. Collective: one small all-reduce.
+    """Returns this rank's share of AdaMoE's load-balance loss of one layer (arXiv 2406.13233, section 3.2), 0-d, with
+    coefficient 1. The sum of the shares of all ranks is the loss. Collective: one small all-reduce.
 
     Args:
         report: The report that the layer returned.

@@ -1,6 +1,6 @@
-"""Measures all-reduce and all-to-all between every two nodes, in rounds of disjoint pairs.
+"""Measures all-reduce and all-to-all between every two nodes, in rounds in which each node is in at most one pair.
 
-Every rank calls `measure_pairs`. All ranks of both nodes of a pair take part, so that all network cards are used.
+Every rank calls `measure_pairs`. All ranks of a pair's two nodes take part, so that all network cards are used.
 """
 
 import time
@@ -14,13 +14,13 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # most repeats and seconds of one collective, whose best time counts
-LOOKS = 3  # number of measurements that must confirm a slow pair
+REPEATS, SECONDS = 100, 0.5  # limits of the repeats of a collective, of which the best time counts
+LOOKS = 3  # number of further measurements that must all find a pair slow
 
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """The ranks of a measurement: `per_node` ranks on each of `nodes` nodes, in order."""
+    """This rank, and the layout of ranks: `per_node` consecutive ranks on each of `nodes` nodes."""
 
     rank: int
     nodes: int
@@ -37,13 +37,13 @@ class NodeRanks:
 def measure_pairs(
     ranks: NodeRanks, *, payload_bytes: int, device: torch.device, timeout: float
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
-    """Returns the best times of every pair, and the slow pairs; equal on every rank.
+    """Returns the best times of each pair, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, alternating with the usual pair, so that a temporary
+    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed, so that a temporary
     load slows both pairs down.
 
     Args:
-        payload_bytes: Bytes that a rank sends to the other node in an all-to-all, and bytes of its all-reduce.
+        payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
         timeout: Timeout of every collective, in seconds.
     """
     task = PairMeasurement(ranks, payload_bytes, device)
@@ -57,7 +57,7 @@ def measure_pairs(
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create these groups, because with `alone` torch would reuse the name of a pair's first group.
+    # All ranks create these groups, because with `alone` torch would reuse the name of the pair's earlier group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
 
@@ -73,7 +73,7 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Names of the nodes in order. Collective over all ranks."""
+    """Returns the names of the nodes, in order; `own` is this node's name. Collective over all ranks."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle
@@ -82,26 +82,26 @@ def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str
 
 @dataclass(frozen=True)
 class PairMeasurement:
-    """Times the collectives of pairs. See `measure_pairs` for the fields."""
+    """Measures collectives between the nodes of pairs. See `measure_pairs` for the fields."""
 
     ranks: NodeRanks
     payload_bytes: int
     device: torch.device
 
     def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, PairExchange]:
-        """Measures disjoint pairs at the same time. `groups` are the process groups of this rank's pairs. Collective over
-        all ranks; syncs with the host."""
+        """Measures pairs without a common node at the same time. `groups` has the process group of this rank's pair.
+        Collective over all ranks; syncs with the host."""
         seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         for number, pair in enumerate(pairs):
             if self.ranks.node in pair:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # takes the slower end's time, and is a barrier
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slowest rank's time; also a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
-        """Returns the best seconds of an all-reduce and of an all-to-all on this rank."""
+        """Returns the best time, in seconds on this rank, of an all-reduce and of an all-to-all."""
         per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
         elements = -(-self.payload_bytes // 4 // per_node) * per_node
         sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
@@ -118,10 +118,10 @@ class PairMeasurement:
 
 
 def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
-    collective()  # the first use opens connections
+    collective()  # opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
-    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # all ranks must repeat equally often
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # equally many on all ranks
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 
 

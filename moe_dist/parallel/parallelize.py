@@ -1,12 +1,12 @@
 """Makes a single-device model parallel, in this order:
 
-1. Experts: the model is built with this rank's experts only, and its dispatcher has the EP group.
-2. Recompute is set inside each unit at construction, so that FSDP2 unshards a unit before its recomputation.
-3. FSDP2 or DDP comes last, because it needs the final parameters and units.
+1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
+2. Recompute: set inside each FSDP2 unit when it is built, so that FSDP2 gathers a unit's parameters before recomputation.
+3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
-Gradients are summed and not averaged, because a rank's loss is its share of the global loss. Dense gradients are summed
-over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast
-them to its compute dtype. The small gradients of routers are summed over the world after backward.
+Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
+summed over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would
+cast them to its compute dtype. `reduce_gradients` sums the routers' gradients over the world after backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -32,11 +32,11 @@ _NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # `reduce_gradients` sums the gradients o
 
 
 class ParallelModel:
-    """A transformer on a mesh. Call it for the training forward, and call `reduce_gradients` after the last backward.
+    """A transformer on a mesh. Call it for the forward of training, and `reduce_gradients` after the step's last backward.
 
     Attributes:
         model: The unwrapped transformer, for evaluation and state. Under FSDP2 its parameters are DTensors.
-        parameters: All parameters of this rank. The logical name of a stack of experts has no expert index.
+        parameters: All parameters of this rank, with logical names; the name of a stack of experts has no expert index.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
@@ -52,14 +52,15 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks with the same values of a parameter, by which the global norm divides; 1 for a shard."""
+        """Number of ranks with the same part of a parameter (1 for a shard), by which the global gradient norm divides."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP reduces gradients in the last micro-batch, FSDP2 in each."""
+        """Encloses forward and backward of a micro-batch. DDP sums over ranks in the last micro-batch only, FSDP2 in
+        each."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
@@ -68,7 +69,7 @@ class ParallelModel:
             yield
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients that DDP and FSDP2 leave out: routers over the world, and under DDP experts over edp."""
+        """Sums the gradients that DDP or FSDP2 leave out: of routers over the world, and with DDP of experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -78,18 +79,18 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes all parameters but those of `roles`: frozen parameters get neither gradients nor moments. Call this before
-    FSDP2 or DDP, which skip frozen parameters."""
+    """Freezes all parameters but those of `roles`; frozen parameters get neither gradients nor moments. Call it before
+    FSDP2 or DDP, which then skip frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place: to attention and MoE layer (or FFN) of each layer, then to the root with embedding, norm and
-    output.
+    """Applies FSDP2 in place. Units are each layer's attention, each MoE layer or FFN, and the model with all other
+    parameters.
 
-    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So no gather or
-    reduce runs between the layer's two exchanges. A nested unit for the experts would run its reduce-scatter between the
+    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
+    collective between the layer's two exchanges. A unit for the experts inside it would run its reduce-scatter between the
     exchanges of backward, where ranks can deadlock.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
@@ -106,7 +107,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)  # the root is last, because it takes the parameters that no inner unit has
+    fully_shard(model, **options)  # last, because the model takes the parameters that no unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum instead of an average
@@ -114,7 +115,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp: by experts if their number divides evenly, else by the rows of each expert."""
+    """Shards expert stacks over edp: by experts, or by the rows of each expert if only their number is a multiple of the
+    edp size."""
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
@@ -128,7 +130,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP with a fixed order of buckets, from the last parameter to the first, which is the order of ready gradients.
+    """DDP with a fixed order of buckets: from the last parameter to the first, the order in which gradients are ready.
 
     Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
     its bucket determines the order of its sum. So the first step after a resume would differ in the last bits from the same
@@ -141,14 +143,14 @@ class _OrderedBuckets(DistributedDataParallel):
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """Wraps the dense parameters in DDP, with a sum instead of an average. Buffers are not broadcast, because all ranks
-    compute the same values."""
+    """Wraps the model in DDP for its dense parameters, with a sum instead of an average. Buffers are not broadcast, because
+    all ranks compute the same values."""
     ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the same buckets as later steps
+    wrapped.reducer._rebuild_buckets()  # now, so that the first step has the buckets of later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

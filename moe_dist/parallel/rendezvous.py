@@ -16,12 +16,13 @@ from moe_dist.runtime.rendezvous import address_file, find, listening_host, publ
 
 @contextmanager
 def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterator[Store | None]:
-    """Yields the store at the address that rank 0 publishes in the run folder; None with any other init method.
+    """Yields the store at the address that rank 0 publishes in the run folder; None if the init method is not PUBLISHED.
 
-    Create the process group inside the context. At its end all ranks have connected, and rank 0 deletes the address.
+    Create the process group inside this context. At the context's end all ranks have connected, and rank 0 deletes the
+    address.
 
     Args:
-        timeout: Seconds that a rank waits for rank 0, and for answers of the store.
+        timeout: Seconds that a rank waits for rank 0's address, and for each answer of the store.
 
     Raises:
         ConfigError, ResourceError, RunFolderError: from `runtime.rendezvous`.
@@ -37,7 +38,7 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
         return
     address, listener = publish(path, env, listening_host(env, os.environ))
     try:
-        # the store gets the listening socket itself, so that no other process can take the port in between
+        # the store gets the listening socket itself, so that no other process can take the port meanwhile
         options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
         store = TCPStore(address.host, address.port, env.world_size, True, wait, **options)
         yield PrefixStore(address.secret, store)  # a peer with another secret cannot see the keys

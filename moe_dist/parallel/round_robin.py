@@ -1,28 +1,28 @@
 """Round-robin schedule of node pairs, and detection of slow pairs. Pure functions without torch.
 
-A collective over all nodes is as slow as its slowest link, but does not show that link. A round-robin schedule measures
-every pair once, in n - 1 rounds (n for odd n) of disjoint pairs, so that two pairs never share a node's link.
+A collective over all nodes is as slow as its slowest link, but does not show which link that is. A round-robin schedule
+measures every pair of n nodes once, in n - 1 rounds (n for odd n). Pairs of a round share no node, and so no link.
 """
 
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-SLOW = 2.0  # a pair is slow above this multiple of the median pair's time
+SLOW = 2.0  # a pair is slow above this multiple of the usual time
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PairExchange:
-    """Best seconds of each collective on a pair."""
+    """Best time, in seconds, of each collective on a pair."""
 
     all_reduce: float
     all_to_all: float
 
 
 def round_robin(num_nodes: int) -> list[list[Pair]]:
-    """Rounds of disjoint pairs that contain every pair exactly once (circle method: one node is fixed, the others rotate).
-    If the number of nodes is odd, one node pauses in each round."""
+    """Returns rounds of pairs, in which every pair occurs exactly once (circle method: one node is fixed, the others
+    rotate). With an odd number of nodes, one node pauses in each round."""
     if num_nodes < 2:
         return []
     circle = list(range(num_nodes + num_nodes % 2))  # with a dummy node if the number is odd
@@ -36,14 +36,14 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Time of a normal pair: the lower median, which detects a slow node among four although half of the pairs contain it.
-    For at most three pairs it is the fastest."""
+    """Returns the time of a normal pair: the lower median, which shows a slow node among four although half of the pairs
+    contain it; for at most three pairs the least time."""
     ordered = sorted(seconds)
-    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # one slow node is in two of three pairs
+    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # of three pairs, a slow node is in two
 
 
 def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
-    """The pair with the usual time of all-to-all."""
+    """Returns a pair whose all-to-all takes the usual time."""
     seconds = usual(each.all_to_all for each in measured.values())
     return min(pair for pair, each in measured.items() if each.all_to_all == seconds)
 
@@ -54,7 +54,7 @@ def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Pairs that are slow in comparison with the usual times; empty for fewer than three pairs."""
+    """Returns the pairs that are slow against the usual times; none for fewer than three pairs."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

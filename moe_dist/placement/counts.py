@@ -10,23 +10,23 @@ Array = TypeVar("Array")
 
 
 class StepCounts(NamedTuple, Generic[Array]):
-    """Sums over all ranks of a micro-batch or of a whole step: float64 tensors on the device during the step, numpy arrays
-    for the monitor. The fields of two micro-batches add up.
+    """Sums over all ranks, of a micro-batch or of a whole step: float64 tensors on the device during the step, numpy arrays
+    for the monitor. The step's counts are the sums of its micro-batches' counts.
 
     Attributes:
-        choices_LC: Number of choices of each column, before any capacity.
+        choices_LC: Number of choices of each column, including choices that a capacity drops.
         tokens_LG: Number of routed tokens.
-        entropy_LG: Entropy (nats) of the router's softmax, summed over tokens.
-        dropped_LE: Choices of each true expert that a capacity dropped.
-        kth_score_LE: k-th largest score of each expert, times the tokens of its group. kth_score_LE, above_LE and
-            unrouted_LG are for expert choice and have no columns if tokens choose.
-        above_LE: Number of tokens above each expert's threshold.
+        entropy_LG: Entropy (nats) of the router's probabilities, summed over tokens.
+        dropped_LE: Number of choices of each true expert that a capacity dropped.
+        kth_score_LE: k-th largest score of each expert, times the number of tokens of its group. kth_score_LE, above_LE and
+            unrouted_LG are for expert choice; in token choice they have no columns.
+        above_LE: Number of tokens whose score is above each expert's threshold.
         unrouted_LG: Number of tokens that no expert took.
-        depth_tokens_P: Number of tokens from which a mixture-of-depths layer selects.
-        depth_agreed_P: Number of tokens whose causal decision equals the selection of training.
-        depth_kth_score_P: Lowest selected score, times the tokens.
-        depth_weight_P: Sum of the weights of the selected tokens.
-        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and number of these tokens that the layer computes.
+        depth_tokens_P: Number of tokens among which each mixture-of-depths layer selects.
+        depth_agreed_P: Number of tokens for which the causal rule decides as the selection does.
+        depth_kth_score_P: Lowest selected score, times the number of tokens.
+        depth_weight_P: Sum of the selected tokens' weights.
+        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and how many of them the layer computes.
     """
 
     choices_LC: Array
@@ -44,4 +44,4 @@ class StepCounts(NamedTuple, Generic[Array]):
     depth_taken_PG: Array
 
 
-FRACTIONAL = frozenset(("entropy_LG", "kth_score_LE", "depth_kth_score_P", "depth_weight_P"))  # other fields are integers
+FRACTIONAL = frozenset(("entropy_LG", "kth_score_LE", "depth_kth_score_P", "depth_weight_P"))  # other fields are counts

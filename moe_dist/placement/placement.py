@@ -1,7 +1,7 @@
-"""The map from each rank's slots to logical experts.
+"""The map from the slots of each rank to experts. A slot is the place of one expert on a rank.
 
-Logical experts are numbered over all groups, in the order of the groups: group g has the experts first_g .. first_g + n_g -
-1. A rank is a position in its EP group. Ranks may hold different numbers of slots, or none. Every layer uses the same map.
+An expert's logical id is its number over all groups, in group order: group g has the ids first_g .. first_g + n_g - 1. A
+rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map.
 """
 
 import itertools
@@ -14,18 +14,18 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """One group of experts, as plain values.
+    """One group of experts.
 
     Attributes:
         name: Name of the group, part of the experts' logical names.
-        num_experts: Number of true (not null) experts, n. Only true experts are placed on ranks.
+        num_experts: Number of true (not null) experts (n). Only true experts have slots on ranks.
         num_null: Number of null experts (m).
         top_k: Choices per token (k).
         ffn_dim: Hidden width of each expert (F).
         first_expert: Logical id of the group's first true expert.
-        modalities: Modalities routed to the group.
-        num_identity, num_constant: Number of identity and constant experts, which every rank computes for its own tokens.
-        capacity: Share of the group's tokens that each expert takes in expert choice (c); None if tokens choose.
+        modalities: Modalities whose tokens are routed in the group.
+        num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
+        capacity: Share of the group's tokens that each expert takes in expert choice (c); None in token choice.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ExpertGroup:
 
     @property
     def expected_experts_per_token(self) -> float:
-        """True experts per token under a uniform router: k n / columns, or c n with expert choice."""
+        """Mean number of true experts per token if the router chooses uniformly: k n / columns, or c n in expert choice."""
         if self.capacity is not None:
             return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
@@ -59,8 +59,8 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The logical experts in the slots of each rank of an EP group. The slots of a rank are sorted by logical id, so that
-    the experts of a group are contiguous.
+    """The logical ids of the experts in the slots of each rank of an EP group. The slots of a rank are sorted by logical
+    id, so that the experts of a group are in consecutive slots.
 
     Raises:
         ConfigError: an expert has no slot or several, or the slots of a rank are not sorted.
@@ -83,14 +83,14 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Spreads every group evenly over all ranks. If a group does not divide evenly, its larger parts start at the rank
-        after the larger parts of the previous group, so that the ranks stay balanced."""
+        """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, the ranks that get
+        one expert more are those after the ranks that got one more of the previous group, so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
             for part, experts in enumerate(even_runs(group.experts, num_ranks)):
                 slots[(offset + part) % num_ranks].extend(experts)
-            offset += group.num_experts  # the next group starts where this group ended
+            offset += group.num_experts  # the next group starts at the rank where this one ended
         return cls(tuple(groups), tuple(map(tuple, slots)))
 
     @property
@@ -102,7 +102,7 @@ class ExpertPlacement:
         """Number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property  # read by each layer's plan
+    @cached_property  # each layer's dispatch plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
         """Rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
@@ -124,7 +124,7 @@ class ExpertPlacement:
         return f"expert {expert} (of {self.num_experts})"
 
     def _places(self) -> list[tuple[int, int, int]]:
-        """(expert, rank, slot) of every expert, in the order of experts."""
+        """Returns (expert, rank, slot) of every expert, in the order of logical ids."""
         return sorted((expert, rank, slot) for rank, slots in enumerate(self.slots) for slot, expert in enumerate(slots))
 
 

@@ -1,10 +1,10 @@
 """The role and the logical name of each parameter. Checkpoints store parameters by logical names, and the name determines
 the initial value.
 
-A module class sets the role of its parameters, as in `role = Role.ROUTER`. Children without a role inherit it. The class
-holds the role, because FSDP2 and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. The
+role is not an attribute of parameters, because FSDP2 and `Module.to_empty` replace parameters.
 
-This file imports no torch, so that checkpoints can be described without torch.
+This file imports no torch, so that commands without torch can describe checkpoints.
 """
 
 import re
@@ -31,11 +31,11 @@ class Role(Enum):
     ADAPTER = "adapter"
 
 
-ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # replicated on all ranks
+ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute name contains a colon
-_ROLES_OF_NAMES = (  # special names come before general ones, because the first match counts
+_ROLES_OF_NAMES = (  # special names first, because the first match counts
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),
@@ -63,17 +63,17 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Name of a group's child module. A prefix keeps it apart from attribute names, so a group may have any name."""
+    """Name of a group's child module. Its prefix occurs in no attribute name, so a group may have any name."""
     return f"{_GROUP}{name}"
 
 
 def logical_name(path: str) -> str:
-    """Converts the name of a parameter or buffer in the state dict to its logical name."""
+    """Returns the logical name of a parameter or buffer from its name in the state dict."""
     return path.replace(_GROUP, "")
 
 
 def role_of_name(name: str) -> Role:
-    """The role of a tensor in a checkpoint from its logical name, when there is no model. Not for optimizer moments."""
+    """Returns the role of a checkpoint's tensor from its logical name, without a model. Not for optimizer moments."""
     return next((role for pattern, role in _ROLES_OF_NAMES if pattern.fullmatch(name)), Role.DENSE)
 
 

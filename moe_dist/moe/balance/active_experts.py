@@ -1,17 +1,18 @@
 """Holds the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
-The paper calls this controller PID. It is an integral controller, because the bias is the sum of all errors. A token has k
-choices among n true experts and the other columns. Of T tokens, c_i choose true expert i; c sums all c_i. One update:
+The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
+k choices among n true experts and the other columns. Of T tokens in a step, c_i choose true expert i; c is the sum of all
+c_i. The update of bias b_i after a step:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the form per expert
 
-While the mean is below the target the biases rise, so true experts win choices from null experts. The forms per expert and
-per group move the mean bias equally. The form per expert also balances the true experts; the form per group leaves their
-order to the router.
+While the mean is below the target the biases rise, so true experts win choices from null experts. Both forms change the
+mean bias equally. The form per expert also balances the true experts; the form per group keeps their order.
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
-true experts converges to the target although each step is noisy (Robbins and Monro, 1951), also while the router learns.
+true experts per token converges to the target although each step is noisy (Robbins and Monro, 1951), even as the router
+learns.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class ActiveExperts:
     Args:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
         rate: mu of the first step.
-        decay_steps: Number of updates after which mu is half the rate; None keeps mu constant.
+        decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Updates selection biases after each optimizer step, by rules that use the step's counts over all ranks.
 
-A bias changes only choices: weights, logits and gradients do not depend on it. The biases of true (not null) experts
-change, and the biases of other columns stay 0. So a common shift of the true experts' biases changes how many true experts
-a token takes. Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
+A selection bias changes only which columns a token chooses, not weights, logits or gradients. Only the biases of true (not
+null) experts are updated; those of other columns stay 0. Adding one number to all true experts' biases therefore changes
+how many true experts a token takes. Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class Gate(Protocol):
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """The update of a group's biases from one step, float64 [L, n]; None if the rule does not apply to the group.
+        """Returns what to add to a group's biases after a step, float64 [L, n]; None if the rule is not for this group.
 
         Args:
-            true_Ln: float64, choices of each true expert over all ranks, before any capacity.
-            tokens_L1: float64, the group's tokens over all ranks, set to 1 where a layer has none.
+            true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
+            tokens_L1: float64, number of the group's tokens over all ranks, or 1 where a layer has none.
             step: Number of updates before this one.
         """
         ...
@@ -39,9 +39,9 @@ class BiasController:
     """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are global.
 
     Args:
-        gates_LG: The gate of each layer and group. Each update looks up `bias` anew, because a model may replace buffers.
+        gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
         groups: All groups, in logical order.
-        rules: Rules whose updates are added. All rules get the same counts.
+        rules: Rules, whose updates are added up. All rules get the same counts.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -50,23 +50,23 @@ class BiasController:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Updates the biases from the counts of a whole step over all ranks. A layer without tokens of a group keeps the
-        group's biases. Call it after the optimizer step, because recompute in backward needs the biases of the forward.
-        Costs no collective and no host sync."""
+        """Updates the biases from the counts of a whole step over all ranks. In a layer without tokens of a group, the
+        group's biases do not change. Call it after the optimizer step, because recompute in backward needs the biases of
+        the forward. Costs no collective and no host sync."""
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # without tokens the group gets no update
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update without tokens
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place; checkpoints hold this buffer
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place, because it is the model's buffer
         self.step += 1
 
     def state(self) -> JsonValue:
-        """The number of updates. The checkpoint contains the biases as buffers of the model."""
+        """The number of updates so far; the biases themselves are buffers of the model, which checkpoints contain."""
         return {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:

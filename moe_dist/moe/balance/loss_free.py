@@ -2,9 +2,9 @@
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 
-If a group has null or zero-computation columns, the rule subtracts the mean of the signs from each sign. Otherwise a common
-shift of the biases would change how many true experts a token takes, which is the number that `active_experts` controls.
-Without such columns a common shift changes no choice, and the published rule is used unchanged.
+In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign, so that the mean bias
+does not change: it determines how many true experts a token takes, which `active_experts` controls. Without such columns
+the mean bias changes no choice, and the published rule is used.
 """
 
 import torch
@@ -14,15 +14,15 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class LossFree:
-    """The rule for `BiasController`. `rate` is the change of a bias in one step."""
+    """The rule for `BiasController`. `rate` is the change of a bias per step."""
 
     def __init__(self, *, rate: float) -> None:
         self.rate = rate
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
         """See `moe_dist.moe.balance.controller.Rule`."""
-        # compares the integers n c_i and the sum of c, because a rounded mean could flip a sign
+        # compares n c_i with the sum of c, which are integers, because rounding the mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
-            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # removes the common shift
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # keeps the mean bias
         return self.rate * sign_Ln

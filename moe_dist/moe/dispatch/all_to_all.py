@@ -1,21 +1,21 @@
 """Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent there once. That rank sums their weighted outputs (in fp32, rounded once to
-the rows' dtype) and sends one row back. Rows for the own rank never enter a collective. Shape letters: T tokens on this
-rank, D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed
-here.
+A token with three experts on one rank is sent there once. That rank sums the experts' weighted outputs (in fp32, rounded
+once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a collective. Shape letters: T
+tokens on this rank, D hidden size, N (token, expert) pairs, absent ones included, S rows sent to other ranks, O rows that
+stay, R = O + rows received, Q pairs computed here.
 
-Collectives of forward: counts and rows of pairs (integers, in `plan`, not repeated by recompute), pair weights and rows
-(one autograd node, in `dispatch`), and rows back (in `combine`). Collectives of backward: rows, then weight gradients and
-rows. Every rank issues all of them in this order, whatever its sizes.
+Collectives of forward: counts, and the row index of each pair (integers, in `plan`, not repeated by recompute); pair
+weights and rows (one autograd node, in `dispatch`); rows back (in `combine`). Collectives of backward: rows (of `combine`),
+then weight gradients and rows (of `dispatch`). Every rank issues all of them in this order, also with nothing to send.
 
-Host syncs: one for each layer. `plan` reads the split sizes of rows, pairs and experts together.
+Host syncs: one per layer, in which `plan` reads the numbers of rows and of pairs to and from all ranks.
 
-Memory of forward and of backward, with `item` bytes for an element: at most (R + S + T) x D x item. The S rows are a buffer
-that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y. If the
-rows are narrower than fp32, an fp32 sum of T x D x 4 bytes adds to this memory. Rows are converted to fp32 in slices of
-`rows.SLICE_BYTES`; in the bound, T x D x item counts as at least one slice. Backward keeps only the plan: 8 bytes for each
-taken pair of this rank's tokens, 8 for each row in S and O, and 16 for each pair in Q.
+Memory of forward and of backward, with `item` bytes per element of a row: at most (R + S + T) x D x item. The S rows are a
+buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y.
+If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in slices of
+`rows.SLICE_BYTES`; a T x D x item below one slice counts as one slice. From forward to backward only the plan is kept: 8
+bytes per taken pair of this rank's tokens, 8 per row of S and O, and 16 per pair of Q.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -31,8 +31,8 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Bound of the receive buffer in rows of D; None for no bound. The buffer never holds more than (ep
-            - 1) x T rows, which are all tokens of all other ranks of the EP group.
+        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
+            (ep - 1) x T rows, all tokens of all other ranks of the EP group.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:

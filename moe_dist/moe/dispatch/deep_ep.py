@@ -1,10 +1,10 @@
 """Dispatch and combine by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA; see `kernels`.
 
-DeepEP takes K expert ids for each token, -1 for no selection, and K weights. An expert's id is its number in `SlotNumbers`.
-A null choice is -1, and a token whose choices are all null goes to no rank.
+DeepEP takes per token K weights and K expert ids, -1 for no expert. An expert's id is its number in `SlotNumbers`. A null
+choice is -1, and a token whose choices are all null goes to no rank.
 
-Host syncs: two for each layer. DeepEP's dispatch waits for the number of arriving rows, and `plan` reads the layout for the
-traffic ledger (`ledger`). Memory: R rows, the output y, and DeepEP's own buffer.
+Host syncs: two per layer. DeepEP's dispatch waits for the number of arriving rows, and `plan` reads the numbers of rows and
+pairs to each rank for the traffic ledger (`ledger`). Memory: R rows, the output y, and DeepEP's own buffer.
 
 Shape letters as in `kernels`, with K choices per token, so that N = T K.
 """
@@ -24,11 +24,11 @@ from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 LAYOUT = "DeepEP layout for the ledger"  # name of the host sync in CommStats
-_PAIR_BYTES = 12  # an int64 id and an fp32 weight
+_PAIR_BYTES = 12  # bytes of an int64 id and an fp32 weight
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
-    """DeepEP's `topk_idx` [T, K], int64, -1 for no selection, from token-major assignments.
+    """Returns DeepEP's `topk_idx` [T, K], int64, -1 for no expert, from assignments sorted by token.
 
     Raises:
         ConfigError: there are not T x K pairs, so the router is not token choice.
@@ -40,7 +40,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             "parallel.dispatch.kind=all_to_all"
         )
     token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
-    # the order is asserted on the device, because a check on the host would sync
+    # asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
@@ -48,8 +48,8 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
 
 
 def make_buffer(group: Any, hidden_dim: int) -> Any:
-    """A `deep_ep.Buffer` for bf16 rows of `hidden_dim`, as large as DeepEP's hints say. Collective: DeepEP exchanges its
-    handles as Python objects."""
+    """Makes a `deep_ep.Buffer` for bf16 rows of width `hidden_dim`, with the sizes that DeepEP suggests. Collective: DeepEP
+    exchanges the handles of the ranks' buffers as Python objects."""
     deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
     size, row_bytes = group.size(), hidden_dim * 2  # bf16 has 2 bytes
     configs = (deep_ep.Buffer.get_dispatch_config(size), deep_ep.Buffer.get_combine_config(size))
@@ -65,7 +65,7 @@ class DeepEPPlan(KernelPlan):
     """A plan with DeepEP's expert ids.
 
     Attributes:
-        topk_idx_TK: int64, -1 for no selection.
+        topk_idx_TK: int64, -1 for no expert.
         layout: Result of `get_dispatch_layout`: number of tokens to each rank, to each RDMA rank and to each expert, and
             a mask [T, ranks] of the ranks that each token goes to.
     """
@@ -121,7 +121,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def settle(self, received: tuple[Any, ...], plan: DeepEPPlan) -> Tensor:
         rows_RD, idx_RK, weight_RK, counts, handle, _ = received
         num_slots = len(self.placement.slots[self.wire.rank])
-        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection is sorted last
+        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # -1 is sorted last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD

@@ -1,17 +1,17 @@
-"""Sends rows of a table to the ranks of their experts, and sums rows back into the table. Rows cross ranks only here.
+"""Sends rows of a table (hidden states [M, D]) to the ranks of their experts, and sums returning rows into an output table.
 
     DispatchSend      sends rows and pair weights to the experts                   forward of dispatch
                       sends rows alone, the gradients of combine's output          backward of combine
     CombineReceive    sums rows back into the table                                forward of combine
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
-DispatchSend and CombineReceive issue their collectives in the constructor and return the result from `wait`. In between
-they copy or add own rows, while remote rows are in flight. The hierarchical dispatcher chains two exchanges: the rows that
-arrive from the first are the table of the second.
+The constructors of DispatchSend and CombineReceive issue the collectives, and `wait` returns the result. The rows that stay
+on this rank are copied or added while the other rows are in flight. The hierarchical dispatcher chains two exchanges: the
+rows that arrive from the first are the table of the second.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward.
-Shape letters: M rows of the table, D hidden size, N weights given, P pairs sent (remote, then own), S remote rows sent,
-O own rows, R = O + rows received, Q pairs received (own, then remote).
+Shape letters: M rows of the table, D hidden size, N pair weights, P taken pairs of this rank (to other ranks, then own), S
+rows sent to other ranks, O own rows (which stay), R = O + rows received, Q pairs computed here (own, then received).
 """
 
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """The routes of a table's rows. A plan has no gradient, and recompute uses it again.
+    """The ranks to which the rows of a table go. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        layer: Name of the layer, for records and reports.
-        prefix, suffix: Text before and after the names of the plan's collectives: the hop (prefix), the chunk (suffix).
+        layer: Name of the layer, for records and reports of a hang.
+        prefix, suffix: Text before (the hop) and after (the chunk) the names of the plan's collectives.
         table_rows: M, the number of rows of the table.
-        rows, pairs: Split sizes of remote rows and of remote pairs.
-        row_S, row_O: int64, index in the table of each remote row (in sending order) and of each own row.
-        pair_P: int64, index into the weights of each pair: remote pairs in sending order, then own pairs.
-        order_Q: int64, permutation from the order of arrival (own, then remote) to the order of use; None for the same
-            order.
+        rows, pairs: Numbers of rows and of pairs to and from each other rank.
+        row_S, row_O: int64, index in the table of each row to another rank (in sending order) and of each own row.
+        pair_P: int64, index in the N weights of each pair: pairs to other ranks in sending order, then own pairs.
+        order_Q: int64, permutation from the order of arrival (own, then received) to the order in which the experts use the
+            pairs; None if both are the same.
     """
 
     layer: str
@@ -86,20 +86,19 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. With `keep_buffers`, the buffers of S rows stay allocated for the next
-    layer."""
+    """Exchanges rows over one process group. `keep_buffers` keeps the send buffers [S, D] allocated for the next layer."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True) -> None:
         self.all_to_all = all_to_all
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows of the table and returns rows [R, D] and weights [Q]. Is one autograd node with two collectives in
-        forward and two in backward."""
+        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. One autograd node,
+        with two collectives in forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Adds the received rows [R, D] to the M rows of an output table [M, D], which starts at zero.
+        """Sends rows [R, D] back to their tokens' ranks, and returns the sums [M, D] of the rows for each row of the table.
 
         The function is one autograd node that saves no tensor, so that the recomputation of a block ends before
         this exchange.
@@ -109,7 +108,7 @@ class Exchange:
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan: rows if `out` is given, else pair weights. `back` reverses the direction."""
+        """Issues one collective of a plan, for rows if `out` is given, else for pair weights; `back` reverses it."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,
@@ -134,7 +133,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
 
 
 class DispatchSend:
-    """Sends rows of the table to the ranks of their experts. In forward of dispatch, also sends their pairs' weights."""
+    """Sends rows of the table to the ranks of their experts, in forward of dispatch with the weights of their pairs."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange
@@ -142,16 +141,16 @@ class DispatchSend:
         if weight_N is not None:
             name, weight_P = DISPATCH_ROWS, weight_N.index_select(0, plan.pair_P)
             self.own_weight = weight_P[plan.num_remote_pairs :]
-            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # sent before the rows
+            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # before the rows
         own = plan.num_own_rows
         self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
-        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of remote rows
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of these rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
         torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while remote rows are in flight
 
     def wait_weights(self) -> Tensor:
-        """Returns the weights [Q] in the order of use."""
+        """Returns the weights [Q] in the order in which the experts use the pairs."""
         weight_Q = torch.cat([self.own_weight, self.weights.wait()])
         return weight_Q if self.plan.order_Q is None else weight_Q.index_select(0, self.plan.order_Q)
 
@@ -163,7 +162,7 @@ class DispatchSend:
 
 
 class CombineReceive:
-    """Sends rows back to the ranks of their tokens. In backward of dispatch, also sends the gradients of pair weights."""
+    """Sends rows back to the ranks of their tokens, in backward of dispatch with the gradients of the pair weights."""
 
     def __init__(
         self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
@@ -172,7 +171,7 @@ class CombineReceive:
         name = COMBINE_ROWS
         if grad_weight_Q is not None:
             name, num_own = DISPATCH_ROWS + BACKWARD, plan.sent.pairs - plan.num_remote_pairs
-            if plan.order_Q is not None:  # inverts the order of use
+            if plan.order_Q is not None:  # back to the order of arrival
                 grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
             self.own_weight = grad_weight_Q[:num_own]
             self.weights = exchange.start(grad_weight_Q[num_own:], plan, DISPATCH_WEIGHTS + BACKWARD, back=True)
@@ -180,12 +179,12 @@ class CombineReceive:
         self.rows = exchange.start(rows_RD[plan.num_own_rows :], plan, name, out=self.back_SD, back=True)
 
     def wait_weights(self, num_weights: int) -> Tensor:
-        """Returns the gradient of the weights [N], zero where no pair is taken."""
+        """Returns the gradient of the pair weights [N]; 0 for absent pairs."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # copies, as pairs are unique
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # copied, as pairs are unique
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
-        """Returns the sums of the rows, plus `base_MD` if given: [M, D], rounded once to the rows' dtype."""
+        """Returns the sums [M, D] of returned and own rows, plus `base_MD` if given, rounded once to the rows' dtype."""
         rows_RD, plan, dtype = self.rows_RD, self.plan, accumulation_dtype(self.rows_RD.dtype)
         if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
             sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
@@ -198,8 +197,8 @@ class CombineReceive:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Weights and
-    rows share one node, so that every rank issues the collectives of backward in the same order."""
+    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. One autograd
+    node has both, so that every rank issues the collectives of backward in the same order."""
 
     @staticmethod
     def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:

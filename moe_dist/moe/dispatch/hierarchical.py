@@ -1,24 +1,24 @@
 """Sends rows in two hops: one row for each distinct (token, other node) between nodes, then one for each (token, rank)
 inside the node.
 
-Dispatch sends a row to one rank of the destination node, namely the rank whose position in its node equals the sender's.
-This forwarding rank sends the row on to the experts' ranks. In combine each experts' rank sends its weighted sum to the
-forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are fp32. The experts'
-rank, the forwarding rank and the token's rank each round to the rows' dtype, once more than with `all_to_all`.
+Dispatch sends a row to one rank of the destination node, the forwarding rank, whose position in its node equals the
+sender's. The forwarding rank sends the row on to the ranks of its experts. In combine each of these ranks sends its
+weighted sum to the forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are
+fp32. The experts', the forwarding and the token's rank each round once to the rows' dtype.
 
-Shape letters: T tokens on this rank, D hidden size, N pairs (static), M rows of the middle table (rows of own tokens with
-experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
-of L ranks each: EP position = node * L + local.
+Shape letters: T tokens on this rank, D hidden size, N pairs (absent ones included), M rows of the middle table (rows of own
+tokens with experts in this node, then rows from other nodes), A pairs of the middle table, R rows for this rank's experts,
+Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 
 Collectives of forward: counts and expert ids of both hops (in `plan`, not repeated by recompute), weights and rows between
-nodes, weights and rows inside the node (`dispatch`), rows inside the node, rows between nodes (`combine`). Backward issues
-the reverse. Every rank issues all collectives in this order, whatever its sizes.
+nodes, weights and rows inside the node (`dispatch`), and rows back inside the node, then between nodes (`combine`).
+Backward issues them in reverse order. Every rank issues all of them, also with nothing to send.
 
-Host syncs: one for each layer. `plan` reads the sizes of both hops together (`hierarchical_planning`).
+Host syncs: one per layer. `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
 Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
-backward max(R + M + S2, M + S1 + T). If the rows are narrower than fp32, an fp32 sum with 4 bytes per element adds M rows
-to the terms with S2 and T rows to the terms with S1. Backward keeps only the plan.
+backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the terms
+with S2, and T such rows to the terms with S1. From forward to backward only the plan is kept.
 """
 
 from torch import Tensor
@@ -36,11 +36,11 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
 
     Args:
         placement: The map of experts to EP positions.
-        inter: All-to-all over the ranks that have this rank's position in their nodes, in the order of nodes.
+        inter: All-to-all over the ranks with this rank's position in each node, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
-        max_receive_rows: Bound of each hop's receive buffer in rows; None for no bound. The buffers never hold more than
-            (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
+        max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never
+            hold more than (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         self.planner = NodePlanner(
             placement, inter, intra, ranks_per_node=ranks_per_node, max_receive_rows=max_receive_rows
         )
-        # Buffers are freed after use, because a kept buffer of one hop would add to the memory of the other hop.
+        # Send buffers are freed after use, because one hop's buffer would otherwise add to the memory of the other hop.
         self.inter, self.intra = Exchange(inter, keep_buffers=False), Exchange(intra, keep_buffers=False)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:

@@ -1,13 +1,13 @@
 """Makes the plans of the hierarchical dispatcher: the rows that cross nodes, and the rows inside the node.
 
-A counting sort orders (token, expert) pairs by (node, token), this node last, so that the pairs of a row are neighbours. In
-both hops a pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender counts the rows and
-pairs for each rank of each node. The forwarding rank adds these counts on the device. Thus it knows the sizes of the second
-hop before it has an expert id, and both hops need only one host sync.
+(token, expert) pairs are sorted by (node, token), this node last, so that the pairs of one row are consecutive. In both
+hops a pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender also sends the forwarding
+rank the numbers of rows and pairs for each rank of the node. The forwarding rank sums them on the device, and so knows the
+sizes of the second hop before expert ids arrive: both hops need only one host sync.
 
-Shape letters: T tokens on this rank, N pairs (static), E experts, W ranks, M rows of the middle table (rows of own tokens
-with experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G
-nodes of L ranks each: EP position = node * L + local.
+Shape letters: T tokens on this rank, N pairs (absent ones included), E experts, W ranks, M rows of the middle table (rows
+of own tokens with experts in this node, then rows from other nodes), A pairs of the middle table, R rows for this rank's
+experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ SPLIT_SIZES = "split sizes of both hops"  # name of the host sync in CommStats
 
 @dataclass(frozen=True)
 class HierarchicalPlan:
-    """The routes of both hops in one layer and micro-batch. A plan has no gradient, and recompute uses it again.
+    """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        inter: Exchange between nodes, whose table is the tokens. Pairs are ordered by (node, token), this node last.
-        intra: Exchange inside the node, whose table is the middle table, M rows. Pairs are ordered by (rank, row).
-        sent: Counts of this rank's tokens. `rows_remote` also counts the rows that this rank forwards for other ranks.
+        inter: Exchange between nodes; its table has this rank's tokens. Pairs are sorted by (node, token), this node last.
+        intra: Exchange inside the node; its table is the middle table, M rows. Pairs are sorted by (rank, row).
+        sent: Counts of this rank; `rows_remote` includes the rows that this rank forwards for other ranks.
     """
 
     inter: ExchangePlan
@@ -55,12 +55,12 @@ class HierarchicalPlan:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors. A node slot numbers the slots of a node, rank by rank.
+    """The placement as tensors. Node slots are the slots of a node's ranks, numbered rank by rank.
 
     Attributes:
         rank_E, node_slot_E: EP position and node slot of each expert.
-        row_bin_W, node_bin_G: Index in the count vector of the number of rows to each rank and to each node.
-        pair_bin_E: Index in the count vector of the number of pairs of each expert.
+        row_bin_W, node_bin_G: Index, in the vector of counts to send, of the number of rows to each rank and node.
+        pair_bin_E: Index, in the same vector, of the number of pairs of each expert.
         local_X, slot_X: For each node slot of this node, the position of its rank in the node and its slot on that rank.
     """
 
@@ -75,8 +75,8 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """All sizes of a layer on the host: sizes of both hops, number of pairs of each of this rank's slots, and number of
-    this rank's pairs with its own experts."""
+    """All sizes of a layer, as host integers: the sizes of both hops, the number of pairs of each of this rank's slots, and
+    the number of pairs of this rank's tokens with its own experts."""
 
     inter: ExchangeSizes
     intra: ExchangeSizes
@@ -85,7 +85,7 @@ class _Sizes:
 
 
 class NodePlanner:
-    """Makes the plans of one EP group of several nodes. See `HierarchicalDispatcher` for the arguments."""
+    """Makes the plans of this rank for one EP group of several nodes. See `HierarchicalDispatcher` for the arguments."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class NodePlanner:
         self.inter = inter
         self.intra = intra
         self.max_receive_rows = max_receive_rows
-        # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: length of the counts sent to a node, namely
-        # the rows to the node, then for each of its ranks the rows and the pairs of each slot.
+        # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: how many counts are sent to each node: the
+        # rows to the node, then for each of its ranks the rows and the pairs of each slot.
         self._slots_GL = [
             [len(slots) for slots in placement.slots[first : first + ranks_per_node]]
             for first in range(0, placement.num_ranks, ranks_per_node)
@@ -138,10 +138,10 @@ class NodePlanner:
         return self._plan_inside(tables, inter, code_A, sizes)
 
     def _plan_inside(self, tables: _Tables, inter: ExchangePlan, code_A: Tensor, sizes: _Sizes) -> HierarchicalPlan:
-        """Plans the hop inside the node. `code_A` are the codes of the middle table's pairs, in the order of its rows."""
+        """Plans the hop inside the node. `code_A` has the codes of the middle table's pairs, sorted by row."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs are last and not sent
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows is M
@@ -169,18 +169,18 @@ class NodePlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs over a hop. Returns the codes of the pairs that stay, then the received codes."""
+        """Sends the codes of pairs in one hop. Returns the codes of the pairs that stay, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)  # int32 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
-        """Counts for each node its distinct rows, and for each of its ranks the distinct rows and the pairs of each slot.
-        Returns a flat int64 tensor. Uses a bitmap of (rank, token) with W x T bytes instead of a sort. Does not sync."""
+        """Counts the rows to each node, and for each of its ranks the rows to the rank and the pairs of each slot: int64,
+        1-D. Uses a bitmap of (rank, token) with W x T bytes instead of a sort. Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
-        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last bin takes absent pairs
+        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last element counts absent pairs
         bin_N = torch.where(taken_N, tables.pair_bin_E[expert_N], total)
         counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
         cells = self.placement.num_ranks * num_tokens
@@ -192,7 +192,7 @@ class NodePlanner:
         return counts[:total]
 
     def _exchange_counts(self, counts: Tensor, layer: str) -> _Sizes:
-        """Exchanges the counts of both hops. The one host sync of a layer is here and reads all sizes."""
+        """Exchanges the counts of both hops, and reads all sizes in the layer's one host sync."""
         node, local, size = self.inter.rank, self.intra.rank, self.intra.size
         slots, length = self._slots_GL[node], self._lengths_G[node]
         ranks = tuple(1 + each for each in slots)
@@ -200,7 +200,7 @@ class NodePlanner:
         if self.inter.group is not None:
             splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
             received_GX = self.inter.exchange(counts, splits, name=INTER + COUNTS, layer=layer).view(-1, length)
-        forward_X = received_GX[:, 1:].sum(0)  # counts for each rank of the node: rows, and pairs of each slot
+        forward_X = received_GX[:, 1:].sum(0)  # rows, and pairs of each slot, for each rank of this node
         arriving = forward_X
         if self.intra.group is not None:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)
@@ -251,14 +251,14 @@ def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: in
 
 
 def _changes(key_N: Tensor) -> Tensor:
-    """Marks the first item of each block of consecutive equal keys, as bools."""
+    """Returns bools that mark the first item of each block of equal keys."""
     first_N = torch.ones_like(key_N, dtype=torch.bool)
     first_N[1:] = key_N[1:] != key_N[:-1]
     return first_N
 
 
 def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
-    """Number of rows to a node and number of pairs to all its ranks, from the counts for that node."""
+    """Returns, from the counts for a node, the number of rows to the node and the number of pairs to all its ranks."""
     ranks = _cut(counts[1:], [1 + each for each in slots])
     return counts[0], sum(sum(each[1:]) for each in ranks)
 

@@ -1,13 +1,13 @@
 """Dispatch and combine by HybridEP's kernels (`deep_ep.HybridEPBuffer`, of DeepEP's branch hybrid-ep); see `kernels`.
 
-HybridEP takes a map: for each token one bool for each expert of all ranks, and weights of the same shape. A null choice
-marks nothing. HybridEP also takes expert ids, but it scatters the ids without a mask, so a null choice cannot be -1.
-Experts have the numbers of `SlotNumbers`. Each rank has a multiple of 4 slots, because the kernels need this in an NVLink
-domain. All ranks must have equally many tokens, a multiple of 4. D must be a multiple of 16.
+HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
+null choice sets no bool. HybridEP's other input, expert ids, cannot express null choices, because it scatters the ids
+without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the kernels need
+this in an NVLink domain. All ranks must have equally many tokens, a multiple of 4. D must be a multiple of 16.
 
 Collectives of forward: HybridEP gathers the maps of all ranks, sends rows and weights together, and sends rows back.
-Backward does the same without the maps. Host syncs: two for each layer, both at the first dispatch. HybridEP waits for the
-number of arriving rows, and the adaptor reads the pairs of each slot together with the counts of the traffic ledger
+Backward does the same without the maps. Host syncs: two per layer, both in the first dispatch. In one HybridEP reads the
+number of arriving rows, in the other the adaptor reads the pairs of each slot and the counts of the traffic ledger
 (`ledger`). Memory: R rows, the output y, and HybridEP's own buffer.
 
 Shape letters as in `kernels`, with W ranks, X = W E' slots of all ranks and Y = E' slots of this rank.
@@ -27,13 +27,13 @@ from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 COUNTS = "HybridEP pairs of each slot"  # name of the host sync in CommStats
-_LOCAL_MAP = 4  # place in HybridEP's handle of the map from arrived rows to own slots, bool [>= R, E']
+_LOCAL_MAP = 4  # index in HybridEP's handle of the map from arrived rows to own slots, bool [>= R, E']
 
 
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns HybridEP's map, bool [T, X], and the index of each pair in the flat map [N], T X for an absent pair."""
+    """Returns HybridEP's map, bool [T, X], and the index of each pair in the flattened map, [N]; T X for an absent pair."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)
@@ -41,7 +41,7 @@ def routing_map_of(
 
 
 def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -> Tensor:
-    """The pairs' values as a table [T, X], zero elsewhere. Differentiable."""
+    """Returns one value per pair as a tensor [T, X], with 0 where there is no pair. Differentiable."""
     table = values_N.new_zeros(num_tokens * num_slots + 1).scatter(0, cell_N, values_N)
     return table[:-1].view(num_tokens, num_slots)
 
@@ -64,8 +64,8 @@ class HybridEPPlan(KernelPlan):
 
     Attributes:
         routing_map_TX, cell_N: From `routing_map_of`.
-        domain_slots: Number of slots on all ranks of this NVLink domain. A row carries a weight for each of these slots.
-            The number is known after the first dispatch.
+        domain_slots: Number of slots on all ranks of this NVLink domain, known after the first dispatch. A row carries one
+            weight per slot.
     """
 
     routing_map_TX: Tensor
@@ -93,7 +93,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return _spread(weight_N, plan.cell_N, *plan.routing_map_TX.shape)
 
     def send(self, rows_TD: Tensor, plan: HybridEPPlan, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """See `KernelDispatcher`. The first dispatch also counts the gathered map."""
+        """See `KernelDispatcher`. The first dispatch also counts the bytes of the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
             mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map to all other ranks
@@ -133,7 +133,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
     def reduce(self, rows_RD: Tensor, plan: HybridEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         probs = None
         if weight_RY is not None:
-            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # a column for each slot of the domain
+            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # one column per slot of the domain
             probs[:, self._own_columns] = weight_RY
         return self.buffer.combine(rows_RD, probs=probs, handle=plan.arrival.handle)
 

@@ -2,8 +2,8 @@
 sums the results.
 
 A new dispatcher is one file beside this file, one section in the tagged union `parallel.dispatch`, and one line in
-build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert)
-pairs computed here.
+build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent ones included, R
+rows on this rank for its experts, Q pairs computed here.
 """
 
 from abc import ABC, abstractmethod
@@ -18,18 +18,18 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q], both differentiable."""
+    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, both differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor
 
 
 class PairLayout(Protocol):
-    """The rows that each of this rank's experts computes. The experts need no other part of a dispatch plan.
+    """Tells which rows each of this rank's experts computes: the only part of a dispatch plan that the experts read.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each pair computed here, in slot order.
-        slot_counts: Number of pairs of each of this rank's slots.
+        slot_counts: Number of pairs computed by each of this rank's slots (experts).
     """
 
     @property
@@ -39,11 +39,11 @@ class PairLayout(Protocol):
 
 
 class SentCounts(NamedTuple):
-    """Counts of rows and pairs that one rank's tokens cause in the forward of one layer.
+    """Numbers of rows and pairs that one rank's tokens cause in the forward of one layer.
 
     Attributes:
-        rows_remote: Rows that leave this rank.
-        pairs: (token, expert) pairs that the tokens take.
+        rows_remote: Rows sent to other ranks.
+        pairs: (token, expert) pairs of this rank's tokens, without absent pairs.
         pairs_remote: Pairs whose expert is on another rank.
     """
 
@@ -68,17 +68,17 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group. The group's ranks issue the same collectives in the same order.
+    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order.
 
     Attributes:
-        takes_known_counts: True if the dispatcher uses `Assignments.counts_WE`. Routers should then set that field.
+        takes_known_counts: True if the dispatcher uses `Assignments.counts_WE`, which routers should then set.
     """
 
     takes_known_counts: bool = False
 
     @abstractmethod
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> P:
-        """Makes the plan. `layer` names the layer in records and reports."""
+        """Decides which rows go to which rank. `layer` names the layer in records and in reports of a hang."""
 
     @abstractmethod
     def run(
@@ -91,13 +91,13 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns y [T, D] of the routed experts, zero for tokens without an expert, and the shared expert's output.
+        """Returns the routed experts' sums y [T, D], zero for tokens without an expert, and the shared expert's output.
 
         Args:
-            experts: Computes the weighted sums [R, D] of dispatched rows.
+            experts: Computes, for each dispatched row, the weighted sum of its experts' outputs: [R, D].
             shared: The shared expert, or None. The dispatcher calls it with the layer's input h.
-            repeated: True in the recomputation of a block. The value of y is then unused; only the tensors that experts and
-                dispatch save for backward count.
+            repeated: True in the recomputation of a block. Only the tensors that experts and dispatch save for backward are
+                then needed, not the value of y.
         """
 
 
@@ -106,11 +106,11 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: P) -> DispatchedRows:
-        """Sends rows and pair weights to the experts' ranks. Each exchange in it is one autograd node."""
+        """Sends rows and pair weights to the experts' ranks. Each exchange is one autograd node."""
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sums the rows [R, D] of all ranks into y [T, D]. Each exchange in it is one autograd node."""
+        """Sends the weighted sums [R, D] back and adds them up in y [T, D]. Each exchange is one autograd node."""
 
     def run(
         self,

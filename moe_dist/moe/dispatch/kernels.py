@@ -1,15 +1,15 @@
-"""Base class of the adaptors to DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
+"""Base class of the dispatchers that call DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
 
-Results equal those of `all_to_all`: one row goes to each (token, destination rank) and is weighted and summed there, and
-the kernels' combine adds the ranks' rows without weights. Three things differ from `all_to_all`. Rows for the own
-rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so
-`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for combine, backward and
-recompute.
+Results equal those of `all_to_all`: one row is sent per (token, destination rank), its experts' outputs are weighted and
+summed there, and the kernels' combine adds the ranks' sums without weights. Three things differ from `all_to_all`. Rows
+that stay on their rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the
+receive buffer, so `max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for
+combine, backward and recompute.
 
 An adaptor converts assignments and weights to the format of its kernels, and calls its buffer in `first_dispatch`,
-`dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source
-rank, then by token), Q pairs computed here, X weights that a token sends and Y weights that a row receives (one weight for
-each slot or choice).
+`dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (absent ones included), R rows
+for this rank's experts (sorted by source rank, then by token), Q pairs computed here, X weights sent per token and Y
+weights received per row (one per slot or choice).
 """
 
 from abc import abstractmethod
@@ -30,7 +30,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class SlotNumbers:
-    """Expert numbers for the kernels, which need equally many (E') on every rank. Slot s of rank r has the number r E' + s.
+    """Numbers the experts for the kernels, which need equally many slots (E') on every rank: slot s of rank r is r E' + s.
 
     Attributes:
         slots_per_rank: E', at least 1, because the kernels divide by E'.
@@ -51,12 +51,12 @@ class SlotNumbers:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Result of the first dispatch, without its rows.
+    """What the first dispatch returns besides the rows.
 
     Attributes:
         handle: Handle of the kernels, for combine and for repeated dispatches.
-        weight_RY: Received weights. A repeated dispatch, by handle, carries no weights.
-        pair_Q: int64, places in [R, Y] of the pairs computed here, in slot order.
+        weight_RY: Received weights. A repeated dispatch sends no weights.
+        pair_Q: int64, index in the flattened [R, Y] of each pair computed here, in slot order.
         row_of_pair_Q, slot_counts: See `PairLayout`.
     """
 
@@ -69,7 +69,7 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`, and with HybridEP also the counts."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`, and HybridEP's also the counts."""
 
     layer: str
     own_rows: int = 0
@@ -77,7 +77,7 @@ class KernelPlan:
     _sent: SentCounts | None = None
 
     def count(self, own: int, rows_W: list[int], pairs_W: list[int]) -> None:
-        """Sets the counts from the numbers of rows and pairs to each rank."""
+        """Sets `sent` and `own_rows` from the numbers of rows and pairs to each rank; `own` is this rank's index."""
         self.own_rows = rows_W[own]
         self._sent = SentCounts(sum(rows_W) - rows_W[own], sum(pairs_W), sum(pairs_W) - pairs_W[own])
 
@@ -109,7 +109,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     """Dispatch and combine over one EP group by the kernels of a library.
 
     Args:
-        wire: The EP group's all-to-all. Only its group, rank and statistics are used, and its exchanges are not.
+        wire: The EP group's all-to-all. Only its group, rank and statistics are used, not its exchanges.
         hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this.
         buffer: The buffer of the library; None makes one at the first plan.
@@ -124,7 +124,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
         self._buffer = buffer
-        # kept on the device, because a copy in each layer would be a host sync
+        # cached on the device, because a copy per layer would be a host sync per layer
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
     @property
@@ -152,22 +152,22 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
-        """Stores in the plan the sizes that `first_dispatch` has received, and returns the received rows [R, D]."""
+        """Stores `received`, the result of `first_dispatch`, in the plan, and returns the received rows [R, D]."""
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
-        """Calls the kernels' dispatch with the handle of a complete plan, without weights."""
+        """Calls the kernels' dispatch with the handle of the first dispatch, without weights."""
 
     @abstractmethod
     def reduce(self, rows_RD: Tensor, plan: K, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
-        """Calls the kernels' combine, which sums rows, and weights if given, into this rank's tokens."""
+        """Calls the kernels' combine, which sums all ranks' rows, and weights if given, for each of this rank's tokens."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
-        """Bytes of one row's weights and ids in an exchange."""
+        """Bytes of the weights and ids that are sent with one row."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """Sends rows to their experts' ranks. If the plan is not complete yet, weights are sent too."""
+        """Sends rows to their experts' ranks; the first dispatch, with `weight_TX`, also sends pair weights."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
                 rows_RD, received = self.dispatch_again(rows_TD, plan), None
@@ -179,13 +179,13 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         return rows_RD
 
     def send_back(self, rows_RD: Tensor, plan: K, name: str, weight_RY: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Sums rows, and weights if given, into this rank's tokens."""
+        """Sends rows, and weights if given, back, and returns their sums for each of this rank's tokens."""
         self._count(name, rows_RD.shape[0] - plan.own_rows, rows_RD, 0 if weight_RY is None else self.weight_bytes(plan))
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_RD.device, layer=plan.layer):
             return self.reduce(rows_RD, plan, weight_RY)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Counts the bytes given to the kernels for other ranks, without the bytes that their protocol adds."""
+        """Counts the bytes of rows and weights for other ranks, without the bytes that the kernels' protocol adds."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:
@@ -211,8 +211,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Forward is the kernels' combine, and backward a dispatch by the same handle. The node saves no tensor, so `block`
-    recompute does not repeat combine."""
+    """Forward is the kernels' combine; backward is a dispatch with the handle of the first dispatch. The node saves no
+    tensor, so `block` recompute does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -1,17 +1,18 @@
-"""Sends one row for each (token, expert) pair. All sizes are known, so no counts or ids are exchanged and nothing syncs.
+"""Sends one row per (token, expert) pair. All ranks know all sizes, so no counts or ids are exchanged and nothing syncs.
 
-The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank and expert, known without reading the
-routing. Expert choice within one rank has known counts, because every expert takes its capacity of each rank's tokens.
+The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert, known without
+reading the routing, as in expert choice within one rank, where every expert takes a fixed number of each rank's tokens.
 Token choice has no known counts. If each rank holds at most one expert of a group, each pair is a distinct (token, rank),
-and deduplication would save nothing. `KnownCountsFirst` prefers this dispatcher then.
+and deduplication would save nothing: in this case `KnownCountsFirst` prefers this dispatcher.
 
-Closed form: the number of rows that a rank sends is the sum of its row of `counts_WE` over all experts of other ranks. This
-many rows go out in dispatch and come back in combine, and again in backward. No row is padding. Shape letters: T tokens, D
-hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
+The number of rows that a rank sends is the sum of its row of `counts_WE` over all experts of other ranks. This many rows go
+out in dispatch and come back in combine, and again in backward. No row is padding. Shape letters: T tokens, D hidden size,
+N pairs (all taken, sorted by expert), Q pairs computed here.
 
-Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and the gradients of each. Every rank issues all of
-them. Host syncs: none. The order of pairs depends on the counts alone. The host computes this order once for all layers of
-a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
+Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and in backward the gradients of all three. Every
+rank issues all of them, also with nothing to send. Host syncs: none. The order of pairs depends on the counts alone. The
+host computes this order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of
+`all_to_all`, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
-KEPT_ORDERS = 16  # cached orders: one per micro-batch, used by all its layers and recomputations
+KEPT_ORDERS = 16  # number of cached orders: one per micro-batch, for all its layers and recomputations
 
 
 class KnownCountsPlan(AllToAllPlan):
@@ -40,8 +41,8 @@ class KnownCountsPlan(AllToAllPlan):
 
 @dataclass(frozen=True)
 class _Order:
-    """Sizes and orders that depend on the counts alone: `pair_P` sorts pairs for sending, `order_Q` sorts arrived pairs by
-    expert, and `expert_N` is the expert that each pair must have."""
+    """Sizes and permutations that depend on the counts alone: `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
+    computed here by expert, and `expert_N` is the expert that each of the N pairs must have."""
 
     splits: Splits
     expert_N: Tensor
@@ -51,7 +52,7 @@ class _Order:
 
 
 class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
-    """Dispatch and combine over one EP group. See `AllToAllDispatcher` for the arguments."""
+    """Dispatch and combine over one EP group, with known counts. See `AllToAllDispatcher` for the arguments."""
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
@@ -59,7 +60,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
-        """Makes the plan without a collective or a host sync.
+        """Makes the plan. Costs no collective and no host sync.
 
         Raises:
             ConfigError: the assignments have no counts, because the router does not fix them.
@@ -74,7 +75,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # cached, because all layers of a micro-batch use it
-        # Wrong counts would send rows to wrong experts. The check is on the device, because the host would sync.
+        # Wrong counts would send rows to wrong experts. Checked on the device, because a check on the host would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -111,7 +112,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         mine_E = counts_WE[own]
         others = [rank for rank in range(self.wire.size) if rank != own]
         sent = np.concatenate([slots[rank] for rank in [*others, own]])
-        arriving_WX = counts_WE[[own, *others]][:, slots[own]]  # pairs of each rank for each own slot
+        arriving_WX = counts_WE[[own, *others]][:, slots[own]]  # pairs of each rank's tokens with each own slot
         first_WX = (np.cumsum(arriving_WX) - arriving_WX.ravel()).reshape(arriving_WX.shape)
         send = [int(mine_E[each].sum()) for each in slots]
         return _Order(
@@ -124,27 +125,27 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
 
 
 def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """The indices start, start + 1, ..., start + length - 1 of each block, as `rows.runs_in_order`, but on the host."""
+    """`rows.runs_in_order` on the host: start, start + 1, ..., start + length - 1 for each block, concatenated."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
 
 
 def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(values.astype(np.int64))
-    # from pinned memory, because the host would wait for a copy from pageable memory
+    # pinned, because the host would wait for a copy from pageable memory
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     """Uses `KnownCountsDispatcher` for assignments with counts, and another dispatcher for all others.
 
-    By default known counts are used only if each rank holds at most one expert of a group. Each pair is then one row, and
-    the bytes equal those of `all_to_all`. All ranks decide alike, because counts and placement are the same on all ranks.
+    By default known counts are used only if each rank holds at most one expert of a group. Both dispatchers then send the
+    same rows. All ranks choose the same dispatcher, because counts and placement are the same on all ranks.
 
     Args:
         known: Dispatcher for assignments with counts.
         general: Dispatcher for assignments without counts, over the same ranks.
-        always: Use known counts even if a rank holds several experts of a group. A token is then sent once per expert.
+        always: Use known counts even if a rank holds several experts of a group, and so send a token once per expert.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -168,7 +169,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """True if every rank holds at most one expert of each group. A token is routed in one group, so it then has at most one
-    pair for each rank."""
+    """True if every rank holds at most one expert of each group. A token has experts of one group only, and then at most
+    one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,17 +1,17 @@
-"""The traffic ledger: rows that dispatch sent, and rows that other methods would have sent for the same choices. All counts
-are those of one rank in forward.
+"""The traffic ledger: rows that dispatch sent, and rows that other methods would have sent for the same choices. All
+numbers are per rank, and of forward alone.
 
 `rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-numbers of rows below are computed from this rank's counts. The formulas assume that choices spread evenly over the n
+numbers of rows below are computed from this rank's choices. The last three assume that choices spread evenly over the n
 experts of a group, of which this rank holds `own`, so that a share 1 - own/n of the choices leaves the rank:
 
-    rows_per_pair       one row for each pair with an expert on another rank: no deduplication
-    rows_topk           top-k with the same k over true experts alone, one row for each choice
-    rows_same_active    top-k with as many true experts as the tokens really took, one row for each choice
-    rows_null_remapped  the taken pairs, and each null choice sent to some true expert with weight 0
+    rows_per_pair       one row per pair with an expert on another rank, without deduplication
+    rows_topk           top-k with the same k among true experts alone, one row per choice
+    rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
+    rows_null_remapped  one row per taken pair, and one per null choice, sent to a true expert with weight 0
 
-CommStats counts bytes at the call of each collective: `payload_bytes` of rows, the part `inter_node_bytes` of them that
-leaves the node (0 if the dispatcher does not know nodes), and `metadata_bytes` of everything else.
+Bytes are not counted here but by CommStats, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of
+the rows that leave the node (0 if the dispatcher does not know nodes), and `metadata_bytes` of everything else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,14 +43,13 @@ def compare(
     pairs: int,
     pairs_remote: int,
 ) -> Mapping[str, float]:
-    """The rows and pairs of one rank's ledger, from sums over its layers and micro-batches. Bytes are not included.
+    """Returns the rows and pairs of one rank's ledger, from sums over its layers and micro-batches.
 
     Args:
-        true_choices_G: Choices of true (not null) experts by this rank's tokens of each group, without those that a
-            capacity dropped.
-        null_choices_G: Null choices of this rank's tokens of each group.
-        tokens_G: This rank's routed tokens of each group.
-        rows_remote, pairs, pairs_remote: Sums of the layers' reports.
+        true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped ones.
+        null_choices_G: Number of null choices of this rank's tokens of each group.
+        tokens_G: Number of this rank's routed tokens of each group.
+        rows_remote, pairs, pairs_remote: Sums of these fields of the layers' reports.
     """
     topk = same_active = nulls = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)

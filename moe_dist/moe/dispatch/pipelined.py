@@ -1,9 +1,9 @@
-"""Computes experts while exchanges are in flight: own rows first, or chunk by chunk, in forward and in backward.
+"""Runs the experts while exchanges are in flight, in forward and in backward: on own rows first (`overlap`), or by chunks.
 
-Each exchange has two autograd nodes: Start issues it and End waits for it. In backward End issues and Start waits. An empty
-tensor, called the thread, passes through all nodes in the order of forward, so that backward runs the nodes in exactly the
-reverse order. Every rank then issues the same collectives in the same order, whatever else autograd runs in between. With
-`overlap` (o) and chunks 0, 1:
+Each exchange has two autograd nodes: Start issues the exchange and End waits for it; in backward End issues the reverse
+exchange and Start waits. An empty tensor, called the thread, passes through all nodes in the order of forward, so that
+backward runs the nodes in exactly the reverse order. Every rank then issues the same collectives in the same order,
+whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -12,8 +12,8 @@ reverse order. Every rank then issues the same collectives in the same order, wh
 The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
 needs the result of combine.
 
-Memory in rows of D. R' and S' are the received rows and send buffers of the chunks that are held at once, which are at most
-three. With `overlap` own rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
+Memory in rows of D. R' and S' are the received rows and send buffers of the chunks (at most three) that are in memory at
+once. With `overlap` own rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
@@ -22,8 +22,8 @@ three. With `overlap` own rows are not copied, so R counts received rows alone, 
     both        forward     S' + max(R' + 2 T, r + 2 T)
                 backward    S' + max(R' + 2 T, 3 T)
 
-If the rows are narrower than fp32, the fp32 sum of one of n chunks adds T / n rows of 4 bytes per element to R' (or R).
-Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
+With bf16 or fp16 rows, the fp32 sum of one of n chunks adds T / n rows of 4 bytes per element to R' (or R). Shape letters:
+T tokens, D hidden size, N assignments, S rows sent to other ranks, R rows for this rank's experts, Q pairs computed here.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class PipelinedPlan:
-    """The plans of all chunks, and this rank's own pairs if own pairs are computed apart."""
+    """The plans of all chunks, and with `overlap` the pairs of this rank's tokens with its own experts."""
 
     chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
@@ -55,13 +55,13 @@ class PipelinedPlan:
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
-    """Exchanges the rows of `AllToAllDispatcher` while the experts compute other rows.
+    """Sends the same rows as `AllToAllDispatcher`, and runs the experts on other rows meanwhile.
 
     Args:
         placement, wire, max_receive_rows: See `AllToAllDispatcher`.
         overlap: Compute own rows and the shared expert while the first remote rows are in flight. This doubles the number
             of expert GEMMs.
-        chunks: Number of ranges of tokens. Each range is dispatched while the range before it is computed.
+        chunks: Number of ranges of tokens. Each range is sent while the experts compute the range before it.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Dispatcher.run`. Calls `experts` for the own pairs, if these are apart, and then for each chunk. With
-        `repeated`, combine is skipped and y is filled with NaN, so that any accidental use shows."""
+        """See `Dispatcher.run`. Calls `experts` with `overlap` for the own pairs, and then for each chunk. With `repeated`,
+        combine is skipped and y is filled with NaN, so that an accidental use of y is noticed."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
@@ -105,7 +105,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         y_parts = []
         thread: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
-            if index + 1 < len(flights):  # the next chunk travels while this chunk is computed
+            if index + 1 < len(flights):  # the next chunk is in flight while this one is computed
                 thread = _StartDispatch.apply(thread, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 thread, here_TD, here_N = _Gate.apply(thread, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
@@ -124,7 +124,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class _Flight:
-    """The exchange of one chunk in flight. An autograd node leaves it here, outside of the graph, for the next node."""
+    """Passes the pending exchange of one chunk from the autograd node that issues it to the node that waits for it."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -132,28 +132,28 @@ class _Flight:
         self._returning: CombineReceive | None = None
 
     def send(self, table_TD: Tensor, weight_N: Tensor | None = None) -> None:
-        """Issues rows, and weights if given, to the experts' ranks."""
+        """Starts sending rows, and pair weights if given, to the experts' ranks."""
         self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
 
     def sent(self) -> DispatchSend:
-        """Returns the pending exchange of the last `send`, and forgets it."""
-        sent, self._sent = self._sent, None  # drops the reference, so that the rows are freed after use
+        """Returns the exchange that `send` started, and drops the reference to it."""
+        sent, self._sent = self._sent, None  # so that the rows are freed after use
         assert sent is not None
         return sent
 
     def send_back(self, rows_RD: Tensor, grad_weight_Q: Tensor | None = None) -> None:
-        """Issues rows, and gradients of weights if given, to the tokens' ranks."""
+        """Starts sending rows, and gradients of pair weights if given, back to the tokens' ranks."""
         self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
 
     def returning(self) -> CombineReceive:
-        """Returns the pending exchange of the last `send_back`, and forgets it."""
+        """Returns the exchange that `send_back` started, and drops the reference to it."""
         returning, self._returning = self._returning, None
         assert returning is not None
         return returning
 
 
 class _StartDispatch(torch.autograd.Function):
-    """Forward issues the exchange of rows and weights to the experts. Backward waits for their gradients."""
+    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for the gradients of both."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
@@ -171,7 +171,7 @@ class _StartDispatch(torch.autograd.Function):
 
 class _Gate(torch.autograd.Function):
     """The identity. Its backward runs after the backward of everything computed from its output, and before the backward of
-    StartDispatch. So that computation overlaps the exchange in backward too."""
+    StartDispatch, so that this computation overlaps the exchange in backward too."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -184,12 +184,12 @@ class _Gate(torch.autograd.Function):
 
 
 class _EndDispatch(torch.autograd.Function):
-    """Forward waits for rows [R, D] and weights [Q]. Backward issues the exchange of their gradients."""
+    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()  # waits in the order of issue
+        weight_Q = send.wait_weights()  # issued first, so waited for first
         return thread.new_empty(0), send.wait(), weight_Q
 
     @staticmethod
@@ -200,7 +200,7 @@ class _EndDispatch(torch.autograd.Function):
 
 
 class _StartCombine(torch.autograd.Function):
-    """Forward issues the exchange of the experts' sums to the tokens' ranks. Backward waits for the sums' gradients."""
+    """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
@@ -216,7 +216,7 @@ class _StartCombine(torch.autograd.Function):
 
 
 class _EndCombine(torch.autograd.Function):
-    """Forward waits for the experts' sums and adds them to y. Backward issues the exchange of the gradients of y."""
+    """Forward waits for the experts' weighted sums and adds them up in y. Backward starts sending the gradients of y."""
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:

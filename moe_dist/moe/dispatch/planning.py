@@ -1,13 +1,12 @@
-"""Makes the plans of `all_to_all` by counting: the rows to each rank and their pairs. Any number of chunks needs one host
-sync.
+"""Makes the plans of `all_to_all`: which rows and pairs go to each rank. All chunks together need one host sync per layer.
 
-Tokens are cut into `chunks` ranges of equal length. Pairs are sorted by (chunk, rank, slot), and rows by (chunk, rank,
-token); in both orders the own rank comes last. The pairs received from a rank are then grouped by slot, so they need no
-sort. A pair is sent as the index of its row among the rows to its rank. Counts give the pair's slot.
+The tokens are cut into ranges of equal length, the chunks. Pairs are sorted by (chunk, rank, slot), and rows by (chunk,
+rank, token); in both orders the own rank comes last. The pairs received from a rank are then grouped by slot, so they need
+no sort. A pair is sent as the index of its row among the rows to the same rank; its slot follows from the counts.
 
-Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
-O rows of the own rank, Q pairs computed here, X counts of a rank and chunk (rows, then pairs of each slot), H ranks (the
-own rank, then the other ranks in order).
+Shape letters: T tokens, N pairs (absent ones included), E experts, e experts here, W ranks, C chunks, P taken pairs, S rows
+sent to other ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each
+slot), H ranks (the own rank, then the other ranks in order).
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's own tokens and experts, if these pairs are computed apart. Their rows are the tokens.
+    """The pairs of this rank's tokens with its own experts, if computed apart. Their rows are the tokens themselves.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -58,10 +57,10 @@ class _Tables:
     """The placement as tensors on one device.
 
     Attributes:
-        place_E: Place of each expert's rank: other ranks in order, then the own rank.
+        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank.
         bin_E: Position of each expert in the order of (place, slot).
-        message_M: For each count to send, rank by rank: its index in the concatenated row counts and pair counts.
-        holder_H: The own rank (left out if its pairs are computed apart), then the other ranks in order.
+        message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
+        holder_H: The ranks H: the own rank (left out if its pairs are computed apart), then the other ranks in order.
     """
 
     place_E: Tensor
@@ -72,7 +71,7 @@ class _Tables:
 
 @dataclass(frozen=True)
 class ExchangeSizes:
-    """Sizes of one exchange on the host: split sizes of remote rows and pairs, and numbers of own rows and pairs."""
+    """Host integers: numbers of rows and pairs to and from each other rank, and numbers of rows and pairs that stay."""
 
     rows: Splits
     pairs: Splits
@@ -81,7 +80,7 @@ class ExchangeSizes:
 
     @classmethod
     def of(cls, own: int, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> "ExchangeSizes":
-        """Makes the sizes from the numbers of (rows, pairs) to each rank and from each rank. `own` is the own rank."""
+        """Makes the sizes from the numbers of (rows, pairs) to each rank and from each rank. `own` is this rank's index."""
         (rows_out, pairs_out), (rows_in, pairs_in) = zip(*sent, strict=True), zip(*received, strict=True)
         rows = Splits(split_sizes(rows_out, own), split_sizes(rows_in, own))
         pairs = Splits(split_sizes(pairs_out, own), split_sizes(pairs_in, own))
@@ -92,7 +91,7 @@ class ExchangeSizes:
 class _Counts:
     sizes: list[ExchangeSizes]  # sizes of each chunk
     slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
-    own_slot_counts: tuple[int, ...]  # slot_counts of own tokens in chunk 0, which has all own pairs if they are apart
+    own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all of them if computed apart
 
     @property
     def num_remote_pairs(self) -> int:
@@ -101,22 +100,22 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Counts on the device, before the host sync. A bin is one (chunk, rank, slot). A run, one (chunk, rank), is a block of
-    rows."""
+    """Counts on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot), a run the rows of one
+    (chunk, rank)."""
 
-    bin_N: Tensor  # bin of each pair; absent pairs have the last bin
-    run_N: Tensor  # run that has each pair's row
+    bin_N: Tensor  # bin of each pair; the last bin takes absent pairs
+    run_N: Tensor  # run with the row of each pair
     index_N: Tensor  # index of each pair's row inside the run
     row_counts: Tensor  # number of rows of each run
     pair_counts: Tensor  # number of pairs of each bin
 
 
 class Planner:
-    """Makes the plans of one EP group. See `AllToAllDispatcher` for the other arguments.
+    """Makes the plans of this rank for one EP group. See `AllToAllDispatcher` for the other arguments.
 
     Args:
         chunks: Number of ranges of tokens.
-        own_apart: True if the pairs of the own rank are computed apart, outside of the ranges.
+        own_apart: True if the pairs of this rank's tokens with its own experts are computed apart, outside of the chunks.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class Planner:
         self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Number of tokens of each range: equal numbers, then the remainder, then 0."""
+        """Number of tokens of each chunk: equal numbers, then the remainder, then 0."""
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 
@@ -187,7 +186,7 @@ class Planner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts bins and rows by a bitmap of (run, token), summed along the tokens. Costs W x T x 5 bytes and no sync."""
+        """Counts the pairs of each bin, and by a bitmap (run, token) each run's rows. Takes W x T x 5 bytes, no sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
@@ -217,8 +216,8 @@ class Planner:
         )
 
     def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> tuple[_Counts, Tensor]:
-        """Exchanges the counts. The one host sync of a layer is here and reads the sizes of all chunks. Also returns the
-        received counts on the device, [W, C, X]."""
+        """Exchanges the counts, and reads the sizes of all chunks in the layer's one host sync. Also returns the received
+        counts [W, C, X] on the device."""
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
@@ -228,9 +227,9 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # a joint copy needs one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy, so one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # a list with [C, X] for each rank, because ranks have different numbers of slots
+        # a list of arrays [C, X], one per rank, because X depends on the rank's number of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -249,7 +248,7 @@ class Planner:
         return counts, received.view(size, chunks, -1)
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
-        """Sends each remote pair's row index to the pair's rank. One collective serves all chunks."""
+        """Starts sending each pair's row index to the rank of the pair's expert, by one collective for all chunks."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
@@ -263,21 +262,21 @@ class Planner:
     def _by_chunk(
         self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns for each chunk its pairs (remote, then own), and the row indices of the pairs computed here (own, then
-        received)."""
+        """Returns for each chunk the taken pairs of this rank's tokens (to other ranks, then own), and the row indices of
+        the pairs computed here (own, then received)."""
         chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]  # row indices travel as int32
+        return pairs, [each.to(torch.int64) for each in indices]  # were sent as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Token numbers count from
-        the first token of the chunk."""
+        """Returns the token of each row: per chunk for the rows to other ranks, then per chunk for the own rows. Tokens are
+        numbered from the first token of the chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
@@ -287,8 +286,8 @@ class Planner:
         return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
 
     def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns order_Q and row_of_pair_Q from the arrived pairs, which are sorted by (rank, slot). `index_Q` counts rows
-        from the first row of the rank."""
+        """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` is
+        the row index of each pair among the rows of its source rank."""
         rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
         total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
         first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
@@ -322,6 +321,6 @@ class Planner:
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces by two levels of sizes."""
+    """Cuts `items` into consecutive pieces, one list of pieces per list of sizes."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

@@ -1,8 +1,8 @@
-"""Gathers rows of a table, sums rows back into it, and sorts pairs by counting. Nothing here syncs with the host.
+"""Gathers rows of a tensor, sums rows with the same index, and sorts pairs. Nothing here syncs with the host.
 
 Sums are fp32 in forward and backward. Autograd saves no index tensor: the indices belong to the dispatch plan, which lives
-until backward anyway. Sorting costs time linear in the number of items, whatever the number of keys. Shape letters: T rows
-of a table, Q (token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
+until backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
+(token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_BYTES = 16 << 20  # rows are converted in slices of this size, which is enough work for a kernel
+SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted: enough work for one kernel
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # kept without saving, because the plan owns the index
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not by save_for_backward, because the plan keeps the index
         return table_TD.index_select(0, index_Q)  # faster on the host than table[index]
 
     @staticmethod
@@ -48,7 +48,7 @@ class _WeightedSum(torch.autograd.Function):
         (grad_RD,) = grads
         y_QD, weight_Q = ctx.saved_tensors
         grad_QD = grad_RD.index_select(0, ctx.row_Q)
-        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # takes Q x D numbers in the weights' dtype
+        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # a temporary [Q, D] in the weights' dtype
         return (grad_QD * weight_Q[:, None]).to(y_QD.dtype), grad_weight_Q, None, None
 
 
@@ -58,18 +58,18 @@ def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
 
 
 def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: int) -> Tensor:
-    """Sum of weight * y over the pairs of each row, [R, D] in the weights' dtype. Autograd keeps y and the weights."""
+    """Sums weight * y over the pairs of each row: [R, D] in the weights' dtype. Autograd saves y and the weights."""
     return _WeightedSum.apply(y_QD, weight_Q, row_Q, num_rows)  # pyright: ignore[reportReturnType]
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Sums the rows with the same index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
+    """Returns the sum of the rows with each index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
 
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
-    """Adds each row to the sum at its index, in place, in the sum's dtype. Without gradient.
+    """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. Without gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES`, so that no copy of all rows in the sum's dtype exists.
     The sum has the same bits as without slices, because the slices are added in order.
@@ -83,7 +83,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
 
 
 def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
-    """int64 permutation that sorts int64 keys in [0, num_keys) stably. Does not sync.
+    """Returns the int64 permutation that sorts int64 keys in [0, num_keys) stably. Does not sync.
 
     The sort is a radix sort with one pass for each byte of the key. On the host numpy sorts, because torch uses a radix
     sort only from 32,768 items on.
@@ -104,21 +104,21 @@ def _device_order(short_N: Tensor) -> Tensor:
 
 
 def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """int64 indices [total] of all runs: for each run start, start + 1, ..., start + length - 1.
+    """Returns int64 indices [total], the runs one after the other: start, start + 1, ..., start + length - 1 for each run.
 
     `total` is the sum of the lengths. It is an argument, because reading the sum on CUDA would cost a sync.
     """
-    shift_X = start_X - (length_X.cumsum(0) - length_X)  # distance of a run's items from their places in the result
+    shift_X = start_X - (length_X.cumsum(0) - length_X)  # index minus position in the result, per run
     return spread(shift_X, length_X, total) + torch.arange(total, device=start_X.device)
 
 
 def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Repeats value x `length_X[x]` times; the result has the shape [total]. Does not sync, because `total` is given."""
+    """Returns `value_X[x]` repeated `length_X[x]` times, for all x: [total]. Does not sync, because `total` is given."""
     return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
-    kept = items_N.new_empty(num_kept + 1)  # the last place takes all items that are not kept
+    kept = items_N.new_empty(num_kept + 1)  # one element more, which takes the items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]

@@ -1,7 +1,7 @@
-"""Capacity of token choice: a bound of the number of pairs of each expert. Pairs beyond the bound are dropped.
+"""Capacity in token choice: the largest number of pairs that an expert computes. Pairs beyond this number are dropped.
 
-A dropped pair becomes absent: the pair is neither sent nor padded. No shape depends on data.
-Shape letters: N (token, expert) pairs in token order, E true experts.
+A dropped pair becomes an absent pair, which is not sent. No tensor's shape depends on data. Shape letters: N (token,
+expert) pairs in token order, E true experts.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ Drop = Literal["probability", "position"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bound of the pairs that an expert takes.
+    """The capacity of the experts of all groups.
 
     Attributes:
-        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the selection
-            scope. Columns are the group's experts of all kinds, so factor 1 is the even share.
-        drop: `probability` drops the least probable pairs, `position` the pairs of the last tokens. The earlier token wins
-            a tie.
-        scope: The selection scope; `rank` is one rank's micro-batch.
+        factor: An expert takes at most ceil(factor * k T / columns) pairs, where T is the number of its group's tokens in
+            the selection scope, and columns the number of the group's experts of all kinds: 1 is the even share.
+        drop: `probability` drops an expert's pairs of least probability, `position` those of the last tokens. The earlier
+            token wins a tie.
+        scope: The selection scope; `rank` means the tokens of one rank's micro-batch.
     """
 
     factor: float
@@ -33,21 +33,21 @@ class Capacity:
 
 
 def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
-    """ceil(factor * choices / columns) as int64. A rounding error of up to 1e-9 above a whole number is not rounded up."""
+    """ceil(factor * choices / columns) as int64. A quotient at most 1e-9 above an integer is rounded down."""
     return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
 
 
 def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
-    """Marks the pairs beyond their expert's capacity, bool [N]. Shapes depend on N alone: no host sync.
+    """Returns a bool [N] that marks the pairs beyond their expert's capacity. No host sync.
 
     Args:
         expert_N: int64, logical expert of each pair; negative for an absent pair, which is never dropped.
         score_N: Probability of each pair, without gradient.
-        capacity_E: int64, number of pairs that each expert takes.
+        capacity_E: int64, largest number of pairs of each expert.
         drop: See `Capacity`.
     """
     num_experts = capacity_E.shape[0]
-    bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # absent pairs get a last bin
+    bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs
     # Sorts pairs by preference, then stably by expert. `position` needs no first sort, because pairs are in token order.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
@@ -59,4 +59,4 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
     over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
-    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # restores the order of pairs
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # back to the order of the pairs

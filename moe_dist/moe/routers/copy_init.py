@@ -1,18 +1,18 @@
-"""Adds null experts to a trained model without changing its function (AdaMoE's start from a trained MoE).
+"""Adds null experts to a trained model without changing its outputs (AdaMoE's start from a trained MoE).
 
-The m null rows of the router copy its n true rows in turn. With m = r n every true row has r copies of equal logit, and
-ties go to the true expert first (`TopKRouter`). So a token chooses its best true expert and r null experts, then its second
-best true expert and r null experts, and so on. Imports no torch.
+The m = r n null rows of the router repeat its n true rows r times. Each true expert's logit thus equals those of r null
+experts, and the true expert wins the tie (`TopKRouter`). So a token chooses its best true expert and r null experts, then
+its second best true expert and r null experts, and so on. Imports no torch.
 """
 
 
 def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
-    """The k_0 with which plain top-k equals the top-k router with copied null rows: ceil(k / (r + 1))."""
+    """Returns how many true experts per token top-k over true rows and their copies chooses: ceil(k / (r + 1))."""
     return -(-top_k // (num_null // num_experts + 1))
 
 
 def uneven_twins(num_experts: int, num_null: int) -> str | None:
-    """The reason why this number of null rows cannot copy the true rows; None if it can."""
+    """Returns the reason why this number of null rows cannot repeat the true rows, or None if it can."""
     if num_null % num_experts == 0:
         return None
     return (

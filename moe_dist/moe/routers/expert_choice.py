@@ -3,14 +3,13 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-Such a choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone,
-causally:
+Such a choice depends on later tokens, so only training uses it (`selection`). Evaluation routes each token causally:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4); W_1, W_2 are trained later
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); W_1, W_2 learn in a later run
 
-The routing weights are s_j with threshold and with auxiliary. Shape letters: T tokens of this rank, U tokens of the
-selection scope, D hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
+With both rules the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D hidden
+size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
 """
 
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
 
-STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th largest score, and the number of steps
+STATISTICS = 2  # number of rows of `ChoiceGate.statistics`: running mean of the k-th largest score, number of steps
 
 
 class ChoiceGate(GroupGate):
@@ -64,7 +63,7 @@ class ChoiceGate(GroupGate):
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns threshold, running mean of the k-th largest score, and number of steps: buffers [n]."""
+        """Returns buffers [n] of each expert: threshold, running mean of the k-th largest score, and number of steps."""
         mean_n, steps_n = self.statistics
         return self.threshold, mean_n, steps_n
 
@@ -78,17 +77,17 @@ class ExpertChoiceRouter(ChoosingRouter):
         capacity: c, the share of its group's tokens that each expert takes. None means `ExpertGroup.capacity`, or else
             top_k / num_experts.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa has 1.
-        causal: The rule by which evaluation routes each token alone. With None, evaluation is an error.
-        threshold_decay: Decay of the running means of the thresholds.
+        causal: The rule by which evaluation routes each token alone. With None, evaluation raises an error.
+        threshold_decay: Decay, per step, of the running means from which thresholds are made.
         selection_scope: The ranks whose tokens compete.
-        seed, layer: Name the noise, together with the step, token and expert.
-        known_counts: True: in training with a scope of one rank, the dispatcher gets the known numbers of pairs of all
-            ranks and needs no host sync.
+        seed, layer: With step, token and expert, the name of each noise value.
+        known_counts: If true, assignments contain `counts_WE` in training with a scope of one rank, so that dispatch needs
+            no host sync.
     """
 
     group_of_expert_E: Tensor
     capacity_E: Tensor
-    columns_GK: Tensor  # experts of each group; the last row, of ABSENT, is for padding (group -1)
+    columns_GK: Tensor  # experts of each group; the last row, all ABSENT, is for padding (group -1)
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and thresholds of 0, which admit every token, on the default device. Call it again
+        """Creates the buffers on the default device: constants, and thresholds of 0, which admit every token. Call it again
         after a move from the meta device, which loses the values of buffers."""
         most = max(group.num_experts for group in self.groups)
         rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
@@ -139,8 +138,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
-        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and on `GlobalBatchInfo` alone: no host
-        sync. A selection scope of several ranks costs one collective, see `selection`.
+        All arithmetic is fp32 (float64 for a float64 model). No host sync. A selection scope of several ranks costs one
+        collective, see `selection`.
         """
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
@@ -148,7 +147,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
-            inside_TE = member_TG[:, self.group_of_expert_E]  # takes T x E bytes
+            inside_TE = member_TG[:, self.group_of_expert_E]  # a temporary bool [T, E]
             noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
@@ -164,19 +163,19 @@ class ExpertChoiceRouter(ChoosingRouter):
         return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits [T, E] of all experts for all tokens, also tokens of other groups."""
+        """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups."""
         return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
-        """Scores [T, E] without noise; 0 for experts of other groups."""
+        """Returns scores [T, E] without noise; 0 for experts of other groups."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _with_noise(self, logits_TE: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """Adds noise to the logits of this rank's tokens; returns the same tensor if there is no noise."""
+        """Returns the logits of this rank's tokens plus noise, or the same tensor if there is no noise."""
         if not (self.training and self.noise):
             return logits_TE
         assert batch_info is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
@@ -188,7 +187,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(self, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
-        """The choice of training. Every rank draws the noise of all tokens of the scope, so that only logits are sent."""
+        """Chooses as in training. Every rank computes the noise of all tokens in the scope, to send only logits."""
         where, device = self.selection_scope, logits_TE.device
         lengths = where.lengths(logits_TE.shape[0], batch_info)
         assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
@@ -203,11 +202,11 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise = add_noise if self.training and self.noise else None
         masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
         choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
-        # An expert with capacity 1 takes all tokens, so its threshold must be 0.
+        # An expert with a capacity of 1 takes all tokens of its group, so its threshold must be 0.
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
-        """The choice of evaluation, for each token alone."""
+        """Chooses as in evaluation, for each token alone."""
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -223,7 +222,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Binary cross entropy of the auxiliary routers against the choice, summed over tokens and experts [G]."""
+        """Binary cross entropy of the auxiliary routers against the choice, summed over tokens and each group's experts."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that this loss trains only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
@@ -236,7 +235,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
-        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # sorts without a host sync
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # the sort does not sync
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
@@ -264,5 +263,5 @@ class ExpertChoiceRouter(ChoosingRouter):
 
 
 def capacity_of_group(group: ExpertGroup) -> float:
-    """c of a group: `capacity`, or the value with which a token gets `top_k` experts on average."""
+    """Returns a group's c: its `capacity`, or else the value with which a token has `top_k` experts on average."""
     return group.capacity if group.capacity is not None else group.top_k / group.num_experts

@@ -3,17 +3,17 @@ GLM-4.5, Kimi K2).
 
     s = sigmoid(x W^T),  b = the selection bias
     the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
-    largest sums of their two best s + b
+    largest sums of their two largest s + b
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because they cost no traffic. Each of these columns has a
-sigmoid and bias. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
+The limit does not apply to null, identity and constant columns, because they cost no traffic. These columns have s and b
+too. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
 
-The balance loss takes s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss (equations 18 and
-19), but with counts over the whole step instead of one sequence. The entropy uses the same probabilities. The z-loss uses
-the logits. Shape letters: T tokens, D hidden size, C columns, K choices, n true experts of a group, g node groups of a
-group, m experts of a node group.
+The balance loss and the entropy take s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss
+(equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
+letters: T tokens, D hidden size, C columns, K choices, n true experts of a group, g node groups of a group, m experts of a
+node group.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups of each group. It must divide the group's number of true experts.
+        n_group: Number of node groups per modality group. It must divide each group's number of true experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
@@ -75,8 +75,8 @@ class GroupLimitedRouter(TopKRouter):
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
-        """Sets the scores of a group's true experts to -inf outside each token's node groups. The earlier node group wins a
-        tie."""
+        """Returns the scores of a group's true experts, -inf outside of the node groups that a token may use. The earlier
+        node group wins a tie."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
         order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
@@ -85,9 +85,9 @@ class GroupLimitedRouter(TopKRouter):
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
         kept_TK = chosen.valid_TK & ~chosen.null_TK
-        # An invalid choice may be a column at -inf; the gradient of its sigmoid is 0, not NaN.
+        # An invalid choice may have a logit of -inf; the gradient of its sigmoid is 0, not NaN.
         score_TK = torch.where(kept_TK, masked_TC.gather(1, chosen.column_TK).sigmoid(), 0.0)
         if self.normalise == "none":
             return self.scale * score_TK
-        # adds one by one as `top_k._softmax_among` does, so that zeros between the true choices change no bit
+        # added one by one, as in `top_k._softmax_among`, so that the bits do not depend on zeros between true choices
         return self.scale * score_TK / (reduce(torch.add, score_TK.split(1, dim=-1)) + TINY)

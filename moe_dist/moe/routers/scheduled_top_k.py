@@ -1,13 +1,14 @@
 """Top-k with a fixed number of active experts in each layer: the baseline for adaptive routers.
 
-Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts, and the
-next best with probability L - floor(L). The draw does not depend on the token's content. An integer L is plain top-k.
+Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts, and
+with probability L - floor(L) the next best. The random number does not depend on the token's content. With an integer L
+this is plain top-k.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws too, so that the model is evaluated with the L of its training. In evaluation, which has no step, tokens
-are numbered inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers too, so that L is the same as in training. There is no step in evaluation, so its tokens are
+numbered inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -22,7 +23,7 @@ from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
-HELD_OUT = -1  # the step number in the draws of evaluation
+HELD_OUT = -1  # the step in the names of evaluation's random numbers
 
 
 class ScheduledTopKRouter(TopKRouter):
@@ -31,14 +32,14 @@ class ScheduledTopKRouter(TopKRouter):
     Args:
         hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`. No group may have null or zero-computation
             experts.
-        active_experts: L of each group, by name, in each MoE layer; at most the group's top_k.
+        active_experts: For each group name, L in each MoE layer; at most the group's top_k.
         place: Index of this layer among the MoE layers.
-        seed: Names the draws, together with the step, layer and token.
+        seed: With step, layer and token, the name of each random number.
     """
 
     load_G: tuple[float, ...] = ()  # L
     whole_G: Tensor  # floor(L), with a last 0 for padding, whose group is -1
-    fraction_G: Tensor  # L - floor(L), with a last 0
+    fraction_G: Tensor  # L - floor(L), with a last 0 for padding
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class ScheduledTopKRouter(TopKRouter):
         super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
         self.place, self.seed = place, seed
         self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
-        self.reset_buffers()  # again, because the base class made the buffers without loads
+        self.reset_buffers()  # again, because `load_G` was still empty in the base class
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
@@ -70,12 +71,11 @@ class ScheduledTopKRouter(TopKRouter):
         return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
 
     def _kept(self, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """Marks the choices that a token has, bool [T, K]. A recomputed forward draws the same numbers, because draws have
-        no state."""
+        """Marks each token's first floor(L) or floor(L) + 1 choices, bool [T, K], equal in a recomputed forward."""
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
-        # uses float64, because fp32 rounds a draw near 1 to 1
+        # float64, because fp32 rounds numbers near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
         more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
         place_K = torch.arange(self.num_choices, device=group_T.device)

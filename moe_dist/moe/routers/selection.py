@@ -1,4 +1,4 @@
-"""Selects tokens by choosers. In expert choice each expert is a chooser; in mixture of depths each layer has one chooser.
+"""Lets choosers select their tokens. In expert choice each expert is a chooser, in mixture of depths each layer.
 
 The tokens of one selection scope compete:
 
@@ -6,13 +6,12 @@ The tokens of one selection scope compete:
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-The scopes ep_group and world gather logits by one all-gather for each layer and forward pass. Every rank of the scope
-issues the all-gather, and recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to
-each of the S - 1 other ranks: (S - 1) x T x E x 4 bytes. All ranks then choose alike, from the same bits. No shape depends
-on data, and nothing syncs with the host.
+With ep_group and world, one all-gather per layer and forward gathers the logits. Every rank of the scope issues it, and
+recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
+ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, from bit-identical logits. No host sync.
 
-A selection by competition depends on later tokens, so it is for training only. Evaluation decides for each token alone, by
-a threshold (`thresholds`) or by an `AuxiliaryRouter`.
+The selection of a token depends on later tokens, so only training uses it. Evaluation decides for each token alone, by a
+threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G groups, W ranks.
@@ -42,7 +41,7 @@ OUTSIDE = float("-inf")  # logit of a token that does not compete: a token of an
 
 
 class AuxiliaryRouter(nn.Module):
-    """Two linear layers without bias that learn the choice of E choosers: `inner` [D/2, D] and `outer` [E, D/2]."""
+    """Learns to predict the selection of E choosers: two linear layers without bias, `inner` [D/2, D], `outer` [E, D/2]."""
 
     role = Role.AUXILIARY_ROUTER
 
@@ -53,7 +52,7 @@ class AuxiliaryRouter(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_choosers, inner_dim))
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """Logits [T, E]; a chooser takes the token if its logit is above 0."""
+        """Returns logits [T, E]: a chooser takes the token if its logit is above 0."""
         return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
@@ -61,16 +60,16 @@ class ThresholdGate(Protocol):
     """Holds the thresholds of n choosers."""
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns threshold, running mean and steps, [n] each: buffers, or views of buffers, that are written in place."""
+        """Returns thresholds, running means and numbers of steps, [n] each, as buffers (or views of them) to write to."""
         ...
 
 
 class ChoosingRouter(nn.Module):
-    """A router whose E choosers take tokens in training.
+    """A router whose E choosers select tokens in training.
 
     Attributes:
         causal: The rule by which evaluation decides for each token alone.
-        noncausal: Evaluation selects as training does, from all tokens, but without noise.
+        noncausal: If true, evaluation selects as training does, by competition, but without noise.
     """
 
     causal: Causal | None
@@ -78,21 +77,21 @@ class ChoosingRouter(nn.Module):
     noncausal = False
 
     def gates(self) -> Sequence[ThresholdGate]:
-        """The holders of the choosers' thresholds, in order, if evaluation uses thresholds."""
+        """Returns the objects that hold the choosers' thresholds, in order of the choosers."""
         raise NotImplementedError
 
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
-        """Score of each token and chooser [T, E], 0 if the token does not compete. Takes the arguments of `forward`."""
+        """Returns the scores of tokens for choosers [T, E], 0 if the token does not compete. Arguments as in `forward`."""
         raise NotImplementedError
 
     def num_taken(self, sums: Any) -> Tensor:
-        """Number of tokens that each chooser took [E], from the sums that `forward` returns."""
+        """Returns, from the sums that `forward` returned, the number of tokens that each chooser took [E]."""
         raise NotImplementedError
 
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside this context, routers whose choosers take tokens select in evaluation as in training (`noncausal`)."""
+    """Context in which `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal = True
@@ -111,7 +110,7 @@ class SelectionScope:
         group: Process group of the scope's ranks. None for a single rank.
         ranks: Global ranks of the scope, in the group's order. `own` is this rank's index in it.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: Objects that count and track the all-gather.
+        comm_stats, tracker: Objects that count the all-gather's bytes and show it to the watchdog.
     """
 
     kind: ScopeKind = "rank"
@@ -123,7 +122,8 @@ class SelectionScope:
     tracker: CollectiveTracker | None = None
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the scope. Without `batch_info` (evaluation, mixture of depths) all ranks have the same T."""
+        """Returns T of each rank of the scope: without `batch_info` (evaluation, mixture of depths) the same for all
+        ranks."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
@@ -136,14 +136,14 @@ class SelectionScope:
         layer: str = "",
         add_noise: Callable[[Tensor], Tensor] | None = None,
     ) -> ExpertsChoice:
-        """Selects this rank's tokens for each chooser, in competition with the other tokens of the scope. Costs at most one
-        collective.
+        """Selects which of this rank's tokens each chooser takes, in competition with all tokens of the scope. Costs at
+        most one collective.
 
         Args:
             logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
-            capacity_E: float64, share of its competing tokens that each chooser takes.
+            capacity_E: float64, share of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
-            name, layer: Name of the collective and of the layer, for records and reports.
+            name, layer: Names of the collective and of the layer, for records and reports of a hang.
             add_noise: Adds noise to the logits of the scope [U, E] before the comparison. Reported scores are without
                 noise.
         """
@@ -154,13 +154,13 @@ class SelectionScope:
         return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
 
     def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
-        """Logits of the whole scope [U, E], by one all-gather if the scope has several ranks."""
+        """Returns the logits of the scope's tokens [U, E], by one all-gather if the scope has several ranks."""
         if self.group is None:
             return logits_TE
         longest = max(lengths)  # all-gather needs equal sizes
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
-        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # takes S x T x E numbers on every rank
+        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # [S T, E] on every rank
         if self.comm_stats is not None:
             self.comm_stats.count(name, (len(lengths) - 1) * padded.nbytes, payload=False)
         with track_collective(self.tracker, name, device=padded.device, layer=layer):
@@ -170,12 +170,12 @@ class SelectionScope:
 
 
 def capacity_of_tokens(capacity: float, tokens: int) -> int:
-    """ceil(c T), at most T. A rounding error of up to 1e-9 above a whole number is not rounded up."""
+    """Returns ceil(c T), at most T. A product at most 1e-9 above an integer is rounded down."""
     return min(tokens, max(0, math.ceil(capacity * tokens - 1e-9)))
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """`capacity_of_tokens` for tensors, int64. Host and device compute in float64, so the results are equal."""
+    """`capacity_of_tokens` for tensors, int64, with equal results, because host and device both compute in float64."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -187,13 +187,13 @@ def choose(
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
-        noisy_UE: The logits that are compared: the same tensor, or one with noise.
+        noisy_UE: The logits that choosers compare: `logits_UE` itself, or with noise.
         capacity_E: float64, c of each chooser.
         own: The rows of this rank's tokens.
         keep_order: Also return the order of tokens. Only for a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
-    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # O(U x E) memory in int64
+    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # int64 [U, E]
     place_U = torch.arange(logits_UE.shape[0], device=logits_UE.device)
     taken_UE = torch.zeros_like(order_UE, dtype=torch.bool).scatter_(0, order_UE, place_U[:, None] < room_E)
     kth_score_E = _kth_score(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E)
@@ -201,8 +201,8 @@ def choose(
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Lowest selected score of each chooser, without noise; 0 if the chooser selects no token. `order_UE` sorts by
-    `logits_UE`; None if that order is unknown."""
+    """Returns each chooser's k-th largest score without noise, 0 without selected tokens. `order_UE`, if given, sorts
+    `logits_UE`."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
     if order_UE is None:  # with noise, finding the k-th largest score needs a second sort
@@ -220,7 +220,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """The pairs sorted by expert and falling logit. All ranks know their number N beforehand, the sum of capacities."""
+    """Returns the pairs sorted by expert and falling logit. Their number N, a sum of capacities, is known on all ranks."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
@@ -230,7 +230,7 @@ def counted_pairs(
         for rank in ep_ranks
     )
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
-    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # counts are on the host
+    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # no sync: host counts
     expert_N = torch.cat(
         [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]
     )
@@ -238,16 +238,16 @@ def counted_pairs(
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
-    """The pairs of `counted_pairs` in the order of tokens, for dispatchers that count pairs themselves."""
+    """Returns the pairs of `counted_pairs` in the order of tokens, without counts, for dispatchers that count pairs."""
     order_N = counting_order(pairs.token_N, num_tokens)
     return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """The pairs sorted by token: for each token the K experts of its group, ABSENT for experts that do not take it.
+    """Returns T x K pairs sorted by token: K experts of the token's group, ABSENT for experts that do not take the token.
 
-    N is T x K with K experts in the largest group, because no smaller bound holds: a threshold does not bound an expert's
-    load, and a scope of several ranks does not bound the load from one rank.
+    K is the number of experts of the largest group. No smaller number of pairs is certain: a threshold does not limit an
+    expert's tokens, and a scope of several ranks does not limit its tokens from one rank.
 
     Args:
         columns_TK: int64, the experts of each token's group, filled up with ABSENT. All ABSENT for padding.

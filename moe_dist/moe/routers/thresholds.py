@@ -1,16 +1,16 @@
 """Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
-A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean of the k-th
-largest score in its selection scopes, plus a correction. q is the mean of the k-th largest score over the scopes of a step,
-weighted by their tokens. w is the weight of a step: 1 / steps at first, later 1 - decay.
+A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean m of the k-th
+largest score in its selection scopes, plus a correction d. After each step, q is the mean of the k-th largest score over
+the scopes of the step, weighted by their numbers of tokens. w is the step's weight, 1 / steps at first, later 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
-The running mean m alone is biased: evaluation would admit another share of tokens than training, and m lags behind drifting
-scores. `moe_dist.train.evaluation.calibration` sets d so that the shares are equal.
+With d = 0 evaluation would admit another share of tokens than training, also because m lags behind drifting scores.
+`moe_dist.train.evaluation.calibration` sets d so that both shares are equal.
 
-Scores contain no noise, because evaluation has none. All ranks get the same thresholds, because the sums are over all
+These scores contain no noise, because evaluation has none. All ranks get the same thresholds, because counts are over all
 ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
@@ -26,11 +26,11 @@ from moe_dist.placement.counts import StepCounts
 
 
 class ThresholdUpdater:
-    """Updates thresholds after each step. The state of the thresholds is in buffers of the routers.
+    """Updates the thresholds, which are buffers of the routers, after each step.
 
     Args:
         gates_LG: The gate of each layer and group.
-        decay: Decay of the running means.
+        decay: Decay of the running means per step.
         dtype: Dtype of the arithmetic; None for the dtype of the buffers.
         mixture_of_depths: True if the gates belong to mixture-of-depths layers, not to experts.
     """
@@ -48,7 +48,7 @@ class ThresholdUpdater:
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
-        """Makes the updater of a model's MoE layers; None if tokens choose."""
+        """Makes the updater for a model's MoE layers; returns None in token choice."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ChoosingRouter)]
         if not routers:
             return None
@@ -56,14 +56,14 @@ class ThresholdUpdater:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Updates thresholds from the counts of a step over all ranks. A gate whose group had no token keeps its threshold.
-        Call it only if the optimizer took the step. Does not sync."""
+        """Updates the thresholds from the counts of a step over all ranks, but not those of a group without tokens. Call it
+        only if the optimizer took the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()  # first one number per gate, then one per chooser
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate; below, one per chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)

@@ -4,8 +4,8 @@ if m = 0).
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
-Null choices and pairs that a capacity drops become absent pairs, which cost nothing after the router. Choices of identity
-and constant experts become separate weights, applied by the token's own rank. Shape letters: T tokens, D hidden size, C
+Null choices and dropped pairs become absent pairs, which cost nothing after the router. Choices of identity and constant
+experts become weights in a separate tensor, which the token's own rank applies. Shape letters: T tokens, D hidden size, C
 columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation columns.
 """
 
@@ -25,7 +25,7 @@ from moe_dist.placement.roles import Role, group_module
 
 Normalise = Literal["true_chosen", "all_chosen", "true_all", "none"]
 NullLogit = Literal["each", "single"]
-KINDS = ("true", "null", "identity", "constant")  # the order of a group's own columns
+KINDS = ("true", "null", "identity", "constant")  # order of the kinds among a group's columns
 
 
 def column_counts(group: ExpertGroup) -> dict[str, int]:
@@ -36,8 +36,8 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 class GroupGate(nn.Module):
     """Router rows of one group: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
 
-    With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has a number
-    for each column of the group, in the order of `KINDS`.
+    With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
+    number per column of the group, in the order of `KINDS`.
     """
 
     role = Role.ROUTER
@@ -52,8 +52,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Repeats the true rows [n, D] as null rows [m, D], where m is a multiple of n (AdaMoE, section 4.2). Returns m,
-        which is 0 without null rows."""
+        """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, maybe
+        0."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -74,19 +74,19 @@ class TopKRouter(nn.Module):
     Args:
         hidden_dim: D, the hidden size.
         groups: All groups, in logical order.
-        normalise: The softmax that weights come from. `true_chosen`: over the chosen experts that are not null (AdaMoE).
-            `all_chosen`: over all chosen experts. `true_all`: over all columns that are not null. `none`: over all columns.
+        normalise: Weights are a softmax over: `true_chosen`: the chosen experts that are not null (AdaMoE). `all_chosen`:
+            all chosen experts. `true_all`: all columns that are not null. `none`: all columns.
         scale: Factor of every weight.
-        null_logit: `each`: every null column has its own row. `single`: they share one row, whose logit acts as a learned
-            threshold for each token (Kilian et al., arXiv 2601.15370).
+        null_logit: `each`: every null column has its own row. `single`: all null columns share one row, whose logit is a
+            learned threshold per token (Kilian et al., arXiv 2601.15370).
         selection_bias: Choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv 2412.19437, section
             2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases of a group are 0,
-            its tokens choose by logits: the same order without the rounding of a softmax.
-        capacity: Bound of the number of pairs of an expert in training; None for no bound. Evaluation drops nothing.
+            its tokens choose by logits, which gives the same order without a softmax's rounding.
+        capacity: Largest number of pairs of an expert in training; None for no bound. Evaluation drops nothing.
     """
 
     group_of_column_C: Tensor
-    columns_E: Tensor  # number of columns in each true expert's group
+    columns_E: Tensor  # number of columns of each true expert's group
     choices_E: Tensor  # k of each true expert's group
     group_of_expert_E: Tensor
     top_k_G: Tensor  # k of each group; the last entry, 0, is for padding (group -1)
@@ -118,7 +118,7 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and biases of 0, on the default device. Call it again after a move from the meta
+        """Creates the buffers on the default device: constants, and biases of 0. Call it again after a move from the meta
         device, which loses the values of buffers."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]
@@ -137,14 +137,14 @@ class TopKRouter(nn.Module):
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed). All arithmetic is fp32
-        (float64 for a float64 model). Shapes depend on T alone: no host sync."""
+        (float64 for a float64 model). No host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
-            inside_TC = self.group_of_column_C == group_T[:, None]  # takes T x C bytes
-            # Padding keeps finite logits, because the softmax of a row of -inf is NaN; every sum masks padding.
+            inside_TC = self.group_of_column_C == group_T[:, None]  # a temporary bool [T, C]
+            # Padding keeps finite logits, because a softmax over -inf alone is NaN; all sums leave padding out.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = self._probs(masked_TC)
             chosen = self._choose(masked_TC, probs_TC, group_T, cache)
@@ -165,8 +165,8 @@ class TopKRouter(nn.Module):
         return Routing(assignments, sums, free_TF, None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A])
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits of all columns [T, C]. Null rows are multiplied in slices of n rows, the shape of the true rows, because
-        the bits of a product depend on its shape, and a null row that copies a true row must tie with it exactly."""
+        """Returns the logits [T, C]. Null rows are multiplied in slices of n rows, like the true rows, because the bits of
+        a matrix product depend on its shape, and a null row that copies a true row must have exactly its logit."""
         parts = []
         for kind in KINDS:
             for group in self.groups:
@@ -174,7 +174,7 @@ class TopKRouter(nn.Module):
                 if count:
                     rows = self._gate(group, kind).to(h_TD.dtype)
                     products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
-                    single = (kind, self.null_logit) == ("null", "single")  # all null columns get this one logit
+                    single = (kind, self.null_logit) == ("null", "single")  # one logit for all null columns
                     parts += [products[0].expand(-1, count)] if single else products
         return torch.cat(parts, dim=1)
 
@@ -185,16 +185,16 @@ class TopKRouter(nn.Module):
         return getattr(self.gate(group), name)
 
     def _bias(self, dtype: torch.dtype) -> Tensor:
-        """The selection bias of all columns [C]."""
+        """Returns the selection biases of all columns [C]."""
         parts = [self._gate(group, "bias").split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        """Probabilities [T, C] for weights and for the balance loss; 0 at -inf."""
+        """Returns the probabilities [T, C] for weights and balance loss; 0 for columns of other groups."""
         return masked_TC.softmax(dim=-1)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
-        """Scores [T, C] by which each token chooses, without gradient; -inf for columns of other groups."""
+        """Returns the scores [T, C] by which tokens choose, without gradient; -inf for columns of other groups."""
         score_TC = masked_TC.detach()
         if not self.selection_bias:
             return score_TC
@@ -208,7 +208,7 @@ class TopKRouter(nn.Module):
             score_TC = self._selection_scores(masked_TC, probs_TC)
             # A stable sort gives ties to the first columns, the true experts. torch.topk does not.
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
-            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns in memory
+            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep [T, C] in memory
         column_TK = cache.choice_TK
         valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
         true_TK = valid_TK & (column_TK < self.num_experts)
@@ -216,7 +216,7 @@ class TopKRouter(nn.Module):
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
-        """Weight of each choice [T, K], which is 0 for null and for invalid choices."""
+        """Returns the weight of each choice [T, K]; 0 for null and for invalid choices."""
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
@@ -228,9 +228,9 @@ class TopKRouter(nn.Module):
         return self.scale * torch.where(kept_TK, weight_TK, 0.0)
 
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
-        """Softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
+        """Returns the softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
         true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_zero_computation), dim=1)
-        # The copy is contiguous, because the bits of a softmax may depend on the stride of its rows.
+        # cat makes a contiguous copy, because the bits of a softmax may depend on the stride of its rows.
         kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
         return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
@@ -239,12 +239,12 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # choices of other kinds go to an extra last column, so that shapes do not depend on data
+        # an extra last column takes the choices of other kinds, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
     def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, cache: RoutingCache) -> Tensor:
-        """Marks the true choices beyond their expert's capacity, bool [T, K]."""
+        """Returns a bool [T, K] that marks the choices of true experts beyond the expert's capacity."""
         assert self.capacity is not None
         if cache.dropped_TK is None:
             choices_E = self.choices_E * tokens_G[self.group_of_expert_E]
@@ -259,14 +259,15 @@ class TopKRouter(nn.Module):
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """Counts the marked choices of each of the first `num_bins` columns, int64. No later column is marked."""
+        """Counts the marked choices of each of the first `num_bins` columns, int64. No choice of a later column is
+        marked."""
         bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
         counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]
 
     def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
         routed_T = group_T >= 0
-        # A one-hot matrix makes sums by group small matrix products, which are deterministic on every device.
+        # A one-hot matrix turns sums by group into matrix products, which are deterministic on every device.
         member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
         log_z_T = masked_TC.logsumexp(dim=-1)
         member = member_TG.to(log_z_T.dtype)
@@ -285,12 +286,12 @@ class TopKRouter(nn.Module):
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks gives zeros and a zero gradient."""
-    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients behind the mask
+    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # Adds one by one, because the order of torch's sum depends on K. Entries of 0 then change no bit, so that a token's
-    # weights do not depend on the number of null choices between its true choices.
+    # Adds one by one, because the order of torch's sum depends on K. Adding 0 changes no bit, so a token's weights do not
+    # depend on the number of null choices between its true choices.
     total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
-    # the largest exponential is 1, so the clamp acts only on rows without marks
+    # the largest exponential is 1, so the clamp changes only rows without marks
     return exp_TK / total_T1.clamp_min(0.5)
