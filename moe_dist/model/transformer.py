@@ -98,8 +98,7 @@ class Transformer(nn.Module):
             positions_BS: int64 position of each token inside its document.
             documents_BS: Document number of each token; a token attends to no later token and to no other document.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: Passed to the routers of all layers but mixture-of-depths layers, whose routers get only the selected
-                tokens, so that the request's token counts would be wrong.
+            request: For all MoE layers. Mixture-of-depths layers use only its `experts_off`.
         """
         mask = make_mask(documents_BS)  # made once for all layers; a dense mask takes B x S^2 bytes
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -107,7 +106,9 @@ class Transformer(nn.Module):
         reports = []
         for layer in self.layers:
             if layer.depths is not None:
-                x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
+                # The router gets only the selected tokens, for which the request's token counts would be wrong.
+                only_off = RoutingRequest(experts_off=request.experts_off)
+                x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
             else:
                 x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, request.batch_info)  # pyright: ignore[reportCallIssue]
                 y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, request)  # pyright: ignore
@@ -155,7 +156,13 @@ class Transformer(nn.Module):
         return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
 
     def _shallow(
-        self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
+        self,
+        layer: Layer,
+        x_BSD: Tensor,
+        positions_BS: Tensor,
+        documents_BS: Tensor,
+        group_BS: Tensor,
+        request: RoutingRequest,
     ) -> tuple[Tensor, LayerReport | None]:
         """Runs a mixture-of-depths layer on its C selected tokens, which form one sequence and keep their positions and
         documents. The other tokens stay unchanged."""
@@ -167,7 +174,7 @@ class Transformer(nn.Module):
         # positions stay, so that distances between tokens do not change
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
         a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
-        y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
+        y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C, request)
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
         # Each full slot has another token, and empty slots add 0 to token 0, so the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
