@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.command import LaunchPlan
 from launchers.restart import committed_step
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.run_folder import RunFolder
@@ -120,10 +121,10 @@ def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
 
     run = local._run
 
-    def noted(commands: Any, folder: RunFolder, attempt_id: str, *rest: Any) -> Any:
+    def noted(plan: LaunchPlan, folder: RunFolder, *rest: Any) -> Any:
         before = _stamp(folder.metrics_jsonl)
-        outcome, offsets = run(commands, folder, attempt_id, *rest)
-        end = {"attempt": attempt_id, "time": time.time(), "codes": outcome.codes}
+        outcome, offsets = run(plan, folder, *rest)
+        end = {"attempt": plan.attempt_id, "time": time.time(), "codes": outcome.codes}
         steps = [line["step"] for line in read_lines(folder.metrics_jsonl)] if folder.metrics_jsonl.exists() else []
         end |= {"step": max(steps, default=0), "committed": committed_step(folder.checkpoints)}
         end["trained"] = _stamp(folder.metrics_jsonl) != before
