@@ -133,7 +133,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     without a cluster. `forwarded` names environment variables for the ranks; a job's runtime environment sets them instead.
     """
     shipped: dict[str, object] = {}
-    if IN_A_JOB not in env:  # let Ray copy this clone to the nodes, as for a job
+    if IN_A_JOB not in env:  # Ray copies this clone to the nodes, as it does for a Ray job
         shipped = {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")

@@ -153,7 +153,7 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0; if it fails, all ranks raise. A file system error becomes a `kind`. One all-reduce.
+        """Runs `action` on rank 0; if it fails, all ranks raise its error, or `kind` for an OSError. One all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """

@@ -121,7 +121,7 @@ class AllToAll:
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
-        """Sends metadata, waits, and returns the received items [sum(receive), ...]."""
+        """Exchanges items such as counts or ids, waits, and returns the received items [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer).wait()
 
 

@@ -67,7 +67,7 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the host's time in a collective's call to `seconds`; on CUDA nothing, because the call only queues work."""
+        """Adds to `seconds` the host's time in a collective. On CUDA it adds nothing, because the call only queues work."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":

@@ -34,7 +34,7 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Memory-maps a split's filler or prompt file, an .npy file or raw bytes with one bit per token as by numpy.packbits.
+    """Memory-maps the file that marks a split's filler or prompt tokens with one bit per token (numpy.packbits).
 
     Returns:
         uint8 [ceil(tokens / 8)], or None if the split has no such file.

@@ -224,8 +224,8 @@ def _etas(study: Study, records: Records) -> list[str]:
             rows.append([f"`{name}`", *cells])
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
     return [
-        f"Against `{dense}`; in brackets the least and the largest of the seeds. Arms that another has trained first, at a "
-        "cost that is not counted, have none.",
+        f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "
+        "another arm's weights have no value, because that training is not counted.",
         "",
         *_table(["arm", *heads], rows),
     ]
