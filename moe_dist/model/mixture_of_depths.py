@@ -191,7 +191,7 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
-    """Returns the document number of each slot [1, C], different in different sequences. Each empty slot has a document of
+    """Returns the document number of each slot [1, C]. No two sequences share a number. Each empty slot has a document of
     its own, so that no token attends to it."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)

@@ -6,7 +6,8 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class KnownCountsDispatchSection(DispatchSection):
-    """Send one row per (token, expert), without a host sync. Works with routers whose counts are known before routing."""
+    """Send one row per (token, expert), without a host sync. Works only if the number of pairs of each
+    rank and expert is known before routing."""
 
     kind: Literal["known_counts"] = "known_counts"
 
