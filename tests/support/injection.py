@@ -69,7 +69,7 @@ class Injection:
 
     def _fit(self, original: Callable[..., Any], trainer: Any) -> Any:
         self._step = trainer.progress.step
-        trainer._take_step.optimizer.register_step_pre_hook(self._before_optimizer)
+        trainer.take_step.optimizer.register_step_pre_hook(self._before_optimizer)
         return original(trainer)
 
     def _before_optimizer(self, *_: Any) -> None:
