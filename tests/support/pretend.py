@@ -37,8 +37,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
         with shared_with_rank_0(folder.path, env):
             check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
             print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
-            if env.rank == 0:
-                wait_for_all(folder, env)
+            wait_for_all(folder, env)
         step = committed_step(folder.checkpoints) + int(gained or 0)
         attempt.follow(lambda: config.train.steps if how == "done" else step)
         if env.rank == 0 and gained:
