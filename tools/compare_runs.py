@@ -24,17 +24,17 @@ def main(
     """Find the first step at which two runs differ. Ends with exit code 0 without a difference, and with 1 otherwise."""
     try:
         lines = [read_lines(_record(path)) for path in (first, second)]
-        parting, same = first_difference(*lines, rtol=rtol, only=only)
+        difference, same = first_difference(*lines, rtol=rtol, only=only)
     except ValueError as error:
         raise DataError(str(error)) from error
-    if parting is None:
+    if difference is None:
         print(f"{same} lines, no difference")
         return
-    print(f"first difference: step {parting.step}, {parting.kind}; the {parting.same} lines before it are equal")
-    for key, one, other in parting.keys[:SHOWN]:
+    print(f"first difference: step {difference.step}, {difference.kind}; the {difference.same} lines before it are equal")
+    for key, one, other in difference.keys[:SHOWN]:
         print(f"  {key}: {one!r:.60} and {other!r:.60}")
-    if len(parting.keys) > SHOWN:
-        print(f"  and {len(parting.keys) - SHOWN} more keys")
+    if len(difference.keys) > SHOWN:
+        print(f"  and {len(difference.keys) - SHOWN} more keys")
     raise typer.Exit(1)
 
 

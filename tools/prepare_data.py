@@ -50,7 +50,8 @@ def main(
     # Numeric libraries read these variables when `prepare` imports them. More threads would only slow the start down.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
-    began, varied = time.monotonic(), _listed(vary)
+    began = time.monotonic()
+    varied = _listed(vary)
     if unknown := [each for each in varied if each not in VARIATIONS]:
         raise ConfigError(f"--vary {unknown[0]}: renders differ in some of {','.join(VARIATIONS)}")
     inputs = Inputs(

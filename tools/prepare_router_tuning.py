@@ -78,9 +78,9 @@ def main(options: PrepareOptions) -> None:
         reader = RoutingReader(
             likelihood.model,
             SampleMaker(trained.manifest),
-            group_of_modality=torch.tensor(trained.group_of_modality, device=likelihood.model.embedding.weight.device),
+            group_of_modality=torch.tensor(trained.group_of_modality, device=device),
             places=[model.moe_layers.index(layer) for layer in layers],
-            mesh=likelihood.mesh,
+            mesh=mesh,
         )
         routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank computes a part
     if env.rank == 0:  # the process group is gone, so no collective can time out during a slow embedding

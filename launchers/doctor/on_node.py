@@ -75,7 +75,7 @@ def connect(path: Path) -> Reachability:
     is not shared; another check reports that."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        if path.exists():  # written atomically, so it is complete
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or a network file system's stale view
             host, address, port = json.loads(path.read_text())
             return Reachability(unresolved([host]), unreachable(address, port) if address else "")
         time.sleep(POLL_SECONDS)

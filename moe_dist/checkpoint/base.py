@@ -106,8 +106,8 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
         source = next((each for each in _candidates(name, only) if each in index.tensors), None)
         if source is None:
             problems.append(f"{name}: the base has no such tensor")
-        elif problem := misfit(index.tensors[source], spec, source):
-            problems.append(f"{name}: {problem}")
+        elif misfit(entry := index.tensors[source], spec):
+            problems.append(f"{name}: {spec.dtype} {spec.shape} in the model, {entry.dtype} {entry.shape} in {source}")
         else:
             sources[name] = source
     used = set(sources.values())

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ class Taken:
     elements: int
     kept: Mapping[str, str]
     left: tuple[str, ...]
-    made_of: Mapping[str, str] = field(default_factory=dict)
+    made_of: Mapping[str, str]
 
     def report(self) -> str:
         """A report to read. Parameters whose names differ only in the number of the layer or expert share a line."""

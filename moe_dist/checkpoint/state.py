@@ -109,8 +109,8 @@ def capture(
     """
     stacks = _expert_stacks(model)
     tensors = _distinct_tensors(model)
-    frozen = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
     if part != "all":
+        frozen = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
         tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:

@@ -70,8 +70,14 @@ class Pending:
     def _tracked(self) -> AbstractContextManager[None]:
         """Shows the watchdog that this rank is inside the collective, during the call (the first call may wait for the
         other ranks) and during the wait, but not in between, where the rank computes."""
-        where = {"layer": self.layer, "send": self.splits.send, "receive": self.splits.receive}
-        return track_collective(self.wire.tracker, self.name, device=self.received.device, **where)
+        return track_collective(
+            self.wire.tracker,
+            self.name,
+            device=self.received.device,
+            layer=self.layer,
+            send=self.splits.send,
+            receive=self.splits.receive,
+        )
 
 
 class AllToAll:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -105,10 +105,18 @@ class CollectiveTracker:
 
 
 def track_collective(
-    tracker: CollectiveTracker | None, collective: str, *, device: "torch.device", **where: Any
+    tracker: CollectiveTracker | None,
+    collective: str,
+    *,
+    device: "torch.device",
+    layer: str = "",
+    send: Sequence[int] = (),
+    receive: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
-    """Calls `tracker.inside` with the other arguments. With None as tracker it does nothing."""
-    return nullcontext() if tracker is None else tracker.inside(collective, device=device, **where)
+    """`CollectiveTracker.inside` with the same arguments; does nothing if `tracker` is None."""
+    if tracker is None:
+        return nullcontext()
+    return tracker.inside(collective, device=device, layer=layer, send=send, receive=receive)
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:

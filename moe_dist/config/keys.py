@@ -135,6 +135,8 @@ def unknown_key(root: type[BaseModel], path: str) -> str:
         return f"unknown key; did you mean {near}?"
     holder = path.rpartition(".")[0]
     found = find(root, holder) if holder else []
+    if found and not children(found[0].annotation):
+        return f"unknown key; {holder} is a value, not a section: remove .{path.rpartition('.')[2]}"
     shown, annotation = (holder, found[0].annotation) if found else ("the whole", root)
     return f"unknown key; {shown} has the keys {', '.join(children(annotation))}"
 

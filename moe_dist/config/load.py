@@ -172,7 +172,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
         holder[int(last)] = value
     elif isinstance(holder, dict):
         if _chooses_variant(key) and holder.get(last) != value:
-            _keep_keys_of(holder, find(Config, ".".join(above))[0].sections.get(value))
+            sections = find(Config, ".".join(above))[0].sections
+            _keep_keys_of(holder, sections.get(value) if isinstance(value, str) else None)
         holder[last] = value
     else:
         return f"{key}: {'.'.join(above)} is {holder!r}, which has no {last!r}"

@@ -76,11 +76,12 @@ class RouterTuningSection(Section):
         if only != "routers":
             problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or remove {KEY}"
             yield Violation(("train.only", KEY), problem)
-        for rule in (_start_violations, _model_violations, _layer_violations):
-            yield from rule(self, config)
+        yield from _start_violations(config)
+        yield from _model_violations(config)
+        yield from _layer_violations(self, config)
 
 
-def _start_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
+def _start_violations(config: WholeConfig) -> Iterator[Violation]:
     """The run must start at the first sample, with exactly the weights that answered the questions."""
     run = config.run
     if run.init_from is None:
@@ -97,7 +98,7 @@ def _start_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[V
         yield Violation(("run.keep_position", KEY), problem)
 
 
-def _model_violations(_: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:
+def _model_violations(config: WholeConfig) -> Iterator[Violation]:
     moe = config.model.moe
     if config.loss.z:
         problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, because it would change the routing; set it to 0"

@@ -77,8 +77,8 @@ class Fields:
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
         """Returns the value of a field that must be a number above 0, or the default."""
-        number = (int, float)
-        return float(self._fitting(name, default, "a number above 0", lambda v: type(v) in number and 0 < v < math.inf))
+        rule = "a number above 0"
+        return float(self._fitting(name, default, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
 
     def many(self, name: str) -> list[Any]:
         """Returns the value of a field that must be a list; an empty list if the field is absent."""

@@ -58,7 +58,7 @@ class Likelihood:
         mesh: Mesh | None = None,
         batch_tokens: int = 4096,
     ) -> None:
-        self.model, self.mesh = model.eval(), mesh
+        self.model, self._mesh = model.eval(), mesh
         self._maker, self._max_seq_len, self._batch_tokens = SampleMaker(manifest), max_seq_len, batch_tokens
         self._device = model.embedding.weight.device
         self._group_of_modality = torch.tensor(group_of_modality, device=self._device)
@@ -74,9 +74,9 @@ class Likelihood:
         check_lengths(continuations, self._max_seq_len)
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
         nats_and_greedy = torch.zeros(len(continuations), 2, dtype=torch.float64, device=self._device)
-        for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self.mesh):
+        for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
             nats_and_greedy[indices] = self._score([continuations[index] for index in indices])
-        sum_over(nats_and_greedy, None if self.mesh is None else self.mesh.world, name="log-likelihoods")
+        sum_over(nats_and_greedy, None if self._mesh is None else self._mesh.world, name="log-likelihoods")
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]  # device-to-host sync
 
     def _score(self, batch: Sequence[Continuation]) -> Tensor:

@@ -164,7 +164,7 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over tasks of the accuracy. Resamples the questions of each task.
 
     Args:
@@ -173,7 +173,7 @@ def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float 
     rng = np.random.default_rng(seed)
     # The number of right answers in a resample has a binomial distribution.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
@@ -197,8 +197,11 @@ def _task(answered: Sequence[Answered]) -> dict[str, object]:
         right, total = sum(each.right(measure) for each in answered), len(answered)
         found[measure] = {"right": right, "accuracy": right / total, "interval": list(wilson(right, total))}
     found["answers"] = [
-        {"id": question.id, "answer": question.answer, **{name: list(taken) for name, taken in each.taken.items()}}
+        {
+            "id": each.question.id,
+            "answer": each.question.answer,
+            **{name: list(taken) for name, taken in each.taken.items()},
+        }
         for each in answered
-        for question in [each.question]
     ]
     return found

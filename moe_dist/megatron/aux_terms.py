@@ -7,6 +7,7 @@ Each layer sums its counts by one all-reduce of a few integers, only with gradie
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -61,14 +62,17 @@ class AuxTerms:
 
 def tracker() -> Record:
     """Returns the function that adds a value to Megatron's tracker, which reduces and prints the value."""
-    core = "megatron.core.transformer.moe"
-    try:
-        logging: Any = import_module(f"{core}.moe_logging")
-    except ImportError:  # megatron-core 0.16 has a function instead of an object
-        utils: Any = import_module(f"{core}.moe_utils")
-        return lambda *values: utils.save_to_aux_losses_tracker(
-            *values[:-1], reduce_group=values[-1], reduce_group_has_dp=True
-        )
-    return lambda *values: logging.get_moe_metrics_tracker().record(
-        *values[:-1], reduce_group=values[-1], needs_dp_avg=False
-    )
+    if find_spec("megatron.core.transformer.moe.moe_logging") is None:  # megatron-core 0.16
+        return _record_by_function
+    return _record_in_object
+
+
+def _record_in_object(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
+    moe_logging: Any = import_module("megatron.core.transformer.moe.moe_logging")
+    metrics = moe_logging.get_moe_metrics_tracker()
+    metrics.record(name, value, layer, num_layers, reduce_group=group, needs_dp_avg=False)
+
+
+def _record_by_function(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
+    moe_utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.save_to_aux_losses_tracker(name, value, layer, num_layers, reduce_group=group, reduce_group_has_dp=True)

@@ -83,7 +83,8 @@ def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSu
 
 
 def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Builds Megatron's shared expert from the spec of Megatron's MoE layer: a ModuleSpec, in later versions a partial."""
+    """Builds Megatron's shared expert; None if the configuration has none. `stock` describes Megatron's own MoE layer: as a
+    ModuleSpec, or in later versions of megatron-core as a functools.partial."""
     if config.moe_shared_expert_intermediate_size is None:
         return None
     submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules

@@ -191,7 +191,7 @@ class Experts(nn.Module):
                 part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts)
             else:
                 part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts)
-            # An addition saves no tensor for backward, so a chunk keeps nothing whose size depends on its pairs.
+            # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at += sum(counts)
         assert out_RD is not None, "there is always one chunk"

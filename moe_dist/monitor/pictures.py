@@ -110,9 +110,10 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
         ("capacity_used", "Capacity used", "busiest expert over an even share"),
     ):
         if name not in split:
-            top = np.nanmax(metrics[name], initial=1.0)
             if name == "experts_per_token":
                 top = max(group.top_k for group in groups)
+            else:
+                top = np.nanmax(metrics[name], initial=1.0)
             yield name, metrics[name], float(top), title, caption
     if "idle_LG" in sums:
         caption = "share of tokens that no expert took"

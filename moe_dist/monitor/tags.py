@@ -128,8 +128,11 @@ def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
     """Renames the keys and tags that an earlier version wrote in a line of metrics.jsonl."""
     line = {RENAMED_KEYS.get(key, key): value for key, value in line.items()}
     if "scalars" in line:
-        split = [(*tag.partition("/"), value) for tag, value in line["scalars"].items()]
-        line["scalars"] = {f"{RENAMED_KEYS.get(head, head)}{slash}{rest}": value for head, slash, rest, value in split}
+        scalars = {}
+        for tag, value in line["scalars"].items():
+            head, slash, rest = tag.partition("/")
+            scalars[f"{RENAMED_KEYS.get(head, head)}{slash}{rest}"] = value
+        line["scalars"] = scalars
     return line
 
 

@@ -137,7 +137,7 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:
-    # Apex has one step count per group; torch has one tensor per parameter.
+    # Apex stores one step count per parameter group, torch one step tensor per parameter.
     return not isinstance(optimizer, torch.optim.AdamW)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -38,9 +37,15 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
         return
     address, listener = publish(path, env, listening_host(env, os.environ))
     try:
-        # the store gets the listening socket itself, so that no other process can take the port meanwhile
-        options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
-        store = TCPStore(address.host, address.port, env.world_size, True, wait, **options)
+        store = TCPStore(
+            address.host,
+            address.port,
+            env.world_size,
+            True,
+            wait,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port meanwhile
+        )
         yield PrefixStore(address.secret, store)  # a peer with another secret cannot see the keys
     finally:
         withdraw(path, address)

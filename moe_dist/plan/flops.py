@@ -237,7 +237,7 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: flo
     """
     repeated = {
         "none": 0.0,
-        # With LoRA experts the part `experts` is 0, and the frozen FFN is in the part `shared`.
+        # LoRA experts are counted as `adapters`. Then `experts` is 0, and `shared` is the frozen FFN.
         "experts": forward.experts or forward.shared + forward.adapters,
         "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]

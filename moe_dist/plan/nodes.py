@@ -101,7 +101,8 @@ def _place(
     nodes: list[tuple[Demand, list[int]]],
     capacity: int,
 ) -> None:
-    room = next((held for _, held in allowed if len(held) < capacity), None)
-    if room is None:
-        nodes.append((demand, room := []))
-    room.append(rank)
+    for _, held in allowed:
+        if len(held) < capacity:
+            held.append(rank)
+            return
+    nodes.append((demand, [rank]))

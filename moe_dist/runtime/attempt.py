@@ -107,16 +107,14 @@ class Attempt:
             self._lease.check()  # costs one read of a small file
 
     def check_commit(self) -> None:
-        """Call it on every rank right before each commit of a checkpoint. Rank 0 also updates the last step in status.json.
+        """Call it on every rank right before each commit of a checkpoint.
 
         Raises:
             LeaseError: from `check_lease`.
             CheckpointError: from the function that `require` set.
         """
+        self.check_lease()  # first: a run that lost its lease must end, and not report a save that failed
         self._commit_check()
-        if self._lease is not None and self._folder is not None and self._step is not None:
-            self._folder.record_step(self._env.attempt_id, self._step(), self._lease)  # costs one fsync
-        self.check_lease()  # last, because the caller's rename must follow at once
 
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError
+from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
@@ -230,19 +230,6 @@ class RunFolder:
     def has_verdict(self, attempt_id: str) -> bool:
         """True if a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
-
-    def record_step(self, attempt_id: str, step: int, lease: Lease) -> None:
-        """On rank 0: updates the last step of the running attempt in status.json, so that a reader sees its progress."""
-
-        def check() -> None:
-            lease.check()
-            if self.has_verdict(attempt_id):  # a rank failed since: its verdict must not be replaced by this record
-                raise FileExistsError(self._claim(attempt_id))
-
-        with contextlib.suppress(OSError, DataError):  # not fatal: metrics.jsonl has the step, too
-            record = self.read_status().of(attempt_id)
-            if record is not None:
-                write_status(self.status_json, replace(record, last_step=step), before_rename=check)
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
         """Records how an attempt ended. Every rank may call it, and the first call counts: a failed rank records its

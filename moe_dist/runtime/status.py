@@ -25,7 +25,7 @@ class AttemptRecord:
         started, ended: Unix seconds; `ended` is None while the attempt runs, or if it died without a record.
         verdict: Exit code; None as long as `ended` is None.
         rank: The rank that recorded the verdict.
-        last_step: Last completed step at the end; while the attempt runs, the step of its last save.
+        last_step: Last completed step at the end; while the attempt runs, the last step of the attempts before it.
     """
 
     attempt_id: str

@@ -3,6 +3,7 @@
 configuration -> preflight -> rank -> process groups -> model on its mesh -> data -> resume -> Trainer.fit
 """
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -82,9 +83,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     loader = build.build_loader(config, manifest, rank=mesh.rank, world_size=mesh.world_size)
     evaluator = build.build_evaluator(config, manifest, training, placement)
     startup.now("looking for a checkpoint, and loading it")
-    keep, may_commit, group = config.checkpoint.keep, attempt.check_commit, mesh.checkpoint
     checkpoints = CheckpointManager(
-        folder.checkpoints, keep=keep, lease_check=may_commit, process_group=group, tracker=mesh.tracker
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        lease_check=attempt.check_commit,
+        process_group=mesh.checkpoint,
+        tracker=mesh.tracker,
     )
     report_save = partial(record_save_seconds, folder.logs)
     resumable = Resumable(training, placement, checkpoints, config, manifest, report_save=report_save)
@@ -96,15 +100,23 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         session.watched_devices(config, mesh.device, env) as devices,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
-        settings, step = build.build_plan(config, manifest, placement), training.step
         trainer = Trainer(
-            settings, step, loader, evaluator, sinks=sinks, devices=devices, saver=resumable, stop=stop, progress=progress
+            build.build_plan(config, manifest, placement),
+            training.step,
+            loader,
+            evaluator,
+            sinks=sinks,
+            devices=devices,
+            saver=resumable,
+            stop=stop,
+            progress=progress,
         )
         finished = trainer.fit()
     if env.rank == 0:
         session.conclude(finished, folder, plan)
-        if stop.first is not None:  # a stop signal came after the last step
-            print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
+        if stop.first is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
+                print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
     watchdog.stop()
     destroy_world()
 

@@ -147,6 +147,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     """
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
+    choice_scope, depth_scope = build_scopes(config, mesh, comm_stats)
     with torch.device("meta"):
         model = build_model(
             config,
@@ -156,7 +157,8 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             node_groups=(mesh.inter_node, mesh.intra_node),
             comm_stats=comm_stats,
             tracker=mesh.tracker,
-            **build_scopes(config, mesh, comm_stats),
+            choice_scope=choice_scope,
+            depth_scope=depth_scope,
         )
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.data == "fsdp2":

@@ -103,7 +103,7 @@ EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Returns a function that makes the LoRA adapters of a layer's attention; None without `model.attention_lora`."""
+    """Returns a function: layer index -> LoRA adapters of that layer's attention. None without `model.attention_lora`."""
     lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None

@@ -58,8 +58,8 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
-def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str, Any]:
-    """The ranks whose tokens compete in expert choice and in mixture of depths, as keywords of `build_model`."""
+def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[SelectionScope, SelectionScope | None]:
+    """The ranks whose tokens compete in expert choice, and in mixture of depths (None without it)."""
 
     def scope(kind: ScopeKind) -> SelectionScope:
         ranks = {"rank": (mesh.rank,), "ep_group": mesh.ep_ranks, "world": tuple(range(mesh.world_size))}[kind]
@@ -67,8 +67,7 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str,
         return SelectionScope(kind, group, ranks, ranks.index(mesh.rank), mesh.ep_ranks, comm_stats, mesh.tracker)
 
     depths = config.model.mixture_of_depths
-    scopes = {"choice_scope": scope(config.model.moe.router.selection_scope)}
-    return scopes if depths is None else {**scopes, "depth_scope": scope(depths.scope)}
+    return scope(config.model.moe.router.selection_scope), None if depths is None else scope(depths.scope)
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:

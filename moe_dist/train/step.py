@@ -240,16 +240,16 @@ class TrainingStep:
             comm_seconds=seconds / self.parallel.mesh.world_size,
             busy_seconds_W=times_W.cpu().numpy(),
             stop_requested=stop > 0,
-            mixture_of_depths=None
-            if not shown.depth_tokens_P.size
-            else depth_statistics(
+            mixture_of_depths=depth_statistics(
                 self.parallel.model,
                 self.placement,
                 shown.depth_tokens_PG,
                 shown.depth_taken_PG,
                 agreed_L=shown.depth_agreed_P,
                 weight_L=shown.depth_weight_P,
-            ),
+            )
+            if shown.depth_tokens_P.size
+            else None,
         )
 
 

@@ -37,7 +37,7 @@ class Finished:
     checks: list[Check]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # a repr would print the model
 class Trainer:
     """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
 

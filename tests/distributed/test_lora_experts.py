@@ -247,7 +247,7 @@ def test_another_base_is_refused_with_both_hashes(run_in_world: Run, tiny_data: 
     [
         ({"model__moe__groups": {**GROUPS, "text": {**GROUPS["text"], "ffn_dim": 24},
                                  "image": {**GROUPS["image"], "ffn_dim": 24}}},
-         "layers.0.moe.ffn.gate.weight: shape (24, 32) in the model, (16, 32) in layers.0.moe.experts"),
+         "layers.0.moe.ffn.gate.weight: torch.float32 (24, 32) in the model, F32 (16, 32) in layers.0.moe.experts"),
         ({"model__num_layers": 1}, "layers.1.attention.k.weight: the model does not use this tensor"),
         ({"model__num_layers": 3}, "layers.2.attention.norm.weight: the base has no such tensor"),
         ({"model__rope_base": 500.0}, "model.rope_base=500.0, the base's is 10000.0"),

@@ -71,8 +71,8 @@ def test_it_goes_on_to_the_same_bits(run: Path) -> None:
     expected = [*read_lines(WRITTEN / run.name / "metrics.jsonl"), *read_lines(WRITTEN / run.name / "continued.jsonl")]
     found = list(read_lines(run / "metrics.jsonl"))
     assert [(line["step"], line["kind"]) for line in found] == [(line["step"], line["kind"]) for line in expected]
-    parting, same = first_difference(expected, found, rtol=rounding())
-    assert parting is None, parting
+    difference, same = first_difference(expected, found, rtol=rounding())
+    assert difference is None, difference
     assert same == len(expected)
     assert "6 lines, no difference" in said(compare_runs.main, run, WRITTEN / run.name)
 

@@ -272,6 +272,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
     torch.set_default_dtype(master)
     try:
         with torch.device("meta"):
+            choice_scope, depth_scope = build_scopes(config, mesh, comm_stats)
             model = build_model(
                 config,
                 placement,
@@ -280,7 +281,8 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
                 node_groups=(mesh.inter_node, mesh.intra_node),
                 comm_stats=comm_stats,
                 compute_dtype=dtype,
-                **build_scopes(config, mesh, comm_stats),
+                choice_scope=choice_scope,
+                depth_scope=depth_scope,
             )
         if layout.depth_parts > 1:
             for router in model.depth_routers():

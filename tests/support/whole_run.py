@@ -55,8 +55,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     folder = RunFolder.of(config).checkpoints
     checkpoints = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-    controllers = training.controllers()
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=controllers)
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
     progress = resumable.restore()
     begun = replace(progress)
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from tools.bench.workloads import WorkloadShape, workload_step
+from tools.bench.workloads import WORKLOADS, WorkloadShape, workload_step
 
 ABSENT = -1
 HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; "95%:4": 95 % of the choices go to 4 experts
@@ -54,7 +54,6 @@ SIZES: Mapping[str, tuple[int, ...]] = {
 NULL = (0.0, 0.25, 0.5, 0.75, 0.9)
 HOT = (None, 0.3, 0.5, 0.8, 0.95)
 IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
-WORKLOADS = tuple(f"W{number}" for number in range(8))
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:

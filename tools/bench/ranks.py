@@ -61,8 +61,6 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         ConfigError: the file has rows with other settings; nothing was measured.
         RuntimeError: a rank failed; its traceback is on standard error.
     """
-    from torch.multiprocessing.spawn import ProcessExitedException, start_processes  # takes seconds to import
-
     results = read_results(job.path)
     kept = {key: row for key, row in results["rows"].items() if not (fresh and job.wants(key))}
     if kept and results["settings"] != job.settings:
@@ -76,6 +74,8 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         )
     if len(kept) < len(results["rows"]):
         write_atomically(job.path, json.dumps({**results, "rows": kept}, indent=1) + "\n")
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes  # takes seconds to import
+
     os.environ.update(RANK_ENV)  # each rank inherits these variables and reads them when it imports torch
     with tempfile.TemporaryDirectory(prefix="moe_dist_bench_") as folder:
         arguments = (job, folder, os.getpid())
@@ -90,13 +90,13 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
 
 def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
     child_of(parent, ignore_stop=False)()
-    import torch
-
-    from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
-    from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
-
-    torch.set_num_threads(1)
     try:
+        import torch
+
+        from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
+        from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
+
+        torch.set_num_threads(1)
         cpu = torch.device("cpu")
         init_world(
             init_method=f"file://{folder}/store", rank=rank, world_size=job.world_size, device=cpu, timeout=TIMEOUT_SECONDS

@@ -122,7 +122,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Takes captions and pictures in turn from a side's documents; a question about a picture does not show its caption."""
+    """Takes a caption and a picture alternately from the documents of a split, each from another document."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()

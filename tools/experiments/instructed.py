@@ -23,7 +23,7 @@ def check_new(out: Path) -> None:
 
 
 @contextmanager
-def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str] = ()) -> Iterator[Path]:
+def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str | None] = ()) -> Iterator[Path]:
     """Makes a folder with the base's tokenizer, codebook and `files`. Renames it to `out` if the block succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None

@@ -64,7 +64,9 @@ class Spent:
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
     """Returns step -> cost up to and with this step, plus the cost `before` the run."""
     spent, sums, prefix = {}, before, "moe/experts_per_token/"
-    for record in filter(lambda each: each["kind"] == "step", read_lines(metrics)):
+    for record in read_lines(metrics):
+        if record["kind"] != "step":
+            continue
         scalars = record["scalars"]
         experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
         tokens_G = [sum(column) for column in zip(*record["arrays"]["tokens_LG"], strict=True)]

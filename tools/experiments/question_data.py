@@ -112,11 +112,11 @@ def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:
     return instructed_document(right.context, right.tokens, eos_id=eos_id)
 
 
-def _split_files(manifest: Manifest) -> Iterator[str]:
-    """Yields the names of all files of a data set's splits."""
+def _split_files(manifest: Manifest) -> Iterator[str | None]:
+    """Yields the names of all files of a data set's splits; None for a file that a split does not have."""
     for _, split in manifest.splits():
         yield from (path.name for path in index_paths(Path(split.path)))
-        yield from filter(None, (getattr(split, bits) for bits in BITS))
+        yield from (getattr(split, bits) for bits in BITS)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Runner:
     rules: str | None  # commit of the rules, for the first line of the records
     side_by_side: int  # number of simultaneous processes
     stop_requested: Callable[[], bool]
-    _running: list[_Running] = field(default_factory=list)
+    _running: list[_Running] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._path = results_path(self.study, pilot=self.pilot)

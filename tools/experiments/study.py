@@ -242,9 +242,10 @@ class Study(Part):
 
     @model_validator(mode="after")
     def _names_are_there(self) -> "Study":
-        wanted = {needed for arm in self.arms.values() for needed in arm.needs}
+        reference = set() if self.reference is None else {self.reference}
+        wanted = {needed for arm in self.arms.values() for needed in arm.needs} | reference
         wanted |= {name for rule in self.rules for name in rule.arms}
-        wanted |= {*self.pilot.arms, *self.pilot.variants, *filter(None, [self.reference])}
+        wanted |= {*self.pilot.arms, *self.pilot.variants}
         if unknown := sorted(wanted - set(self.arms)):
             raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
         seen: set[str] = set()
@@ -256,7 +257,7 @@ class Study(Part):
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
         values = [value for rule in self.rules for value in (rule.lower, rule.higher) if isinstance(value, EtaValue)]
-        costed = {name for value in values for name in (value.eta, value.of)} | {*filter(None, [self.reference])}
+        costed = {name for value in values for name in (value.eta, value.of)} | reference
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs what all of {part[0]}'s training cost; set arms.{part[0]}.carry, or leave it out")
         question_round = [name for name, arm in self.arms.items() if arm.asks]

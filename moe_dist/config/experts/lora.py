@@ -98,16 +98,18 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
     """LoRA experts are replicated: options that place or send experts do not apply."""
     parallel, dispatch = config.parallel, config.parallel.dispatch
-    unused = {"expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop"}
-    values = {name: getattr(parallel, name) for name in unused}
-    found = {f"parallel.{name}": f"={value}" for name, value in values.items() if value not in (unused[name], "auto")}
-    if dispatch.kind != "all_to_all" or dispatch.overlap or dispatch.chunks > 1:
-        found = {"parallel.dispatch": ""} | found
+    found = {}  # key -> the text that shows its value
     if config.placement.policy != "interleaved":
-        found = {"placement": f".policy={config.placement.policy}"} | found
-    for key, value in found.items():
-        problem = "every rank holds all LoRA experts and sends no rows (docs/lora-experts.md); remove this key"
-        yield Violation((key, EXPERTS), f"{key}{value}: {problem}")
+        found["placement"] = f"placement.policy={config.placement.policy}"
+    if dispatch.kind != "all_to_all" or dispatch.overlap or dispatch.chunks > 1:
+        found["parallel.dispatch"] = "parallel.dispatch"
+    unused = {"expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop"}
+    for name, default in unused.items():
+        if (value := getattr(parallel, name)) not in (default, "auto"):
+            found[f"parallel.{name}"] = f"parallel.{name}={value}"
+    for key, shown in found.items():
+        problem = f"every rank holds all LoRA experts and sends no rows (docs/lora-experts.md); remove {key}"
+        yield Violation((key, EXPERTS), f"{shown}: {problem}")
 
 
 def adapter_violations(config: WholeConfig) -> Iterator[Violation]:

@@ -87,8 +87,8 @@ class RouterSection(Section):
             )
             yield Violation(("train.only", f"{ROUTER}.kind"), problem)
         for group, section in config.model.moe.groups.items() if self.only_true_experts else ():
-            for key in OTHERS:
-                if count := getattr(section, key):
-                    key = f"model.moe.groups.{group}.{key}"
+            for name in OTHERS:
+                if count := getattr(section, name):
+                    key = f"model.moe.groups.{group}.{name}"
                     problem = f"{key}={count}: {self.name} needs true experts only; set it to 0, or {ROUTER}.kind=top_k"
                     yield Violation((key, f"{ROUTER}.kind"), problem)

@@ -1,7 +1,7 @@
 """Runs the experts while exchanges are in flight, in forward and in backward: on own rows first (`overlap`), or by chunks.
 
 Each exchange has two autograd nodes: Start issues the exchange and End waits for it; in backward End issues the reverse
-exchange and Start waits. An empty tensor, called the thread, passes through all nodes in the order of forward, so that
+exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so that
 backward runs the nodes in exactly the reverse order. Every rank then issues the same collectives in the same order,
 whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
 
@@ -103,23 +103,23 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
         y_parts = []
-        thread: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
+        chain: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
             if index + 1 < len(flights):  # the next chunk is in flight while this one is computed
-                thread = _StartDispatch.apply(thread, parts[index + 1], weight_N, flights[index + 1])
+                chain = _StartDispatch.apply(chain, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
-                thread, here_TD, here_N = _Gate.apply(thread, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
+                chain, here_TD, here_N = _Gate.apply(chain, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
                 shared_TD = None if shared is None else shared(mark("shared", here_TD.view_as(here_TD)))
                 own = DispatchedRows(mark("own pairs", here_TD.view_as(here_TD)), here_N.index_select(0, plan.own.pair_P))
                 bases = list(experts(own, plan.own).split(lengths))
-            thread, rows_RD, weight_Q = _EndDispatch.apply(thread, flight)  # pyright: ignore[reportGeneralTypeIssues]
+            chain, rows_RD, weight_Q = _EndDispatch.apply(chain, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
             if index > 0:  # combine of the previous chunk was in flight while this chunk's experts ran
-                thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[index - 1], parts[index - 1])
+                chain, y_TD = _EndCombine.apply(chain, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
-            thread = _StartCombine.apply(thread, out_RD, flight)
-        thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[-1], parts[-1])
+            chain = _StartCombine.apply(chain, out_RD, flight)
+        chain, y_TD = _EndCombine.apply(chain, bases.pop(0), flights[-1], parts[-1])
         return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
 
 
@@ -156,10 +156,10 @@ class _StartDispatch(torch.autograd.Function):
     """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for the gradients of both."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
         ctx.flight, ctx.num_weights = flight, weight_N.shape[0]
         flight.send(h_TD, weight_N)
-        return thread.new_empty(0)
+        return chain.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -174,8 +174,8 @@ class _Gate(torch.autograd.Function):
     StartDispatch, so that this computation overlaps the exchange in backward too."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
-        return thread.new_empty(0), h_TD.view_as(h_TD), weight_N.view_as(weight_N)
+    def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
+        return chain.new_empty(0), h_TD.view_as(h_TD), weight_N.view_as(weight_N)
 
     @staticmethod
     @once_differentiable
@@ -187,10 +187,10 @@ class _EndDispatch(torch.autograd.Function):
     """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Any:
+    def forward(ctx: Any, chain: Tensor, flight: _Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
         weight_Q = send.wait_weights()  # issued first, so waited for first
-        return thread.new_empty(0), send.wait(), weight_Q
+        return chain.new_empty(0), send.wait(), weight_Q
 
     @staticmethod
     @once_differentiable
@@ -203,11 +203,11 @@ class _StartCombine(torch.autograd.Function):
     """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, chain: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
         if not flight.repeated:
             flight.send_back(rows_RD)
-        return thread.new_empty(0)
+        return chain.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -219,15 +219,15 @@ class _EndCombine(torch.autograd.Function):
     """Forward waits for the experts' weighted sums and adds them up in y. Backward starts sending the gradients of y."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
+    def forward(ctx: Any, chain: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
         ctx.flight, ctx.has_base = flight, base_TD is not None
         if flight.repeated:
-            return thread.new_empty(0), torch.full_like(like_TD, float("nan"))
-        return thread.new_empty(0), flight.returning().wait(base_TD)
+            return chain.new_empty(0), torch.full_like(like_TD, float("nan"))
+        return chain.new_empty(0), flight.returning().wait(base_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        thread, grad_TD = grads
+        chain, grad_TD = grads
         ctx.flight.send(grad_TD)
-        return thread, grad_TD if ctx.has_base else None, None, None
+        return chain, grad_TD if ctx.has_base else None, None, None

@@ -232,9 +232,8 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
             event = Event.FromString(raw)
             values = event.summary.value
-            evaluation = bool(values) and values[0].tag.startswith(
-                "eval/"
-            )  # an evaluation is one event and begins with a loss
+            # An evaluation is one event, and its first value is a loss.
+            evaluation = bool(values) and values[0].tag.startswith("eval/")
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:

@@ -66,20 +66,22 @@ def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> li
     """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
     `NO_FILLER_RATIO` times the unigram model's, and that the text loss is `TEXT_MARGIN` below the unigram model's."""
     checks = []
+
+    def check(what: str, value: float, rule: str, passed: bool) -> None:
+        checks.append(Check(f"held-out {what} loss", f"{value:.3f} nats", rule, passed))
+
     for name, value in loss.items():
         unigram, bigram = baselines.get(f"{name}/unigram"), baselines.get(f"{name}/left_bigram")
-        what = name
-        if name.endswith("_no_filler") and unigram is not None:
-            bound, what = NO_FILLER_RATIO * unigram, f"{name.removesuffix('_no_filler')} without filler"
-            rule, passed = f"<= {bound:.3f} ({NO_FILLER_RATIO} x unigram)", value <= bound
+        if name.endswith("_no_filler"):
+            if unigram is not None:
+                bound = NO_FILLER_RATIO * unigram
+                rule = f"<= {bound:.3f} ({NO_FILLER_RATIO} x unigram)"
+                check(f"{name.removesuffix('_no_filler')} without filler", value, rule, value <= bound)
         elif f"{name}_no_filler" in loss and bigram is not None:
-            rule, passed = f"< {bigram:.3f} (left bigram)", value < bigram
-        elif not name.endswith("_no_filler") and unigram is not None:
+            check(name, value, f"< {bigram:.3f} (left bigram)", value < bigram)
+        elif unigram is not None:
             bound = unigram - TEXT_MARGIN
-            rule, passed = f"<= {bound:.3f} (unigram - {TEXT_MARGIN})", value <= bound
-        else:
-            continue
-        checks.append(Check(f"held-out {what} loss", f"{value:.3f} nats", rule, passed))
+            check(name, value, f"<= {bound:.3f} (unigram - {TEXT_MARGIN})", value <= bound)
     return checks
 
 

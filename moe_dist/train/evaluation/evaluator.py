@@ -24,7 +24,7 @@ from moe_dist.train.loss import depth_statistics
 TIMED_BATCHES = 4
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # a repr would print the model
 class Evaluator:
     """Evaluates the model on the held-out documents of every source.
 

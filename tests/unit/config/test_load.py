@@ -116,6 +116,9 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["train.stpes=5"], "train.stpes: unknown key; did you mean train.steps?"),
         (["trian.steps=5"], "trian.steps: unknown key; did you mean train.steps?"),
         (["train.lr=5"], "train.lr: unknown key; did you mean optimizer.lr?"),
+        (["run.name.zzz=5"], "run.name.zzz: unknown key; run.name is a value, not a section: remove .zzz"),
+        (["optimizer.schedule.kind={a: 1}"], "optimizer.schedule.kind"),
+        (["placement.policy=[1]"], "placement.policy"),
         (["model.moe.groups.text.topk=1"], "did you mean model.moe.groups.text.top_k?"),
         (["placement.slots=[[text/0]]"], "placement.slots: belongs to policy: explicit"),
         (

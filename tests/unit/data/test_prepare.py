@@ -61,8 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def made(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "set"
-    prepare(out, inputs(own), RECIPE, silent)
+    prepare(out := tmp_path_factory.mktemp("made") / "set", inputs(own), RECIPE, silent)
     return out
 
 

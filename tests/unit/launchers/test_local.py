@@ -72,7 +72,7 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
 
 
 def test_ranks_are_started_and_done_is_0(site: Site) -> None:
-    assert site.attempt("attempt.last_step = lambda: 4") == 0
+    assert site.attempt("attempt.follow(lambda: 4)") == 0
     assert site.started == ["started.0", "started.1"]
     latest = site.run.read_status().latest
     assert latest is not None
@@ -105,11 +105,11 @@ def test_a_bad_configuration_costs_no_process_and_no_folder(
 
 
 def test_a_finished_run_shows_its_summary_and_starts_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    site.attempt("attempt.last_step = lambda: 4")
+    site.attempt("attempt.follow(lambda: 4)")
     site.run.write_summary("held-out loss: fine\n")
     assert site.launch("sys.exit(9)") == 0
     assert "held-out loss: fine" in capfd.readouterr().out
-    assert site.attempt("attempt.last_step = lambda: 6", "train.steps=6") == 0
+    assert site.attempt("attempt.follow(lambda: 6)", "train.steps=6") == 0
 
 
 def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:
@@ -174,7 +174,7 @@ def test_a_killed_rank_is_the_cause_although_a_peer_recorded_a_verdict(
 @pytest.mark.parametrize("peer_speaks", [True, False])
 def test_the_reason_in_the_status_is_the_killed_rank_whatever_its_peers_wrote(site: Site, peer_speaks: bool) -> None:
     body = f"""
-    attempt.last_step = lambda: 7
+    attempt.follow(lambda: 7)
     if rank == 1: os.kill(os.getpid(), 9)
     if {peer_speaks}: time.sleep(0.5); raise ConnectionError("the consequence")
     os.kill(os.getpid(), 9)
@@ -218,7 +218,7 @@ def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
     if rank == 0:
         open(f"{here}/starts", "a").write(f"{env.attempt} {env.attempt_id} {env.init_method}\\n")
         attempt._folder.checkpoints.joinpath("latest").write_text(f"step_{2 * env.attempt + 2}")
-    attempt.last_step = lambda: 2 * env.attempt + 2
+    attempt.follow(lambda: 2 * env.attempt + 2)
     if env.attempt < 2 and rank == 1: os.kill(os.getpid(), 9)
     if env.attempt < 2: time.sleep(100)
     """

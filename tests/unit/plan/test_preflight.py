@@ -21,9 +21,8 @@ BALANCE = "model.moe.balance=[{kind: active_experts, target: "
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_dataset(folder / "data")
-    return folder / "data"
+    tiny_dataset(data := tmp_path_factory.mktemp("data") / "data")
+    return data
 
 
 class Site:

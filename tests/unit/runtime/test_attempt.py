@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.runtime.attempt import verdict_of
+from moe_dist.runtime.lease import LeaseError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -22,7 +23,7 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 with Attempt(RankEnv.from_environment(os.environ)) as attempt:
     attempt.open(load_config(sys.argv[1]))
-    attempt.last_step = lambda: 7
+    attempt.follow(lambda: 7)
     {body}
 sys.exit(attempt.exit_code)
 """
@@ -130,3 +131,13 @@ def test_errors_of_a_full_or_lost_disk_name_file_and_fix() -> None:
     assert reason.startswith("runs/x/config.yaml: No space left on device; repair this")
     assert verdict_of(OSError(errno.EIO, "Input/output error"))[1].startswith("Input/output error; repair this")
     assert verdict_of(ConnectionError("reset"))[1] == "ConnectionError: reset"
+
+
+def test_a_lost_lease_ends_the_attempt_before_any_other_obstacle_to_a_commit(tmp_path: Path) -> None:
+    """A save that fails is tried again; an attempt that lost its run must end."""
+    name = tiny_config(tmp_path / "data", tmp_path / "runs").run.name
+    body = f"attempt.require(lambda: print('asked')); os.unlink({str(tmp_path / 'runs' / name / 'lease.json')!r}); "
+    done, _ = run(tmp_path, body + "attempt.check_commit()")
+    assert "lost the lease" in done.stderr
+    assert done.returncode == LeaseError.exit_code
+    assert "asked" not in done.stdout

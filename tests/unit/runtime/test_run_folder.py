@@ -237,12 +237,10 @@ def test_an_attempt_that_lost_its_lease_writes_no_verdict(tmp_path: Path) -> Non
     taken.release()
 
 
-def test_a_running_attempt_shows_its_saved_step_and_a_killed_one_its_last_record(tmp_path: Path) -> None:
+def test_a_killed_attempt_shows_its_last_record(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     lease = folder.open(config, ENV)
-    folder.record_step(ENV.attempt_id, 3, lease)
-    assert json.loads(folder.status_json.read_text())["last_step"] == 3
     folder.metrics_jsonl.write_text('{"step":5,"kind":"step"}\n{"step":6,"ki')  # torn by the kill
     lease.release()
     assert folder.amend_status(ENV.attempt_id, verdict=1, reason="killed", rank=0, last_step=0)

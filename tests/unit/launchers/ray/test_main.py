@@ -89,7 +89,7 @@ def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixtu
     config = load_config(yaml)
     with Attempt(RankEnv.from_environment({})) as attempt:
         attempt.open(config)
-        attempt.last_step = lambda: config.train.steps
+        attempt.follow(lambda: config.train.steps)
     RunFolder.of(config).write_summary("all is well\n")
     assert launch(yaml) == 0
     assert "all is well" in capsys.readouterr().out
