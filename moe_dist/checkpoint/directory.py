@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE
+from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,14 @@ class CheckpointDirectory:
         """Step that `latest` names; -1 before the first save.
 
         Raises:
-            DataError: `latest` names no checkpoint in this folder, or is missing although there are checkpoints.
+            DataError: `latest` names no checkpoint in this folder, is no regular file, or is missing although there are
+                checkpoints.
         """
         path = self.folder / LATEST_FILE
         try:
-            content = path.read_bytes()  # one read, because another process may replace the file
+            content = read_regular(path, most_bytes=64, links=False)  # one read: another process may replace the file
+        except IrregularFileError as error:
+            raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
             if self.steps():
                 raise DataError(
