@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, depth_line
@@ -24,8 +25,9 @@ from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
-# A line begins with these keys, so that a resume need not parse the JSON of gigabytes.
+# A line begins with these keys.
 LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')
+_MAX_LINE_BYTES = 1 << 28  # a longer line is no record, and must not fill the memory
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
@@ -150,30 +152,50 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
     """Drops lines of steps after `step`, and lines that are no records, such as a line that a crash tore. With
-    `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
+    `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated. Warns if steps up to `step` have
+    no record.
 
     The file is always replaced by one rename: a crash leaves the old file whole, and a stale writer that wakes up writes to
     a deleted file. Reads the file once.
     """
+    recorded = bytearray(step)  # 1 for each step that keeps its record
     if not path.exists():
+        _warn_of_missing(path, recorded)
         return
     kept_path = path.with_name(path.name + ".kept")
     unreadable = dropped = 0
     with path.open("rb") as old, kept_path.open("wb") as new:
-        for text in old:
+        while text := old.readline(_MAX_LINE_BYTES):
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: a power cut left a block unwritten
+            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # torn, or a block that was never written
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1
             else:
                 new.write(text)
+                if begin[2] == b"step" and int(begin[1]):
+                    recorded[int(begin[1]) - 1] = 1
         new.flush()
         os.fsync(new.fileno())  # the rename below must not become durable before the content
     os.replace(kept_path, path)
     if unreadable or dropped:
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"
         logger.info(told, path, step, dropped, unreadable)
+    _warn_of_missing(path, recorded)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        from_json(text)  # reads some hundred MB a second
+    except ValueError:
+        return False
+    return True
+
+
+def _warn_of_missing(path: Path, recorded: bytearray) -> None:
+    if missing := recorded.count(0):
+        told = "%s: the records of %d of the steps %d to %d are missing or damaged; the run goes on and keeps the others"
+        logger.warning(told, path, missing, recorded.find(0) + 1, recorded.rfind(0) + 1)
 
 
 def _finite(value: Any) -> Any:
