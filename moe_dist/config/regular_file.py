@@ -37,7 +37,6 @@ def open_regular(path: Path, *, links: bool = True) -> BinaryIO:
 def read_regular(path: Path, *, most_bytes: int, links: bool = True) -> bytes:
     """The content of a file, as `open_regular` opens it. Raises its errors, and IrregularFileError for a larger file."""
     with open_regular(path, links=links) as stream:
-        content = stream.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise IrregularFileError(errno.EINVAL, f"is larger than {most_bytes:,} bytes", str(path))
-    return content
+        if os.fstat(stream.fileno()).st_size > most_bytes:
+            raise IrregularFileError(errno.EINVAL, f"is larger than {most_bytes:,} bytes", str(path))
+        return stream.read()

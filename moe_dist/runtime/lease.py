@@ -217,7 +217,7 @@ def _read(path: Path) -> tuple[Holder | None, bytes]:
     try:
         beat, _, record = read_regular(path, most_bytes=1 << 16, links=False).partition(b"\n")
         return Holder(**json.loads(record)), beat
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None, b""
 
 

@@ -53,7 +53,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(read_regular(path, most_bytes=1 << 28, links=False))  # an attempt adds about 10 KB
+        entries = json.loads(read_regular(path, most_bytes=1 << 26, links=False))  # an attempt adds about 10 KB
         if not isinstance(entries, list):
             raise ValueError(f"it must be a list, not {type(entries).__name__}")
     except FileNotFoundError:

@@ -66,7 +66,7 @@ def read_status(path: Path) -> Status:
         return Status()
     try:
         attempts = TypeAdapter(tuple[AttemptRecord, ...]).validate_python(json.loads(text)["attempts"])
-    except (ValueError, TypeError, KeyError) as error:  # a ValidationError is a ValueError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # a ValidationError is a ValueError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
         raise DataError(
@@ -103,6 +103,6 @@ def measured_save_seconds(logs: Path) -> float | None:
 def _saves(logs: Path) -> list[float]:
     try:
         found = json.loads(read_regular(logs / SAVE_SECONDS, most_bytes=1 << 16, links=False))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [float(each) for each in found if isinstance(each, int | float)] if isinstance(found, list) else []

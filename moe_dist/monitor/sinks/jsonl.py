@@ -26,7 +26,7 @@ from moe_dist.monitor.tags import in_todays_names
 logger = logging.getLogger(__name__)
 
 # A line begins with these keys.
-LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')
+LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
 _MAX_LINE_BYTES = 1 << 28  # a longer line is no record, and must not fill the memory
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 

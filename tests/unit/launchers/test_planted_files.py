@@ -95,6 +95,14 @@ def test_the_state_of_a_run_is_shown_whatever_another_user_puts_there(run: RunFo
     assert found.attempts or name == "status.json"
 
 
+@pytest.mark.parametrize("name", ["status.json", "lease.json", "metrics.jsonl", "log/save_seconds.json"])
+def test_deeply_nested_json_is_damage(run: RunFolder, name: str) -> None:
+    (run.path / name).write_text(f'{{"step":1,"kind":"step","scalars":{"[" * 60_000}\n')
+    assert read_progress(run.path).attempts or name == "status.json"
+    (run.path / name).write_text(f"{0:012d}\n{'[' * 60_000}\n")
+    assert read_progress(run.path).attempts or name == "status.json"
+
+
 @pytest.mark.parametrize(("name", "kind"), READ_BY_A_RESUME)
 def test_a_resume_is_refused_by_the_files_name(run: RunFolder, name: str, kind: str) -> None:
     config = tiny_config(run.path.parents[1] / "data", run.path.parent)
