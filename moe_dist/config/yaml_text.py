@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         node = super().get_single_node()
         if node is not None and _values_in(node, {}) > MAX_VALUES:
             problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
-            raise yaml.composer.ComposerError(None, None, problem, None)
+            raise yaml.constructor.ConstructorError(None, None, problem, None)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
