@@ -1,10 +1,13 @@
 """Starts a run on this machine: python -m launchers.local CONFIG [key=value ...] [--nproc N] [--overwrite]"""
 
 import contextlib
+import fcntl
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +25,8 @@ from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
+STORE_PREFIX = "moe_dist_store_"  # of a folder in the system's temporary folder
+NEW_STORE_SECONDS = 60.0  # a younger folder may not be locked yet
 
 
 def launch(
@@ -59,7 +64,7 @@ def launch(
     with StopSignals() as signals:  # also handles signals between two attempts
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
-            with tempfile.TemporaryDirectory(prefix="moe_dist_") as store:  # mode 0700, so no other user can join
+            with store_folder() as store:
                 plan = LaunchPlan(
                     config=config_path,
                     overrides=tuple(overrides),
@@ -75,6 +80,22 @@ def launch(
                 return _run(plan, folder, signals)
 
         return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
+
+
+@contextlib.contextmanager
+def store_folder() -> Iterator[str]:
+    """A folder for the rendezvous, of mode 0700, so that no other user can join. Deletes the folders of launchers that were
+    killed: the kernel has freed their locks."""
+    for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
+        with contextlib.suppress(OSError):  # its launcher holds the lock
+            found = old.lstat()
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > NEW_STORE_SECONDS:
+                with (old / "lock").open("ab") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=STORE_PREFIX) as folder, (Path(folder) / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
 
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
 DEFAULT_MAX_RESTARTS = 3
@@ -30,7 +31,7 @@ class AttemptEnd:
 def committed_step(checkpoints: Path) -> int:
     """Step of the newest committed checkpoint; 0 without a checkpoint, or if `latest` cannot be read."""
     try:
-        match = re.fullmatch(r"step_(\d+)", (checkpoints / "latest").read_text(errors="replace").strip())
+        match = re.fullmatch(rb"step_(\d{1,18})\s*", read_regular(checkpoints / "latest", most_bytes=64, links=False))
     except OSError:
         return 0
     return int(match[1]) if match else 0  # `latest` may be damaged; the run itself reports that

@@ -1,17 +1,17 @@
 """Reads a run's state, throughput, checkpoints and attempts from its run folder. Reads only the end of a large file."""
 
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter
 
 from launchers.restart import committed_step
-from moe_dist.config.yaml_text import load_yaml
+from moe_dist.config.yaml_text import read_yaml
 from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError, StoppedError
 from moe_dist.runtime.files import lines_from_end
 from moe_dist.runtime.lease import Holder, read_holder
@@ -47,6 +47,17 @@ _STATES = {
     DataError.exit_code: RunState.REFUSED,
     ResourceError.exit_code: RunState.REFUSED,
 }
+
+
+@dataclass(frozen=True)
+class _StepRecord:
+    """The shown part of a line of metrics.jsonl; another user may have written that file."""
+
+    step: int
+    scalars: dict[str, FiniteFloat | None]
+
+
+_RECORD = TypeAdapter(_StepRecord)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
         attempts, unreadable = (), str(error)
     records = _last_records(folder.metrics_jsonl)
     latest = attempts[-1] if attempts else None
-    step = records[0]["step"] if records else 0
+    step = records[0].step if records else 0
     holder, beat_age = None, _age(folder.lease_json, now)
     with contextlib.suppress(OSError):
         holder = read_holder(folder.lease_json)
@@ -140,36 +151,35 @@ def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float 
     return RunState.DIED if latest.verdict is None else _STATES.get(latest.verdict, RunState.FAILED)
 
 
-def _last_records(path: Path) -> list[dict[str, Any]]:
-    """Up to RATE_STEPS last records of steps, newest first; skips lines that are not valid JSON."""
-    found: list[dict[str, Any]] = []
+def _last_records(path: Path) -> list[_StepRecord]:
+    """Up to RATE_STEPS last records of steps, newest first; skips lines that are not valid records."""
+    found: list[_StepRecord] = []
     with contextlib.suppress(OSError):
         for line in lines_from_end(path, most_bytes=RECORDS_READ):
             if _STEP_LINE not in line[:100]:
                 continue
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+                found.append(_RECORD.validate_json(line))
             if len(found) == RATE_STEPS:
                 break
     return found
 
 
-def _median(records: list[dict[str, Any]], tag: str) -> float | None:
-    values = [v for record in records if (v := record.get("scalars", {}).get(tag)) is not None]
+def _median(records: list[_StepRecord], tag: str) -> float | None:
+    values = [v for record in records if (v := record.scalars.get(tag)) is not None]
     return statistics.median(values) if values else None
 
 
-def _losses(record: dict[str, Any]) -> dict[str, float]:
-    scalars = record.get("scalars", {})
-    return {tag.partition("/")[2]: v for tag, v in scalars.items() if tag.startswith("loss/") and v is not None}
+def _losses(record: _StepRecord) -> dict[str, float]:
+    return {tag.partition("/")[2]: v for tag, v in record.scalars.items() if tag.startswith("loss/") and v is not None}
 
 
 def _total_steps(config_yaml: Path) -> int | None:
     """train.steps. Reads only this key, because this version of the code may reject the rest of an older configuration."""
     try:
-        values, _ = load_yaml(config_yaml.read_text(encoding="utf-8"))
+        values, _ = read_yaml(config_yaml, links=False)
         return int(values["train"]["steps"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
 
 

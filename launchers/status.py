@@ -77,15 +77,15 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
     """A table with one line per run; its last column, the reason, takes the rest of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
-    rows = [_row(run) for run in runs]
-    widths = [max(len(name), *(len(row[column]) for row in rows)) for column, name in enumerate(names)]
+    rows = [[_plain(cell) for cell in _row(run)] for run in runs]
+    widths = [max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
         table.add_column(name, width=widths[column], no_wrap=True, justify="left" if column < 2 else "right")
     left = max(len("last reason"), width - sum(widths) - 2 * len(names))
     table.add_column("last reason", width=left, overflow="ellipsis", no_wrap=True)
     for run, row in zip(runs, rows, strict=True):
-        table.add_row(row[0], _state(run), *row[2:], run.why.partition("\n")[0])
+        table.add_row(row[0], _state(run), *row[2:], _plain(run.why.partition("\n")[0]))
     return table
 
 
@@ -103,8 +103,9 @@ def one_run(run: RunProgress) -> RenderableType:
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     for name, value in _facts(run):
-        facts.add_row(name, value)
-    parts: list[RenderableType] = [Text.assemble((run.name, "bold"), "  ", _state(run), "  ", (str(run.folder), "dim"))]
+        facts.add_row(name, _plain(value))
+    title = Text("  ").join([_plain(run.name, "bold"), _state(run), _plain(str(run.folder), "dim")])
+    parts: list[RenderableType] = [title]
     if run.total_steps:
         parts += [_bar(run.step / run.total_steps, _STYLES.get(run.state, "red")), Text()]
     parts.append(facts)
@@ -131,9 +132,14 @@ def _bar(share: float, style: str) -> Text:
     return Text.assemble(("━" * filled, style), ("╌" * (BAR - filled), "dim"), f" {min(1.0, share):.0%}")
 
 
-def _facts(run: RunProgress) -> list[tuple[str, RenderableType]]:
+def _plain(text: str, style: str = "") -> Text:
+    """A text of a run folder, which any user may have written: without markup, and with control characters as escapes."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
+
+
+def _facts(run: RunProgress) -> list[tuple[str, str]]:
     age = f", {duration(run.record_age)} ago" if run.record_age is not None else ""
-    facts: list[tuple[str, RenderableType]] = [("step", _steps(run) + age)]
+    facts = [("step", _steps(run) + age)]
     if run.tokens_per_second is not None:
         left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds is not None else ""
         facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
@@ -166,12 +172,12 @@ def _attempts(run: RunProgress) -> Table:
         current = ending is run.attempts[-1]
         table.add_row(
             str(number),
-            ending.host,
+            _plain(ending.host),
             time.strftime("%F %T", time.localtime(ending.started)),
             duration(ending.ended - ending.started) if ending.ended is not None else "",
             str(run.step if current and ending.verdict is None else ending.last_step),
             _verdict(ending, run.state if current else None),
-            _reason(ending),
+            _plain(_reason(ending)),
         )
     return table
 

@@ -81,6 +81,7 @@ def main(
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An environment variable to pass to the ranks.")
     ] = None,
+    env_file: Annotated[Path | None, typer.Option(hidden=True)] = None,  # --submit passes --env to the driver by this file
 ) -> None:
     """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
     in a job (`ray job submit`) or on a node of the cluster."""
@@ -100,8 +101,10 @@ def main(
                 print(driver_line(config, own, options=options, cluster=cluster))
             elif submit is not None:
                 line = driver_line(config, own, options=options, cluster=cluster)
-                code = ray_submit.submit(submit, line, grace_seconds=grace, forwarded=forwarded)
+                run = load_config(config, own)
+                code = ray_submit.submit(submit, line, grace_seconds=grace, config=run, forwarded=forwarded)
             else:
+                forwarded += ray_submit.take_over(env_file) if env_file is not None else ()
                 driver = {"overwrite": overwrite, "max_failures": max_failures, "wait_seconds": wait_for_nodes}
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
             raise typer.Exit(code)

@@ -42,7 +42,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
     """Runs attempts until one is not restarted; returns the exit code of the last one. Raises ResourceError without a
     cluster, and the errors of `gather_gang`."""
     grace = stop_grace(os.environ)
-    with connected(os.environ, job.forwarded) as parts:
+    with connected(os.environ) as parts:
         signals.renew()  # ray.init has installed its own handlers
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
@@ -91,6 +91,7 @@ def _attempt(
             replace(command, env={**site_variables(job.cluster, gang.workers, command.rank), **worker, **command.env})
             for command, worker in zip(rank_commands(plan), worker_variables(job.plan, gang.workers), strict=True)
         ]
+        commands = [replace(command, env={**job.variables, **command.env}) for command in commands]
         gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
         return gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
     finally:
@@ -128,13 +129,11 @@ def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
 
 
 @contextmanager
-def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Connects to this process's Ray cluster. Yields the network addresses of Ray's GCS and dashboard. Raises ResourceError
-    without a cluster. `forwarded` names environment variables for the ranks; a job's runtime environment sets them instead.
-    """
-    shipped: dict[str, object] = {}
-    if IN_A_JOB not in env:  # Ray copies this clone to the nodes, as it does for a Ray job
-        shipped = {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
+    without a cluster."""
+    # Outside of a job Ray copies this clone to the nodes, as it does for a job.
+    shipped = {"working_dir": str(code_folder())} if IN_A_JOB not in env else {}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:

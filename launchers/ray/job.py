@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.attempts import inspect_folder
@@ -26,7 +26,7 @@ class RayJob:
         max_failures: Limit for restarts after failures.
         wait_seconds: Time limit for nodes that the cluster lacks; None: SETTLE_SECONDS at first, REPLACE_SECONDS later.
         program: Arguments of each rank's interpreter before the configuration.
-        forwarded: Names of environment variables for the ranks; a job's runtime environment sets them instead.
+        variables: Environment variables for the ranks; they may be secrets.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
     """
 
@@ -39,7 +39,7 @@ class RayJob:
     max_failures: int
     wait_seconds: float | None
     program: tuple[str, ...]
-    forwarded: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     together: tuple[tuple[int, ...], ...] = ()
 
 
@@ -82,7 +82,7 @@ def check_job(
         max_failures=max_failures,
         wait_seconds=wait_seconds,
         program=program,
-        forwarded=tuple(forwarded),
+        variables={name: os.environ[name] for name in forwarded},
         together=() if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep)),
     )
 

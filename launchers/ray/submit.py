@@ -1,19 +1,27 @@
 """A client of Ray's job API: submits a job, follows its log, stops it, and returns its verdict (the run's exit code)."""
 
 import asyncio
+import contextlib
+import json
 import os
 import re
+import secrets
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.rank_tracker import ABORTED
 from launchers.ray.job import require_variables
 from launchers.snapshot import code_folder
+from moe_dist.config.regular_file import read_regular
+from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, ResourceError
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -33,23 +41,29 @@ def entrypoint(arguments: Sequence[str], python: str | None) -> str:
     return shlex.join([python or "python", "-m", "launchers.ray", *arguments])
 
 
-def submit(address: str, line: str, *, grace_seconds: int, forwarded: Sequence[str]) -> int:
+def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwarded: Sequence[str]) -> int:
     """Submits a job from this clone, prints its log and returns its verdict.
 
     Args:
         address: Address of Ray's dashboard, such as http://127.0.0.1:8265.
         line: Shell command of the job.
         grace_seconds: Time from a stop until Ray kills the driver.
-        forwarded: Names of environment variables to pass to the job and its ranks.
+        forwarded: Names of environment variables to pass to the ranks.
 
     Raises:
         ConfigError: a variable is not set.
         ResourceError: no Ray answers at the address.
     """
     require_variables(forwarded, os.environ)
-    variables = {name: os.environ[name] for name in forwarded} | {STOP_WAIT: str(grace_seconds)}  # Ray reads STOP_WAIT
     client = connect(address)
-    job_id = client.submit_job(entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": variables})
+    runtime_env = {"working_dir": str(code_folder()), "env_vars": {STOP_WAIT: str(grace_seconds)}}  # read by Ray
+    with contextlib.ExitStack() as if_refused:
+        if forwarded:
+            path = hand_over(forwarded, RunFolder.of(config))
+            if_refused.callback(path.unlink, missing_ok=True)
+            line += f" --env-file={shlex.quote(str(path))}"
+        job_id = client.submit_job(entrypoint=line, runtime_env=runtime_env)
+        if_refused.pop_all()  # the driver deletes the file
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
     try:
@@ -57,6 +71,31 @@ def submit(address: str, line: str, *, grace_seconds: int, forwarded: Sequence[s
     except KeyboardInterrupt:
         print(f"\nno longer following the log; job {job_id} continues. Stop it with: {again}", file=sys.stderr)
         return ABORTED
+
+
+def hand_over(names: Sequence[str], folder: RunFolder) -> Path:
+    """Writes environment variables for the driver into a file of mode 0600 in the run folder, and returns its path. In a
+    job's runtime environment Ray would show them in the job list and in logs that every user can read."""
+    folder.prepare()
+    path = folder.path.absolute() / f".env_{secrets.token_hex(8)}"
+    write_atomically(path, json.dumps({name: os.environ[name] for name in names}), mode=0o600)
+    return path
+
+
+def take_over(path: Path) -> tuple[str, ...]:
+    """Moves the variables of `hand_over` into this process's environment, and deletes the file; returns their names. Raises
+    ConfigError if the file cannot be read."""
+    try:
+        variables = json.loads(read_regular(path, most_bytes=1 << 20, links=False))
+        path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--env-file={path}: {error.strerror}; submit again as the user that runs Ray, on a machine with the nodes' "
+            "shared file system",
+            see="docs/ray.md",
+        ) from error
+    os.environ.update(variables)
+    return tuple(variables)
 
 
 def stop(address: str, job_id: str) -> int:

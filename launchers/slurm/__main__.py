@@ -25,7 +25,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check, check_file
-from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
+from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
 # Errors of sbatch about missing nodes. Its other errors concern account, partition or limits.
@@ -196,7 +196,7 @@ def main(
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
         if dry_run:
-            print(job.text)
+            print_done(job.text)
             print(job.plan.table(), file=sys.stderr)
             raise typer.Exit(EXIT_DONE)
         _submit(job, options, overwrite=overwrite)
@@ -218,12 +218,14 @@ def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None
         raise
     if old is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
-    print(f"job {number}")
     output = f"slurm-{number}_<task>.out" if job.sweep else f"slurm-{number}.out"
-    print(f"output    {job.folder / 'slurm' / output}")
-    print(f"ranks     {job.folder / ('<task>/log' if job.sweep else 'log')}/rank_<rank>.log")
-    print(f"snapshot  {job.snapshot}")
-    print(job.plan.table())
+    print_done(
+        f"job {number}\n"
+        f"output    {job.folder / 'slurm' / output}\n"
+        f"ranks     {job.folder / ('<task>/log' if job.sweep else 'log')}/rank_<rank>.log\n"
+        f"snapshot  {job.snapshot}\n"
+        f"{job.plan.table()}"
+    )
 
 
 def _options(limit: str | None, dependency: str | None) -> list[str]:

@@ -23,6 +23,7 @@ from moe_dist.checkpoint.index import (
     shard_file,
 )
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import DataError
 
 CHECKSUMS_FILE = "SHA256SUMS"
@@ -101,7 +102,7 @@ def examine_files(folder: Path) -> Examined:
     examined = Examined()
     problems = examined.file_problems
     files = (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE)
-    present = [name for name in files if (folder / name).is_file()]
+    present = [name for name in files if (folder / name).exists()]
     problems += [CheckpointProblem("missing", name, "does not exist") for name in files if name not in present]
     try:
         examined.index = read_index(folder) if INDEX_FILE in present else None
@@ -178,7 +179,7 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
     """The save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
-    with (folder / CHECKSUMS_FILE).open("rb") as stream:
+    with open_regular(folder / CHECKSUMS_FILE) as stream:
         text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES

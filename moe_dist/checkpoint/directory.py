@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE
+from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,14 @@ class CheckpointDirectory:
         """Step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
-            DataError: the file names no checkpoint in this folder, or is missing although the folder has checkpoints.
+            DataError: the file names no checkpoint in this folder, is no regular file, or is missing although the folder has
+                checkpoints.
         """
         path = self.folder / LATEST_FILE
         try:
-            content = path.read_bytes()  # read only once, because another process may replace the file
+            content = read_regular(path, most_bytes=64, links=False)  # one read, as another process may replace it
+        except IrregularFileError as error:
+            raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
             if self.steps():
                 raise DataError(

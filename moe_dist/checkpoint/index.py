@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, field_validator
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.config.renamed import translate
 from moe_dist.errors import DataError
 
@@ -100,9 +101,7 @@ def read_stored(path: Path, model: type[M]) -> M:
         DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:  # checked before reading, so that a planted file cannot exhaust the memory
-            raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(read_regular(path, most_bytes=MAX_JSON_BYTES))
     except OSError as error:
         raise DataError(f"checkpoint file {path}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:

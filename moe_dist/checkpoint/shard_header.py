@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
 from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
+from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a larger header
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -76,8 +77,8 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        size = path.stat().st_size  # of the file, to compare with the size that the header implies
+        with open_regular(path) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             # The limit prevents a huge read if `length` is damaged.

@@ -26,7 +26,7 @@ def find_config(path: str | Path) -> Path:
 
 def hint_for_missing(path: Path) -> str:
     """The end of an error text: the files or bundled names most similar to `path`, else all bundled names."""
-    beside = [str(other) for other in path.parent.glob("*.yaml")]
+    beside = [str(other) for other in path.parent.glob("*.yaml") if other != path]
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)
     return f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(bundled)}"

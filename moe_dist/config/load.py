@@ -45,7 +45,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: lists every fault of the file.
     """
-    values, problems = _read_file(path)
+    values, problems = _read_file(path, links=False)  # a run replaces this file
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -134,9 +134,9 @@ def may_change_on_resume(key: str) -> bool:
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def _read_file(path: Path, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
     try:
-        return read_mapping(path, "sections (run, model, data, ...)")
+        return read_mapping(path, "sections (run, model, data, ...)", links=links)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return None, [f"configuration {str(path)!r} cannot be read: {reason}; {hint_for_missing(path)}"]

@@ -92,7 +92,8 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
         return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
     if detail["loc"][-1] == "[key]":
         rule = pattern_text(str(detail.get("ctx", {}).get("pattern", "")))
-        return f"{path}: the name {value!r} must be {rule}"
+        hint = "; put a space after the colon" if ":" in str(value) else ""
+        return f"{path}: the name {value!r} must be {rule}{hint}"
     meaning = f" ({key.field.description})" if key.field and key.field.description else ""
     rule = type_text(key.annotation, tuple(key.field.metadata) if key.field else ())
     if kind == "missing":
@@ -159,7 +160,8 @@ def _repair(
             holder[name] = value
         return
     if detail["loc"][-1:] == ("[key]",):
-        _get(values, where[:-1]).pop(where[-1], None)
+        if isinstance(holder := _get(values, where[:-1]), dict):  # another fault may have replaced the mapping
+            holder.pop(where[-1], None)
         wrong.add(dotted(where))
         return
     while keys and keys[-1][1].field is None:

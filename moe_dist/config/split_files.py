@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_dist.config.index_header import IndexHeader, index_paths, read_index_header
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, SplitSection
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import DataError
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
@@ -47,6 +48,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
         return None
     path, expected = Path(folder) / file, -(-split.tokens // 8)
     try:
+        open_regular(path).close()  # numpy would wait for the writer of a FIFO
         found = (
             np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
         )
@@ -132,5 +134,5 @@ def sampled_digest(path: Path) -> str:
 
 
 def _whole_digest(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:32]}"

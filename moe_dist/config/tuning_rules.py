@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_dist.config.load import leaves
 from moe_dist.config.manifest import Manifest
+from moe_dist.config.regular_file import open_regular
 from moe_dist.config.schema import Config
 from moe_dist.config.section import Violation
 from moe_dist.config.tuning_manifest import TuningManifest, file_problems, load_tuning_manifest
@@ -69,7 +70,7 @@ def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
     """SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises: OSError."""
     if data.tokenizer is None:
         return ""
-    with (Path(folder) / data.tokenizer).open("rb") as stream:
+    with open_regular(Path(folder) / data.tokenizer) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -5,13 +5,17 @@ number. Here only `true` and `false` are booleans, JSON's numbers and `.inf` are
 and binary values are errors.
 """
 
-import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moe_dist.config.regular_file import read_regular
+
+MAX_YAML_BYTES = 1 << 18  # PyYAML reads about 100 KB a second
+MAX_VALUES = 50_000  # of one document; an alias counts as all that it stands for
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -31,6 +35,14 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.repeated: list[str] = []
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, checked before its values are made: nine lines of aliases can stand for a billion values."""
+        node = super().get_single_node()
+        if node is not None and _values_in(node, {}) > MAX_VALUES:
+            problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
+            raise yaml.constructor.ConstructorError(None, None, problem, None)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -68,27 +80,40 @@ _Loader.yaml_constructors = {
 }
 
 
+def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Values in a node; more than MAX_VALUES for a node that contains itself."""
+    if node not in counts:
+        counts[node] = MAX_VALUES + 1  # returned if the node is met again inside itself
+        inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[node] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_values_in(each, counts) for each in inner)
+    return counts[node]
+
+
 def load_yaml(text: str) -> tuple[Any, list[str]]:
     """The value of a YAML text, and its faults: duplicate keys, or the first syntax error; with a syntax error the value is
     None."""
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
-        json.dumps(value)  # finds values that contain themselves, which YAML allows
     except yaml.YAMLError as error:
         return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
     except (ValueError, RecursionError):
-        return None, ["an anchor (&) contains its own alias (*), or values are nested too deeply"]
+        return None, ["a number has too many digits, or values are nested too deeply"]
     return value, loader.repeated
 
 
-def read_mapping(path: Path, content: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Like `load_yaml`, for a file that must hold a mapping of `content`. An empty file is an empty mapping.
+def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
+    """`load_yaml` of a file, which `open_regular` opens.
 
     Raises:
-        OSError, ValueError: the file cannot be read.
+        OSError, ValueError: the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8.
     """
-    values, problems = load_yaml(path.read_text(encoding="utf-8"))
+    return load_yaml(read_regular(path, most_bytes=MAX_YAML_BYTES, links=links).decode())
+
+
+def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
+    """Like `read_yaml`, for a file that must hold a mapping of `content`. An empty file is an empty mapping."""
+    values, problems = read_yaml(path, links=links)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:
         return {}, []

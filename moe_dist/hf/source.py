@@ -136,13 +136,15 @@ def open_source(folder: Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Returns the path of the file `name` in the folder.
+    """Returns the path of the file `name` in the folder. In a snapshot of the hub's cache, <model>/snapshots/<revision>,
+    the file may be a link into <model>/blobs.
 
     Raises:
-        DataError: the path does not exist, is no file, or is a link to a place outside the folder.
+        DataError: the path does not exist, is no file, or is a link to any other place outside the folder.
     """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path, real = folder / name, folder.resolve()
+    allowed = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise DataError(f"{path}: leads out of the folder, to {path.resolve()}; give a copy of the folder made with cp -rL")
     if not path.is_file():
         raise DataError(f"{path}: {'is no file' if path.exists() else 'is missing'}; {AGAIN}")

@@ -1,6 +1,7 @@
 """Starts a command line program, and ends it with the exit code of an error."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +30,22 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
     except MoeDistError as error:
         print(f"{name}: {error}" if name else error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
+    except BrokenPipeError:  # of standard output, not of the run folder; typer ends the command with 1
+        raise
     except OSError as error:
         if not storage:
             raise
         print(f"{error}; {storage}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
+
+
+def print_done(text: str) -> None:
+    """Prints what a command has done. If the reader of standard output has ended, as in `| head`, the text is lost, but the
+    command still succeeds."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the same text again at its exit
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:

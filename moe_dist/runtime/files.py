@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError
 
 BLOCK = 1 << 16  # bytes of one read in `lines_from_end`
@@ -51,7 +52,7 @@ def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
     """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file. Skips a last
     line without newline, because it is still being written, or a crash cut it."""
     try:
-        stream = path.open("rb")
+        stream = open_regular(path)
     except FileNotFoundError:
         return
     with stream:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import MoeDistError, StoppedError
 
 STALE_SECONDS = 30.0
@@ -214,9 +215,9 @@ class Lease:
 def _read(path: Path) -> tuple[Holder | None, bytes]:
     """The holder and the heartbeat counter; the holder is None if the file is missing or incomplete."""
     try:
-        beat, _, record = path.read_bytes().partition(b"\n")
+        beat, _, record = read_regular(path, most_bytes=1 << 16, links=False).partition(b"\n")
         return Holder(**json.loads(record)), beat
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None, b""
 
 

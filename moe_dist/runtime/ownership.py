@@ -16,8 +16,8 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError, MoeDistError
 
-# Errors that a retry does not fix: this user cannot use the path.
-_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# Errors that a retry does not fix: this user cannot use the path, or it leads to no regular file (EINVAL).
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class RunFolderError(MoeDistError):
@@ -50,16 +50,25 @@ def other_owner(folder: Path) -> str | None:
     return user_name(owner)
 
 
-def refuse_planted_links(folder: Path) -> None:
-    """Raises ConfigError if a run folder or its log folder has a symbolic link of another user, because the link could
-    redirect writes. Links of this user or root are allowed (checkpoints on another disk)."""
-    for place in (folder, folder / "log"):
+def refuse_planted_files(folder: Path) -> None:
+    """Raises ConfigError if a run folder, or its folder of logs, checkpoints or events, has a symbolic link of another
+    user, which could redirect reads and writes, or a FIFO, device or socket, whose reader may wait forever. Links of this
+    user or root are allowed (checkpoints on another disk)."""
+    for place in (folder, *(folder / name for name in ("log", "checkpoints", "tensorboard"))):
         for entry in place.iterdir() if place.is_dir() else ():
-            found = entry.lstat()  # of the link, not of its target
+            try:
+                found = entry.lstat()  # of the link, not of its target
+            except FileNotFoundError:  # a running attempt has just renamed it
+                continue
             if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
                 raise ConfigError(
-                    f"{entry} is a symbolic link created by {user_name(found.st_uid)}; a run does not write through links "
-                    "of other users; delete it, and remove that user's write permission (docs/security.md)"
+                    f"{entry} is a symbolic link created by {user_name(found.st_uid)}; a run uses no links of "
+                    "other users; delete it, and remove that user's write permission (docs/security.md)"
+                )
+            if stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+                raise ConfigError(
+                    f"{entry} is no regular file, but {stat.filemode(found.st_mode)} of {user_name(found.st_uid)}; a run "
+                    "has no such file; delete it (docs/security.md)"
                 )
 
 

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import moe_dist
+from moe_dist.config.regular_file import read_regular
+from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.secrets import without_secrets
 
@@ -19,9 +22,10 @@ SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_sta
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
-    """Adds an entry to <folder>/provenance.json, and writes the diff to diff_<hash>.patch; equal diffs share a file."""
+    """Adds an entry to <folder>/provenance.json, and writes the diff to diff_<hash>.patch; equal diffs share a file. Raises
+    DataError if provenance.json is damaged."""
     path = folder / "provenance.json"
-    entries = json.loads(path.read_text()) if path.is_file() else []
+    entries = _earlier(path)
     commit, raw, untracked = code_state(Path(moe_dist.__file__).parent)
     # latin-1 keeps bytes that are not valid UTF-8, and secrets in ASCII are still found.
     diff = without_secrets(raw.decode("latin-1"), os.environ).encode("latin-1")
@@ -45,6 +49,21 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
         }
     )
     write_atomically(path, json.dumps(entries, indent=1) + "\n")
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(read_regular(path, most_bytes=1 << 26, links=False))  # an attempt adds about 10 KB
+        if not isinstance(entries, list):
+            raise ValueError(f"it must be a list, not {type(entries).__name__}")
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: damaged ({error}); rename it and start again: the run resumes from its checkpoint, and the versions "
+            "of the earlier attempts' code stay in the renamed file"
+        ) from error
+    return entries
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:

@@ -21,12 +21,13 @@ from enum import Enum
 from pathlib import Path
 
 from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
+from moe_dist.config.regular_file import read_regular
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
-from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_links
+from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_files
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.status import AttemptRecord, Status, read_status, write_status
 
@@ -80,9 +81,8 @@ class RunFolder:
         with in_words(self.path):
             owner = other_owner(self.path)
             if owner is None:
-                start = self._inspect(config)
-                refuse_planted_links(self.path)
-                return start
+                refuse_planted_files(self.path)  # before any of them is read
+                return self._inspect(config)
             with contextlib.suppress(OSError, MoeDistError):
                 if self._inspect(config) is Start.FINISHED:  # reading a summary needs no ownership
                     return Start.FINISHED
@@ -92,7 +92,7 @@ class RunFolder:
         )
 
     def _inspect(self, config: Config) -> Start:
-        if not self.config_yaml.is_file():
+        if not self.config_yaml.exists():
             self._refuse_strangers()
             return Start.NEW
         if changes := changes_on_resume(self.read_config(), config):
@@ -141,7 +141,7 @@ class RunFolder:
             ConfigError: the folder is no run folder, or belongs to another user.
         """
         with in_words(self.path):
-            if not self.config_yaml.is_file():
+            if not self.config_yaml.exists():
                 self._refuse_strangers()
                 return None
             if owner := other_owner(self.path):
@@ -287,7 +287,7 @@ class RunFolder:
     def read_summary(self) -> str:
         """The summary of a finished run; without a summary, a line with the run's last step."""
         if self.summary_txt.is_file():
-            return self.summary_txt.read_text()
+            return read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace")
         latest = self.read_status().latest
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
 

@@ -5,14 +5,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
 SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
 SAVES = 5  # number of saves in that file
+MAX_STATUS_BYTES = 1 << 24  # about 50,000 attempts
+UnixSeconds = Annotated[float, Field(ge=0.0, lt=1e11)]  # a date that can be shown
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class AttemptRecord:
     restarts: int
     host: str
     pid: int
-    started: float
-    ended: float | None = None
+    started: UnixSeconds
+    ended: UnixSeconds | None = None
     verdict: int | None = None
     reason: str = ""
     rank: int | None = None
@@ -57,12 +61,12 @@ class Status:
 def read_status(path: Path) -> Status:
     """All attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = path.read_bytes()  # one read; writers replace the file atomically
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # one read; writers replace it atomically
     except FileNotFoundError:
         return Status()
     try:
         attempts = TypeAdapter(tuple[AttemptRecord, ...]).validate_python(json.loads(text)["attempts"])
-    except (ValueError, TypeError, KeyError) as error:  # a ValidationError is a ValueError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # a ValidationError is a ValueError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
         raise DataError(
@@ -98,7 +102,7 @@ def measured_save_seconds(logs: Path) -> float | None:
 
 def _saves(logs: Path) -> list[float]:
     try:
-        found = json.loads((logs / SAVE_SECONDS).read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_regular(logs / SAVE_SECONDS, most_bytes=1 << 16, links=False))
+    except (OSError, ValueError, RecursionError):
         return []
     return [float(each) for each in found if isinstance(each, int | float)] if isinstance(found, list) else []

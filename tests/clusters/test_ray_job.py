@@ -101,12 +101,24 @@ def test_ray_job_stop_waits_for_a_save_of_half_a_minute(ray_head: StartedRay, tm
     assert (latest.verdict, latest.last_step) == (StoppedError.exit_code, saved_step(run)), printed
 
 
-def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(ray_head: StartedRay, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "ours")
+def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
+    ray_head: StartedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its --env reaches the ranks, and is in nothing that Ray or the run keeps."""
+    run, planted = RunFolder(tmp_path / "ours"), secrets.token_hex(16)
     launcher = (sys.executable, "-m", "launchers.ray")
     address = f"--submit={ray_head.dashboard}"
-    job = begun(*launcher, CONFIG, *overrides(tmp_path, "ours", 1000), address)
+    monkeypatch.setenv("WANDB_API_KEY", planted)
+    job = begun(*launcher, CONFIG, *overrides(tmp_path, "ours", 1000), address, "--env=WANDB_API_KEY")
     wait_until(lambda: len(steps(run)) >= 2, job)
+    latest = run.read_status().latest
+    assert latest is not None
+    assert ray_cluster.variables_of(latest.pid)["WANDB_API_KEY"] == planted
+    listed = subprocess.run(["ray", "job", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--env-file" in listed.stdout
+    assert planted not in listed.stdout
+    kept = [path for folder in (Path(os.environ["RAY_TMPDIR"]), run.path) for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in kept if planted.encode() in path.read_bytes()]
     assert job.stdout is not None
     job_id = next(line.split()[1].rstrip(":") for line in job.stdout if line.startswith("job "))
     stop = begun(*launcher, "--stop", job_id, address)

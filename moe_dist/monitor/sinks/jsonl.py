@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, depth_line
@@ -25,7 +26,8 @@ from moe_dist.monitor.tags import in_todays_names
 logger = logging.getLogger(__name__)
 
 # Every line begins with these keys, so that a resume finds its step without parsing JSON.
-LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')
+LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
+_MAX_LINE_BYTES = 1 << 28  # a longer line is no record, and must not fill the memory
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
@@ -151,29 +153,49 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
     """Drops the lines of steps after `step`, and unreadable lines, such as one that a crash cut short. With
     `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
+    Warns if steps up to `step` have no record.
 
     The file is always replaced by one rename: a crash leaves the old file whole, and a suspended earlier writer that wakes
     up writes to a deleted file. The file is read once.
     """
+    recorded = bytearray(step)  # 1 for each step that keeps its record
     if not path.exists():
+        _warn_of_missing(path, recorded)
         return
     kept_path = path.with_name(path.name + ".kept")
     unreadable = dropped = 0
     with path.open("rb") as old, kept_path.open("wb") as new:
-        for text in old:
+        while text := old.readline(_MAX_LINE_BYTES):
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # a power cut leaves zeros in unwritten blocks
+            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # torn, or a block that was never written
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1
             else:
                 new.write(text)
+                if begin[2] == b"step" and int(begin[1]):
+                    recorded[int(begin[1]) - 1] = 1
         new.flush()
         os.fsync(new.fileno())  # the content must be on disk before the rename
     os.replace(kept_path, path)
     if unreadable or dropped:
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"
         logger.info(told, path, step, dropped, unreadable)
+    _warn_of_missing(path, recorded)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        from_json(text)  # reads some hundred MB a second
+    except ValueError:
+        return False
+    return True
+
+
+def _warn_of_missing(path: Path, recorded: bytearray) -> None:
+    if missing := recorded.count(0):
+        told = "%s: the records of %d of the steps %d to %d are missing or damaged; the run goes on and keeps the others"
+        logger.warning(told, path, missing, recorded.find(0) + 1, recorded.rfind(0) + 1)
 
 
 def _finite(value: Any) -> Any:

@@ -67,7 +67,14 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
             continue
         family, label, label_value = split_tag(tag)
         labels = {"run": run_name} | ({label: label_value} if label and label_value else {})
-        yield MetricSample(PREFIX + family.replace("/", "_"), meaning(tag), labels, value)
+        yield MetricSample(metric_name(family), meaning(tag), labels, value)
+
+
+def metric_name(family: str) -> str:
+    """The metric of a family of tags. Prometheus reserves some last words for counters and histograms; a gauge takes their
+    plural."""
+    name = PREFIX + family.replace("/", "_")
+    return f"{name}s" if name.endswith(("_bucket", "_count", "_sum", "_total")) else name
 
 
 def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:

@@ -18,7 +18,7 @@ from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.manifest import load_manifest
-from moe_dist.config.split_files import data_digest, digest_problems
+from moe_dist.config.split_files import data_digest, digest_problems, load_bits
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
@@ -64,6 +64,26 @@ def test_the_undamaged_one_is_fine(good: Path) -> None:
     assert verify(good / "step_4")[1] == []
     restored = load_all(states(good, 1), good / "step_4")
     assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nobody_waits_for_the_writer_of_a_fifo(good: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(good / "step_4", tmp_path / "step_4")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    found = verify(folder)[1]
+    assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
+    with pytest.raises(DataError, match=name):
+        load_all(states(good, 1), folder)
+
+
+def test_bits_and_digests_are_read_from_regular_files_only(tmp_path: Path) -> None:
+    split = tiny_dataset(tmp_path).sources["captions"].train
+    assert split.filler is not None
+    (tmp_path / split.filler).unlink()
+    os.mkfifo(tmp_path / split.filler)
+    with pytest.raises(DataError, match="is no regular file"):
+        load_bits(tmp_path, split, "filler")
 
 
 def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

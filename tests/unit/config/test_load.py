@@ -173,6 +173,16 @@ def test_names_that_are_no_names(path: Path, name: str) -> None:
     assert "\n" not in found[0]
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["data.weights={openmoji:0.5,python:0.5}", "data.weights={openmoji:0.5,python: 0.5}", "model.moe.groups={text:1}"],
+)
+def test_a_missing_space_after_a_colon_is_named(path: Path, override: str) -> None:
+    found = problems(path, override)
+    assert len(found) == override.count(":0.5") or "groups" in override
+    assert all("put a space after the colon" in fault for fault in found)
+
+
 def test_paths_without_control_characters(path: Path) -> None:
     assert "without control characters" in problems(path, 'data.path="a\\nb"')[0]
     assert "without control characters" in problems(path, "data.path=a\nb")[0]

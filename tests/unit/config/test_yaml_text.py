@@ -1,6 +1,7 @@
 """YAML's plain scalars as configurations mean them."""
 
 import math
+import time
 
 import pytest
 import yaml
@@ -58,6 +59,31 @@ def test_every_repeated_key_is_named() -> None:
 
 def test_anchors_and_merges_work() -> None:
     assert load_yaml("a: &x {k: 1, j: 2}\nb: {<<: *x, k: 3}")[0]["b"] == {"k": 3, "j": 2}
+
+
+def bomb(first: str, again: str, lines: int) -> str:
+    """Each line holds ten times the values of the line before."""
+    return f"a0: &a0 {first}\n" + "".join(f"a{n}: &a{n} {again.replace('*', f'*a{n - 1}')}\n" for n in range(1, lines))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("[x,x,x,x,x,x,x,x,x,x]", f"[{','.join('*' * 10)}]", 9),
+        bomb("{x: 1}", f"{{<<: [{','.join('*' * 10)}]}}", 9),
+        bomb("[x]", "[*,*,*,*,*,*,*,*,*,*]", 2_000),
+        bomb("[x]", "[*]", 20_000),
+        "a: &a [*a]",
+        "[" * 100_000,
+    ],
+    ids=["lists", "merges", "a number of a thousand digits", "deep", "itself", "brackets"],
+)
+def test_aliases_that_stand_for_too_many_values_are_refused_at_once(text: str) -> None:
+    began = time.process_time()
+    value, problems = load_yaml(text)
+    assert value is None
+    assert len(problems) == 1
+    assert time.process_time() - began < (1.0 if len(text) < 10_000 else 60.0), "PyYAML reads about 100 KB a second"
 
 
 @pytest.mark.parametrize(

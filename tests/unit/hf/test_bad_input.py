@@ -256,6 +256,24 @@ def test_what_is_fine_is_taken(theirs: Path) -> None:
     assert not (theirs.parent / "ours/huggingface/training_args.bin").exists()
 
 
+def test_a_snapshot_of_the_hubs_cache_is_taken_and_other_links_out_of_it_are_not(theirs: Path) -> None:
+    model = theirs.parent / "models--a--b"
+    snapshot, blobs = model / "snapshots" / "0123abc", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(theirs.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    import_model(snapshot, theirs.parent / "ours")
+    for outside in (theirs.parent / "blobs", model / "refs"):
+        outside.mkdir()
+        (outside / "x").write_text("{}")
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(outside / "x")
+        with pytest.raises(DataError, match="leads out of the folder"):
+            open_source(snapshot)
+
+
 def test_a_header_that_announces_exabytes_takes_no_memory(theirs: Path) -> None:
     (theirs / FIRST).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
     with refused(DataError):

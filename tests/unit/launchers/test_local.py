@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -102,6 +103,34 @@ def test_a_bad_configuration_costs_no_process_and_no_folder(
         site.launch("pass", *overrides, **options)
     assert site.started == []
     assert not site.run.path.exists()
+
+
+def test_what_a_killed_launcher_left_is_deleted_by_the_next(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    program = f"import tempfile, time; tempfile.tempdir = {str(temporary)!r}\n"
+    program += (
+        "from launchers.local import store_folder\nwith store_folder() as store: print(store, flush=True); time.sleep(600)"
+    )
+    holders = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        lost, held = (Path(str(holder.stdout and holder.stdout.readline()).strip()) for holder in holders)
+        holders[0].kill()
+        holders[0].wait()
+        foreign = temporary / "moe_dist_store_x"
+        foreign.symlink_to(tmp_path)
+        for folder in (lost, held):
+            assert folder.stat().st_mode & 0o777 == 0o700
+            os.utime(folder, (0, 0))
+        assert site.launch("pass") == 0
+        assert sorted(temporary.iterdir()) == sorted([held, foreign])
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
 
 
 def test_a_finished_run_shows_its_summary_and_starts_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

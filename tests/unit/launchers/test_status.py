@@ -134,6 +134,58 @@ def test_a_damaged_status_is_reported_and_the_rest_is_shown(tmp_path: Path) -> N
     assert "status.json: damaged" in text(one_run(run)).replace("\n", "")
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("RuntimeError: [/pytorch/x.cc:1] closed", "RuntimeError: [/pytorch/x.cc:1] closed"),
+        ("[bold]a[/bold] :smile:", "[bold]a[/bold] :smile:"),
+        ("\x1b[2J\x1b]0;title\x07 \r\u202e", r"\x1b[2J\x1b]0;title\x07 \r\u202e"),
+        ("\udc80 \ud800", r"\udc80 \ud800"),
+    ],
+)
+def test_what_another_user_wrote_is_shown_as_plain_text(tmp_path: Path, reason: str, shown: str) -> None:
+    folder = Folder(tmp_path, reason.replace("/", "_").encode(errors="surrogatepass").decode(errors="replace") + "x")
+    folder.attempt(0, 1, reason)
+    holder = {"attempt_id": "a", "host": reason, "pid": 1, "machine": "", "born": "", "token": ""}
+    (folder.path / "lease.json").write_text(f"{0:012d}\n{json.dumps(holder)}\n")
+    run = read_progress(folder.path)
+    for renderable in (many_runs([run], width=300), one_run(run)):
+        printed = text(renderable, width=300)
+        assert shown in printed
+        assert all(character.isprintable() or character == "\n" for character in printed)
+        printed.encode()
+    assert f"on {shown}" in text(one_run(run), width=300)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step":1,"kind":"step","scalars":null}',
+        '{"step":1,"kind":"step"}',
+        '{"step":"x","kind":"step","scalars":{}}',
+        '{"step":1,"kind":"step","scalars":{"perf/step_seconds":Infinity,"loss/total":"x"}}',
+        '["step",1,"kind":"step"]',
+    ],
+)
+def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
+    folder = Folder(tmp_path).records(10.0)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    run = read_progress(folder.path)
+    assert (run.step, run.tokens_per_second) == (1, 10.0)
+    text(many_runs([run]))
+
+
+@pytest.mark.parametrize("started", [1e20, -1.0, "NaN", "Infinity"])
+def test_a_date_that_cannot_be_shown_is_damage(tmp_path: Path, started: object) -> None:
+    folder = Folder(tmp_path).attempt(0, 1, "r")
+    path = folder.path / "status.json"
+    path.write_text(path.read_text().replace('"started": 1799999000.0', f'"started": {started}'))
+    run = read_progress(folder.path)
+    assert run.state is RunState.UNREADABLE
+    text(one_run(run))
+
+
 def test_several_runs_are_a_table_as_wide_as_the_terminal(tmp_path: Path) -> None:
     Folder(tmp_path, "a-night").attempt(0, 1, "a reason that goes on and on " * 9).records(1e6)
     Folder(tmp_path, "new")

@@ -12,9 +12,10 @@ from ray.exceptions import RpcError
 
 from launchers.ray import submit as ray_submit
 from launchers.ray.__main__ import driver_line, launch
-from launchers.ray.job import path_on_nodes
-from launchers.ray.submit import follow_job, stop, verdict, verdict_line
+from launchers.ray.job import check_job, path_on_nodes
+from launchers.ray.submit import follow_job, stop, take_over, verdict, verdict_line
 from moe_dist.config.bundled import source_root
+from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
@@ -109,19 +110,53 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
     monkeypatch.setenv("MOE_DIST_TEST_KEY", "value")
     monkeypatch.setenv("MOE_DIST_CLUSTER", "cpu")
     line = driver_line(Path("x.yaml"), ["run.root=my runs"], options=["--max-failures=2"], cluster=None)
-    forwarded = ["MOE_DIST_TEST_KEY"]
-    assert ray_submit.submit("http://127.0.0.1:8265", line, grace_seconds=120, forwarded=forwarded) == 0
+    run, names = load_config(Path("x.yaml"), ["run.root=my runs"]), ["MOE_DIST_TEST_KEY"]
+    assert ray_submit.submit("http://127.0.0.1:8265", line, grace_seconds=120, config=run, forwarded=names) == 0
     (request,) = api.submissions
     words = shlex.split(request["entrypoint"])
     assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
     assert f"run.root={yaml.parent}/my runs" in words[5:]
-    assert words[-2:] == ["--max-failures=2", "--cluster=cpu"]
-    assert request["runtime_env"]["env_vars"] == {"MOE_DIST_TEST_KEY": "value", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert words[-3:-1] == ["--max-failures=2", "--cluster=cpu"]
+    assert request["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    file = Path(words[-1].removeprefix("--env-file="))
+    assert file.parent == yaml.parent / "my runs" / run.run.name
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ('{"MOE_DIST_TEST_KEY": "value"}', 0o600)
 
 
-def test_a_variable_that_is_not_there_is_refused() -> None:
+def test_variables_reach_the_ranks_by_a_file_that_ray_does_not_show(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the submission to the driver's plan; nothing that Ray keeps of a job has the value."""
+    api = answers(monkeypatch, Api([]))
+    monkeypatch.setenv("WANDB_API_KEY", "not-to-be-seen")
+    run = load_config(yaml)
+    ray_submit.submit("http://127.0.0.1:8265", "true", grace_seconds=1, config=run, forwarded=["WANDB_API_KEY"])
+    assert "not-to-be-seen" not in str(api.submissions)
+    monkeypatch.delenv("WANDB_API_KEY")
+    file = Path(shlex.split(api.submissions[0]["entrypoint"])[-1].removeprefix("--env-file="))
+    names = take_over(file)
+    assert not file.exists()
+    job = check_job(yaml, forwarded=names)
+    assert job is not None
+    assert job.variables == {"WANDB_API_KEY": "not-to-be-seen"}
+    assert "not-to-be-seen" not in repr(job)
+    with refused(ConfigError, "--env-file", golden=False):
+        take_over(file)
+
+
+def test_a_refused_submission_leaves_no_file(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers(monkeypatch, Api([])), "submit_job", None)
+    monkeypatch.setenv("WANDB_API_KEY", "not-to-be-seen")
+    run = load_config(yaml)
+    with pytest.raises(TypeError):
+        ray_submit.submit("http://127.0.0.1:8265", "true", grace_seconds=1, config=run, forwarded=["WANDB_API_KEY"])
+    assert not list(RunFolder.of(run).path.glob(".env_*"))
+
+
+def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
     with refused(ConfigError, "--env"):
-        ray_submit.submit("http://127.0.0.1:1", "true", grace_seconds=1, forwarded=["MOE_DIST_TEST_NONE"])
+        run, names = load_config(yaml), ["MOE_DIST_TEST_NONE"]
+        ray_submit.submit("http://127.0.0.1:1", "true", grace_seconds=1, config=run, forwarded=names)
 
 
 @pytest.mark.parametrize(

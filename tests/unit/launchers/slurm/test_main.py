@@ -40,10 +40,10 @@ class Login:
         path.write_text(f"#!/bin/bash\ncd {self.folder}\n{body}\n")
         path.chmod(0o755)
 
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
         command = [sys.executable, "-m", "launchers.slurm", str(self.path), f"--cluster={self.site}", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
 
 
 @pytest.fixture
@@ -65,6 +65,19 @@ def test_a_run_is_kept_and_submitted(login: Login) -> None:
     kept = yaml.safe_load((script.parent / "config.yaml").read_text())
     assert kept["train"]["steps"] == 9
     assert (script.parent / "code" / "slurm" / "node_env.sh").is_file()
+
+
+def test_a_reader_that_ends_first_does_not_make_a_submission_a_failure(login: Login) -> None:
+    """As `| head -0` does: nobody reads standard output when the job is submitted."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    for options, submitted in (["--dry-run"], False), ([], True):
+        done = login.launch(*options, stdout=write_end)
+        assert done.returncode == 0, done.stderr
+        assert "run folder" not in done.stderr
+        assert "Broken pipe" not in done.stderr
+        assert (login.folder / "asked").exists() == submitted
+    os.close(write_end)
 
 
 def test_a_dry_run_prints_and_touches_nothing(login: Login) -> None:

@@ -116,6 +116,45 @@ def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> Non
     assert steps_of(path) == [1, 2, 3, 4, 5]
 
 
+def missing(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if "missing or damaged" in record.message]
+    caplog.clear()
+    return found
+
+
+def test_records_that_are_gone_are_told_and_the_others_stay(
+    tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 10))
+    drop_lines_after(path, 8)
+    assert missing(caplog) == []
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if not line.startswith((b'{"step":3,', b'{"step":6,'))))
+    drop_lines_after(path, 8)
+    assert "the records of 2 of the steps 3 to 6" in missing(caplog)[0]
+    assert steps_of(path) == [1, 2, 4, 5, 7, 8]
+    path.unlink()
+    write(path, make_record, range(9, 10), resume_step=8)
+    assert "the records of 8 of the steps 1 to 8" in missing(caplog)[0]
+    assert steps_of(path) == [9]
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 200, b"\0" * 200, b"", b'{"step":4,"kind":"step",'])
+def test_a_line_damaged_inside_is_told_and_the_others_stay(
+    tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 10))
+    lines = path.read_bytes().splitlines(keepends=True)
+    at = next(index for index, line in enumerate(lines) if line.startswith(b'{"step":4,'))
+    lines[at] = lines[at][:60] + damage + lines[at][260:]
+    path.write_bytes(b"".join(lines))
+    drop_lines_after(path, 9)
+    assert "the records of 1 of the steps 4 to 4" in missing(caplog)[0]
+    assert steps_of(path) == [1, 2, 3, 5, 6, 7, 8, 9]
+
+
 def test_a_crash_while_dropping_leaves_the_old_file(
     tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.prometheus import PrometheusSink, exposition
+from moe_dist.monitor.sinks.prometheus import PrometheusSink, exposition, metric_name
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import meaning
+from moe_dist.monitor.tags import DEPTH_MEANING, MEANING, meaning, split_tag
 
 MakeRecord = Callable[..., Record]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -43,6 +44,21 @@ def test_families_have_help_and_are_gauges(make_record: MakeRecord) -> None:
     assert {family.type for family in families} == {"gauge"}
     by_name = {family.name: family.documentation for family in families}
     assert by_name["moe_dist_moe_load_imbalance"] == meaning("moe/load_imbalance/text")
+
+
+def test_names_of_gauges_pass_promtools_rules() -> None:
+    """The rules of `promtool check metrics` for names, for every tag that a run can have."""
+    families = [split_tag(tag.replace("{", "").replace("}", ""))[0] for tag in MEANING | DEPTH_MEANING]
+    names = {metric_name(family) for family in families} | {"moe_dist_step"}
+    assert len(names) == len(set(families)) + 1, "two families share a name"
+    abbreviations = "s|ms|us|ns|sec|b|kb|mb|gb|tb|pb|m|h|d"
+    units = "(milli|micro|nano|kilo|mega|giga)(seconds|bytes|meters|grams|watts)|bits|minutes|hours|days|weeks|celsius"
+    for name in names:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name), "lower case with underscores, and no colon"
+        assert not name.endswith(("_total", "_count", "_sum", "_bucket")), f"{name}: of counters and histograms"
+        assert not re.search(r"(^|_)(gauge|counter|histogram|summary|untyped)(_|$)", name), f"{name} names its type"
+        assert not re.search(rf"_({abbreviations})$", name), f"{name}: a unit must be written out"
+        assert not re.search(rf"(^|_)({units})(_|$)", name), f"{name}: not a base unit"
 
 
 def test_odd_numbers_and_odd_names() -> None:

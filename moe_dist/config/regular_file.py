@@ -1,0 +1,42 @@
+"""Reads regular files only: opening a FIFO would wait for a writer, and a device such as /dev/zero has no end."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+class IrregularFileError(OSError):
+    """A path leads to no regular file, to one that is too large, or through a symbolic link that is not followed."""
+
+
+def open_regular(path: Path, *, links: bool = True) -> BinaryIO:
+    """Opens a file for reading, without waiting.
+
+    Args:
+        links: Follow `path` if it is a symbolic link. False for files that a run replaces: a link there was planted.
+
+    Raises:
+        IrregularFileError: the path is no regular file, or a link although `links` is False.
+        OSError: the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP and not links:
+            raise IrregularFileError(errno.EINVAL, "is a symbolic link", str(path)) from error
+        raise
+    mode = os.fstat(descriptor).st_mode  # of the open file, which cannot be exchanged any more
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise IrregularFileError(errno.EINVAL, "is a folder" if stat.S_ISDIR(mode) else "is no regular file", str(path))
+
+
+def read_regular(path: Path, *, most_bytes: int, links: bool = True) -> bytes:
+    """The content of a file, as `open_regular` opens it. Raises its errors, and IrregularFileError for a larger file."""
+    with open_regular(path, links=links) as stream:
+        if os.fstat(stream.fileno()).st_size > most_bytes:
+            raise IrregularFileError(errno.EINVAL, f"is larger than {most_bytes:,} bytes", str(path))
+        return stream.read()
