@@ -52,7 +52,7 @@ def check_at_start(
     began, needs = time.time(), _needs(config, env, variables)
     hosts = (host,) if (host := variables.get("MASTER_ADDR")) else ()
     facts = look(Questions(folder=config.run.root, data=config.data.path, hosts=hosts), env=variables)
-    folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
+    folder = run_folder / f".nodes_{env.attempt_id}"
     if env.rank > 0:
         folder.mkdir(exist_ok=True)
         content = {"local_world_size": env.local_world_size, "facts": asdict(facts)}

@@ -73,6 +73,8 @@ def init_world(
 ) -> None:
     """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. The
     rendezvous uses `store`, or `init_method` if it is None."""
+    if store is not None:
+        store.set_timeout(timedelta(seconds=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if store is None else None,

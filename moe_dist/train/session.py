@@ -23,14 +23,14 @@ from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh
-from moe_dist.parallel.rendezvous import published_store
+from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
-from moe_dist.runtime.lease import read_holder
+from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.place import Found, RunPlace, check_place
-from moe_dist.runtime.rendezvous import shared_with_rank_0
+from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
@@ -57,36 +57,34 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     return device
 
 
-def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
-    """Meets all other ranks and makes the process groups.
+def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
+    """Meets all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait for them.
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails, or the ranks do not share the run folder.
+        MoeDistError: a check of this node fails; or the ranks did not meet, or do not share run folder and start.
     """
     section, device = config.parallel, choose_device(config, env)
-    timeout = section.timeout_seconds
-    with shared_with_rank_0(folder.path, env):
+    lease_seconds = WAIT_SECONDS if env.rank > 0 else 0.0  # rank 0 took the lease first, and may have waited for it
+    wait = StartWait(env.rank, section.start_seconds + lease_seconds, stopped=stopped)
+    with meeting(env, folder.path, wait) as (store, attempt_id):
+        env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
         check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
-        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 publishes its address in the run folder
-            init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+        timeout = section.timeout_seconds
+        init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
 
 
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts to watch this rank's collectives; a single rank needs no watchdog.
-
-    Call it after `join_world`: rank 0 has then opened the run folder, and all ranks read the attempt's id from its lease.
-    """
-    holder = read_holder(folder.lease_json)
+    """Starts to watch this rank's collectives; a single rank needs no watchdog. Call it after `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
         world_size=env.world_size,
-        attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
+        attempt_id=attempt.attempt_id,
         seconds=config.parallel.resolved_watchdog_seconds,
         logs=folder.logs,
         step=attempt.last_step,
