@@ -28,7 +28,6 @@ from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
-from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
@@ -65,8 +64,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
         MoeDistError: a check of this node fails; or the ranks did not meet, or do not share run folder and start.
     """
     section, device = config.parallel, choose_device(config, env)
-    lease_seconds = WAIT_SECONDS if env.rank > 0 else 0.0  # rank 0 took the lease first, and may have waited for it
-    wait = StartWait(env.rank, section.start_seconds + lease_seconds, stopped=stopped)
+    wait = StartWait(env.rank, section.start_seconds, stopped=stopped)
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
