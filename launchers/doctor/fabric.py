@@ -81,8 +81,8 @@ def read_report(line: str) -> list[CheckResult] | None:
 
 def measure(folder: Path, device_type: str) -> None:
     """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
-    meeting = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
-    env = RankEnv.from_environment({**os.environ, **meeting})
+    start = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
+    env = RankEnv.from_environment({**os.environ, **start})
     import torch  # takes seconds, and only the measuring tasks need it
 
     from moe_dist.parallel.mesh import destroy_world, init_world

@@ -80,7 +80,8 @@ class Torchrun:
         node, first = self._nodes[number], self._nodes[0]
         meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={PORT}"]
         if self._backend == "c10d":
-            meet = [f"--rdzv-endpoint={first.address}:{PORT}", "--rdzv-id=test", f"--rdzv-conf=is_host={1 - number}"]
+            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a busy machine is no lost node
+            meet = [f"--rdzv-endpoint={first.address}:{PORT}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_"))}
