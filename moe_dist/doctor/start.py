@@ -1,4 +1,4 @@
-"""Checks the nodes at the start of every run, before the rendezvous. It takes seconds and does not import torch.
+"""Checks the nodes at the start of every run, before the process group exists. It takes seconds and does not import torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes; the rendezvous has its own timeout
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes, whose ranks are there
 POLL_SECONDS = 0.1
 
 
