@@ -69,15 +69,18 @@ class Mailbox:
     """Messages in a store, in the order of their arrival."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._read = store, 0
+        self._store, self._count, self._due = store, 0, list[int]()
 
     def post(self, text: str) -> None:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
         """The messages since the last call; one request to the store if there are none."""
-        first, self._read = self._read + 1, self._store.add("count", 0)
-        return [self._store.get(str(number)).decode() for number in range(first, self._read + 1)]
+        before, self._count = self._count, self._store.add("count", 0)
+        due = [*self._due, *range(before + 1, self._count + 1)]
+        here = [number for number in due if self._store.check([str(number)])]  # its process may have died before the `set`
+        self._due = [number for number in due if number not in here]
+        return [self._store.get(str(number)).decode() for number in here]
 
 
 def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:

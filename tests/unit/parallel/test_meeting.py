@@ -62,6 +62,7 @@ def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start
 def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: TCPStore) -> None:
     hellos = Mailbox(PrefixStore("moe_dist/hello", agent))
     hellos.post("a token whose process is gone")
+    PrefixStore("moe_dist/hello", agent).add("count", 1)  # and one that was killed before it wrote its token
     ranks = [start(env) for env in (FIRST, SECOND, THIRD)]
     assert {rank.result(600) for rank in ranks} == {"of-rank-0"}
 
