@@ -115,7 +115,7 @@ def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
     names = next((names for names in _OTHER_NAMES if all(name in env for name in names)), None)
     if names is None or "RANK" in env or "WORLD_SIZE" in env:
         return env, ""
-    ours = dict(zip(_NAMES, (env[name] for name in names), strict=True))
+    ours: dict[str, str] = dict(zip(_NAMES, (env[name] for name in names), strict=True))
     if names[0] != "SLURM_PROCID":
         return {**env, **ours}, ""
     ours["LOCAL_WORLD_SIZE"] = str(1 + ours["LOCAL_WORLD_SIZE"].count(","))
