@@ -194,7 +194,7 @@ class LaunchPlan:
         attempt: Number of restarts before this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: All ranks are on this machine, so gloo binds to the loopback interface.
-        threads: OMP_NUM_THREADS of each rank; None does not set it.
+        threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the node (`environment.share_cores`).
         program: Arguments of the interpreter before the configuration.
         hosts: Host names ordered by node index; empty if they are not known.
     """
@@ -274,11 +274,3 @@ def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
             "choose another number, or set parallel.ep"
         )
     return (f"parallel.edp={num_ranks // ep}",)
-
-
-def threads_per_rank(ranks: int, env: Mapping[str, str]) -> int | None:
-    """CPU threads per rank: an equal share of this machine's usable cores, at least 1. None if the user has set
-    OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in env:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // ranks)  # usable cores, which a container or Slurm may restrict

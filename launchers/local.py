@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from launchers.attempts import begin_logs, inspect_folder, run_attempts
-from launchers.command import TRAIN, LaunchPlan, file_rendezvous, fit_world_size, one_node, rank_commands, threads_per_rank
+from launchers.command import TRAIN, LaunchPlan, file_rendezvous, fit_world_size, one_node, rank_commands
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks
@@ -74,7 +74,6 @@ def launch(
                     attempt_id=attempt_id,
                     grace_seconds=grace_seconds,
                     loopback=True,
-                    threads=threads_per_rank(world_size, os.environ),
                     program=program,
                 )
                 return _run(plan, folder, signals)

@@ -14,6 +14,7 @@ from moe_dist.doctor.node_facts import node_name
 from moe_dist.errors import MoeDistError
 from moe_dist.parallel.round_robin import Pair, PairExchange, usual
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.runtime.rendezvous import StartWait
 
 CHECK = "fabric"
 MARK = "moe_dist fabric: "  # begins the line with the result
@@ -80,20 +81,20 @@ def read_report(line: str) -> list[CheckResult] | None:
 
 def measure(folder: Path, device_type: str) -> None:
     """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
-    meeting = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
-    env = RankEnv.from_environment({**os.environ, **meeting})
+    start = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
+    env = RankEnv.from_environment({**os.environ, **start})
     import torch  # takes seconds, and only the measuring tasks need it
 
     from moe_dist.parallel.mesh import destroy_world, init_world
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
-    from moe_dist.parallel.rendezvous import published_store
+    from moe_dist.parallel.rendezvous import meeting
 
     torch.set_num_threads(1)  # compute threads would disturb the measurement on CPU
     cuda = device_type == "cuda"
     device = torch.device("cuda", env.local_rank if torch.cuda.device_count() > 1 else 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    with published_store(env, folder, timeout=TIMEOUT_SECONDS) as store:
+    with meeting(env, folder, StartWait(env.rank, TIMEOUT_SECONDS)) as (store, _):
         init_world(PUBLISHED, store, rank=env.rank, world_size=env.world_size, device=device, timeout=TIMEOUT_SECONDS)
     per_node = env.local_world_size
     ranks = NodeRanks(env.rank, env.world_size // per_node, per_node)

@@ -88,7 +88,10 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         )
     path, overrides = job.submitted / find_config(arguments[0]), arguments[1:]
     loaded = check_file(path, overrides).config
-    return load_cluster(None, env), load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
+    cluster = load_cluster(None, env)
+    if cluster.cpus_per_rank is None and "SLURM_CPUS_PER_TASK" in env:  # srun does not inherit sbatch --cpus-per-task
+        cluster = cluster.model_copy(update={"cpus_per_rank": int(env["SLURM_CPUS_PER_TASK"])})
+    return cluster, load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
 
 
 def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> CodeSnapshot:
@@ -152,6 +155,7 @@ def _step(
         attempt=job.restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,
+        threads=cluster.cpus_per_rank,
         python=interpreter(cluster),
         program=program,
         hosts=hosts,

@@ -47,7 +47,7 @@ class CheckpointDirectory:
         """Step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
-            DataError: the file names no checkpoint in this folder, is no regular file, or is missing although the folder has
+            DataError: the file names no checkpoint in this folder, is no regular file, or is missing although there are
                 checkpoints.
         """
         path = self.folder / LATEST_FILE

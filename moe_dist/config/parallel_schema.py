@@ -55,6 +55,9 @@ class ParallelSection(Section):
     deterministic: bool = False
     """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
     operation without a repeatable kernel is an error. A CPU run always repeats."""
+    start_seconds: PositiveFloat = 1800.0
+    """Seconds that a rank waits at a start for ranks that are not there yet: nodes start apart, containers and imports may
+    take long, and rank 0 may wait 90 s for an earlier attempt to end. Every 30 s the log names the missing ranks."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
     """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the

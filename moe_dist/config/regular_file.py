@@ -3,15 +3,15 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 class IrregularFileError(OSError):
     """A path leads to no regular file, to one that is too large, or through a symbolic link that is not followed."""
 
 
-def open_regular(path: Path, *, links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:

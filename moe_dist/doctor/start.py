@@ -1,4 +1,4 @@
-"""Checks the nodes at the start of every run, before the rendezvous. The check takes seconds and imports no torch.
+"""Checks the nodes at the start of every run, before the process group exists. Takes seconds; imports no torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes; the rendezvous has its own timeout
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes, whose ranks are there
 POLL_SECONDS = 0.1
 
 
@@ -52,7 +52,7 @@ def check_at_start(
     began, needs = time.time(), _needs(config, env, variables)
     hosts = (host,) if (host := variables.get("MASTER_ADDR")) else ()
     facts = look(Questions(folder=config.run.root, data=config.data.path, hosts=hosts), env=variables)
-    folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
+    folder = run_folder / f".nodes_{env.attempt_id}"
     if env.rank > 0:
         folder.mkdir(exist_ok=True)
         content = {"local_world_size": env.local_world_size, "facts": asdict(facts)}

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.runtime.environment import RankEnv
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)  # long enough for the slowest rank's write
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
@@ -70,8 +71,10 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` of each collective is in seconds. The
-    rendezvous uses `store`, or `init_method` if `store` is None."""
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. The
+    rendezvous uses `store`, or `init_method` if it is None."""
+    if store is not None:
+        store.set_timeout(timedelta(seconds=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if store is None else None,
@@ -170,11 +173,13 @@ def destroy_world() -> None:
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh (None for a single rank) and
-    this rank's device."""
+    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh, None for a single rank, and
+    this rank's device. Raises ConfigError if the ranks have no address of rank 0."""
     if env.world_size == 1:
         yield None, device
         return
+    if env.init_method == PUBLISHED:
+        raise ConfigError("MASTER_ADDR and MASTER_PORT are not set; several ranks need rank 0's address and a port")
     if device.type == "cuda":
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)

@@ -1,51 +1,195 @@
-"""The rendezvous store of torch.distributed at an address that rank 0 publishes."""
+"""The start of all ranks: they open one store of torch.distributed, wait for each other, and take rank 0's attempt_id.
 
+    hello/N           token of the Nth process that came
+    welcome/TOKEN     rank 0's greeting for that process
+    KEY/answer/N      a rank, and why it cannot start
+    KEY/go            rank 0's decision: an exit code, and the errors
+    KEY/world/        keys of the process groups
+
+All keys begin with moe_dist/. torchrun's store outlives a restart, so it still has the keys of earlier starts: tokens and
+KEY are random, and no rank acts on a key that was not made for it.
+"""
+
+import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistError, FileStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, StoppedError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
-from moe_dist.runtime.lease import WAIT_SECONDS
-from moe_dist.runtime.rendezvous import address_file, find, listening_host, publish, withdraw
+from moe_dist.runtime.rendezvous import (
+    POLL_SECONDS,
+    Greeting,
+    StartError,
+    StartWait,
+    address_file,
+    find,
+    listening_host,
+    publish,
+    ranks_text,
+    withdraw,
+)
+
+STORE_SECONDS = timedelta(seconds=60.0)
+_ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (ConfigError, StoppedError, StartError)}
 
 
 @contextmanager
-def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterator[Store | None]:
-    """Yields the store at the address that rank 0 publishes in the run folder; None if the init method is not PUBLISHED.
-
-    Create the process group inside this context. At the context's end all ranks have connected, and rank 0 deletes the
-    address.
-
-    Args:
-        timeout: Seconds that a rank waits for rank 0's address, and for each answer of the store.
+def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
+    """Waits until all ranks are here. Yields the store for their process groups, and the attempt_id of rank 0, which is the
+    name of the attempt on all ranks. Create the process group inside the context.
 
     Raises:
-        ConfigError, ResourceError, RunFolderError: from `runtime.rendezvous`.
+        ConfigError: the ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder; names rank, host and values.
+        StartError, StoppedError: from `wait`, here or on rank 0; or the process that owns the store has ended.
+        ResourceError: from `publish`.
     """
-    if env.init_method != PUBLISHED:
-        yield None
-        return
-    path, wait = address_file(run_folder), timedelta(seconds=timeout)
-    if env.rank > 0:
-        address = find(path, env, wait_seconds=timeout + WAIT_SECONDS)  # rank 0 may wait for the lease first
-        store = TCPStore(address.host, address.port, env.world_size, False, wait)
-        yield PrefixStore(address.secret, store)
-        return
-    address, listener = publish(path, env, listening_host(env, os.environ))
+    with _store(env, run_folder, wait) as shared:
+        store = PrefixStore("moe_dist", shared)
+        try:
+            greeting = _receive(store, env, run_folder, wait) if env.rank == 0 else _join(store, env, run_folder, wait)
+        except DistError as error:
+            raise StartError(
+                f"rank {env.rank} lost the store of the start, whose owner has ended; see the logs of rank 0 and of the "
+                f"launcher ({str(error).partition(chr(10))[0]})"
+            ) from error
+        yield PrefixStore(f"{greeting.key}/world", store), greeting.attempt_id
+
+
+class Mailbox:
+    """Messages in a store, in the order of their arrival."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._count, self._due = store, 0, list[int]()
+
+    def post(self, text: str) -> None:
+        self._store.set(str(self._store.add("count", 1)), text)
+
+    def new(self) -> list[str]:
+        """The messages since the last call; one request to the store if there are none."""
+        before, self._count = self._count, self._store.add("count", 0)
+        due = [*self._due, *range(before + 1, self._count + 1)]
+        here = [number for number in due if self._store.check([str(number)])]  # its process may have died before the `set`
+        self._due = [number for number in due if number not in here]
+        return [self._store.get(str(number)).decode() for number in here]
+
+
+def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
+    """On rank 0: greets all ranks, waits for their answers, and tells them the decision."""
+    host, folder = socket.gethostname(), str(run_folder.absolute())
+    greeting = Greeting(env.attempt_id, env.world_size, host, folder, secrets.token_hex(8))
+    hellos, start = Mailbox(PrefixStore("hello", store)), PrefixStore(greeting.key, store)
+    answers, missing = Mailbox(PrefixStore("answer", start)), set(range(1, env.world_size))
+    several_nodes = env.local_world_size < env.world_size
     try:
-        store = TCPStore(
-            address.host,
-            address.port,
-            env.world_size,
-            True,
-            wait,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port meanwhile
-        )
-        yield PrefixStore(address.secret, store)  # a peer with another secret cannot see the keys
+        if several_nodes:
+            greeting.probe(run_folder).touch()
+        while missing:
+            for token in hellos.new():
+                store.set(f"welcome/{token}", json.dumps(asdict(greeting)))
+            for rank, problem in map(json.loads, answers.new()):
+                if problem:
+                    raise ConfigError(problem)
+                missing.discard(rank)
+            if missing:
+                wait.pause(ranks_text(missing))
+    except MoeDistError as error:
+        start.set("go", json.dumps([error.exit_code, *error.problems]))
+        time.sleep(5 * POLL_SECONDS)  # the store may end with this process: first the others read the decision
+        raise
     finally:
-        withdraw(path, address)
+        if several_nodes:
+            greeting.probe(run_folder).unlink(missing_ok=True)
+    start.set("go", json.dumps([EXIT_DONE]))
+    return greeting
+
+
+def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
+    """On the other ranks: answers rank 0's greeting, and waits for its decision."""
+    token = secrets.token_hex(8)
+    Mailbox(PrefixStore("hello", store)).post(token)
+    while not store.check([f"welcome/{token}"]):
+        wait.pause("rank 0")
+    greeting = Greeting(**json.loads(store.get(f"welcome/{token}")))
+    start, problem = PrefixStore(greeting.key, store), greeting.difference(env, run_folder)
+    Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, problem]))
+    if problem:
+        raise ConfigError(problem)
+    patience = wait.again()  # from here on rank 0 decides: it may wait for a later rank, or stop all
+    while not start.check(["go"]):
+        patience.pause("the ranks that rank 0 waits for; its log names them")
+    code, *problems = json.loads(start.get("go"))
+    if code != EXIT_DONE:
+        raise _ERRORS.get(code, StartError)(problems)
+    return greeting
+
+
+@contextmanager
+def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
+    """The store that all ranks of a start open; rank 0, or torchrun's agent, owns it."""
+    if env.init_method.startswith("file://"):
+        yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
+    elif env.init_method != PUBLISHED:
+        yield _store_at(env, *_given_address(env.init_method), wait)
+    elif env.rank > 0:
+        address = find(address_file(run_folder), env, wait)
+        yield PrefixStore(address.secret, _client(address.host, address.port, wait))
+    else:
+        path = address_file(run_folder)
+        address, listener = publish(path, env, listening_host(env, os.environ))
+        try:
+            own = TCPStore(
+                address.host,
+                address.port,
+                None,
+                True,
+                STORE_SECONDS,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port meanwhile
+            )
+            yield PrefixStore(address.secret, own)  # a peer with another secret cannot see the keys
+        finally:
+            withdraw(path, address)
+
+
+def _given_address(init_method: str) -> tuple[str, int]:
+    """Host and port of env:// or tcp://HOST:PORT. Raises ConfigError if there is no port number."""
+    host, _, port = init_method.removeprefix("tcp://").rpartition(":")
+    if init_method == "env://":
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal():
+        raise ConfigError(
+            f"MASTER_PORT or MOE_DIST_INIT_METHOD: {host}:{port} has no port number; set MASTER_PORT, or "
+            "MOE_DIST_INIT_METHOD to published, file:///a/shared/path or tcp://host:port"
+        )
+    return host, int(port)
+
+
+def _store_at(env: RankEnv, host: str, port: int, wait: StartWait) -> Store:
+    agent = env.init_method == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if env.rank > 0 or agent:  # torchrun's agent owns the store
+        return _client(host, port, wait)
+    try:
+        return TCPStore(host, port, None, True, STORE_SECONDS, wait_for_workers=False, multi_tenant=True)
+    except DistError as error:
+        raise StartError(
+            f"rank 0 cannot open a store at {host}:{port} ({str(error).partition(chr(10))[0]}); MASTER_ADDR and "
+            "MASTER_PORT must be an address and a free port of its node"
+        ) from error
+
+
+def _client(host: str, port: int, wait: StartWait) -> Store:
+    while True:
+        try:  # a plain socket first: torch would log a warning for every attempt
+            socket.create_connection((host, port), timeout=5.0).close()
+            return TCPStore(host, port, None, False, STORE_SECONDS, wait_for_workers=False)
+        except (OSError, DistError) as error:  # no process listens yet, or the host has no address yet
+            wait.pause(f"rank 0, whose store must be at {host}:{port} ({str(error).partition(chr(10))[0]})")

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 from moe_dist.config.schema import Config
@@ -99,6 +100,17 @@ class Attempt:
             self._lease = folder.open(config, self._env, wait_seconds=wait_seconds, on_wait=_say, stopped=stopped)
         self._folder = folder  # set after the open, so that a refused start records no verdict
         return folder
+
+    @property
+    def attempt_id(self) -> str:
+        """Name of the attempt; after `join` the same on all ranks."""
+        return self._env.attempt_id
+
+    def join(self, attempt_id: str) -> RankEnv:
+        """Takes the attempt's name from rank 0, because status.json accepts a verdict under this name only. Returns this
+        rank's environment with the name."""
+        self._env = replace(self._env, attempt_id=attempt_id)
+        return self._env
 
     def check_lease(self) -> None:
         """Raises LeaseError if another attempt has taken over the run. Rank 0 calls it right before each write to the run

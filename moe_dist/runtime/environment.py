@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from moe_dist.errors import ConfigError
@@ -13,6 +13,13 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
 RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
 ALONE = "tcp://127.0.0.1:0"  # init method of a single process: any free port
+THREADS = "OMP_NUM_THREADS"
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OTHER_NAMES = (  # mpirun may itself run in tasks of srun, so srun comes last
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),  # SLURM_GTIDS lists the ranks of the node
+)
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,12 @@ class RankEnv:
     Attributes:
         rank, world_size: Global rank, and number of ranks on all nodes.
         local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
-        init_method: The argument of `torch.distributed.init_process_group`, or PUBLISHED.
-        attempt: Number of restarts by the launcher; 0 for the first attempt.
-        attempt_id: Unique name of this attempt, equal on all its ranks.
-        launched: True if a launcher of moe_dist started the process and writes standard error into the rank's log.
-        grace_seconds: Seconds from a stop signal until the process ends itself.
+        init_method: How the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
+        attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
+        attempt_id: Unique name of this attempt. Without a name from the launcher it is this process's own, until the ranks
+            have met and taken that of rank 0 (parallel/rendezvous.py).
+        launched: A launcher of moe_dist started the process; then standard error already goes into the rank's log.
+        grace_seconds: Time from a stop signal until the process ends itself.
     """
 
     rank: int
@@ -41,11 +49,12 @@ class RankEnv:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MOE_DIST_INIT_METHOD (or MASTER_ADDR and MASTER_PORT, as
-        torchrun sets them), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the run has one process. Raises ConfigError with all problems if
-        variables are missing, are no numbers, or contradict each other."""
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (or the names of mpirun or srun), MOE_DIST_INIT_METHOD (or
+        MASTER_ADDR and MASTER_PORT), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
+        MOE_DIST_GRACE_SECONDS. Without a rank the run has one process; without local ranks each node has one. Raises
+        ConfigError with all problems if variables are missing, are no numbers, or contradict each other."""
         problems: list[str] = []
+        env, step_id = _with_our_names(env)
 
         def number(name: str, default: int | None = None) -> int:
             text = env.get(name)
@@ -60,8 +69,9 @@ class RankEnv:
 
         alone = "RANK" not in env and "WORLD_SIZE" not in env  # a plain `python -m moe_dist.train`
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
-        local_rank = number("LOCAL_RANK", 0 if world_size == 1 else None)
-        local_world_size = number("LOCAL_WORLD_SIZE", 1 if world_size == 1 else None)
+        one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as pods of Kubernetes
+        local_rank = number("LOCAL_RANK", 0 if one_per_node else None)
+        local_world_size = number("LOCAL_WORLD_SIZE", 1 if one_per_node else None)
         attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second one comes from torchrun
         if not problems:
             for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
@@ -69,13 +79,15 @@ class RankEnv:
                     problems.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
             if local_world_size > world_size:
                 problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
-        init_method = _init_method(env, world_size)
+        step_id = step_id if world_size > 1 else ""  # a shell in a step may start one run after the other
+        init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # the name finds rank 0's address
         if not init_method:
             problems.append(
-                "no rendezvous for the ranks: set MOE_DIST_INIT_METHOD (published, file:///a/shared/path or "
-                "tcp://host:port), or MASTER_ADDR and MASTER_PORT"
+                "no rendezvous for the ranks: set MASTER_ADDR and MASTER_PORT to a port of rank 0's node, or "
+                "MOE_DIST_INIT_METHOD (published, file:///a/shared/path or tcp://host:port)"
             )
-        attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        drawn = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or step_id or drawn
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # it becomes part of file names
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
@@ -85,12 +97,38 @@ class RankEnv:
         return cls(*ranks, init_method, attempt, attempt_id, launched, grace_seconds)
 
 
+def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> None:
+    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless it is set already. Call it
+    before the import of torch, which reads the variable."""
+    if env.get(THREADS):
+        return
+    usable = len(os.sched_getaffinity(0))  # fewer than the node has where a container or the scheduler binds the process
+    share = usable // local_world_size
+    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may have bound each task to its share
+        share = min(usable, int(cpus) // local_world_size)
+    env[THREADS] = str(max(1, share))
+
+
+def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
+    """`env` with torchrun's names for what mpirun or srun call otherwise; RANK or WORLD_SIZE in `env` has precedence. And a
+    name that all tasks of one srun share; empty with other launchers."""
+    names = next((names for names in _OTHER_NAMES if all(name in env for name in names)), None)
+    if names is None or "RANK" in env or "WORLD_SIZE" in env:
+        return env, ""
+    ours: dict[str, str] = dict(zip(_NAMES, (env[name] for name in names), strict=True))
+    if names[0] != "SLURM_PROCID":
+        return {**env, **ours}, ""
+    ours["LOCAL_WORLD_SIZE"] = str(1 + ours["LOCAL_WORLD_SIZE"].count(","))
+    ours["MOE_DIST_ATTEMPT"] = restarts = env.get("SLURM_RESTART_COUNT", "0")  # of the job
+    return {**env, **ours}, f"srun-{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}-{restarts}"
+
+
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
     """The init method; empty if there are several ranks and no variable gives one."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # not tcp://: under torchrun the agent owns the store, and only env:// connects to it
+        return "env://"  # not tcp://: under torchrun the agent owns the store
     return ALONE if world_size == 1 else ""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import moe_dist
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
+from moe_dist.runtime.environment import THREADS
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.secrets import without_secrets
 
@@ -45,6 +46,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
+            "threads": os.environ.get(THREADS),  # of rank 0; equal bits need equal threads on every rank
             "packages": {each.name: each.version for each in found},
         }
     )

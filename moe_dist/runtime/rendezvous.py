@@ -1,7 +1,7 @@
-"""Files in the run folder by which the ranks find rank 0, before there is a process group. Does not import torch.
+"""How the ranks find rank 0 at a start, before there is a process group, and what they compare. Does not import torch.
 
-    rendezvous.json (mode 0600, owned by the ranks' user)     attempt_id, attempt, host, port, secret
-    .shared_<attempt_id>_<attempt>                            shows that a rank sees the same folder as rank 0
+    <run folder>/rendezvous.json    mode 0600, owned by the ranks' user: attempt_id, host, port, secret
+    <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; `key` is new for each start
 
 Rank 0 publishes its address, and the other ranks accept only an address of their own attempt. The secret is a prefix of
 every key in torch's store: it separates jobs, but does not stop an attacker, because the store has no authentication
@@ -9,26 +9,30 @@ every key in torch's store: it separates jobs, but does not stop an attacker, be
 """
 
 import json
+import logging
 import os
 import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.errors import ConfigError, MoeDistError, ResourceError, StoppedError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
-from moe_dist.runtime.ownership import RunFolderError, user_name
+from moe_dist.runtime.ownership import user_name
+
+logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
 SHARED_SECONDS = 60.0  # seconds; an NFS client may not see a new file at once
 POLL_SECONDS = 0.1
+SAY_SECONDS = 30.0
+_SHOWN = 8  # ranks in one line
 
 
 @dataclass(frozen=True)
@@ -36,49 +40,108 @@ class Address:
     """The published address of rank 0.
 
     Attributes:
-        attempt_id, attempt: The attempt whose ranks use this address.
+        attempt_id: The attempt that this address is for.
         host, port: An IPv4 address of rank 0's node, and the port.
         secret: Prefix of all keys in torch's store.
     """
 
     attempt_id: str
-    attempt: int
     host: str
     port: int
     secret: str
 
 
-@contextmanager
-def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = SHARED_SECONDS) -> Iterator[None]:
-    """Checks that every rank sees rank 0's run folder: with a separate local folder on each node, a checkpoint would be
-    scattered over the nodes and could not be loaded. Rank 0 writes a file, and the other ranks wait for it.
+class StartError(MoeDistError):
+    """The ranks did not meet at a start."""
 
-    Enter it after rank 0 has opened the run folder, and create the process group inside the block: rank 0 deletes the file
-    at the end of the block, so all ranks must have entered by then. Ranks of a single node skip the check.
 
-    Raises:
-        ConfigError: the file did not appear, because run.root is a different folder on this node, or missing.
+class StartWait:
+    """The wait of one rank for others at a start.
+
+    Args:
+        seconds: The longest wait, counted from now.
+        stopped: Returns True after a stop signal, which ends the wait.
     """
-    probe = run_folder / f".shared_{env.attempt_id}_{env.attempt}"
-    if env.local_world_size == env.world_size:
-        yield
-    elif env.rank == 0:
-        probe.write_text(f"{env.attempt_id}\n")  # only the file's existence matters
-        try:
-            yield
-        finally:
-            probe.unlink(missing_ok=True)
-    else:
-        deadline = time.monotonic() + wait_seconds
-        while not probe.exists():  # costs one stat on the shared file system
+
+    def __init__(self, rank: int, seconds: float, *, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._rank, self._seconds, self._stopped = rank, seconds, stopped
+        self._began = self._said = time.monotonic()
+
+    def pause(self, whom: str) -> None:
+        """Sleeps until the next poll; logs every 30 s that the rank waits for `whom`.
+
+        Raises:
+            StartError: the wait has lasted `seconds`.
+            StoppedError: `stopped` returned True.
+        """
+        now = time.monotonic()
+        if self._stopped():
+            raise StoppedError(f"stopped on request while rank {self._rank} waited for {whom}; start the run again later")
+        if now - self._began >= self._seconds:
+            raise StartError(
+                f"rank {self._rank} waited {self._seconds:g} s for {whom}; see the logs of launcher and ranks for the "
+                "reason, or raise parallel.start_seconds if they only start slowly"
+            )
+        if now - self._said >= SAY_SECONDS:
+            self._said = now
+            logger.warning("waiting for %s since %.0f s, for at most %.0f s", whom, now - self._began, self._seconds)
+        time.sleep(POLL_SECONDS)
+
+    def again(self) -> "StartWait":
+        """A new wait of the same length, which a stop signal does not end."""
+        return StartWait(self._rank, self._seconds)
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What rank 0 tells each rank that comes.
+
+    Attributes:
+        attempt_id: The attempt's name for all ranks.
+        world_size: WORLD_SIZE of rank 0.
+        host, folder: Rank 0's host and the run folder there.
+        key: Random name of this start.
+    """
+
+    attempt_id: str
+    world_size: int
+    host: str
+    folder: str
+    key: str
+
+    def probe(self, run_folder: Path) -> Path:
+        """The file that rank 0 writes into the run folder."""
+        return run_folder / f".shared_{self.key}"
+
+    def difference(self, env: RankEnv, run_folder: Path) -> str:
+        """What keeps this rank from starting with rank 0; empty if nothing does. On several nodes it waits up to
+        SHARED_SECONDS for the probe: with a separate local folder on each node a checkpoint would be scattered over the
+        nodes and could not be loaded."""
+        here = f"rank {env.rank} on {socket.gethostname()}"
+        if env.world_size != self.world_size:
+            return f"WORLD_SIZE={env.world_size} for {here}, {self.world_size} for rank 0 on {self.host}; start all alike"
+        if env.launched and env.attempt_id != self.attempt_id:
+            return (
+                f"MOE_DIST_ATTEMPT_ID={env.attempt_id!r} for {here}, {self.attempt_id!r} for rank 0 on {self.host}: the "
+                "ranks belong to two starts; start all ranks alike"
+            )
+        deadline = time.monotonic() + SHARED_SECONDS
+        while env.local_world_size < env.world_size and not self.probe(run_folder).exists():  # one stat on the file system
             if time.monotonic() >= deadline:
-                what = "is a different folder, or rank 0 has not started" if run_folder.exists() else "does not exist"
-                raise ConfigError(
-                    f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {run_folder}; "
-                    f"on this node it {what}; run.root must be a folder that all nodes share"
+                what = "is another folder" if run_folder.exists() else "does not exist"
+                return (
+                    f"{here} does not see {self.probe(run_folder).name}, which rank 0 on {self.host} wrote into "
+                    f"{self.folder}: on this node {run_folder} {what}; run.root must be a folder that all nodes share"
                 )
             time.sleep(POLL_SECONDS)
-        yield
+        return ""
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Ranks in a sentence: 'rank 3', 'ranks 1, 2', or 'ranks 1, 2, ... and 56 more'."""
+    found = sorted(ranks)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_SHOWN]))}{more}"
 
 
 def address_file(run_folder: Path) -> Path:
@@ -129,7 +192,7 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
             f"rank 0 cannot listen at {host}: {error.strerror}; set {HOST_VARIABLE} to an address of its node"
         ) from error
     port, secret = listener.getsockname()[1], secrets.token_hex(16)  # a new secret for each attempt
-    address = Address(env.attempt_id, env.attempt, host, port, secret)
+    address = Address(env.attempt_id, host, port, secret)
     try:
         write_atomically(path, json.dumps(asdict(address)), mode=0o600)
     except BaseException:
@@ -138,21 +201,16 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
     return address, listener
 
 
-def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
-    """On the other ranks: waits for the address of this attempt. Raises RunFolderError if rank 0 did not publish it in
-    time, and ConfigError if the file belongs to another user or others can access it."""
-    deadline = time.monotonic() + wait_seconds
+def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
+    """On the other ranks: waits for the address of this attempt. Raises the errors of `wait`, and ConfigError if the file
+    belongs to another user or others can access it."""
     while True:
         address = _read(path)
-        if address is not None and (address.attempt_id, address.attempt) == (env.attempt_id, env.attempt):
+        if address is not None and address.attempt_id == env.attempt_id:
             return address
-        if time.monotonic() >= deadline:
-            other = f"; the file there is of attempt {address.attempt_id}" if address is not None else ""
-            raise RunFolderError(
-                f"rank {env.rank} waited {wait_seconds:g} s for rank 0's address in {path} (attempt {env.attempt_id})"
-                f"{other}; see the log of rank 0 for the reason, or check that this node sees that folder"
-            )
-        time.sleep(POLL_SECONDS)  # each poll reads a small file on the shared file system
+        there = f"; the file there is of attempt {address.attempt_id}" if address is not None else ""
+        there = there if path.parent.exists() else "; this node has no such folder yet"
+        wait.pause(f"rank 0, whose address must come into {path} (attempt {env.attempt_id}{there})")  # reads a small file
 
 
 def withdraw(path: Path, address: Address) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.rendezvous import ranks_text
 
 POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
 SETTLE_POLLS = 3  # poll intervals during which peers write their reports
-SHOWN_RANKS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,10 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
     if silent:
         state = "suspended, dead, or unable to write to the run folder"
-        why = f"{_ranks(silent)} did not enter it and wrote no report: {state}"
+        why = f"{ranks_text(silent)} did not enter it and wrote no report: {state}"
     elif culprits:
         first = next(report for report in reports if report.rank in culprits)
-        why = f"{_ranks(culprits)} did not enter it: {first.place}, at {first.at}"
+        why = f"{ranks_text(culprits)} did not enter it: {first.place}, at {first.at}"
     else:
         why = "all ranks have entered it: check the network between them, and their split sizes"
     return Hang(culprits, silent, waiting, f"{what}; {why}")
@@ -234,9 +234,3 @@ def _line_of(thread: threading.Thread) -> str:
     if not ours:
         return "nowhere"
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:SHOWN_RANKS])
-    more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"

@@ -17,7 +17,7 @@ from moe_dist.errors import EXIT_DONE
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.environment import RankEnv, share_cores
 from moe_dist.runtime.log import Startup
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
@@ -45,6 +45,7 @@ def main(
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     """Runs one attempt (one start of the run) on this rank and returns the exit code."""
     env = RankEnv.from_environment(os.environ)
+    share_cores(env.local_world_size, os.environ)
     attempt = Attempt(env)
     # From here on stop signals are caught; the import of torch, which takes seconds, comes later.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
@@ -75,7 +76,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
-    mesh = session.join_world(config, env, folder)
+    mesh = session.join_world(config, env, folder, attempt, stopped=lambda: stop.requested)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
     training = build.build_training(config, manifest, placement, mesh)

@@ -23,14 +23,13 @@ from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh
-from moe_dist.parallel.rendezvous import published_store
+from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
-from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.place import Found, RunPlace, check_place
-from moe_dist.runtime.rendezvous import shared_with_rank_0
+from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
@@ -57,36 +56,33 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     return device
 
 
-def join_world(config: Config, env: RankEnv, folder: RunFolder) -> Mesh:
-    """Waits until all ranks have started, and makes the process groups.
+def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
+    """Meets all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait for them.
 
     Raises:
-        ResourceError: this rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node failed, or this rank does not see rank 0's run folder.
+        ResourceError: a rank is on another node than planned, or has no GPU.
+        MoeDistError: a check of this node fails; or the ranks did not meet, or do not share run folder and start.
     """
     section, device = config.parallel, choose_device(config, env)
-    timeout = section.timeout_seconds
-    with shared_with_rank_0(folder.path, env):
+    wait = StartWait(env.rank, section.start_seconds, stopped=stopped)
+    with meeting(env, folder.path, wait) as (store, attempt_id):
+        env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # before all ranks meet, so that they wait for no bad node
-        with published_store(env, folder.path, timeout=timeout) as store:  # rank 0 writes its address to the run folder
-            init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        timeout = section.timeout_seconds
+        init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
 
 
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts the watchdog of this rank's collectives, unless the run has a single rank.
-
-    Must be called after `join_world`: rank 0 has then written the run's lease, from which all ranks read the attempt's id.
-    """
-    holder = read_holder(folder.lease_json)
+    """Starts to watch this rank's collectives; a single rank needs no watchdog. Call it after `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
         world_size=env.world_size,
-        attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
+        attempt_id=attempt.attempt_id,
         seconds=config.parallel.resolved_watchdog_seconds,
         logs=folder.logs,
         step=attempt.last_step,

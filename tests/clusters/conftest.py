@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.slurm import SlurmCluster
 
-SITE = "gpus: {syntax: none}\nranks_per_node: 1\ntime: '30'\nsignal_seconds: 60\n"
+SITE = "gpus: {syntax: none}\nranks_per_node: 1\ncpus_per_rank: 1\ntime: '30'\nsignal_seconds: 60\n"
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
 
 def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
     doctor.site = tmp_path / "large.yaml"
-    doctor.site.write_text(SITE.replace("ranks_per_node: 1", "ranks_per_node: 2\ncpus_per_rank: 6"))
+    doctor.site.write_text(SITE.replace("ranks_per_node: 1\ncpus_per_rank: 1", "ranks_per_node: 2\ncpus_per_rank: 6"))
     assert_only(doctor.says("--probe"), 69, "^FAIL nodes: ranks 0-1 need 12 CPU on one node, but no node .* more than 8;")
 
 

@@ -113,7 +113,9 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     per_node: int,
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(f"gpus: {{syntax: none}}\nranks_per_node: {per_node}\ntime: '30'\nsignal_seconds: 60\n")
+    site.write_text(
+        f"gpus: {{syntax: none}}\nranks_per_node: {per_node}\ncpus_per_rank: 1\ntime: '30'\nsignal_seconds: 60\n"
+    )
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
     job, run = runs.start(
@@ -169,7 +171,7 @@ def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
 ) -> None:
     sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
     sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
-    site.write_text("gpus: {syntax: none}\nranks_per_node: 4\ntime: '30'\n")
+    site.write_text("gpus: {syntax: none}\nranks_per_node: 4\ncpus_per_rank: 1\ntime: '30'\n")
     values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
     job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
     found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]

@@ -16,12 +16,13 @@ from pathlib import Path
 import psutil, torch
 import torch.distributed as dist
 from moe_dist.parallel.mesh import destroy_world, init_world
-from moe_dist.parallel.rendezvous import published_store
+from moe_dist.parallel.rendezvous import meeting
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.rendezvous import StartWait
 def listening():
     return sorted(c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN)
 env = RankEnv.from_environment(os.environ)
-with published_store(env, Path(sys.argv[1]), timeout=600.0) as store:
+with meeting(env, Path(sys.argv[1]), StartWait(env.rank, 600.0)) as (store, _):
     init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=torch.device("cpu"), timeout=600.0)
     del store
 value = torch.tensor([2.0 ** env.rank])
@@ -34,7 +35,7 @@ print(json.dumps({"sum": value.item(), "during": during, "after": listening()}))
 
 
 def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tmp_path: Path) -> None:
-    stale = {"attempt_id": "this.0", "attempt": 0, "host": "127.0.0.1", "port": 9, "secret": "x"}
+    stale = {"attempt_id": "this.0", "host": "127.0.0.1", "port": 9, "secret": "x"}
     address_file(tmp_path).write_text(json.dumps(stale))
     address_file(tmp_path).chmod(0o600)
     shared = {

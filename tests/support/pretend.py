@@ -19,7 +19,6 @@ from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
-from moe_dist.runtime.rendezvous import shared_with_rank_0
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 
@@ -34,10 +33,11 @@ def main(config_path: Path, overrides: list[str]) -> int:
     with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:
         config = load_config(config_path, overrides)
         folder = attempt.open(config)
-        with shared_with_rank_0(folder.path, env):
-            check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-            print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
-            time.sleep(1.0)  # for the slowest to come
+        while folder.read_status().of(env.attempt_id) is None:  # rank 0 has not opened the run folder yet
+            time.sleep(0.02)
+        check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
+        print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
+        time.sleep(1.0)  # for the slowest to come
         step = committed_step(folder.checkpoints) + int(gained or 0)
         attempt.follow(lambda: config.train.steps if how == "done" else step)
         if env.rank == 0 and gained:

@@ -89,6 +89,7 @@ def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
         "evaluation.ablate_experts": False,
         "parallel.ep": ranks,
         "parallel.timeout_seconds": MEETING_SECONDS,
+        "parallel.start_seconds": MEETING_SECONDS,
         "parallel.watchdog_seconds": WATCHDOG_SECONDS,
         "monitor.sinks": [{"kind": "console", "every": 20}, {"kind": "jsonl"}],
     }

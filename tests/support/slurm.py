@@ -34,9 +34,9 @@ class SlurmCluster:
         self.folder, self._nodes = folder, nodes
         settings = {"SLURM_CI_DIR": str(folder), "SLURM_CI_FEATURES": features, "SLURM_CI_GPUS": str(gpus)}
         self._env = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MOE_"))
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MOE_", "OMP_"))
         }
-        self._env |= {**settings, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        self._env |= {**settings, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def __enter__(self) -> "SlurmCluster":
         self._script("start", str(self._nodes))

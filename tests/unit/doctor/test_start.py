@@ -1,4 +1,4 @@
-"""Checks of the nodes at the start of a job, before the rendezvous."""
+"""Checks of the nodes at the start of a job, before the process group exists."""
 
 import json
 import logging

@@ -14,7 +14,6 @@ from launchers.command import (
     plan_job,
     rank_commands,
     relative_paths,
-    threads_per_rank,
 )
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError, ResourceError
@@ -80,12 +79,6 @@ def test_a_number_of_ranks_stretches_edp(tmp_path: Path, asked: int | None, over
 def test_ranks_that_make_no_whole_groups_are_refused(tmp_path: Path, asked: int) -> None:
     with pytest.raises(ConfigError, match=rf"{asked} ranks: must be a positive multiple of parallel\.ep=2"):
         fit_world_size(tiny_config(tmp_path, tmp_path), asked)
-
-
-def test_threads_are_an_equal_share_unless_set_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    assert [threads_per_rank(ranks, {}) for ranks in (1, 3, 8, 20)] == [8, 2, 1, 1]
-    assert threads_per_rank(2, {"OMP_NUM_THREADS": "5"}) is None
 
 
 # --- which rank on which node

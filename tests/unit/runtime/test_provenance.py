@@ -58,6 +58,7 @@ def test_each_attempt_adds_an_entry_and_equal_diffs_are_kept_once(
 ) -> None:
     monkeypatch.setattr("moe_dist.__file__", str(clone / "code" / "__init__.py"))
     folder = tmp_path / "run"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     folder.mkdir()
     record_provenance(folder, "clean")
     (clone / "top.py").write_text("b = 2\n")
@@ -65,6 +66,7 @@ def test_each_attempt_adds_an_entry_and_equal_diffs_are_kept_once(
     record_provenance(folder, "dirty again")
     entries = json.loads((folder / "provenance.json").read_text())
     assert [entry["attempt_id"] for entry in entries] == ["clean", "dirty", "dirty again"]
+    assert {entry["threads"] for entry in entries} == {"3"}
     assert entries[0]["diff"] is None
     assert entries[1]["diff"] == entries[2]["diff"]
     assert [path.name for path in folder.glob("*.patch")] == [entries[1]["diff"]]

@@ -11,10 +11,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.errors import ConfigError, ResourceError, StoppedError
+from moe_dist.runtime import rendezvous
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
-from moe_dist.runtime.ownership import RunFolderError
-from moe_dist.runtime.rendezvous import address_file, find, listening_host, publish, withdraw
+from moe_dist.runtime.rendezvous import (
+    StartError,
+    StartWait,
+    address_file,
+    find,
+    listening_host,
+    publish,
+    ranks_text,
+    withdraw,
+)
 from tests.support.messages import refused
 
 FIRST = RankEnv(0, 4, 0, 2, PUBLISHED, attempt=1, attempt_id="job.1")
@@ -30,7 +39,7 @@ def test_other_ranks_find_the_address_that_rank_0_published(tmp_path: Path) -> N
         os.umask(before)
     with listener:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert find(path, OTHER, wait_seconds=0.0) == address
+        assert find(path, OTHER, StartWait(3, 0.0)) == address
         assert len(address.secret) == 32
         with socket.create_connection((address.host, address.port), timeout=10):  # it listens already
             pass
@@ -39,15 +48,14 @@ def test_other_ranks_find_the_address_that_rank_0_published(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stale", [{"attempt_id": "job.0"}, {"attempt": 0}])
-def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path, stale: dict[str, object]) -> None:
+def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path) -> None:
     path = address_file(tmp_path)
-    address, listener = publish(path, replace(FIRST, **stale), "127.0.0.1")  # type: ignore[arg-type]
+    address, listener = publish(path, replace(FIRST, attempt_id="job.0"), "127.0.0.1")
     listener.close()
-    with pytest.raises(RunFolderError, match=rf"rank 3 waited 0\.3 s .*attempt job\.1.*is of attempt {address.attempt_id}"):
-        find(path, OTHER, wait_seconds=0.3)
+    with pytest.raises(StartError, match=r"rank 3 waited 0\.3 s .*attempt job\.1.*is of attempt job\.0"):
+        find(path, OTHER, StartWait(3, 0.3))
     found: list[object] = []
-    waiting = threading.Thread(target=lambda: found.append(find(path, OTHER, wait_seconds=600.0)))
+    waiting = threading.Thread(target=lambda: found.append(find(path, OTHER, StartWait(3, 600.0))))
     waiting.start()
     new, listener = publish(path, FIRST, "127.0.0.1")
     waiting.join(600)
@@ -62,8 +70,8 @@ def test_half_a_file_is_waited_for(tmp_path: Path, content: str) -> None:
     path = address_file(tmp_path)
     path.write_text(content)
     path.chmod(0o600)
-    with refused(RunFolderError):
-        find(path, OTHER, wait_seconds=0.0)
+    with refused(StartError):
+        find(path, OTHER, StartWait(3, 0.0))
 
 
 def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> None:
@@ -72,14 +80,14 @@ def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> 
     listener.close()
     path.chmod(0o640)
     with refused(ConfigError):
-        find(path, OTHER, wait_seconds=0.0)
+        find(path, OTHER, StartWait(3, 0.0))
     path.unlink()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text(json.dumps(asdict(address)))
     elsewhere.chmod(0o600)
     path.symlink_to(elsewhere)
     with refused(ConfigError):
-        find(path, OTHER, wait_seconds=0.0)
+        find(path, OTHER, StartWait(3, 0.0))
 
 
 def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +105,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "stat", owned_by_us)
     with refused(ConfigError, "rendezvous.json"):
-        find(path, OTHER, wait_seconds=0.0)
+        find(path, OTHER, StartWait(3, 0.0))
 
 
 def test_the_host_is_one_that_the_peers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +125,22 @@ def test_an_address_of_another_node_is_reported(tmp_path: Path) -> None:
         publish(address_file(tmp_path), FIRST, "203.0.113.7")
     with refused(ConfigError, "MOE_DIST_RENDEZVOUS_HOST=", golden=False):
         listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "no.such.host.invalid"})
+
+
+def test_a_wait_names_the_missing_until_it_ends_by_time_or_by_a_stop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 10.0))
+    wait = StartWait(0, 100.0)
+    with refused(StartError):
+        while True:
+            wait.pause(ranks_text({3, 2}))
+    assert now == [1100.0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for ranks 2, 3 since {seconds} s, for at most 100 s" for seconds in (30, 60, 90)
+    ]
+    with refused(StoppedError):
+        StartWait(0, 100.0, stopped=lambda: True).pause(ranks_text({1}))
+    assert ranks_text(range(1, 65)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 56 more"

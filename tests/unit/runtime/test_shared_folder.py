@@ -1,52 +1,56 @@
-"""Ranks on several nodes check that they see rank 0's folder."""
+"""What a rank compares with rank 0 before it starts with it: the folder, the number of ranks, the name of the attempt."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moe_dist.errors import ConfigError
+from moe_dist.runtime import rendezvous
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.rendezvous import shared_with_rank_0
+from moe_dist.runtime.rendezvous import Greeting
 
-RANK_0 = RankEnv(0, 2, 0, 1, "published", 0, "job-7")
-RANK_1 = replace(RANK_0, rank=1)
+RANK_1 = RankEnv(1, 2, 0, 1, "published", 0, "job-7", launched=True)
 
 
-def test_a_rank_that_sees_the_file_goes_on_and_nothing_is_left(tmp_path: Path) -> None:
-    seen = threading.Event()
+@pytest.fixture
+def greeting(tmp_path: Path) -> Greeting:
+    return Greeting("job-7", 2, "node0", str(tmp_path), "0123")
 
-    def rank_1() -> None:
-        with shared_with_rank_0(tmp_path, RANK_1, wait_seconds=600.0):
-            seen.set()
 
-    other = threading.Thread(target=rank_1)
+def test_a_rank_waits_for_the_file_of_rank_0(tmp_path: Path, greeting: Greeting) -> None:
+    found: list[str] = []
+    other = threading.Thread(target=lambda: found.append(greeting.difference(RANK_1, tmp_path)))
     other.start()
-    with shared_with_rank_0(tmp_path, RANK_0):
-        assert seen.wait(600)
-    other.join()
-    assert not list(tmp_path.iterdir())
+    time.sleep(0.3)
+    assert other.is_alive(), "it waits"
+    greeting.probe(tmp_path).touch()
+    other.join(600)
+    assert found == [""]
 
 
-@pytest.mark.parametrize(
-    ("attempt_id", "folder", "words"),
-    [
-        ("job-6", ".", "on this node it is a different folder, or rank 0 has not started"),
-        ("job-7", "elsewhere", "on this node it does not exist"),
-    ],
-)
-def test_another_folder_ends_with_78(tmp_path: Path, attempt_id: str, folder: str, words: str) -> None:
-    stranger = replace(RANK_1, attempt_id=attempt_id)
-    with (
-        shared_with_rank_0(tmp_path, RANK_0),
-        pytest.raises(ConfigError, match=f"rank 1 waited .*{words}; run.root must be") as raised,
-        shared_with_rank_0(tmp_path / folder, stranger, wait_seconds=0.2),
-    ):
-        pass
-    assert raised.value.exit_code == 78
+@pytest.mark.parametrize(("folder", "words"), [(".", "is another folder"), ("elsewhere", "does not exist")])
+def test_another_folder_is_named_with_both_hosts(
+    tmp_path: Path, greeting: Greeting, monkeypatch: pytest.MonkeyPatch, folder: str, words: str
+) -> None:
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.2)
+    told = greeting.difference(RANK_1, tmp_path / folder)
+    assert told.startswith("rank 1 on ")
+    assert (
+        f"which rank 0 on node0 wrote into {tmp_path}: on this node {tmp_path / folder} {words}; run.root must be" in told
+    )
 
 
-def test_ranks_on_one_node_skip_the_check(tmp_path: Path) -> None:
-    with shared_with_rank_0(tmp_path / "none", replace(RANK_1, local_world_size=2), wait_seconds=0.0):
-        assert not list(tmp_path.iterdir())
+def test_ranks_on_one_node_need_no_file(tmp_path: Path, greeting: Greeting) -> None:
+    assert greeting.difference(replace(RANK_1, local_world_size=2), tmp_path / "none") == ""
+
+
+def test_ranks_of_two_starts_are_told_what_differs(tmp_path: Path, greeting: Greeting) -> None:
+    greeting.probe(tmp_path).touch()
+    assert greeting.difference(replace(RANK_1, world_size=4), tmp_path).startswith("WORLD_SIZE=4 for rank 1 on ")
+    told = greeting.difference(replace(RANK_1, attempt_id="job-6"), tmp_path)
+    assert told.startswith("MOE_DIST_ATTEMPT_ID='job-6' for rank 1 on ")
+    assert "'job-7' for rank 0 on node0" in told
+    # Without a name from the launcher each process has drawn its own, and takes that of rank 0.
+    assert greeting.difference(replace(RANK_1, attempt_id="drawn", launched=False), tmp_path) == ""

@@ -1,0 +1,162 @@
+"""torchrun on two nodes, each a network namespace: one agent is lost, and the run ends with the undisturbed bits.
+
+Where namespaces are not permitted, the nodes are two addresses of the loopback.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launchers.local import launch
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.faults import PROGRAM, fault
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[2]
+STEPS, PORT = 6, 29431
+SETTINGS = {
+    "train.steps": STEPS,
+    "checkpoint.every": 2,
+    "checkpoint.asynchronous": False,  # the step of the last checkpoint is then known
+    "evaluation.every": 1000,
+    "evaluation.balance_efficiency": False,
+    "evaluation.ablate_experts": False,
+    "parallel.timeout_seconds": 600.0,
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node: the command prefix that runs something there, its address and its interface."""
+
+    enter: tuple[str, ...]
+    address: str
+    interface: str
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    names = [f"moe{os.getpid()}{side}" for side in "ab"]
+    link = [f"me{os.getpid()}{side}" for side in "ab"]
+    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, check=False).returncode:
+        yield Node((), "127.0.0.1", "lo"), Node((), "127.0.0.2", "lo")
+        return
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", link[0], "netns", names[0], "type", "veth", "peer", "name", link[1], "netns", names[1])
+        for number, (name, end) in enumerate(zip(names, link, strict=True), 1):
+            ip("-n", name, "address", "add", f"10.219.77.{number}/24", "dev", end)
+            for up in (end, "lo"):
+                ip("-n", name, "link", "set", up, "up")
+        enter = [("ip", "netns", "exec", name) for name in names]
+        yield Node(enter[0], "10.219.77.1", link[0]), Node(enter[1], "10.219.77.2", link[1])
+    finally:
+        for name in names:  # the last process has ended, so the links go with their namespaces
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+class Torchrun:
+    """Agents of one job, one on each node."""
+
+    def __init__(self, nodes: Sequence[Node], backend: str, config: Path, log: Path) -> None:
+        self._nodes, self._backend, self._config, self.log = nodes, backend, config, log
+        self.agents: list[subprocess.Popen[bytes]] = []
+
+    def start(self, number: int, **variables: str) -> subprocess.Popen[bytes]:
+        node, first = self._nodes[number], self._nodes[0]
+        meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={PORT}"]
+        if self._backend == "c10d":
+            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a busy machine is no lost node
+            meet = [f"--rdzv-endpoint={first.address}:{PORT}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
+            meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_"))}
+        # Without this c10d keeps one store for all restarts, and never tells its address to an agent that comes later.
+        env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface, **variables}
+        with self.log.open("ab") as log:
+            agent = subprocess.Popen(
+                [*node.enter, *command, *meet, *PROGRAM, str(self._config)], cwd=ROOT, env=env, stdout=log, stderr=log
+            )
+        self.agents.append(agent)
+        return agent
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600
+        while not condition():
+            ended = [agent.returncode for agent in self.agents if agent.poll()]
+            assert not ended, f"an agent ended with {ended}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def lose(self, agent: subprocess.Popen[bytes]) -> None:
+        """The agent and its ranks are gone at once, as with their node."""
+        for process in (psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)):
+            process.send_signal(signal.SIGKILL)
+        agent.wait()
+        self.agents.remove(agent)
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    with two_nodes() as made:
+        yield made
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    return [reproducible_part(json.loads(line)) for line in run.metrics_jsonl.read_text().splitlines()]
+
+
+def frozen(agent: subprocess.Popen[bytes]) -> bool:
+    return any(each.status() == psutil.STATUS_STOPPED for each in psutil.Process(agent.pid).children(recursive=True))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.full)])
+def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits(
+    nodes: tuple[Node, Node], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # equal bits need equal numbers of threads
+    runs = []
+    for name in ("undisturbed", "disturbed"):
+        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, "run.name": name})
+        runs.append((write_config(config, tmp_path / f"{name}.yaml"), RunFolder.of(config)))
+    (path, undisturbed), (config_yaml, run) = runs
+    assert launch(path) == 0
+
+    job = Torchrun(nodes, backend, config_yaml, tmp_path / "torchrun.log")
+    try:
+        job.start(0)
+        lost = job.start(1, **fault(rank=1, step=5, phase="before_step", kind="freeze"))
+        job.wait_for(lambda: frozen(lost))
+        job.lose(lost)
+        job.start(1)  # a new agent, whose count of restarts begins anew
+        job.wait_for(lambda: all(agent.poll() == 0 for agent in job.agents))
+    finally:
+        for agent in list(job.agents):
+            if agent.poll() is None:
+                job.lose(agent)
+
+    assert records(run) == records(undisturbed)
+    first, *_, last = run.read_status().attempts
+    assert first.verdict != 0
+    assert (last.verdict, last.last_step) == (0, STEPS)
+    assert first.attempt_id != last.attempt_id
+    left = [path.name for path in run.path.iterdir() if path.name.startswith((".shared", ".nodes", "rendezvous"))]
+    assert not left, "ranks that share files left them behind"

@@ -1,0 +1,145 @@
+"""Ranks meet at a start, each in a thread: under any launcher, after earlier starts, and with ranks that do not fit."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from moe_dist.errors import ConfigError, StoppedError
+from moe_dist.parallel.rendezvous import Mailbox, meeting
+from moe_dist.runtime import rendezvous
+from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.runtime.rendezvous import StartError, StartWait
+
+FIRST = RankEnv(0, 3, 0, 1, "env://", attempt=0, attempt_id="of-rank-0")
+SECOND = replace(FIRST, rank=1, attempt=2, attempt_id="of-rank-1")
+THIRD = replace(FIRST, rank=2, attempt=1, attempt_id="of-rank-2")
+Start = Callable[..., Future[str]]
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """The store of torchrun's agent, which outlives every start."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return store
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a rank: its attempt_id, after it has set a key that all ranks of its start must see."""
+
+    def run(env: RankEnv, seconds: float, folder: Path, stopped: Callable[[], bool]) -> str:
+        with meeting(env, folder, StartWait(env.rank, seconds, stopped=stopped)) as (store, attempt_id):
+            assert store.add("ranks of this start", 1) <= env.world_size
+            store.set(str(env.rank), attempt_id)
+            store.wait([str(rank) for rank in range(env.world_size)], timedelta(seconds=600))
+        return attempt_id
+
+    with ThreadPoolExecutor(8) as pool:
+        yield lambda env, seconds=600.0, folder=tmp_path, stopped=lambda: False: pool.submit(
+            run, env, seconds, folder, stopped
+        )
+
+
+def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start, agent: TCPStore, tmp_path: Path) -> None:
+    """Two restarts in the store of one agent: agents count restarts differently, and old keys are still there."""
+    for name in ("first", "second", "third"):
+        ranks = [start(env) for env in (SECOND, THIRD, replace(FIRST, attempt_id=name))]
+        assert [rank.result(600) for rank in ranks] == [name] * 3
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
+def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: TCPStore) -> None:
+    hellos = Mailbox(PrefixStore("moe_dist/hello", agent))
+    hellos.post("a token whose process is gone")
+    PrefixStore("moe_dist/hello", agent).add("count", 1)  # and one that was killed before it wrote its token
+    ranks = [start(env) for env in (FIRST, SECOND, THIRD)]
+    assert {rank.result(600) for rank in ranks} == {"of-rank-0"}
+
+
+def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a store of the launcher: rank 0 publishes its address, or owns the store at MASTER_ADDR."""
+    monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # nobody waits for a late rank with this limit
+    monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
+    published = [replace(each, init_method=PUBLISHED, attempt_id="job.1") for each in (FIRST, SECOND, THIRD)]
+    for first, second, third in (published, published[::-1]):
+        caplog.clear()
+        ranks = [start(first), start(second)]
+        time.sleep(1.0)
+        assert not any(rank.done() for rank in ranks)
+        missing = "rank 2 since" if third.rank == 2 else f"rank 0, whose address must come into {tmp_path}/rendezvous.json"
+        assert [line for line in caplog.messages if line.startswith(f"waiting for {missing}")]
+        ranks.append(start(third))
+        assert {rank.result(600) for rank in ranks} == {"job.1"}
+
+
+@contextmanager
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(rendezvous, "SHARED_SECONDS", 0.2)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("change", "elsewhere", "words"),
+    [
+        ({"world_size": 6}, "", "WORLD_SIZE=6 for rank 2 on "),
+        ({"launched": True, "attempt_id": "job-6"}, "", "MOE_DIST_ATTEMPT_ID='job-6' for rank 2 on "),
+        ({}, "other", "on this node {folder} does not exist; run.root must be a folder that all nodes share"),
+    ],
+)
+def test_all_ranks_end_at_once_with_what_differs_on_one(
+    start: Start,
+    agent: TCPStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Mapping[str, object],
+    elsewhere: str,
+    words: str,
+) -> None:
+    folder = tmp_path / elsewhere
+    with quick(monkeypatch):
+        ranks = [start(FIRST), start(SECOND), start(replace(THIRD, **change), folder=folder)]  # type: ignore[arg-type]
+        errors = [rank.exception(600) for rank in ranks]
+    assert {type(error) for error in errors} == {ConfigError}
+    assert {words.format(folder=folder) in str(error) for error in errors} == {True}
+    assert len({str(error) for error in errors}) == 1
+
+
+def test_a_rank_that_never_comes_ends_all_by_name(start: Start, agent: TCPStore) -> None:
+    errors = [rank.exception(600) for rank in (start(FIRST, 0.5), start(SECOND))]
+    assert {type(error) for error in errors} == {StartError}
+    assert {str(error).partition(";")[0] for error in errors} == {"rank 0 waited 0.5 s for rank 2"}
+
+
+def test_a_stop_while_rank_0_waits_stops_all_with_75(start: Start, agent: TCPStore) -> None:
+    stop = threading.Event()
+    ranks = [start(FIRST, stopped=stop.is_set), start(SECOND)]
+    time.sleep(0.5)
+    stop.set()
+    assert {type(rank.exception(600)) for rank in ranks} == {StoppedError}
+
+
+def test_a_name_without_address_or_a_wrong_port_is_said(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    late = start(SECOND, 0.1).exception(600)
+    assert isinstance(late, StartError)
+    assert "rank 0, whose store must be at no.such.host.invalid:29500 (" in str(late)
+    monkeypatch.setenv("MASTER_PORT", "http")
+    wrong = start(SECOND).exception(600)
+    assert isinstance(wrong, ConfigError)
+    assert "no.such.host.invalid:http has no port number" in str(wrong)
