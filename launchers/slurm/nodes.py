@@ -64,11 +64,11 @@ class Allocation:
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
 
-def ask(*command: str, cwd: Path | None = None) -> str:
+def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
     not installed, or does not answer within a minute."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error
     if done.returncode:

@@ -23,6 +23,7 @@ GUIDE = "docs/scaling.md"
 
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+MAX_RESTARTS = 20  # of one job, by default, under every launcher
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
@@ -109,7 +110,9 @@ class Cluster(Section):
     """Time limit of one attempt of a job, in Slurm's format."""
     signal_seconds: PositiveInt = 300
     """Seconds before the time limit at which Slurm sends the signal to save a checkpoint and stop."""
-    max_restarts: Count = Field(default=20, description="Automatic restarts of a job. After these, it stays stopped.")
+    max_restarts: Count = Field(
+        default=MAX_RESTARTS, description="Automatic restarts of one job, whatever ended its attempts."
+    )
 
     @property
     def network_variables(self) -> dict[str, str]:
