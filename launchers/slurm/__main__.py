@@ -18,9 +18,9 @@ import typer
 
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
 from launchers.slurm.nodes import SlurmError, ask
-from launchers.slurm.script import PROGRAM, limit_warning, output_pattern, parts, script
+from launchers.slurm.script import PROGRAM, output_pattern, parts, script
 from launchers.snapshot import code_folder, read_sweep, take_snapshot
-from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster, seconds_of
+from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, ResourceError
@@ -193,7 +193,7 @@ def main(
                 raise ConfigError([f"--time={limit}: {violation.problem}" for violation in broken])
         if array is not None and overwrite:
             raise ConfigError("--overwrite: cannot be combined with --array; rename the folder of the sweep by hand")
-        if warning := limit_warning(seconds_of(site.time), site):
+        if warning := site.limit_warning():
             print(warning, file=sys.stderr)
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))

@@ -17,27 +17,9 @@ import typer
 
 from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, rank_commands
 from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
-from launchers.slurm.nodes import Allocation, differences, hosts_of
-from launchers.slurm.script import (
-    PROGRAM,
-    interpreter,
-    limit_warning,
-    output_pattern,
-    parts,
-    rank_table,
-    sbatch_line,
-    script,
-    srun_command,
-)
-from launchers.slurm.step import (
-    Places,
-    SlurmJob,
-    conclude,
-    hold_signals_prefix,
-    name_unconcluded,
-    requeue_job,
-    run_step,
-)
+from launchers.slurm.nodes import Allocation, differences, hosts_of, ranks_by_task
+from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
+from launchers.slurm.step import SlurmJob, conclude, hold_signals_prefix, name_unconcluded, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -83,15 +65,15 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself has requeued the job
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return EXIT_FAILED
-    if warning := limit_warning(_limit_seconds(env), cluster):
+    if warning := cluster.limit_warning(_limit_seconds(env)):
         print(warning, file=sys.stderr)
     hosts = hosts_of(plan, allocation)
-    print(f"attempt {job.restarts} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
+    print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
     program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
-    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program)
+    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program, restarts=len(ends))
     with StopSignals() as signals:
         code, ended = run_step(command)
-        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=_places(plan, hosts))
+        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=ranks_by_task(plan, hosts))
         ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
         _keep(path, ends)
         if verdict == STOPPED or not is_final(verdict):
@@ -153,15 +135,6 @@ def _limit_seconds(env: Mapping[str, str]) -> float:
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 
 
-def _places(plan: JobPlan, hosts: Sequence[str]) -> Places:
-    """The tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node."""
-    return {
-        hosts[node.index]: dict(enumerate(node.ranks, position * part.ranks_per_node))
-        for part in parts(plan)
-        for position, node in enumerate(part.nodes)
-    }
-
-
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     """Folders to mount in a container under the same path."""
     weights = config.run.init_from
@@ -178,6 +151,7 @@ def _step(
     plan: JobPlan,
     allocation: Allocation,
     program: tuple[str, ...],
+    restarts: int,
 ) -> list[str]:
     """Writes this attempt's rank table, and returns the srun command that uses it."""
     folder, hosts = RunFolder.of(config), hosts_of(plan, allocation)
@@ -187,7 +161,7 @@ def _step(
         job=plan,
         # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
         rendezvous={**PUBLISHED_RENDEZVOUS, "MASTER_ADDR": hosts[plan.node_of(0).index]},
-        attempt=job.restarts,
+        attempt=restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,
         python=interpreter(cluster),

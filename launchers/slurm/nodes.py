@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,15 @@ def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
         for node, host in zip(part.nodes, have.hosts, strict=True)
     }
     return tuple(host_of[node.index] for node in job.nodes)
+
+
+def ranks_by_task(job: JobPlan, hosts: Sequence[str]) -> dict[str, dict[int, int]]:
+    """The tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node."""
+    return {
+        hosts[node.index]: dict(enumerate(node.ranks, position * part.ranks_per_node))
+        for part in parts(job)
+        for position, node in enumerate(part.nodes)
+    }
 
 
 def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:

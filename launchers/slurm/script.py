@@ -15,7 +15,6 @@ TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
 PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
 STOP_SIGNAL = "USR2"  # NCCL may use USR1
 LINGER_SECONDS = 60  # from the end of one rank until srun kills the others; they log their own errors in this time
-TRAIN_SECONDS = 300.0  # a warning is given if an attempt has less time from its start until its stop signal
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
@@ -65,18 +64,6 @@ def site_options(cluster: Cluster) -> list[str]:
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
     return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}", *cluster.options]
-
-
-def limit_warning(seconds: float, cluster: Cluster) -> str:
-    """A warning if a time limit leaves little time before the stop signal; empty otherwise, and for 0 (no limit)."""
-    left = seconds - cluster.signal_seconds
-    if seconds == 0.0 or left >= TRAIN_SECONDS:
-        return ""
-    return (
-        f"WARNING: the time limit of {seconds:g} s leaves an attempt {max(0.0, left):g} s until its stop signal "
-        f"(signal_seconds={cluster.signal_seconds}), and the start takes part of that; the job ends after "
-        "two attempts in a row without gain; raise the time limit, or lower signal_seconds in the cluster file"
-    )
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:

@@ -28,12 +28,14 @@ from moe_dist.runtime.run_folder import RunFolder
 # After a node failure Slurm kills this process KillWait (30 s by default) later, but srun may wait longer than that.
 NODE_SECONDS = 5.0  # from the node failure until srun is killed, so that the cause is recorded in time
 LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease, which the record of the cause needs
-_ENDED = re.compile(r"srun: error: (?:(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)|Node failure on (?P<lost>\S+))")
+_ENDED = re.compile(
+    r"srun: error: (?:Node failure on (?P<lost>\S+)|"
+    r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
+)
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
 # srun's words for a task that a signal killed -> the signal. Such a task cannot record a reason.
 _SIGNALS = {signal.strsignal(-each): f"killed by {signal.Signals(-each).name}" for each in SUDDEN}
 _SIGNALS["Out Of Memory"] = "killed, out of memory"
-_RESUBMISSION = ("SLURM_", "SBATCH_")  # variables of this job, which a new submission must not inherit
 Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
 
 
@@ -134,7 +136,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     if stopped and not (silent and silent["lost"]):
         _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
         return STOPPED
-    verdict = EXIT_FAILED if silent else next((found for match in ends if (found := _exit_code(match))), code)
+    verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     if verdict:
         first = silent or next(iter(ends), None)
         reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])
@@ -149,8 +151,10 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
 def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
     """Completes the record of an attempt whose batch script Slurm killed before it could conclude; returns the verdict."""
     record = folder.read_status().of(attempt_id)
-    if record is None or record.verdict not in (None, EXIT_FAILED):
-        return EXIT_FAILED if record is None or record.verdict is None else record.verdict
+    if record is None:
+        return EXIT_FAILED
+    if record.verdict not in (None, EXIT_FAILED):
+        return record.verdict
     seen = f"; rank {record.rank} reported: {record.reason}" if record.reason else ""
     reason = (
         f"Slurm killed the batch script before it could name the cause: its node failed, or KillWait is too short{seen}"
@@ -180,8 +184,8 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
         elif fields.get("PreemptTime", "None") != "None":
-            env = {name: value for name, value in os.environ.items() if not name.startswith(_RESUBMISSION)}
-            env |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+            ours = re.compile("SBATCH_|SLURM_(?!CONF$)")  # variables of this job, which the next one must not inherit
+            env = {name: value for name, value in os.environ.items() if not ours.match(name)}
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
             number = ask(*after, env=env).strip().partition(";")[0]
             shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # in time: the new job waits for this one's end
@@ -199,20 +203,11 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
     if lost := next((match for match in matches if match and match["lost"]), None):
         return lost
     for match in matches:
-        if match is None or ((code := _exit_code(match)) is not None and is_final(code)):  # None: from here on srun kills
+        if match is None or (match["code"] and is_final(int(match["code"]))):  # None: from here on srun kills
             break
-        if _how(match) in _SIGNALS:
+        if match["how"] in _SIGNALS:
             return match
     return None
-
-
-def _how(match: re.Match[str]) -> str:
-    return (match["how"] or "").removesuffix(" (core dumped)")
-
-
-def _exit_code(match: re.Match[str]) -> int | None:
-    found = re.fullmatch(r"Exited with exit code (\d+)", _how(match))
-    return int(found[1]) if found else None
 
 
 def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
@@ -225,7 +220,7 @@ def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
     if not ranks:
         return match[0].removeprefix("srun: error: "), []
     who = f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
-    what = f": Node failure on {node}" if match["lost"] else f" on {node}: {_SIGNALS.get(_how(match), match['how'])}"
+    what = f": Node failure on {node}" if match["lost"] else f" on {node}: {_SIGNALS.get(match['how'], match['how'])}"
     return who + what, ranks
 
 

@@ -274,14 +274,7 @@ class RunFolder:
         return True
 
     def amend_status(
-        self,
-        attempt_id: str,
-        *,
-        verdict: int,
-        reason: str,
-        rank: int | None,
-        last_step: int,
-        wait_seconds: float = 0.0,
+        self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
     ) -> bool:
         """Replaces the recorded verdict; a launcher calls it after all ranks have ended. The peer of a killed or frozen
         rank has recorded only a follow-up error, and if all ranks were killed there is no verdict. Waits up to

@@ -101,11 +101,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             settings, step, loader, evaluator, sinks=sinks, devices=devices, saver=resumable, stop=stop, progress=progress
         )
         finished = trainer.fit()
-    if env.rank == 0:
-        session.conclude(finished, folder, plan)
-        if stop.first is not None:  # it came during the final evaluation
-            print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
-    watchdog.stop()
+        watchdog.stop()  # it would end ranks that wait for rank 0 to close its sinks
+        attempt.finish()
+    # All ranks wait for rank 0 here, because launchers kill ranks that run on after their peers.
+    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan))
+    if env.rank == 0 and stop.first is not None:  # it came during the final evaluation
+        print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
     destroy_world()
 
 

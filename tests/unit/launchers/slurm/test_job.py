@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.slurm.job import _limit_seconds, _places, run_attempt, visible_folders
-from launchers.slurm.script import interpreter, limit_warning
+from launchers.slurm.job import _limit_seconds, run_attempt, visible_folders
+from launchers.slurm.nodes import ranks_by_task
+from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster
@@ -140,15 +141,15 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
 
 def test_tasks_are_counted_node_by_node_in_each_component() -> None:
     nodes = (NodePlan(0, (0, 2), "text"), NodePlan(1, (1, 3), "image"), NodePlan(2, (4, 5), "text"))
-    assert _places(JobPlan(nodes, 0), ["a", "b", "c"]) == {"a": {0: 0, 1: 2}, "b": {0: 1, 1: 3}, "c": {2: 4, 3: 5}}
+    assert ranks_by_task(JobPlan(nodes, 0), ["a", "b", "c"]) == {"a": {0: 0, 1: 2}, "b": {0: 1, 1: 3}, "c": {2: 4, 3: 5}}
 
 
 def test_a_time_limit_is_warned_of_where_it_leaves_less_than_five_minutes() -> None:
     site = Cluster.model_validate({"signal_seconds": 120})
-    assert [bool(limit_warning(seconds, site)) for seconds in (60.0, 419.0, 420.0, 0.0, float("inf"))] == [
+    assert [bool(site.limit_warning(seconds)) for seconds in (60.0, 419.0, 420.0, 0.0, float("inf"))] == [
         True,
         True,
         *[False] * 3,
     ]
-    assert "of 419 s leaves an attempt 299 s until its stop signal (signal_seconds=120)" in limit_warning(419.0, site)
+    assert "of 419 s leaves an attempt 299 s until its stop signal (signal_seconds=120)" in site.limit_warning(419.0)
     assert _limit_seconds({}) == float("inf")
