@@ -80,7 +80,9 @@ class SlurmJob:
     def fields(self) -> Mapping[str, str]:
         """Slurm's record of the job, such as JobState=RUNNING; empty if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
-            words = ask("scontrol", "--oneliner", "show", "job", self.id).splitlines()[0].split()  # the first component
+            env = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+            lines = ask("scontrol", "--oneliner", "show", "job", self.id, env=env).splitlines()
+            words = lines[0].split()  # the first component of a heterogeneous job
             return dict(word.split("=", 1) for word in words if "=" in word)
         return {}
 
@@ -183,7 +185,9 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("PreemptTime", "None") != "None":
+        elif (
+            fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A"
+        ):  # a time, and not of an earlier attempt
             ours = re.compile("SBATCH_|SLURM_(?!CONF$)")  # variables of this job, which the next one must not inherit
             env = {name: value for name, value in os.environ.items() if not ours.match(name)}
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]

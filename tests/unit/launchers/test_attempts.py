@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_config
 def test_a_rank_0_that_was_lost_with_its_node_is_the_cause_although_it_holds_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.5)
+    monkeypatch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.5)  # pyright: ignore[reportArgumentType]
     config = tiny_config(tmp_path / "data", tmp_path / "runs")
     folder = RunFolder.of(config)
     lease = folder.open(config, RankEnv(0, 2, 0, 1, "published", 0, "ray-x"))

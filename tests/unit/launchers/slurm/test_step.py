@@ -201,6 +201,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int
         ("RUNNING", 0, None, "requeued: the next attempt resumes from the last checkpoint", True),
         ("RUNNING", 1, None, "Slurm refuses to requeue the job: scontrol requeue 12: no; continue with: sbatch", True),
         ("COMPLETING Restarts=1 PreemptTime=None", 0, None, "Slurm is ending the job (COMPLETING) for good;", False),
+        (
+            "CANCELLED Restarts=1 StartTime=2026-11-27T10:00:00 PreemptTime=2026-11-27T09:00:00",  # of the attempt before
+            *(0, None, "Slurm is ending the job (CANCELLED) for good;", False),
+        ),
         ("COMPLETING Restarts=2 PreemptTime=None", 0, None, "Slurm has requeued the job (COMPLETING)", False),
         ("RUNNING", 0, "enough", "not requeued: enough; to continue anyway: sbatch", False),
     ],
@@ -226,7 +230,7 @@ def test_a_job_is_requeued_if_it_runs_and_slurm_allows_it(
 def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = slurm("COMPLETING Restarts=1 PreemptTime=2026-11-27T10:00:00", 0)
+    asked = slurm("COMPLETING Restarts=1 StartTime=2026-11-27T09:00:00 PreemptTime=2026-11-27T10:00:00", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of this job, not of the next
     attempts = tmp_path / "job_12.json"
     attempts.write_text("[[75, 0, 7]]")
