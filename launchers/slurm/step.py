@@ -185,9 +185,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif (
-            fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A"
-        ):  # a time, and not of an earlier attempt
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, and of this attempt
             ours = re.compile("SBATCH_|SLURM_(?!CONF$)")  # variables of this job, which the next one must not inherit
             env = {name: value for name, value in os.environ.items() if not ours.match(name)}
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
