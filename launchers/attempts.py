@@ -11,8 +11,8 @@ from pathlib import Path
 from launchers.rank_tracker import Outcome
 from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_FAILED, StoppedError
-from moe_dist.runtime.lease import read_holder
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, StoppedError
+from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
@@ -79,6 +79,10 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     cause = outcome.first_failed
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
         cause = record.rank  # it wrote the verdict before its exit could make a peer fail
+    if verdict == EXIT_DONE:
+        if cause is not None:  # after its last save, as while its sinks closed
+            print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
+        return EXIT_DONE, reason
     if outcome.aborted:
         print("killed; the last checkpoint is intact", file=sys.stderr)
     elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
@@ -97,7 +101,14 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             last_step = max(record.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
-                folder.amend_status(attempt_id, verdict=verdict, reason=reason, rank=cause, last_step=last_step)
+                folder.amend_status(
+                    attempt_id,
+                    verdict=verdict,
+                    reason=reason,
+                    rank=cause,
+                    last_step=last_step,
+                    wait_seconds=WAIT_SECONDS if 0 in outcome.lost else 0.0,  # a lost rank 0 has not released the lease
+                )
         _report(folder, cause, outcome, offsets[cause])
     return (outcome.exit_code if verdict is None else verdict), reason
 

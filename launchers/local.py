@@ -16,8 +16,8 @@ import typer
 from launchers.attempts import begin_logs, inspect_folder, run_attempts
 from launchers.command import TRAIN, LaunchPlan, file_rendezvous, fit_world_size, one_node, rank_commands
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
-from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks
+from moe_dist.config.cluster import MAX_RESTARTS
 from moe_dist.config.load import read_draft
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
@@ -120,9 +120,7 @@ def main(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds for saving and stopping.")] = DEFAULT_GRACE_SECONDS,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restarts from the last checkpoint after transient failures.")
-    ] = DEFAULT_MAX_RESTARTS,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Automatic restarts from the last checkpoint.")] = MAX_RESTARTS,
     init_from: Annotated[str | None, typer.Option(help="Start from these weights, as run.init_from=PATH.")] = None,
 ) -> None:
     """Run on this machine, one process per rank. Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills the run."""

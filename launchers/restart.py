@@ -1,4 +1,5 @@
-"""Decides whether an attempt that ended is restarted from the last checkpoint. Pure functions of the earlier attempts."""
+"""Decides whether an attempt that ended is restarted from the last checkpoint, by one rule for local, Slurm and Ray. Pure
+functions of the earlier attempts."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +9,8 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-DEFAULT_MAX_RESTARTS = 3
-WITHOUT_GAIN = 2  # after this many attempts in a row without a new checkpoint, no restart
+WITHOUT_GAIN = 2  # after this many attempts in a row without gain, a restart will not help
+STOPPED = StoppedError.exit_code
 # Exit codes without a restart: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
 
@@ -19,13 +20,18 @@ class AttemptEnd:
     """One attempt that has ended.
 
     Attributes:
-        code: The recorded verdict; without a record, the exit code of the ranks.
+        code: The recorded verdict; without a record, the exit code of the ranks. None while the attempt runs.
         begin, end: Step of the newest committed checkpoint, before and after the attempt.
     """
 
-    code: int
+    code: int | None
     begin: int
     end: int
+
+    @property
+    def fruitless(self) -> bool:
+        """The attempt committed no later checkpoint, or a stop ended it at its first step: the time limit is too short."""
+        return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 
 def committed_step(checkpoints: Path) -> int:
@@ -43,11 +49,17 @@ def is_final(code: int) -> bool:
 
 
 def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
-    """The reason against a restart: the limit is reached, or the last attempts committed no later checkpoint. None if the
-    job may be restarted. The text names `option`, which sets the limit; by default the key in the cluster file."""
+    """The reason against a restart: the limit is reached, or the last attempts were fruitless. None if the job may be
+    restarted. The limit counts every restart of the job, whatever ended its attempts. The message names `option`, which
+    sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]
-    if len(last) == WITHOUT_GAIN and all(each.end <= each.begin for each in last):
-        return f"{WITHOUT_GAIN} attempts in a row committed no checkpoint after step {last[-1].end}"
-    return None
+    if len(last) < WITHOUT_GAIN or not all(each.fruitless for each in last):
+        return None
+    if last[-1].end > last[0].begin:
+        return (
+            f"{WITHOUT_GAIN} attempts in a row were stopped at their first step, the last at step {last[-1].end}; a longer "
+            "time limit, or a smaller signal_seconds in the cluster file, leaves time for more"
+        )
+    return f"{WITHOUT_GAIN} attempts in a row committed no checkpoint after step {last[-1].end}"

@@ -15,7 +15,6 @@ import typer
 from launchers.command import absolute_paths, relative_paths
 from launchers.ray import submit as ray_submit
 from launchers.ray.job import check_job, path_on_nodes
-from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
 from moe_dist.config.cluster import cluster_file, load_cluster
@@ -68,9 +67,9 @@ def main(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the job; start nothing.")] = False,
-    max_failures: Annotated[
-        int, typer.Option(min=0, help="Restarts from the last checkpoint after transient failures.")
-    ] = DEFAULT_MAX_RESTARTS,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Automatic restarts from the last checkpoint, instead of the cluster file's.")
+    ] = None,
     wait_for_nodes: Annotated[
         float | None,
         typer.Option(
@@ -86,7 +85,8 @@ def main(
     """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
     in a job (`ray job submit`) or on a node of the cluster."""
     drives = stop is None and config is not None and not dry_run and submit is None
-    options = [f"--max-failures={max_failures}", *(["--overwrite"] if overwrite else [])]
+    options = [f"--max-restarts={max_restarts}"] if max_restarts is not None else []
+    options += ["--overwrite"] if overwrite else []
     options += [f"--wait-for-nodes={wait_for_nodes:g}"] if wait_for_nodes is not None else []
     own, forwarded, code = tuple(overrides or ()), tuple(env or ()), EXIT_DONE
     try:
@@ -105,7 +105,7 @@ def main(
                 code = ray_submit.submit(submit, line, grace_seconds=grace, config=run, forwarded=forwarded)
             else:
                 forwarded += ray_submit.take_over(env_file) if env_file is not None else ()
-                driver = {"overwrite": overwrite, "max_failures": max_failures, "wait_seconds": wait_for_nodes}
+                driver = {"overwrite": overwrite, "max_restarts": max_restarts, "wait_seconds": wait_for_nodes}
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
             raise typer.Exit(code)
     except typer.Exit as end:

@@ -52,7 +52,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             return _attempt(job, restarts, attempt_id, signals, grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS)
 
-        code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_failures, option="--max-failures")
+        code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_restarts, option="--max-restarts")
         time.sleep(LAST_LINES_SECONDS)  # until Ray has forwarded the last output of rank 0
     return code
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from launchers.attempts import inspect_folder
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job, relative_paths
 from launchers.ray.nodes import nodes_sharing_ep_groups
-from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.errors import ConfigError
@@ -23,7 +22,7 @@ class RayJob:
     Attributes:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
         folder, data: Run folder and data folder, on a file system that all nodes share.
-        max_failures: Limit for restarts after failures.
+        max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit for nodes that the cluster lacks; None: SETTLE_SECONDS at first, REPLACE_SECONDS later.
         program: Arguments of each rank's interpreter before the configuration.
         variables: Environment variables for the ranks; they may be secrets.
@@ -36,7 +35,7 @@ class RayJob:
     cluster: Cluster
     folder: RunFolder
     data: Path
-    max_failures: int
+    max_restarts: int
     wait_seconds: float | None
     program: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -49,7 +48,7 @@ def check_job(
     *,
     cluster: str | None = None,
     overwrite: bool = False,
-    max_failures: int = DEFAULT_MAX_RESTARTS,
+    max_restarts: int | None = None,
     wait_seconds: float | None = None,
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
@@ -79,7 +78,7 @@ def check_job(
         cluster=site,
         folder=folder,
         data=Path(config.data.path),
-        max_failures=max_failures,
+        max_restarts=site.max_restarts if max_restarts is None else max_restarts,
         wait_seconds=wait_seconds,
         program=program,
         variables={name: os.environ[name] for name in forwarded},

@@ -150,15 +150,16 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 def verdict(details: "JobDetails", log: str) -> int:
     """The verdict of an ended job: its exit code, or the code in its log's last line if Ray gives none."""
-    if details.driver_exit_code is not None:
-        return details.driver_exit_code
+    code = details.driver_exit_code
+    if code is not None and 0 <= code < 128:
+        return code
     if found := _VERDICT.findall(log):
         return int(found[-1])
     if str(details.status) == "SUCCEEDED":
         return EXIT_DONE
     print(
-        f"the job ended without a verdict ({details.status}): {details.message or 'no message from Ray'}; if it was "
-        f"stopped, the grace period was shorter than its save ({STOP_WAIT})",
+        f"the job ended without a verdict ({details.status}): {details.message or 'no message from Ray'}; if a stop "
+        f"killed its driver, the grace period was shorter than the save ({STOP_WAIT}); the same command resumes the run",
         file=sys.stderr,
     )
     return EXIT_FAILED

@@ -193,6 +193,8 @@ def main(
                 raise ConfigError([f"--time={limit}: {violation.problem}" for violation in broken])
         if array is not None and overwrite:
             raise ConfigError("--overwrite: cannot be combined with --array; rename the folder of the sweep by hand")
+        if warning := site.limit_warning():
+            print(warning, file=sys.stderr)
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
         if dry_run:

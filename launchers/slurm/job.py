@@ -1,25 +1,26 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-Plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
-the run has stopped after a signal and saved (exit code 75). After a node failure Slurm itself requeues the job.
+Plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job
+after a stop that has saved (exit code 75), and after every failure that the other launchers restart
+(launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
-import itertools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, rank_commands
-from launchers.restart import AttemptEnd, committed_step, why_not_restarted
-from launchers.slurm.nodes import Allocation, differences, hosts_of
+from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
+from launchers.slurm.nodes import Allocation, differences, hosts_of, ranks_by_task
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
-from launchers.slurm.step import STOPPED, SlurmJob, conclude, hold_signals_prefix, requeue_job, run_step
+from launchers.slurm.step import SlurmJob, conclude, hold_signals_prefix, name_unconcluded, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -60,20 +61,24 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
     folder.prepare()  # before srun opens the logs in it
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
-    begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))  # one step per requeue
-    if job.restarts and (reason := _restart_limit(begins, cluster)):
+    path, begin = snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints)
+    ends = _begin(job, folder, path, begin)
+    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself has requeued the job
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return EXIT_FAILED
+    if warning := cluster.limit_warning(_limit_seconds(env)):
+        print(warning, file=sys.stderr)
     hosts = hosts_of(plan, allocation)
-    print(f"attempt {job.restarts} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
+    print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
     program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
-    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program)
+    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program, restarts=len(ends))
     with StopSignals() as signals:
         code, ended = run_step(command)
-        ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
-        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
-        if verdict == STOPPED:  # for other verdicts a restart is useless, or Slurm requeues by itself
-            requeue_job(job, snapshot, _restart_limit([*begins, committed_step(folder.checkpoints)], cluster))
+        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=ranks_by_task(plan, hosts))
+        ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
+        _keep(path, ends)
+        if verdict == STOPPED or not is_final(verdict):
+            requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
     return verdict
 
 
@@ -114,17 +119,24 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
     return snapshot
 
 
-def _begin(path: Path, step: int) -> list[int]:
-    """Appends the step at which this attempt begins to the list of the job's attempts; returns the list."""
-    steps = json.loads(path.read_text()) if path.is_file() else []
-    write_atomically(path, json.dumps([*steps, step]))
-    return [*steps, step]
+def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
+    """The ended attempts of this job, from the file at `path`; adds the attempt that begins at `step` to the file."""
+    ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
+    if ends and ends[-1].code is None:  # Slurm killed the batch script of the last attempt before it could conclude
+        code = name_unconcluded(folder, replace(job, restarts=job.restarts - 1).attempt_id)
+        ends[-1] = AttemptEnd(code, ends[-1].begin, step)
+    _keep(path, [*ends, AttemptEnd(None, step, step)])
+    return ends
 
 
-def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
-    """The reason against another attempt after the attempts that began at these steps; None if another one may start."""
-    attempts = [AttemptEnd(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
-    return why_not_restarted(attempts, cluster.max_restarts)
+def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
+    write_atomically(path, json.dumps([astuple(each) for each in ends]))
+
+
+def _limit_seconds(env: Mapping[str, str]) -> float:
+    """Time limit of this attempt in seconds; infinite if Slurm does not say (before 22.05)."""
+    begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
+    return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
@@ -143,6 +155,7 @@ def _step(
     plan: JobPlan,
     allocation: Allocation,
     program: tuple[str, ...],
+    restarts: int,
 ) -> list[str]:
     """Writes this attempt's rank table, and returns the srun command that uses it."""
     folder, hosts = RunFolder.of(config), hosts_of(plan, allocation)
@@ -152,7 +165,7 @@ def _step(
         job=plan,
         # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
         rendezvous={**PUBLISHED_RENDEZVOUS, "MASTER_ADDR": hosts[plan.node_of(0).index]},
-        attempt=job.restarts,
+        attempt=restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,
         threads=cluster.cpus_per_rank,

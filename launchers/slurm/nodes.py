@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +64,11 @@ class Allocation:
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
 
-def ask(*command: str, cwd: Path | None = None) -> str:
+def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
     not installed, or does not answer within a minute."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error
     if done.returncode:
@@ -109,6 +109,15 @@ def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
         for node, host in zip(part.nodes, have.hosts, strict=True)
     }
     return tuple(host_of[node.index] for node in job.nodes)
+
+
+def ranks_by_task(job: JobPlan, hosts: Sequence[str]) -> dict[str, dict[int, int]]:
+    """The tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node."""
+    return {
+        hosts[node.index]: dict(enumerate(node.ranks, position * part.ranks_per_node))
+        for part in parts(job)
+        for position, node in enumerate(part.nodes)
+    }
 
 
 def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:

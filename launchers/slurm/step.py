@@ -4,23 +4,39 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.attempts import last_output
-from launchers.restart import committed_step
+from launchers.command import rank_ranges
+from launchers.rank_tracker import SUDDEN
+from launchers.restart import STOPPED, committed_step, is_final
 from launchers.slurm.nodes import SlurmError, ask
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster, PyxisContainer
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, StoppedError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
+from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
-STOPPED = StoppedError.exit_code
-_ENDED = re.compile(r"srun: error: (?:(\S+): tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+)|Node failure on \S+)")
+# After a node failure Slurm kills this process KillWait (30 s by default) later, but srun may wait longer than that.
+NODE_SECONDS = 5.0  # from the node failure until srun is killed, so that the cause is recorded in time
+LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease, which the record of the cause needs
+_ENDED = re.compile(
+    r"srun: error: (?:Node failure on (?P<lost>\S+)|"
+    r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
+)
+_KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
+# srun's words for a task that a signal killed -> the signal. Such a task cannot record a reason.
+_SIGNALS = {signal.strsignal(-each): f"killed by {signal.Signals(-each).name}" for each in SUDDEN}
+_SIGNALS["Out Of Memory"] = "killed, out of memory"
+Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
 
 
 @dataclass(frozen=True)
@@ -61,12 +77,14 @@ class SlurmJob:
         """A unique name of this attempt."""
         return f"slurm-{re.sub('[^A-Za-z0-9]', '', os.environ.get('SLURM_CLUSTER_NAME', ''))}-{self.id}-{self.restarts}"
 
-    def state(self) -> str:
-        """Slurm's state of the job, such as RUNNING; empty if Slurm does not answer."""
+    def fields(self) -> Mapping[str, str]:
+        """Slurm's record of the job, such as JobState=RUNNING; empty if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
-            match = re.search(r"JobState=(\S+)", ask("scontrol", "--oneliner", "show", "job", self.id))
-            return match[1] if match else ""
-        return ""
+            env = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+            lines = ask("scontrol", "--oneliner", "show", "job", self.id, env=env).splitlines()
+            words = lines[0].split()  # the first component of a heterogeneous job
+            return dict(word.split("=", 1) for word in words if "=" in word)
+        return {}
 
 
 def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
@@ -85,73 +103,146 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
     ended: list[str] = []
     assert process.stderr is not None
     for line in process.stderr:
-        if _ENDED.match(line):
+        if (match := _ENDED.match(line)) or _KILLS.match(line):
             ended.append(line.strip())
-        else:
+        if match and match["lost"]:
+            timer = threading.Timer(NODE_SECONDS, process.kill)  # no effect on a process that has ended
+            timer.daemon = True
+            timer.start()
+        if not match:
             sys.stderr.write(line)
             sys.stderr.flush()
     code = process.wait()
     return (128 - code if code < 0 else code), ended  # a shell reports signal N as exit code 128 + N
 
 
-def conclude(
-    folder: RunFolder,
-    job: SlurmJob,
-    code: int,
-    ended: Sequence[str],
-    *,
-    stopped: bool,
-    ranks_of: Mapping[str, Sequence[int]],
-) -> int:
+def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], *, stopped: bool, places: Places) -> int:
     """The verdict of this attempt; prints its reason on standard error. The verdict in status.json wins, because srun's
-    exit code is different after killed tasks. Completes status.json if the ranks recorded no verdict.
+    exit code is different after killed tasks. Completes status.json if the ranks recorded no verdict, or only the follow-up
+    error of a peer.
 
     Args:
         code, ended: Results of `run_step`.
         stopped: The batch script got a stop signal.
-        ranks_of: The ranks of each host.
+        places: The tasks of each host, with the rank of each task.
     """
     record = folder.read_status().of(job.attempt_id)
-    lost = next((line for line in ended if "Node failure on" in line), "")
+    ends = [match for line in ended if (match := _ENDED.match(line))]
     # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
-    silent = lost or next((line for line in ended[:1] if "Exited" not in line), "")
+    silent = _first_death(ended)
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
         _say(f"verdict {record.verdict}: {record.reason.partition(chr(10))[0]}")
         return record.verdict
-    if stopped and not lost:
+    if stopped and not (silent and silent["lost"]):
         _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
         return STOPPED
-    ends = [match for line in ended if (match := _ENDED.match(line))]
-    verdict = EXIT_FAILED if silent else next((int(match[2]) for match in ends if match[2]), code)
+    verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     if verdict:
-        reason = (silent or ended[0]).removeprefix("srun: error: ") if ended else f"srun ended with {code}"
+        first = silent or next(iter(ends), None)
+        reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])
         if record is not None:
-            last = max(record.last_step, committed_step(folder.checkpoints))
-            with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
-                folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
-        _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends and not lost else [], ended)
+            verdict = verdict if is_final(verdict) else EXIT_FAILED
+            _record(folder, job.attempt_id, verdict, reason, rank=ranks[0] if ranks else None, last_step=record.last_step)
+        _show_cause(folder, job, ranks if first and not first["lost"] else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
     return verdict
 
 
-def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, limit: str | None) -> None:
-    """Requeues the job, unless it has reached its restart `limit` or Slurm is already ending it. Slurm requeues a preempted
-    job itself, and a cancelled job must not come back."""
+def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
+    """Completes the record of an attempt whose batch script Slurm killed before it could conclude; returns the verdict."""
+    record = folder.read_status().of(attempt_id)
+    if record is None:
+        return EXIT_FAILED
+    if record.verdict not in (None, EXIT_FAILED):
+        return record.verdict
+    seen = f"; rank {record.rank} reported: {record.reason}" if record.reason else ""
+    reason = (
+        f"Slurm killed the batch script before it could name the cause: its node failed, or KillWait is too short{seen}"
+    )
+    _record(folder, attempt_id, EXIT_FAILED, reason, rank=None, last_step=record.last_step, wait_seconds=WAIT_SECONDS)
+    return EXIT_FAILED
+
+
+def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
+    """Makes the job continue, unless it has reached its restart `limit` or was cancelled. Slurm itself requeues a job after
+    a preemption with PreemptMode=REQUEUE and after a node failure; after one with PreemptMode=CANCEL it is submitted again.
+
+    Args:
+        attempts: File with the job's attempts, which a new submission takes over.
+    """
     array = [] if job.task is None else [f"--array={job.task}"]
-    again = shlex.join(["sbatch", *array, str(snapshot.script)])
+    again = ["sbatch", *array, str(snapshot.script)]
     if limit is not None:
-        _say(f"not requeued: {limit}; to continue anyway: {again}")
+        _say(f"not requeued: {limit}; to continue anyway: {shlex.join(again)}")
         return
-    if (state := job.state()) not in ("RUNNING", ""):  # a requeue would undo a scancel
-        _say(f"Slurm is ending the job ({state}): a preempted job is requeued; continue a cancelled one with: {again}")
-        return
+    fields = job.fields()
+    state = fields.get("JobState", "RUNNING")
     try:
-        ask("scontrol", "requeue", job.id)
-        _say("requeued: the next attempt resumes from the last checkpoint")
+        if int(fields.get("Restarts", "0")) > job.restarts:
+            _say(f"Slurm has requeued the job ({state}): the next attempt resumes from the last checkpoint")
+        elif state == "RUNNING":
+            ask("scontrol", "requeue", job.id)
+            _say("requeued: the next attempt resumes from the last checkpoint")
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, and of this attempt
+            ours = re.compile("SBATCH_|SLURM_(?!CONF$)")  # variables of this job, which the next one must not inherit
+            env = {name: value for name, value in os.environ.items() if not ours.match(name)}
+            after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
+            number = ask(*after, env=env).strip().partition(";")[0]
+            shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # in time: the new job waits for this one's end
+            _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
+        else:  # a requeue would undo a scancel
+            _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")
     except SlurmError as error:
-        _say(f"Slurm refuses to requeue the job: {error}; continue with: {again}")
+        _say(f"Slurm refuses to requeue the job: {error}; continue with: {shlex.join(again)}")
+
+
+def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
+    """srun's line about the node that failed, or about the first task that a signal killed. None if srun itself killed the
+    task, or if another task ended with an exit code of the table before."""
+    matches = [_ENDED.match(line) for line in ended]
+    if lost := next((match for match in matches if match and match["lost"]), None):
+        return lost
+    for match in matches:
+        if match is None or (match["code"] and is_final(int(match["code"]))):  # None: from here on srun kills
+            break
+        if match["how"] in _SIGNALS:
+            return match
+    return None
+
+
+def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
+    """What srun's line says, in terms of ranks; and these ranks, empty if the node should not have these tasks."""
+    node = match["node"] or match["lost"]
+    on_node = places.get(node, {})
+    bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]
+    tasks = [task for part in bounds for task in range(int(part[0]), int(part[-1]) + 1)]
+    ranks = sorted(on_node.values()) if match["lost"] else [on_node[task] for task in tasks if task in on_node]
+    if not ranks:
+        return match[0].removeprefix("srun: error: "), []
+    who = f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
+    what = f": Node failure on {node}" if match["lost"] else f" on {node}: {_SIGNALS.get(match['how'], match['how'])}"
+    return who + what, ranks
+
+
+def _record(
+    folder: RunFolder,
+    attempt_id: str,
+    verdict: int,
+    reason: str,
+    *,
+    rank: int | None,
+    last_step: int,
+    wait_seconds: float = LEASE_SECONDS,
+) -> None:
+    """Writes the verdict into status.json, also in place of a peer's follow-up error."""
+    ended = {"verdict": verdict, "reason": reason, "rank": rank, "attempt_id": attempt_id}
+    last = max(last_step, committed_step(folder.checkpoints))
+    with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
+        # The first works while rank 0 hangs and holds the lease, the second after a peer has recorded its own error.
+        if not folder.write_status(**ended, last_step=last):
+            folder.amend_status(**ended, last_step=last, wait_seconds=wait_seconds)
 
 
 def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ GUIDE = "docs/scaling.md"
 
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+MAX_RESTARTS = 20  # of one job, by default, under every launcher
+TRAIN_SECONDS = 300.0  # a warning is given if an attempt has less time from its start until its stop signal
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
@@ -109,13 +111,31 @@ class Cluster(Section):
     """Time limit of one attempt of a job, in Slurm's format."""
     signal_seconds: PositiveInt = 300
     """Seconds before the time limit at which Slurm sends the signal to save a checkpoint and stop."""
-    max_restarts: Count = Field(default=20, description="Automatic restarts of a job. After these, it stays stopped.")
+    max_restarts: Count = Field(
+        default=MAX_RESTARTS, description="Automatic restarts of one job, whatever ended its attempts."
+    )
 
     @property
     def network_variables(self) -> dict[str, str]:
         """Environment variables for NCCL and gloo: those of the key `nccl`, and the network interface for both."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
+
+    def limit_warning(self, seconds: float | None = None) -> str:
+        """A warning if a time limit leaves little time before the stop signal; empty otherwise, and for 0 (no limit).
+
+        Args:
+            seconds: The time limit of an attempt; by default `time`.
+        """
+        seconds = seconds_of(self.time) if seconds is None else seconds
+        left = max(0.0, seconds - self.signal_seconds)
+        if seconds == 0.0 or left >= TRAIN_SECONDS:
+            return ""
+        return (
+            f"WARNING: the time limit of {seconds:g} s leaves an attempt {left:g} s until its stop signal "
+            f"(signal_seconds={self.signal_seconds}), and the start takes part of that; two attempts in a row without "
+            "gain end the job; raise the time limit, or lower signal_seconds in the cluster file"
+        )
 
     def violations(self) -> Iterator[Violation]:
         limit = seconds_of(self.time)

@@ -153,7 +153,7 @@ def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
                 True,
                 STORE_SECONDS,
                 wait_for_workers=False,
-                master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port meanwhile
+                master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port
             )
             yield PrefixStore(address.secret, own)  # a peer with another secret cannot see the keys
         finally:

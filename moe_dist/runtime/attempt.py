@@ -67,6 +67,7 @@ class Attempt:
         self._lease: Lease | None = None
         self._step: Callable[[], int] | None = None
         self._commit_check: Callable[[], None] = lambda: None
+        self._finished = False
         self.exit_code = EXIT_DONE
 
     def follow(self, step: Callable[[], int]) -> None:
@@ -128,6 +129,13 @@ class Attempt:
         self.check_lease()  # first: a run that lost its lease must end, and not report a save that failed
         self._commit_check()
 
+    def finish(self) -> None:
+        """Records that the run is done; call it on every rank after the last save, before the sinks close. A later error
+        is printed, but changes neither the record nor the exit code."""
+        if self._env.rank == 0:
+            self._record(EXIT_DONE, "done")
+        self._finished = True
+
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
@@ -143,18 +151,28 @@ class Attempt:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
+        if error is None and not self._finished:
             if self._env.rank == 0:
                 self._leave(EXIT_DONE, "done")
             return
-        self.exit_code, reason = verdict_of(error)
+        if error is not None:
+            self._report(error)
+        with contextlib.suppress(OSError):
+            if self._lease is not None:
+                self._lease.release()  # after the record, which only the holder may write
+        self._end(self.exit_code)  # also after success: an exit handler could wait for a sink that did not close in time
+
+    def _report(self, error: BaseException) -> None:
+        """Prints an error, and records it unless the run is done."""
+        code, reason = verdict_of(error)
         reason = without_secrets(reason, os.environ)  # an exception may quote a key
         trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")
         _say(reason if isinstance(error, MoeDistError) else trace_text)
-        with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
-            self._wait_for_cause(error)
-            self._leave(self.exit_code, reason)
-        self._end(self.exit_code)
+        if not self._finished:
+            self.exit_code = code
+            with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
+                self._wait_for_cause(error)
+                self._record(code, reason)
 
     @staticmethod
     def _end(code: int) -> NoReturn:
@@ -174,10 +192,13 @@ class Attempt:
             time.sleep(0.02)
 
     def _leave(self, verdict: int, reason: str) -> None:
+        self._record(verdict, reason)
+        if self._lease is not None:
+            self._lease.release()
+
+    def _record(self, verdict: int, reason: str) -> None:
         if self._folder is not None:
             last, attempt_id = self.last_step(), self._env.attempt_id
             self._folder.write_status(
                 verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=self._env.rank
             )
-        if self._lease is not None:
-            self._lease.release()  # after the record, which only the lease holder may write

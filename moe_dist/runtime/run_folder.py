@@ -260,12 +260,15 @@ class RunFolder:
             return False
         return True
 
-    def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int) -> bool:
+    def amend_status(
+        self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
+    ) -> bool:
         """Replaces the recorded verdict; a launcher calls it after all ranks have ended. The peer of a killed or frozen
-        rank has recorded only a follow-up error, and if all ranks were killed there is no verdict. Returns False, and
-        writes nothing, if the attempt never began or another one now writes to the run."""
+        rank has recorded only a follow-up error, and if all ranks were killed there is no verdict. Waits up to
+        `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
+        attempt never began or another one writes to the run."""
         try:
-            lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds=0.0)
+            lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)
         except LeaseError:
             return False
         try:

@@ -113,12 +113,13 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             progress=progress,
         )
         finished = trainer.fit()
-    if env.rank == 0:
-        session.conclude(finished, folder, plan)
-        if stop.first is not None:
-            with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
-                print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
-    watchdog.stop()
+        watchdog.stop()  # it would end ranks that wait for rank 0 to close its sinks
+        attempt.finish()
+    # All ranks wait for rank 0 here, because launchers kill ranks that run on after their peers.
+    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan))
+    if env.rank == 0 and stop.first is not None:
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
+            print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
     destroy_world()
 
 

@@ -41,6 +41,12 @@ class Stage:
         variables = {"MOE_DIST_CLUSTER": str(self.site), "MOE_DIST_PROGRAM": PROGRAM, "MOE_DIST_PYTHON": sys.executable}
         return self.cluster.sbatch(*arguments, output=self.folder / "out.txt", cwd=clone, PRETEND=ends, **variables)
 
+    def take_a_node(self) -> None:
+        """Somebody with a higher priority takes one for a moment."""
+        options = ("--partition=debug", "--exclusive", "--nodelist=node2", "--wrap=true", "--output=/dev/null")
+        done = self.cluster.run("sbatch", *options)
+        assert done.returncode == 0, done.stderr
+
     def verdicts(self) -> list[int | None]:
         return [ending.verdict for ending in self.run.read_status().attempts]
 
@@ -72,13 +78,53 @@ def test_two_attempts_that_gain_no_step_end_it(stage: Stage) -> None:
     assert "not requeued: 2 attempts in a row committed no checkpoint after step 0" in job.said
 
 
-def test_a_failure_is_not_followed_by_a_requeue(stage: Stage) -> None:
+def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stage: Stage) -> None:
     job = stage.launch("fail")
     assert job.end() == 1
-    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "0")
-    (ending,) = stage.run.read_status().attempts
-    assert ending.verdict == 1
-    assert re.fullmatch(r"node\d: task \d: Exited with exit code 1", ending.reason)
+    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "1")
+    assert "not requeued: 2 attempts in a row committed no checkpoint after step 0" in job.said
+    assert stage.verdicts() == [1, 1]
+    for ending in stage.run.read_status().attempts:
+        assert re.fullmatch(r"rank \d on node\d: Exited with exit code 1", ending.reason)
+
+
+def test_a_killed_rank_is_named_with_its_node_and_the_job_goes_on(stage: Stage) -> None:
+    """Two ranks a node: its neighbour there has the traceback of a connection error."""
+    stage.set_site(ranks_per_node=2)
+    job = stage.launch("kill+2 done")
+    assert job.end() == 0, job.said
+    assert job.field("Restarts") == "1"
+    first, second = stage.run.read_status().attempts
+    assert (first.verdict, first.rank, second.verdict) == (1, 1, 0)
+    assert re.fullmatch(r"rank 1 on node\d: killed by SIGKILL", first.reason)
+    assert "rank 1 failed first" in job.said
+    assert "requeued: the next attempt resumes from the last checkpoint" in job.said
+
+
+def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attempts(stage: Stage) -> None:
+    stage.set_site(time="'6'", signal_seconds=300)
+    nodes = ("--time=6", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1")
+    job = stage.sbatch("stop+1", *nodes, *plain(stage))
+    assert job.end() == StoppedError.exit_code
+    assert stage.verdicts() == [75, 75]
+    assert "WARNING: the time limit of 360 s leaves an attempt 60 s until its stop signal" in job.said
+    assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in job.said
+
+
+def test_a_preemption_that_cancels_is_answered_by_a_new_submission(stage: Stage) -> None:
+    stage.cluster.scontrol("update", "PartitionName=main", "PreemptMode=CANCEL")
+    try:
+        job = stage.launch("wait+2 done")
+        job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+        stage.take_a_node()
+        job.wait_for(lambda: "submitted again as job" in job.said, "submitted again")
+        (number,) = re.findall(r"\(PreemptMode=CANCEL\); submitted again as job (\d+)", job.said)
+        again = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
+        assert again.end() == 0, again.said
+    finally:
+        stage.cluster.scontrol("update", "PartitionName=main", "PreemptMode=REQUEUE")
+    assert job.field("JobState") == "PREEMPTED"
+    assert stage.verdicts() == [75, 0]
 
 
 def test_a_rank_that_diverges_while_its_peers_are_killed_gives_the_code_and_speaks_first(stage: Stage) -> None:
@@ -96,7 +142,7 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
     job.cancel()
     job.wait_for(lambda: "verdict 75" in job.said, "concluded")
-    assert "Slurm is ending the job (COMPLETING): a preempted job is requeued" in job.said
+    assert "Slurm is ending the job (COMPLETING) for good; continue it with: sbatch " in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
 

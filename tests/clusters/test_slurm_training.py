@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
-from tests.support import slowed
+from tests.support import slow_close, slowed
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
 
 pytestmark = pytest.mark.timeout(900)
@@ -133,12 +134,52 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
         assert f"step {first.last_step + 1}/{steps}" in job.said, "the output is appended"
-        decided = "requeued: the next attempt" if disturb is lose_time else "Slurm is ending the job (COMPLETING)"
+        decided = "requeued: the next attempt" if disturb is lose_time else "Slurm has requeued the job"
         assert decided in job.said
     else:
-        assert first.reason == "Node failure on node2", "whatever its peers have seen"
+        assert re.fullmatch(r"ranks \d-\d: Node failure on node2", first.reason), "whatever its peers have seen"
         assert "node2" in hosts(run)
         assert "node2" not in hosts(run, attempt=1)
+
+
+def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
+    runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {syntax: none}\nranks_per_node: 2\ntime: '30'\nsignal_seconds: 60\n")
+    job, run = runs.start("batch_node", SHORT, f"--cluster={site}", **{"checkpoint.every": 5})
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    node = job.field("BatchHost")
+    runs.cluster.kill_node(node)
+    job.wait_for_requeue()
+    assert job.end() == 0, job.said
+    runs.cluster.start_node(node)
+    first, second = run.read_status().attempts
+    assert (first.verdict, second.verdict) == (1, 0)
+    assert first.reason.startswith("Slurm killed the batch script before it could name the cause: its node failed, or")
+    assert records(run) == records(undisturbed[1])[:SHORT]
+
+
+def test_a_suspend_beyond_the_timeout_is_requeued(runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]) -> None:
+    job, run = runs.start("suspended", SHORT, **{"parallel.timeout_seconds": 60, "checkpoint.every": 5})
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    job.cluster.scontrol("suspend", job.number)
+    time.sleep(75.0)
+    job.cluster.scontrol("resume", job.number)
+    job.wait_for_requeue()
+    assert job.end() == 0, job.said
+    assert [each.verdict for each in run.read_status().attempts] == [1, 0]
+    assert records(run) == records(undisturbed[1])[:SHORT]
+
+
+def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
+    """srun kills a task that runs for a minute after another has ended."""
+    values = {**QUICK, "run.root": tmp_path, "run.name": "slow", "train.steps": 3}
+    program, ends = f"--program={slow_close.PROGRAM}", {slow_close.ENDS: str(tmp_path)}
+    job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", program, **ends)
+    assert job.end() == 0, job.said
+    assert job.field("JobState") == "COMPLETED"
+    assert [each.verdict for each in RunFolder(tmp_path / "slow").read_status().attempts] == [0]
 
 
 @pytest.mark.parametrize("when", ["training", "importing"])

@@ -16,14 +16,17 @@ from typing import Any
 
 import pytest
 
+from launchers.local import launch
 from moe_dist.errors import ConfigError, StoppedError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support import slow_close
 from tests.support.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
 QUIET = {"evaluation.every": 1000, "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+SINKS = [{"kind": "console"}, {"kind": "jsonl"}]
 
 
 def command(config: Path, *arguments: str) -> list[str]:
@@ -152,3 +155,20 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert [line["step"] for line in lines(run, "step")] == list(range(1, steps + 1))
     assert [reproducible_part(line) for line in lines(run, "step")[:4]] == undisturbed
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
+
+
+def test_a_sink_that_does_not_close_leaves_the_finished_run_a_success(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks wait for it within its budget, because launchers kill ranks that run on after their peers."""
+    monkeypatch.setenv(slow_close.ENDS, str(tmp_path))
+    config = tiny_config(tiny_data, tmp_path / "runs", {**QUIET, "train.steps": 2, "monitor.sinks": SINKS})
+    path = write_config(config, tmp_path / "x.yaml")
+    assert launch(path, program=tuple(slow_close.PROGRAM.split())) == 0
+    run = RunFolder.of(config)
+    assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(0, 2)]
+    assert run.finished(config)
+    assert "2 steps" in run.read_summary()
+    assert "ConsoleSink did not close in 15 s" in run.log_of(0).read_text()
+    first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert abs(first - second) < slow_close.BUDGET_SECONDS - 5

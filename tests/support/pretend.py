@@ -3,7 +3,8 @@ ends as it is told. For tests of what clusters and launchers make of that.
 
 PRETEND says how each attempt ends, the last one all further ones: `stop+5 done` is 5 steps and 75, then 0. One of
 
-    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed)
+    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
+    kill (rank 1, by SIGKILL; its peers have a connection error)
 """
 
 import contextlib
@@ -53,6 +54,11 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
         raise StoppedError(f"stopped on request after step {step}")
     if how == "fail":
         os._exit(1)
+    if how == "kill" and env.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "kill":
+        time.sleep(1.0)  # they notice the closed connection
+        raise ConnectionError("connection closed by peer")
     if how == "diverge" and env.rank == 2:
         raise DivergedError("loss was nan for 10 steps in a row")
     while how == "diverge":

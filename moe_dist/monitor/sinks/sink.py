@@ -4,6 +4,8 @@ A failing sink never ends a run, but a checkpoint waits for the records that a r
 """
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moe_dist.errors import CheckpointError
@@ -11,6 +13,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 30.0  # time in which all sinks must close; below the 60 s after which srun kills ranks that outlive others
 
 
 class Sink:
@@ -90,7 +93,17 @@ class GuardedSinks(Sink):
             raise self._unwritten
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
+        """Closes every sink, each on a thread. Returns after CLOSE_SECONDS at the latest. Logs errors, and raises none."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        threads = [threading.Thread(target=_close, args=(sink,), daemon=True) for sink in self._sinks]
+        for thread in threads:
+            thread.start()
+        for sink, thread in zip(self._sinks, threads, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logger.error(
+                    "%s did not close in %g s: what it has not sent is not shown", type(sink).__name__, CLOSE_SECONDS
+                )
 
     def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
         """Calls each sink and returns the last CheckpointError."""
@@ -104,3 +117,10 @@ class GuardedSinks(Sink):
                 logger.error("%s: %s; it shows nothing more until the next start", type(sink).__name__, error)
                 self._sinks.remove(sink)
         return unwritten
+
+
+def _close(sink: Sink) -> None:
+    try:
+        sink.close()
+    except Exception:  # whatever a display does at its end, the run has its result
+        logger.exception("%s failed to close", type(sink).__name__)

@@ -236,6 +236,18 @@ def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest
     )
 
 
+def test_a_rank_that_dies_after_the_run_was_done_changes_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """As one whose sinks do not close in time."""
+    body = """
+    attempt.last_step = lambda: 4
+    if rank == 0: attempt.finish(); open(f"{here}/done.0", "w").close(); os.kill(os.getpid(), 9)
+    wait_for("done.0"); raise ConnectionError("the consequence")
+    """
+    assert site.attempt(body, max_restarts=3) == 0
+    assert "rank 0 failed after the run was done: killed by SIGKILL" in capfd.readouterr().err
+    assert [(each.verdict, each.reason) for each in site.run.read_status().attempts] == [(0, "done")]
+
+
 def starts_of(site: Site) -> list[list[str]]:
     return [line.split() for line in (site.folder / "starts").read_text().splitlines()]
 

@@ -34,3 +34,14 @@ def test_the_step_of_the_newest_checkpoint(tmp_path: Path, text: str | None, ste
     if text is not None:
         (tmp_path / "latest").write_text(text)
     assert committed_step(tmp_path) == step
+
+
+def test_two_stops_at_the_first_step_in_a_row_end_it() -> None:
+    """As under a time limit of at most signal_seconds: each attempt saves the one step in which it was stopped."""
+    one, more = AttemptEnd(75, 4, 5), AttemptEnd(75, 4, 6)
+    assert why_not_restarted([one], 9) is None
+    assert why_not_restarted([one, more], 9) is None
+    assert "stopped at their first step, the last at step 6; a longer time limit" in str(
+        why_not_restarted([one, AttemptEnd(75, 5, 6)], 9)
+    )
+    assert why_not_restarted([AttemptEnd(1, 4, 5), AttemptEnd(1, 5, 6)], 9) is None, "a fault that saved a step has gained"

@@ -54,6 +54,14 @@ def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProc
         ("raise DataError('damaged')", 65, "damaged", "damaged\n"),
         ("raise DivergedError('nan')", 70, "nan", "nan\n"),
         ("raise KeyError('ours')", 1, "KeyError: 'ours'", "Traceback"),
+        # A run that is done stays so, whatever its sinks raise, and whatever threads they leave.
+        ("attempt.finish(); raise KeyError('a sink')", 0, "done", "Traceback"),
+        (
+            "attempt.finish(); import threading, time; threading.Thread(target=time.sleep, args=(900,)).start()",
+            0,
+            "done",
+            "",
+        ),
         ("attempt.expire(); os._exit(1)", 1, "did not stop within the grace period", ""),
     ],
 )

@@ -109,14 +109,14 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
     monkeypatch.chdir(yaml.parent)
     monkeypatch.setenv("MOE_DIST_TEST_KEY", "value")
     monkeypatch.setenv("MOE_DIST_CLUSTER", "cpu")
-    line = driver_line(Path("x.yaml"), ["run.root=my runs"], options=["--max-failures=2"], cluster=None)
+    line = driver_line(Path("x.yaml"), ["run.root=my runs"], options=["--max-restarts=2"], cluster=None)
     run, names = load_config(Path("x.yaml"), ["run.root=my runs"]), ["MOE_DIST_TEST_KEY"]
     assert ray_submit.submit("http://127.0.0.1:8265", line, grace_seconds=120, config=run, forwarded=names) == 0
     (request,) = api.submissions
     words = shlex.split(request["entrypoint"])
     assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
     assert f"run.root={yaml.parent}/my runs" in words[5:]
-    assert words[-3:-1] == ["--max-failures=2", "--cluster=cpu"]
+    assert words[-3:-1] == ["--max-restarts=2", "--cluster=cpu"]
     assert request["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
     file = Path(words[-1].removeprefix("--env-file="))
     assert file.parent == yaml.parent / "my runs" / run.run.name
@@ -168,6 +168,8 @@ def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
         ("STOPPED", None, f"{verdict_line(1)}\n{verdict_line(75)}\n", 75),
         ("STOPPED", None, "step 3\n", 1),
         ("FAILED", None, "", 1),
+        ("FAILED", -9, "step 3\n", 1),  # a killed driver; some shells report it as 137
+        ("FAILED", 137, "step 3\n", 1),
     ],
 )
 def test_the_verdict_is_the_exit_code_or_the_last_line_of_a_stopped_job(

@@ -1,18 +1,23 @@
-"""The srun step that one attempt of a Slurm job prepares, without Slurm."""
+"""One attempt of a Slurm job, with stand-ins for srun and scontrol."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from launchers.command import TRAIN, one_node
-from launchers.slurm.job import _read_clone, _step, visible_folders
-from launchers.slurm.nodes import Allocation, GivenPart
+from launchers.command import TRAIN, JobPlan, NodePlan, one_node
+from launchers.slurm.job import _limit_seconds, _read_clone, _step, run_attempt, visible_folders
+from launchers.slurm.nodes import Allocation, GivenPart, ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[4]
 
 
 def test_a_container_sees_run_snapshot_data_and_the_weights_to_begin_with(tmp_path: Path) -> None:
@@ -47,6 +52,125 @@ def test_the_cpus_of_a_rank_reach_srun_and_its_threads(tmp_path: Path, tiny_data
         plan=one_node(2),
         allocation=Allocation((GivenPart(("n1",), (2,), 0),), {"n1": ""}),
         program=TRAIN,
+        restarts=0,
     )
     assert "--cpus-per-task=3" in command
     assert "OMP_NUM_THREADS=3" in (tmp_path / "job_7_0.sh").read_text()
+
+
+class Node:
+    """A node in a job of two ranks, with stand-ins for Slurm's commands."""
+
+    def __init__(self, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.config = folder, tiny_config(data, folder / "runs")
+        self.run = RunFolder.of(self.config)
+        self.yaml = write_config(self.config, folder / "x.yaml")
+        (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
+        answers = {
+            "requeue*": 'echo "$*" >>asked',
+            "*hostnames*": "echo n1",
+            "*node*": 'echo "NodeName=n1 x ActiveFeatures="',
+            "*": "echo JobState=RUNNING Restarts=0 PreemptTime=None",
+        }
+        cases = " ".join(f"{asked}) {answer} ;;" for asked, answer in answers.items())
+        self.stand_in("scontrol", f'case "$*" in {cases} esac')
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        monkeypatch.chdir(ROOT)  # the clone
+
+    def stand_in(self, name: str, body: str) -> None:
+        (self.folder / name).write_text(f"#!/bin/bash\ncd {self.folder}\n{body}\n")
+        (self.folder / name).chmod(0o755)
+
+    def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
+        self.stand_in("srun", srun)
+        env = {"MOE_DIST_CLUSTER": str(self.folder / "site.yaml"), "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
+        if snapshots := list(self.run.path.glob("slurm/job_12_*")):
+            env["MOE_DIST_SNAPSHOT"] = str(snapshots[0])
+        return run_attempt(SlurmJob("12", restarts, None, self.folder), [str(self.yaml)], {**env, **variables})
+
+    @property
+    def requeues(self) -> int:
+        asked = self.folder / "asked"
+        return asked.read_text().count("requeue 12") if asked.exists() else 0
+
+    def save(self, step: int) -> None:
+        self.run.open(self.config, RankEnv(0, 2, 0, 1, "published", 0, "earlier")).release()
+        (self.run.checkpoints / "latest").write_text(f"step_{step}")
+
+
+@pytest.fixture
+def node(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    return Node(tmp_path, tiny_data, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict", "requeued"),
+    [
+        ("task 1: Killed", 1, True),  # a rank's death
+        ("task 0: Exited with exit code 1", 1, True),  # a lost GPU, a timeout after a suspend, a late start
+        ("task 1: Exited with exit code 75", 75, True),
+        ("task 1: Exited with exit code 78", 78, False),
+        ("task 1: Exited with exit code 69", 69, False),
+        ("task 1: Exited with exit code 65", 65, False),
+        ("task 1: Exited with exit code 70", 70, False),
+    ],
+)
+def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, verdict: int, requeued: bool) -> None:
+    assert node.attempt(f"echo 'srun: error: n1: {line}' >&2; exit {verdict}") == verdict
+    assert node.requeues == requeued
+
+
+def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    fails = "echo 'srun: error: n1: task 1: Killed' >&2; exit 137"
+    assert [node.attempt(fails, restarts=restarts) for restarts in range(2)] == [1, 1]
+    assert node.requeues == 1
+    assert "not requeued: 2 attempts in a row committed no checkpoint after step 0" in capsys.readouterr().err
+
+
+def test_a_time_limit_for_one_step_ends_the_job_after_two_attempts(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
+    for restarts in range(2):
+        node.save(restarts)
+        stop = f"echo step_{restarts + 1} >{node.run.checkpoints}/latest; exit 75"
+        assert node.attempt(stop, restarts=restarts, **limit) == 75
+    said = capsys.readouterr().err
+    assert node.requeues == 1
+    assert (
+        said.count("WARNING: the time limit of 300 s leaves an attempt 0 s until its stop signal (signal_seconds=300)") == 2
+    )
+    assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in said
+
+
+def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a node failure that killed the batch script, too: the next attempt finds that one unconcluded."""
+    assert node.attempt("exit 75") == 75
+    (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
+    assert json.loads(attempts.read_text()) == [[75, 0, 0]]
+    attempts.write_text("[[75, 0, 3], [null, 3, 3]]")
+    lost = "slurm--12-1"
+    node.run.open(node.config, RankEnv(0, 2, 0, 1, "published", 1, lost)).release()
+    node.save(3)
+    assert node.attempt("exit 0", restarts=2) == 0
+    assert json.loads(attempts.read_text()) == [[75, 0, 3], [1, 3, 3], [0, 3, 3]]
+    record = node.run.read_status().of(lost)
+    assert record is not None
+    assert record.reason.startswith("Slurm killed the batch script")
+    attempts.write_text("[[75, 0, 3], [1, 3, 3], [null, 3, 3]]")
+    assert node.attempt("exit 0", restarts=3) == 1
+    assert "job 12 is not continued: 2 attempts in a row committed no checkpoint after step 3" in capsys.readouterr().err
+
+
+def test_tasks_are_counted_node_by_node_in_each_component() -> None:
+    nodes = (NodePlan(0, (0, 2), "text"), NodePlan(1, (1, 3), "image"), NodePlan(2, (4, 5), "text"))
+    assert ranks_by_task(JobPlan(nodes, 0), ["a", "b", "c"]) == {"a": {0: 0, 1: 2}, "b": {0: 1, 1: 3}, "c": {2: 4, 3: 5}}
+
+
+def test_a_time_limit_is_warned_of_where_it_leaves_less_than_five_minutes() -> None:
+    site = Cluster.model_validate({"signal_seconds": 120})
+    assert [bool(site.limit_warning(seconds)) for seconds in (60.0, 419.0, 420.0, 0.0, float("inf"))] == [
+        True,
+        True,
+        *[False] * 3,
+    ]
+    assert "of 419 s leaves an attempt 299 s until its stop signal (signal_seconds=120)" in site.limit_warning(419.0)
+    assert _limit_seconds({}) == float("inf")

@@ -129,6 +129,15 @@ def test_invalid_options_are_refused(login: Login, option: str, words: str) -> N
     assert words in done.stderr
 
 
+def test_a_time_limit_with_no_time_to_train_is_warned_of(login: Login) -> None:
+    done = login.launch("--time=6", "--dry-run")
+    assert done.returncode == 0
+    assert (
+        "WARNING: the time limit of 360 s leaves an attempt 60 s until its stop signal (signal_seconds=300)" in done.stderr
+    )
+    assert "WARNING" not in login.launch("--time=60", "--dry-run").stderr
+
+
 def test_relative_paths_are_made_absolute_from_where_it_is_typed(
     login: Login, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,22 @@
 """The verdict of a step, and requeueing. srun and scontrol are stand-ins on the path."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launchers.slurm.step import SlurmJob, conclude, requeue_job, run_step
+from launchers.slurm import step
+from launchers.slurm.step import SlurmJob, conclude, name_unconcluded, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config
 
 JOB = SlurmJob("12", 1, None, Path("/clone"))
-HOSTS = {"n1": (0,), "n2": (1, 2)}
+PLACES = {"n1": {0: 0}, "n2": {1: 1, 2: 2}}  # host -> task -> rank
+CLOSED = "ConnectionError: connection closed by peer"
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_the_verdict_comes_from_the_ranks_and_the_failed_rank_is_printed_first(
     leave(run, verdict=70, reason="loss was nan")
     run.log_of(2).write_text(f"--- attempt old\nno\n--- attempt {JOB.attempt_id}, now, n2\nloss was nan\n")
     ended = ["srun: error: n1: task 0: Killed", "srun: error: n2: tasks 1-2: Exited with exit code 70"]
-    assert conclude(run, JOB, 137, ended, stopped=False, ranks_of=HOSTS) == 70
+    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 70
     said = capsys.readouterr().err
     assert said.startswith(f"rank 2 failed first; {run.log_of(2)} ends with:\n\n--- attempt {JOB.attempt_id}")
     assert said.index("loss was nan") < said.index("task 0: Killed")
@@ -57,19 +60,19 @@ def test_the_verdict_comes_from_the_ranks_and_the_failed_rank_is_printed_first(
 def test_a_killed_task_replaces_a_peers_verdict(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: task 0: Out Of Memory", "srun: error: n2: tasks 1-2: Exited with exit code 1"]
-    assert conclude(run, JOB, 137, ended, stopped=False, ranks_of=HOSTS) == 1
+    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
     latest = run.read_status().latest
     assert latest is not None
-    assert (latest.verdict, latest.reason, latest.rank) == (1, "n1: task 0: Out Of Memory", None)
+    assert (latest.verdict, latest.reason, latest.rank) == (1, "rank 0 on n1: killed, out of memory", 0)
 
 
 def test_a_failed_node_is_the_cause_although_slurm_kills_the_others(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: tasks 0: Exited with exit code 1", "srun: error: Node failure on n2"]
-    assert conclude(run, JOB, 137, ended, stopped=True, ranks_of=HOSTS) == 1
+    assert conclude(run, JOB, 137, ended, stopped=True, places=PLACES) == 1
     latest = run.read_status().latest
     assert latest is not None
-    assert latest.reason == "Node failure on n2"
+    assert (latest.reason, latest.rank) == ("ranks 1-2: Node failure on n2", 1)
 
 
 def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
@@ -78,7 +81,7 @@ def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
     run.log_of(1).write_text(f"--- attempt {JOB.attempt_id}\nfine\n")
     run.log_of(2).write_text(f"--- attempt {JOB.attempt_id}\nTraceback (most recent call last):\nImportError: no\n")
     ended = ["srun: error: n2: task 2: Exited with exit code 78", "srun: error: n1: task 0: Killed"]
-    assert conclude(run, JOB, 137, ended, stopped=False, ranks_of=HOSTS) == 78
+    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 78
     said = capsys.readouterr().err
     assert "rank 2 failed first" in said
     assert "ImportError: no" in said
@@ -86,8 +89,90 @@ def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
 
 
 def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
-    assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Terminated"], stopped=True, ranks_of=HOSTS) == 75
-    assert conclude(run, JOB, 0, [], stopped=False, ranks_of=HOSTS) == 0
+    assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Terminated"], stopped=True, places=PLACES) == 75
+    assert conclude(run, JOB, 0, [], stopped=False, places=PLACES) == 0
+
+
+def test_the_killed_rank_is_named_although_its_neighbour_on_the_node_has_a_traceback(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(run, verdict=1, reason=CLOSED)
+    run.log_of(1).write_text(f"--- attempt {JOB.attempt_id}\nstep 7\n")
+    run.log_of(2).write_text(f"--- attempt {JOB.attempt_id}\nTraceback (most recent call last):\n{CLOSED}\n")
+    ended = ["srun: error: n2: task 1: Killed", "srun: error: n2: task 2: Exited with exit code 1"]
+    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.reason, latest.rank) == ("rank 1 on n2: killed by SIGKILL", 1)
+    said = capsys.readouterr().err
+    assert "rank 1 failed first" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason", "rank"),
+    [
+        # A task is no rank: here the ranks of the two nodes alternate.
+        (["n2: task 3: Segmentation fault (core dumped)"], "rank 3 on n2: killed by SIGSEGV", 3),
+        (["n1: task 1: Killed"], "rank 2 on n1: killed by SIGKILL", 2),
+        (["n1: tasks 0-1: Exited with exit code 1", "n2: task 2: Bus error"], "rank 1 on n2: killed by SIGBUS", 1),
+        (["n1: task 0: Exited with exit code 1", "Node failure on n2"], "ranks 1, 3: Node failure on n2", 1),
+        (["n2: task 9: Killed"], "n2: task 9: Killed", None),  # tasks in another order than planned
+        # Consequences: after srun has begun to kill, and a task that its peer's failure aborts.
+        (["n1: task 0: Exited with exit code 1", "srun: First task exited 60s ago", "n2: task 2: Killed"], CLOSED, 2),
+        (["n1: task 0: Aborted (core dumped)", "n2: task 2: Exited with exit code 1"], CLOSED, 2),
+    ],
+)
+def test_the_first_death_is_the_cause_whatever_a_peer_has_recorded(
+    run: RunFolder, ended: list[str], reason: str, rank: int | None
+) -> None:
+    leave(run, verdict=1, reason=CLOSED)
+    lines = [each if each.startswith("srun: ") else f"srun: error: {each}" for each in ended]
+    places = {"n1": {0: 0, 1: 2}, "n2": {2: 1, 3: 3}}
+    assert conclude(run, JOB, 137, lines, stopped=False, places=places) == 1
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.reason, latest.rank) == (reason, rank)
+
+
+def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm kills the batch script KillWait after the failure, and srun waits for that long and more."""
+    monkeypatch.setattr(step, "NODE_SECONDS", 0.2)
+    lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
+    began = time.monotonic()
+    code, ended = run_step(["bash", "-c", "echo 'srun: error: Node failure on n2' >&2; exec sleep 600"])
+    assert conclude(run, JOB, code, ended, stopped=True, places=PLACES) == 1
+    assert time.monotonic() - began < 300
+    lease.release()
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason, latest.rank) == (1, "ranks 1-2: Node failure on n2", 1)
+
+
+def test_an_exit_code_outside_the_table_becomes_1(run: RunFolder) -> None:
+    assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Exited with exit code 9"], stopped=False, places=PLACES) == 1
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason) == (1, "rank 0 on n1: Exited with exit code 9")
+
+
+def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(run: RunFolder) -> None:
+    assert name_unconcluded(run, JOB.attempt_id) == 1
+    latest = run.read_status().latest
+    assert latest is not None
+    assert latest.reason.startswith("Slurm killed the batch script before it could name the cause: its node failed, or")
+    assert (latest.verdict, latest.rank) == (1, None)
+    assert name_unconcluded(run, "slurm-none") == 1
+
+
+def test_what_the_ranks_recorded_before_the_batch_script_was_killed_stays(run: RunFolder) -> None:
+    leave(run, verdict=75, reason="stopped on request after step 7")
+    assert name_unconcluded(run, JOB.attempt_id) == 75
+    latest = run.read_status().latest
+    assert latest is not None
+    assert latest.reason == "stopped on request after step 7"
 
 
 # --- the next attempt
@@ -95,14 +180,16 @@ def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Path]:
-    """`slurm(state, code)`: a scontrol whose job has this state and whose requeue ends with this code."""
+    """`slurm(state, code)`: a scontrol whose job has this state and whose requeue ends with this code; and an sbatch."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     asked = tmp_path / "asked"
 
     def make(state: str, code: int) -> Path:
         requeue = f'[ "$1" = requeue ] && {{ echo no >&2; exit {code}; }}'
         (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >>{asked}\n{requeue}\necho JobState={state}\n')
-        (tmp_path / "scontrol").chmod(0o755)
+        (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$* ${{SLURM_RESTART_COUNT-}}" >>{asked}\necho 99\n')
+        for name in ("scontrol", "sbatch"):
+            (tmp_path / name).chmod(0o755)
         return asked
 
     return make
@@ -113,7 +200,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int
     [
         ("RUNNING", 0, None, "requeued: the next attempt resumes from the last checkpoint", True),
         ("RUNNING", 1, None, "Slurm refuses to requeue the job: scontrol requeue 12: no; continue with: sbatch", True),
-        ("COMPLETING", 0, None, "Slurm is ending the job (COMPLETING)", False),
+        ("COMPLETING Restarts=1 PreemptTime=None", 0, None, "Slurm is ending the job (COMPLETING) for good;", False),
+        (
+            "CANCELLED Restarts=1 StartTime=2026-11-27T10:00:00 PreemptTime=2026-11-27T09:00:00",  # of the attempt before
+            *(0, None, "Slurm is ending the job (CANCELLED) for good;", False),
+        ),
+        ("COMPLETING Restarts=2 PreemptTime=None", 0, None, "Slurm has requeued the job (COMPLETING)", False),
         ("RUNNING", 0, "enough", "not requeued: enough; to continue anyway: sbatch", False),
     ],
 )
@@ -127,7 +219,7 @@ def test_a_job_is_requeued_if_it_runs_and_slurm_allows_it(
     requeued: bool,
 ) -> None:
     asked = slurm(state, code)
-    requeue_job(JOB, CodeSnapshot(Path("/runs/it's/slurm/x")), no)
+    requeue_job(JOB, CodeSnapshot(Path("/runs/it's/slurm/x")), Path("none"), no)
     said = capsys.readouterr().err
     assert words in said
     assert ("requeue 12" in asked.read_text() if asked.exists() else False) == requeued
@@ -135,9 +227,22 @@ def test_a_job_is_requeued_if_it_runs_and_slurm_allows_it(
         assert """sbatch '/runs/it'"'"'s/slurm/x/train.sbatch'""" in said
 
 
+def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
+    slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = slurm("COMPLETING Restarts=1 StartTime=2026-11-27T09:00:00 PreemptTime=2026-11-27T10:00:00", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of this job, not of the next
+    attempts = tmp_path / "job_12.json"
+    attempts.write_text("[[75, 0, 7]]")
+    requeue_job(JOB, CodeSnapshot(Path("/s")), attempts, None)
+    assert "does not requeue it (PreemptMode=CANCEL); submitted again as job 99" in capsys.readouterr().err
+    assert asked.read_text().splitlines()[-1] == "--parsable --dependency=afterany:12 /s/train.sbatch "
+    assert (tmp_path / "job_99.json").read_text() == "[[75, 0, 7]]"
+
+
 def test_one_task_of_an_array_goes_on_by_itself(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("RUNNING", 1)
-    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), CodeSnapshot(Path("/s")), None)
+    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), CodeSnapshot(Path("/s")), Path("none"), None)
     assert "continue with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A sink whose disk fails costs its pictures, never the run; unless a restart needs what it holds."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -93,3 +94,19 @@ def test_an_error_of_ours_is_not_hidden() -> None:
     wrong.error = ValueError("a bug")
     with refused(ValueError):
         GuardedSinks([wrong]).flush()  # pyright: ignore
+
+
+def test_closing_has_a_budget_and_hides_what_a_display_raises(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is done by then: a slow or broken display must not keep or fail it."""
+    monkeypatch.setattr("moe_dist.monitor.sinks.sink.CLOSE_SECONDS", 0.2)
+    slow, broken, healthy, end = Recorder(), Recorder(), Recorder(), threading.Event()
+    slow.close = end.wait  # type: ignore[attr-defined]
+    broken.error = ValueError("connection lost")
+    GuardedSinks([slow, broken, healthy]).close()  # pyright: ignore
+    end.set()
+    assert broken.calls == healthy.calls == ["close"]
+    assert "Recorder did not close in 0.2 s" in caplog.text
+    assert "Recorder failed to close" in caplog.text
+    assert "ValueError: connection lost" in caplog.text

@@ -1,0 +1,41 @@
+"""The training with a sink that takes ten minutes to close, and a note of when each rank ends.
+
+MOE_DIST_TEST_ENDS=FOLDER     gets a file `<rank>` with the seconds of the machine's clock
+"""
+
+import os
+import time
+from pathlib import Path
+
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.command_line import run_command
+from moe_dist.train.__main__ import main
+
+PROGRAM = "-m tests.support.slow_close"
+ENDS = "MOE_DIST_TEST_ENDS"
+CLOSE_SECONDS, BUDGET_SECONDS = 600.0, 15.0
+
+
+def close_slowly() -> None:
+    from moe_dist.monitor.sinks import sink
+    from moe_dist.monitor.sinks.console import ConsoleSink
+
+    sink.CLOSE_SECONDS = BUDGET_SECONDS
+    ConsoleSink.close = lambda self: time.sleep(CLOSE_SECONDS)
+
+
+def note_the_end() -> None:
+    end = Attempt._end
+
+    def noted(code: int) -> None:
+        (Path(os.environ[ENDS]) / os.environ["RANK"]).write_text(str(time.monotonic()))
+        end(code)
+
+    Attempt._end = staticmethod(noted)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if __name__ == "__main__":
+    note_the_end()
+    if os.environ["RANK"] == "0":
+        close_slowly()
+    run_command(main)

@@ -1,0 +1,71 @@
+"""The verdict of an attempt whose ranks have ended."""
+
+from pathlib import Path
+
+import pytest
+
+from launchers.attempts import begin_logs, conclude, run_attempts
+from launchers.rank_tracker import Outcome
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.lease import Lease
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import StopSignals
+from tests.support.tiny import tiny_config
+
+
+def test_a_rank_0_that_was_lost_with_its_node_is_the_cause_although_it_holds_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.5)  # pyright: ignore[reportArgumentType]
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder = RunFolder.of(config)
+    lease = folder.open(config, RankEnv(0, 2, 0, 1, "published", 0, "ray-x"))
+    lease._ended.set()  # its node is gone: no heartbeat any more
+    assert folder.write_status(verdict=1, reason="connection closed by peer", last_step=7, attempt_id="ray-x", rank=1)
+    outcome = Outcome((-9, 1), 0, None, aborted=False, lost={0: "it was lost with its node 10.0.0.4"})
+    assert conclude(folder, "ray-x", outcome, begin_logs(folder, 2, "ray-x"))[0] == 1
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.reason, latest.rank, latest.last_step) == ("rank 0: it was lost with its node 10.0.0.4", 0, 7)
+
+
+@pytest.mark.parametrize(("prefix", "option"), [("local", "--max-restarts"), ("ray", "--max-restarts")])
+@pytest.mark.parametrize(
+    ("codes", "steps", "starts", "said"),
+    [
+        ([-9, 1, 1, 0], [1, 2, 3, 4], 4, ""),  # faults of any kind, each after a new checkpoint
+        ([-9, -9, 0], [1, 1, 1], 3, ""),
+        ([-9, -9, 0], [0, 0, 0], 2, "2 attempts in a row committed no checkpoint after step 0"),
+        ([1] * 9, list(range(1, 10)), 4, "it was restarted 3 times already (--max-restarts)"),
+        ([78, 0], [1, 1], 1, ""),
+        ([69, 0], [1, 1], 1, ""),
+        ([65, 0], [1, 1], 1, ""),
+        ([70, 0], [1, 1], 1, ""),
+        ([75, 0], [1, 1], 1, ""),
+    ],
+)
+def test_local_and_ray_restart_by_one_rule(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prefix: str,
+    option: str,
+    codes: list[int],
+    steps: list[int],
+    starts: int,
+    said: str,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for made in (folder.logs, folder.checkpoints):
+        made.mkdir(parents=True)
+    begun: list[int] = []
+
+    def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
+        begun.append(restarts)
+        (folder.checkpoints / "latest").write_text(f"step_{steps[restarts]}")
+        code = codes[restarts]
+        failed = 0 if code not in (0, 75) else None
+        return Outcome((code,), failed, None, aborted=False), begin_logs(folder, 1, attempt_id)
+
+    run_attempts(folder, run, StopSignals(), prefix=prefix, max_restarts=3, option=option)
+    assert begun == list(range(starts))
+    assert said in capsys.readouterr().err
