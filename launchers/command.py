@@ -1,8 +1,9 @@
 """Plans the nodes and ranks of a job, and the command and environment of each rank. All launchers use this plan."""
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,13 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.nodes import demands, groups_of_rank, pack
-from moe_dist.plan.preflight import Preflight
+from moe_dist.plan.preflight import PlannedLayout
 from moe_dist.runtime.environment import PUBLISHED
 from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # check_file; for a dry run layout_of_file, which needs no data
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def one_node(world_size: int) -> JobPlan:
     return JobPlan((NodePlan(0, tuple(range(world_size))),))
 
 
-def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
+def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
     """Assigns ranks to nodes by the configuration, the expert placement and the cluster file.
 
     Raises:
@@ -115,7 +117,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
             parallel.dispatch.ranks_per_node does not match the planned nodes.
         ResourceError: the run needs GPUs and the cluster has none.
     """
-    config, placement = preflight.config, preflight.placement
+    config, placement = layout.config, layout.placement
     device, has_gpus = config.parallel.device, cluster.gpus.syntax != "none"
     if device == "cuda" and not has_gpus:
         raise ResourceError(
@@ -244,6 +246,16 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         own = {"RANK": str(rank), "LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(size)}
         commands.append(RankCommand(rank, place.node, argv, {**shared, **own, PLACE: place.to_json()}))
     return tuple(commands)
+
+
+def commands_text(commands: Sequence[RankCommand]) -> str:
+    """For a dry run: the variables that all ranks share, and each rank's node, own variables and command."""
+    shared = dict(set.intersection(*({*command.env.items()} for command in commands)))
+    lines = ["all ranks", *(f"  {name}={value}" for name, value in sorted(shared.items()))]
+    for command in commands:
+        lines += [f"rank {command.rank}, node {command.node}", f"  {shlex.join(command.argv)}"]
+        lines += [f"  {name}={value}" for name, value in sorted(command.env.items()) if name not in shared]
+    return "\n".join(lines)
 
 
 def _paths(config: Config) -> dict[str, str]:

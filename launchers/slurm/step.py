@@ -40,20 +40,20 @@ class SlurmJob:
     submitted: Path
 
     @classmethod
-    def from_environment(cls) -> "SlurmJob":
+    def from_environment(cls, env: Mapping[str, str]) -> "SlurmJob":
         """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR. Raises ConfigError outside a
         Slurm job."""
-        if "SLURM_JOB_ID" not in os.environ:
+        if "SLURM_JOB_ID" not in env:
             raise ConfigError(
                 "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
                 "moe-dist launch slurm CONFIG"
             )
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        task = env.get("SLURM_ARRAY_TASK_ID")
         return cls(
-            id=os.environ["SLURM_JOB_ID"],
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            id=env["SLURM_JOB_ID"],
+            restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
             task=int(task) if task is not None else None,
-            submitted=Path(os.environ.get("SLURM_SUBMIT_DIR", ".")).absolute(),
+            submitted=Path(env.get("SLURM_SUBMIT_DIR", ".")).absolute(),
         )
 
     @property
@@ -78,10 +78,12 @@ def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
     return HOLD_SIGNALS if supported else ()
 
 
-def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
+def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
     """Runs srun to its end. Returns its exit code, and its error lines about failed tasks, in order. `conclude` prints the
     error lines after the failed rank's own output. Standard output goes to the job's file."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=env
+    )
     ended: list[str] = []
     assert process.stderr is not None
     for line in process.stderr:
