@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.attempts import inspect_folder
-from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job, relative_paths
+from launchers.command import (
+    PUBLISHED_RENDEZVOUS,
+    TRAIN,
+    JobPlan,
+    LaunchPlan,
+    RankCommand,
+    ReadRun,
+    absolute_paths,
+    plan_job,
+    rank_commands,
+    relative_paths,
+)
 from launchers.ray.nodes import nodes_sharing_ep_groups
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.bundled import find_config, source_root
@@ -28,6 +39,7 @@ class RayJob:
         program: Arguments of each rank's interpreter before the configuration.
         forwarded: Names of environment variables for the ranks; a job's runtime environment sets them instead.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
+        block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 
     config: Path
@@ -41,6 +53,26 @@ class RayJob:
     program: tuple[str, ...]
     forwarded: tuple[str, ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
+    block: int = 1
+
+    def commands(
+        self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
+    ) -> tuple[RankCommand, ...]:
+        """The command of each rank, without the variables of the site and of its actor."""
+        plan_of_attempt = LaunchPlan(
+            config=self.config,
+            overrides=self.overrides,
+            job=plan,
+            rendezvous=PUBLISHED_RENDEZVOUS,  # a port of rank 0's node, which the driver cannot know
+            attempt=attempt,
+            attempt_id=attempt_id,
+            grace_seconds=grace_seconds,
+            threads=self.cluster.cpus_per_rank,
+            python=self.cluster.python or "",  # empty: the interpreter of the rank's actor
+            program=self.program,
+            hosts=hosts,
+        )
+        return rank_commands(plan_of_attempt)
 
 
 def check_job(
@@ -53,21 +85,22 @@ def check_job(
     wait_seconds: float | None = None,
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
+    read: ReadRun = check_file,
 ) -> RayJob | None:
     """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
-    arguments; `cluster` is the name or path of the cluster file.
+    arguments; `cluster` is the name or path of the cluster file; with `layout_of_file` for `read` no data are needed.
 
     Raises:
         MoeDistError: the configuration is invalid, or does not fit the cluster.
     """
     require_variables(forwarded, os.environ)
     site = load_cluster(cluster, os.environ)
-    preflight = check_file(config_path, overrides)
-    config = preflight.config
+    layout = read(config_path, overrides)
+    config = layout.config
     if problems := relative_paths(config):  # each node resolves them in its own working directory
         fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
-    plan, folder = plan_job(preflight, site), RunFolder.of(config)
+    plan, folder = plan_job(layout, site), RunFolder.of(config)
     start = inspect_folder(folder, config, overwrite=overwrite)
     if start is Start.FINISHED:
         return None
@@ -84,6 +117,7 @@ def check_job(
         program=program,
         forwarded=tuple(forwarded),
         together=() if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep)),
+        block=config.parallel.dispatch.node_size or 1,
     )
 
 
