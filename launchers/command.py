@@ -54,11 +54,13 @@ class JobPlan:
         nodes: Ordered by index.
         gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
         groups: For each rank, the names of its expert groups.
+        block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 
     nodes: tuple[NodePlan, ...]
     gpus_per_node: int = 0
     groups: tuple[tuple[str, ...], ...] = ()
+    block: int = 1
 
     @property
     def world_size(self) -> int:
@@ -144,7 +146,7 @@ def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
         )
         for index, (demand, ranks) in enumerate(packed)
     )
-    plan = JobPlan(nodes, gpus, of_rank)
+    plan = JobPlan(nodes, gpus, of_rank, config.parallel.dispatch.node_size or 1)
     _check_dispatch_nodes(config, plan)
     return plan
 
@@ -249,12 +251,11 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def commands_text(commands: Sequence[RankCommand]) -> str:
-    """For a dry run: the variables that all ranks share, and each rank's node, own variables and command."""
-    shared = dict(set.intersection(*({*command.env.items()} for command in commands)))
-    lines = ["all ranks", *(f"  {name}={value}" for name, value in sorted(shared.items()))]
+    """For a dry run: the node of each rank, and the shell line that starts it."""
+    lines = []
     for command in commands:
-        lines += [f"rank {command.rank}, node {command.node}", f"  {shlex.join(command.argv)}"]
-        lines += [f"  {name}={value}" for name, value in sorted(command.env.items()) if name not in shared]
+        variables = [f"{name}={value}" for name, value in sorted(command.env.items())]
+        lines.append(f"rank {command.rank}, node {command.node}: {shlex.join(['env', *variables, *command.argv])}")
     return "\n".join(lines)
 
 

@@ -71,7 +71,6 @@ def _attempt(
         bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
         [str(path) for path in (job.config, job.folder.logs, job.data)],
         together=job.together,
-        block=job.block,
         exclude=job.cluster.exclude,
         avoid=faulty,
         wait_seconds=wait if job.wait_seconds is None else job.wait_seconds,

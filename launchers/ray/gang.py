@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launchers.command import JobPlan, RankCommand
@@ -177,21 +177,12 @@ class Gang:
         running.clear()
 
 
-class NodeRequest:
+def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
     """A pending placement group of the planned nodes, which makes an autoscaler start the missing ones. It ends with the
     driver. A `request_resources` of Ray does not: it is one for all jobs, and cannot ask for separate nodes."""
-
-    def __init__(self, job: JobPlan, bundle: Mapping[str, float]) -> None:
-        sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
-        labels = [dict(node.ray_labels) for node in job.nodes]
-        self._group = placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
-
-    def met(self) -> bool:
-        """Waits up to RETRY_SECONDS; True if the nodes are there, and this request now holds their resources."""
-        return self._group.wait(RETRY_SECONDS)
-
-    def withdraw(self) -> None:
-        remove_placement_group(self._group)
+    sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
+    labels = [dict(node.ray_labels) for node in job.nodes]
+    return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
 
 
 def gather_gang(
@@ -200,7 +191,6 @@ def gather_gang(
     paths: Sequence[str],
     *,
     together: Sequence[tuple[int, ...]] = (),
-    block: int = 1,
     exclude: Collection[str] = (),
     avoid: Collection[str] = (),
     wait_seconds: float,
@@ -213,7 +203,6 @@ def gather_gang(
     Args:
         paths: Files and folders that must exist on every node.
         together: Groups of planned nodes that must share a fast-interconnect domain.
-        block: Number of consecutive ranks that must share a node.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the others do not suffice.
         wait_seconds: Time limit for nodes that the cluster lacks, and for further starts of actors on a node where they
@@ -233,7 +222,7 @@ def gather_gang(
             printed.add(text)
             say(text)
 
-    request: NodeRequest | None = None
+    request: PlacementGroup | None = None
     try:
         while True:
             if signals.first is not None:
@@ -245,13 +234,17 @@ def gather_gang(
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
             # Only instead of an error a node gets more ranks than the cluster file says.
             most = None if over else job.ranks_per_node
-            assignment = assign(job, nodes, bundle, together, block=block, most=most)
+            assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:
                 raise ResourceError([*_start_problems(faults), *assignment.problems], see="docs/ray.md")
-            if assignment.nodes:
-                if request is not None:
-                    request.withdraw()
-                    request = None
+            if request is not None and (assignment.nodes or request.wait(RETRY_SECONDS)):
+                remove_placement_group(request)  # the actors need its resources
+                request = None
+            elif not assignment.nodes:
+                request = request or request_nodes(job, bundle)
+            if not assignment.nodes:
+                say_once(_waiting_text(assignment, wait_seconds))
+            else:
                 gang = Gang(assignment.job, assignment.nodes, bundle)
                 try:
                     gang.gather(paths)
@@ -264,16 +257,10 @@ def gather_gang(
                 except BaseException:
                     gang.close()
                     raise
-            else:
-                request = request or NodeRequest(job, bundle)
-                if request.met():  # its resources are free again for the assignment
-                    request.withdraw()
-                    request = None
-                say_once(_waiting_text(assignment, wait_seconds))
             time.sleep(RETRY_SECONDS)
     finally:
         if request is not None:
-            request.withdraw()
+            remove_placement_group(request)
 
 
 def _waiting_text(assignment: Assignment, wait_seconds: float) -> str:

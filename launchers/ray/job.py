@@ -39,7 +39,6 @@ class RayJob:
         program: Arguments of each rank's interpreter before the configuration.
         forwarded: Names of environment variables for the ranks; a job's runtime environment sets them instead.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
-        block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 
     config: Path
@@ -53,7 +52,6 @@ class RayJob:
     program: tuple[str, ...]
     forwarded: tuple[str, ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
-    block: int = 1
 
     def commands(
         self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
@@ -117,7 +115,6 @@ def check_job(
         program=program,
         forwarded=tuple(forwarded),
         together=() if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep)),
-        block=config.parallel.dispatch.node_size or 1,
     )
 
 

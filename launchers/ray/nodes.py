@@ -83,7 +83,6 @@ def assign(
     bundle: Mapping[str, float],
     together: Sequence[tuple[int, ...]] = (),
     *,
-    block: int = 1,
     most: int | None = None,
 ) -> Assignment:
     """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the nodes are too
@@ -93,7 +92,6 @@ def assign(
         nodes: Live nodes; earlier ones are preferred.
         bundle: Resources of one rank.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
-        block: Number of consecutive ranks that must share a node.
         most: Limit for the ranks of a node if the ranks are distributed anew; None for no limit.
     """
 
@@ -111,7 +109,7 @@ def assign(
             return Assignment(job, problems=(_domain_problem(missing, nodes),))
         if not together and not any(each.own for each in job.nodes):
             rooms = ([_room(getattr(node, resources), bundle, most) for node in nodes] for resources in ("free", "total"))
-            if uneven := next(filter(None, (_fill(job, nodes, room, block) for room in rooms)), None):
+            if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
                 return assign(uneven, nodes, bundle)
         return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
     found = chosen("free")  # then with the current load
@@ -130,15 +128,15 @@ def _room(resources: Mapping[str, float], bundle: Mapping[str, float], most: int
     return room if most is None else min(room, most)
 
 
-def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int], block: int) -> JobPlan | None:
+def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPlan | None:
     """A plan with the ranks for which each node has room, the largest nodes first; None if there is no room for all ranks.
     Each node gets ranks with equal requirements."""
     ranks_of: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for each in job.nodes:
         ranks_of.setdefault(tuple(sorted(each.ray_labels.items())), []).extend(each.ranks)
-    if block > 1 and len(ranks_of) > 1:
+    if job.block > 1 and len(ranks_of) > 1:
         return None
-    rooms = [room // block * block for room in rooms]
+    rooms = [room // job.block * job.block for room in rooms]
     left = sorted((n for n, room in enumerate(rooms) if room), key=lambda n: -rooms[n])
     found: list[NodePlan] = []
     for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # ranks without labels fit anywhere

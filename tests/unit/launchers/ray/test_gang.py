@@ -146,7 +146,7 @@ def test_a_request_has_the_size_and_labels_of_each_planned_node(cluster: Cluster
         lambda sizes, strategy, bundle_label_selector: asked.append((sizes, bundle_label_selector)),
     )
     job = JobPlan((NodePlan(0, (0, 1), labels={"modality": "text"}), NodePlan(1, (2,), feature="vision")))
-    ray_gang.NodeRequest(job, {"CPU": 2.0, "GPU": 1.0})
+    ray_gang.request_nodes(job, {"CPU": 2.0, "GPU": 1.0})
     sizes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
     assert asked == [(sizes, [{"modality": "text"}, {"feature": "vision"}])]
 

@@ -1,6 +1,7 @@
 """Assignment of planned nodes to nodes of a Ray cluster."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,7 +142,7 @@ def test_domains_that_are_too_small_or_missing_are_named() -> None:
 def test_uneven_nodes_that_hold_the_ranks_are_used(
     job: JobPlan, nodes: list[RayNode], block: int, most: int | None, ranks: dict[str, tuple[int, ...]]
 ) -> None:
-    found = assign(job, nodes, {"CPU": 1.0}, block=block, most=most)
+    found = assign(replace(job, block=block), nodes, {"CPU": 1.0}, most=most)
     assert dict(zip((each.node_id for each in found.nodes), (each.ranks for each in found.job.nodes), strict=True)) == ranks
     assert [each.index for each in found.job.nodes] == list(range(len(ranks)))
 
@@ -159,5 +160,5 @@ def test_uneven_nodes_that_hold_the_ranks_are_used(
 def test_ranks_stay_where_the_site_or_the_run_wants_them(
     job: JobPlan, nodes: list[RayNode], options: dict[str, Any]
 ) -> None:
-    together = options.pop("together", ())
-    assert assign(job, nodes, {"CPU": 1.0}, together, **options).problems
+    job = replace(job, block=options.pop("block", 1))
+    assert assign(job, nodes, {"CPU": 1.0}, **options).problems
