@@ -110,7 +110,7 @@ def main(
             elif dry_run:
                 paths = absolute_paths(load_config(config, own), Path.cwd())
                 _print_dry_run(config, [*own, *paths], cluster)
-                print(f"job\n  {driver_line(config, own, options=options, cluster=cluster)}")
+                print(driver_line(config, own, options=options, cluster=cluster))
             elif submit is not None:
                 line = driver_line(config, own, options=options, cluster=cluster)
                 code = ray_submit.submit(submit, line, grace_seconds=grace, forwarded=forwarded)
