@@ -31,9 +31,7 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # wait this long before printing: Ray may still be freeing an earlier attempt's resources
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = (
-    3  # starts of actors on one node while the driver waits for nodes; after that a failed node is not tried again
-)
+START_TRIES = 3  # of the actors on one node while the wait for nodes lasts; later, one
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 

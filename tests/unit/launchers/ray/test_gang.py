@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from launchers.command import JobPlan, NodePlan
 from launchers.ray import gang as ray_gang
 from launchers.ray.gang import Gang, LostError, gather_gang, last_line, live_nodes
 from launchers.ray.nodes import RayNode
+from launchers.ray.rank import WorkerInfo
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.signals import StopSignals
 
@@ -159,6 +161,33 @@ def test_uneven_nodes_exceed_the_sites_limit_only_when_the_wait_is_over(
     job = JobPlan((NodePlan(0, (0, 1, 2)), NodePlan(1, (3, 4, 5))))
     assert cluster.gather(job) == ("a", "b")
     assert cluster.now >= 5.0
+
+
+def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 answers, rank 1 dies, rank 2 does not answer; ranks 1 and 3 share a node."""
+
+    class Actor:
+        def __init__(self, rank: int) -> None:
+            self.worker = SimpleNamespace(remote=lambda paths: rank)
+
+    def get(rank: int) -> WorkerInfo:
+        if rank in (1, 3):
+            raise RayActorError("1", f"died\nModuleNotFoundError: No module named 'x{rank}'")
+        return WorkerInfo(str(rank), "host", {}, ())
+
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=Actor))
+    monkeypatch.setattr(ray_gang, "placement_group", lambda *_, **__: SimpleNamespace(wait=lambda seconds: True))
+    monkeypatch.setattr(ray_gang, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+    monkeypatch.setattr(ray_gang.ray, "remote", lambda **_: lambda cls: made)
+    monkeypatch.setattr(ray_gang.ray, "wait", lambda answers, **_: ([each for each in answers if each != 2], [2]))
+    monkeypatch.setattr(ray_gang.ray, "get", get)
+    job = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1, 3)), NodePlan(2, (2,))))
+    with pytest.raises(LostError) as raised:
+        ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([])
+    assert raised.value.faults == {
+        "2": "the actor of rank 1 did not start on 10.0.0.2 (no labels): ModuleNotFoundError: No module named 'x1'",
+        "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 60 s",
+    }
 
 
 def test_the_cause_is_the_last_line_of_rays_error() -> None:
