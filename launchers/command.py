@@ -1,8 +1,9 @@
 """Plans the nodes and ranks of a job, and the command and environment of each rank. All launchers use these plans."""
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,13 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.nodes import demands, groups_of_rank, pack
-from moe_dist.plan.preflight import Preflight
+from moe_dist.plan.preflight import PlannedLayout
 from moe_dist.runtime.environment import PUBLISHED
 from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # check_file; for a dry run layout_of_file, which needs no data
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class JobPlan:
         nodes: Ordered by index.
         gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
         groups: For each rank, the names of its expert groups.
+        block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 
     nodes: tuple[NodePlan, ...]
     gpus_per_node: int = 0
     groups: tuple[tuple[str, ...], ...] = ()
+    block: int = 1
 
     @property
     def world_size(self) -> int:
@@ -107,7 +111,7 @@ def one_node(world_size: int) -> JobPlan:
     return JobPlan((NodePlan(0, tuple(range(world_size))),))
 
 
-def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
+def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
     """Assigns ranks to nodes by the configuration, the expert placement and the cluster file.
 
     Raises:
@@ -115,7 +119,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
             parallel.dispatch.ranks_per_node does not match the planned nodes.
         ResourceError: the run needs GPUs and the cluster has none.
     """
-    config, placement = preflight.config, preflight.placement
+    config, placement = layout.config, layout.placement
     device, has_gpus = config.parallel.device, cluster.gpus.syntax != "none"
     if device == "cuda" and not has_gpus:
         raise ResourceError(
@@ -142,7 +146,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
         )
         for index, (demand, ranks) in enumerate(packed)
     )
-    plan = JobPlan(nodes, gpus, of_rank)
+    plan = JobPlan(nodes, gpus, of_rank, config.parallel.dispatch.node_size or 1)
     _check_dispatch_nodes(config, plan)
     return plan
 
@@ -244,6 +248,15 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         own = {"RANK": str(rank), "LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(size)}
         commands.append(RankCommand(rank, place.node, argv, {**shared, **own, PLACE: place.to_json()}))
     return tuple(commands)
+
+
+def commands_text(commands: Sequence[RankCommand]) -> str:
+    """For a dry run: the node of each rank, and the shell line that starts it."""
+    lines = []
+    for command in commands:
+        variables = [f"{name}={value}" for name, value in sorted(command.env.items())]
+        lines.append(f"rank {command.rank}, node {command.node}: {shlex.join(['env', *variables, *command.argv])}")
+    return "\n".join(lines)
 
 
 def _paths(config: Config) -> dict[str, str]:

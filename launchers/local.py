@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from launchers.attempts import begin_logs, inspect_folder, run_attempts
-from launchers.command import TRAIN, LaunchPlan, file_rendezvous, fit_world_size, one_node, rank_commands
+from launchers.command import TRAIN, LaunchPlan, commands_text, file_rendezvous, fit_world_size, one_node, rank_commands
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import MAX_RESTARTS
 from moe_dist.config.load import read_draft
-from moe_dist.plan.preflight import check_file
+from moe_dist.errors import EXIT_DONE
+from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
@@ -38,6 +39,7 @@ def launch(
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
     max_restarts: int = 0,
     program: tuple[str, ...] = TRAIN,
+    dry_run: bool = False,
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
     checkpoint. Must be called in the main thread, because it installs signal handlers. Returns the run's exit code.
@@ -46,6 +48,7 @@ def launch(
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
         program: Arguments of each rank's interpreter before the configuration.
+        dry_run: Print the ranks' commands and variables, and start nothing; needs no data.
 
     Raises:
         MoeDistError: the run is invalid; no process was started.
@@ -53,9 +56,26 @@ def launch(
     read = read_draft(config_path, overrides)
     if read.value is not None:  # an invalid configuration is reported by `check_file` below
         overrides = (*overrides, *fit_world_size(read.value, nproc))
-    config = check_file(config_path, overrides).config
+    config = (layout_of_file if dry_run else check_file)(config_path, overrides).config
     world_size = config.parallel.ep * config.parallel.edp
     folder = RunFolder.of(config)
+
+    def plan(restarts: int, attempt_id: str, store: str) -> LaunchPlan:
+        return LaunchPlan(
+            config=config_path,
+            overrides=tuple(overrides),
+            job=one_node(world_size),
+            rendezvous=file_rendezvous(Path(store) / "store"),
+            attempt=restarts,
+            attempt_id=attempt_id,
+            grace_seconds=grace_seconds,
+            loopback=True,
+            program=program,
+        )
+
+    if dry_run:
+        print(commands_text(rank_commands(plan(0, "local-ID", "/tmp/moe_dist_ID"))))
+        return EXIT_DONE
     start = inspect_folder(folder, config, overwrite=overwrite)
     if start is Start.FINISHED:
         return 0
@@ -65,18 +85,7 @@ def launch(
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             with store_folder() as store:
-                plan = LaunchPlan(
-                    config=config_path,
-                    overrides=tuple(overrides),
-                    job=one_node(world_size),
-                    rendezvous=file_rendezvous(Path(store) / "store"),
-                    attempt=restarts,
-                    attempt_id=attempt_id,
-                    grace_seconds=grace_seconds,
-                    loopback=True,
-                    program=program,
-                )
-                return _run(plan, folder, signals)
+                return _run(plan(restarts, attempt_id, store), folder, signals)
 
         return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
 
@@ -121,13 +130,14 @@ def main(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds for saving and stopping.")] = DEFAULT_GRACE_SECONDS,
     max_restarts: Annotated[int, typer.Option(min=0, help="Automatic restarts from the last checkpoint.")] = MAX_RESTARTS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks' commands; no data, no start.")] = False,
     init_from: Annotated[str | None, typer.Option(help="Start from these weights, as run.init_from=PATH.")] = None,
 ) -> None:
     """Run on this machine, one process per rank. Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills the run."""
     overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     options = {"nproc": nproc, "overwrite": overwrite, "grace_seconds": grace, "max_restarts": max_restarts}
     with reports_errors(storage=RUN_FOLDER_FIX):
-        raise typer.Exit(launch(config, overrides, **options))
+        raise typer.Exit(launch(config, overrides, dry_run=dry_run, **options))
 
 
 if __name__ == "__main__":

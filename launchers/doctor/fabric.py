@@ -46,7 +46,7 @@ def judge(
             worst = max(measured[pair].all_to_all for pair in own)
             left = [pair for pair in left if node not in pair]
             text = f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, other pairs {rate}"
-            exclude = f"exclude it (cluster file: options: [--exclude={name}])"
+            exclude = f"exclude it (cluster file: exclude: [{name}])"
             fix = f"check its network card, cable and interface (cluster file), or {exclude}"
             results.append(warning(CHECK, text, fix))
     for first, second in left:
@@ -55,7 +55,7 @@ def judge(
             f"{names([nodes[first], nodes[second]])} are slow with each other: {_rate(payload_bytes, each.all_to_all)} in "
             f"all-to-all, {each.all_reduce * 1e3:.3g} ms per all-reduce; the median pair has {rate}"
         )
-        fix = "check switches and cables between the two, or exclude one (cluster file: options: [--exclude=NAME])"
+        fix = "check switches and cables between the two, or exclude one (cluster file: exclude: [NAME])"
         results.append(warning(CHECK, text, fix))
     return results
 

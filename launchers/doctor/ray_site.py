@@ -37,7 +37,7 @@ def check_ray(
         save_seconds: Measured seconds of a save; None if no save was measured.
     """
     answers, grace = ok("scheduler", f"Ray {ray.__version__} answers"), _grace(stop_grace(env), save_seconds)
-    return [answers, _bundles(plan, cluster, live_nodes()), _exposure(parts), grace]
+    return [answers, _bundles(plan, cluster, live_nodes(cluster.exclude)), _exposure(parts), grace]
 
 
 def run_on_nodes(
@@ -48,7 +48,7 @@ def run_on_nodes(
     Raises:
         ResourceError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.
     """
-    chosen = _chosen(plan, cluster, live_nodes()).nodes
+    chosen = _chosen(plan, cluster, live_nodes(cluster.exclude)).nodes
     if not chosen:
         raise ResourceError("the cluster lacks the nodes of the plan; the check `nodes` names them")
     gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
@@ -94,7 +94,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
 def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> CheckResult:
     assignment = _chosen(plan, cluster, nodes)
     if not assignment.problems:
-        return ok("nodes", f"the plan fits on {len(plan.nodes)} of the {len(nodes)} nodes of Ray")
+        return ok("nodes", f"the plan fits on {len(assignment.nodes)} of the {len(nodes)} nodes of Ray")
     more = f" ({len(assignment.problems) - 1} more nodes of the plan likewise)" if len(assignment.problems) > 1 else ""
     return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=ResourceError.exit_code)
 

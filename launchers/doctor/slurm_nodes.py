@@ -70,7 +70,7 @@ def srun_command(
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]  # the job is short
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
-    common += pyxis_options(cluster, visible)
+    common += [*cluster.srun_options, *pyxis_options(cluster, visible)]
     command = ["srun"]
     for number, part in enumerate(parts(plan)):
         kind = [option for option in part_options(part, plan, cluster) if not option.startswith(("--n", "--cpus"))]

@@ -7,21 +7,24 @@ python -m launchers.ray --stop ID [--submit ADDRESS]               stops a job a
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from launchers.command import absolute_paths, relative_paths
+from launchers.command import absolute_paths, commands_text, relative_paths
 from launchers.ray import submit as ray_submit
 from launchers.ray.job import check_job, path_on_nodes
+from launchers.ray.nodes import bundle_of_rank
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
 from moe_dist.config.cluster import cluster_file, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.errors import EXIT_DONE, ConfigError
+from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
-from moe_dist.runtime.signals import StopSignals
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
@@ -54,6 +57,16 @@ def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequenc
     return ray_submit.entrypoint([str(path_on_nodes(config_path)), *overrides, *paths, *options], site.python)
 
 
+def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) -> None:
+    """Prints the plan, the resources of an actor and the command of each rank; needs no data and no cluster."""
+    job = check_job(config, overrides, cluster=cluster, read=layout_of_file)  # prints the plan
+    if job is None:  # the run is finished
+        return
+    commands = job.commands(job.plan, attempt=0, attempt_id="ray-ID", grace_seconds=DEFAULT_GRACE_SECONDS, hosts=())
+    commands = [replace(command, env={**job.cluster.network_variables, **command.env}) for command in commands]
+    print(f"resources of a rank: {bundle_of_rank(job.plan, job.cluster.cpus_per_rank)}\n{commands_text(commands)}")
+
+
 def main(
     config: Annotated[Path | None, typer.Argument(help="Configuration of the run, a YAML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
@@ -66,7 +79,7 @@ def main(
         str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the job; start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, ranks and the job; start nothing.")] = False,
     max_restarts: Annotated[
         int | None, typer.Option(min=0, help="Automatic restarts from the last checkpoint, instead of the cluster file's.")
     ] = None,
@@ -97,7 +110,7 @@ def main(
                 raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
             elif dry_run:
                 paths = absolute_paths(load_config(config, own), Path.cwd())
-                check_job(config, [*own, *paths], cluster=cluster)  # prints the plan
+                _print_dry_run(config, [*own, *paths], cluster)
                 print(driver_line(config, own, options=options, cluster=cluster))
             elif submit is not None:
                 line = driver_line(config, own, options=options, cluster=cluster)

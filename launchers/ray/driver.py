@@ -13,7 +13,7 @@ from dataclasses import replace
 import ray
 
 from launchers.attempts import begin_logs, run_attempts
-from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, rank_commands
+from launchers.command import JobPlan
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import gather_gang
@@ -49,8 +49,11 @@ def drive(job: RayJob, signals: StopSignals) -> int:
             print(text, file=sys.stderr, flush=True)
         job.folder.prepare()  # before the actors, which check that they see it
 
+        faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
+        seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS
+
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
-            return _attempt(job, restarts, attempt_id, signals, grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS)
+            return _attempt(job, restarts, attempt_id, signals, seconds, faulty)
 
         code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_restarts, option="--max-restarts")
         time.sleep(LAST_LINES_SECONDS)  # until Ray has forwarded the last output of rank 0
@@ -58,42 +61,37 @@ def drive(job: RayJob, signals: StopSignals) -> int:
 
 
 def _attempt(
-    job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float
+    job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float, faulty: set[str]
 ) -> tuple[Outcome, list[int]]:
-    """Runs one attempt; returns its outcome and, for each rank's log, the offset at which the attempt begins."""
+    """Runs one attempt; returns its outcome and, for each rank's log, the offset at which the attempt begins. Adds the node
+    of the rank that failed first to `faulty`."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
         job.plan,
         bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
         [str(path) for path in (job.config, job.folder.logs, job.data)],
         together=job.together,
+        exclude=job.cluster.exclude,
+        avoid=faulty,
         wait_seconds=wait if job.wait_seconds is None else job.wait_seconds,
         signals=signals,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        print(workers_table(job.plan, gang.workers), flush=True)
+        print(workers_table(gang.job, gang.workers), flush=True)
         offsets = begin_logs(job.folder, job.plan.world_size, attempt_id)
-        plan = LaunchPlan(
-            config=job.config,
-            overrides=job.overrides,
-            job=job.plan,
-            rendezvous=PUBLISHED_RENDEZVOUS,  # rank 0 chooses a port of its node
-            attempt=restarts,
-            attempt_id=attempt_id,
-            grace_seconds=grace_seconds,
-            threads=job.cluster.cpus_per_rank,
-            python=job.cluster.python or "",  # empty: the interpreter of the rank's actor
-            program=job.program,
-            hosts=gang.hosts,
+        planned = job.commands(
+            gang.job, attempt=restarts, attempt_id=attempt_id, grace_seconds=grace_seconds, hosts=gang.hosts
         )
         commands = [
             replace(command, env={**site_variables(job.cluster, gang.workers, command.rank), **worker, **command.env})
-            for command, worker in zip(rank_commands(plan), worker_variables(job.plan, gang.workers), strict=True)
+            for command, worker in zip(planned, worker_variables(gang.job, gang.workers), strict=True)
         ]
         commands = [replace(command, env={**job.variables, **command.env}) for command in commands]
         gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
-        return gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
+        outcome = gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2)))
+        faulty.update(() if outcome.first_failed is None else (gang.node(outcome.first_failed).node_id,))
+        return outcome, offsets
     finally:
         gang.close()  # kills the actors, also after an error
 

@@ -1,6 +1,7 @@
 """The actors of one attempt: makes a placement group with one bundle and one actor per rank, and waits for the ranks."""
 
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launchers.command import JobPlan, RankCommand
 from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
-from launchers.ray.nodes import NODE_ID, RayNode, assign
+from launchers.ray.nodes import NODE_ID, Assignment, RayNode, assign
 from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
@@ -30,12 +31,21 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # seconds before a wait is reported: Ray may still free earlier resources
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
+START_TRIES = 3  # of the actors on one node while the wait for nodes lasts; later, one
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
 
 class LostError(Exception):
-    """An actor or a node was lost before the attempt began."""
+    """An actor or a node was lost before the attempt began.
+
+    Args:
+        faults: Why the actors of a node did not start, by Ray's id of the node.
+    """
+
+    def __init__(self, text: str, faults: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.faults = faults or {}
 
 
 class Gang:
@@ -48,10 +58,10 @@ class Gang:
     """
 
     def __init__(self, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> None:
-        self._job, self._nodes = job, nodes
+        self.job, self._nodes = job, nodes
         self.workers: list[WorkerInfo] = []
         self._actors: list[Any] = []
-        labels = [{**job.node_of(r).ray_labels, NODE_ID: self._node(r).node_id} for r in range(job.world_size)]
+        labels = [{**job.node_of(r).ray_labels, NODE_ID: self.node(r).node_id} for r in range(job.world_size)]
         self._group = placement_group([dict(bundle)] * job.world_size, bundle_label_selector=labels)
         self._bundle = bundle
 
@@ -64,20 +74,29 @@ class Gang:
         """Starts the actors and waits until each one has answered.
 
         Raises:
-            LostError: another job uses a node, or a node is lost.
+            LostError: another job uses a node, or an actor did not start.
             ConfigError: one of the `paths` does not exist on a node.
         """
         if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
             raise LostError("another job has taken the chosen nodes")
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={WAIT: 1})(RankActor)  # pyright: ignore
         size = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
-        for rank in range(self._job.world_size):
+        for rank in range(self.job.world_size):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
-        try:
-            self.workers = ray.get([each.worker.remote(paths) for each in self._actors], timeout=ANSWER_SECONDS)
-        except (RayActorError, GetTimeoutError) as error:
-            raise LostError(f"an actor did not start ({type(error).__name__})") from error
+        answers = [each.worker.remote(paths) for each in self._actors]
+        answered = set(ray.wait(answers, num_returns=len(answers), timeout=ANSWER_SECONDS)[0])
+        faults: dict[str, str] = {}
+        for rank, answer in enumerate(answers):
+            try:
+                if answer not in answered:
+                    raise GetTimeoutError(f"no answer in {ANSWER_SECONDS:g} s")
+                self.workers.append(ray.get(answer))
+            except RayError as error:
+                node, text = self.node(rank), f"the actor of rank {rank} did not start on"
+                faults.setdefault(node.node_id, f"{text} {node}: {last_line(error)}")
+        if faults:
+            raise LostError(next(iter(faults.values())), faults)
         for rank, worker in enumerate(self.workers):
             if worker.missing:
                 raise ConfigError(
@@ -121,15 +140,15 @@ class Gang:
             ray.kill(actor)
         remove_placement_group(self._group)  # frees the bundles for the next attempt
 
-    def _node(self, rank: int) -> RayNode:
-        return self._nodes[self._job.node_of(rank).index]
+    def node(self, rank: int) -> RayNode:
+        return self._nodes[self.job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str]:
         """Returns (exit code of a rank, ''); if its Ray worker or node is lost, (code of SIGKILL, description)."""
         try:
             return ray.get(reference), ""
         except RayError:
-            node = self._node(rank)
+            node = self.node(rank)
             worker_died = takes_connections(node)
             what = "its Ray worker died (killed, out of memory?) on" if worker_died else "it was lost with its node"
             return -signal.SIGKILL, f"{what} {node.address}"
@@ -150,10 +169,18 @@ class Gang:
         """Kills the actors of all running ranks. A rank whose node does not answer is lost, and so it is the cause."""
         for rank in running.values():
             ray.kill(self._actors[rank])
-            node = self._node(rank)
+            node = self.node(rank)
             lost = "" if takes_connections(node) else f"its node {node.address} does not answer"
             tracker.end(rank, -signal.SIGKILL, time.monotonic(), frozen=tuple, lost=lost)
         running.clear()
+
+
+def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
+    """A pending placement group of the planned nodes, which makes an autoscaler start the missing ones. It ends with the
+    driver. A `request_resources` of Ray does not: it is one for all jobs, and cannot ask for separate nodes."""
+    sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
+    labels = [dict(node.ray_labels) for node in job.nodes]
+    return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
 
 
 def gather_gang(
@@ -162,57 +189,93 @@ def gather_gang(
     paths: Sequence[str],
     *,
     together: Sequence[tuple[int, ...]] = (),
+    exclude: Collection[str] = (),
+    avoid: Collection[str] = (),
     wait_seconds: float,
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> Gang:
-    """Chooses nodes and starts an actor for each rank; repeats this until all actors have answered.
+    """Chooses nodes and starts an actor for each rank; repeats this until all actors have answered. Meanwhile it asks an
+    autoscaler for the planned nodes.
 
     Args:
         paths: Files and folders that must exist on every node.
         together: Groups of planned nodes that must share a fast-interconnect domain.
-        wait_seconds: Time limit for nodes that the cluster lacks. There is no limit for nodes that other jobs use.
+        exclude: Host names or addresses of nodes that must not be used.
+        avoid: Ray's ids of nodes that are used only if the others do not suffice.
+        wait_seconds: Time limit for nodes that the cluster lacks, and for further starts of actors on a node where they
+            failed, at most START_TRIES. There is no limit for nodes that other jobs use.
         say: Prints a message about waiting; no message is printed twice.
 
     Raises:
         ConfigError: a path does not exist on a node.
-        ResourceError: the cluster lacks the nodes of the plan.
+        ResourceError: the cluster lacks the nodes of the plan, or no actor starts on a node that the plan needs.
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
+    faults: dict[str, list[str]] = {}  # by Ray's id of the node, one for each failed start
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:
             printed.add(text)
             say(text)
 
-    while True:
-        if signals.first is not None:
-            raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start the run again")
-        assignment = assign(job, live_nodes(), bundle, together)
-        if assignment.problems:
-            if time.monotonic() - began >= wait_seconds:
-                raise ResourceError(assignment.problems, see="docs/ray.md")
-            say_once(f"waiting {wait_seconds:g} s for nodes: {assignment.problems[0]}")
-        elif assignment.waits_for:
-            ranks = [str(rank) for node in assignment.waits_for for rank in node.ranks]
-            say_once(f"waiting for nodes that other jobs use, for the ranks {', '.join(ranks)}")
-        else:
-            gang = Gang(job, assignment.nodes, bundle)
-            try:
-                gang.gather(paths)
-                return gang
-            except LostError as error:
-                gang.close()
-                say_once(f"{error}; choosing nodes again")
-            except BaseException:
-                gang.close()
-                raise
-        time.sleep(RETRY_SECONDS)
+    request: PlacementGroup | None = None
+    try:
+        while True:
+            if signals.first is not None:
+                raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start the run again")
+            over = time.monotonic() - began >= wait_seconds
+            live = live_nodes(exclude)
+            tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
+            nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
+            nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
+            # Only instead of an error a node gets more ranks than the cluster file says.
+            most = None if over else job.ranks_per_node
+            assignment = assign(job, nodes, bundle, together, most=most)
+            if assignment.problems and over:
+                raise ResourceError([*_start_problems(faults), *assignment.problems], see="docs/ray.md")
+            if request is not None and (assignment.nodes or request.wait(RETRY_SECONDS)):
+                remove_placement_group(request)  # the actors need its resources
+                request = None
+            elif not assignment.nodes:
+                request = request or request_nodes(job, bundle)
+            if not assignment.nodes:
+                say_once(_waiting_text(assignment, wait_seconds))
+            else:
+                gang = Gang(assignment.job, assignment.nodes, bundle)
+                try:
+                    gang.gather(paths)
+                    return gang
+                except LostError as error:
+                    gang.close()
+                    for node_id, text in error.faults.items():
+                        faults.setdefault(node_id, []).append(text)
+                    say_once(f"{error}; choosing nodes again")
+                except BaseException:
+                    gang.close()
+                    raise
+            time.sleep(RETRY_SECONDS)
+    finally:
+        if request is not None:
+            remove_placement_group(request)
 
 
-def live_nodes() -> list[RayNode]:
-    """The Ray nodes that accept a connection now; the head node is last. Ray itself notices a lost node late."""
+def _waiting_text(assignment: Assignment, wait_seconds: float) -> str:
+    if assignment.problems:
+        return f"waiting {wait_seconds:g} s for nodes: {assignment.problems[0]}"
+    ranks = [str(rank) for node in assignment.waits_for for rank in node.ranks]
+    return f"waiting for nodes that other jobs use, for the ranks {', '.join(ranks)}"
+
+
+def _start_problems(faults: Mapping[str, Sequence[str]]) -> list[str]:
+    fix = "repair this node, or name it under `exclude` in the cluster file"
+    return [f"{texts[-1]} (tries: {len(texts)}); {fix}" for texts in faults.values()]
+
+
+def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
+    """The nodes that accept a connection now, the head last, without those whose host name or address is in `exclude`. Ray
+    itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [
         RayNode(
@@ -225,12 +288,18 @@ def live_nodes() -> list[RayNode]:
             free=free.get(node["NodeID"], {}),
         )
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and not {node["NodeManagerHostname"], node["NodeManagerAddress"]} & {*exclude}
     ]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel: each lost node costs the full timeout
         answers = list(pool.map(takes_connections, nodes))
     alive = [node for node, answer in zip(nodes, answers, strict=True) if answer]
     return sorted(alive, key=lambda node: (HEAD in node.total, node.address, node.node_id))
+
+
+def last_line(error: RayError) -> str:
+    """The cause of an error of Ray, without the remote traceback before it."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def takes_connections(node: RayNode) -> bool:

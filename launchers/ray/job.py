@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.attempts import inspect_folder
-from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job, relative_paths
+from launchers.command import (
+    PUBLISHED_RENDEZVOUS,
+    TRAIN,
+    JobPlan,
+    LaunchPlan,
+    RankCommand,
+    ReadRun,
+    absolute_paths,
+    plan_job,
+    rank_commands,
+    relative_paths,
+)
 from launchers.ray.nodes import nodes_sharing_ep_groups
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -41,6 +52,25 @@ class RayJob:
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     together: tuple[tuple[int, ...], ...] = ()
 
+    def commands(
+        self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
+    ) -> tuple[RankCommand, ...]:
+        """The command of each rank, without the variables of the site and of its actor."""
+        plan_of_attempt = LaunchPlan(
+            config=self.config,
+            overrides=self.overrides,
+            job=plan,
+            rendezvous=PUBLISHED_RENDEZVOUS,  # a port of rank 0's node, which the driver cannot know
+            attempt=attempt,
+            attempt_id=attempt_id,
+            grace_seconds=grace_seconds,
+            threads=self.cluster.cpus_per_rank,
+            python=self.cluster.python or "",  # empty: the interpreter of the rank's actor
+            program=self.program,
+            hosts=hosts,
+        )
+        return rank_commands(plan_of_attempt)
+
 
 def check_job(
     config_path: Path,
@@ -52,21 +82,22 @@ def check_job(
     wait_seconds: float | None = None,
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
+    read: ReadRun = check_file,
 ) -> RayJob | None:
     """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
-    arguments; `cluster` is the name or path of the cluster file.
+    arguments; `cluster` is the name or path of the cluster file; with `layout_of_file` for `read` no data are needed.
 
     Raises:
         MoeDistError: the configuration is invalid, or does not fit the cluster.
     """
     require_variables(forwarded, os.environ)
     site = load_cluster(cluster, os.environ)
-    preflight = check_file(config_path, overrides)
-    config = preflight.config
+    layout = read(config_path, overrides)
+    config = layout.config
     if problems := relative_paths(config):  # a node resolves a relative path in its own working directory
         fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
-    plan, folder = plan_job(preflight, site), RunFolder.of(config)
+    plan, folder = plan_job(layout, site), RunFolder.of(config)
     start = inspect_folder(folder, config, overwrite=overwrite)
     if start is Start.FINISHED:
         return None

@@ -4,7 +4,7 @@ The driver pins each bundle to its node, because no scheduling strategy of Ray k
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launchers.command import JobPlan, NodePlan
 from moe_dist.plan.matching import match
@@ -47,11 +47,13 @@ class Assignment:
     """The result of `assign`. Exactly one field is not empty.
 
     Attributes:
+        job: The plan; on uneven nodes with the ranks that each of them can hold.
         nodes: A free Ray node for each planned node.
         problems: Requirements that no node of this cluster meets, even when idle.
         waits_for: Planned nodes whose Ray nodes other jobs are using.
     """
 
+    job: JobPlan
     nodes: tuple[RayNode, ...] = ()
     problems: tuple[str, ...] = ()
     waits_for: tuple[NodePlan, ...] = ()
@@ -80,13 +82,17 @@ def assign(
     nodes: Sequence[RayNode],
     bundle: Mapping[str, float],
     together: Sequence[tuple[int, ...]] = (),
+    *,
+    most: int | None = None,
 ) -> Assignment:
-    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks.
+    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the nodes are too
+    small or too few for that, but have room for all ranks, the ranks are distributed anew.
 
     Args:
         nodes: Live nodes; earlier ones are preferred.
         bundle: Resources of one rank.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
+        most: Limit for the ranks of a node if the ranks are distributed anew; None for no limit.
     """
 
     def chosen(resources: str) -> list[int | None]:
@@ -99,18 +105,53 @@ def assign(
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
-        if None not in alone:  # enough nodes, but not in one domain
-            return Assignment(problems=(_domain_problem(missing, nodes),))
-        return Assignment(problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # with the resources that are free now
+        if None not in alone:  # there are enough nodes, but not in one domain
+            return Assignment(job, problems=(_domain_problem(missing, nodes),))
+        if not together and not any(each.own for each in job.nodes):
+            rooms = ([_room(getattr(node, resources), bundle, most) for node in nodes] for resources in ("free", "total"))
+            if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
+                return assign(uneven, nodes, bundle)
+        return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
+    found = chosen("free")  # then with the current load
     if None in found:
-        return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
-    return Assignment(nodes=tuple(nodes[node] for node in found if node is not None))
+        return Assignment(job, waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
+    return Assignment(job, nodes=tuple(nodes[node] for node in found if node is not None))
 
 
 def _fits(each: NodePlan, node: RayNode, resources: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
     ranks = len(each.ranks)
     return node.has(each.ray_labels) and all(resources.get(name, 0.0) >= ranks * amount for name, amount in bundle.items())
+
+
+def _room(resources: Mapping[str, float], bundle: Mapping[str, float], most: int | None) -> int:
+    room = int(min(resources.get(name, 0.0) / amount for name, amount in bundle.items()))
+    return room if most is None else min(room, most)
+
+
+def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPlan | None:
+    """A plan with the ranks for which each node has room, the largest nodes first; None if there is no room for all ranks.
+    Each node gets ranks with equal requirements."""
+    ranks_of: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for each in job.nodes:
+        ranks_of.setdefault(tuple(sorted(each.ray_labels.items())), []).extend(each.ranks)
+    if job.block > 1 and len(ranks_of) > 1:
+        return None
+    rooms = [room // job.block * job.block for room in rooms]
+    left = sorted((n for n, room in enumerate(rooms) if room), key=lambda n: -rooms[n])
+    found: list[NodePlan] = []
+    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # ranks without labels fit anywhere
+        waiting = sorted(ranks)
+        for n in [n for n in left if nodes[n].has(dict(labels))]:
+            if waiting:
+                taken, waiting = waiting[: rooms[n]], waiting[rooms[n] :]
+                left.remove(n)
+                like = job.node_of(taken[0])
+                groups = dict.fromkeys(name for rank in taken for name in job.node_of(rank).groups)
+                found.append(replace(like, ranks=tuple(taken), groups=tuple(groups)))
+        if waiting:
+            return None
+    found.sort(key=lambda each: each.ranks)
+    return replace(job, nodes=tuple(replace(each, index=index) for index, each in enumerate(found)))
 
 
 def _match_domains(

@@ -16,15 +16,16 @@ from typing import Annotated
 
 import typer
 
-from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
-from launchers.slurm.nodes import SlurmError, ask
+from launchers.command import TRAIN, JobPlan, ReadRun, absolute_paths, plan_job
+from launchers.slurm.job import rank_step
+from launchers.slurm.nodes import SlurmError, ask, outside_jobs
 from launchers.slurm.script import PROGRAM, output_pattern, parts, script
-from launchers.snapshot import code_folder, read_sweep, take_snapshot
+from launchers.slurm.step import SlurmJob
+from launchers.snapshot import CodeSnapshot, code_folder, read_sweep, take_snapshot
 from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
-from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, ResourceError
-from moe_dist.plan.preflight import check, check_file
+from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
@@ -47,6 +48,7 @@ class Submission:
         folder: Run folder; in an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
         text: The batch script.
+        program: Arguments of the ranks' interpreter before the configuration.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Submission:
     folder: Path
     snapshot: Path
     text: str
+    program: tuple[str, ...]
 
 
 def prepare(
@@ -65,21 +68,23 @@ def prepare(
     *,
     sweep: Sequence[Sequence[str]] = (),
     program: Sequence[str] = TRAIN,
+    read: ReadRun = check_file,
 ) -> Submission:
     """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
 
     Args:
         program: Arguments of the ranks' interpreter, instead of the training.
+        read: Reads and checks the run; `layout_of_file` needs no data.
 
     Raises:
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
-    loaded = check_file(config_path, overrides).config
+    loaded = read(config_path, overrides).config
     fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # the job runs in another folder
-    config = load_config(config_path, fixed)
+    layout = read(config_path, fixed)
+    config, plan = layout.config, plan_job(layout, cluster)
     folder = Path(config.run.root) / config.run.name
-    plan = plan_job(check(config), cluster)
-    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
+    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan, read=read)
     name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
     snapshot = folder / "slurm" / name
     output = output_pattern(folder / "slurm", array=bool(tasks))
@@ -87,7 +92,7 @@ def prepare(
     if tuple(program) != TRAIN:
         exports[PROGRAM] = shlex.join(program)
     text = script(plan, cluster, name=config.run.name, output=output, exports=exports)
-    return Submission(config, cluster, plan, tasks, folder, snapshot, text)
+    return Submission(config, cluster, plan, tasks, folder, snapshot, text, tuple(program))
 
 
 def submit(job: Submission, options: Sequence[str] = ()) -> str:
@@ -103,15 +108,18 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     else:
         RunFolder.of(job.config).prepare()
     job.snapshot.parent.mkdir(exist_ok=True)
-    path = take_snapshot(job.snapshot, job.config, job.cluster, sweep=job.sweep).script
-    path.write_text(job.text)
-    array = [f"--array=0-{len(job.sweep) - 1}"] if job.sweep else []
-    command = ["sbatch", "--parsable", *array, *options, str(path)]
+    take_snapshot(job.snapshot, job.config, job.cluster, sweep=job.sweep).script.write_text(job.text)
     try:
-        return ask(*command, cwd=code_folder()).strip().partition(";")[0]
+        return ask(*_sbatch(job, options), cwd=code_folder(), env=outside_jobs(os.environ)).strip().partition(";")[0]
     except SlurmError as error:
         shutil.rmtree(job.snapshot, ignore_errors=True)  # a refused job leaves nothing behind
         raise _refusal(job, str(error)) from error
+
+
+def _sbatch(job: Submission, options: Sequence[str]) -> list[str]:
+    at_once = f"%{job.cluster.array_tasks}" if job.cluster.array_tasks is not None else ""
+    array = [f"--array=0-{len(job.sweep) - 1}{at_once}"] if job.sweep else []
+    return ["sbatch", "--parsable", *array, *options, str(CodeSnapshot(job.snapshot).script)]
 
 
 def _tasks(
@@ -122,6 +130,7 @@ def _tasks(
     sweep: Sequence[Sequence[str]],
     folder: Path,
     plan: JobPlan,
+    read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
     """The overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
     if not sweep:
@@ -135,7 +144,7 @@ def _tasks(
     for index, line in enumerate(sweep):
         task = (*line, f"run.root={folder}", f"run.name={index}")
         try:
-            found = plan_job(check_file(config_path, (*overrides, *task)), cluster)
+            found = plan_job(read(config_path, (*overrides, *task)), cluster)
         except MoeDistError as error:
             raise type(error)([f"--array, task {index}: {problem}" for problem in error.problems]) from error
         if found.nodes != plan.nodes or found.gpus_per_node != plan.gpus_per_node:
@@ -178,7 +187,9 @@ def main(
     array: Annotated[Path | None, typer.Option(help="Sweep file: one line of key=value for each task.")] = None,
     dependency: Annotated[str | None, typer.Option(help="Condition for the start, as afterok:1234.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and the plan; submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print script, srun command and rank table; no data, no submission.")
+    ] = False,
     program: Annotated[str, typer.Option(help="Program of the ranks instead of the training, for tests.")] = shlex.join(
         TRAIN
     ),
@@ -196,12 +207,34 @@ def main(
         if warning := site.limit_warning():
             print(warning, file=sys.stderr)
         sweep = read_sweep(array) if array is not None else []
-        job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
+        read: ReadRun = layout_of_file if dry_run else check_file
+        job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program), read=read)
         if dry_run:
-            print_done(job.text)
+            print_done(f"{job.text}\n{_commands_text(job, options)}")
             print(job.plan.table(), file=sys.stderr)
             raise typer.Exit(EXIT_DONE)
         _submit(job, options, overwrite=overwrite)
+
+
+def _commands_text(job: Submission, options: Sequence[str]) -> str:
+    """The sbatch command, and srun command and rank table of the first attempt, with JOB for the job's id and NODE0 for the
+    name of the first node."""
+    hosts = tuple(f"NODE{node.index}" for node in job.plan.nodes)
+    snapshot, first = CodeSnapshot(job.snapshot), SlurmJob("JOB", 0, None, Path.cwd())
+    table, text, command = rank_step(
+        first,
+        snapshot,
+        job.config,
+        job.cluster,
+        plan=job.plan,
+        hosts=hosts,
+        features={},
+        overrides=(),
+        program=job.program,
+        restarts=0,
+    )
+    submission = shlex.join(_sbatch(job, options))
+    return f"# Submission:\n{submission}\n\n# Each attempt:\n{shlex.join(command)}\n\n# {table}:\n{text}"
 
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ after a stop that has saved (exit code 75), and after every failure that the oth
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -18,7 +19,15 @@ import typer
 
 from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, rank_commands
 from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
-from launchers.slurm.nodes import Allocation, differences, hosts_of, ranks_by_task
+from launchers.slurm.nodes import (
+    Allocation,
+    differences,
+    host_at_fault,
+    hosts_of,
+    inside_job,
+    leave_out,
+    ranks_by_task,
+)
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import SlurmJob, conclude, hold_signals_prefix, name_unconcluded, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
@@ -40,7 +49,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     Args:
         arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
             in MOE_DIST_SNAPSHOT replaces them.
-        env: Environment of the batch script.
+        env: Environment of the batch script, as `inside_job` returns it.
 
     Raises:
         MoeDistError: the run or its allocation is invalid; no task was started.
@@ -56,7 +65,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         return EXIT_DONE
     plan = plan_job(check(config), cluster)
     allocation = Allocation.read(env)
-    if problems := differences(plan, allocation):
+    if problems := differences(plan, allocation, cluster.spare_nodes):
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
         raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
     folder.prepare()  # before srun opens the logs in it
@@ -68,17 +77,35 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         return EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
         print(warning, file=sys.stderr)
-    hosts = hosts_of(plan, allocation)
+    faults = snapshot.folder / f"job_{job.id}_faults"  # names of the nodes that were at fault
+    faulty = faults.read_text().split() if faults.is_file() else []
+    hosts = hosts_of(plan, allocation, faulty)
     print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
-    program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
-    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program, restarts=len(ends))
+    table, text, command = rank_step(
+        job,
+        snapshot,
+        config,
+        cluster,
+        plan=plan,
+        hosts=hosts,
+        features=allocation.features,
+        overrides=snapshot.overrides_of(job.task),
+        program=tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN,
+        restarts=len(ends),
+    )
+    write_atomically(table, text)
     with StopSignals() as signals:
-        code, ended = run_step(command)
+        code, ended = run_step(command, env)
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=ranks_by_task(plan, hosts))
         ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
         _keep(path, ends)
         if verdict == STOPPED or not is_final(verdict):
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
+        if verdict == EXIT_FAILED and (host := host_at_fault(ended)):
+            faulty.append(host)
+            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the node again
+                write_atomically(faults, " ".join(faulty))
+            print(leave_out(job.id, faulty, snapshot.script), file=sys.stderr)
     return verdict
 
 
@@ -146,22 +173,23 @@ def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 
-def _step(
+def rank_step(
     job: SlurmJob,
     snapshot: CodeSnapshot,
     config: Config,
     cluster: Cluster,
     *,
     plan: JobPlan,
-    allocation: Allocation,
+    hosts: tuple[str, ...],
+    features: Mapping[str, str],
+    overrides: tuple[str, ...],
     program: tuple[str, ...],
     restarts: int,
-) -> list[str]:
-    """Writes this attempt's rank table, and returns the srun command that uses it."""
-    folder, hosts = RunFolder.of(config), hosts_of(plan, allocation)
+) -> tuple[Path, str, list[str]]:
+    """The rank table's path and text for an attempt on these hosts, and the srun command that uses it. Writes no file."""
     rank_plan = LaunchPlan(
         config=snapshot.config_yaml,
-        overrides=snapshot.overrides_of(job.task),
+        overrides=overrides,
         job=plan,
         # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
         rendezvous={**PUBLISHED_RENDEZVOUS, "MASTER_ADDR": hosts[plan.node_of(0).index]},
@@ -178,15 +206,15 @@ def _step(
         rank_commands(rank_plan),
         cluster,
         hosts=hosts,
-        features=allocation.features,
+        features=features,
         code=snapshot.code,
-        logs=folder.logs,
+        logs=RunFolder.of(config).logs,
         visible=visible,
     )
     table = snapshot.folder / f"job_{job.id}_{job.restarts}.sh"
-    write_atomically(table, text)
-    node_env = snapshot.code / "slurm" / "node_env.sh"
-    return srun_command(plan, cluster, table=table, node_env=node_env, visible=visible, hold=hold_signals_prefix(cluster))
+    node_env, hold = snapshot.code / "slurm" / "node_env.sh", hold_signals_prefix(cluster)
+    command = srun_command(plan, cluster, hosts=hosts, table=table, node_env=node_env, visible=visible, hold=hold)
+    return table, text, command
 
 
 def main(
@@ -196,7 +224,8 @@ def main(
     """Run one attempt of a job that Slurm has started; called by slurm/train.sbatch."""
     with reports_errors(storage="run folder and snapshot must be writable on this node"):
         arguments = [] if config is None else [config, *(overrides or [])]
-        raise typer.Exit(run_attempt(SlurmJob.from_environment(), arguments, dict(os.environ)))
+        env = inside_job(os.environ)
+        raise typer.Exit(run_attempt(SlurmJob.from_environment(env), arguments, env))
 
 
 if __name__ == "__main__":

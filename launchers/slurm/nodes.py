@@ -1,5 +1,6 @@
 """Reads a Slurm job's allocation, compares it with the plan, and maps the planned nodes to host names."""
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from moe_dist.doctor.check_result import names
 from moe_dist.errors import MoeDistError
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
+_CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")  # how Slurm's commands reach slurmctld
+# Options of srun that Slurm writes into the environment of a job with memory limits, or of a step.
+_OF_STEPS = ("SLURM_MEM_PER_", "SLURM_CPU_BIND")
 
 
 class SlurmError(MoeDistError):
@@ -64,6 +68,26 @@ class Allocation:
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
 
+def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for the submission of a job: if this process runs inside a job, without that job's variables, because
+    sbatch passes them on and Slurm does not overwrite all of them."""
+    own = {name: value for name, value in env.items() if not name.startswith("SLURM") or name.startswith(_CLIENT)}
+    return own if "SLURM_JOB_ID" in env else dict(env)
+
+
+def inside_job(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a batch script, with array task, restarts and components as slurmctld knows them. A job that was
+    submitted by a plain sbatch inside another job inherits these variables, and the other job's options of srun."""
+    if "SLURM_JOB_ID" not in env:
+        return dict(env)
+    found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", _record(env["SLURM_JOB_ID"])))
+    known = {"ArrayTaskId": "SLURM_ARRAY_", "HetJobId": "SLURM_HET_"}
+    outer = (*_OF_STEPS, *(prefix for field, prefix in known.items() if field not in found))
+    kept = {name: value for name, value in env.items() if not name.startswith(outer)}
+    task = {"SLURM_ARRAY_TASK_ID": found["ArrayTaskId"]} if "ArrayTaskId" in found else {}
+    return {**kept, **task, "SLURM_RESTART_COUNT": found.get("Restarts", "0")}
+
+
 def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
     not installed, or does not answer within a minute."""
@@ -77,6 +101,35 @@ def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
     return done.stdout
 
 
+def _record(job_id: str) -> str:
+    """slurmctld's record of a job. It shows an array or a heterogeneous job with all its parts, one on each line."""
+    shown = ask("scontrol", "--oneliner", "show", "job", job_id)
+    return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
+
+
+def host_at_fault(ended: Sequence[str]) -> str | None:
+    """The node that failed, or the node of the task that ended first, by srun's error lines. None without such a line."""
+    found = [match for line in ended if (match := re.match(r"srun: error: (Node failure on )?([^\s:]+)", line))]
+    return next((match[2] for match in found if match[1]), found[0][2] if found else None)
+
+
+def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
+    """Excludes hosts from the next attempt of a requeued job, unless it could then never start; says which was done."""
+    names = ", ".join(dict.fromkeys(hosts))
+    try:
+        record = _record(job_id)
+        if "JobState=RUNNING" in record:  # it was not requeued
+            return f"nodes at fault: {names}"
+        before = re.search(r"\bExcNodeList=([^\s(]+)", record)
+        excluded = ",".join(dict.fromkeys([*([before[1]] if before else []), *hosts]))
+        # slurmctld itself would accept an exclusion that leaves too few nodes.
+        ask("sbatch", "--test-only", f"--exclude={excluded}", str(script), env=outside_jobs(os.environ))
+        ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
+    except SlurmError as error:
+        return f"nodes at fault: {names}; the next attempt may use them again: {error}"
+    return f"nodes at fault: {names}; the next attempt leaves them out"
+
+
 def expand_counts(text: str) -> tuple[int, ...]:
     """Expands SLURM_TASKS_PER_NODE: `2(x3),1` means 2, 2, 2, 1."""
     counts: list[int] = []
@@ -88,25 +141,25 @@ def expand_counts(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def differences(job: JobPlan, allocation: Allocation) -> list[str]:
-    """Describes each difference between an allocation and the plan; empty if it matches."""
+def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[str]:
+    """Describes each difference between an allocation and the plan with its `spare` nodes; empty if it matches."""
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
         return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'component')}"]
     problems = []
     for index, (part, have) in enumerate(zip(wanted, given, strict=True)):
         where = f"part {index}: " if len(wanted) > 1 else ""
-        found = _part_differences(part, have, job.gpus_per_node, allocation.features)
+        found = _part_differences(part, have, job.gpus_per_node, allocation.features, spare)
         problems += [f"{where}{problem}" for problem in found]
     return problems
 
 
-def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
-    """The host name of each planned node; requires an allocation without differences."""
+def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -> tuple[str, ...]:
+    """The host name of each planned node; requires an allocation without differences. Spare hosts replace `faulty` ones."""
     host_of = {
         node.index: host
         for part, have in zip(parts(job), allocation.parts, strict=True)
-        for node, host in zip(part.nodes, have.hosts, strict=True)
+        for node, host in zip(part.nodes, sorted(have.hosts, key=lambda host: host in faulty), strict=False)
     }
     return tuple(host_of[node.index] for node in job.nodes)
 
@@ -120,11 +173,11 @@ def ranks_by_task(job: JobPlan, hosts: Sequence[str]) -> dict[str, dict[int, int
     }
 
 
-def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:
+def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str], spare: int) -> list[str]:
     problems = []
-    size = part.ranks_per_node
-    if len(have.hosts) != len(part.nodes):
-        problems.append(f"the plan needs {_count(len(part.nodes), 'node')}, the job has {_count(len(have.hosts), 'node')}")
+    size, count = part.ranks_per_node, len(part.nodes) + spare
+    if len(have.hosts) != count:
+        problems.append(f"the plan needs {_count(count, 'node')}, the job has {_count(len(have.hosts), 'node')}")
     if set(have.tasks) != {size}:
         shown = " and ".join(str(count) for count in sorted(set(have.tasks)))
         problems.append(f"the plan needs {_count(size, 'task')} per node, the job has {shown}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from launchers.command import JobPlan, NodePlan, RankCommand
 from moe_dist.config.bundled import source_root
 from moe_dist.config.cluster import ApptainerContainer, Cluster, PyxisContainer
+from moe_dist.errors import ConfigError
 from moe_dist.runtime.place import FEATURES
 
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
@@ -44,10 +45,16 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Options of sbatch for the nodes of one part, without the site's options."""
-    size = part.ranks_per_node
+    """Options of sbatch for the nodes of one part, without the site's options. Raises ConfigError for spare nodes in a
+    heterogeneous job."""
+    if cluster.spare_nodes and len(parts(job)) > 1:
+        raise ConfigError(
+            f"spare_nodes={cluster.spare_nodes}: must be 0, because the groups of this run need several kinds of nodes "
+            "(placement.groups.<group>.node); set it to 0 in the cluster file"
+        )
+    size, count = part.ranks_per_node, len(part.nodes) + cluster.spare_nodes
     # Without --ntasks the second component of a heterogeneous job starts a single task.
-    options = [f"--nodes={len(part.nodes)}", f"--ntasks={len(part.nodes) * size}", f"--ntasks-per-node={size}"]
+    options = [f"--nodes={count}", f"--ntasks={count * size}", f"--ntasks-per-node={size}"]
     if cluster.cpus_per_rank is not None:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
     if job.gpus_per_node:
@@ -63,6 +70,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
 def site_options(cluster: Cluster) -> list[str]:
     """Options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
+    named["--exclude"] = ",".join(cluster.exclude) or None
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
     return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}", *cluster.options]
 
@@ -100,11 +108,13 @@ def srun_command(
     table: Path,
     node_env: Path,
     visible: Sequence[str],
+    hosts: Sequence[str] = (),
     hold: Sequence[str] = HOLD_SIGNALS,
 ) -> list[str]:
     """The srun command that starts one task per rank.
 
     Args:
+        hosts: Host names of the planned nodes; srun gets them if the job has spare nodes.
         hold: Command prefix that blocks the stop signals, or empty.
         table: File with the text of `rank_table`.
         node_env: slurm/node_env.sh in the snapshot.
@@ -118,8 +128,10 @@ def srun_command(
         # Since Slurm 22.05 srun does not inherit --cpus-per-task from the job.
         command += [] if cluster.cpus_per_rank is None else [f"--cpus-per-task={cluster.cpus_per_rank}"]
     else:
-        command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
-    return [*command, *pyxis_options(cluster, visible), *hold, "bash", str(node_env), str(table)]
+        planned = cluster.model_copy(update={"spare_nodes": 0})
+        command += [option for option in part_options(first, job, planned) if option.startswith(("--n", "--cpus"))]
+        command += [f"--nodelist={','.join(hosts)}"] if cluster.spare_nodes else []
+    return [*command, *cluster.srun_options, *pyxis_options(cluster, visible), *hold, "bash", str(node_env), str(table)]
 
 
 def rank_table(

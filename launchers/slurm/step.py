@@ -17,7 +17,7 @@ from launchers.attempts import last_output
 from launchers.command import rank_ranges
 from launchers.rank_tracker import SUDDEN
 from launchers.restart import STOPPED, committed_step, is_final
-from launchers.slurm.nodes import SlurmError, ask
+from launchers.slurm.nodes import SlurmError, ask, outside_jobs
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster, PyxisContainer
@@ -56,20 +56,20 @@ class SlurmJob:
     submitted: Path
 
     @classmethod
-    def from_environment(cls) -> "SlurmJob":
+    def from_environment(cls, env: Mapping[str, str]) -> "SlurmJob":
         """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR. Raises ConfigError outside a
         Slurm job."""
-        if "SLURM_JOB_ID" not in os.environ:
+        if "SLURM_JOB_ID" not in env:
             raise ConfigError(
                 "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
                 "moe-dist launch slurm CONFIG"
             )
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        task = env.get("SLURM_ARRAY_TASK_ID")
         return cls(
-            id=os.environ["SLURM_JOB_ID"],
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            id=env["SLURM_JOB_ID"],
+            restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
             task=int(task) if task is not None else None,
-            submitted=Path(os.environ.get("SLURM_SUBMIT_DIR", ".")).absolute(),
+            submitted=Path(env.get("SLURM_SUBMIT_DIR", ".")).absolute(),
         )
 
     @property
@@ -96,10 +96,12 @@ def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
     return HOLD_SIGNALS if supported else ()
 
 
-def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
+def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
     """Runs srun to its end. Returns its exit code, and its error lines about failed tasks, in order. `conclude` prints the
     error lines after the failed rank's own output. Standard output goes to the job's file."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=env
+    )
     ended: list[str] = []
     assert process.stderr is not None
     for line in process.stderr:
@@ -186,10 +188,8 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, and of this attempt
-            ours = re.compile("SBATCH_|SLURM_(?!CONF$)")  # variables of this job, which the next one must not inherit
-            env = {name: value for name, value in os.environ.items() if not ours.match(name)}
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
-            number = ask(*after, env=env).strip().partition(";")[0]
+            number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
             shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # in time: the new job waits for this one's end
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
         else:  # a requeue would undo a scancel

@@ -31,12 +31,19 @@ LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# sbatch options that the Slurm launcher sets, from the run's configuration and from other keys of the cluster file.
+# Options of sbatch and of srun that the Slurm launcher sets, from the run's configuration and from other keys of the
+# cluster file.
 LAUNCHERS_OPTIONS = frozenset(
     (
-        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
-        *("gpus-per-node", "hetjob", "input", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode"),
-        *("output", "parsable", "partition", "qos", "requeue", "signal", "test-only", "time", "wait", "wrap"),
+        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "export", "gpus"),
+        *("gpus-per-node", "gres", "hetjob", "input", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node"),
+        *("open-mode", "output", "parsable", "partition", "qos", "requeue", "signal", "test-only", "time", "wait", "wrap"),
+    )
+)
+SRUN_OPTIONS = frozenset(
+    (
+        *("container-image", "container-mounts", "cpus-per-task", "error", "exclude", "export", "het-group", "input"),
+        *("kill-on-bad-exit", "nodelist", "nodes", "ntasks", "ntasks-per-node", "output", "wait"),
     )
 )
 Line = Annotated[str, Field(pattern=LINE_PATTERN)]
@@ -90,7 +97,15 @@ class Cluster(Section):
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """More options of sbatch, as --mem=0, --exclude=node7, --reservation=x. They apply to every part of a job."""
+    """More options of sbatch, as --mem=0 or --reservation=x. They apply to every part of a job."""
+    srun_options: tuple[Option, ...] = ()
+    """More options of the srun that starts the ranks, as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
+    exclude: tuple[SiteName, ...] = ()
+    """Nodes that no run uses: Slurm's names of nodes, or host names or addresses of Ray's nodes."""
+    spare_nodes: Count = 0
+    """Nodes that a Slurm job requests beyond its plan. They replace nodes that were at fault in an earlier attempt."""
+    array_tasks: PositiveInt | None = None
+    """Tasks of an array that run at the same time. null: no limit."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
@@ -145,9 +160,12 @@ class Cluster(Section):
                 "attempt stops as soon as it starts; lower it, or raise time"
             )
             yield Violation(("time", "signal_seconds"), problem)
-        if ours := [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]:
-            problem = f"options: {', '.join(ours)}: the launcher sets these options; use the other keys of the cluster file"
-            yield Violation(("options",), problem)
+        for key, reserved in (("options", LAUNCHERS_OPTIONS), ("srun_options", SRUN_OPTIONS)):
+            if ours := [option for option in getattr(self, key) if option[2:].partition("=")[0] in reserved]:
+                problem = (
+                    f"{key}: {', '.join(ours)}: the launcher sets these options; use the other keys of the cluster file"
+                )
+                yield Violation((key,), problem)
 
 
 def seconds_of(time: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.config.index_header import largest_id
-from moe_dist.config.load import GUIDE, model_violations, read_draft, rule_violations
+from moe_dist.config.load import GUIDE, load_config, model_violations, read_draft, rule_violations
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.partial import PartialConfig
 from moe_dist.config.schema import Config
@@ -27,18 +27,18 @@ _MIX_SCALE = 1_000_000  # with data.weights, the token mix counts the tokens of 
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """Placement of the experts of a configuration."""
+    """A configuration, and the placement of its experts."""
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # training tokens by modality, as drawn with data.weights; empty without data
+    token_mix: Mapping[str, int]  # training tokens by modality, as drawn with data.weights; empty (all equal) without data
+    config: Config
 
 
 @dataclass(frozen=True)
 class Preflight(PlannedLayout):
     """A run that passed the checks."""
 
-    config: Config
     manifest: Manifest
     comparison: PlanComparison  # costs of pinned and interleaved placement for this token mix
 
@@ -85,7 +85,12 @@ def layout_without_data(config: Config) -> PlannedLayout:
     _raise_if_any([violation.problem for violation in violations], data_problems)
     if placement is None:
         raise AssertionError("a fault was found but not reported")
-    return PlannedLayout(groups, placement, mix)
+    return PlannedLayout(groups, placement, mix, config)
+
+
+def layout_of_file(path: str | Path, overrides: Sequence[str] = ()) -> PlannedLayout:
+    """Like `layout_without_data`, for a file."""
+    return layout_without_data(load_config(path, overrides))
 
 
 def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: int | None) -> Preflight:

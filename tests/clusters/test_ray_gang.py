@@ -111,6 +111,25 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
 
 
+def test_a_node_where_no_actor_starts_is_named_with_the_cause_and_not_tried_for_ever(
+    cluster: RayCluster, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rich.py").write_text("raise ImportError('no rich on this node')\n")
+    cluster.kill(3)
+    cluster.replace(3, PYTHONPATH=str(tmp_path))
+    try:
+        job = driver(cluster, root, "broken", "--wait-for-nodes=60")
+        assert job.wait() == ResourceError.exit_code
+    finally:
+        cluster.kill(3)
+        cluster.replace(3)
+    named = (
+        r"the actor of rank \d did not start on 127\.0\.0\.5 \(modality=image,slot=3\): ImportError: no rich on this node"
+    )
+    assert re.search(rf"{named} \(tries: [123]\); repair this node", job.printed), job.printed
+    assert len(job.printed.splitlines()) < 400
+
+
 def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_fails(
     cluster: RayCluster, root: Path
 ) -> None:

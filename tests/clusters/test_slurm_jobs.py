@@ -1,5 +1,6 @@
 """What becomes of jobs on a real Slurm, with ranks that end as the test wants it and import no torch."""
 
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.slurm.nodes import leave_out
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.pretend import PROGRAM
@@ -229,6 +231,69 @@ def test_a_dependency_waits_for_the_job_before_it(stage: Stage) -> None:
     assert (second.field("JobState"), second.field("Reason")) == ("PENDING", "Dependency")
     first.cancel()
     assert second.end() == 0, second.said
+
+
+# --- jobs in jobs, nodes at fault, options of the site
+
+
+def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
+    """The outer job is an array task with memory per CPU, and says that it was requeued and has two components."""
+    shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
+    inner = shlex.join(["sbatch", "--parsable", f"--output={stage.folder}/inner.txt", *shape, *plain(stage)])
+    outer = "SLURM_RESTART_COUNT=3 SLURM_HET_SIZE=2 SLURM_CPU_BIND=none MOE_DIST_SNAPSHOT=/elsewhere"
+    job = stage.sbatch("done", "--array=5", "--ntasks=1", "--mem-per-cpu=10", f"--wrap={outer} {inner}")
+    assert job.end() == 0, job.said
+    found = SlurmJob(stage.cluster, job.said.strip(), stage.folder / "inner.txt")
+    assert found.end() == 0, found.said
+    assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{found.number}-0"]
+
+
+def test_our_submission_inside_a_job_starts_a_job_of_its_own(stage: Stage) -> None:
+    options = [f"--cluster={stage.site}", f"--program={PROGRAM}"]
+    launch = shlex.join([sys.executable, "-m", "launchers.slurm", str(stage.config), *options])
+    job = stage.sbatch("done", "--array=5", "--ntasks=1", "--mem-per-cpu=10", f"--wrap=cd {ROOT} && {launch}")
+    assert job.end() == 0, job.said
+    number = job.said.split()[1]
+    found = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
+    assert found.end() == 0, found.said
+    assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{number}-0"]
+
+
+def up(stage: Stage, job: SlurmJob) -> None:
+    there = [stage.run.log_of(rank) for rank in range(4)]
+    job.wait_for(lambda: all(log.exists() and "is here" in log.read_text() for log in there), "up on all ranks")
+
+
+def test_a_requeued_job_leaves_out_a_node_at_fault_unless_it_needs_all_nodes(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(stage.cluster.folder / "slurm.conf"))
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    stage.set_site(ranks_per_node=2, exclude="[node2]")
+    job = stage.launch("wait+2 done")
+    up(stage, job)
+    assert job.field("NodeList") == "node[1,3]"
+    (script,) = (stage.run.path / "slurm").glob("*/train.sbatch")
+    assert leave_out(job.number, ["node1"], script) == "nodes at fault: node1", "it was not requeued"
+    stage.cluster.scontrol("requeue", job.number)
+    assert "may use them again: sbatch" in leave_out(job.number, ["node1", "node3"], script), "only node4 would be left"
+    assert leave_out(job.number, ["node1"], script) == "nodes at fault: node1; the next attempt leaves them out"
+    assert job.end() == 0, job.said
+    assert job.field("NodeList") == "node[3-4]"
+
+
+def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun(stage: Stage) -> None:
+    stage.set_site(ranks_per_node=2, spare_nodes=1, srun_options="[--cpu-bind=none, --mpi=none]")
+    job = stage.launch("wait+2 done")
+    up(stage, job)
+    assert (job.field("NumNodes"), job.field("NodeList")) == ("3", "node[1-3]")
+    (script,) = (stage.run.path / "slurm").glob("*/train.sbatch")
+    (script.parent / f"job_{job.number}_faults").write_text("node1")
+    stage.cluster.run("scancel", "--signal=USR2", job.number)
+    assert job.end() == 0, job.said
+    assert stage.verdicts() == [75, 0]
+    first, second = re.findall(r"^node.*\n(node\d) .*\n(node\d) ", job.said, re.MULTILINE)
+    assert (first, second) == (("node1", "node2"), ("node2", "node3"))
 
 
 # --- preludes and containers: what the site wants around a rank

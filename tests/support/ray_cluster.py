@@ -85,7 +85,7 @@ class RayCluster:
         self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
         self._cluster.wait_for_nodes(timeout=600.0)
 
-    def _add(self, slot: int) -> Any:
+    def _add(self, slot: int, **variables: str) -> Any:
         return self._cluster.add_node(
             wait=False,
             num_cpus=1,
@@ -94,15 +94,16 @@ class RayCluster:
             object_store_memory=STORE_BYTES,
             temp_dir=f"{self._folder}/n{slot}",
             include_log_monitor=True,  # what rank 0 prints is brought to the driver
+            env_vars=variables,
         )
 
     def kill(self, slot: int) -> None:
         """Kills every process of Ray on a node."""
         self._cluster.remove_node(self._nodes[slot], allow_graceful=False)
 
-    def replace(self, slot: int) -> None:
-        """A new node with the labels of one that was killed."""
-        self._nodes[slot] = self._add(slot)
+    def replace(self, slot: int, **variables: str) -> None:
+        """A new node with the labels of one that was killed, and `variables` in the environment of its workers."""
+        self._nodes[slot] = self._add(slot, **variables)
 
     def slot_of(self, pid: int) -> int:
         """The node that a process descends from, by its ancestors."""

@@ -1,7 +1,8 @@
-"""docs/scaling.md: every dry run on the page runs as written, with the tiny data in place of the default job's."""
+"""docs/scaling.md and README.md: every dry run on the pages runs as written, those of README.md without any data."""
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ import moe_dist.train.__main__
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 STAGES = ("4 ranks on a CPU", "1 GPU", "8 GPUs, one node", "64 GPUs, 8 nodes")
-COMMANDS = [line.removeprefix("$ python -m ") for line in GUIDE.splitlines() if re.match(r"\$ python .*--dry-run", line)]
+
+
+def dry_runs(page: str) -> list[str]:
+    return [line.removeprefix("$ python -m ") for line in page.splitlines() if re.match(r"\$ python .*--dry-run", line)]
+
+
 MODULES = {"moe_dist.train": moe_dist.train.__main__.main, "launchers.slurm": launchers.slurm.__main__.main}
 
 
@@ -25,7 +31,7 @@ def test_each_stage_has_a_dry_run_and_says_what_to_check_and_what_goes_wrong() -
             assert part in text, f"{stage}: {part}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", dry_runs(GUIDE))
 def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)
@@ -42,6 +48,17 @@ def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pyte
         assert f"#SBATCH --ntasks={ranks}\n" in result.output
     elif "small" in command:
         assert f": {ranks} ranks (ep" in result.output
+
+
+@pytest.mark.parametrize("command", dry_runs((ROOT / "README.md").read_text()))
+def test_a_dry_run_of_the_readme_needs_no_data(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    module, *words = shlex.split(command)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(MODULES[module])
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
 
 
 def test_every_configuration_that_is_named_is_there() -> None:

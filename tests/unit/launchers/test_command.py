@@ -1,8 +1,11 @@
 """From a plan to the argv and environment of each rank."""
 
+import importlib
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from launchers.command import (
     JobPlan,
@@ -21,7 +24,7 @@ from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import RunPlace
 from tests.support.messages import refused
-from tests.support.tiny import tiny_config
+from tests.support.tiny import tiny_config, write_config
 
 
 def plan(**changes: object) -> LaunchPlan:
@@ -186,3 +189,24 @@ def test_relative_paths_are_named() -> None:
     assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
     problems = relative_paths(tiny_config(Path("data"), Path("runs")))
     assert [fault.partition(":")[0] for fault in problems] == ["run.root='runs'", "data.path='data'"]
+
+
+@pytest.mark.parametrize("module", ["launchers.local", "launchers.ray.__main__", "launchers.slurm.__main__"])
+def test_a_dry_run_shows_the_ranks_and_the_sites_variables_without_data(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tiny_config(tmp_path / "no_data", tmp_path / "runs"), tmp_path / "x.yaml")
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "gpus: {syntax: none}\nranks_per_node: 1\ninterface: ib0\n"
+        "nccl: {NCCL_IB_HCA: {value: mlx5_0, reason: the other is for storage}}\n"
+    )
+    monkeypatch.setenv("MOE_DIST_CLUSTER", str(site))
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(importlib.import_module(module).main)
+    result = CliRunner().invoke(app, [str(config), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    shown = ["RANK=1", "WORLD_SIZE=2", "-m moe_dist.train"]
+    shown += [] if module == "launchers.local" else ["NCCL_IB_HCA=mlx5_0", "GLOO_SOCKET_IFNAME=ib0"]
+    assert not [each for each in shown if each not in result.output]
+    assert not (tmp_path / "runs").exists()

@@ -1,6 +1,8 @@
 """Assignment of planned nodes to nodes of a Ray cluster."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -66,7 +68,7 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
         ),
         (
             plan({}, ranks=3),
-            [node("a", cpus=2), node("b", cpus=1)],
+            [node("a", cpus=2)],
             "ranks 0, 1, 2: needs 3 CPU on a Ray node, but the largest has 2 CPU; put fewer ranks on a node",
         ),
         (
@@ -112,3 +114,51 @@ def test_domains_that_are_too_small_or_missing_are_named() -> None:
     assert "the cluster has x: 1 nodes, y: 2 nodes" in fault
     (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).problems
     assert "no labelled node" in fault
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "block", "most", "ranks"),
+    [
+        (plan({}, {}, ranks=3), [node("a", cpus=2), node("b", cpus=4)], 1, None, {"b": (0, 1, 2, 3), "a": (4, 5)}),
+        (plan({}, ranks=6), [node("a", cpus=4), node("b", cpus=4)], 1, 6, {"a": (0, 1, 2, 3), "b": (4, 5)}),
+        (plan({}, ranks=6), [node("a", cpus=5), node("b", cpus=3)], 2, None, {"a": (0, 1, 2, 3), "b": (4, 5)}),
+        (
+            plan({}, ranks=6),
+            [node("a", cpus=5, free=0), node("b", cpus=3), node("c", cpus=3)],
+            1,
+            None,
+            {"b": (0, 1, 2), "c": (3, 4, 5)},
+        ),
+        (
+            plan(TEXT, IMAGE, ranks=2),
+            [node("a", IMAGE), node("b", TEXT, cpus=2), node("c", IMAGE)],
+            1,
+            None,
+            {"b": (0, 1), "a": (2,), "c": (3,)},
+        ),
+    ],
+    ids=["4 + 2 for 3 + 3", "4 + 2 for 6", "pairs", "free ones", "labels"],
+)
+def test_uneven_nodes_that_hold_the_ranks_are_used(
+    job: JobPlan, nodes: list[RayNode], block: int, most: int | None, ranks: dict[str, tuple[int, ...]]
+) -> None:
+    found = assign(replace(job, block=block), nodes, {"CPU": 1.0}, most=most)
+    assert dict(zip((each.node_id for each in found.nodes), (each.ranks for each in found.job.nodes), strict=True)) == ranks
+    assert [each.index for each in found.job.nodes] == list(range(len(ranks)))
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "options"),
+    [
+        (plan({}, {}, ranks=3), [node("a", cpus=2), node("b", cpus=4)], {"most": 3}),
+        (plan({}, ranks=6), [node("a", cpus=5), node("b", cpus=2)], {"block": 3}),
+        (plan({}, {}, ranks=3), [node("a", cpus=2), node("b", cpus=4)], {"together": [(0,), (1,)]}),
+        (JobPlan((NodePlan(0, (0, 1), own=True),)), [node("a"), node("b")], {}),
+    ],
+    ids=["limit", "ranks that share a node", "domains", "reserved nodes"],
+)
+def test_ranks_stay_where_the_site_or_the_run_wants_them(
+    job: JobPlan, nodes: list[RayNode], options: dict[str, Any]
+) -> None:
+    job = replace(job, block=options.pop("block", 1))
+    assert assign(job, nodes, {"CPU": 1.0}, **options).problems

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launchers.command import TRAIN, JobPlan, NodePlan, one_node
-from launchers.slurm.job import _limit_seconds, _read_clone, _step, run_attempt, visible_folders
-from launchers.slurm.nodes import Allocation, GivenPart, ranks_by_task
+from launchers.slurm.job import _limit_seconds, _read_clone, rank_step, run_attempt, visible_folders
+from launchers.slurm.nodes import ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
 from launchers.snapshot import CodeSnapshot
@@ -44,18 +44,20 @@ def test_the_cpus_of_a_rank_reach_srun_and_its_threads(tmp_path: Path, tiny_data
     assert _read_clone(job, [str(path)], {})[0].cpus_per_rank is None
     cluster, config = _read_clone(job, [str(path)], {"SLURM_CPUS_PER_TASK": "3"})
     snapshot = CodeSnapshot(tmp_path)
-    command = _step(
+    _, table, command = rank_step(
         job,
         snapshot,
         config,
         cluster,
         plan=one_node(2),
-        allocation=Allocation((GivenPart(("n1",), (2,), 0),), {"n1": ""}),
+        hosts=("n1",),
+        features={"n1": ""},
+        overrides=(),
         program=TRAIN,
         restarts=0,
     )
     assert "--cpus-per-task=3" in command
-    assert "OMP_NUM_THREADS=3" in (tmp_path / "job_7_0.sh").read_text()
+    assert "OMP_NUM_THREADS=3" in table
 
 
 class Node:

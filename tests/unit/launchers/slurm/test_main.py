@@ -1,6 +1,7 @@
 """Submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on the path."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,13 +81,42 @@ def test_a_reader_that_ends_first_does_not_make_a_submission_a_failure(login: Lo
     os.close(write_end)
 
 
-def test_a_dry_run_prints_and_touches_nothing(login: Login) -> None:
-    done = login.launch("--dry-run")
+def test_a_dry_run_shows_all_that_will_run_and_touches_nothing(login: Login) -> None:
+    login.site.write_text(
+        "gpus: {syntax: none}\nranks_per_node: 1\nsrun_options: [--mpi=none]\ninterface: ib0\n"
+        "nccl: {NCCL_IB_HCA: {value: mlx5_0, reason: the other is for storage}}\n"
+        "container: {kind: pyxis, image: /images/torch.sqsh, mounts: ['/fast:/fast']}\n"
+    )
+    done = login.launch("--dry-run", "data.path=/nowhere", "--dependency=afterok:5")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=it\n")
+    script, submission, attempt, table = re.split(r"\n# (?:Submission|Each attempt|/\S+):\n", done.stdout)
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=it\n")
+    assert submission.startswith("sbatch --parsable --dependency=afterok:5 --kill-on-invalid-dep=yes")
+    assert attempt.startswith("srun ")
+    for word in ("--ntasks=2", "--mpi=none", "--container-image=/images/torch.sqsh", "/nowhere:/nowhere,/fast:/fast"):
+        assert word in attempt
+    for word in ("NCCL_IB_HCA=mlx5_0", "NCCL_SOCKET_IFNAME=ib0", "NODE1/0) export", "RANK=1;", "moe_dist.train"):
+        assert word in table
     assert "node  ranks  needs  experts of" in done.stderr
     assert not login.run.path.exists()
     assert not (login.folder / "asked").exists()
+
+
+def test_a_submission_inside_a_job_passes_on_none_of_its_variables(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JOB_ID", "ARRAY_TASK_ID", "HET_SIZE", "RESTART_COUNT", "MEM_PER_CPU", "CONF"):
+        monkeypatch.setenv(f"SLURM_{name}", "3")
+    login.stand_in("sbatch", "compgen -e SLURM >asked; echo 77")
+    done = login.launch()
+    assert done.returncode == 0, done.stderr
+    assert (login.folder / "asked").read_text() == "SLURM_CONF\n"
+
+
+def test_an_array_runs_as_many_tasks_at_once_as_the_site_says(login: Login) -> None:
+    (login.folder / "sweep.txt").write_text("run.seed=0\nrun.seed=1\nrun.seed=2\n")
+    login.site.write_text(login.site.read_text() + "array_tasks: 2\n")
+    done = login.launch(f"--array={login.folder}/sweep.txt")
+    assert done.returncode == 0, done.stderr
+    assert "--array=0-2%2" in (login.folder / "asked").read_text().split()
 
 
 def test_a_feature_that_no_node_has_ends_with_69_and_names_ranks_and_feature(login: Login) -> None:

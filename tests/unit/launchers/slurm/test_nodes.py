@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.slurm.nodes import Allocation, GivenPart, SlurmError, ask, differences, expand_counts, hosts_of
+from launchers.slurm.nodes import (
+    Allocation,
+    GivenPart,
+    SlurmError,
+    ask,
+    differences,
+    expand_counts,
+    host_at_fault,
+    hosts_of,
+    inside_job,
+    leave_out,
+    outside_jobs,
+)
 from tests.support.messages import refused
 
 PLAN = JobPlan(
@@ -25,6 +37,16 @@ def test_counts_are_written_out() -> None:
 def test_nodes_of_the_plan_get_the_hosts_of_their_part_in_order() -> None:
     assert differences(PLAN, RIGHT) == []
     assert hosts_of(PLAN, RIGHT) == ("n1", "n7", "n2")
+
+
+def test_a_spare_node_replaces_one_that_was_at_fault() -> None:
+    plan = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1,))))
+    given = Allocation((GivenPart(("n1", "n2", "n3"), (1, 1, 1), 0),), {})
+    assert differences(plan, given) == ["the plan needs 2 nodes, the job has 3 nodes"]
+    assert differences(plan, given, spare=1) == []
+    assert hosts_of(plan, given) == ("n1", "n2")
+    assert hosts_of(plan, given, faulty=["n1"]) == ("n2", "n3")
+    assert hosts_of(plan, given, faulty=["n1", "n2"]) == ("n3", "n1"), "too few spares: the fault may have been elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -96,3 +118,93 @@ def test_a_failed_or_missing_command_is_reported() -> None:
         ask("scontrol", "ping")
     with refused(SlurmError):
         ask("snone", "x")
+
+
+# --- variables of an outer job, and nodes at fault
+
+OUTER = {  # of a heterogeneous array task with memory per CPU, requeued twice
+    "SLURM_ARRAY_JOB_ID": "4",
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_HET_SIZE": "2",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_RESTART_COUNT": "2",
+}
+PLAIN = "JobId=7 JobName=it Restarts=0 JobState={state} ExcNodeList={excluded} "
+
+
+class Controller:
+    """Stand-ins for scontrol, which shows one job, and sbatch, which knows whether the nodes suffice."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.shows(PLAIN.format(state="COMPLETING", excluded="(null)"))
+        self._stand_in("scontrol", f'if [ "$1" = update ]; then echo "$*" >>{folder}/asked; else cat {folder}/job; fi')
+        self.suffices()
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def shows(self, text: str) -> None:
+        (self.folder / "job").write_text(text)
+
+    def suffices(self, *, nodes: bool = True) -> None:
+        refusal = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+        self._stand_in("sbatch", f'echo "$*" >>{self.folder}/asked' if nodes else refusal)
+
+    @property
+    def asked(self) -> list[str]:
+        path = self.folder / "asked"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def _stand_in(self, name: str, body: str) -> None:
+        (self.folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (self.folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Controller:
+    return Controller(tmp_path, monkeypatch)
+
+
+def test_a_job_believes_slurmctld_and_no_variable_of_an_outer_job(controller: Controller) -> None:
+    own = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "HOME": "/home/me"}
+    assert inside_job({**own, **OUTER}) == {**own, "SLURM_RESTART_COUNT": "0"}
+    assert inside_job({"HOME": "/home/me"}) == {"HOME": "/home/me"}
+
+
+def test_a_job_keeps_its_own_task_restarts_and_components(controller: Controller) -> None:
+    controller.shows(
+        "JobId=6 ArrayJobId=6 ArrayTaskId=1-2 Restarts=0\nJobId=7 ArrayJobId=6 ArrayTaskId=0 Restarts=3 JobName=x\n"
+    )
+    found = inside_job({"SLURM_JOB_ID": "7", **OUTER})
+    assert (found["SLURM_ARRAY_TASK_ID"], found["SLURM_RESTART_COUNT"]) == ("0", "3")
+    controller.shows("JobId=7 HetJobId=7 HetJobOffset=0 Restarts=1\nJobId=8 HetJobId=7 HetJobOffset=1 Restarts=1\n")
+    found = inside_job({"SLURM_JOB_ID": "7", **OUTER})
+    assert (found["SLURM_HET_SIZE"], found["SLURM_RESTART_COUNT"]) == ("2", "1")
+    assert "SLURM_ARRAY_TASK_ID" not in found
+
+
+def test_a_submission_leaves_the_variables_of_its_own_job_behind() -> None:
+    kept = {"HOME": "/home/me", "SLURM_CONF": "/etc/slurm/slurm.conf", "SBATCH_ACCOUNT": "mine"}
+    assert outside_jobs({**kept, **OUTER, "SLURM_JOB_ID": "2", "SLURMD_NODENAME": "n1"}) == kept
+    chosen = {**kept, "SLURM_MPI_TYPE": "pmix"}
+    assert outside_jobs(chosen) == chosen, "outside of a job they are the user's"
+
+
+def test_the_node_at_fault_is_the_one_that_failed_or_whose_task_ended_first() -> None:
+    ended = ["srun: error: n2: task 1: Killed", "srun: error: n1: tasks 0,2: Exited with exit code 1"]
+    assert host_at_fault(ended) == "n2"
+    assert host_at_fault([*ended, "srun: error: Node failure on n1"]) == "n1"
+    assert host_at_fault(["srun: Job step aborted: Waiting up to 32 seconds"]) is None
+
+
+def test_a_requeued_job_leaves_out_the_node_at_fault_if_the_others_suffice(controller: Controller) -> None:
+    script = Path("/runs/it/train.sbatch")
+    controller.shows(PLAIN.format(state="COMPLETING", excluded="n9"))
+    assert leave_out("7", ["n2", "n2"], script) == "nodes at fault: n2; the next attempt leaves them out"
+    assert controller.asked == [f"--test-only --exclude=n9,n2 {script}", "update JobId=7 ExcNodeList=n9,n2"]
+
+    controller.suffices(nodes=False)
+    assert leave_out("7", ["n2"], script).startswith("nodes at fault: n2; the next attempt may use them again: sbatch")
+    controller.shows(PLAIN.format(state="RUNNING", excluded="(null)"))
+    assert leave_out("7", ["n2"], script) == "nodes at fault: n2", "the job ends"
+    assert len(controller.asked) == 2

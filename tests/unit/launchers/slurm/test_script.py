@@ -19,6 +19,8 @@ from launchers.slurm.script import (
 )
 from launchers.slurm.step import hold_signals_prefix
 from moe_dist.config.cluster import Cluster
+from moe_dist.errors import ConfigError
+from tests.support.messages import refused
 
 ROOT = Path(__file__).parents[4]
 ONE_KIND = JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2, 3))))
@@ -135,6 +137,20 @@ def test_the_right_sbatch_line_can_be_pasted() -> None:
     assert line.count(" : ") == 1
     assert line.startswith("sbatch --nodes=2 --ntasks=4 --ntasks-per-node=2 --gres=gpu:8 --constraint=text --exclusive ")
     assert line.endswith("slurm/train.sbatch 'my config.yaml'")
+
+
+def test_options_of_the_site_reach_srun_and_sbatch() -> None:
+    site = Cluster(srun_options=("--mpi=none", "--cpu-bind=ldoms"), exclude=("n7", "n8"), spare_nodes=1)
+    assert "#SBATCH --exclude=n7,n8\n" in script(ONE_KIND, site, name="x", output="/x", exports={})
+    line = sbatch_line(ONE_KIND, site, ["x"])
+    assert " --nodes=3 --ntasks=6 --ntasks-per-node=2 " in line, "one spare node"
+    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": []}
+    step = srun_command(ONE_KIND, site, hosts=["n1", "n3"], **places)
+    wanted = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--nodelist=n1,n3", "--mpi=none", "--cpu-bind=ldoms"]
+    assert step[step.index("--nodes=2") :][: len(wanted)] == wanted
+    assert not [each for each in srun_command(ONE_KIND, Cluster(), hosts=["n1", "n3"], **places) if "nodelist" in each]
+    with refused(ConfigError, "spare_nodes=1"):
+        sbatch_line(TWO_KINDS, site, ["x"])
 
 
 def test_one_srun_starts_the_tasks_of_all_components_with_blocked_signals() -> None:
