@@ -113,20 +113,21 @@ class Attempt:
         self._env = replace(self._env, attempt_id=attempt_id)
         return self._env
 
-    def check_lease(self) -> None:
-        """Raises LeaseError if another attempt has taken over the run. Rank 0 calls it right before each write to the run
-        folder; on other ranks it does nothing."""
-        if self._lease is not None:
-            self._lease.check()  # costs one read of a small file
+    @property
+    def lease(self) -> Lease:
+        """The lease of the run, which only rank 0 holds, from `open` on."""
+        assert self._lease is not None, "this is rank 0, and the run folder is open"
+        return self._lease
 
     def check_commit(self) -> None:
         """Call it on every rank right before each commit of a checkpoint.
 
         Raises:
-            LeaseError: from `check_lease`.
+            LeaseError: on rank 0, another attempt has taken over the run.
             CheckpointError: from the function that `require` set.
         """
-        self.check_lease()  # first: a run that lost its lease must end, and not report a save that failed
+        if self._lease is not None:
+            self._lease.check()  # first: a run that lost its lease must end, and not report a save that failed
         self._commit_check()
 
     def finish(self) -> None:

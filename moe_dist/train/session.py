@@ -119,8 +119,8 @@ def open_sinks(
         return
     console = Console()
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-    attempt.check_lease()  # another attempt may have taken the lease meanwhile
-    sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
+    attempt.lease.check()  # another attempt may have taken the lease meanwhile
+    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])
     attempt.require(sinks.check_written)
     try:
         yield [sinks]

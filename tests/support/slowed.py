@@ -4,8 +4,8 @@ time limits is, without the work of more steps. The others wait for rank 0, whic
 import os
 import time
 
-from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.lease import Lease
 from moe_dist.train.__main__ import main
 
 PROGRAM = "-m tests.support.slowed"
@@ -13,13 +13,13 @@ PAUSE_SECONDS = 1.2
 
 
 def slow_down() -> None:
-    check_lease = Attempt.check_lease
+    check = Lease.check
 
-    def paused(attempt: Attempt) -> None:
+    def paused(lease: Lease) -> None:
         time.sleep(PAUSE_SECONDS)
-        check_lease(attempt)
+        check(lease)
 
-    Attempt.check_lease = paused
+    Lease.check = paused
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One attempt of a Slurm job, with stand-ins for srun and scontrol."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -85,7 +86,8 @@ class Node:
 
     def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
         self.stand_in("srun", srun)
-        env = {"MOE_DIST_CLUSTER": str(self.folder / "site.yaml"), "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
+        env = {"PATH": os.environ["PATH"], "MOE_DIST_CLUSTER": str(self.folder / "site.yaml")}
+        env |= {"SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
         if snapshots := list(self.run.path.glob("slurm/job_12_*")):
             env["MOE_DIST_SNAPSHOT"] = str(snapshots[0])
         return run_attempt(SlurmJob("12", restarts, None, self.folder), [str(self.yaml)], {**env, **variables})

@@ -231,6 +231,7 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = slurm("COMPLETING Restarts=1 StartTime=2026-11-27T09:00:00 PreemptTime=2026-11-27T10:00:00", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of this job, not of the next
     attempts = tmp_path / "job_12.json"
     attempts.write_text("[[75, 0, 7]]")
