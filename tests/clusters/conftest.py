@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shape import SEED, drawn
 from tests.support.slurm import SlurmCluster
 
-SITE = "gpus: {syntax: none}\nranks_per_node: 1\ncpus_per_rank: 1\ntime: '30'\nsignal_seconds: 60\n"
+
+def pytest_report_header() -> str:
+    return f"{SEED}={drawn().seed} gives this cluster again: {drawn()}"
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Four nodes: node1 and node2 have the feature text, node3 and node4 vision."""
-    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=4, features="text text vision vision") as cluster:
+    """Four nodes: the first two have the feature text, the others vision."""
+    folder, features = tmp_path_factory.mktemp("slurm"), "text text vision vision"
+    with SlurmCluster(folder, nodes=4, features=features, shape=drawn()) as cluster:
         yield cluster
 
 
@@ -21,7 +25,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cluster file: one rank a node."""
     path = tmp_path_factory.mktemp("site") / "site.yaml"
-    path.write_text(SITE)
+    path.write_text(drawn().site())
     return path
 
 

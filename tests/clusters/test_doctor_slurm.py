@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters.conftest import DEFAULT, NODES, QUICK, SITE
+from tests.clusters.conftest import DEFAULT, NODES, QUICK
 from tests.support.planted import Node, slow_pair
-from tests.support.slurm import SlurmCluster, overrides
+from tests.support.shape import drawn
+from tests.support.slurm import ROOT, SlurmCluster, overrides
+
+FIRST, SECOND, THIRD, FOURTH = drawn().names
 
 
 class Doctor:
@@ -26,7 +29,7 @@ class Doctor:
     def says(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
         """Exit code and lines."""
         fixed = [f"run.root={self.root}", "--on=slurm", f"--cluster={self.site}"]
-        done = self.cluster.run(sys.executable, "-m", "tools.doctor", DEFAULT, *fixed, *arguments, **variables)
+        done = self.cluster.run(sys.executable, "-m", "tools.doctor", DEFAULT, *fixed, *arguments, cwd=ROOT, **variables)
         assert not done.stderr, done.stderr
         return done.returncode, done.stdout.splitlines()
 
@@ -61,9 +64,11 @@ def test_a_healthy_cluster_gives_no_warning(doctor: Doctor) -> None:
 
 
 def test_a_host_that_does_not_resolve(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with Node(slurm, "node3").unknown_host(slurm, "node1"):
+    with Node(slurm, THIRD).unknown_host(slurm, FIRST):
         said = doctor.says("--probe")
-    assert_only(said, 78, "^FAIL rendezvous host: 'node1' does not resolve on node3: .*; enter it in the DNS or /etc/hosts")
+    assert_only(
+        said, 78, f"^FAIL rendezvous host: '{FIRST}' does not resolve on {THIRD}: .*; enter it in the DNS or /etc/hosts"
+    )
 
 
 def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
@@ -73,21 +78,22 @@ def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
 
 def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
     doctor.site = tmp_path / "large.yaml"
-    doctor.site.write_text(SITE.replace("ranks_per_node: 1\ncpus_per_rank: 1", "ranks_per_node: 2\ncpus_per_rank: 6"))
-    assert_only(doctor.says("--probe"), 69, "^FAIL nodes: ranks 0-1 need 12 CPU on one node, but no node .* more than 8;")
+    doctor.site.write_text(drawn().site(ranks_per_node=2, cpus_per_rank=7))
+    needs = f"ranks 0-1 need 14 CPU on one node, but no node .* more than {drawn().cpus};"
+    assert_only(doctor.says("--probe"), 69, f"^FAIL nodes: {needs}")
 
 
 def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with Node(slurm, "node2").read_only(doctor.root):
+    with Node(slurm, SECOND).read_only(doctor.root):
         said = doctor.says("--probe")
-    assert_only(said, 78, "^FAIL shared folder: run.root=.* cannot be written on node2: .*Read-only file system;")
+    assert_only(said, 78, f"^FAIL shared folder: run.root=.* cannot be written on {SECOND}: .*Read-only file system;")
 
 
 def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
-    with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
+    with Node(slurm, THIRD).other_version("torch", "2.11.0", tmp_path):
         said = doctor.says("--probe")
     version = re.escape(importlib.metadata.version("torch"))
-    assert_only(said, 69, f"^FAIL versions: torch {version} on node1, node2 and node4, 2.11.0 on node3; use one")
+    assert_only(said, 69, f"^FAIL versions: torch {version} on {FIRST}, {SECOND} and {FOURTH}, 2.11.0 on {THIRD}; use one")
 
 
 def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -95,23 +101,25 @@ def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slur
     empty.mkdir()
     (other / "apex").mkdir(parents=True)
     (other / "apex" / "__init__.py").write_text("")
-    with Node(slurm, "node2").showing(empty, other):
+    with Node(slurm, SECOND).showing(empty, other):
         said = doctor.says("--probe", PYTHONPATH=str(empty))
-    assert_only(said, 1, "^WARN apex: the package `apex` on node2 is not NVIDIA Apex but an unrelated package")
+    assert_only(said, 1, f"^WARN apex: the package `apex` on {SECOND} is not NVIDIA Apex but an unrelated package")
 
 
 def test_a_slow_pair_of_nodes(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with slow_pair(Node(slurm, "node2"), Node(slurm, "node4"), rate="200mbit"):
+    with slow_pair(Node(slurm, SECOND), Node(slurm, FOURTH), rate="200mbit"):
         said = doctor.says("--probe", "--fabric")
     assert_only(
-        said, 1, "^WARN fabric: node2 and node4 are slow with each other: [0-9.]+ MB/s in all-to-all, .* median pair has"
+        said,
+        1,
+        f"^WARN fabric: {SECOND} and {FOURTH} are slow with each other: [0-9.]+ MB/s in all-to-all, .* median pair has",
     )
 
 
 def test_the_job_itself_names_what_differs_before_it_trains(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
     values = {**QUICK, "run.root": tmp_path, "run.name": "mixed", "train.steps": 2}
-    with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
+    with Node(slurm, THIRD).other_version("torch", "2.11.0", tmp_path):
         job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}")
         assert job.end() == 69, job.said
-    assert "2.11.0 on node3" in job.said
+    assert f"2.11.0 on {THIRD}" in job.said
     assert not (tmp_path / "mixed" / "metrics.jsonl").exists()

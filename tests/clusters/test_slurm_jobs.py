@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,12 @@ from launchers.slurm.nodes import leave_out
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.pretend import PROGRAM
+from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
 from tests.support.tiny import tiny_config, write_config
+
+FIRST, SECOND, THIRD, FOURTH = drawn().names
+ANY = "|".join(map(re.escape, drawn().names)).join(("(?:", ")"))
 
 
 class Stage:
@@ -30,9 +35,8 @@ class Stage:
         self.site = folder / "site.yaml"
         self.set_site()
 
-    def set_site(self, **keys: object) -> None:
-        values = {"gpus": "{syntax: none}", "ranks_per_node": 1, "time": "'30'", "signal_seconds": 60, **keys}
-        self.site.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    def set_site(self, **keys: Any) -> None:
+        self.site.write_text(drawn().site(**keys))
 
     def launch(self, ends: str, *arguments: str, **variables: str) -> SlurmJob:
         options = (f"--cluster={self.site}", f"--program={PROGRAM}")
@@ -45,7 +49,13 @@ class Stage:
 
     def take_a_node(self) -> None:
         """Somebody with a higher priority takes one for a moment."""
-        options = ("--partition=debug", "--exclusive", "--nodelist=node2", "--wrap=true", "--output=/dev/null")
+        options = (
+            f"--partition={drawn().urgent}",
+            "--exclusive",
+            f"--nodelist={SECOND}",
+            "--wrap=true",
+            "--output=/dev/null",
+        )
         done = self.cluster.run("sbatch", *options)
         assert done.returncode == 0, done.stderr
 
@@ -87,7 +97,7 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
     assert "not requeued: 2 attempts in a row committed no checkpoint after step 0" in job.said
     assert stage.verdicts() == [1, 1]
     for ending in stage.run.read_status().attempts:
-        assert re.fullmatch(r"rank \d on node\d: Exited with exit code 1", ending.reason)
+        assert re.fullmatch(rf"rank \d on {ANY}: Exited with exit code 1", ending.reason)
 
 
 def test_a_killed_rank_is_named_with_its_node_and_the_job_goes_on(stage: Stage) -> None:
@@ -98,7 +108,7 @@ def test_a_killed_rank_is_named_with_its_node_and_the_job_goes_on(stage: Stage) 
     assert job.field("Restarts") == "1"
     first, second = stage.run.read_status().attempts
     assert (first.verdict, first.rank, second.verdict) == (1, 1, 0)
-    assert re.fullmatch(r"rank 1 on node\d: killed by SIGKILL", first.reason)
+    assert re.fullmatch(rf"rank 1 on {ANY}: killed by SIGKILL", first.reason)
     assert "rank 1 failed first" in job.said
     assert "requeued: the next attempt resumes from the last checkpoint" in job.said
 
@@ -114,7 +124,7 @@ def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attem
 
 
 def test_a_preemption_that_cancels_is_answered_by_a_new_submission(stage: Stage) -> None:
-    stage.cluster.scontrol("update", "PartitionName=main", "PreemptMode=CANCEL")
+    stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", "PreemptMode=CANCEL")
     try:
         job = stage.launch("wait+2 done")
         job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
@@ -124,7 +134,7 @@ def test_a_preemption_that_cancels_is_answered_by_a_new_submission(stage: Stage)
         again = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
         assert again.end() == 0, again.said
     finally:
-        stage.cluster.scontrol("update", "PartitionName=main", "PreemptMode=REQUEUE")
+        stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={drawn().preemption}")
     assert job.field("JobState") == "PREEMPTED"
     assert stage.verdicts() == [75, 0]
 
@@ -205,21 +215,22 @@ def test_nodes_without_the_feature_end_with_78_and_the_heterogeneous_line_that_i
 
     one = ["placement.groups.text.node.feature=vision", "placement.groups.image.node.feature=vision", "run.name=other"]
     stage.set_site(ranks_per_node=2)
-    nodes = ["--nodelist=node1,node3", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
+    nodes = [f"--nodelist={FIRST},{THIRD}", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
     wrong = stage.sbatch("done", *nodes, *plain(stage), *one)
     assert wrong.end() == ConfigError.exit_code
-    assert "the plan needs nodes with the feature 'vision', missing on node1" in wrong.said
+    assert f"the plan needs nodes with the feature 'vision', missing on {FIRST}" in wrong.said
 
 
 def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: Stage) -> None:
-    changed = '[ "$SLURMD_NODENAME" != node3 ] || export MOE_DIST_NODE_FEATURES=text'  # as if somebody had changed the node
+    # as if somebody had changed the node
+    changed = f'[ "$SLURMD_NODENAME" != {THIRD} ] || export MOE_DIST_NODE_FEATURES=text'
     stage.set_site(prelude=[changed])
     asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
     job = stage.launch("done", *asked)
     assert job.end() == ResourceError.exit_code
     assert (
         "verdict 69: rank 2 (experts of image) is not on its planned node: its node must have the feature 'vision'; "
-        "node3 has text; "
+        f"{THIRD} has text; "
     ) in job.said
     assert stage.verdicts() == [69]
 
@@ -269,31 +280,31 @@ def test_a_requeued_job_leaves_out_a_node_at_fault_unless_it_needs_all_nodes(
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", str(stage.cluster.folder / "slurm.conf"))
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    stage.set_site(ranks_per_node=2, exclude="[node2]")
+    stage.set_site(ranks_per_node=2, exclude=f"[{SECOND}]")
     job = stage.launch("wait+2 done")
     up(stage, job)
-    assert job.field("NodeList") == "node[1,3]"
+    assert job.hosts == [FIRST, THIRD]
     (script,) = (stage.run.path / "slurm").glob("*/train.sbatch")
-    assert leave_out(job.number, ["node1"], script) == "nodes at fault: node1", "it was not requeued"
+    assert leave_out(job.number, [FIRST], script) == f"nodes at fault: {FIRST}", "it was not requeued"
     stage.cluster.scontrol("requeue", job.number)
-    assert "may use them again: sbatch" in leave_out(job.number, ["node1", "node3"], script), "only node4 would be left"
-    assert leave_out(job.number, ["node1"], script) == "nodes at fault: node1; the next attempt leaves them out"
+    assert "may use them again: sbatch" in leave_out(job.number, [FIRST, THIRD], script), "only the fourth would be left"
+    assert leave_out(job.number, [FIRST], script) == f"nodes at fault: {FIRST}; the next attempt leaves them out"
     assert job.end() == 0, job.said
-    assert job.field("NodeList") == "node[3-4]"
+    assert job.hosts == [THIRD, FOURTH]
 
 
 def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun(stage: Stage) -> None:
     stage.set_site(ranks_per_node=2, spare_nodes=1, srun_options="[--cpu-bind=none, --mpi=none]")
     job = stage.launch("wait+2 done")
     up(stage, job)
-    assert (job.field("NumNodes"), job.field("NodeList")) == ("3", "node[1-3]")
+    assert job.hosts == [FIRST, SECOND, THIRD]
     (script,) = (stage.run.path / "slurm").glob("*/train.sbatch")
-    (script.parent / f"job_{job.number}_faults").write_text("node1")
+    (script.parent / f"job_{job.number}_faults").write_text(FIRST)
     stage.cluster.run("scancel", "--signal=USR2", job.number)
     assert job.end() == 0, job.said
     assert stage.verdicts() == [75, 0]
-    first, second = re.findall(r"^node.*\n(node\d) .*\n(node\d) ", job.said, re.MULTILINE)
-    assert (first, second) == (("node1", "node2"), ("node2", "node3"))
+    first, second = re.findall(rf"^node .*\n({ANY}) .*\n({ANY}) ", job.said, re.MULTILINE)
+    assert (first, second) == ((FIRST, SECOND), (SECOND, THIRD))
 
 
 # --- preludes and containers: what the site wants around a rank

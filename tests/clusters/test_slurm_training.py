@@ -20,11 +20,14 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
 from tests.support import slow_close, slowed
+from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
 
 pytestmark = pytest.mark.timeout(900)
 # Steps. LONG takes most of a minute where it is slowed down: slurmctld looks at time limits twice in that.
 SHORT, LONG = 25, 45
+SECOND = drawn().names[1]
+AGAIN = re.compile(r"\(PreemptMode=CANCEL\); submitted again as job (\d+)")
 
 
 class Runs:
@@ -62,9 +65,12 @@ def steps_taken(run: RunFolder) -> int:
 
 
 def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
-    """Where each rank ran, by its own log."""
+    """The node of each rank, from the rank's own log."""
     logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
-    return [[line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2] for log in logs]
+    return [
+        [line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2].partition(".")[0]
+        for log in logs
+    ]
 
 
 def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, RunFolder], slurm: SlurmCluster) -> None:
@@ -72,31 +78,37 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
     kinds = {name: slurm.scontrol("show", "node", name).partition("ActiveFeatures=")[2].split()[0] for name in hosts(run)}
     assert [kinds[name] for name in hosts(run)] == ["text", "text", "vision", "vision"]
     assert len(kinds) == 4
-    assert "node1  0      text    text" in job.said, "the plan stands in the job's output"
+    assert re.search(rf"^{drawn().names[0]} +0 +text +text", job.said, re.MULTILINE), "the plan stands in the job's output"
     assert job.field("HetJobId") == job.number
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(0, LONG)]
 
 
-def lose_time(job: SlurmJob) -> None:
+def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """The time limit comes a minute before its signal: at slurmctld's next look."""
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=1")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
+    return job
 
 
-def preempt(job: SlurmJob) -> None:
+def preempt(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Somebody with a higher priority takes a node for a moment."""
-    done = job.cluster.run(
-        "sbatch", "--partition=debug", "--exclusive", "--nodelist=node2", "--wrap=true", "-o", "/dev/null"
-    )
+    urgent = [f"--partition={drawn().urgent}", "--exclusive", f"--nodelist={SECOND}", "--wrap=true", "-o", "/dev/null"]
+    done = job.cluster.run("sbatch", *urgent)
     assert done.returncode == 0, done.stderr
-    job.wait_for_requeue()
+    if drawn().preemption == "REQUEUE":
+        job.wait_for_requeue()
+        return job
+    job.wait_for(lambda: AGAIN.search(job.said) is not None, "submitted again")
+    (number,) = AGAIN.findall(job.said)
+    return SlurmJob(job.cluster, number, run.path / "slurm" / f"slurm-{number}.out")
 
 
-def lose_a_node(job: SlurmJob) -> None:
+def lose_a_node(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Its second node, not that of the batch script, loses its power."""
-    job.cluster.kill_node("node2")
+    job.cluster.kill_node(SECOND)
     job.wait_for_requeue()
+    return job
 
 
 @pytest.mark.parametrize(
@@ -108,24 +120,22 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     runs: Runs,
     undisturbed: tuple[SlurmJob, RunFolder],
     tmp_path: Path,
-    disturb: Callable[[SlurmJob], None],
+    disturb: Callable[[SlurmJob, RunFolder], SlurmJob],
     verdict: int,
     steps: int,
     per_node: int,
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(
-        f"gpus: {{syntax: none}}\nranks_per_node: {per_node}\ncpus_per_rank: 1\ntime: '30'\nsignal_seconds: 60\n"
-    )
+    site.write_text(drawn().site(ranks_per_node=per_node))
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
     job, run = runs.start(
         disturb.__name__, steps, f"--cluster={site}", f"--program={program}", **{"checkpoint.every": every}
     )
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
-    disturb(job)
-    assert job.end() == 0, job.said
-    runs.cluster.start_node("node2")
+    last = disturb(job, run)
+    assert last.end() == 0, last.said
+    runs.cluster.start_node(SECOND)
 
     first, second = run.read_status().attempts
     assert (first.verdict, second.verdict, second.last_step) == (verdict, 0, steps)
@@ -133,20 +143,20 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     assert records(run) == records(undisturbed[1])[:steps]
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
-        assert f"step {first.last_step + 1}/{steps}" in job.said, "the output is appended"
+        assert f"step {first.last_step + 1}/{steps}" in last.said, "the output of a requeued job is appended"
         decided = "requeued: the next attempt" if disturb is lose_time else "Slurm has requeued the job"
-        assert decided in job.said
+        assert decided in job.said or last is not job
     else:
-        assert re.fullmatch(r"ranks \d-\d: Node failure on node2", first.reason), "whatever its peers have seen"
-        assert "node2" in hosts(run)
-        assert "node2" not in hosts(run, attempt=1)
+        assert re.fullmatch(rf"ranks \d-\d: Node failure on {SECOND}", first.reason), "whatever its peers have seen"
+        assert SECOND in hosts(run)
+        assert SECOND not in hosts(run, attempt=1)
 
 
 def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text("gpus: {syntax: none}\nranks_per_node: 2\ntime: '30'\nsignal_seconds: 60\n")
+    site.write_text(drawn().site(ranks_per_node=2))
     job, run = runs.start("batch_node", SHORT, f"--cluster={site}", **{"checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     node = job.field("BatchHost")
@@ -212,7 +222,7 @@ def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
 ) -> None:
     sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
     sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
-    site.write_text("gpus: {syntax: none}\nranks_per_node: 4\ncpus_per_rank: 1\ntime: '30'\n")
+    site.write_text(drawn().site(ranks_per_node=4))
     values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
     job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
     found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.shape import Shape
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
@@ -19,20 +21,22 @@ BUSY_SECONDS = 600.0  # for anything that four ranks do on a machine where other
 
 
 class SlurmCluster:
-    """Nodes node1 .. nodeN, each with its own network, host name and process tree.
+    """Nodes, each with its own network, host name and process tree.
 
     Args:
         folder: For its state; short, since paths of sockets are.
-        nodes: How many.
+        nodes: How many; without a shape they are node1 .. nodeN.
+        shape: Names, limits and settings of four nodes.
         features: Of each node; the last repeats.
         gpus: Fake ones of each node.
     """
 
-    def __init__(self, folder: Path, *, nodes: int, features: str = "", gpus: int = 0) -> None:
+    def __init__(self, folder: Path, *, nodes: int, features: str = "", gpus: int = 0, shape: Shape | None = None) -> None:
         if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
             raise AssertionError(f"Slurm is not installed: apt-get install --no-install-recommends {PACKAGES}")
         self.folder, self._nodes = folder, nodes
         settings = {"SLURM_CI_DIR": str(folder), "SLURM_CI_FEATURES": features, "SLURM_CI_GPUS": str(gpus)}
+        settings |= {} if shape is None else shape.variables()
         self._env = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MOE_", "OMP_"))
         }
@@ -64,7 +68,7 @@ class SlurmCluster:
 
     def launch(self, *arguments: str, **variables: str) -> "SlurmJob":
         """`python -m launchers.slurm ...`, which must succeed."""
-        done = self.run(sys.executable, "-m", "launchers.slurm", *arguments, **variables)
+        done = self.run(sys.executable, "-m", "launchers.slurm", *arguments, cwd=ROOT, **variables)
         assert done.returncode == 0, done.stderr
         printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
         return SlurmJob(self, printed["job"], Path(printed["output"]))
@@ -108,6 +112,10 @@ class SlurmJob:
         match = re.search(rf"\b{name}=(\S+)", self.cluster.scontrol("--oneliner", "show", "job", self.number))
         assert match is not None, name
         return match[1]
+
+    @property
+    def hosts(self) -> list[str]:
+        return self.cluster.scontrol("show", "hostnames", self.field("NodeList")).split()
 
     @property
     def code(self) -> int:
