@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import child_of
+from tests.support.shape import drawn
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/adamoe_moma_tiny_cpu.yaml"  # the default model
@@ -44,26 +45,36 @@ def environment(**more: str) -> Iterator[Path]:
     """What all processes of a test cluster have in their environment; yields its RAY_TMPDIR, removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     site = folder / "cluster.yaml"
-    site.write_text("gpus: {syntax: none}\nranks_per_node: 1\n")
-    changes = {
+    keys = "cpus_per_rank: 1\n" if drawn().threads == "key" else ""
+    site.write_text(f"gpus: {{syntax: none}}\nranks_per_node: 1\n{keys}")
+    changes: dict[str, str | None] = {
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
         "RAY_COLOR_PREFIX": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # this machine's own name need not be an address
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,
         "MOE_DIST_CLUSTER": str(site),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
         **more,
     }
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    set_variables(changes)
     try:
         yield folder
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        set_variables(before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def address(slot: int) -> str:
+    """The address of a node."""
+    return f"{drawn().network}.{slot + 2}"
 
 
 class RayCluster:
@@ -90,7 +101,7 @@ class RayCluster:
             wait=False,
             num_cpus=1,
             labels={"modality": MODALITIES[slot], "slot": str(slot)},
-            node_ip_address=f"127.0.0.{slot + 2}",
+            node_ip_address=address(slot),
             object_store_memory=STORE_BYTES,
             temp_dir=f"{self._folder}/n{slot}",
             include_log_monitor=True,  # what rank 0 prints is brought to the driver
@@ -255,7 +266,7 @@ class StartedRay:
         joining = [
             self._start(
                 f"--address={self.address}",
-                f"--node-ip-address=127.0.0.{slot + 2}",
+                f"--node-ip-address={address(slot)}",
                 "--num-cpus=1",
                 f"--labels=modality={modality},slot={slot}",
                 "--min-worker-port=0",

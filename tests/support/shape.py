@@ -37,6 +37,7 @@ class Shape:
         time: Time limit, in one of Slurm's forms; always 30 minutes.
         silent_seconds: Slurm declares a node down after this time without an answer.
         skew: Seconds by which each node starts late.
+        network: First three bytes of the addresses of Ray's nodes.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class Shape:
     time: str
     silent_seconds: int
     skew: tuple[int, ...]
+    network: str
 
     @classmethod
     def draw(cls, seed: int) -> "Shape":
@@ -69,6 +71,7 @@ class Shape:
             time=rng.choice(("30", "30:00", "0:30:00", "0-0:30")),
             silent_seconds=rng.choice((10, 20)),
             skew=tuple(rng.choice((0, 0, 2, 6)) for _ in range(4)),
+            network=rng.choice(("127.0.0", "127.9.0", "127.0.31")),
         )
 
     def variables(self) -> dict[str, str]:
@@ -97,10 +100,6 @@ class Shape:
         lines |= {"cpus_per_rank": 1} if self.threads == "key" else {}
         lines |= {"prelude": f"[{', '.join(late)}]"} if late else {}
         return "".join(f"{key}: {value}\n" for key, value in (lines | keys).items())
-
-    def hosts(self, *numbers: int) -> str:
-        """Nodes by number, from 1, as Slurm's options take them."""
-        return ",".join(self.names[number - 1] for number in numbers)
 
 
 @cache

@@ -1,4 +1,5 @@
-"""torchrun on two nodes, each a network namespace: one agent is lost, and the run ends with the undisturbed bits.
+"""The default job under torchrun on two nodes, each a network namespace of two ranks: one agent is lost, and the run ends
+with the undisturbed bits.
 
 Where namespaces are not permitted, the nodes are two addresses of the loopback.
 """
@@ -21,19 +22,17 @@ import pytest
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
+from tests.clusters.conftest import DEFAULT, QUICK
 from tests.support.faults import PROGRAM, fault
-from tests.support.tiny import tiny_config, write_config
+from tests.support.slurm import ROOT, overrides
 
-ROOT = Path(__file__).parents[2]
 STEPS, PORT = 6, 29431
 SETTINGS = {
+    **QUICK,
     "train.steps": STEPS,
     "checkpoint.every": 2,
-    "checkpoint.asynchronous": False,  # the step of the last checkpoint is then known
-    "evaluation.every": 1000,
-    "evaluation.balance_efficiency": False,
-    "evaluation.ablate_experts": False,
-    "parallel.timeout_seconds": 600.0,
+    "checkpoint.asynchronous": "false",  # the step of the last checkpoint is then known
+    "parallel.timeout_seconds": 600,
 }
 
 
@@ -72,10 +71,14 @@ def ip(*arguments: str) -> None:
 
 
 class Torchrun:
-    """Agents of one job, one on each node."""
+    """Agents of one job, one on each node.
 
-    def __init__(self, nodes: Sequence[Node], backend: str, config: Path, log: Path) -> None:
-        self._nodes, self._backend, self._config, self.log = nodes, backend, config, log
+    Args:
+        run: Overrides of the default configuration.
+    """
+
+    def __init__(self, nodes: Sequence[Node], backend: str, run: Sequence[str], log: Path) -> None:
+        self._nodes, self._backend, self._run, self.log = nodes, backend, run, log
         self.agents: list[subprocess.Popen[bytes]] = []
 
     def start(self, number: int, **variables: str) -> subprocess.Popen[bytes]:
@@ -85,14 +88,14 @@ class Torchrun:
             conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a busy machine is no lost node
             meet = [f"--rdzv-endpoint={first.address}:{PORT}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=3"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_"))}
         # Without this c10d keeps one store for all restarts, and never tells its address to an agent that comes later.
         env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface, **variables}
         with self.log.open("ab") as log:
             agent = subprocess.Popen(
-                [*node.enter, *command, *meet, *PROGRAM, str(self._config)], cwd=ROOT, env=env, stdout=log, stderr=log
+                [*node.enter, *command, *meet, *PROGRAM, DEFAULT, *self._run], cwd=ROOT, env=env, stdout=log, stderr=log
             )
         self.agents.append(agent)
         return agent
@@ -128,22 +131,19 @@ def frozen(agent: subprocess.Popen[bytes]) -> bool:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["static", "c10d"])
 def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits(
-    nodes: tuple[Node, Node], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+    nodes: tuple[Node, Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # equal bits need equal numbers of threads
-    runs = []
-    for name in ("undisturbed", "disturbed"):
-        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, "run.name": name})
-        runs.append((write_config(config, tmp_path / f"{name}.yaml"), RunFolder.of(config)))
-    (path, undisturbed), (config_yaml, run) = runs
-    assert launch(path) == 0
+    undisturbed, run = (RunFolder(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    own, others = (overrides({**SETTINGS, "run.root": tmp_path, "run.name": each.path.name}) for each in (undisturbed, run))
+    assert launch(ROOT / DEFAULT, own) == 0
 
-    job = Torchrun(nodes, backend, config_yaml, tmp_path / "torchrun.log")
+    job = Torchrun(nodes, backend, others, tmp_path / "torchrun.log")
     try:
         job.start(0)
-        lost = job.start(1, **fault(rank=1, step=5, phase="before_step", kind="freeze"))
+        lost = job.start(1, **fault(rank=3, step=5, phase="before_step", kind="freeze"))
         job.wait_for(lambda: frozen(lost))
         job.lose(lost)
         job.start(1)  # a new agent, whose count of restarts begins anew
