@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.config.regular_file import read_regular
+from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.errors import MoeDistError, StoppedError
 
 STALE_SECONDS = 30.0
@@ -141,7 +141,10 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseError if another attempt has taken over, because this one must not write any more. Call it right
         before each commit."""
-        holder = read_holder(self.path)  # costs one read of a small file
+        try:
+            holder = read_holder(self.path)  # costs one read of a small file
+        except IrregularFileError:  # somebody put a link or a device in its place
+            holder = None
         if holder != self._me:  # also compares the token, which is new in each lease
             raise LeaseError(
                 f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who deleted it'}; it sent "

@@ -210,6 +210,9 @@ def test_a_lease_that_somebody_removed_is_lost(tmp_path: Path) -> None:
     lease.path.unlink()
     with refused(LeaseError):
         lease.check()
+    lease.path.symlink_to("other.json")
+    with pytest.raises(LeaseError, match="lost the lease"):
+        lease.check()
 
 
 def test_of_many_that_find_it_stale_one_gets_it(tmp_path: Path) -> None:

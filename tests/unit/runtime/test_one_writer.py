@@ -5,6 +5,7 @@ real process by SIGSTOP. In the others the first writer is a thread that waits a
 cannot tell from a stopped process, and which costs no start of Python.
 """
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
-from moe_dist.monitor.sinks.sink import LeaseWatch
+from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch
 from moe_dist.runtime import lease as lease_module
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
@@ -385,3 +386,15 @@ def test_the_lease_is_checked_before_every_record(tmp_path: Path) -> None:
             act()
     tracker.flush()
     tracker.close()
+
+
+def test_a_failed_read_of_the_lease_does_not_end_its_checks() -> None:
+    answers = iter([OSError(errno.EIO, "Input/output error"), LeaseError("lost")])
+
+    def check() -> None:
+        raise next(answers)
+
+    sinks = GuardedSinks([LeaseWatch(check)])
+    sinks.text("a", "b")
+    with pytest.raises(LeaseError):
+        sinks.text("a", "b")
