@@ -11,12 +11,14 @@ NEXT_MEGATRON := .cache/megatron-0.19
 # A package that ships a real model, for test-smollm2 alone.
 SMOLLM2 := .cache/smollm2
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
-# One thread a process: the tests run more processes than there are cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread a process: the tests run more processes than there are cores. Compiled modules are kept for those processes, also
+# where the environment says otherwise, as in images of containers.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # Tests run beside each other, a file on one worker. Two workers run those of several ranks, each with standing worlds of its
-# own: ranks of one wait for each other while those of the other compute.
+# own: ranks of one wait for each other while those of the other compute. Whole programs come first, in the order given: the
+# last files are short, so both workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile
-WORLDS := -n 2 --dist loadfile
+WORLDS := -n 2 --dist loadfile --no-loadscope-reorder
 EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
@@ -34,7 +36,7 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 
 # The second half runs whatever the first returns; the exit code is non-zero if either failed.
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
-  $(TEST) $(1) $(WORLDS) tests/distributed tests/integration && exit $$unit
+  $(TEST) $(1) $(WORLDS) tests/integration tests/distributed && exit $$unit
 
 test: $(INSTALLED)  ## Run all tests but those of test-full, test-faults and test-clusters
 	@$(call BOTH_HALVES,)

@@ -44,7 +44,7 @@ EXTRAS = {
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.7",
         "setuptools>=77",
     ],
     "check": ["pyright>=1.1.350", "ruff>=0.8"],

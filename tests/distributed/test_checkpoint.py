@@ -33,6 +33,7 @@ from moe_dist.optim.optimizer import (
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
+from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
@@ -179,7 +180,7 @@ def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempP
     ("layout", "writers"),
     [
         *((layout, COVER) for layout in COVER),
-        *(pytest.param(layout, LAYOUTS, marks=pytest.mark.full) for layout in LAYOUTS),
+        *(full(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
     ],
     ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
 )

@@ -19,6 +19,7 @@ from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full
 from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
@@ -34,7 +35,8 @@ LAYOUTS = [
     Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
 ]
 COVER = [LAYOUTS[1], LAYOUTS[2]]  # in `make test`; test-full takes all
-READERS = [layout if layout in COVER else pytest.param(layout, marks=pytest.mark.full) for layout in LAYOUTS]
+# DDP goes on to the same bits in tests/integration/test_crash_and_resume.py, too.
+SAME = [layout if layout == LAYOUTS[2] else full(layout) for layout in LAYOUTS]
 Losses = list[tuple[float, ...]]
 Undisturbed = Callable[[Layout], tuple[Path, Losses]]
 
@@ -110,7 +112,7 @@ def undisturbed(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest
     return run
 
 
-@pytest.mark.parametrize("layout", READERS, ids=str)
+@pytest.mark.parametrize("layout", SAME, ids=str)
 def test_the_same_layout_goes_on_to_the_same_bits(
     run_in_world: Callable[..., list[Any]], undisturbed: Undisturbed, layout: Layout
 ) -> None:
@@ -124,7 +126,7 @@ def test_the_same_layout_goes_on_to_the_same_bits(
     ("layout", "writers"),
     [
         *((layout, COVER) for layout in COVER),
-        *(pytest.param(layout, LAYOUTS, marks=pytest.mark.full) for layout in LAYOUTS),
+        *(full(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
     ],
     ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
 )

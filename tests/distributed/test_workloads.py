@@ -213,10 +213,19 @@ def training_step(context: RankContext, kind: str) -> dict[str, float]:
     return seen
 
 
+MODES = (dispatch_only, moe_fwd_bwd, training_step)
+CASES = [
+    *((mode, "all_to_all", 4) for mode in MODES),
+    (dispatch_only, "hierarchical", 4),
+    (moe_fwd_bwd, "hierarchical", 4),
+    full(training_step, "hierarchical", 4),  # test_n_ranks_equal_one.py trains over nodes too
+    *(full(mode, kind, 2) for mode in MODES for kind in ("all_to_all", "hierarchical")),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "world_size"), [("all_to_all", 4), ("hierarchical", 4), full("all_to_all", 2), full("hierarchical", 2)]
+    ("mode", "kind", "world_size"), CASES, ids=lambda value: value.__name__ if callable(value) else str(value)
 )
-@pytest.mark.parametrize("mode", [dispatch_only, moe_fwd_bwd, training_step], ids=lambda mode: mode.__name__)
 def test_all_eight_pass_and_none_hangs(
     run_in_world: Callable[..., list[Any]], mode: Callable[..., Any], world_size: int, kind: str
 ) -> None:

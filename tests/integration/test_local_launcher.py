@@ -157,6 +157,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
 
 
+@pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py has the budget of one rank
 def test_a_sink_that_does_not_close_leaves_the_finished_run_a_success(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

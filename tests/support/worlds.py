@@ -5,8 +5,10 @@
     def test_it(run_in_world):
         results = run_in_world(4, body, rows)                    # one result a rank, in the order of the ranks
 
-Starting 4 ranks costs 5 to 20 s, so the processes of each world size live until the end of the session; the default
-process group is made anew for each call (25 ms), so that no group, counter or mesh leaks from one test into the next.
+The processes of each world size live until the end of the session; the default process group is made anew for each call
+(25 ms), so that no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have
+imported torch and most of moe_dist (3 s of CPU time, which each rank would need); ranks of even and of odd number come from
+different servers, whose strings have different hashes: an order that a set decides still differs between the ranks.
 Arguments and results are pickled by value. A rank that raises fails the test with its own traceback; a hang fails it with
 the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts anew.
 """
@@ -14,6 +16,7 @@ the stacks of the ranks that did not answer. Either way that world is killed, by
 import ast
 import contextlib
 import faulthandler
+import functools
 import gc
 import importlib
 import importlib.util
@@ -29,12 +32,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from moe_dist.runtime.signals import child_of
 
@@ -42,6 +46,7 @@ START_SECONDS = 600.0
 CALL_SECONDS = 600.0
 # A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
 MAX_THREADS = 48
+IMPORTED = ["tests.support.layouts", "moe_dist.train.build", "torch._dynamo"]  # which the first optimizer imports
 SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
 
 
@@ -125,17 +130,17 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     dist.barrier()  # nobody leaves while a peer may still need it
     dist.destroy_process_group()
     gc.collect()  # groups that only cycles hold
+    gc.freeze()  # what is left, modules above all, is not walked again: 0.3 s of CPU time a call and rank
     return result
 
 
-def _serve(
-    rank: int, world_size: int, parent_pid: int, stacks: str, connection: Connection, first_on_path: str | None
-) -> None:
-    child_of(parent_pid, ignore_stop=False)()
+def _serve(rank: int, world_size: int, stacks: str, connection: Connection, first_on_path: str | None) -> None:
+    # The server ends when pytest does. If it has ended already, the connection has no other end either.
+    child_of(os.getppid(), ignore_stop=False)()
     if first_on_path is not None:
         sys.path.insert(0, first_on_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")  # before torch is imported
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
     faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
     import torch
@@ -152,6 +157,18 @@ def _serve(
 
 
 # --- in pytest
+
+
+@functools.cache
+def _servers(first_on_path: str | None) -> list[forkserver.ForkServer]:
+    """Two servers with the imports of the ranks; packages of `first_on_path` stand before all others in them, too."""
+    servers = [forkserver.ForkServer() for _ in range(2)]
+    paths = [path for path in (first_on_path, os.environ.get("PYTHONPATH")) if path]
+    for server in servers:
+        server.set_forkserver_preload(IMPORTED)
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(paths)):  # before torch is imported
+            server.ensure_running()
+    return servers
 
 
 @dataclass
@@ -173,18 +190,20 @@ class _World:
     @classmethod
     def start(cls, world_size: int, first_on_path: str | None = None) -> "_World":
         world = cls(Path(tempfile.mkdtemp(prefix="moe_dist_world_")))
-        context = get_context("spawn")
+        context, servers = get_context("forkserver"), _servers(first_on_path)
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 stacks = world.folder / f"stacks_{rank}"
                 process = context.Process(
                     target=_serve,
-                    args=(rank, world_size, os.getpid(), str(stacks), theirs, first_on_path),
+                    args=(rank, world_size, str(stacks), theirs, first_on_path),
                     name=f"world{world_size}-rank{rank}",
                     daemon=True,
                 )
-                process.start()
+                connect = servers[rank % len(servers)].connect_to_new_process
+                with patch.object(forkserver, "connect_to_new_process", connect):
+                    process.start()
                 theirs.close()
                 world.ranks.append(_Rank(process, ours, stacks))
             deadline = time.monotonic() + START_SECONDS

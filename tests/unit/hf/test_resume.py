@@ -161,6 +161,7 @@ def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after
     assert (large_disk / "out/ours/config.yaml").is_file()
 
 
+@pytest.mark.full  # of the tests above themselves
 def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
     whole = start(large, tmp_path / "ours", shard_bytes=1 << 30)
     _, errors = whole.communicate(timeout=600)

@@ -126,5 +126,6 @@ def roles_when_sharded(rank: RankContext) -> bool:
     return all(same) and rank.world_size == 2
 
 
+@pytest.mark.slow
 def test_roles_survive_sharding(run_in_world: Callable[..., list[Any]]) -> None:
     assert run_in_world(2, roles_when_sharded) == [True, True]

@@ -31,6 +31,10 @@ def leave_a_group(rank: RankContext) -> str:
     return dist.group.WORLD.group_name  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def hash_of(rank: RankContext, text: str) -> int:
+    return hash(text)
+
+
 def fail_on_one(rank: RankContext) -> None:
     if rank.rank == 1:
         left, right = 3, 4
@@ -79,6 +83,11 @@ def test_results_come_in_the_order_of_the_ranks_and_the_world_is_reused(worlds: 
 def test_groups_do_not_leak_into_the_next_call(worlds: Worlds) -> None:
     names = [worlds.run(2, leave_a_group)[0] for _ in range(2)]
     assert names[0] == names[1]
+
+
+def test_a_set_of_strings_may_have_another_order_on_the_next_rank(worlds: Worlds) -> None:
+    first, second = worlds.run(2, hash_of, "experts")
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[4]
 CPU = Cluster.model_validate({"gpus": {"syntax": "none"}, "ranks_per_node": 1})
 

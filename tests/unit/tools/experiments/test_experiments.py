@@ -76,6 +76,7 @@ def test_arms_that_a_rule_decides_on_have_five_seeds(name: str) -> None:
     assert study.rules
 
 
+@pytest.mark.slow
 def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
     for name in NAMES:
         study = study_of(name)

@@ -192,6 +192,7 @@ def test_samples_that_were_made_otherwise_are_refused(
     assert Samples(run / "samples").manifest.samples == 5
 
 
+@pytest.mark.full  # tests/unit/tools/test_prepare_router_tuning.py makes such samples in this process
 def test_samples_of_listed_choices_are_right_under_each_rotation(
     own_data: Path, words: Path, tmp_path: Path, sampled: tuple[Path, QuestionsSection]
 ) -> None:

@@ -1,0 +1,18 @@
+"""What the ranks of some of these files import, which their servers import for all of them."""
+
+import pytest
+
+from tests.support import worlds
+
+# 2 s of CPU time a rank each.
+HEAVY = {
+    "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
+    "test_hf_": ["transformers.modeling_utils"],
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {item.path.name for item in items}
+    for prefix, modules in HEAVY.items():
+        if any(name.startswith(prefix) for name in names):
+            worlds.IMPORTED += modules
