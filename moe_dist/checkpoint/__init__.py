@@ -1,1 +1,1 @@
-"""Checkpoints: the state of a run under logical names, and its storage."""
+"""Saves and loads the state of a run. Tensors have logical names, which are equal in all layouts of ranks."""

@@ -1,4 +1,4 @@
-"""The frozen base model under LoRA adapters: their checkpoint stores path and content hash of the base, not its weights.
+"""Finds the frozen base model of LoRA adapters. Their checkpoint has the base's path and content hash, not its weights.
 
 Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
 the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer or, if there is none,

@@ -85,5 +85,5 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + DataError.exit_code: DataError,
     }
     error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True  # marks an error whose reason only the failed rank knows and records
+    error.consequence = True  # marks an error whose reason only the failed rank knows and reports
     return error

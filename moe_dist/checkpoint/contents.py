@@ -121,7 +121,7 @@ def examine_files(folder: Path) -> Examined:
 
 
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
-    """The difference between a shard's header and the index; None without a difference. `number` is the shard's number."""
+    """Compares the header of shard `number` with the index. Returns the first difference, or None."""
     name = shard_file(number)
     if header.save_id != index.save_id:  # checked first, because a shard of another save also fails the later checks
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
@@ -172,7 +172,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Content of SHA256SUMS: the save id in a comment line, and the digest of each of CHECKED_FILES."""
+    """Returns the content of SHA256SUMS: the save id in a comment line, and the digest of each of CHECKED_FILES."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 

@@ -37,7 +37,7 @@ def families(index: Index) -> list[Family]:
 
 
 def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
-    """Step, run, progress, layout of ranks, and package versions of a checkpoint, as pairs (name, text)."""
+    """Returns step, run, progress, layout of ranks and package versions of a checkpoint, as pairs (name, text)."""
     config = _mapping(state.values.get("config"))
     run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
     base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base

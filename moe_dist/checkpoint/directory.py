@@ -52,7 +52,7 @@ class CheckpointDirectory:
         """
         path = self.folder / LATEST_FILE
         try:
-            content = read_regular(path, most_bytes=64, links=False)  # one read, as another process may replace it
+            content = read_regular(path, most_bytes=64, links=False)  # read at once: another process may replace it
         except IrregularFileError as error:
             raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
@@ -79,7 +79,7 @@ class CheckpointDirectory:
 
     def remove_beyond(self, keep: int, step: int) -> None:
         """Deletes the committed checkpoints up to step `step`, except the `keep` newest of them. Logs errors instead of
-        raising, because the checkpoint of `step` is already committed."""
+        raising them, because the save of `step` has already succeeded."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
                 # The folder is renamed first, so that a half-deleted folder never looks like a checkpoint.
@@ -99,7 +99,7 @@ class CheckpointDirectory:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder: `path` itself, or the newest checkpoint if `path` is a run folder or a folder of checkpoints.
+    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints.
 
     Raises:
         ConfigError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""A fingerprint of a tensor that does not depend on its sharding: the sum of a hash of each element with its position.
+"""A fingerprint of a tensor, which does not depend on its sharding: a sum of hashes, each of an element and its position.
 
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 

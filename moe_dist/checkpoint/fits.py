@@ -49,7 +49,7 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
     problems = {
         name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
         for name, spec in specs.items()
-        if math.prod(spec.shape)  # without elements a tensor is not saved, such as null rows without null experts
+        if math.prod(spec.shape)  # a tensor without elements, such as the null rows of 0 null experts, is not saved
     }
     surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, so that the order of messages does not change
     problems |= {
@@ -111,7 +111,7 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a load of some of a checkpoint's parameters loaded, and what it did not load.
+    """The parameters of a checkpoint that were loaded, and those that were not.
 
     Attributes:
         folder: Folder of the checkpoint.
@@ -130,7 +130,7 @@ class Taken:
     made_of: Mapping[str, str]
 
     def report(self) -> str:
-        """A report to read. Parameters whose names differ only in the number of the layer or expert share a line."""
+        """Returns a report for the user. Parameters whose names differ only in numbers share a line."""
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)
@@ -151,7 +151,7 @@ def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, st
 
 
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
-    """The result of a load; `sources` maps each loaded parameter to its name in the checkpoint."""
+    """Makes the `Taken` of a load in which `sources` maps each loaded parameter to its name in the checkpoint."""
     index, parameters = contents.index, _parameters(specs)
     reasons, used = differences(index, parameters), set(sources.values())
     return Taken(
@@ -173,6 +173,6 @@ def _lines(problems: Mapping[str, str]) -> list[str]:
 
 
 def _families(names: Iterable[str], suffix: str = "") -> list[str]:
-    """One line per set of names that differ only in numbers."""
+    """Returns one line per set of names that differ only in numbers."""
     counts = Counter(_NUMBER.sub("*", name) for name in names)
     return [f"  {family}{f' x {count}' if count > 1 else ''}{suffix}" for family, count in counts.items()]

@@ -13,7 +13,7 @@ from moe_dist.errors import DataError
 
 
 def generator_states(device: torch.device) -> dict[str, JsonValue]:
-    """The current states of all these generators. The CUDA generator's state costs one device-to-host sync."""
+    """Returns the current states of the generators. The CUDA generator's state costs one device-to-host sync."""
     version, numbers, gauss = random.getstate()
     name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states: dict[str, JsonValue] = {
@@ -27,7 +27,7 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Restores the result of `generator_states`. The CUDA generator stays as it is if `states` has no state of it.
+    """Sets the generators to `states`, made by `generator_states`. A CUDA generator that `states` lacks stays as it is.
 
     Raises:
         DataError: a state is invalid.

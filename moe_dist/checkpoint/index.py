@@ -142,7 +142,7 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """True if the parts contain each element exactly once. Only one dim may be divided, as in all layouts."""
+    """True if the parts contain each element exactly once. False if two dims are divided, which no layout does."""
     if 0 in entry.shape:  # a tensor without elements is not stored
         return not entry.chunks
     rank = len(entry.shape)
@@ -163,7 +163,7 @@ def _filled_once(entry: Entry) -> bool:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """A text: the line `head`, then the first MAX_FAULTS problems, one per line."""
+    """Returns a text: the line `head`, then the first MAX_FAULTS problems, one per line."""
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])

@@ -6,7 +6,7 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. Before, its files lie in `step_N.<id>.tmp` with a random id, so that two
+A checkpoint is committed when `latest` names it. Its files are written to `step_N.<id>.tmp` with a random id, so that two
 processes that save the same step cannot mix their files.
 """
 
@@ -43,7 +43,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
 
-SLACK = 1 << 20  # bytes of free disk space required besides those of the tensors and 1 % of them
+SLACK = 1 << 20  # bytes that must be free on the disk besides 1.01 x the bytes of the tensors
 
 T = TypeVar("T")
 
@@ -71,8 +71,8 @@ class CheckpointManager:
         lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
             process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: Tracker of the watchdog. It does not track `write`, because ranks differ in the order of the collectives of
-            `write` and of the training.
+        tracker: The watchdog's tracker of collectives. It does not see those of `write`, because a thread may run `write`:
+            then each rank mixes the collectives of `write` and of the training in an order of its own.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class CheckpointManager:
 
     def clear(self) -> None:
         """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease does this
-        before it loads anything: a suspended process that wakes up later then cannot rename its deleted folder.
+        before it loads anything: a suspended process that wakes up later cannot commit, because its folder is gone.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -153,7 +153,7 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0; if it fails, all ranks raise its error, or `kind` for an OSError. One all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise its error; an OSError becomes a `kind`. One all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
@@ -168,7 +168,7 @@ class CheckpointManager:
         """Loads a checkpoint from any layout of ranks into the tensors of `state` and the step count of its optimizer.
 
         Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
-        tensors. Without an optimizer in `state` no moments are loaded. After an error some tensors may have been loaded.
+        tensors. Without an optimizer in `state` no moments are loaded. After an error some tensors may be overwritten.
 
         Raises:
             ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
@@ -228,7 +228,8 @@ class CheckpointManager:
         )
 
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
-        """Bytes that all ranks write in sum, the save's id, and True if the step is already committed. One all-reduce."""
+        """Returns the bytes that all ranks write in total, the save's id, and whether the step is committed already. Costs
+        one all-reduce."""
         first = self._status.rank == 0
         # For the save's id and the flag all ranks but rank 0 add zeros, so both sums are rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
@@ -246,13 +247,13 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # Written before the first commit, so that a crash between its two renames leaves no folder without `latest`.
+            # Else a crash between the two renames of the first commit would leave a checkpoint without the file `latest`.
             self._point(NONE_YET)
         temporary.mkdir()  # raises if the folder exists
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
         """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`; runs on rank 0. Each
-        of these actions is on disk before the next one. Checks the lease right before each rename."""
+        of these actions is on disk before the next one begins. Checks the lease right before each rename."""
         try:
             ranks = self._status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
@@ -283,10 +284,10 @@ class CheckpointManager:
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
-        """Deletes old checkpoints. Checks the lease first, because another process's save looks like a leftover."""
+        """Deletes old checkpoints. Checks the lease first: files of another process's save have the names of leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # the run's records are not on disk yet; the next save deletes the old checkpoints
+        except CheckpointError:  # the last metrics are not on disk yet; the next save deletes the old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 

@@ -28,7 +28,7 @@ _HOST = torch.device("cpu")
 
 
 class CheckpointWriter:
-    """Saves the states of one rank, one after the other. All methods except `poll` are collective.
+    """Saves the states of this rank, one after the other. All methods except `poll` are collective.
 
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
@@ -61,7 +61,7 @@ class CheckpointWriter:
 
         Args:
             durable: If True, `write` returns after the commit, and raises if the save fails. If False, `write` may return
-                before; if the disk fails, a later `poll` or `wait` logs the error.
+                before the commit; if the disk fails, a later `poll` or `wait` logs the error.
 
         Raises:
             CheckpointError: this save could not be written; only if `durable`.

@@ -52,7 +52,7 @@ class ShardHeader:
 def metadata_of(
     offsets: dict[str, list[int]], fingerprints: dict[str, str], *, save_id: str, step: int, rank_values: Any
 ) -> dict[str, str]:
-    """`__metadata__` of a shard file. A NaN or infinity in `rank_values` raises ValueError, because JSON has neither."""
+    """Makes a shard file's `__metadata__`. A NaN or infinity in `rank_values` raises ValueError, as JSON has neither."""
     return {
         "format": "pt",
         SHARDING: json.dumps({name: {OFFSETS: each} for name, each in offsets.items()}),
@@ -133,7 +133,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """`kind` and `detail` of the problem of an invalid header: damaged if moe_dist wrote the file, else foreign."""
+    """Returns kind and detail of the problem with an invalid header: damaged if moe_dist wrote the file, else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

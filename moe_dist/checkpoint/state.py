@@ -1,4 +1,4 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which are equal in all layouts.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names, equal in all layouts of ranks.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
@@ -29,7 +29,7 @@ Part = Literal["all", "trained", "frozen"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """This rank's position in the layout, and the experts of each EP rank."""
+    """This rank's position among the ranks, and the placement of the experts on the EP ranks."""
 
     placement: ExpertPlacement
     rank: int = 0
@@ -98,12 +98,13 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """The state of this rank's model and optimizer, without copies and collectives. Creates missing moments.
+    """Returns the state of this rank's model and optimizer, whose memory it shares. Calls no collective. Creates AdamW's
+    moments if they do not exist yet.
 
     Args:
         model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
-            the ranks with the same experts (edp). FSDP2 shards a stack of experts in dim 0 or inside each expert. Reshards
-            parameters that FSDP2 has gathered.
+            the ranks with the same experts (edp). FSDP2 shards a stack of experts in dim 0 or inside each expert. `capture`
+            reshards parameters that FSDP2 has gathered.
         optimizer: Optimizer of the model's parameters; None for a state without moments.
         part: `trained` omits frozen parameters; `frozen` takes only frozen parameters.
     """
@@ -152,7 +153,8 @@ def _expert_stacks(model: nn.Module) -> set[str]:
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """This rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of `like`."""
+    """Returns this rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of
+    `like`. `tensors` may lack names of `like`: those that this rank does not hold."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -173,7 +175,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """For each expert in this rank's stack of experts [e, ...]: its global id and its tensor, a view of the stack."""
+    """Yields for each expert in this rank's stack of experts [e, ...] its global id and its tensor, a view of the stack."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):

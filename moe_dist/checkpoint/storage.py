@@ -45,7 +45,7 @@ _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tenso
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a logical tensor that one rank has."""
+    """The part of a logical tensor (a tensor of the checkpoint) that one rank has."""
 
     tensor: Tensor  # the elements of the piece, as a plain tensor
     offsets: tuple[int, ...]  # index of the piece's first element in each dim of the whole tensor
@@ -57,7 +57,8 @@ class Piece:
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """This rank's piece of each tensor, plain or DTensor, by name, without copies; leaves out pieces without elements."""
+    """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece shares the memory of its tensor. Pieces
+    without elements are left out."""
     planner = DefaultSavePlanner(**_DIALECT)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     pieces: dict[str, Piece] = {}
@@ -102,7 +103,7 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for copies of the tensors that this rank writes. All saves use it, so only one snapshot can exist."""
+    """Host memory for copies of the tensors that this rank writes. Each call of `copy` overwrites the last copies."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -118,7 +119,7 @@ class HostBuffers:
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # all copies are done, so the training may change the tensors
+                torch.cuda.synchronize(device)  # the copies are complete, so the training may now change the tensors
         return copies
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -130,10 +131,10 @@ class HostBuffers:
 
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-    """A snapshot of `state`. Reading the optimizer's step count is a device-to-host sync.
+    """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count.
 
     Args:
-        buffers: Target of a copy of the tensors; None for no copy, if the training waits for the save.
+        buffers: Memory to copy the tensors to. None: they are not copied, so the training must wait for the save.
     """
     pieces = pieces_of(state.written())
     return Snapshot(
@@ -183,7 +184,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """The index of the shard files 0 to `num_shards` - 1 in `folder`, from their headers. Reads no tensor.
+    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor.
 
     Raises:
         DataError: a file is damaged, or is not of the save `save_id`.
@@ -215,7 +216,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps each tensor that has another name in the checkpoint to that name. Several may have the same name.
+        sources: Maps each tensor that has another name in the checkpoint to that name. Several may map to one name.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.

@@ -7,8 +7,8 @@ In each layer all experts of a group become copies of one FFN of the checkpoint,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
 3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-But if the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name. Router rows
-are not copied: with equal rows the router would score all copies alike.
+If the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name instead. Router
+rows are not copied: with equal rows the router would score all copies alike.
 """
 
 import re
@@ -67,7 +67,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` returns those
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` maps equal names
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "

@@ -18,13 +18,13 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Both make a problem of a tensor in index.json, from the arguments detail and name of the tensor.
+# Each makes a CheckpointProblem of a tensor in index.json; the arguments are the detail and the name of the tensor.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """All problems of a checkpoint, and what could be read of it. Reads every byte, with one tensor in memory at a time.
+    """Returns what can be read of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
 
     Args:
         specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
@@ -74,7 +74,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
 
 
 def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
-    """Compares the index with the expected tensors."""
+    """Problems with tensors: one of `specs` is missing or does not fit, or the index has one that `specs` lacks."""
     problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)

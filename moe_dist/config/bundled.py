@@ -15,17 +15,17 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """Finds the configuration file `path`, whose .yaml may be omitted: in the current folder, else in `source_root()` or
-    its configs/."""
+    """Finds the configuration file `path`, whose .yaml may be omitted, in the current folder, in `source_root()` or in
+    configs/ there. Returns `path` itself if there is no such file."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # Path.is_file raises without permission or for too long a name. The code that reads the file reports such errors.
+    # os.path.isfile, because Path.is_file raises without permission or for too long a name. The later read reports this.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 
 def hint_for_missing(path: Path) -> str:
-    """The end of an error text: the files or bundled names most similar to `path`, else all bundled names."""
+    """Returns an end for an error text: the file or bundled names most similar to `path`, else all bundled names."""
     beside = [str(other) for other in path.parent.glob("*.yaml") if other != path]
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)

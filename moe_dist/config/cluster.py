@@ -1,9 +1,10 @@
-"""A cluster file has the settings of a site. A run's configuration has no site settings, so a run may change its site.
+"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has none of these
+settings, so a run may continue at another site.
 
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
-are quoted. Only `prelude` is shell code, so a cluster file can do all that a script can: read a file before you use it."""
+are quoted. But `prelude` is shell code, so a cluster file can do all that a script can: read a file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,16 +24,16 @@ GUIDE = "docs/scaling.md"
 
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
-MAX_RESTARTS = 20  # of one job, by default, under every launcher
-TRAIN_SECONDS = 300.0  # a warning is given if an attempt has less time from its start until its stop signal
+MAX_RESTARTS = 20  # default number of automatic restarts of one job, under every launcher
+TRAIN_SECONDS = 300.0  # `limit_warning` warns if an attempt of a job has less time until its stop signal
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# Options of sbatch and of srun that the Slurm launcher sets, from the run's configuration and from other keys of the
-# cluster file.
+# The Slurm launcher itself sets these options of sbatch and srun, from the run's configuration and from other keys of the
+# cluster file. `options` and `srun_options` must not contain them.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "export", "gpus"),
@@ -91,7 +92,7 @@ ContainerSection = Annotated[NoContainer | PyxisContainer | ApptainerContainer, 
 
 
 class Cluster(Section):
-    """One site."""
+    """The settings of one site."""
 
     account: SiteName | None = Field(default=None, description="Slurm account to which jobs are charged.")
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
@@ -137,7 +138,8 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """A warning if a time limit leaves little time before the stop signal; empty otherwise, and for 0 (no limit).
+        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else, or for 0 (no limit),
+        the empty text.
 
         Args:
             seconds: The time limit of an attempt; by default `time`.
@@ -169,7 +171,7 @@ class Cluster(Section):
 
 
 def seconds_of(time: str) -> float:
-    """Seconds of a Slurm time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Converts a Slurm time to seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     if time.lower() in ("infinite", "unlimited", "n/a"):
         return float("inf")
     days, dash, rest = time.rpartition("-")
@@ -184,7 +186,7 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """The cluster file given by the argument, else by $MOE_DIST_CLUSTER, else the defaults.
+    """Reads the cluster file that the argument or, without it, $MOE_DIST_CLUSTER names; without both, returns the defaults.
 
     Args:
         name_or_path: A path, or the bare name of a file in configs/clusters.
@@ -211,7 +213,7 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
 
 
 def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:
-    """Path of the cluster file, chosen as in `load_cluster`; None for the defaults."""
+    """Returns the path of the cluster file that `load_cluster` reads; None if it returns the defaults."""
     asked = name_or_path or env.get(VARIABLE)
     if not asked:
         return None

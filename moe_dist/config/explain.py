@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """A text with type, default and meaning of a key; for a section, of each key in it; for the key '', of each section.
+    """Returns type, default and meaning of a key; for a section, of each key in it; for the key '', of each section.
 
     Raises:
         ConfigError: the key does not exist; the message names the most similar key.
@@ -51,7 +51,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """A table of the keys of a section, with a heading for each of its kinds."""
+    """Returns a table of the keys of a section, with a heading for each kind that the section can be of."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)

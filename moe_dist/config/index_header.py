@@ -37,12 +37,13 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Byte offsets in an .idx of the lists: tokens of each sequence, offsets into .bin, first sequence of each document."""
+    """Returns the byte offsets of the three lists in an .idx: the tokens of each sequence, the byte offset of each sequence
+    into .bin, the first sequence of each document."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
 def read_index_header(prefix: Path) -> IndexHeader:
-    """Reads the .idx of `prefix` and compares it with the size of its .bin. Reads all sequence lengths.
+    """Reads the header and all sequence lengths of <prefix>.idx; compares the sum of lengths with the size of <prefix>.bin.
 
     Raises:
         DataError: a file is missing, truncated or of another format, or .idx and .bin do not match.
@@ -76,8 +77,8 @@ def read_index_header(prefix: Path) -> IndexHeader:
 
 
 def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
-    """Largest token id in .bin. Reads a file up to `max_bytes` whole (about a second per GiB once cached), and a larger
-    file in evenly spaced blocks of that total size.
+    """Returns the largest token id in <prefix>.bin. Reads a file of at most `max_bytes` whole (about a second per GiB if
+    it is in the page cache). Of a larger file it reads only evenly spaced blocks, `max_bytes` in all.
 
     Raises:
         DataError: as `read_index_header`; or the ids are not integers, or an id is negative.

@@ -1,4 +1,5 @@
-"""Rules of `run.init_rules`. Rules that need the checkpoint are checked when the checkpoint is loaded. Imports no torch."""
+"""Checks `run.init_rules`, the changes to loaded weights. `source_problems` is called only when the checkpoint is loaded,
+because it needs the checkpoint's configuration. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,17 +10,17 @@ KEY = "run.init_rules"
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
-    """The values of top_k with which a token takes the same true experts as with top_k = `true_choices` before the copy, if
-    the m null rows of the router are m / n copies of each of the n true rows.
+    """Returns the values of top_k with which a token still takes `true_choices` true experts, the same as before, once the
+    router's m null rows are m / n copies of each of its n true rows.
 
-    Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that row,
-    its second best, and so on in blocks of m / n + 1. The k best columns contain the ceil(k / (m / n + 1)) best true
-    experts. With k0 = `true_choices`, a token takes its k0 best true experts for
+    Sorted by logit, with true columns first among equal logits, a token's columns are its best true expert, the m / n
+    copies of that row, its second best, and so on in blocks of m / n + 1. The k best columns contain the
+    ceil(k / (m / n + 1)) best true experts. With k0 = `true_choices`, a token takes its k0 best true experts for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
     which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The rule does not cover
-    two true experts with exactly equal logits: at the k0-th place both experts would be chosen unless k is the least of the
+    two true experts with exactly equal logits: if they share the k0-th place, both are chosen unless k is the least of the
     range.
     """
     block = num_null // num_experts + 1
@@ -27,7 +28,7 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
 
 
 def init_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Violated rules of `run.init_rules` that do not depend on the checkpoint."""
+    """Yields the faults of `run.init_rules` that can be found without the checkpoint."""
     rules = config.run.init_rules
     if rules and config.run.init_from is None:
         problem = f"{KEY}={list(rules)}: there are no weights to change; set run.init_from, or remove the rules"
@@ -73,7 +74,7 @@ def _copy_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _no_identity(kind: object) -> str:
-    """The reason why a router of this `kind`, not top_k, chooses other experts once null rows copy true rows."""
+    """Says why a router of this `kind`, which is not top_k, chooses other experts once null rows copy true rows."""
     return (
         f"with a router of kind {kind} copies of true rows change the choice: only in a plain top-k of one softmax does a "
         "copy rank directly behind its original; sigmoid scores, node groups and experts that choose treat a copy "
@@ -82,10 +83,10 @@ def _no_identity(kind: object) -> str:
 
 
 def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[str]:
-    """The reasons why the checkpoint's top-k model would have other outputs once the null rows of `config` copy its true
-    rows; empty if it would have the same outputs. `source` is the configuration in the checkpoint.
+    """Returns the reasons why the model of `config`, in which null rows copy the checkpoint's true rows, would have
+    other outputs than the checkpoint's model; empty if the outputs are equal. `source` is the checkpoint's configuration.
 
-    Only the forward pass in evaluation is compared: a capacity and auxiliary losses act only in training.
+    Only outputs in evaluation must be equal, so capacity and auxiliary losses, which act only in training, do not count.
     """
     here = config.model.moe
     model = source.get("model")

@@ -1,4 +1,4 @@
-"""The keys of a schema as dotted paths: their permitted values in words, and the known key nearest to an unknown key."""
+"""Lists a schema's keys as dotted paths, says their permitted values in words, and proposes a key for an unknown one."""
 
 import difflib
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Key:
     path: str  # dotted path, with NAME and ITEM
     annotation: Any  # type of the value
     field: FieldInfo | None  # None for an element of a mapping or list
-    variant: str = ""  # the section's kind, such as 'kind: wsd', if only some kinds have the key; else empty
+    variant: str = ""  # kind of the section that has the key, such as 'kind: wsd'; empty if the section has no kinds
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
@@ -38,7 +38,7 @@ class Key:
 
 
 def bare(annotation: Any) -> Any:
-    """The type without Annotated and without `| None`."""
+    """Returns the type without Annotated and without `| None`."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -58,7 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The section classes of a type, by the value of their `tag_key`; {'': class} if there is one, {} if none."""
+    """Returns the section classes of a type, by the value of their `tag_key`; {'': class} for a single class, else {}."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -70,8 +70,8 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
-    """Keys directly below a value of this type, by name. A name has several keys if several kinds of the section have
-    it."""
+    """Returns the keys directly below a value of this type, by name. A name has several keys if several kinds of the
+    section have it."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -114,7 +114,8 @@ def find(root: type[BaseModel], path: str) -> list[Key]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """The known key most similar to an unknown key: first in the same section, then with the same name elsewhere."""
+    """Returns the schema's key most similar to the unknown key `path`: in the same section if one is similar, else with the
+    same name in another section, else any similar key; None without one."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}

@@ -1,4 +1,5 @@
-"""Makes a pydantic union of all section classes in a package: a new file there adds a kind, without a list to edit."""
+"""Makes a pydantic union of all section classes in a package. A new file in the package adds a kind: there is no list of
+kinds to edit."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -11,8 +12,8 @@ from moe_dist.config.section import Section
 
 
 def kinds_in(package: ModuleType, base: type[Section]) -> Any:
-    """The type of a field that takes any section in the files of `package`. The key `kind` selects the section. All
-    sections derive from `base`, which is in the file `base.py`."""
+    """Returns the type of a field that takes any section in the files of `package`. The key `kind` selects the
+    section. All sections derive from `base`, which is in the file `base.py`."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
     sections = [

@@ -1,4 +1,4 @@
-"""Reads a Config from a YAML file and dotted overrides, writes it as YAML, and compares two of them."""
+"""Reads a Config from a YAML file and dotted overrides, writes a Config as YAML, and lists how two Configs differ."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # a run replaces this file
+    values, problems = _read_file(path, links=False)  # runs write this file by renames, which leave no link
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -55,7 +55,7 @@ def _error(problems: list[str]) -> ConfigError:
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """Like `load_config`, but returns readable values and faults, for callers that report more faults."""
+    """Like `load_config`, but returns the faults instead of raising them, for callers that add more faults."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -65,7 +65,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Every violated rule between keys of one section; the keys are dotted paths from the root."""
+    """Returns every violated rule between keys of the same section. The keys are dotted paths from the root."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)
@@ -74,7 +74,7 @@ def model_violations(config: Config) -> list[Violation]:
 
 
 def rule_violations(config: Config) -> list[Violation]:
-    """Every violated rule between keys of different sections."""
+    """Returns every violated rule between keys of different sections."""
     return [violation for _, section in sections_in(config) for violation in section.violations_in(config)]
 
 
@@ -110,7 +110,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
 
 
 def resolved_yaml(config: Config) -> str:
-    """The whole configuration with all defaults, as YAML that loads back equal."""
+    """Returns the configuration with all defaults, as YAML from which an equal configuration is read."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -120,17 +120,17 @@ def difference(old: Config, new: Config) -> list[Change]:
     return [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if (key in before) != (key in after) or before.get(key) != after.get(key)  # a missing key is not null
+        if (key in before) != (key in after) or before.get(key) != after.get(key)  # null differs from a missing key
     ]
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """The differences that forbid resuming a run."""
+    """Returns the differences of keys that must not change; a run cannot be resumed with any of them."""
     return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Whether a key, or a key inside this section, may differ from the run that is resumed."""
+    """Whether a key or section may differ from the run that is resumed."""
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
@@ -143,7 +143,8 @@ def _read_file(path: Path, *, links: bool = True) -> tuple[dict[str, Any] | None
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """Value and faults of a text: for a key of type str (`run.name=2024`) the unquoted text, else the text read as YAML."""
+    """Returns the value and the faults of an override's text. For a key of type str (`run.name=2024`) an unquoted text is
+    the value; any other text is read as YAML."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)
@@ -181,8 +182,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """The value of a key that the file lacks, before an override changes one item in it: the default of a list, or {} for a
-    section, whose other keys have their own defaults."""
+    """Returns the value that a key gets if the file lacks it and an override sets something inside it: the default of a
+    list, or {} for a section, whose other keys then get their own defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}
@@ -194,7 +195,7 @@ def _keep_keys_of(holder: dict[str, Any], variant: Any) -> None:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values that are not mappings, by dotted key; an empty mapping counts as a value."""
+    """Returns all values in nested mappings by dotted key; an empty mapping counts as a value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, Mapping) and value

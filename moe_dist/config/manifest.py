@@ -107,14 +107,14 @@ class Manifest(Section):
                 yield Violation((key,), problem)
 
     def splits(self) -> Iterator[tuple[str, SplitSection]]:
-        """Every split with its dotted key."""
+        """Yields every split with its dotted key."""
         for name, source in self.sources.items():
             yield f"sources.{name}.train", source.train
             if source.valid is not None:
                 yield f"sources.{name}.valid", source.valid
 
     def _range_problems(self) -> list[str]:
-        """One fault for each gap, overlap and range outside the vocabulary."""
+        """Returns an error text for each gap or overlap between id ranges, and each range outside the vocabulary."""
         problems, at = [], 0
         ranges = sorted((first, end, name) for name, every in self.modalities.items() for first, end in every)
         for first, end, name in ranges:

@@ -28,7 +28,7 @@ from moe_dist.config.section import (
     default_kind,
 )
 
-if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
+if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnyRouter = RouterSection
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
@@ -127,7 +127,7 @@ class MoESection(Section):
 
     @property
     def active_targets(self) -> dict[str, float]:
-        """The mean true experts per token that controllers aim at, by group."""
+        """The mean number of true experts per token at which controllers aim, by expert group."""
         return {name: target for each in self.balance for name, target in each.targets.items()}
 
     @property
@@ -138,7 +138,7 @@ class MoESection(Section):
 
 
 def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterator[Violation]:
-    """Checks that no modality belongs to two groups. `key` is the dotted key of the groups."""
+    """Yields a violation for each modality that several expert groups name. `key` is the dotted key of the groups."""
     owners: dict[str, list[str]] = {}
     for name, group in groups.items():
         for modality in group.modalities or (name,):

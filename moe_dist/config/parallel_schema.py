@@ -21,11 +21,11 @@ from moe_dist.config.section import (
     default_kind,
 )
 
-if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
+if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)
-GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes; grouped GEMM needs row strides of whole 16 bytes
+GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes: grouped GEMM needs row strides that are multiples of 16 bytes
 
 
 class ParallelSection(Section):
@@ -102,7 +102,7 @@ class ParallelSection(Section):
 
 
 class NodeSection(Section):
-    """Nodes on which the ranks of a group must run."""
+    """Nodes on which the ranks of an expert group must run."""
 
     feature: Name | None = None
     """Slurm: feature that the node must have (--constraint). Ray, if labels is empty: value of the node's label `feature`.
@@ -114,7 +114,7 @@ class NodeSection(Section):
 
 
 class PinnedGroupSection(Section):
-    """Ranks and nodes of one group."""
+    """Ranks and nodes of one expert group."""
 
     ranks: tuple[Count, ...] = ()
     """Positions in the EP group that hold the group's experts. Empty: the planner chooses them."""
@@ -123,13 +123,13 @@ class PinnedGroupSection(Section):
 
 
 class InterleavedSection(Section):
-    """The experts of every group are spread evenly over all ranks of an EP group."""
+    """The experts of every expert group are spread evenly over all ranks of an EP group."""
 
     policy: Literal["interleaved"] = "interleaved"
 
 
 class PinnedSection(Section):
-    """Each group has its own ranks. The planner divides the ranks that are not given among the other groups by load."""
+    """Each expert group has its own ranks. Ranks that no group names are divided among the other groups, by their load."""
 
     policy: Literal["pinned"] = "pinned"
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")

@@ -1,7 +1,7 @@
-"""Reads values into a schema even if they have faults, so that all faults are reported at once.
+"""Reads values into a schema even if they have faults, so that one error can report all faults.
 
-An unreadable value is replaced, by its default or by any value of its type, and recorded. Readable values stay unchanged,
-so that later checks can still test them. A run never starts with a configuration that has faults.
+Each wrong value gives an error text, and is replaced by its default or by any valid value. The other values stay unchanged,
+so that later checks can test them. A run never starts with replaced values: `PartialConfig.checked` raises first.
 """
 
 import json
@@ -30,7 +30,7 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
-_ROUNDS = 20  # most rounds: each may find missing keys one level deeper, and schemas have fewer than 20 levels
+_ROUNDS = 20  # most rounds of `draft`: each may find missing keys one level deeper; schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
@@ -39,12 +39,12 @@ S = TypeVar("S", bound=BaseModel)
 class PartialConfig(Generic[S]):
     """The result of reading values that may have faults."""
 
-    value: S | None  # the section, with wrong values replaced; None if that was not possible
-    problems: tuple[str, ...]  # an error text for each fault of a single key; rules between keys are not checked here
-    wrong: frozenset[str] = frozenset()  # dotted paths whose values were replaced; rules that compare these are not checked
+    value: S | None  # the section, with wrong values replaced; None if it stayed invalid
+    problems: tuple[str, ...]  # an error text for each fault of a single key, but none for a violated rule between keys
+    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; rules that compare these are not checked
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """The error texts of those `violations` in which no key has a replaced value."""
+        """Returns the error texts of `violations`, without the violations that involve a replaced value."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
@@ -61,7 +61,8 @@ class PartialConfig(Generic[S]):
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until they fit. Former names are faults."""
+    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until the schema accepts all of them. A
+    former name of a key or kind is a fault."""
     values, renames = translation(json.loads(json.dumps(values)))
     problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
     wrong: set[str] = set()
@@ -75,7 +76,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
-                if detail["type"] == "missing" and _get(values, where) is not None:  # a misspelt key has been moved there
+                if detail["type"] == "missing" and _get(values, where) is not None:  # `_repair` moved a misspelt key there
                     continue
                 if not any(_overlap(dotted(where), known) for known in before):
                     problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
@@ -84,7 +85,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:
-    """Rewrites one of pydantic's errors as key, value, rule and fix."""
+    """Returns an error text for one of pydantic's errors: key, value, the rule that the value violates, and a fix."""
     path, value, kind = dotted(where) or "the whole", detail["input"], detail["type"]
     if kind == "extra_forbidden":
         return f"{path}: {unknown_key(schema, path)}"
@@ -114,7 +115,7 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
 
 
 def dotted(where: Where) -> str:
-    """The path as dotted text, such as `data.weights.web`."""
+    """Joins the parts of a path to dotted text, such as `data.weights.web`."""
     return ".".join(map(str, where))
 
 
@@ -130,7 +131,8 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """Each part of a pydantic error location with its key. Leaves out kinds of sections and the mark "[key]"."""
+    """Returns each part of the location in a pydantic error with its `Key`. Leaves out the parts that are no keys: the kind
+    of a section, and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
@@ -150,7 +152,7 @@ def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tup
 def _repair(
     schema: type[BaseModel], values: Any, keys: list[tuple[str | int, Key]], detail: ErrorDetails, wrong: set[str]
 ) -> None:
-    """Changes `values` in place, so that this fault does not hide other faults in the next round."""
+    """Removes the fault `detail` from `values`, in place, so that it does not hide other faults in the next round."""
     where, kind = tuple(part for part, _ in keys), detail["type"]
     if kind == "extra_forbidden":  # a misspelt key: move its value to the key that was probably meant
         holder = _get(values, where[:-1])
@@ -188,7 +190,8 @@ def _get(values: Any, where: Where) -> Any:
 
 
 def _any_value(annotation: Any) -> Any:
-    """Any value of a type. A section is empty here, because the next round fills in its missing keys."""
+    """Returns some valid value of a type. For a section this is {}, or only its kind: the next round of `draft` finds
+    its keys missing, and fills them in."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
     if variants := variants_of(kind):  # with a valid kind, else pydantic rejects the section in each round

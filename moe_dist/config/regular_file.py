@@ -15,7 +15,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:
-        links: Follow `path` if it is a symbolic link. False for files that a run replaces: a link there was planted.
+        links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: they never leave a
+            link, so somebody else planted it.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.
@@ -27,7 +28,7 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
         if error.errno == errno.ELOOP and not links:
             raise IrregularFileError(errno.EINVAL, "is a symbolic link", str(path)) from error
         raise
-    mode = os.fstat(descriptor).st_mode  # of the open file, which cannot be exchanged any more
+    mode = os.fstat(descriptor).st_mode  # asked of the open file, because `path` may name another file by now
     if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)
@@ -35,7 +36,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
 
 
 def read_regular(path: Path, *, most_bytes: int, links: bool = True) -> bytes:
-    """The content of a file, as `open_regular` opens it. Raises its errors, and IrregularFileError for a larger file."""
+    """Reads a whole file, which `open_regular` opens. Raises its errors, and IrregularFileError for a file of more than
+    `most_bytes`."""
     with open_regular(path, links=links) as stream:
         if os.fstat(stream.fileno()).st_size > most_bytes:
             raise IrregularFileError(errno.EINVAL, f"is larger than {most_bytes:,} bytes", str(path))

@@ -1,7 +1,7 @@
 """Former names of keys and kinds.
 
-A former name in a user's file is an error, whose text gives the present name. Configurations in runs and checkpoints are
-translated.
+A former name in a user's file is an error, whose text gives the present name. In a configuration that a run or checkpoint
+has stored, the present name replaces the former name.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Rename(NamedTuple):
 
 
 def translate(values: Any) -> Any:
-    """A copy of a stored configuration with present names; other names stay unchanged.
+    """Returns a copy of a stored configuration in which present names replace all former names.
 
     `values` are plain values as in YAML or JSON: a whole configuration, or some of its sections, as in `{"model": ...}`.
     """
@@ -50,7 +50,7 @@ def translation(values: Any) -> tuple[Any, list[Rename]]:
 
 
 def new_key(key: str) -> str | None:
-    """The present name of a dotted key; None if it was never renamed."""
+    """Returns the dotted key in present names; None if no part of it has been renamed."""
     parts: list[str] = []
     for part in key.split("."):
         parts.append(KEYS.get(_below(_pattern(parts), part), part))
@@ -58,8 +58,8 @@ def new_key(key: str) -> str | None:
 
 
 def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rename]) -> Any:
-    """A copy of `value` with present names. `old` and `new` are the dotted key of `value` in former and in present names;
-    `pattern` is `new` with ITEM for each index."""
+    """Returns a copy of `value` with present names, and appends each applied rename to `renames`. `old` and `new` are the
+    dotted key of `value` in former and in present names; `pattern` is `new` with ITEM for each index."""
     if isinstance(value, list | tuple):
         place = _below(pattern, ITEM)
         return [_translated(item, _below(old, i), _below(new, i), place, renames) for i, item in enumerate(value)]
@@ -72,7 +72,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
     for name, item in value.items():
         today = KEYS.get(_below(pattern, name), name)
         if today != name and today in value:
-            today = name  # if both names exist, the former name is an unknown key
+            today = name  # the present name is there too: the former name stays, and is then an unknown key
         if today != name:
             renames.append(Rename(_below(old, name), _below(new, today)))
         found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)

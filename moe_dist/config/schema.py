@@ -1,4 +1,4 @@
-"""The schema of a run: every key with its type, its meaning and often a default. Frozen and strict.
+"""The schema of a run: every key with its type, its meaning and often a default. Sections are frozen and strict.
 
 Each run saves its resolved configuration. `violations` checks the keys of one section, `violations_in` the rules between
 sections. `moe_dist.plan.preflight` reports all violated rules at once.
@@ -230,7 +230,7 @@ class CheckpointSection(Section):
     """Write checkpoints during training. Needs host memory for a copy of the tensors that a rank writes."""
 
 
-if TYPE_CHECKING:  # type checkers see the base class instead of a union that is made at run time
+if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnySink = SinkSection
 else:
     AnySink = kinds_in(sinks, SinkSection)
@@ -266,8 +266,9 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected true experts per token, by group: the controller's target, else for a balance loss with null weight w
-        the number at its minimum, k n / (n + m w). Groups with neither are left out."""
+        """Expected number of true experts per token, by expert group. This is the target of a controller or, without one,
+        the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true and m null
+        experts. Groups with neither a target nor a null weight are left out."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]
@@ -277,7 +278,7 @@ class Config(Section):
         return found | self.model.moe.active_targets
 
 
-# Sections and keys that may differ on resume. All other keys (of model, data and optimisation) must not differ.
+# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",

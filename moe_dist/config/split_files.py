@@ -35,7 +35,8 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Memory-maps the file that marks a split's filler or prompt tokens with one bit per token (numpy.packbits).
+    """Memory-maps a file with one bit per token of a split (numpy.packbits). In the file `filler` 1 marks a picture's cell
+    that shows only background, in the file `prompt` a token of a prompt.
 
     Returns:
         uint8 [ceil(tokens / 8)], or None if the split has no such file.
@@ -48,7 +49,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
         return None
     path, expected = Path(folder) / file, -(-split.tokens // 8)
     try:
-        open_regular(path).close()  # numpy would wait for the writer of a FIFO
+        open_regular(path).close()  # refuses a FIFO, on which numpy would wait for a writer
         found = (
             np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
         )
@@ -91,8 +92,8 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     """Size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
-    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digest of a .bin above 4 MiB may
-    therefore not change with a token if all sequence lengths stay the same.
+    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. If tokens change but no
+    sequence length does, the digest of a .bin above 4 MiB may therefore stay the same.
 
     Raises:
         DataError: a file cannot be read.

@@ -1,13 +1,14 @@
-"""The folder of samples for router tuning: its manifest, and checks of its files. Imports no torch.
+"""Reads and checks the folder of samples for router tuning. It has S samples, routed in L layers of C router columns.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
     tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
     embeddings.npy     float32 [S, width], embedding of each question
-    routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
+    routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples that the run answered correctly come first, so that the neighbour index covers the first rows of each array.
+Samples that the run answered correctly come first, so that the neighbour index covers the first rows of each array. This
+module imports no torch.
 """
 
 from collections.abc import Mapping
@@ -110,7 +111,8 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
 
 
 def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
-    """Faults of the files: missing, changed, or of another shape than in the manifest. Reads at most 4 MiB of each file."""
+    """Returns an error text for each file that is missing, changed, or of another shape than in the manifest. Reads at most
+    4 MiB of each file."""
     folder, problems = Path(folder), []
     for name in (*ARRAYS, "questions.jsonl"):
         path = folder / name

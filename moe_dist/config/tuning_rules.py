@@ -12,12 +12,13 @@ from moe_dist.config.tuning_manifest import TuningManifest, file_problems, load_
 from moe_dist.config.tuning_schema import KEY, RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 
-# Keys of `model` that change neither the scored model's output nor its routing.
+# Keys of `model` that change neither the output nor the routing of the run that answered the questions.
 _NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
 
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
-    """Checks the folder of samples against the configuration; adds faults of its files to `data_problems`.
+    """Returns the rules that the folder of samples and the configuration violate together. Adds faults of the folder's
+    files to `data_problems`.
 
     Args:
         data: Manifest of `data.path`; None if it could not be read.
@@ -57,7 +58,7 @@ def check_tuning_data(config: Config, data: Manifest | None, data_problems: list
 
 
 def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
-    """Keys of `model` that differ from the scored run's."""
+    """Returns an error text for each key of `model` that differs from the run that answered the questions."""
     here, there = leaves(config.model.model_dump(mode="json")), leaves(manifest.model)
     return [
         f"made from a run with model.{key}={value!r}, here it is {here.get(key)!r}; take that run's section model"
@@ -67,7 +68,7 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
 
 
 def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
-    """SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises: OSError."""
+    """SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises OSError."""
     if data.tokenizer is None:
         return ""
     with open_regular(Path(folder) / data.tokenizer) as stream:

@@ -14,8 +14,8 @@ import yaml
 
 from moe_dist.config.regular_file import read_regular
 
-MAX_YAML_BYTES = 1 << 18  # PyYAML reads about 100 KB a second
-MAX_VALUES = 50_000  # of one document; an alias counts as all that it stands for
+MAX_YAML_BYTES = 1 << 18  # size of the largest file that is read; PyYAML reads about 100 KB a second
+MAX_VALUES = 50_000  # most values in one document; an alias counts as all values that it stands for
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -30,14 +30,14 @@ _RESOLVERS = [
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader with the rules of `_RESOLVERS`, which collects duplicate keys of a mapping in `repeated`."""
+    """Reads scalars by `_RESOLVERS`, and collects an error text for each duplicate key of a mapping in `repeated`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.repeated: list[str] = []
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document, checked before its values are made: nine lines of aliases can stand for a billion values."""
+        """Refuses a document with too many values before they are made: nine lines of aliases can stand for a billion."""
         node = super().get_single_node()
         if node is not None and _values_in(node, {}) > MAX_VALUES:
             problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """A dumper that quotes a text which `_RESOLVERS` would read back as a number, boolean or null."""
+    """Writes a text in quotes if `_RESOLVERS` would read it back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # writes repeated values in full, because anchors are hard to read
@@ -81,7 +81,7 @@ _Loader.yaml_constructors = {
 
 
 def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Values in a node; more than MAX_VALUES for a node that contains itself."""
+    """Counts the values in a node, aliases in full. The count is above MAX_VALUES if the node contains itself."""
     if node not in counts:
         counts[node] = MAX_VALUES + 1  # returned if the node is met again inside itself
         inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
@@ -90,8 +90,8 @@ def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value of a YAML text, and its faults: duplicate keys, or the first syntax error; with a syntax error the value is
-    None."""
+    """Returns the value of a YAML text, and its faults: an error text for each duplicate key, or for the first syntax
+    error. After a syntax error the value is None."""
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
@@ -103,7 +103,7 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
-    """`load_yaml` of a file, which `open_regular` opens.
+    """Reads a file like `load_yaml`; `open_regular` opens it, and follows a symbolic link only if `links` is True.
 
     Raises:
         OSError, ValueError: the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8.
@@ -112,7 +112,7 @@ def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
 
 
 def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
-    """Like `read_yaml`, for a file that must hold a mapping of `content`. An empty file is an empty mapping."""
+    """Like `read_yaml`, but the file must hold a mapping; error texts say of what, `content`. An empty file gives {}."""
     values, problems = read_yaml(path, links=links)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:
@@ -123,5 +123,5 @@ def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[
 
 
 def dump_yaml(value: Any) -> str:
-    """Text from which `load_yaml` reads an equal value; mappings keep their order."""
+    """Returns text from which `load_yaml` reads an equal value; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

@@ -1,1 +1,1 @@
-"""Data sets on disk, packing, the loader with a saved position, and the default corpus."""
+"""Prepares data sets, such as the default corpus, and loads packed batches from a position that a checkpoint saves."""

@@ -22,7 +22,7 @@ BIGRAM_PRIOR = 200.0  # gives nearly the lowest loss for text and for image code
 
 
 class _Labels:
-    """All labels of several splits, the token before each label, and whether the label is an empty cell of a picture."""
+    """All labels of several splits, the token before each, and whether each is filler (a picture's cell of background)."""
 
     def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
         parts = [self._read(IndexedSplit(folder, split)) for split in splits]
@@ -42,7 +42,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
     """Mean held-out nats per label of the unigram and the bigram model, counted on the training tokens of all sources.
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
-    '<modality>_no_filler/...' is for labels that are not empty cells of pictures, if some are. '<source>/<modality>/...' is
+    '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' is
     for the labels of one source, if there are several sources. Reads all tokens into memory, about 60 bytes per token.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.errors import DataError
 
-IGNORED = -100  # label of a position without loss: the default ignore_index of torch's cross_entropy
+IGNORED = -100  # label of a position that adds no loss: the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Batch:
     documents_BS: torch.Tensor
     modality_BS: torch.Tensor  # int64, modality of the input token: index into tuple(manifest.modalities)
     label_modality_BS: torch.Tensor  # int64, modality of the label; 0 if there is no label
-    filler_BS: torch.Tensor  # bool, the next token is an empty cell of a picture
-    padding_BS: torch.Tensor  # bool, the position holds padding
+    filler_BS: torch.Tensor  # bool, true if the next token is filler, a picture's cell that shows only background
+    padding_BS: torch.Tensor  # bool, true if the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
         """Returns a copy of this batch on another device."""
@@ -46,7 +46,7 @@ class Segment:
     """A piece of a document, as read from disk."""
 
     tokens: np.ndarray  # int64 [length], or [length + 1] if the document continues: the last token is then only a label
-    filler: np.ndarray  # bool per token, true for an empty cell of a picture
+    filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for an input that is no label; None if all tokens are labels
 

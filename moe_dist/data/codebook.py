@@ -25,7 +25,7 @@ def to_patches(pictures: np.ndarray) -> np.ndarray:
 
 
 def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
-    """Index of the nearest codebook entry of each patch; a tie takes the lower index.
+    """Returns the index of the codebook entry nearest to each patch; of equally near entries, the lowest index.
 
     Args:
         codebook_KV: uint8, [K, V] or [K, PATCH, PATCH, 3].

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
-VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place: scale and shift
+VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place means scale and shift
 Item = TypeVar("Item")
 
 
@@ -85,5 +85,5 @@ class Recipe:
 
 
 def content_family(content: bytes) -> str:
-    """The family of an item known only by its bytes: equal bytes are one family."""
+    """Returns the family of an item of which only the bytes are known: items of equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

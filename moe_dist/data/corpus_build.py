@@ -28,7 +28,7 @@ CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted: takes seconds, not minutes
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
-_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
+_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and filler flags of an instruction without a picture
 
 Figures = dict[str, float]
 
@@ -37,8 +37,8 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and numbers for display: of pictures and families on each side of the split, and the PSNR of decoded
-        pictures in dB. With held-out variants, sets of near-equal pictures are counted instead of families.
+        The manifest, and figures for display: the number of pictures and of families on each side of the split, and the
+        PSNR of decoded pictures in dB. With HoldOut.VARIANTS, sets of near-equal pictures are counted, not families.
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.
@@ -177,7 +177,7 @@ class _Writer:
         self._sources[source.name] = _section(source, splits)
 
     def add_instructions(self, source: Source[Instruction], held_out: np.ndarray) -> None:
-        """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are scored."""
+        """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are labels."""
         pictured = [each for each in source.items if each.image is not None]
         if pictured and self._codebook is None:
             raise ConfigError(
@@ -259,5 +259,5 @@ class _Writer:
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # hold_out keeps a component in training, and held-out instructions were refused before
+    assert train is not None  # `hold_out` keeps training data; instructions that are all held out were refused before
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

@@ -1,11 +1,11 @@
-"""Picture families, and the split into training and held-out pictures.
+"""Joins near copies among pictures into families, and splits families into training and held-out ones.
 
 If a held-out picture has a near copy in training, memorising looks like learning. Pictures are therefore first joined into
 families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly so. A
 family is on one side of the split, with all captions and augmented copies of its pictures. With `HoldOut.VARIANTS` single
 pictures are held out: their family is in training, but no training picture is near-equal to them.
 
-Shape letters: N pictures or documents, C cells of a grid.
+Shape letters: N pictures or documents, C cells of a grid of codes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -97,12 +97,11 @@ def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
     """Draws whole components at random for the held-out side until it has about `fraction` of the total size.
 
-    A component stays in training if it is larger than a tenth of the held-out side and than the median component, so that
-    no family dominates held-out loss. With fraction > 0 and two components or more, training and held-out side have at
-    least one each.
+    A component stays in training if it is larger than both the median component and a tenth of the held-out side, so that
+    no family dominates held-out loss. With fraction > 0 and two components or more, each side has at least one component.
 
     Args:
-        components_N: int64, from `join`.
+        components_N: int64, component of each item, from `join`.
         sizes_N: int64, size of an item: 1 for a picture, the number of characters for a text.
 
     Returns:

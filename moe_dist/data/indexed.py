@@ -130,11 +130,12 @@ class IndexedSplit:
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Whether each token is an empty cell of a picture, bool; all False without a filler file. Raises as `tokens`."""
+        """Whether each token is filler, a picture's cell that shows only background: bool, all False without a filler file.
+        Raises like `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """Whether each token belongs to a prompt, bool; all False without a prompt file. Raises as `tokens`."""
+        """Whether each token belongs to a prompt, bool; all False without a prompt file. Raises like `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
@@ -159,6 +160,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hides that Transformer Engine and Apex, unused here, are missing
+        warnings.simplefilter("ignore")  # hides warnings that Transformer Engine and Apex, unused here, are missing
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

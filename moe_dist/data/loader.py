@@ -24,12 +24,12 @@ class TrainLoader:
     """Training batches of one rank.
 
     The documents of a source are shuffled and packed into sequences once, by (seed, source). Each epoch of a source has the
-    same sequences in a new order: it has each document exactly once, and a resumed run reaches any position without replay.
+    same sequences in a new order, so it has each document once. A resumed run reads no sequence before its position.
     Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
+        weights: Share of sequences from each source; sources that it lacks are not used. Empty: in proportion to tokens.
         pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
@@ -84,8 +84,8 @@ class TrainLoader:
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Mean number of times that each training token of a modality was drawn in the first `position` sequences, by
-        modality; 0 if the sources in use have no token of the modality."""
+        """Returns by modality how often on average a training token was drawn in the first `position` sequences of the
+        stream; 0 if the sources in use have no token of the modality."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}
@@ -109,7 +109,7 @@ def heldout_batches(
 ) -> list[Batch]:
     """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
 
-    Every rank gets the same number of batches; the last batches have rows of padding where sequences are lacking. A source
+    Every rank gets the same number of batches; if sequences are too few, the last batches have rows of padding. A source
     without a held-out split gives no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:

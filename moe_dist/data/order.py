@@ -23,7 +23,7 @@ class Pieces:
 
     start_P: np.ndarray  # int64, index of the piece's first token in the .bin
     length_P: np.ndarray  # int64, number of tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, so that its last token has a label
+    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, whose last token then has a label
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Packs each `window` consecutive pieces into sequences, by best fit, longest piece first. Padding fills sequences.
+    """Packs each `window` consecutive pieces into sequences, by best fit, longest first. Padding fills the rest.
 
     Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
     quarter of a second.
@@ -82,7 +82,7 @@ def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     return sequences
 
 
-SLOTS = 1000  # length of the pattern of sources, which repeats
+SLOTS = 1000  # number of sequences after which the pattern of sources repeats
 
 
 class Mixture:

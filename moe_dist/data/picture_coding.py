@@ -43,7 +43,7 @@ class Document:
     """The tokens of a document. All arrays have the same length."""
 
     tokens: np.ndarray  # int64
-    filler: np.ndarray  # bool, true if the token is an empty cell of a picture
+    filler: np.ndarray  # bool, true if the token is filler, a picture's cell that shows only background
     prompt: np.ndarray | None = None  # bool, true if the token is never a label; None if all tokens are labels
 
 
@@ -93,8 +93,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Mask of the pictures that are held out before the second comparison, bool [N]: `val_fraction` of all pictures, or
-    fewer if fewer may be held out."""
+    """Mask of the pictures that are held out before the comparison by the final codebook, bool [N]: `val_fraction` of all
+    pictures, or fewer if fewer may be held out."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -104,7 +104,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fits a codebook on all augmented copies of the chosen pictures, or on evenly spaced ones of many."""
+    """Fits a codebook on augmented copies of the chosen pictures: on at most _FIT_RENDERS, evenly spaced among all."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -115,7 +115,7 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 
 
 class PictureCoder:
-    """Makes documents from pictures: each is an augmented copy of a picture, with one of its captions before or after.
+    """Makes documents from pictures: each is an augmented copy of a picture, with one of its captions before or after it.
 
     The copies of a picture take its captions in turn. The caption is first in a share `recipe.caption_first` of the
     documents. The numbers of the picture and of the copy determine caption and order, without random draws.
@@ -158,7 +158,7 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes a picture without augmentation: token ids from begin to end token, and whether each is an empty cell."""
+        """Encodes a picture without augmentation: token ids from begin to end token, and whether each is filler."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

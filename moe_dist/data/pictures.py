@@ -58,13 +58,13 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """The picture on white without augmentation. Pictures are compared with each other in this form."""
+    """Lays the raster on white, without augmentation. Pictures are compared with each other in this form."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """The augmented copy `index` of picture `key`. Its scale, shift, flip and background are drawn at random from (seed,
-    key, index) alone; those that `vary` lacks are as in `plain`."""
+    """Makes the augmented copy `index` of picture `key`. Scale, shift, flip and background are drawn at random from (seed,
+    key, index) alone. Properties that `vary` does not name are as in `plain`."""
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
     room = SIDE - side  # negative if the picture is larger than the frame and gets cropped

@@ -25,7 +25,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of the data set. Without text, images and instructions the default corpus is made."""
+    """Sources of the data set. If it has none of text, images and instructions, the default corpus is made."""
 
     text: str | None = None  # folder or JSONL of the user's texts
     images: str | None = None  # folder of the user's pictures
@@ -59,7 +59,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     with held:
         if done := _finished(out, asked):
             return done, False
-        from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder needs none of it
+        from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder does not need it
 
         with renamed_when_complete(out) as folder:
             manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
@@ -72,7 +72,7 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
 
 
 def _finished(out: Path, asked: dict) -> Manifest | None:
-    """The manifest, if `out` holds a complete data set made with the same options; None if `out` is empty or missing."""
+    """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing."""
     from moe_dist.config.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -106,7 +106,7 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
 
 @contextmanager
 def renamed_when_complete(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that replaces it when the block succeeds and is removed when the block fails."""
+    """Yields a hidden folder beside `out`, which replaces `out` if the with block succeeds and is removed if it fails."""
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -118,7 +118,7 @@ def renamed_when_complete(out: Path) -> Iterator[Path]:
 
 
 def _sources(inputs: Inputs) -> Corpus:
-    """The sources to build from. Imports only the modules that these inputs need."""
+    """Reads the sources of the data set. Imports only the modules that these inputs need."""
     from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 
     _check_names(inputs)

@@ -1,4 +1,4 @@
-"""Byte-level BPE with `tokenizers`: every text can be encoded, and decodes to itself."""
+"""Byte-level BPE with `tokenizers`: every text can be encoded, and its token ids decode to the same text."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ SMALLEST_VOCAB = len(SPECIALS) + 256
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Fits a BPE; the special tokens get the first ids. A small corpus may yield fewer than `vocab_size` tokens.
+    """Fits a BPE to texts. The special tokens get the first ids. A small corpus may give fewer than `vocab_size` tokens.
 
     Raises:
         ConfigError: vocab_size is too small for the special tokens and the bytes.
@@ -63,6 +63,6 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. The file lacks this setting.
+    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. Its file lacks this setting.
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -1,1 +1,1 @@
-"""The kinds of controllers of the router's selection bias, one file each: keys and rules."""
+"""The kinds of controllers, which change the router's selection bias. Each kind has a file with its keys and rules."""

@@ -35,7 +35,7 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any) -> str:
-    """The reason why the mean number of true experts per token cannot be the target, with a fix; empty if it can."""
+    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if it can."""
     others = group.num_null + group.num_zero_computation
     least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
     if not others:

@@ -5,11 +5,11 @@ from moe_dist.config.section import Section
 
 
 class ControllerSection(Section):
-    """The rule by which the load of a step changes the router's selection bias."""
+    """A controller: after each step it changes the router's selection bias by the load of the experts in that step."""
 
     kind: Any
 
     @property
     def targets(self) -> Mapping[str, float]:
-        """The mean number of true experts per token that the controller aims at, by group."""
+        """By expert group, the mean number of true experts (not null or zero-computation ones) per token to aim at."""
         return {}

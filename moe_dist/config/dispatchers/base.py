@@ -1,4 +1,5 @@
-"""The base classes of the sections of dispatchers. Other code reads these properties and never compares `kind`."""
+"""The base classes of the sections of dispatchers. Other code reads their properties and never compares `kind`, so that a
+new kind needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ FIX = f"or set {KIND}=all_to_all"
 
 
 class DispatchSection(Section):
-    """The exchange that brings rows to the ranks of their experts and back."""
+    """The exchange that brings rows (hidden vectors of tokens) to the ranks of their experts, and the results back."""
 
     kind: Any
 

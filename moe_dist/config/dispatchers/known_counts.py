@@ -6,8 +6,8 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class KnownCountsDispatchSection(DispatchSection):
-    """Send one row per (token, expert), without a host sync. Works only if the number of pairs of each
-    rank and expert is known before routing."""
+    """Send one row per (token, expert), without a host sync. Works only if the number of tokens that each rank sends to
+    each expert is known before routing."""
 
     kind: Literal["known_counts"] = "known_counts"
 

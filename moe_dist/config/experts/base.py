@@ -4,12 +4,12 @@ from moe_dist.config.section import Section
 
 
 class ExpertsSection(Section):
-    """The kind of module that each true expert is, such as an FFN."""
+    """The module, such as an FFN, of every true expert: every expert that is not null, identity or constant."""
 
     kind: Any
 
     replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
-    over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters of one FFN per layer, loaded by run.init_from
+    over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over one FFN per layer, from run.init_from
 
     @property
     def input_dropout(self) -> float:

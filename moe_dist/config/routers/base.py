@@ -1,4 +1,5 @@
-"""The base class of the sections of routers. Other code reads these properties and never compares `kind`."""
+"""The base class of the sections of routers. Other code reads its properties and never compares `kind`, so that a new kind
+needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -12,8 +13,9 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 class RouterSection(Section):
     """The rule that decides which experts compute which tokens.
 
-    The values here are right for a router with which each token takes top_k columns of its group; other kinds override
-    them. selection_bias, null_logit, normalise, scale and scope mean the same in all kinds that have them.
+    The properties have the values of a router with which each token takes top_k columns (one column per expert, null
+    experts included) of its expert group; other kinds override them. The keys selection_bias, null_logit, normalise, scale
+    and scope mean the same in all kinds that have them.
     """
 
     kind: Any
@@ -68,11 +70,11 @@ class RouterSection(Section):
         return None
 
     def counts_unknown(self) -> str:
-        """The reason why only routing decides the number of pairs of each rank and expert; empty if it is known before."""
+        """Says why the number of tokens that each rank sends to each expert is unknown before routing; empty if known."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
-        """The reason why a token's routing in evaluation depends on later tokens, with a fix; empty if it does not."""
+        """Says why a token's routing in evaluation depends on later tokens, with a fix; empty if it does not."""
         return ""
 
     def keywords(self) -> dict[str, Any]:

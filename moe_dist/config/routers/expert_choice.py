@@ -11,7 +11,7 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # null experts are useless: no expert may take a token
+    only_true_experts: ClassVar[bool] = True  # no use for null experts: a token need not be taken by any expert
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: Share | None = None

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat
 from moe_dist.config.routers.base import ROUTER, RouterSection
 from moe_dist.config.section import GroupName, NonNegative, Violation, WholeConfig
 
-# Not strict: the default kind is filled in before validation, which makes the value a Python list and never a tuple.
+# Not strict, because `default_kind` makes pydantic validate a Python list here, and a strict tuple refuses a list.
 LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 KEY = f"{ROUTER}.active_experts"
 

@@ -1,1 +1,1 @@
-"""The kinds of sink, one file each: keys and rules."""
+"""The kinds of sink, which show or store a run's records. Each kind has a file with its keys and rules."""

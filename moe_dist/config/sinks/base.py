@@ -4,6 +4,6 @@ from moe_dist.config.section import Section
 
 
 class SinkSection(Section):
-    """A destination of the records of a run."""
+    """A destination of a run's records, the measured values of each step."""
 
     kind: Any
