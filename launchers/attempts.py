@@ -1,4 +1,4 @@
-"""Runs the attempts of a run for the local and the Ray launcher, reports why each one ended, and restarts the run."""
+"""Runs the attempts (starts) of a run for the local and the Ray launcher, reports why each ended, and restarts the run."""
 
 import contextlib
 import signal
@@ -134,8 +134,8 @@ def _last_problem(output: str) -> str:
 
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
-    """Describes another live attempt that holds the run's lease; a restart would only wait for its end. Returns None if no
-    other attempt is alive."""
+    """Describes another live attempt that holds the run's lease (the right to write to its folder). A restart would only
+    wait for its end. Returns None if no other attempt is alive."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None

@@ -1,4 +1,4 @@
-"""Tracks how an attempt's ranks end, and finds the rank that failed first. Pure: callers pass events and the time."""
+"""Tracks how the ranks of an attempt (a start of the run) end, and which failed first. Callers pass events and the time."""
 
 import signal
 from collections.abc import Callable, Mapping

@@ -17,7 +17,7 @@ FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, Reso
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """One attempt that has ended.
+    """One attempt (start of the run) that has ended.
 
     Attributes:
         code: The recorded verdict; without a record, the exit code of the ranks. None while the attempt runs.
@@ -30,8 +30,8 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or only that of its first step because a stop ended it there:
-        the time limit is then too short."""
+        """True if the attempt committed no later checkpoint, or if a stop ended it at its first step, so that it saved only
+        this step: the time limit is then too short."""
         return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 
