@@ -1,4 +1,4 @@
-"""Runs the attempts of a run for the local and the Ray launcher, reports why each one ended, and restarts the run."""
+"""Runs the attempts (starts) of a run for the local and the Ray launcher, reports why each ended, and restarts the run."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-# (restarts before the attempt, attempt_id) -> (outcome, byte offset at which the attempt begins in each rank's log)
+# Runs an attempt: (restarts before it, attempt_id) -> (outcome, byte offset in each rank's log at which it begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
@@ -34,7 +34,7 @@ def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Sta
 def run_attempts(
     folder: RunFolder, run: RunAttempt, signals: StopSignals, *, prefix: str, max_restarts: int, option: str
 ) -> int:
-    """Runs attempts until one is not restarted; returns the exit code of the last one.
+    """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
 
     Args:
         prefix: Start of every attempt_id.
@@ -48,7 +48,7 @@ def run_attempts(
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        if signals.first is not None or is_final(code):  # a signal between two attempts counts, too
+        if signals.first is not None or is_final(code):  # also after a stop signal between two attempts
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
         if obstacle is not None:
@@ -60,7 +60,7 @@ def run_attempts(
 
 
 def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
-    """Writes a header line for the attempt into each rank's log; returns the byte offset after it, by rank."""
+    """Writes a header line for the attempt into each rank's log; returns for each rank the byte offset after this line."""
     offsets = []
     for rank in range(num_ranks):
         with folder.log_of(rank).open("ab", buffering=0) as log:
@@ -71,16 +71,16 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Reports on standard error why an attempt failed. Completes its record in status.json if no rank did. Returns its
-    verdict (the exit code on record) and the reason."""
+    """Prints on standard error why an attempt failed. Writes its verdict (the recorded exit code) and the reason into
+    status.json, unless a rank has recorded the cause itself. Returns verdict and reason."""
     record = folder.read_status().of(attempt_id)
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # it wrote the verdict before its exit could make a peer fail
+        cause = record.rank  # this rank recorded its error before it ended, so before a peer could fail because of it
     if verdict == EXIT_DONE:
-        if cause is not None:  # after its last save, as while its sinks closed
+        if cause is not None:  # after the run's last save, for example while it closed its metrics files
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
         return EXIT_DONE, reason
     if outcome.aborted:
@@ -94,7 +94,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # recorded by a waiting peer: its collective and its waiting time
+                detail = reason  # a waiting peer recorded which collective timed out, and after how long
             reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
         if record is not None and (outcome.silent or verdict is None):
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
@@ -114,8 +114,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
 
 
 def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
-    """The last traceback in a rank's log from byte `offset`, with the exceptions that caused it; without a traceback the
-    last 20 lines."""
+    """Returns the last traceback in a rank's log after byte `offset`, with the exceptions that caused it. Returns the last
+    20 lines if there is no traceback."""
     with log.open("rb") as stream:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
@@ -128,14 +128,14 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
 
 
 def _last_problem(output: str) -> str:
-    """The last line of a rank's output that does not refer to a page of the docs."""
+    """Returns the last line of a rank's output; lines that only refer to a page of the docs do not count."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""
 
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
-    """Names the live attempt that holds the run's lease, because a restart would only wait for it. None if no other attempt
-    is alive."""
+    """Describes another live attempt that holds the run's lease (the right to write to its folder). A restart would only
+    wait for its end. Returns None if no other attempt is alive."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None

@@ -18,7 +18,7 @@ from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
-ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # check_file; for a dry run layout_of_file, which needs no data
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # check_file; in a dry run layout_of_file, which needs no data
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class LaunchPlan:
         attempt: Number of restarts before this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: All ranks are on this machine, so gloo binds to the loopback interface.
-        threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the node (`environment.share_cores`).
+        threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
         program: Arguments of the interpreter before the configuration.
         hosts: Host names ordered by node index; empty if they are not known.
     """
@@ -265,19 +265,21 @@ def _paths(config: Config) -> dict[str, str]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Overrides that make a run's paths absolute (relative to `base`), so that they hold in every working directory."""
+    """Returns overrides that make a run's paths absolute, so that they hold in every working directory. Relative paths
+    start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in _paths(config).items())
 
 
 def relative_paths(config: Config) -> list[str]:
-    """A message for each relative path of the configuration, because its meaning depends on a node's working directory."""
+    """Returns an error message for each relative path of the configuration. Nodes may have different working directories,
+    and would then find different folders at this path."""
     relative = [(key, path) for key, path in _paths(config).items() if not Path(path).is_absolute()]
     return [f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes" for key, path in relative]
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """The override of parallel.edp for `num_ranks` ranks; empty if parallel.edp fits already or `num_ranks` is None.
-    Raises ConfigError if the number is no multiple of parallel.ep."""
+    """Returns the override of parallel.edp with which the run has `num_ranks` ranks. It is empty if parallel.edp fits
+    already or `num_ranks` is None. Raises ConfigError if the number is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
         return ()

@@ -26,7 +26,7 @@ from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
-STORE_PREFIX = "moe_dist_store_"  # of a folder in the system's temporary folder
+STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
 NEW_STORE_SECONDS = 60.0  # a younger folder may not be locked yet
 
 
@@ -92,10 +92,10 @@ def launch(
 
 @contextlib.contextmanager
 def store_folder() -> Iterator[str]:
-    """A folder for the rendezvous, of mode 0700, so that no other user can join. Deletes the folders of launchers that were
-    killed: the kernel has freed their locks."""
+    """Makes a folder for the rendezvous, of mode 0700, so that no other user can join. Also deletes the folders that killed
+    launchers have left: the kernel has freed the locks in them."""
     for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
-        with contextlib.suppress(OSError):  # its launcher holds the lock
+        with contextlib.suppress(OSError):  # raised if the folder's launcher still runs and holds the lock
             found = old.lstat()
             if found.st_uid == os.geteuid() and time.time() - found.st_mtime > NEW_STORE_SECONDS:
                 with (old / "lock").open("ab") as lock:

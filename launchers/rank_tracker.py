@@ -1,4 +1,4 @@
-"""Tracks how an attempt's ranks end, and finds the rank that failed first. Pure: callers pass events and the time."""
+"""Tracks how the ranks of an attempt (a start of the run) end, and which failed first. Callers pass events and the time."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from moe_dist.runtime.signals import StopSignals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
-# A rank killed by one of these cannot log a reason, and no failed peer causes it (a failed peer can cause SIGABRT).
+# A rank killed by one of these signals cannot log a reason. They never come from a peer's failure, as SIGABRT may.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 LINGER_SECONDS = 300.0  # from the first success of a rank until ranks that still run are killed
 
@@ -89,7 +89,7 @@ class RankTracker:
 
     @property
     def failed(self) -> bool:
-        """A rank has failed by itself."""
+        """True if a rank has failed by itself, without being killed by the launcher."""
         return bool(self._failed)
 
     def end(self, rank: int, code: int, now: float, *, frozen: Callable[[], tuple[int, ...]], lost: str = "") -> None:
@@ -128,8 +128,8 @@ class RankTracker:
         return [*due, signal.SIGKILL] if now >= self._kill_at else due
 
     def outcome(self, stop: signal.Signals | None) -> Outcome:
-        """The outcome once all ranks have ended. The cause is the first killed rank, else the first frozen rank, else the
-        first failed rank."""
+        """Returns the outcome; all ranks must have ended. The cause is the first killed rank, else the first frozen rank,
+        else the first failed rank."""
         killed = [rank for rank in self._failed if self.codes[rank] in SUDDEN]
         cause = next(iter([*killed, *self._frozen, *self._failed]), None)
         codes = tuple(self.codes[rank] for rank in range(self._num_ranks))

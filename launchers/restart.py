@@ -9,15 +9,15 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # after this many attempts in a row without gain, a restart will not help
+WITHOUT_GAIN = 2  # no restart after this many attempts in a row without a later checkpoint
 STOPPED = StoppedError.exit_code
-# Exit codes without a restart: errors that would only repeat, success, and a stop on request.
+# Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
 
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """One attempt that has ended.
+    """One attempt (start of the run) that has ended.
 
     Attributes:
         code: The recorded verdict; without a record, the exit code of the ranks. None while the attempt runs.
@@ -30,7 +30,8 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """The attempt committed no later checkpoint, or a stop ended it at its first step: the time limit is too short."""
+        """True if the attempt committed no later checkpoint, or if a stop ended it at its first step, so that it saved only
+        this step: the time limit is then too short."""
         return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 
@@ -49,9 +50,9 @@ def is_final(code: int) -> bool:
 
 
 def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
-    """The reason against a restart: the limit is reached, or the last attempts were fruitless. None if the job may be
-    restarted. The limit counts every restart of the job, whatever ended its attempts. The message names `option`, which
-    sets the limit; the default is the key in the cluster file."""
+    """Returns the reason against a restart: the limit is reached, or the last attempts were fruitless. Returns None if the
+    job may be restarted. The limit counts every restart of the job, whatever ended its attempts. The message names
+    `option`, which sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]

@@ -20,7 +20,7 @@ from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
 RATE_STEPS = 20  # number of last steps whose median is shown
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # much more than the 5 s between renewals, as hosts' clocks may differ
+SILENT_SECONDS = 90.0  # much more than the 5 s between renewals of the lease, because hosts' clocks may differ
 _STEP_LINE = b'"kind":"step"'
 
 
@@ -51,7 +51,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _StepRecord:
-    """The shown part of a line of metrics.jsonl; another user may have written that file."""
+    """The shown part of a line of metrics.jsonl. Its types are checked, because another user may have written the file."""
 
     step: int
     scalars: dict[str, FiniteFloat | None]

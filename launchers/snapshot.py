@@ -1,4 +1,4 @@
-"""A copy of a job's code, configuration and cluster file, at submission. Every attempt of the job runs this copy, so later
+"""Copies a job's code, configuration and cluster file at its submission. Every attempt of the job runs this copy, so later
 changes of the clone do not affect a waiting job.
 
     <folder>/code/          tracked files with their uncommitted changes, and untracked source files
@@ -89,8 +89,8 @@ def take_snapshot(
 
 
 def code_folder() -> Path:
-    """The folder with the code that the nodes run: this clone. An installed package is copied to ./.moe_dist, in the layout
-    of a clone."""
+    """Returns the folder with the code that the nodes run, which is this clone. If moe_dist is an installed package, copies
+    it to ./.moe_dist first, in the layout of a clone."""
     root = source_root()
     if (root / "moe_dist").is_dir():
         return root
@@ -108,8 +108,8 @@ def code_folder() -> Path:
 
 
 def read_sweep(path: Path) -> list[tuple[str, ...]]:
-    """The overrides of each array task: one line per task, with shell quoting; `#` begins a comment. Raises ConfigError if
-    the file cannot be read, has an unclosed quote, or has no task."""
+    """Reads the overrides of each array task: one line per task, with shell quoting; `#` begins a comment. Raises
+    ConfigError if the file cannot be read, has an unclosed quote, or has no task."""
     try:
         lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:

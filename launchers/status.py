@@ -133,7 +133,7 @@ def _bar(share: float, style: str) -> Text:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """A text of a run folder, which any user may have written: without markup, and with control characters as escapes."""
+    """Shows a string of a run folder, which any user may have written: ignores markup, and escapes control characters."""
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
 
 

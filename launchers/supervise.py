@@ -142,7 +142,7 @@ def _start(
     command: RankCommand, log: IO[bytes], base_env: Mapping[str, str], prepare: Callable[[], None]
 ) -> subprocess.Popen[bytes]:
     """Starts a rank. Rank 0 keeps the launcher's standard output, where it draws its progress bar, and writes
-    standard error to a pipe. Every other rank writes both to its log file."""
+    standard error to a pipe. Every other rank writes standard output and standard error to its log file."""
     first = command.rank == 0
     return subprocess.Popen(
         command.argv,

@@ -138,7 +138,7 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """Writes a sheet with a row for each caption: the held-out picture as its codes show it if wanted, then drawings."""
+    """Writes a sheet with a row for each caption: if wanted the decoded held-out picture, then the drawings."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):

@@ -21,7 +21,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 from moe_dist.runtime.status import measured_save_seconds
 
-# A function that checks the scheduler and its nodes, from the measured seconds of a save (None if none was measured).
+# Checks the scheduler and its nodes. Its argument is how many seconds the run's saves take; None if it has not saved yet.
 CheckScheduler = Callable[[float | None], list[CheckResult]]
 
 
@@ -99,7 +99,8 @@ def _plan_text(plan: JobPlan) -> str:
 def _connected(
     on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]
 ) -> Iterator[tuple[CheckScheduler, RunOnNodes]]:
-    """Connects to the scheduler; raises ResourceError without a cluster."""
+    """Connects to the scheduler. Yields a function that checks it, and one that runs a module on the planned nodes. Raises
+    ResourceError if there is no cluster."""
     if on == "slurm":
         visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]
 

@@ -25,11 +25,12 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds what is slow: a node with every other node, or a single pair of nodes. Returns one result per cause.
+    """Finds the causes of slow pairs: a node that is slow with every other node, or one pair alone. Returns a result for
+    each cause.
 
     Args:
         measured: Shortest times of each pair of nodes.
-        slow: Pairs that were slow in both measurements.
+        slow: Pairs that were slow in the first measurement, and again when measured without other traffic.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.
     """

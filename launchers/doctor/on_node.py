@@ -34,14 +34,14 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Reachability:
-    """Result of one node: each name that does not resolve, with the resolver's error; and the connection error or ''."""
+    """What one node found: each name that does not resolve, with the resolver's error; and its connection error or ''."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""
 
 
 def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.environ) -> NodeFacts:
-    """The facts of this node, with the result of the connection test. `first` is True on rank 0's node."""
+    """Collects the facts about this node, and tests the connection. `first` is True on rank 0's node."""
     facts = look(questions, env=env)
     if questions.meeting is not None and questions.num_nodes > 1:
         path = Path(questions.meeting)
@@ -57,7 +57,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
         address = node_address(variables)
         listener = socket.create_server((address, 0), backlog=num_nodes)  # port 0: the kernel chooses a free one
     except (ConfigError, OSError) as error:
-        _publish(path, name, "", 0)  # the other nodes resolve the name and try no connection
+        _publish(path, name, "", 0)  # tells the other nodes to resolve the name and not to connect
         return Reachability({name: str(error)})
     with listener:
         _publish(path, name, address, listener.getsockname()[1])
@@ -75,7 +75,7 @@ def connect(path: Path) -> Reachability:
     is not shared; another check reports that."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or a network file system's stale view
+        with contextlib.suppress(OSError, ValueError):  # no file yet, or a network file system shows an old state
             host, address, port = json.loads(path.read_text())
             return Reachability(unresolved([host]), unreachable(address, port) if address else "")
         time.sleep(POLL_SECONDS)

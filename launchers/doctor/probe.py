@@ -26,7 +26,7 @@ RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 
 def needs_of(config: Config, plan: JobPlan) -> Needs:
-    """The run's requirements on its nodes."""
+    """Returns what the run requires of its nodes."""
     return Needs(
         world_size=plan.world_size,
         ranks_per_node=plan.ranks_per_node,
@@ -88,12 +88,13 @@ def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Check
 
 @contextmanager
 def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path | None]]:
-    """Makes a temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path for
-    the connection test. Yields (None, None) if this node cannot create the folder, which another check reports."""
+    """Makes a temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path at
+    which rank 0's node writes its address for the connection test. Yields (None, None) if this node cannot create
+    the folder, which another check reports."""
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:
-        folder.mkdir(mode=0o700)  # no other user can plant an address in it
+        folder.mkdir(mode=0o700)  # so that no other user can write a false address into it
         (folder / "token").write_text(token)
     except OSError:
         with contextlib.suppress(OSError):

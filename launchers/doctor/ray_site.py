@@ -24,13 +24,14 @@ from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
-START_SECONDS = 300.0  # seconds that a task may take to start; GPUs may be in use
+START_SECONDS = 300.0  # seconds that a task may wait for its start, because other jobs may use the GPUs
 
 
 def check_ray(
     plan: JobPlan, cluster: Cluster, parts: Mapping[str, str], save_seconds: float | None, env: Mapping[str, str]
 ) -> list[CheckResult]:
-    """Checks nodes, labels and resources, the exposure of Ray without a token, and the grace period of a stop.
+    """Checks that Ray has the plan's nodes, that no other machine can use Ray without a token, and that a stop leaves
+    enough time for a save.
 
     Args:
         parts: Network address of each part of Ray.

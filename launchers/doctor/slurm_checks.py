@@ -16,7 +16,8 @@ Ask = Callable[..., str]  # the words of a Slurm command -> its output
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers, nodes with features and resources, the time limit, and the grace period of a stop."""
+    """Checks that Slurm answers and has the plan's nodes. Also checks the time limit, and whether a stop leaves enough time
+    for a save."""
     try:
         offers = read_offers(cluster.partition, ask)
         limit = _partition_limit(cluster.partition, ask)
@@ -33,7 +34,7 @@ def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, 
 
 
 def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
-    """The requirements of the planned nodes in Slurm's terms."""
+    """Returns the requirements of the planned nodes in Slurm's terms: features, GPUs and CPUs."""
     found = []
     for node in plan.nodes:
         amounts: dict[str, float] = {"GPU": plan.gpus_per_node} if plan.gpus_per_node else {}
@@ -52,7 +53,7 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
             continue
         traits = frozenset() if features == "(null)" else frozenset(features.split(","))
         amounts = {"CPU": float(cpus), "GPU": float(gpus_of(gres))}
-        # A suffix of the state means not usable: not responding (*), rebooting (@), powered down (~).
+        # A node whose state has a suffix is not usable: it does not respond (*), reboots (@) or is powered down (~).
         offers.append(Offer(name, state, state in UP, traits, amounts))
     return offers
 

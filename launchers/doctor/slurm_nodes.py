@@ -20,7 +20,7 @@ def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[floa
     """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its arrival time.
 
     Raises:
-        ResourceError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
+        ResourceError: Slurm refuses the job or does not start it in time, or the job fails. The message has srun's errors.
     """
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code_folder()
@@ -57,18 +57,18 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command. Requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
-    Each kind of node is one component of the job, because the run's job has the same components. Task 0 runs on node 0 of
-    the plan.
+    """Returns an srun command that requests the plan's resources, GPUs included, so that Slurm chooses nodes as it would
+    for the run. Each kind of node is one component of the job, as in the run's job. Task 0 runs on node 0 of the plan.
 
     Args:
-        module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE and the local ones set.
+        module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
         minutes: Time limit of the job.
         visible: Further folders that the site's container mounts under the same path.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
-    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]  # the job is short
+    # This short job has its own time limit, and needs no stop signal before it.
+    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
     common += [*cluster.srun_options, *pyxis_options(cluster, visible)]
     command = ["srun"]

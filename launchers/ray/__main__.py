@@ -36,10 +36,10 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
     """
-    with StopSignals() as signals:  # signals before the first attempt count, too
+    with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
-        from launchers.ray.driver import drive  # imports Ray, which takes seconds; so errors of the run come first
+        from launchers.ray.driver import drive  # imports Ray, which takes seconds; the run is checked first
 
         return drive(job, signals)
 

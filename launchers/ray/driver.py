@@ -39,15 +39,15 @@ REPLACE_SECONDS = 300.0  # time limit for missing nodes before a restart
 
 
 def drive(job: RayJob, signals: StopSignals) -> int:
-    """Runs attempts until one is not restarted; returns the exit code of the last one. Raises ResourceError without a
-    cluster, and the errors of `gather_gang`."""
+    """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
+    Raises ResourceError without a cluster, and the errors of `gather_gang`."""
     grace = stop_grace(os.environ)
     with connected(os.environ) as parts:
         signals.renew()  # ray.init has installed its own handlers
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
-        job.folder.prepare()  # before the actors, which check that they see it
+        job.folder.prepare()  # before the actors start, because they check that they see the folder
 
         faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
         seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS

@@ -7,9 +7,9 @@ import psutil
 
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
-    """The addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A part on
-    this machine may listen at more addresses than it announces: they are read from the list of sockets. For a part on
-    another machine it is the announced address."""
+    """Returns the addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A
+    part on this machine may listen at more addresses than it announces, so they are read from the list of sockets. A part
+    on another machine gets its announced address."""
     found: dict[str, list[str]] = {}
     connections = psutil.net_connections("tcp")  # scans /proc
     sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]

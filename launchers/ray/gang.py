@@ -28,10 +28,10 @@ READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just fr
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
 TICK_SECONDS = 0.2
-PATIENT_SECONDS = 5.0  # seconds before a wait is reported: Ray may still free earlier resources
+PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # of the actors on one node while the wait for nodes lasts; later, one
+START_TRIES = 3  # failed starts of actors after which a node is not used; one when the wait for nodes is over
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
@@ -50,7 +50,7 @@ class LostError(Exception):
 
 class Gang:
     """The actors of one attempt. Each attempt makes a new placement group, because for many seconds after a node has died
-    Ray still reports a group on that node as ready.
+    Ray still reports a placement group on that node as ready.
 
     Args:
         nodes: The Ray node of each planned node.
@@ -118,7 +118,7 @@ class Gang:
             raise LostError(f"a rank could not be started: {first}") from error
 
     def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
-        """Blocks until all ranks have ended, or are lost with their node or Ray worker."""
+        """Blocks until each rank has ended, or is lost with its node or Ray worker; returns the outcome."""
         tracker = RankTracker(len(self._actors), timeouts, say=lambda text: print(text, file=sys.stderr, flush=True))
         running = {actor.wait.options(concurrency_group=WAIT).remote(): rank for rank, actor in enumerate(self._actors)}
         while not tracker.over:
@@ -166,7 +166,8 @@ class Gang:
         return tuple(sorted(frozen))
 
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of all running ranks. A rank whose node does not answer is lost, and so it is the cause."""
+        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and so as the
+        cause of the failure."""
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self.node(rank)
@@ -176,8 +177,9 @@ class Gang:
 
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
-    """A pending placement group of the planned nodes, which makes an autoscaler start the missing ones. It ends with the
-    driver. A `request_resources` of Ray does not: it is one for all jobs, and cannot ask for separate nodes."""
+    """Makes a placement group of the planned nodes. While it is pending, an autoscaler starts the missing nodes. Ray
+    removes it when the driver ends. Ray's `request_resources` would outlast the driver, and cannot ask for separate
+    nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -203,8 +205,8 @@ def gather_gang(
         together: Groups of planned nodes that must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the others do not suffice.
-        wait_seconds: Time limit for nodes that the cluster lacks, and for further starts of actors on a node where they
-            failed, at most START_TRIES. There is no limit for nodes that other jobs use.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Meanwhile actors may fail START_TRIES times
+            on a node before it is left out. The wait for nodes that other jobs use has no limit.
         say: Prints a message about waiting; no message is printed twice.
 
     Raises:
@@ -213,7 +215,7 @@ def gather_gang(
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
-    faults: dict[str, list[str]] = {}  # by Ray's id of the node, one for each failed start
+    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on it
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:
@@ -230,7 +232,7 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # Only instead of an error a node gets more ranks than the cluster file says.
+            # A node gets more ranks than the cluster file says only when the wait is over, instead of an error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:

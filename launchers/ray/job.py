@@ -34,7 +34,7 @@ class RayJob:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
-        wait_seconds: Time limit for nodes that the cluster lacks; None: SETTLE_SECONDS at first, REPLACE_SECONDS later.
+        wait_seconds: Time limit for nodes that the cluster lacks; None means the default limits in driver.py.
         program: Arguments of each rank's interpreter before the configuration.
         variables: Environment variables for the ranks; they may be secrets.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
@@ -55,12 +55,12 @@ class RayJob:
     def commands(
         self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
     ) -> tuple[RankCommand, ...]:
-        """The command of each rank, without the variables of the site and of its actor."""
+        """Returns the command of each rank. The caller adds the variables of the site and of the rank's actor."""
         plan_of_attempt = LaunchPlan(
             config=self.config,
             overrides=self.overrides,
             job=plan,
-            rendezvous=PUBLISHED_RENDEZVOUS,  # a port of rank 0's node, which the driver cannot know
+            rendezvous=PUBLISHED_RENDEZVOUS,  # the driver cannot know which port of rank 0's node is free
             attempt=attempt,
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,

@@ -44,10 +44,10 @@ class RayNode:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The result of `assign`. Exactly one field is not empty.
+    """The result of `assign`. Exactly one of `nodes`, `problems` and `waits_for` is not empty.
 
     Attributes:
-        job: The plan; on uneven nodes with the ranks that each of them can hold.
+        job: The plan. If the Ray nodes differ in size, its ranks are distributed by the room on each node.
         nodes: A free Ray node for each planned node.
         problems: Requirements that no node of this cluster meets, even when idle.
         waits_for: Planned nodes whose Ray nodes other jobs are using.
@@ -112,7 +112,7 @@ def assign(
             if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
                 return assign(uneven, nodes, bundle)
         return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # then with the current load
+    found = chosen("free")  # then without the resources that other jobs use
     if None in found:
         return Assignment(job, waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(job, nodes=tuple(nodes[node] for node in found if node is not None))
@@ -129,8 +129,8 @@ def _room(resources: Mapping[str, float], bundle: Mapping[str, float], most: int
 
 
 def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPlan | None:
-    """A plan with the ranks for which each node has room, the largest nodes first; None if there is no room for all ranks.
-    Each node gets ranks with equal requirements."""
+    """Distributes the ranks anew: each node, the largest first, gets as many ranks as it has room for. All ranks of a node
+    have equal requirements. Returns None if there is no room for all ranks."""
     ranks_of: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for each in job.nodes:
         ranks_of.setdefault(tuple(sorted(each.ray_labels.items())), []).extend(each.ranks)
@@ -139,7 +139,7 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
     rooms = [room // job.block * job.block for room in rooms]
     left = sorted((n for n, room in enumerate(rooms) if room), key=lambda n: -rooms[n])
     found: list[NodePlan] = []
-    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # ranks without labels fit anywhere
+    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # last the ranks that fit anywhere
         waiting = sorted(ranks)
         for n in [n for n in left if nodes[n].has(dict(labels))]:
             if waiting:
@@ -157,8 +157,9 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy: gives
-    the largest group first the smallest domain that fits. A node without the label DOMAIN is a domain by itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy:
+    the largest group is first, and each group gets the smallest domain that fits. A node without the label DOMAIN is a
+    domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):

@@ -92,9 +92,9 @@ class RankActor:
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
-            stdin=subprocess.PIPE,  # closes when this actor ends for any reason
+            stdin=subprocess.PIPE,  # closes when this actor ends for any reason; the supervisor then ends, too
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ray kills the process group of a worker that ends
+            start_new_session=True,  # Ray kills the process group of an ended worker; the supervisor must outlive it
         )
         self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
         self._pid = self._hear().get("pid")  # returns when the rank runs

@@ -29,7 +29,7 @@ from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 _PR_SET_CHILD_SUBREAPER = 36
 TICK_SECONDS = 0.1
 LINGER_SECONDS = 2.0  # from the end of the rank until its remaining child processes are killed
-ADOPTED_SECONDS = 10.0  # seconds within which killed processes must disappear
+ADOPTED_SECONDS = 10.0  # seconds to wait until killed processes have disappeared
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte, because `select` must see the input after this line
+    while not line.endswith(b"\n"):  # byte by byte: `select` would not see input that a buffer has read ahead
         byte = os.read(0, 1)
         if not byte:
             return

@@ -56,14 +56,14 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
     """
     require_variables(forwarded, os.environ)
     client = connect(address)
-    runtime_env = {"working_dir": str(code_folder()), "env_vars": {STOP_WAIT: str(grace_seconds)}}  # read by Ray
+    runtime_env = {"working_dir": str(code_folder()), "env_vars": {STOP_WAIT: str(grace_seconds)}}  # Ray reads STOP_WAIT
     with contextlib.ExitStack() as if_refused:
         if forwarded:
             path = hand_over(forwarded, RunFolder.of(config))
             if_refused.callback(path.unlink, missing_ok=True)
             line += f" --env-file={shlex.quote(str(path))}"
         job_id = client.submit_job(entrypoint=line, runtime_env=runtime_env)
-        if_refused.pop_all()  # the driver deletes the file
+        if_refused.pop_all()  # the job was accepted, and its driver deletes the file
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
     try:
@@ -121,7 +121,7 @@ def connect(address: str) -> "JobSubmissionClient":
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray expects a GCS there
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # Ray takes an address without http:// for a GCS
         raise ResourceError(
             f"--submit {address}: {str(error).splitlines()[0]}; it must be the address of the dashboard, as "
             "http://127.0.0.1:8265 on the head",

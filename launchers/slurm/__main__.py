@@ -132,7 +132,7 @@ def _tasks(
     plan: JobPlan,
     read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
-    """The overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
+    """Returns the overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:
@@ -217,8 +217,8 @@ def main(
 
 
 def _commands_text(job: Submission, options: Sequence[str]) -> str:
-    """The sbatch command, and srun command and rank table of the first attempt, with JOB for the job's id and NODE0 for the
-    name of the first node."""
+    """Returns the sbatch command, and the srun command and rank table of the first attempt. JOB stands for the job's id,
+    and NODE0 for the name of the first node."""
     hosts = tuple(f"NODE{node.index}" for node in job.plan.nodes)
     snapshot, first = CodeSnapshot(job.snapshot), SlurmJob("JOB", 0, None, Path.cwd())
     table, text, command = rank_step(

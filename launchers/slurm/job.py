@@ -1,7 +1,7 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-Plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job
-after a stop that has saved (exit code 75), and after every failure that the other launchers restart
+Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. It requeues the job
+after a stop that has saved (exit code 75), and after the failures after which the other launchers restart a run
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
@@ -110,7 +110,8 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
-    """The cluster file and configuration of a direct sbatch, with paths relative to the folder in which it was called."""
+    """Reads the cluster file and the configuration for `sbatch slurm/train.sbatch`. Makes paths absolute; relative paths
+    start at the folder in which sbatch was called."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
@@ -147,7 +148,7 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 
 
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
-    """The ended attempts of this job, from the file at `path`; adds the attempt that begins at `step` to the file."""
+    """Reads the ended attempts of this job from the file at `path`; adds the attempt that begins at `step` to the file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
     if ends and ends[-1].code is None:  # Slurm killed the batch script of the last attempt before it could conclude
         code = name_unconcluded(folder, replace(job, restarts=job.restarts - 1).attempt_id)
@@ -161,15 +162,15 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Time limit of this attempt in seconds; infinite if Slurm does not say (before 22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (before 22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
-    """Folders to mount in a container under the same path."""
+    """Returns the folders that a container must mount under the same path."""
     weights = config.run.init_from
-    begin = [weights] if weights is not None and Path(weights).exists() else []  # these weights may be deleted later
+    begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs the weights
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 
@@ -186,7 +187,7 @@ def rank_step(
     program: tuple[str, ...],
     restarts: int,
 ) -> tuple[Path, str, list[str]]:
-    """The rank table's path and text for an attempt on these hosts, and the srun command that uses it. Writes no file."""
+    """Returns the path and text of a rank table for these hosts, and the srun command that uses it. Writes no file."""
     rank_plan = LaunchPlan(
         config=snapshot.config_yaml,
         overrides=overrides,

@@ -60,7 +60,8 @@ class Allocation:
             listed = env.get(f"SLURM_JOB_NODELIST{suffix}", "")
             hosts = tuple(ask("scontrol", "show", "hostnames", listed).split())
             tasks = expand_counts(env.get(f"SLURM_TASKS_PER_NODE{suffix}", ""))
-            gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""  # this node's part
+            # Slurm gives only the number of GPUs on this node, which is in the first component.
+            gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""
             given.append(GivenPart(hosts, tasks, int(gpus) if gpus.isdecimal() else -1))
             nodes = ask("scontrol", "--oneliner", "show", "node", listed)
             # ActiveFeatures, because Slurm may change the features of a node at boot
@@ -69,15 +70,16 @@ class Allocation:
 
 
 def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment for the submission of a job: if this process runs inside a job, without that job's variables, because
-    sbatch passes them on and Slurm does not overwrite all of them."""
+    """Returns the environment with which a job is submitted. Inside another job, that job's variables are left out, because
+    sbatch would pass them on and Slurm does not overwrite all of them."""
     own = {name: value for name, value in env.items() if not name.startswith("SLURM") or name.startswith(_CLIENT)}
     return own if "SLURM_JOB_ID" in env else dict(env)
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a batch script, with array task, restarts and components as slurmctld knows them. A job that was
-    submitted by a plain sbatch inside another job inherits these variables, and the other job's options of srun."""
+    """Returns the environment of a batch script, with the array task, restarts and components that slurmctld has for the
+    job. A job that was submitted by a plain sbatch inside another job has inherited the other job's values of these
+    variables, and its options of srun, which are left out."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", _record(env["SLURM_JOB_ID"])))
@@ -108,13 +110,15 @@ def _record(job_id: str) -> str:
 
 
 def host_at_fault(ended: Sequence[str]) -> str | None:
-    """The node that failed, or the node of the task that ended first, by srun's error lines. None without such a line."""
+    """Returns the node that srun's error lines name as failed, else the node of the task that ended first. Returns None if
+    no line names a node."""
     found = [match for line in ended if (match := re.match(r"srun: error: (Node failure on )?([^\s:]+)", line))]
     return next((match[2] for match in found if match[1]), found[0][2] if found else None)
 
 
 def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
-    """Excludes hosts from the next attempt of a requeued job, unless it could then never start; says which was done."""
+    """Excludes hosts from the next attempt of a requeued job, unless too few nodes would be left. Returns what was done, as
+    a line for the user."""
     names = ", ".join(dict.fromkeys(hosts))
     try:
         record = _record(job_id)
@@ -122,7 +126,7 @@ def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
             return f"nodes at fault: {names}"
         before = re.search(r"\bExcNodeList=([^\s(]+)", record)
         excluded = ",".join(dict.fromkeys([*([before[1]] if before else []), *hosts]))
-        # slurmctld itself would accept an exclusion that leaves too few nodes.
+        # sbatch must test it: slurmctld would accept an exclusion that leaves too few nodes.
         ask("sbatch", "--test-only", f"--exclude={excluded}", str(script), env=outside_jobs(os.environ))
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
     except SlurmError as error:
@@ -142,7 +146,7 @@ def expand_counts(text: str) -> tuple[int, ...]:
 
 
 def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[str]:
-    """Describes each difference between an allocation and the plan with its `spare` nodes; empty if it matches."""
+    """Describes each difference between an allocation and the plan with its `spare` nodes; empty if the two match."""
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
         return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'component')}"]
@@ -155,7 +159,7 @@ def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[st
 
 
 def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -> tuple[str, ...]:
-    """The host name of each planned node; requires an allocation without differences. Spare hosts replace `faulty` ones."""
+    """Returns the host name of each planned node. The allocation must match the plan. Spare hosts replace `faulty` ones."""
     host_of = {
         node.index: host
         for part, have in zip(parts(job), allocation.parts, strict=True)
@@ -165,7 +169,7 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
 
 
 def ranks_by_task(job: JobPlan, hosts: Sequence[str]) -> dict[str, dict[int, int]]:
-    """The tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node."""
+    """Maps each host to its tasks, and each task to its rank. Slurm numbers the tasks of a component node by node."""
     return {
         hosts[node.index]: dict(enumerate(node.ranks, position * part.ranks_per_node))
         for part in parts(job)

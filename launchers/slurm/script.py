@@ -62,7 +62,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{count}" if cluster.gpus.syntax == "gres" else f"--gpus-per-node={count}")
     if part.feature is not None:
         options.append(f"--constraint={part.feature}")
-    if part.nodes[0].own or len(parts(job)) > 1:  # else two tasks could have one SLURM_LOCALID
+    if part.nodes[0].own or len(parts(job)) > 1:  # components on a shared node would use SLURM_LOCALIDs twice
         options.append("--exclusive")
     return options
 
@@ -121,7 +121,7 @@ def srun_command(
         visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
-    # Without --kill-on-bad-exit the ranks log their own errors before srun kills them.
+    # --kill-on-bad-exit=0, so that the other ranks log their own errors before srun kills them.
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
@@ -144,9 +144,9 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables. It
-    does not use SLURM_PROCID: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
-    job one after the other.
+    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables.
+    SLURM_PROCID need not be the rank: ranks on a node need not be consecutive, and Slurm numbers the components of a
+    heterogeneous job one after the other.
 
     Args:
         hosts: Host names in the order of the plan.

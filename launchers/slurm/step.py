@@ -27,7 +27,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 # After a node failure Slurm kills this process KillWait (30 s by default) later, but srun may wait longer than that.
 NODE_SECONDS = 5.0  # from the node failure until srun is killed, so that the cause is recorded in time
-LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease, which the record of the cause needs
+LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease; only then can the cause be recorded
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
     r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
@@ -89,7 +89,8 @@ class SlurmJob:
 
 def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
     """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before 8.31,
-    for example on RHEL 8). Without the prefix, a signal before a rank has its handlers kills that rank without a save."""
+    for example on RHEL 8). Without the prefix, a signal kills a rank without a save until the rank has installed its
+    handlers."""
     if isinstance(cluster.container, PyxisContainer):  # the image's `env` cannot be tested here
         return HOLD_SIGNALS
     supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
@@ -119,9 +120,9 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 
 def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], *, stopped: bool, places: Places) -> int:
-    """The verdict of this attempt; prints its reason on standard error. The verdict in status.json wins, because srun's
-    exit code is different after killed tasks. Completes status.json if the ranks recorded no verdict, or only the follow-up
-    error of a peer.
+    """Returns the verdict of this attempt, and prints its reason on standard error. A verdict in status.json takes
+    precedence over srun's exit code, which is different if srun has killed tasks. Writes the verdict into status.json if
+    the ranks recorded none, or only the follow-up error of a peer.
 
     Args:
         code, ended: Results of `run_step`.
@@ -153,7 +154,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
 
 
 def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
-    """Completes the record of an attempt whose batch script Slurm killed before it could conclude; returns the verdict."""
+    """Records the verdict of an attempt whose batch script Slurm killed before it called `conclude`; returns it."""
     record = folder.read_status().of(attempt_id)
     if record is None:
         return EXIT_FAILED
@@ -168,8 +169,9 @@ def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless it has reached its restart `limit` or was cancelled. Slurm itself requeues a job after
-    a preemption with PreemptMode=REQUEUE and after a node failure; after one with PreemptMode=CANCEL it is submitted again.
+    """Makes the job continue, unless `limit` names a reason against it or the job was cancelled. Slurm itself requeues a
+    job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL,
+    this function submits the job again.
 
     Args:
         attempts: File with the job's attempts, which a new submission takes over.
@@ -187,10 +189,10 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, and of this attempt
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, not None, in this attempt
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # in time: the new job waits for this one's end
+            shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # the new job starts after this one ends
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
         else:  # a requeue would undo a scancel
             _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")
@@ -199,13 +201,13 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
 
 
 def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
-    """srun's line about the node that failed, or about the first task that a signal killed. None if srun itself killed the
-    task, or if another task ended with an exit code of the table before."""
+    """Finds srun's line about the node that failed, or about the first task that a signal killed. Returns None if srun
+    itself killed that task, or if a task ended earlier with an exit code that rules out a restart."""
     matches = [_ENDED.match(line) for line in ended]
     if lost := next((match for match in matches if match and match["lost"]), None):
         return lost
     for match in matches:
-        if match is None or (match["code"] and is_final(int(match["code"]))):  # None: from here on srun kills
+        if match is None or (match["code"] and is_final(int(match["code"]))):  # no match: srun kills the later tasks
             break
         if match["how"] in _SIGNALS:
             return match
@@ -213,7 +215,7 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
 
 
 def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
-    """What srun's line says, in terms of ranks; and these ranks, empty if the node should not have these tasks."""
+    """Rewrites srun's line in terms of ranks; also returns these ranks. Without a planned rank for it, the line is kept."""
     node = match["node"] or match["lost"]
     on_node = places.get(node, {})
     bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]
@@ -240,7 +242,7 @@ def _record(
     ended = {"verdict": verdict, "reason": reason, "rank": rank, "attempt_id": attempt_id}
     last = max(last_step, committed_step(folder.checkpoints))
     with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
-        # The first works while rank 0 hangs and holds the lease, the second after a peer has recorded its own error.
+        # write_status works while rank 0 hangs and holds the lease, amend_status after a peer has recorded its own error.
         if not folder.write_status(**ended, last_step=last):
             folder.amend_status(**ended, last_step=last, wait_seconds=wait_seconds)
 

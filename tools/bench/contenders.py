@@ -1,5 +1,6 @@
 """The contenders of the dispatch benchmark. Each takes a case (routing and rows of a measured point on this rank) and
-returns a function without arguments to time.
+returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an expert or null; a
+pair is a choice of an expert.
 
 The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 
@@ -14,7 +15,7 @@ The following contenders lay rows out by expert, and bring weighted sums back to
     megatron, ...       see megatron_core.py
     naive               one row for each choice, null or not, also for experts on this rank: a few plain lines of torch
     per pair            naive without the null choices
-    equal active        ours, on a top-k routing with as many true experts and no null choice
+    equal active        ours, on another routing: as many pairs, evenly over the tokens, and no null choice
 
 Shape letters: T tokens, D hidden size, K choices per token, N rows of a rank's choices.
 """
@@ -40,7 +41,7 @@ Run = Callable[[], Tensor]
 
 @dataclass
 class Case:
-    """One point on this rank; `tools.bench.points.Choices` explains the choices [T, K]."""
+    """The routing and rows of one point on this rank; `tools.bench.points.Choices` explains the choices [T, K]."""
 
     point: Point
     mesh: Mesh
@@ -89,7 +90,8 @@ def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the contender `floor`. Buffers are allocated here, so that the timed part only copies and exchanges rows."""
+    """Makes the contender `floor`, with `own_rows` `floor, all`. Buffers are allocated here, so that the timed part only
+    copies and exchanges rows."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0

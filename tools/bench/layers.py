@@ -47,7 +47,7 @@ class LayerSize:
     ffn: int
     experts: int
     top_k: int
-    null: bool  # true: as many null as true experts, and twice top_k, so that about half of the choices are null
+    null: bool  # true: adds as many null experts, and doubles top_k, so that about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -62,11 +62,11 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed; its default branch
-    gets remapped choices for null experts."""
+    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed. Its default branch
+    cannot skip a null choice, so each null choice is replaced by an unused expert."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
-    generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks: they have the same router
+    generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that they draw the same router
     ours = _our_layer(group, placement, size.hidden, mesh, generator)
     rivals = {
         name: MegatronMoE(

@@ -1,4 +1,4 @@
-"""Times contenders in turn on all ranks, and counts the data that each rank sends, at the call of the collective."""
+"""Times contenders in turn on all ranks, and counts the data that each rank hands to collectives."""
 
 import gc
 import math
@@ -51,9 +51,9 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Returns the median of independent values, and an interval between two of the values by the sign test.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
-    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). For the l-th largest value
-    the probability is equal. The interval uses the largest l for which both probabilities sum to at most 1 - CONFIDENCE.
-    Fewer than 6 values have no such l, and the interval spans all values.
+    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). It lies above the
+    l-th largest value with the same probability. The interval ends at these two values, with the largest l for which both
+    probabilities sum to at most 1 - CONFIDENCE. Fewer than 6 values have no such l, and the interval spans all values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
@@ -68,8 +68,8 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of ours / theirs. The two times of a ratio are from one round, because a disturbance of the
-    machine affects both."""
+    """Returns the median of ours / theirs, with its interval. Both times of a ratio are from the same round, so that a
+    disturbance of the machine slows both down and mostly cancels in the ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -84,8 +84,8 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
     """Returns the seconds of each contender in each timed round, on the slowest rank.
 
-    Each round runs every contender once, with a barrier before each run. The order is drawn anew in each round, alike on
-    all ranks, so that a disturbance of the machine affects all contenders alike.
+    Each round runs every contender once, with a barrier before each run. The order is drawn anew in each round, the
+    same on all ranks, so that a periodic disturbance of the machine does not always hit the same contender.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -109,7 +109,7 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """Runs a contender once and counts what it hands to all_to_all_single; a rank's slice for itself is not counted."""
+    """Runs a contender once and counts what it hands to all_to_all_single; what a rank sends to itself is not counted."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 
@@ -141,8 +141,8 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Counts and times all contenders at a point, and compares the times of each pair in `pairs`. The result is equal on
-    all ranks."""
+    """Times all contenders at a point, counts what they send, and compares the times of the two contenders of each entry in
+    `pairs`. The result is equal on all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {

@@ -72,11 +72,11 @@ def dispatcher_of(config: Any, ep_rank: int) -> Any:
 
 
 def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns weights [T, E] and the boolean map of sent pairs [T, E], as Megatron's router does. Differentiable. Takes
-    O(T x E) memory."""
+    """Returns weights [T, E] and the boolean map of sent pairs [T, E], as Megatron's router does. The weights are
+    differentiable. Takes O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
-    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the added last column takes absent choices
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to an added last column
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
     taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
@@ -153,7 +153,7 @@ class MegatronMoE(nn.Module):
         return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
-        """Replaces each absent choice of a token by the next expert of the token's group that it did not choose."""
+        """Replaces each absent choice of a token by the next expert of the token's group that the token did not choose."""
         used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
         used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
         used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])

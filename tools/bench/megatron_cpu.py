@@ -72,7 +72,7 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Returns the function unchanged; with options, returns a decorator that does so, as `torch.compile` would."""
+    """Stands in for `torch.compile`: returns the function uncompiled or, without a function, a decorator that does."""
     return function or (lambda decorated: decorated)
 
 
@@ -87,7 +87,7 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Converts split sizes to numpy. Megatron's `maybe_move_tensor_to_cpu` leaves a tensor that is on the CPU as it is."""
+    """Converts split sizes to numpy if asked. Megatron's own `maybe_move_tensor_to_cpu` does not convert CPU tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -132,7 +132,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the attributes of megatron-core that are replaced. Imports it, so torch's must be replaced."""
+    """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"
@@ -160,10 +160,10 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 
 @contextlib.contextmanager
 def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Makes Megatron's process groups over the default group, and seeds its random states.
+    """Makes Megatron's process groups over the default process group, and seeds its random states.
 
     Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x DP. On exit the groups are removed, and
-    the sums of Megatron's tracker of MoE losses, which is a module global.
+    Megatron's tracker of MoE losses, which is a module global, is cleared.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

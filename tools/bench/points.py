@@ -13,7 +13,7 @@ import numpy as np
 from tools.bench.workloads import WORKLOADS, WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; "95%:4": 95 % of the choices go to 4 experts
+HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; label "95%:4": 95 % of the choices go to 4 experts
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
@@ -25,7 +25,7 @@ class Point:
     hidden: int = 512
     experts: int = 32
     top_k: int = 2  # number of distinct experts that are drawn for each token
-    null: float = 0.5  # share of the choices that become null
+    null: float = 0.5  # share of the choices that become null (no expert)
     hot: float | None = None  # share of the choices that HOT_EXPERTS experts get; None: all experts are equally likely
     image: float | None = None  # share of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
@@ -38,7 +38,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # in total as many true choices as in taken_TK, evenly over the tokens
+    equal_active_TK: np.ndarray  # without nulls; as many choices in total as taken_TK has of experts, evenly over tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 
@@ -57,8 +57,8 @@ IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns sweep -> (label, point) of its points. Megatron-Core's default branch runs without remapped choices only in
-    the sweeps `..., no nulls`, because it cannot skip a null choice."""
+    """Returns the points of each sweep: sweep -> (label, point). Megatron-Core's default branch runs without
+    remapped choices only in the sweeps `..., no nulls`, because it cannot skip a null choice."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         for field, values in SIZES.items():

@@ -25,7 +25,7 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # least tokens of a point for the slope of time; with fewer, fixed costs dominate
+SCALING_TOKENS = 2048  # the slope of time leaves out points with fewer tokens, where fixed costs dominate
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BenchJob:
 
 
 def measure(job: BenchJob, *, fresh: bool = False) -> None:
-    """Measures all chosen rows into `job.path`, and blocks until all ranks have ended.
+    """Measures all chosen table rows into `job.path`, and blocks until all ranks have ended.
 
     Args:
         fresh: Also measure chosen rows that the file has already.
@@ -111,8 +111,8 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all rows that the file lacks. All ranks choose the same rows, because each rank reads the file before its
-    first row, and rank 0 writes a row only after all ranks have measured it."""
+    """Measures all table rows that the file lacks. All ranks choose the same rows, because each rank reads the file before
+    its first row, and rank 0 writes a row only after all ranks have measured it."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)
@@ -156,5 +156,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the settings and rows of a file. Settings and rows are empty without a file."""
+    """Reads the settings and rows of a file. Both are empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

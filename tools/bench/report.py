@@ -1,4 +1,4 @@
-"""Judges benchmark rows by rules, gives the reason for rules that do not hold, and writes text, Markdown and a picture.
+"""Judges the benchmark's table rows by rules, says why a rule does not hold, and writes text, Markdown and a picture.
 
 A row is lost if the whole 95 % interval of a ratio ours / theirs is above 1.05: our time is then more than 5 % longer.
 """
@@ -227,7 +227,8 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Left of 1 ours is faster; a row with an interval right of the dotted line at LOST_ABOVE is lost."""
+    """Writes a PNG. Ours is faster where a ratio is left of 1. A row is lost if an interval is wholly right of the dotted
+    line at LOST_ABOVE."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
     length = -(-len(rows) // COLUMNS)  # table rows in each column of the picture, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length

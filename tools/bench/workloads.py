@@ -2,7 +2,7 @@
 
 The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
 step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names of the workloads, and what
-each tests, follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
+each tests, follow Megatron-LM pull request 7488. Imports no torch, so that a tool without torch can draw a workload.
 
 Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
 experts of a shard are on one rank).
@@ -122,7 +122,7 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gives each token K consecutive experts of a shuffled ring, so that experts' counts differ by at most one."""
+    """Gives each token K consecutive experts of a shuffled ring, so that experts' token counts differ by one at most."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)
@@ -142,7 +142,8 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Tokens of each source, shuffled: each number is a third of the next larger; the largest has what rounding leaves."""
+    """Returns how many tokens each source has, in random order: each number is a third of the next larger one, and the
+    largest also takes what rounding leaves."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

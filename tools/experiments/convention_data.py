@@ -5,7 +5,7 @@
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
 convention to use. An instruction is one of many paraphrases, some of which are held out. Training and held-out pictures and
-captions are those of the base data, so that a model trained on it can be adapted. All conventions ask about the same
+captions are those of the base data, so that a model trained on these can be adapted. All conventions ask about the same
 pictures and captions.
 """
 
@@ -141,7 +141,8 @@ def _asked(
 
 
 def _picture(manifest: Manifest, tokens: np.ndarray, filler: np.ndarray, colour_of_code: np.ndarray) -> Asked | None:
-    """Returns a document's picture and the index of its background colour; None if no cell shows only background."""
+    """Returns a document's picture and the index of its background colour; None if no cell of the
+    picture shows only background."""
     begin, end = _image(manifest, tokens)
     first_code = manifest.vocab_size - len(colour_of_code)
     colours = colour_of_code[tokens[filler] - first_code]

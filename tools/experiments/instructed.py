@@ -24,7 +24,7 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str | None] = ()) -> Iterator[Path]:
-    """Makes a folder with the base's tokenizer, codebook and `files`. Renames it to `out` if the block succeeds."""
+    """Makes a folder with the base's tokenizer, codebook and `files`. Renames it to `out` if the with block succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:
@@ -55,7 +55,7 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the manifest of a data set: the base's, with these sources and their baselines instead of the base's own."""
+    """Writes the base's manifest for a new data set, with these sources and their baselines in place of the base's."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

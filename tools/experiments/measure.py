@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, true experts per token, rows that an EP group would send, the
-curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last: only the curve needs the
-others.
+Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
+send, the curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last:
+only the curve needs the others.
 """
 
 import json
@@ -85,7 +85,7 @@ class Measurement:
         folder: Folder of the run.
         section: The section of the study that says what is measured.
         before: Cost of training before the run, which the record's costs include.
-        side: Side of the split from which multiple-choice questions are taken.
+        side: Which multiple-choice questions are asked, those of the validation or of the test side.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -155,8 +155,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step. Averaged weights need other thresholds than the averaged checkpoints have, so
-        thresholds are measured again, on training sequences that the run has seen."""
+        """Returns the model of a step, with weights averaged over checkpoints. The averaged router thresholds would not fit
+        these weights, so thresholds are measured again, on training sequences that the run has seen."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -168,7 +168,7 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads the mean of the weights of these checkpoints (summed in float64) into the model.
+        """Loads the mean weights of the checkpoints of these steps (summed in float64) into the model.
 
         Router thresholds are averaged too; integer tensors are those of the last checkpoint.
 
@@ -192,8 +192,8 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """Returns the steps of the checkpoints whose mean is the model of a step: only that step or, with a curve, also
-        those in the last `average` of the steps up to it."""
+        """Returns the steps of the checkpoints whose mean is the model of a step: only that step or, with a curve, all
+        checkpoints in the last fraction `average` of the steps up to it."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -237,7 +237,7 @@ class Measurement:
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
         """Measures the loss with fewer experts per token, after dropping second experts of low weight. A first pass over
-        all batches finds the bounds on the weight."""
+        all batches finds the bound on the weight for each number of experts."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -262,7 +262,8 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss under the selection of training, which sees later tokens. A lower loss shows a leak."""
+        """Measures the loss if routers select as in training, where the selection sees later tokens. A lower loss than with
+        the usual selection shows that these tokens leak into the prediction."""
         with choice_of_training(probes.routers(self._model)):
             return [self._point(batches, at=0.0)]
 

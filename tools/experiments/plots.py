@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss against true experts per token, true experts per token against the token's
-loss, loss against FLOPs and seconds, and the accuracy of each arm."""
+"""Plots an experiment with matplotlib: loss against true (not null) experts per token, true experts per token against
+the token's loss, loss against FLOPs and seconds, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
-    """Draws one panel, or two side by side."""
+    """Draws one panel, or two side by side, with the functions `fill`; returns the path."""
     from matplotlib.figure import Figure  # takes seconds to import; needs no window system
 
     figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
@@ -52,7 +52,7 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """Draws a dot for each run. A grey line joins runs with one seed, between which arms are compared."""
+    """Draws a dot for each run. A grey line joins the runs with the same seed, because arms are compared seed by seed."""
     judged = {arm for rule in study.rules for arm in rule.arms}
     starts = {arm.after for arm in study.arms.values()} - judged  # arms that only provide initial weights
     shown = [name for name in study.arms if name not in starts]
@@ -104,7 +104,8 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
-    """Returns a panel of loss over cost and, with a reference arm, one of the difference of losses at equal cost."""
+    """Returns functions that draw one panel each: loss over cost and, if there is a reference arm, by how much each arm's
+    loss is above the reference arm's at equal cost."""
     of = {} if study.reference is None else _points(records, study.reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
@@ -130,7 +131,7 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Returns the curve of each seed, [2, points]: cost and loss. A single point is no curve."""
+    """Returns each seed's curve, [2, points]: cost and loss. A seed with a single point is left out."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())

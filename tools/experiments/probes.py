@@ -63,7 +63,8 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """Returns the bound with which tokens keep `load` experts on average, 1 to 2; second_N: their second weights."""
+    """Returns the bound on the second weight with which tokens keep `load` experts on average, from 1 to 2. `second_N` has
+    the second weight of each token."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -73,7 +74,7 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 def flip(percent: float, *, seed: int) -> Change:
     """Swaps `percent` % of each expert's tokens with random tokens of its group that the expert has not chosen.
 
-    A swapped-in pair gets the weight that the router would give: the sigmoid of the pair's logit.
+    A newly chosen token gets the weight that the router would give it: the sigmoid of its logit for the expert.
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
@@ -125,8 +126,8 @@ def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three [T, E] tensors: whether the pair was chosen, its weight if chosen, and whether its token and expert are
-    in one group. Takes O(T x E) memory."""
+    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that it has or
+    would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
     gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

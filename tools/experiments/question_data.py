@@ -6,8 +6,8 @@ The data are the sources of the base data, and questions of WordNet and reasonin
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
 questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
 with the same numbers, or about the same pair of antonyms, as one of these are left out too. Other questions about the same
-noun are kept. More seeds of reasoning-gym give more questions. The numbers in a question determine its side, so no seed
-puts a held-out question on the training side.
+noun are kept. More seeds of reasoning-gym give more questions. The numbers in a question alone determine whether it is a
+training or a held-out question, so no seed adds a held-out question to the training data.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,8 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Yields training questions of all tasks of a family, without the first `left` of each task."""
+    """Yields training questions of all tasks of a family. Leaves out the first `left` of each task, and questions that
+    reveal an answer to one of these."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -103,7 +104,7 @@ def _matter(question: Question) -> object:
     if family == "reasoning":
         return key_of(name, str(question.asked))
     if name == "antonym":
-        return frozenset({question.id, question.choices[question.answer]})  # the id is the word of the question
+        return frozenset({question.id, question.choices[question.answer]})  # the id is the word whose antonym is asked
     return question.asked
 
 

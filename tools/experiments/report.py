@@ -193,7 +193,7 @@ def _loads(study: Study, records: Records) -> list[str]:
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
-        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # (rise of the loss, load) of each seed
+        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # (probe, setting) -> each seed's (rise, load)
         for each in mine.values():
             for kind, points in each.get("probes", {}).items():
                 for point in points:
@@ -207,7 +207,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records) -> list[str]:
-    """A table of eta against the reference arm, in all and by modality: geometric mean, least and largest over seeds."""
+    """A table of eta (see `EtaValue`), in all and by modality: geometric mean, least and largest over seeds."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -245,7 +245,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         if not tables:
             continue
         cells = []
-        for bins in zip(*tables, strict=False):  # `binned` merges equal bins, so a seed may have fewer
+        for bins in zip(*tables, strict=False):  # a seed may have fewer bins, as `binned` merges equal ones
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

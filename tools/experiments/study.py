@@ -36,7 +36,7 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
-LEFT = 500  # per task, training questions that no base is trained on; routers are tuned on them
+LEFT = 500  # training questions per task that are only used to tune routers, never to train a base model
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
@@ -57,7 +57,8 @@ class ArmValue(Part):
 
 
 class InterpolatedValue(Part):
-    """The value `y` at the `x` of the arm `at`, interpolated linearly between the arms `through`; x and y are dotted paths.
+    """Interpolates the number `y` linearly between the arms `through`, at the number `x` of the arm `at`. Both numbers are
+    named by dotted paths in a record.
 
     The outermost lines extend by `reach` beyond the outermost arms. Farther out the rule has no value.
     """
@@ -142,7 +143,7 @@ class ValueRule(Part):
 
 class CurveSection(Part):
     """Measures the held-out loss during a run, at each checkpoint. The model of a checkpoint has the mean weights of the
-    checkpoints in the last `average` of the steps up to it."""
+    checkpoints in the last fraction `average` of the steps up to it."""
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
@@ -157,7 +158,7 @@ class WireSection(Part):
 
 
 class QuestionsSection(Part):
-    """Asks multiple-choice questions, scored by log-likelihood per token; a pilot takes the validation side."""
+    """Asks multiple-choice questions, scored by log-likelihood per token; a pilot asks the validation questions."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: PositiveInt | None = None  # largest number of questions per task; None for all
@@ -165,7 +166,7 @@ class QuestionsSection(Part):
     embedder: str | None = None  # folder of the embedder; by default the one of `make embedder`
     least: NonNegativeInt = 0  # least number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    listed: bool = False  # true: questions list their choices, and a success is right in each rotation of the choices
+    listed: bool = False  # true: questions list their choices, and only an answer that is right in each rotation counts
     oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
@@ -185,11 +186,11 @@ class MeasureSection(Part):
 
 
 class MeasuredSetting(ArmValue):
-    """Sets a key to a number in another arm's record with the same seed."""
+    """Sets a key of the configuration to a number in another arm's record with the same seed."""
 
 
 class Arm(Part):
-    """One configuration."""
+    """One configuration, with one run for each of its seeds."""
 
     about: str
     set: Settings = Field(default_factory=dict)
@@ -271,8 +272,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include their whole training cost: an arm that continues another one only with
-        `carry`."""
+        """Returns the arms whose records include their whole training cost: an arm that starts from another arm's weights
+        is one of them only with `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))

@@ -1,5 +1,5 @@
-"""Evaluates a model token by token: loss and true experts of each held-out token, right answers of instruction data, and
-the rows that an EP group would send.
+"""Evaluates a model token by token: loss and true (not null) experts of each held-out token, right answers of instruction
+data, and the rows that an EP group would send.
 
 The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
 go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
@@ -101,8 +101,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` is true if the next
-    token is an empty cell. The first token of a document always counts as no empty cell."""
+    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says so about the
+    token after each token. The first token of a document has no token before it, and counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -148,7 +148,7 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
     """Sorts tokens by a value into bins of equal size, and returns the mean true experts of text and of image tokens in
-    each bin. If these differ in a bin, the value alone does not determine the number of experts."""
+    each bin. If these two means differ in a bin, the value alone does not determine the number of experts."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))
@@ -211,8 +211,8 @@ class SentRows:
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False  # a row for an expert on the token's own rank is not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # The routing does not say which token made a null choice, so null choices, and each group's tokens, are divided
-        # among ranks in proportion to their tokens.
+        # The routing does not say which token made a null choice. So null choices, and the tokens of each expert group, are
+        # divided among the ranks in proportion to the ranks' numbers of tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]

@@ -1,7 +1,7 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
-Runs with one seed share data, order and base weights, so the difference d_i between two arms is taken between runs with the
-same seed i. The one-sided 95 % bounds of the mean difference over n seeds are (Student's t)
+Runs of all arms with the same seed share data, order and base weights, so the difference d_i between two
+arms is taken between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -108,7 +108,7 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
 
 def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Returns cost and nats above the curve `of`, [2, points], at each cost of `curve`.
+    """Returns the costs of `curve`, and how many nats `curve` is above `of` at each of them, [2, points].
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
@@ -129,7 +129,7 @@ class Verdict:
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """Judges each rule, from the seeds for which all arms of the rule have records."""
+    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all their records exist."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
