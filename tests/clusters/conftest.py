@@ -25,7 +25,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cluster file: one rank a node."""
     path = tmp_path_factory.mktemp("site") / "site.yaml"
-    path.write_text(drawn().site())
+    path.write_text(drawn().site(equal_threads=True))
     return path
 
 

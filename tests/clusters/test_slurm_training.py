@@ -126,7 +126,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     per_node: int,
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(drawn().site(ranks_per_node=per_node))
+    site.write_text(drawn().site(equal_threads=True, ranks_per_node=per_node))
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
     job, run = runs.start(
@@ -156,7 +156,7 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(drawn().site(ranks_per_node=2))
+    site.write_text(drawn().site(equal_threads=True, ranks_per_node=2))
     job, run = runs.start("batch_node", SHORT, f"--cluster={site}", **{"checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     node = job.field("BatchHost")
@@ -222,7 +222,7 @@ def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
 ) -> None:
     sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
     sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
-    site.write_text(drawn().site(ranks_per_node=4))
+    site.write_text(drawn().site(equal_threads=True, ranks_per_node=4))
     values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
     job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
     found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]

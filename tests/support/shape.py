@@ -88,8 +88,9 @@ class Shape:
         user = {"OMP_NUM_THREADS": "1"} if self.threads == "user" else {}
         return {f"SLURM_CI_{name}": value for name, value in settings.items()} | user
 
-    def site(self, *, ranks_per_node: int = 1, **keys: object) -> str:
-        """Text of a cluster file for this cluster; `keys` replace or add lines."""
+    def site(self, *, ranks_per_node: int = 1, equal_threads: bool = False, **keys: object) -> str:
+        """Text of a cluster file for this cluster; `keys` replace or add lines. With `equal_threads` a rank has one thread in
+        every job: an exclusive job has all cores of its nodes, another job has one core for each rank."""
         late = [
             f"'[ \"$SLURMD_NODENAME\" != {name} ] || sleep {seconds}'"
             for name, seconds in zip(self.names, self.skew, strict=True)
@@ -97,7 +98,7 @@ class Shape:
         ]
         lines: dict[str, object] = {"gpus": "{syntax: none}", "ranks_per_node": ranks_per_node, "time": f"'{self.time}'"}
         lines |= {"signal_seconds": self.signal_seconds, "partition": f"'{self.partition}'"}
-        lines |= {"cpus_per_rank": 1} if self.threads == "key" else {}
+        lines |= {"cpus_per_rank": 1} if self.threads == "key" or (equal_threads and self.threads == "cores") else {}
         lines |= {"prelude": f"[{', '.join(late)}]"} if late else {}
         return "".join(f"{key}: {value}\n" for key, value in (lines | keys).items())
 
