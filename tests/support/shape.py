@@ -89,7 +89,7 @@ class Shape:
         return {f"SLURM_CI_{name}": value for name, value in settings.items()} | user
 
     def site(self, *, ranks_per_node: int = 1, equal_threads: bool = False, **keys: object) -> str:
-        """Text of a cluster file for this cluster; `keys` replace or add lines. With `equal_threads` a rank has one thread in
+        """Returns the text of a cluster file. `keys` replace or add lines. With `equal_threads` a rank has one thread in
         every job: an exclusive job has all cores of its nodes, another job has one core for each rank."""
         late = [
             f"'[ \"$SLURMD_NODENAME\" != {name} ] || sleep {seconds}'"
