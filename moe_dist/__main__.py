@@ -85,7 +85,7 @@ def _make_app() -> typer.Typer:
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Runs the command line; the installed command `moe-dist` calls this function."""
     _make_app()(prog_name="moe-dist")
 
 

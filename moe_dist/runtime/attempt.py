@@ -75,11 +75,11 @@ class Attempt:
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """Sets the function that `check_commit` calls; it raises if needed data are not on disk."""
+        """Sets the function that `check_commit` calls; it must raise if records are not on disk yet."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
-        """The current step; before `follow`, the last step that the open run folder records."""
+        """Returns the current step; before a call of `follow`, the last step that the open run folder records."""
         assert self._folder is not None, "the run folder is open"
         return self._step() if self._step is not None else self._folder.last_step()
 
@@ -120,7 +120,7 @@ class Attempt:
         return self._lease
 
     def check_commit(self) -> None:
-        """Call it on every rank right before each commit of a checkpoint.
+        """Checks that a checkpoint may be committed. Call it on every rank right before each commit.
 
         Raises:
             LeaseError: on rank 0, another attempt has taken over the run.

@@ -33,7 +33,7 @@ class RankEnv:
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
         attempt_id: Unique name of this attempt. If the launcher gives none, each process makes its own name, until the
             ranks have met and taken rank 0's (parallel/rendezvous.py).
-        launched: A launcher of moe_dist started the process; then standard error already goes into the rank's log.
+        launched: True if a launcher of moe_dist started the process; standard error then goes into the rank's log already.
         grace_seconds: Time from a stop signal until the process ends itself.
     """
 

@@ -55,7 +55,7 @@ class Holder:
         return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
-        """True if the process has certainly ended; False if it runs on another machine, where its pid means nothing."""
+        """Returns True if the process has certainly ended; False on another machine, where its pid means nothing."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ class Lease:
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Raises LeaseError if another attempt has taken over, because this one must then write no more. Call it right
+        """Raises LeaseError if another attempt has taken over, because this attempt must then write no more. Call it right
         before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file

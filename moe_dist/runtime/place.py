@@ -42,7 +42,8 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """Returns the place in MOE_DIST_PLACE; None if it is not set, as by torchrun. Raises ConfigError if invalid."""
+        """Returns the place in MOE_DIST_PLACE; None if it is not set, for example under torchrun. Raises ConfigError if it
+        is invalid."""
         text = env.get(PLACE)
         if not text:
             return None

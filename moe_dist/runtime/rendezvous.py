@@ -88,7 +88,7 @@ class StartWait:
         time.sleep(POLL_SECONDS)
 
     def again(self) -> "StartWait":
-        """A new wait of the same length, which a stop signal does not end."""
+        """Returns a new wait of the same length, which a stop signal does not end."""
         return StartWait(self._rank, self._seconds)
 
 

@@ -116,7 +116,7 @@ class RunFolder:
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """True if the run has completed the `train.steps` of `config`."""
+        """Returns True if the run has completed the `train.steps` of `config`."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
@@ -229,7 +229,7 @@ class RunFolder:
         return 0
 
     def has_verdict(self, attempt_id: str) -> bool:
-        """True if a rank of this attempt has recorded a verdict."""
+        """Returns True if a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:

@@ -28,7 +28,7 @@ class StopSignals:
     """Records the stop signals that reach this process inside a `with` block of the main thread.
 
     Attributes:
-        first: The first stop signal; None before it.
+        first: The first stop signal; None if none has come yet.
         interrupts: Number of SIGINTs so far.
     """
 

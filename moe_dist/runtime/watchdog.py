@@ -117,7 +117,7 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     outside = tuple(report.rank for report in reports if report.collective is None)
     fewest = min(report.entered for report in inside)
     behind = tuple(report.rank for report in inside if report.entered == fewest)
-    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # the strongest evidence first
+    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # the strongest evidence decides
     nearest = [report for report in inside if report.rank not in culprits]
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"

@@ -87,7 +87,8 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Returns why a checkpoint cannot be the base of `model`, by its configuration. `base_sources` checks its tensors."""
+    """Returns the reasons, from a checkpoint's configuration, why the checkpoint cannot be the base of `model`. The
+    function `base_sources` checks its tensors."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]

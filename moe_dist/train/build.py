@@ -256,8 +256,8 @@ class TrainingPlan:
         flops_per_token: Function that returns the FLOPs per token of forward and backward. Its arguments map each group's
             name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
-        even_active: By group: the expected number of true experts per token. Only groups in which a controller or a null
-            weight of the balance loss sets it; else it is top_k x true experts / all experts.
+        even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
+            null weight of the balance loss sets this number; in the other groups it is top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement

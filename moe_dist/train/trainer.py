@@ -46,7 +46,7 @@ class Trainer:
         loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Whether this process got a stop signal. Each step tells all ranks of it.
+        stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
     """
 

@@ -70,7 +70,7 @@ def heldout_losses(
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
     model.train(training)  # back to the mode before the call
-    if not counts:  # no rank has batches, because all ranks have equally many
+    if not counts:  # then no rank has batches, because all ranks have equally many
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
