@@ -49,7 +49,8 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """The words of the subcommand for the module `name`: a present or former name, with or without its package."""
+    """Returns the subcommand that runs the module `name`, such as 'launch local'; None if no subcommand runs it. The name
+    may be present or former, with or without its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
     module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name
@@ -84,7 +85,7 @@ def _make_app() -> typer.Typer:
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Runs the command line; the installed command `moe-dist` calls this function."""
     _make_app()(prog_name="moe-dist")
 
 

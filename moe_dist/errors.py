@@ -15,12 +15,12 @@ class MoeDistError(Exception):
 
     Args:
         problems: One problem, or all problems found. Each names the field, its value, the rule and the fix.
-        see: Page of the docs with more about it.
+        see: Page of the docs that explains the problems.
     """
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # True if a launcher may start the same command again
-    consequence: bool = False  # True if another rank's error is the cause, which that rank reports
+    consequence: bool = False  # True if an error on another rank caused this error; the other rank reports it
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -36,14 +36,14 @@ class ConfigError(MoeDistError):
 
 
 class ResourceError(MoeDistError):
-    """The plan needs more ranks, nodes or memory than there are."""
+    """The run needs more ranks, nodes or memory than there are."""
 
     exit_code = 69
     retry = False
 
 
 class PlacementError(ResourceError):
-    """A rank runs on another node than the plan assigned."""
+    """A rank runs on another node than the plan of the run assigned to it."""
 
 
 class DataError(MoeDistError):
@@ -75,4 +75,4 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """A rank received other data than its peer sent. `parallel.check_exchanges` finds such errors."""
+    """A rank received other data than its peer sent to it. `parallel.check_exchanges` finds such errors."""

@@ -42,22 +42,22 @@ class CheckResult:
 
 
 def ok(check: str, text: str) -> CheckResult:
-    """The result of a check that found no problem."""
+    """Returns the result of a check that found no problem."""
     return CheckResult(check, Level.OK, text)
 
 
 def note(check: str, text: str) -> CheckResult:
-    """The result of a check that could not be made."""
+    """Returns the result of a check that could not be made."""
     return CheckResult(check, Level.NOTE, text)
 
 
 def warning(check: str, text: str, fix: str) -> CheckResult:
-    """The result of a check with a problem that would not stop the run."""
+    """Returns the result of a check with a problem that would not stop the run."""
     return CheckResult(check, Level.WARNING, text, fix)
 
 
 def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = ResourceError) -> CheckResult:
-    """The result of a check with a problem that would end the run with the exit code of `kind`."""
+    """Returns the result of a check with a problem that would end the run with the exit code of `kind`."""
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
@@ -66,7 +66,7 @@ _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (Confi
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
-    """Exit code for all results. Errors give the first of 78, 65 and 69 that occurs; warnings alone give 1; otherwise 0."""
+    """Returns the exit code for all results: the first of 78, 65, 69 among the errors; 1 with warnings alone; else 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_KINDS, *sorted(verdicts)) if code in verdicts]

@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError
 
 CLOCK_SECONDS = 5.0
 SHM_BYTES_PER_RANK = 64 << 20  # for NCCL's buffers in /dev/shm; many containers have only 64 MiB in all
-# Connections of a rank: two to each peer in each of the world, EP, edp and checkpoint groups; and files of Python itself.
+# Open files of a rank: two connections to each peer in each process group (world, EP, edp, checkpoint), and Python's own.
 FILES_PER_PEER, OWN_FILES = 8, 256
 PACKAGES = ("python", "torch", "nccl", "moe_dist")
 
@@ -102,7 +102,7 @@ def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    known = [n for n in nodes if n.free_bytes is not None and not n.folder_problem]  # `_folder` reports the others
+    known = [n for n in nodes if n.free_bytes is not None and not n.folder_problem]  # `_folder` reports such problems
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
@@ -125,7 +125,7 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
     """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
-    to the arrival of the answer. A slow answer thus is no clock error; an error below the delay stays unseen."""
+    to the arrival of the answer. So a slow answer is no clock error; but a clock error below the delay is not seen."""
     return min(max(clock, asked), seen)
 
 

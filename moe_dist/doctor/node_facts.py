@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-MARK = "moe_dist node facts: "  # prefix that distinguishes the line from the output of a prelude
+MARK = "moe_dist node facts: "  # begins the line with the facts, because a prelude may print other lines
 CONNECT_SECONDS = 5.0
 INFINIBAND = Path("/sys/class/infiniband")
 NO_LIMIT = -1
@@ -106,12 +106,13 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """The scheduler's name of this node; without a scheduler its host name."""
+    """Returns the scheduler's name of this node; without a scheduler its host name."""
     return env.get("SLURMD_NODENAME") or env.get("MOE_DIST_NODE_NAME") or socket.gethostname()
 
 
 def versions() -> dict[str, str | None]:
-    """Versions that must be equal on all nodes. NCCL is None if torch was not installed with NVIDIA's NCCL package."""
+    """Returns versions that must be equal on all nodes. NCCL is None if torch was installed without NVIDIA's NCCL
+    package."""
     found = {name: _version(name) for name in ("torch", "moe_dist")}
     nccl = next((v for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if (v := _version(name)) is not None), None)
     return {"python": platform.python_version(), **found, "nccl": nccl}
@@ -149,24 +150,24 @@ def write_problem(folder: Path) -> str:
 
 
 def nearest(folder: Path) -> Path:
-    """The folder itself, or its nearest existing parent."""
+    """Returns the folder itself, or its nearest existing parent."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def unresolved(hosts: Iterable[str]) -> dict[str, str]:
-    """The host names that do not resolve on this node, each with the resolver's error."""
+    """Returns the host names that do not resolve on this node, each with the resolver's error."""
     found = {}
     for host in hosts:
         try:
-            socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)  # IPv4, as the rendezvous uses
+            socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)  # IPv4, because the rendezvous uses IPv4
         except OSError as error:
             found[host] = error.strerror or str(error)
     return found
 
 
 def unreachable(host: str, port: int) -> str:
-    """The error on connecting to host:port; empty after success."""
+    """Returns the error on connecting to host:port; empty after success."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -175,12 +176,12 @@ def unreachable(host: str, port: int) -> str:
 
 
 def to_line(facts: NodeFacts) -> str:
-    """The facts as one line for `from_line`."""
+    """Returns the facts as one line, which `from_line` can read."""
     return MARK + json.dumps(asdict(facts), separators=(",", ":"))
 
 
 def from_line(line: str) -> NodeFacts | None:
-    """The facts in a line that `to_line` made; None for any other line."""
+    """Returns the facts in a line that `to_line` made; None for any other line."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -191,7 +192,7 @@ def from_line(line: str) -> NodeFacts | None:
 
 
 def questions_from(text: str) -> Questions:
-    """Inverse of `json.dumps(asdict(questions))`; pydantic turns lists back into tuples."""
+    """Reads what `json.dumps(asdict(questions))` has written; pydantic turns JSON's lists back into tuples."""
     return TypeAdapter(Questions).validate_json(text)
 
 
@@ -203,7 +204,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvml() -> tuple[int | None, str]:
-    """Number of GPUs and the driver's version; or None and NVML's error."""
+    """Returns the number of GPUs and the driver's version; or None and NVML's error."""
     try:
         import pynvml
 
@@ -217,7 +218,7 @@ def _nvml() -> tuple[int | None, str]:
 
 
 def _space(folder: Path) -> tuple[int | None, int | None]:
-    """Size of a file system, and its free bytes for this user; None if unknown."""
+    """Returns the size of a file system, and its free bytes for this user; None if unknown."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -234,5 +235,5 @@ def _sees(token_file: tuple[str, str] | None) -> bool | None:
     if token_file is None:
         return None
     with contextlib.suppress(OSError):
-        return Path(token_file[0]).read_text() == token_file[1]  # equal content: it is the doctor's folder
+        return Path(token_file[0]).read_text() == token_file[1]  # equal content: the node sees the doctor's folder
     return False

@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes, whose ranks are there
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes, whose ranks have met it already
 POLL_SECONDS = 0.1
 
 
@@ -42,7 +42,7 @@ def check_at_start(
     ranks return an empty list. Call it on every rank after rank 0 has opened the run folder. Only rank 0 logs warnings.
 
     Args:
-        wait_seconds: How long rank 0 waits for the facts of the other nodes; it does not compare nodes that are later.
+        wait_seconds: How long rank 0 waits for the facts of the other nodes; later facts are not compared.
 
     Raises:
         ConfigError, ResourceError: a checked node does not meet the run's requirements.

@@ -1,7 +1,7 @@
 """Adds balance and z losses in Megatron: Megatron's scaler adds their gradients in backward, its tracker logs the values.
 
 As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-Each layer sums its counts by one all-reduce of a few integers, only with gradients enabled: once in full recompute.
+Each layer sums its counts by one all-reduce of a few integers, only with gradients enabled, so once in full recompute.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class AuxTerms:
     z: float
     every_rank: dist.ProcessGroup  # Megatron's group TP x CP x DP: all ranks of the pipeline stage that have tokens
     data_parallel_size: int  # size of the DP group without CP
-    per_token_loss: bool  # Megatron divides gradients by the step's tokens, not by micro-batches and DP size
+    per_token_loss: bool  # True if Megatron divides gradients by the step's tokens, not by micro-batches and DP size
     layer_number: int  # counts from 1, for the tracker
     num_layers: int
     record: Record
@@ -42,7 +42,7 @@ class AuxTerms:
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
         """Returns `y` with the same values; its backward also adds the gradients of both losses. Costs one all-reduce,
         unless both coefficients are 0."""
-        if not (self.balance or self.z) or not torch.is_grad_enabled():  # also the first forward of full recompute
+        if not (self.balance or self.z) or not torch.is_grad_enabled():  # off also in the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
         counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]

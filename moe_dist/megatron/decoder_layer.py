@@ -33,7 +33,7 @@ class DecoderLayer(TransformerLayer):
     Args:
         submodules: The submodules of the layer's spec; None takes those of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
-        options: Further arguments of Megatron's layer; the other arguments are those of Megatron's layer, too.
+        options: Further arguments of Megatron's layer. Arguments not listed here are also those of Megatron's layer.
     """
 
     def __init__(

@@ -36,12 +36,12 @@ def groups_of_rank(
 ) -> Tensor:
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
-    Megatron scatters the mask over the TP ranks only on the first pipeline stage, and only if it computes the embeddings.
+    Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings.
     Otherwise the mask has the whole sequence, and this function takes the rank's slice. Nothing is communicated.
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
-        group_of_modality_M: int64, group of each modality, and last a -1, which padding reads with the index -1.
+        group_of_modality_M: int64, group of each modality, then a -1: padding, with the index -1, reads this last element.
         length, batch: s and B.
 
     Raises:
@@ -68,4 +68,4 @@ def groups_of_rank(
             "parallelism as the tokens are",
             see=GUIDE,
         )
-    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # hidden states are [s, B, D]
+    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # transposed, because hidden states are [s, B, D]

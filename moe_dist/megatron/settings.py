@@ -1,7 +1,7 @@
 """Defines the settings that Megatron's configuration lacks: expert groups, null experts, router and placement.
 
-The settings come from a YAML file, named by the environment variable MOE_DIST_EXPERTS, or from an object. Sizes, precision,
-parallelism and loss coefficients stay in Megatron's configuration. This file imports neither torch nor megatron.
+The settings come from the YAML file that the variable MOE_DIST_EXPERTS names, or from an `ExpertSettings`. Sizes,
+precision, parallelism and loss coefficients stay in Megatron's configuration. This file imports neither torch nor megatron.
 """
 
 import os

@@ -4,8 +4,8 @@
     <prefix>router.<group>.<true|null>                                replicated over TP and DP
 
 `sharded_offsets` places a layer's tensor in one tensor of all layers, which Megatron stores with a first axis for layers. A
-rank's stack of experts is one parameter: a factory splits the stack into experts before saving, and stacks them after
-loading; the same is done with the optimizer's states.
+rank's stack of experts is one parameter: a factory splits the stack into experts before saving, and stacks loaded experts
+again; it treats the optimizer's states alike.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""One attempt of a run on one rank. It always ends with a verdict: an exit code that is also recorded in status.json.
+"""Runs one attempt (one start of a run) on one rank. It always ends with a verdict: an exit code, recorded in status.json.
 
 with Attempt(env) as attempt:
     attempt.open(config)                      # rank 0: lease, configuration, status
@@ -32,7 +32,7 @@ STORAGE_ERRORS = frozenset(
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
-    """Exit code and reason of an exception that ends a run."""
+    """Returns exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
         return error.exit_code, str(error)  # without traceback: a user can fix it
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
@@ -75,19 +75,19 @@ class Attempt:
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """Sets the function that `check_commit` calls; it raises if something must be on disk before a checkpoint."""
+        """Sets the function that `check_commit` calls; it must raise if records are not on disk yet."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
-        """The current step; before `follow`, the last step that the open run folder records."""
+        """Returns the current step; before a call of `follow`, the last step that the open run folder records."""
         assert self._folder is not None, "the run folder is open"
         return self._step() if self._step is not None else self._folder.last_step()
 
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
     ) -> RunFolder:
-        """The run folder, which rank 0 opens to write. Call it before the process group is created: then no rank passes the
-        rendezvous unless rank 0 holds the lease.
+        """Returns the run folder, which rank 0 opens for writing. Call it before the process group is created, so that no
+        rank passes the rendezvous before rank 0 holds the lease.
 
         Args:
             wait_seconds: How long rank 0 waits for another attempt to end; a message on standard error announces the wait.
@@ -108,8 +108,8 @@ class Attempt:
         return self._env.attempt_id
 
     def join(self, attempt_id: str) -> RankEnv:
-        """Takes the attempt's name from rank 0, because status.json accepts a verdict under this name only. Returns this
-        rank's environment with the name."""
+        """Sets the attempt's name to rank 0's, because status.json accepts a verdict only under rank 0's name. Returns this
+        rank's environment with that name."""
         self._env = replace(self._env, attempt_id=attempt_id)
         return self._env
 
@@ -120,14 +120,14 @@ class Attempt:
         return self._lease
 
     def check_commit(self) -> None:
-        """Call it on every rank right before each commit of a checkpoint.
+        """Checks that a checkpoint may be committed. Call it on every rank right before each commit.
 
         Raises:
             LeaseError: on rank 0, another attempt has taken over the run.
             CheckpointError: from the function that `require` set.
         """
         if self._lease is not None:
-            self._lease.check()  # first: a run that lost its lease must end, and not report a save that failed
+            self._lease.check()  # first: a run that lost its lease must end with LeaseError, not with a failed save
         self._commit_check()
 
     def finish(self) -> None:
@@ -166,7 +166,7 @@ class Attempt:
     def _report(self, error: BaseException) -> None:
         """Prints an error, and records it unless the run is done."""
         code, reason = verdict_of(error)
-        reason = without_secrets(reason, os.environ)  # an exception may quote a key
+        reason = without_secrets(reason, os.environ)  # an exception may quote an access key
         trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")
         _say(reason if isinstance(error, MoeDistError) else trace_text)
         if not self._finished:
@@ -184,8 +184,8 @@ class Attempt:
         os._exit(code)  # an atexit handler may wait for peers or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
-        """If this rank failed only because a peer did, waits until the peer has recorded the verdict: both may learn of the
-        error at the same moment, and the first record counts."""
+        """If this rank failed only because a peer failed, waits until the peer has recorded the verdict: both may learn of
+        the error at the same moment, and the first record counts."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS

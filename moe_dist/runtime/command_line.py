@@ -49,7 +49,8 @@ def print_done(text: str) -> None:
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:
-    """A command with Python's plain traceback. Typer's own traceback can print local variables, such as tokens and keys."""
+    """Makes a command with Python's plain traceback. Typer's traceback can print local variables, such as tokens and
+    keys."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     return app
@@ -61,7 +62,7 @@ def run_command(main: Callable[..., Any]) -> None:
 
 
 def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Makes a command whose arguments and options are the fields of a dataclass."""
+    """Decorates a function of one dataclass, whose fields become the command's arguments and options."""
 
     def decorate(main: Callable[[Options], None]) -> Callable[..., None]:
         @wraps(main)

@@ -31,9 +31,9 @@ class RankEnv:
         local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
         init_method: How the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
-        attempt_id: Unique name of this attempt. Without a name from the launcher it is this process's own, until the ranks
-            have met and taken that of rank 0 (parallel/rendezvous.py).
-        launched: A launcher of moe_dist started the process; then standard error already goes into the rank's log.
+        attempt_id: Unique name of this attempt. If the launcher gives none, each process makes its own name, until the
+            ranks have met and taken rank 0's (parallel/rendezvous.py).
+        launched: True if a launcher of moe_dist started the process; standard error then goes into the rank's log already.
         grace_seconds: Time from a stop signal until the process ends itself.
     """
 
@@ -69,7 +69,7 @@ class RankEnv:
 
         alone = "RANK" not in env and "WORLD_SIZE" not in env  # a plain `python -m moe_dist.train`
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
-        one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as pods of Kubernetes
+        one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as in pods of Kubernetes
         local_rank = number("LOCAL_RANK", 0 if one_per_node else None)
         local_world_size = number("LOCAL_WORLD_SIZE", 1 if one_per_node else None)
         attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second one comes from torchrun
@@ -79,8 +79,8 @@ class RankEnv:
                     problems.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
             if local_world_size > world_size:
                 problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
-        step_id = step_id if world_size > 1 else ""  # a shell in a step may start one run after the other
-        init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # the name finds rank 0's address
+        step_id = step_id if world_size > 1 else ""  # one step may start several one-rank runs in turn
+        init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # `find` compares the step's name
         if not init_method:
             problems.append(
                 "no rendezvous for the ranks: set MASTER_ADDR and MASTER_PORT to a port of rank 0's node, or "
@@ -102,7 +102,7 @@ def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> None:
     before the import of torch, which reads the variable."""
     if env.get(THREADS):
         return
-    usable = len(os.sched_getaffinity(0))  # fewer than the node has where a container or the scheduler binds the process
+    usable = len(os.sched_getaffinity(0))  # fewer than the node's if a container or the scheduler binds the process
     share = usable // local_world_size
     if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may have bound each task to its share
         share = min(usable, int(cpus) // local_world_size)
@@ -110,8 +110,8 @@ def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> None:
 
 
 def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
-    """`env` with torchrun's names for what mpirun or srun call otherwise; RANK or WORLD_SIZE in `env` has precedence. And a
-    name that all tasks of one srun share; empty with other launchers."""
+    """Returns `env` with the variables of mpirun or srun also under torchrun's names (unless `env` has RANK or WORLD_SIZE),
+    and a name that all tasks of one srun share (empty with other launchers)."""
     names = next((names for names in _OTHER_NAMES if all(name in env for name in names)), None)
     if names is None or "RANK" in env or "WORLD_SIZE" in env:
         return env, ""
@@ -119,16 +119,16 @@ def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
     if names[0] != "SLURM_PROCID":
         return {**env, **ours}, ""
     ours["LOCAL_WORLD_SIZE"] = str(1 + ours["LOCAL_WORLD_SIZE"].count(","))
-    ours["MOE_DIST_ATTEMPT"] = restarts = env.get("SLURM_RESTART_COUNT", "0")  # of the job
+    ours["MOE_DIST_ATTEMPT"] = restarts = env.get("SLURM_RESTART_COUNT", "0")  # of the Slurm job
     return {**env, **ours}, f"srun-{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}-{restarts}"
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """The init method; empty if there are several ranks and no variable gives one."""
+    """Returns the init method; empty if there are several ranks and no variable gives one."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # not tcp://: under torchrun the agent owns the store
+        return "env://"  # not tcp://, because under torchrun the agent already serves the store
     return ALONE if world_size == 1 else ""
 
 

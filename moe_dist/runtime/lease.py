@@ -1,9 +1,9 @@
 """A lease file that allows one writer per run folder. The writer renews the lease, and checks it before each commit.
 
 The holder creates the file with O_EXCL and writes a heartbeat counter into it from a thread. Another process may replace
-the file by a rename once the counter has not changed for `stale_seconds`, or its holder, on this machine, is dead. A
-suspended holder that wakes up later writes into the unlinked old file, and its next `check` fails. flock is not used,
-because network file systems implement it differently.
+the file by a rename once the counter has not changed for `stale_seconds`, or if the holder ran on the same machine and is
+dead. A suspended holder that wakes up later writes into the unlinked old file, and its next `check` fails. flock is not
+used, because network file systems implement it differently.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ class Holder:
     Attributes:
         attempt_id: Name of the attempt, equal on all its ranks.
         host, pid, since: Host, process id, and Unix seconds of the acquisition by that host's clock; used in messages.
-        machine: Identity of the kernel and pid namespace; pids are comparable only if it is equal.
-        born: Start time of the process in clock ticks; a later process with the same pid has another one.
+        machine: Identity of the kernel and pid namespace; pids can be compared only if it is equal.
+        born: Start time of the process in clock ticks; a later process with the same pid has another start time.
         token: Unique for each acquisition.
     """
 
@@ -55,7 +55,7 @@ class Holder:
         return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
-        """True if the process has certainly ended; False if it runs on another machine, where its pid means nothing."""
+        """Returns True if the process has certainly ended; False on another machine, where its pid means nothing."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder of the lease file at `path`; None without a lease."""
+    """Returns the holder of the lease file at `path`; None without a lease."""
     return _read(path)[0]
 
 
@@ -73,7 +73,7 @@ class Lease:
 
     Args:
         path: The lease file, on the file system of the run folder.
-        stale_seconds: A lease is abandoned after this time without a heartbeat; the holder sends six heartbeats in it.
+        stale_seconds: A lease is abandoned after this time without a heartbeat; the holder sends six in this time.
     """
 
     def __init__(self, path: Path, attempt_id: str, *, stale_seconds: float = STALE_SECONDS) -> None:
@@ -131,15 +131,15 @@ class Lease:
         return self
 
     def renew(self) -> None:
-        """Writes the next heartbeat into the file that this process created, even if the file was replaced since."""
+        """Writes the next heartbeat into this process's file, even if another process has replaced that file since."""
         self._beats += 1
-        # If the file is lost, `check` reports it. On a full disk a failed overwrite of fixed size does no harm.
+        # Errors are ignored: `check` reports a lost file, and on a full disk the same bytes can still be overwritten.
         with self._closing, contextlib.suppress(OSError):
             beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so a reader never sees a mix of two heartbeats
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Raises LeaseError if another attempt has taken over, because this one must not write any more. Call it right
+        """Raises LeaseError if another attempt has taken over, because this attempt must then write no more. Call it right
         before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file
@@ -204,8 +204,9 @@ class Lease:
         return True
 
     def _remove_if_dead(self, claim: Path) -> None:
-        """Deletes the claim of a process that was killed before its rename. It is renamed first, so that only one process
-        deletes it. A process whose new claim was deleted by mistake finds that it is missing and tries again."""
+        """Deletes the file `claim` of a process that was killed before its rename. The claim is renamed first, so that only
+        one process deletes it. A process whose new claim is deleted by mistake notices this at its rename and tries
+        again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
@@ -216,7 +217,7 @@ class Lease:
 
 
 def _read(path: Path) -> tuple[Holder | None, bytes]:
-    """The holder and the heartbeat counter; the holder is None if the file is missing or incomplete."""
+    """Returns the holder and the heartbeat counter; the holder is None if the file is missing or incomplete."""
     try:
         beat, _, record = read_regular(path, most_bytes=1 << 16, links=False).partition(b"\n")
         return Holder(**json.loads(record)), beat
@@ -225,14 +226,14 @@ def _read(path: Path) -> tuple[Holder | None, bytes]:
 
 
 def _machine() -> str:
-    """Boot id and pid namespace of this process; empty without /proc."""
+    """Returns boot id and pid namespace of this process; empty without /proc."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _born(pid: int) -> str:
-    """Start time of a process from field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
+    """Returns the start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie has ended

@@ -1,6 +1,6 @@
 """Log lines of a rank, which begin with rank and step; and messages about a slow start.
 
-The launchers already send standard error into log/rank_R.log. Log lines therefore go to:
+The launchers of moe_dist send the standard error of a rank that they launch into log/rank_R.log. Log lines therefore go to:
 
     launched, rank 0     warnings to standard error (terminal and file), the rest to the file
     launched, others     everything to standard error, which is the file

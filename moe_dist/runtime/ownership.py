@@ -25,7 +25,7 @@ class RunFolderError(MoeDistError):
 
 
 def user_name(uid: int) -> str:
-    """A user's name and uid."""
+    """Returns a user's name and uid."""
     try:
         return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
     except KeyError:
@@ -33,7 +33,7 @@ def user_name(uid: int) -> str:
 
 
 def other_owner(folder: Path) -> str | None:
-    """The name of the folder's owner if that is another user; None if this user owns it, or if it is missing.
+    """Returns the folder's owner if that is another user; None if this user owns the folder, or if it is missing.
 
     Some file systems show one owner for all files (root over NFS, mounts in a container). If the owner differs, a temporary
     file is created: if it gets that owner too, the folder counts as this user's.
@@ -51,9 +51,9 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_files(folder: Path) -> None:
-    """Raises ConfigError if a run folder, or its folder of logs, checkpoints or events, has a symbolic link of another
-    user, which could redirect reads and writes, or a FIFO, device or socket, whose reader may wait forever. Links of this
-    user or root are allowed (checkpoints on another disk)."""
+    """Raises ConfigError if a run folder, or its folder of logs, checkpoints or events, contains a symbolic link of another
+    user, which could redirect reads and writes, or a FIFO, device or socket, on which a reader may wait forever. Links of
+    this user or root are allowed, for example to checkpoints on another disk."""
     for place in (folder, *(folder / name for name in ("log", "checkpoints", "tensorboard"))):
         for entry in place.iterdir() if place.is_dir() else ():
             try:

@@ -42,7 +42,8 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """The place in MOE_DIST_PLACE; None if it is not set (by torchrun). Raises ConfigError if it is not valid."""
+        """Returns the place in MOE_DIST_PLACE; None if it is not set, for example under torchrun. Raises ConfigError if it
+        is invalid."""
         text = env.get(PLACE)
         if not text:
             return None

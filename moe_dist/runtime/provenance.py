@@ -46,7 +46,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "threads": os.environ.get(THREADS),  # of rank 0; equal bits need equal threads on every rank
+            "threads": os.environ.get(THREADS),  # of rank 0; bit-equal results need the same number on every rank
             "packages": {each.name: each.version for each in found},
         }
     )
@@ -69,8 +69,9 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
-    """The clone that contains the folder `code`: its commit, the diff against the commit, and its untracked files. Without
-    git, or for an installed package, (None, b"", []). A snapshot stores the state of the clone from which it was copied."""
+    """Returns, for the git clone that contains the folder `code`, the commit, the diff against it, and the untracked files.
+    Returns (None, b"", []) without git, or for an installed package. In a snapshot (a copy of the clone for a Slurm job)
+    returns the clone's values, which the snapshot stores."""
     if (code.parent / SNAPSHOT_JSON).is_file():
         state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
         return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
@@ -84,7 +85,7 @@ def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """Output of a git command; None if it failed. Takes no lock and never prompts."""
+    """Returns the output of a git command; None if it failed. The command takes no lock and never prompts."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

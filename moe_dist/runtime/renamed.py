@@ -23,5 +23,5 @@ class RenamedFinder:
 
 def name_renamed_modules() -> None:
     """Installs the finder. The packages `launchers` and `tools` call it when they are imported."""
-    if RenamedFinder not in sys.meta_path:  # both packages may be imported
+    if RenamedFinder not in sys.meta_path:  # the other package may have installed it
         sys.meta_path.append(RenamedFinder)

@@ -1,4 +1,4 @@
-"""How the ranks find rank 0 at a start, before there is a process group, and what they compare. Does not import torch.
+"""Lets the ranks find rank 0 and compare their settings at a start, before there is a process group. Imports no torch.
 
     <run folder>/rendezvous.json    mode 0600, owned by the ranks' user: attempt_id, host, port, secret
     <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; `key` is new for each start
@@ -88,7 +88,7 @@ class StartWait:
         time.sleep(POLL_SECONDS)
 
     def again(self) -> "StartWait":
-        """A new wait of the same length, which a stop signal does not end."""
+        """Returns a new wait of the same length, which a stop signal does not end."""
         return StartWait(self._rank, self._seconds)
 
 
@@ -110,12 +110,12 @@ class Greeting:
     key: str
 
     def probe(self, run_folder: Path) -> Path:
-        """The file that rank 0 writes into the run folder."""
+        """Returns the path of the file that rank 0 writes into the run folder, and for which the other ranks look."""
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
-        """What keeps this rank from starting with rank 0; empty if nothing does. On several nodes it waits up to
-        SHARED_SECONDS for the probe: with a separate local folder on each node a checkpoint would be scattered over the
+        """Returns what keeps this rank from starting with rank 0; empty if nothing does. On several nodes waits up to
+        SHARED_SECONDS for the file `probe`: if each node had its own local folder, a checkpoint would be scattered over the
         nodes and could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"
         if env.world_size != self.world_size:
@@ -138,7 +138,7 @@ class Greeting:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """Ranks in a sentence: 'rank 3', 'ranks 1, 2', or 'ranks 1, 2, ... and 56 more'."""
+    """Names ranks in a sentence: 'rank 3', 'ranks 1, 2', or 'ranks 1, 2, ... and 56 more'."""
     found = sorted(ranks)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_SHOWN]))}{more}"
@@ -149,16 +149,16 @@ def address_file(run_folder: Path) -> Path:
 
 
 def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
-    """The only address at which rank 0 listens: the loopback if all ranks are on this node and MOE_DIST_RENDEZVOUS_HOST is
-    not set, otherwise `node_address`."""
+    """Returns the only address at which rank 0 listens: the loopback if all ranks are on this node and
+    MOE_DIST_RENDEZVOUS_HOST is not set, otherwise `node_address`."""
     if env.local_world_size == env.world_size and not variables.get(HOST_VARIABLE):
         return "127.0.0.1"  # no other machine can connect
     return node_address(variables)
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """The address at which other nodes can reach this node. Taken from MOE_DIST_RENDEZVOUS_HOST (a name or address of this
-    node), else the interface GLOO_SOCKET_IFNAME, else the host name. Raises ConfigError if none of them
+    """Returns the address at which other nodes can reach this node: from MOE_DIST_RENDEZVOUS_HOST (a name or address of
+    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of them
     gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
@@ -214,13 +214,13 @@ def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
 
 
 def withdraw(path: Path, address: Address) -> None:
-    """On rank 0, after all ranks have connected: deletes the file."""
+    """On rank 0, after all ranks have connected: deletes the file with the address."""
     if _read(path) == address:  # a later attempt may have replaced it
         path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Address | None:
-    """The published address; None without a valid file."""
+    """Returns the published address; None without a valid file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # not through a link of another user
     except FileNotFoundError:

@@ -63,7 +63,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """The run folder of a configuration; it need not exist."""
+        """Returns the run folder of a configuration; it need not exist."""
         return cls(Path(config.run.root) / config.run.name, config.run.group)
 
     def log_of(self, rank: int) -> Path:
@@ -109,19 +109,20 @@ class RunFolder:
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
         """Returns what a start will do, before the process group exists; all ranks get the same result. With `overwrite`
         rank 0 renames the folder of the old run first. Raises the errors of `inspect` and `move_aside`."""
-        if not overwrite or env.attempt > 0:  # a restart must keep the job's progress
+        if not overwrite or env.attempt > 0:  # a restart must not move its own run aside
             return self.inspect(config)
         if env.rank == 0:
             self.move_aside()
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """True if the run has completed the `train.steps` of `config`."""
+        """Returns True if the run has completed the `train.steps` of `config`."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """The configuration of the latest attempt. Raises ConfigError if this version of the code cannot read it."""
+        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read
+        it."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -199,7 +200,7 @@ class RunFolder:
         try:
             self.inspect(config)  # again: the attempt we waited for may have changed the folder
             with in_words(self.path):
-                # The first file: without config.yaml another rank's `inspect` would say that the folder is no run folder.
+                # Written first: without config.yaml another rank's `inspect` would say that the folder is no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -212,12 +213,12 @@ class RunFolder:
         return lease
 
     def read_status(self) -> Status:
-        """All attempts; empty before the first attempt. Raises DataError if status.json is damaged."""
+        """Returns all attempts; empty before the first attempt. Raises DataError if status.json is damaged."""
         return read_status(self.status_json)
 
     def last_step(self) -> int:
-        """The last step that status.json or metrics.jsonl records; 0 before the first step. A killed attempt has recorded
-        its last step only in metrics.jsonl."""
+        """Returns the last step in status.json or metrics.jsonl; 0 before the first step. A killed attempt has recorded its
+        last step only in metrics.jsonl."""
         latest = self.read_status().latest
         return max(latest.last_step if latest is not None else 0, self._recorded_step())
 
@@ -228,7 +229,7 @@ class RunFolder:
         return 0
 
     def has_verdict(self, attempt_id: str) -> bool:
-        """True if a rank of this attempt has recorded a verdict."""
+        """Returns True if a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
@@ -288,7 +289,7 @@ class RunFolder:
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """The summary of a finished run; without a summary, a line with the run's last step."""
+        """Returns the summary of a finished run; without a summary, a line with the run's last step."""
         if self.summary_txt.is_file():
             return read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace")
         latest = self.read_status().latest
@@ -297,7 +298,7 @@ class RunFolder:
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
-            claim.unlink(missing_ok=True)  # marks of earlier attempts, which have ended
+            claim.unlink(missing_ok=True)  # verdict files of earlier attempts, which have ended
         record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
         write_status(self.status_json, record, before_rename=lease.check)
 

@@ -1,7 +1,7 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
-moe_dist never writes environment variables. But an exception may quote a URL with its key, and a user may pass a key as an
-override. Values of secret variables are found in such texts.
+moe_dist writes no environment variables into logs or files. But an exception may quote a URL that contains a key, and a
+user may pass a key as an override. The values of secret variables are therefore removed from such texts.
 """
 
 import re
@@ -13,8 +13,8 @@ SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The secret values of the environment, each mapped to its variable. A secret is known by its variable's name; a path
-    is no secret."""
+    """Returns the secret values of the environment, each mapped to its variable. The variable's name tells that a value is
+    secret; a path is never secret."""
     return {
         value: name
         for name, value in environment.items()
@@ -26,5 +26,5 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """Replaces every secret of the environment by its variable's name, as in <HF_TOKEN>. The longest value is replaced
     first, because one secret may contain another."""
     for value, name in sorted(secrets_of(environment).items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(value, f"<{name}>")  # the value, wherever it stands
+        text = text.replace(value, f"<{name}>")
     return text

@@ -28,7 +28,7 @@ class StopSignals:
     """Records the stop signals that reach this process inside a `with` block of the main thread.
 
     Attributes:
-        first: The first stop signal; None before it.
+        first: The first stop signal; None if none has come yet.
         interrupts: Number of SIGINTs so far.
     """
 
@@ -40,7 +40,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.renew()
-        # A launcher may start this process with blocked stop signals, so an early one is not lost and kills nothing.
+        # A launcher may start this process with blocked stop signals, so that an early signal is neither lost nor fatal.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
         return self
 
@@ -59,14 +59,14 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """Whether a signal has asked this rank to stop; repeated signals count once. Enter it in the main thread, first of all.
+    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter it first, in the main thread.
 
     Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.
         on_expire: The timer's thread calls this before it kills the process; it must not use the process group.
-        told: The first signal is announced on standard error at once, because the current step or evaluation can take long.
+        told: True to announce the first signal on standard error at once, because the current step can take long.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class StopRequest(StopSignals):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._write_end)  # ends the thread and its timer: its read returns nothing
+        os.close(self._write_end)  # the thread's read then returns nothing, which ends the thread and its timer
 
     def _watch(self, read_end: int) -> None:
         timer: threading.Timer | None = None
@@ -132,7 +132,7 @@ def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
 
     Args:
         parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.
-        ignore_stop: The child ignores stop signals (workers of a rank do; ranks do not).
+        ignore_stop: True if the child ignores stop signals (workers of a rank do; ranks do not).
     """
     prctl = None
     if sys.platform.startswith("linux"):  # loaded in the parent: between fork and exec only system calls are safe

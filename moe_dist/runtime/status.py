@@ -14,7 +14,7 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
 SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
-SAVES = 5  # number of saves in that file
+SAVES = 5  # number of saves in SAVE_SECONDS
 MAX_STATUS_BYTES = 1 << 24  # about 50,000 attempts
 UnixSeconds = Annotated[float, Field(ge=0.0, lt=1e11)]  # a date that can be shown
 
@@ -59,7 +59,7 @@ class Status:
 
 
 def read_status(path: Path) -> Status:
-    """All attempts; empty without a file. Raises DataError if the file is damaged."""
+    """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
         text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # one read; writers replace it atomically
     except FileNotFoundError:
@@ -90,13 +90,14 @@ def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[
 
 
 def record_save_seconds(logs: Path, seconds: float) -> None:
-    """Adds the duration of one save to the last few; only rank 0 calls it. A save ends when the checkpoint is durable."""
-    with contextlib.suppress(OSError):  # on a full disk the next record reports the error
+    """Adds a save's duration to the file of the last `SAVES` durations; only rank 0 calls it. A save ends when the
+    checkpoint is durable."""
+    with contextlib.suppress(OSError):  # on a full disk the next record of a step reports the error
         write_atomically(logs / SAVE_SECONDS, json.dumps([*_saves(logs), seconds][-SAVES:]) + "\n")
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """The longest of the last few saves in seconds; None before the first. A grace period must be longer."""
+    """Returns the longest of the last few saves in seconds; None before the first save. A grace period must be longer."""
     return max(_saves(logs), default=None)
 
 

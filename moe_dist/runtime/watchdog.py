@@ -63,7 +63,7 @@ class Report:
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
 
     def line(self) -> str:
-        """The report as one line, for the rank's log."""
+        """Returns the report as one line, for the rank's log."""
         if self.collective is None:
             return f"rank {self.rank} is in no collective (step {self.step}, {self.entered} entered); at {self.at}"
         return (
@@ -73,12 +73,12 @@ class Report:
 
 
 def report_folder(logs: Path, attempt_id: str) -> Path:
-    """The folder for the reports of an attempt; the first rank that reports creates it."""
+    """Returns the folder for the reports of an attempt; the first rank that reports creates it."""
     return logs / f"watchdog_{attempt_id}"
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """All reports in the folder, ordered by rank."""
+    """Reads all reports in the folder, ordered by rank."""
     found = [json.loads(path.read_text()) for path in folder.glob("rank_*.json")] if folder.is_dir() else []
     reports = [Report(**{**each, "send": tuple(each["send"]), "receive": tuple(each["receive"])}) for each in found]
     return sorted(reports, key=lambda report: report.rank)
@@ -117,7 +117,7 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     outside = tuple(report.rank for report in reports if report.collective is None)
     fewest = min(report.entered for report in inside)
     behind = tuple(report.rank for report in inside if report.entered == fewest)
-    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # the strongest evidence first
+    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # the strongest evidence decides
     nearest = [report for report in inside if report.rank not in culprits]
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
@@ -227,7 +227,7 @@ class Watchdog:
 
 
 def _line_of(thread: threading.Thread) -> str:
-    """The innermost source line of the package that a thread executes."""
+    """Returns the innermost source line of the package that a thread executes."""
     frame = sys._current_frames().get(thread.ident or 0)  # a snapshot, taken without stopping the thread
     frames = traceback.extract_stack(frame) if frame is not None else []
     ours = [each for each in frames if f"{os.sep}moe_dist{os.sep}" in each.filename] or frames

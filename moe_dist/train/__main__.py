@@ -47,7 +47,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     env = RankEnv.from_environment(os.environ)
     share_cores(env.local_world_size, os.environ)
     attempt = Attempt(env)
-    # From here on stop signals are caught; the import of torch, which takes seconds, comes later.
+    # From here on stop signals are caught, also while torch is imported, which takes seconds.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
@@ -72,7 +72,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # before the first CUDA call, which reads the environment variables
+        make_deterministic()  # before the first CUDA call, because that call reads the environment variables set here
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
@@ -113,9 +113,9 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             progress=progress,
         )
         finished = trainer.fit()
-        watchdog.stop()  # it would end ranks that wait for rank 0 to close its sinks
+        watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks
         attempt.finish()
-    # All ranks wait for rank 0 here, because launchers kill ranks that run on after their peers.
+    # All ranks wait for rank 0 here, because a launcher kills ranks that still run after a peer has ended.
     checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan))
     if env.rank == 0 and stop.first is not None:
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run

@@ -1,8 +1,10 @@
-"""Loads the frozen base model under LoRA adapters: in a new run from `run.init_from` (with `run.init_rules: [adapt]`), in a
-resumed run from the folder that its checkpoint names, if the content hash is the same.
+"""Loads the base: the frozen model to which LoRA adapters are added. A new run loads the base from `run.init_from` (with
+`run.init_rules: [adapt]`). A resumed run loads it from the folder that the run's checkpoint names, and refuses a base whose
+content hash differs from the one in the checkpoint.
 
-Adapters start with B = 0, so before the first step the model computes the base's function. The logits are bit-equal only in
-batches without padding: a base with one expert per layer skips padding, the frozen FFN computes it, and the rounding of a
+An adapter adds the product of two matrices A and B to a weight, and B starts as 0. Before the first step the model
+therefore computes the same function as the base. The logits of both are bit-equal only in batches without padding: a base
+with one expert per layer leaves padding out of its matrix products, a model with adapters does not, and the rounding of a
 matrix product depends on its number of rows.
 """
 
@@ -22,7 +24,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import Role, role_of_name
 
-# Keys of `model` that must be equal, so that the model computes the base's function. `base_sources` compares the shapes.
+# Keys of `model` that must equal the base's, so that the function is the same. `base_sources` compares the shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -66,7 +68,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
 def load_base(
     values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
 ) -> Base:
-    """Loads the base of a checkpoint of adapters into the model's frozen parameters. Collective.
+    """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective over all ranks.
 
     Args:
         values: `CheckpointState.values` of the checkpoint of adapters.
@@ -85,7 +87,8 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Reasons in a checkpoint's configuration why it cannot be the base of `model`. `base_sources` checks tensors."""
+    """Returns the reasons, from a checkpoint's configuration, why the checkpoint cannot be the base of `model`. The
+    function `base_sources` checks its tensors."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -107,7 +110,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Reasons why the MoE layers of a base do not compute the same as one dense FFN for all tokens."""
+    """Returns the reasons why the MoE layers of a base do not compute the same as one dense FFN for all tokens."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
@@ -126,6 +129,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """True if a parameter comes from the base: all except the adapters and the routers of LoRA experts do."""
+    """Returns True if a parameter is loaded from the base. Only adapters, and the routers of LoRA experts, are not."""
     role = role_of_name(name)
     return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

@@ -46,7 +46,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
-    """The arguments of the transformer, taken from the configuration, which the package `model` does not import."""
+    """Copies the transformer's arguments from the configuration, because the package `model` imports no configuration."""
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
@@ -66,7 +66,7 @@ def build_model(
     choice_scope: SelectionScope | None = None,
     depth_scope: SelectionScope | None = None,
 ) -> Transformer:
-    """The transformer with this rank's experts, on the default device (the meta device in a dry run and before sharding).
+    """Makes the transformer with this rank's experts, on torch's default device (meta in a dry run and before sharding).
 
     Args:
         placement: Experts of each EP rank. The model can run without an `ep_group` only if one rank holds all experts.
@@ -74,7 +74,7 @@ def build_model(
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
         tracker: Records the all-to-alls for the watchdog.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: Ranks whose tokens compete for experts; None for this rank alone.
+        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None for this rank alone.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
     """
     section, stats = config.model, comm_stats or CommStats()
@@ -93,8 +93,8 @@ def build_model(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """Shape and dtype of all logical tensors in a checkpoint of the configured model: parameters, buffers, and moments of
-    trained parameters. Allocates no tensor."""
+    """Returns shape and dtype of each tensor in a checkpoint of the configured model, by logical name: parameters, buffers,
+    and the optimizer's moments of trained parameters. Allocates no memory for tensors."""
     groups = expert_groups(config.model.moe)
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     with torch.device("meta"):
@@ -113,12 +113,12 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """The part of the model that a run's checkpoints contain: the trained parameters if it trains adapters, else all."""
+    """Returns the part of the model that checkpoints contain: trained parameters if the run trains adapters, else all."""
     return "trained" if config.train.only == "adapters" else "all"
 
 
 def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
-    """This rank's position in the layout of ranks, for checkpoints. `mesh` is None for a single rank."""
+    """Returns this rank's position among the ranks that share a checkpoint. `mesh` is None for a single rank."""
     if mesh is None:
         return RankLayout(placement)
     return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -126,7 +126,7 @@ def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
 
 @dataclass(frozen=True)
 class Training:
-    """The model, wrapped for data parallelism, its optimizer and the training step."""
+    """The model (wrapped for data parallelism), its optimizer, its controllers and its training step."""
 
     parallel: ParallelModel
     optimizer: Optimizer
@@ -135,15 +135,16 @@ class Training:
     tuning: RouterTuning | None = None
 
     def controllers(self) -> dict[str, BiasController | RouterTuning]:
-        """The controllers whose state a checkpoint saves, by name."""
+        """Returns the controllers whose state a checkpoint saves, by name."""
         found = {"balance": self.balance, "router_tuning": self.tuning}
         return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
-    """Builds the model on the meta device, shards it, initialises its weights, wraps it; makes optimizer and training step.
+    """Builds the model on the meta device, shards it, initialises its weights, and wraps it for data parallelism. Then
+    makes the optimizer and the training step.
 
-    Shards before allocating memory, so that no rank ever allocates the whole model.
+    The model is sharded before memory is allocated, so that no rank ever allocates the whole model.
     """
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
@@ -193,7 +194,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises: ConfigError: `parallel.expert_gemm` is grouped, but this device has no grouped product for these experts."""
+    """Raises ConfigError if `parallel.expert_gemm` is grouped but this device has no grouped product for these experts."""
     dtype = COMPUTE_DTYPES[config.parallel.precision]
     for group in config.model.moe.groups.values():
         widths = (config.model.hidden_dim, group.ffn_dim)
@@ -206,7 +207,7 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
-    """Index of the expert group of each modality, in the order of the manifest."""
+    """Returns the index of each modality's expert group, in the order of the manifest's modalities."""
     index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
     return [index[name] for name in manifest.modalities]
 
@@ -252,11 +253,11 @@ class TrainingPlan:
     """Settings of the training loop, as plain values.
 
     Attributes:
-        flops_per_token: Function that returns the FLOPs per token, forward and backward, from each group's true (not null)
-            experts per token and its share of the tokens.
-        active_target: By group: the active experts per token that a controller aims at.
-        even_active: By group: the active experts per token at even load, if a controller or a null weight makes them differ
-            from top_k x true columns / all columns.
+        flops_per_token: Function that returns the FLOPs per token of forward and backward. Its arguments map each group's
+            name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
+        active_target: By group: the number of true experts per token that a controller aims at.
+        even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
+            null weight of the balance loss sets this number; in the other groups it is top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement

@@ -31,7 +31,7 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """The all-to-all of one process group; it checks each exchange if `parallel.check_exchanges` is set."""
+    """Makes the all-to-all of one process group. It checks each exchange if `parallel.check_exchanges` is set."""
     all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
@@ -52,13 +52,13 @@ class DispatchParts:
 
 
 def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
-    """The dispatcher of all MoE layers. The fields of `parallel.dispatch` become keywords of its constructor."""
+    """Makes the dispatcher of all MoE layers. The fields of `parallel.dispatch` become keywords of its constructor."""
     return DISPATCHERS[parts.parallel.dispatch.kind](parts)
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """The pipelined dispatcher if `overlap` or `chunks` is set. Else the dispatcher with known counts, if no row is sent
-    for several (token, expert) pairs, or the plain dispatcher."""
+    """Makes the pipelined dispatcher if `overlap` or `chunks` is set. Otherwise makes the dispatcher with known counts if
+    each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may serve several pairs."""
     if parts.fields != {"overlap": False, "chunks": 1}:
         bound = parts.parallel.max_receive_rows
         return PipelinedDispatcher(parts.placement, parts.all_to_all, max_receive_rows=bound, **parts.fields)
@@ -80,9 +80,9 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """The dispatcher with known counts, for batches whose pairs per rank and expert the router computes in advance. All
-    other batches (as in evaluation, where tokens choose experts) use the plain dispatcher. With `always`, known counts are
-    used even if a rank holds several experts of a group."""
+    """Makes the dispatcher with known counts. It serves batches for which the router knows the number of (token, expert)
+    pairs per rank and expert without an exchange. All other batches (as in evaluation, where tokens choose experts) use the
+    plain dispatcher. With `always`, known counts are used even if a rank holds several experts of a group."""
     known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 

@@ -28,7 +28,7 @@ class LayerParts:
     ep_rank: int
     all_to_all: AllToAll  # all-to-all of the EP group
     node_groups: NodeGroups
-    choice_scope: SelectionScope | None  # ranks whose tokens compete for experts; None for this rank alone
+    choice_scope: SelectionScope | None  # with expert choice: ranks whose tokens compete for an expert
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:

@@ -37,11 +37,11 @@ CONTROLLERS: dict[str, type[Rule]] = {
 
 
 def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
-    """The router of one MoE layer; the fields of `section` become keywords of its constructor.
+    """Makes the router of one MoE layer. The fields of `section` become keywords of its constructor.
 
     Args:
-        known: Further values: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among the MoE
-            layers), `selection_scope`, `known_counts`. The constructor gets those that it has as parameters.
+        known: Further values by name: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among
+            the MoE layers), `selection_scope`, `known_counts`. The constructor gets those for which it has a parameter.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
@@ -50,7 +50,7 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """The controller of the model's selection biases, with a rule per section of `balance`; None without sections."""
+    """Makes the controller of selection biases with one rule per section of `balance`; returns None without sections."""
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
@@ -59,7 +59,8 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
 
 
 def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[SelectionScope, SelectionScope | None]:
-    """The ranks whose tokens compete in expert choice, and in mixture of depths (None without it)."""
+    """Returns two scopes: the ranks whose tokens compete for an expert in expert choice, and the ranks whose tokens compete
+    in a mixture-of-depths layer (None without such layers)."""
 
     def scope(kind: ScopeKind) -> SelectionScope:
         ranks = {"rank": (mesh.rank,), "ep_group": mesh.ep_ranks, "world": tuple(range(mesh.world_size))}[kind]
@@ -71,7 +72,7 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[Sel
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """The controller that updates the thresholds of mixture-of-depths routers; None if no router has one."""
+    """Makes the controller that updates the thresholds of mixture-of-depths routers; returns None if none has one."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

@@ -21,7 +21,7 @@ from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
-    """Router tuning of a model; `groups` has the index of the expert group of each modality."""
+    """Makes the router tuning of a model. `groups` has the index of each modality's expert group."""
     section, mesh = config.router_tuning, parallel.mesh
     assert section is not None, "the caller checks the section"
     if mesh.rank == 0:
@@ -33,7 +33,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # with refreshes, layers may be missing
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # others need a refresh
     )
     reader = RoutingReader(
         parallel.model,
@@ -55,7 +55,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
     """Returns the function that finds the neighbours of a sample. With the regulariser `l2` a sample's only neighbour is
-    the sample itself, with its routing before the first step."""
+    the sample itself, and the target is its routing before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(
@@ -68,7 +68,7 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Counts on one rank, each as a pair: of the trained parameters, and of all parameters."""
+    """Counts on one rank. The first number of a field is of the trained parameters, the second of all parameters."""
 
     parameters: tuple[int, int]
     optimizer: tuple[int, int]  # bytes of AdamW's moments

@@ -1,7 +1,7 @@
 """Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. Needs no GPU and no data.
 
 Builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
-values for a router that chooses all columns of a group with equal probability.
+values for a router that chooses all experts of a group, null experts included, with equal probability.
 """
 
 import math
@@ -58,7 +58,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
 
 
 def estimate(config: Config) -> DryRun:
-    """The estimates of a run. Raises the errors of `dry_run`."""
+    """Computes the estimates of a run. Raises the errors of `dry_run`."""
     layout = layout_without_data(config)
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
@@ -72,7 +72,7 @@ def estimate(config: Config) -> DryRun:
     rank = max(ranks, key=lambda r: memories[r].total)
     frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
-    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block adds one dispatch
+    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats the dispatch of forward
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
@@ -93,7 +93,7 @@ def estimate(config: Config) -> DryRun:
 
 
 def render(config: Config, result: DryRun, tokens_per_second: float | None = None) -> Table:
-    """The estimates as a table."""
+    """Returns the estimates as a table."""
     table = Table(
         title=f"{config.run.name}: {result.world_size} ranks (ep {config.parallel.ep} x edp {config.parallel.edp})"
     )
@@ -138,7 +138,7 @@ def _times(config: Config) -> str:
 
 
 def count_text(number: float) -> str:
-    """A number as text with three digits and a space, K, M, G, T, P or E."""
+    """Returns a number as text: three digits and a space, and from 1000 on the unit K, M, G, T, P or E."""
     if number < 1000:
         return f"{number:.3g} "
     power = min(6, int(math.log10(number) + 1e-12) // 3)
@@ -146,7 +146,7 @@ def count_text(number: float) -> str:
 
 
 def bytes_text(number: float) -> str:
-    """A number of bytes as text in B, KiB, MiB, GiB, TiB or PiB."""
+    """Returns a number of bytes as text in B, KiB, MiB, GiB, TiB or PiB."""
     power = min(5, int(math.log2(number)) // 10) if number >= 1 else 0
     return f"{number / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'][power]}"
 
@@ -154,8 +154,8 @@ def bytes_text(number: float) -> str:
 def _memory(
     config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
-    """Memory of the EP rank `rank`. `plan` has the rows for one token of the whole EP group; here rows and pairs are those
-    for one token on each of its ranks."""
+    """Returns the memory of the EP rank `rank`. `plan` counts the rows for one token of the whole EP group. This function
+    counts the rows and (token, expert) pairs for one token on each rank of the EP group."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
@@ -164,7 +164,7 @@ def _memory(
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Compares `parts` with the number of parameters, over all EP ranks, of the model that the run would build."""
+    """Checks that `parts` sum to the number of parameters, over all EP ranks, of the model that the run would build."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
     for held, ranks in Counter(held_R).items():  # ranks with the same numbers of experts share a model
@@ -207,7 +207,8 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """Text with a group's top_k and numbers of null, identity and constant experts; empty if it has none of these."""
+    """Returns a text with a group's top_k and numbers of null, identity and constant experts; empty without such
+    experts."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

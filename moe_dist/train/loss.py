@@ -39,7 +39,7 @@ class AuxSettings:
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """The settings of step `step` (0-based): the balance coefficient from `schedule`, and `settings`."""
+    """Returns the settings of step `step` (0-based): `settings`, and the balance coefficient from `schedule`."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
@@ -55,8 +55,8 @@ class MicroLoss(NamedTuple):
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 if the label is IGNORED."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # for bf16 logits a copy of B x S x V x 4 bytes
+    """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
     losses = F.cross_entropy(
         logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -64,7 +64,7 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
+    """Returns the sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
     member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=values_BS.device)
     member &= (labels_BS != IGNORED).flatten()[:, None]
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
@@ -92,8 +92,8 @@ def global_counts(
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # One row per layer, with all fields. Another layout would change last bits: the order in which an all-reduce adds the
-    # ranks depends on an element's place.
+    # One row per layer, with all fields. Another layout would change the last bits of sums, because the order in which an
+    # all-reduce adds the ranks' numbers depends on their place in the tensor.
     packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     routing = packed.split([part.shape[1] for part in parts], dim=1)
     return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
@@ -105,7 +105,8 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`, by one all-reduce; empty and no collective without mixture of depths."""
+    """Returns the fields depth_... of `StepCounts`, summed over all ranks by one all-reduce. Without mixture of depths the
+    fields are empty and there is no all-reduce."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -127,7 +128,7 @@ def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tenso
 def depth_statistics(
     model: Transformer, placement: ExpertPlacement, tokens_LG: np.ndarray, taken_LG: np.ndarray, **more: np.ndarray
 ) -> DepthStatistics:
-    """Statistics of the model's mixture-of-depths layers; all counts are over all ranks."""
+    """Returns statistics of the model's mixture-of-depths layers. All counts must be sums over all ranks."""
     groups = tuple(group.name for group in placement.groups)
     layers, capacity = model.args.depth_layers, model.depth_routers()[0].capacity
     return DepthStatistics(layers, capacity, groups, tokens_LG, taken_LG, **more)
@@ -144,8 +145,8 @@ def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
 
 
 def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
-    """This rank's summand of the auxiliary routers' loss, [L, G] ([0, G] without such routers): for each layer and group
-    the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
+    """Returns what this rank adds to the auxiliary routers' loss, [L, G] ([0, G] without them). For each layer and group
+    the loss is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
 
     Args:
         tokens_LG: Number of tokens over all ranks; the loss of a group without tokens is 0.
@@ -157,8 +158,8 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
-    """This rank's summand of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over the tokens
-    of all ranks, summed over the layers. Only these routers get gradients from it."""
+    """Returns what this rank adds to the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over
+    the tokens of all ranks, summed over the layers. Only the auxiliary routers get gradients from this loss."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
     terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
@@ -179,7 +180,7 @@ def micro_loss(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> MicroLoss:
-    """What one micro-batch on this rank adds to the step's loss:
+    """Returns what one micro-batch on this rank adds to the step's loss:
 
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
                                                               + sum_layers,groups auxiliary)
@@ -188,7 +189,7 @@ def micro_loss(
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
         share: This micro-batch's labels on all ranks divided by `labels_in_step`: the weight of the auxiliary terms, which
             are computed per micro-batch over all ranks.
-        world: Group of all ranks, over which counts are summed.
+        world: Process group of all ranks, over which counts are summed.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)
     counts = global_counts(reports, world, tracker)

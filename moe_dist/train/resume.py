@@ -52,8 +52,8 @@ class Progress:
     first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """True if an evaluation is due after the current step (every `every` steps and after step `last`) and was not made.
-        If a stop request prevents it, the resumed run makes it."""
+        """Returns True if an evaluation is due after the current step (every `every` steps and after step `last`) but not
+        made. If a stop request prevents the evaluation, the resumed run makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
@@ -61,11 +61,11 @@ class Controller(Protocol):
     """An object with a state that is no tensor of the model and that changes during a run, equally on all ranks."""
 
     def state(self) -> JsonValue:
-        """A copy of the state as a JSON value."""
+        """Returns a copy of the state as a JSON value."""
         ...
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a result of `state`. Raises: DataError: the state is invalid."""
+        """Restores a state that `state` returned. Raises DataError if it is invalid."""
         ...
 
 
@@ -128,7 +128,7 @@ class Resumable:
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # `found` is None on all ranks but 0, which alone compares the data
-        self._checkpoints.clear()  # before `latest` is read, so that no suspended process can commit afterwards
+        self._checkpoints.clear()  # before `latest`: deletes unfinished saves, which a suspended process could commit
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -188,7 +188,7 @@ class Resumable:
             )
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """The progress of a new run whose data begin where those of the run `init_from` ended.
+        """Returns the progress of a new run whose data begin where the data of the run `init_from` ended.
 
         Raises:
             ConfigError: the two runs do not draw the same stream of sequences.
@@ -209,7 +209,7 @@ class Resumable:
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
-    """The progress that a checkpoint contains.
+    """Returns the progress that a checkpoint contains.
 
     Raises:
         DataError: a counter is invalid, or contradicts another counter or the configuration.
@@ -239,12 +239,12 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """The `position` of another run's checkpoint, for a new run that draws the same stream of sequences from there on.
+    """Returns the `position` of another run's checkpoint, at which a new run goes on in the same stream of sequences.
 
     The data set, the section `data` and the seed determine the stream, so they must be equal in both runs.
 
     Raises:
-        ConfigError: the data set, the section `data` or the seed differs, or the other run was router tuning.
+        ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.
         DataError: the checkpoint lacks the values of a run, for example because an import wrote it.
     """
     state = open_checkpoint(folder).state
@@ -269,7 +269,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
-    """The configuration of the run that saved a checkpoint.
+    """Returns the configuration of the run that saved a checkpoint.
 
     Raises:
         DataError: this version cannot read the configuration.
@@ -287,7 +287,7 @@ def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict
     """Returns `values[name]` of a checkpoint, which must be a mapping.
 
     Raises:
-        DataError: it is missing or no mapping.
+        DataError: the value is missing or no mapping.
     """
     found = values.get(name)
     if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""What a rank needs around the training loop: device, process groups, watchdog, sinks of records, and the final summary."""
+"""Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, final summary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ from moe_dist.train.trainer import Finished
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """This rank's device: the GPU whose index is the local rank, or the CPU.
+    """Returns this rank's device: the GPU whose index is the local rank, or the CPU.
 
     Raises:
         ResourceError: there is no GPU for this rank.
@@ -61,14 +61,15 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails; or the ranks did not meet, or do not share run folder and start.
+        MoeDistError: a check of this node fails; the ranks did not meet; or their run folders or starts differ.
     """
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped)
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        # Before the process group is made, because the other ranks would wait there for a bad node until the timeout.
+        check_at_start(config, env, folder.path)
         timeout = section.timeout_seconds
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
@@ -77,7 +78,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts to watch this rank's collectives; a single rank needs no watchdog. Call it after `join_world`."""
+    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call it after `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
@@ -88,7 +89,7 @@ def start_watchdog(
         step=attempt.last_step,
         end=attempt.give_up,
     )
-    return watchdog.start() if env.world_size > 1 else watchdog  # in a thread
+    return watchdog.start() if env.world_size > 1 else watchdog
 
 
 @contextmanager
@@ -109,10 +110,10 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Opens the sinks of records on rank 0, joined into one; other ranks have none. The sinks are closed even after an
-    error, so that no record stays in a buffer.
+    """Yields a list: on rank 0 with one sink, which passes the records of steps and evaluations to all sinks; else empty.
+    The sinks are closed even after an error, so that no record stays in a buffer.
 
-    Before each record, rank 0 checks that it holds the lease. A checkpoint is committed only if all records are on disk.
+    Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
     """
     if env.rank != 0:
         yield []
@@ -164,8 +165,8 @@ SINKS: dict[str, Callable[..., Sink]] = {
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
-    """One sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes configuration and placement
-    to each sink as text."""
+    """Makes one sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes the configuration and
+    the placement of experts to each sink as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(
         placement.groups,
@@ -190,7 +191,8 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
 
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
-    """Text of `width` columns: placement of a run's experts, and costs of each placement policy for its token mix."""
+    """Returns a text of `width` columns with the placement of a run's experts, and with the costs that each placement
+    policy would have for the run's token mix."""
     if plan.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
@@ -205,7 +207,7 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run."""
-    if not finished.took_steps and folder.summary_txt.is_file():  # finished while this attempt waited
+    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished while this one waited
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)

@@ -4,7 +4,7 @@ are loaded, all others stay as initialised. The rules in `run.init_rules`:
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)
 
-All checks run before the first step. The report lists the loaded tensors and the differences in the models' functions.
+All checks run before the first step. The report tells what was loaded, and why the model's function differs (if it does).
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
-        # Not with upcycle: the experts of a group are then equal, so a token's output does not depend on its choice.
+        # Not needed with upcycle: the experts of a group are then equal, so their choice does not change a token's output.
         if copy and not upcycle and (problems := source_problems(config, source)):
             raise ConfigError(
                 [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
@@ -80,7 +80,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _check_scored(config: Config) -> None:
-    """Raises: ConfigError: the samples of router tuning were not made with the weights of `run.init_from`."""
+    """Raises ConfigError if the samples of router tuning were not made with the weights of `run.init_from`."""
     assert config.router_tuning is not None, "the caller checks the section"
     assert config.run.init_from is not None, "preflight checks it"
     manifest = load_tuning_manifest(config.router_tuning.data)
@@ -96,15 +96,15 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """The gates (router weights) of all MoE layers and groups. Every rank has them whole."""
+    """Returns the gates (router weights) of all MoE layers and groups. Every rank has each gate whole."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Differences between checkpoint and model that a rule refuses, except in routers: a tensor with another shape, a
-    tensor that the model lacks, a key of `model` with another value."""
+    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
+    shape, a tensor that the model lacks, a key of `model` with another value. Leaves out tensors of routers."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -121,8 +121,8 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Reasons, besides `_misfits`, why the model computes another function than the checkpoint's model. If there are none,
-    it computes the same function (an upcycled model up to rounding)."""
+    """Returns the reasons, besides those of `_misfits`, why the model computes another function than the checkpoint's
+    model. Without such reasons it computes the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     if "upcycle" not in config.run.init_rules:
@@ -148,7 +148,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Names of the tensors that keep their initial values, except those of routers that a rule permits."""
+    """Returns the names of tensors that keep their initial values, except router tensors for which a rule allows it."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if "upcycle" not in config.run.init_rules:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -156,8 +156,8 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """The part of `_changes` for upcycled experts. These are equal, so the weighted sum of their outputs is the output of
-    one expert if the weights sum to 1."""
+    """Returns the reasons of `_changes` that concern upcycled experts. The experts of a group are equal, so the weighted
+    sum of their outputs is the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:

@@ -44,8 +44,8 @@ class AfterStep(Protocol):
     """A controller that changes biases or thresholds of routers after the optimizer's step, equally on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Is called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective
-        and no host sync."""
+        """Called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective and
+        no host sync."""
         ...
 
 
@@ -54,7 +54,7 @@ class TrainingStep:
 
     Args:
         parallel: The model on its mesh.
-        placement: Experts of each EP rank, from which the ledger computes the rows that other dispatchers would send.
+        placement: Experts of each EP rank. From it the ledger computes the rows that other dispatchers would send.
         group_of_modality: Index of the expert group of each modality, in the order of the manifest.
         clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None for no limit.
         comm_stats: Counts bytes and seconds of the model's exchanges.
@@ -83,7 +83,7 @@ class TrainingStep:
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info = needs_global_batch_info
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
-        self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step; empty before the first step
+        self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step at its index; empty at first
         self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
@@ -98,8 +98,8 @@ class TrainingStep:
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
-        Besides the dispatchers' syncs the host syncs with the device only at the end: for this rank's counts (for the
-        ledger), the summed vector, and the counts over all ranks.
+        Apart from the dispatchers' syncs, and that for `needs_global_batch_info`, the host syncs with the device only at
+        the end: to read this rank's counts (for the ledger), the summed vector, and the counts over all ranks.
 
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
@@ -118,7 +118,7 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # The all-reduce also gives the ranks' times of the previous step. Sums of counts are exact in any order.
+        # Also gathers the ranks' busy times of the previous step. Sums of counts are exact in any order.
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
@@ -222,7 +222,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # `optimizer.zero_grad` would leave the gradients of empty and frozen parameters.
+        # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
@@ -254,10 +254,10 @@ class TrainingStep:
 
 
 class _BusyClock:
-    """Measures the busy time of a rank in a step: without the time that it waits for other ranks.
+    """Measures the busy time of a rank in a step: the time of the step without the waits for other ranks.
 
-    Subtracts the host's time in collectives. On CUDA the host does not wait in collectives, so it subtracts the device's
-    time in the exchanges, which is known only after `CommStats.take`.
+    Subtracts the host's time in collectives. On CUDA the host does not wait in collectives; there the clock subtracts the
+    device's time in the exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
     """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
@@ -270,7 +270,7 @@ class _BusyClock:
 
 
 class _OwnCounts:
-    """This rank's counts per group, summed over layers and micro-batches: kept true choices, null choices, tokens."""
+    """Sums this rank's counts per group over layers and micro-batches: choices of true and null experts, and tokens."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -287,7 +287,7 @@ class _OwnCounts:
             self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
 
     def totals(self) -> tuple[list[int], list[int], list[int]]:
-        """Choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
+        """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
         true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()  # device-to-host sync
         return true_G, null_G, tokens_G
 
@@ -295,8 +295,8 @@ class _OwnCounts:
 def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
-    """Token counts, float64 [W, I, G] by rank, micro-batch and group: this rank's counts in its own row, zeros in all other
-    rows, so that the sum over the ranks has all counts. I is 0 unless `needed`."""
+    """Returns token counts, float64 [W, I, G] by rank, micro-batch and group: this rank's counts in its own row, zeros in
+    all other rows, so that the sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
     num_batches = len(batches) if needed else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)
@@ -309,7 +309,7 @@ def _count_members(
 def _batch_infos(
     batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
 ) -> list[GlobalBatchInfo | None]:
-    """The `GlobalBatchInfo` of each micro-batch, from the token counts of all ranks; None if no router needs it.
+    """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all ranks; None if no router needs it.
 
     The i-th micro-batch must have the same shape on every rank.
     """

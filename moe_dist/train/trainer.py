@@ -43,10 +43,10 @@ class Trainer:
 
     Attributes:
         take_step: Takes one optimizer step.
-        loader: Returns this rank's batches of the step that begins at a position of the global stream.
+        loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Whether this process got a stop signal. Each step tells all ranks of it.
+        stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
     """
 
@@ -78,10 +78,10 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # before a stop it only saves, as time is short
+            if last or (self._owes_evaluation() and not stop):  # before a stop only the save is made, because time is short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self.saver.writer.wait()  # the last save may still run
+                self.saver.writer.wait()  # a thread may still write the last save
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
@@ -137,7 +137,7 @@ class Trainer:
             sink.step(record)
 
     def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
-        """FLOPs per token of a step, from each group's true experts per token and its fraction of the tokens."""
+        """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
         placement = self.plan.placement
         taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
         experts, share = {}, {}
@@ -156,7 +156,7 @@ class Trainer:
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """This rank's last training micro-batches, at most `count`; first those of the last step, then those before it."""
+        """Returns this rank's last training micro-batches, at most `count`, those of the latest step first."""
         position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
             batches += self.loader.batches(position)
@@ -164,7 +164,7 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the state of the run. Unless `must`, a thread may write it during the next steps."""
+        """Saves the run's state. With `must` it waits for the write, else a thread may write during the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
         self.saver.save(self.progress, durable=must)
@@ -186,7 +186,7 @@ class Trainer:
         )
 
     def _divergence(self) -> str:
-        """The error text of a diverged run."""
+        """Returns the error text of a diverged run."""
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
             f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "

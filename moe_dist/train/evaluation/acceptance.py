@@ -10,7 +10,7 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
-NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, as a fraction of the unigram model's
+NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, divided by the unigram model's loss
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
 NULL_TOLERANCE = 0.05  # allowed difference of the fraction of null choices from its expected value
 
@@ -27,7 +27,7 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """Makes the checks `names`, without those whose baseline is missing, and without those of routing if no step was taken.
+    """Makes the checks `names`. Leaves out checks whose baseline is missing, and checks of routing if `window` is 0.
 
     Args:
         names: Names of the checks (`evaluation.checks`), in the order of display.
@@ -35,8 +35,8 @@ def run_checks(
         choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
         skipped_steps: Number of skipped steps in the whole run.
         window: Number of steps in the routing counts; 0 if the attempt took no step.
-        even_active: By group: the expected active experts per token, if a controller or a null weight makes them differ
-            from top_k x true columns / all columns.
+        even_active: By group: the expected number of true experts per token, if a controller or a weight of null experts
+            makes it differ from top_k x true experts / all experts.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -63,8 +63,8 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
-    `NO_FILLER_RATIO` times the unigram model's, and that the text loss is `TEXT_MARGIN` below the unigram model's."""
+    """Checks the picture loss: it must be below the loss of the left bigram model and, without background cells, at most
+    `NO_FILLER_RATIO` times the unigram model's loss. The text loss must be `TEXT_MARGIN` below the unigram model's loss."""
     checks = []
 
     def check(what: str, value: float, rule: str, passed: bool) -> None:
@@ -96,16 +96,16 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Checks for each group that the fraction of null choices is near null columns / all columns of the group.
+    """Checks that, in each group, null experts get a fraction of the choices near null experts / all experts.
 
-    If `even_active` has the group, all choices beyond those active experts count as spread evenly over the columns that are
-    not true.
+    If `even_active` has the group, the group's tokens are expected to take so many true experts, and to spread their other
+    choices evenly over the experts that are not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            nulls = sum(other.num_null for other in groups[:index])  # columns: all true ones, then the groups' null ones
+            nulls = sum(other.num_null for other in groups[:index])  # first come all true columns, then null ones
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
             load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts

@@ -1,8 +1,9 @@
-"""balance_efficiency: the throughput with the model's own routing, divided by the throughput if as many (token, expert)
-pairs are spread evenly over the experts.
+"""Measures balance_efficiency: the throughput with the model's own routing, divided by the throughput with the same number
+of (token, expert) pairs spread evenly over the experts.
 
-Published MoE throughputs are often measured with evenly spread pairs; times balance_efficiency they hold for real routing.
-The forward pass is timed on held-out batches. Gradients, random generators, loader and routers stay unchanged.
+Published MoE throughputs are often measured with evenly spread pairs; multiplied by balance_efficiency, such a throughput
+holds for real routing. The forward pass is timed on held-out batches. Gradients, random generators, loader and routers stay
+unchanged.
 """
 
 import os
@@ -36,7 +37,7 @@ class BalanceEfficiency:
 
 
 class EvenRouter(nn.Module):
-    """Makes as many pairs as another router, with the same weights, but takes the experts of each group in turn."""
+    """Makes as many (token, expert) pairs as another router, with its weights, but takes the experts of a group in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -61,8 +62,8 @@ class EvenRouter(nn.Module):
 def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
-    """Times forward passes with own and with even routing in turn; divides the median time with even routing by that with
-    own routing. Each time is that of the slowest rank.
+    """Times forward passes, alternately with the model's own and with even routing. Returns the median time with even
+    routing, divided by the median time with own routing. Each time is the time of the slowest rank.
 
     Collective. On a CPU with more ranks than cores it measures nothing, because the times would depend on the operating
     system's scheduler.
@@ -105,7 +106,7 @@ def _timed(
     groups: Sequence[ExpertGroup] | None,
     mesh: Mesh,
 ) -> float:
-    """Seconds that the slowest rank takes for the forward passes of all batches. Syncs with the device before and after."""
+    """Returns the slowest rank's seconds for the forward passes of all batches. Syncs with the device before and after."""
     training = model.training
     model.eval()
     with even_routing(model, groups) if groups is not None else nullcontext():

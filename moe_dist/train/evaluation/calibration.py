@@ -1,10 +1,10 @@
-"""Calibrates routers' thresholds before a held-out evaluation, so that with them each expert and each mixture-of-depths
-layer takes the same fraction of training tokens as in training.
+"""Calibrates the thresholds of routers before a held-out evaluation. By its threshold, each expert and each
+mixture-of-depths layer must take the same fraction of training tokens as it takes in training.
 
 The model runs on training batches in evaluation mode, but each expert or layer selects tokens as in training. Then each
 threshold is set so that the number of tokens with a higher score, over all ranks and batches, equals the number of selected
-tokens. Bisection finds it with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation the
-fraction may still differ, because earlier layers select other tokens, and because held-out text differs.
+tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation
+the fraction may still differ, because earlier layers then select other tokens, and held-out tokens differ.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
 mixture-of-depths layer only the selected tokens).
@@ -30,7 +30,7 @@ HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolut
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """The routers with thresholds: first those of MoE layers, then those of mixture of depths, both in layer order."""
+    """Returns the routers with thresholds, in layer order: first those of MoE layers, then those of mixture of depths."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
@@ -44,8 +44,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place; none without batches. An expert also keeps its threshold if no token was
-    selected for it.
+    """Sets the thresholds of all layers in place. Without batches all thresholds stay. An expert for which no token was
+    selected keeps its threshold.
 
     Collective: every rank must pass the same number of batches.
     """
@@ -75,8 +75,8 @@ def _seen(
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each router, of this rank's tokens: the scores [T, n], and the number of selected tokens per threshold, float64
-    [n]. The scores of all routers are T x N numbers in memory."""
+    """Returns for each router the scores of this rank's tokens, [T, n], and the number of selected tokens per threshold,
+    float64 [n]. The scores of all routers are T x N numbers in memory."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 

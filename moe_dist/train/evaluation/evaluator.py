@@ -110,7 +110,7 @@ class Evaluator:
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
-        """Number of true (not null) experts per token and layer, by group, without groups that have no tokens."""
+        """Returns the number of true (not null) experts per token and layer, by group. Leaves out groups without tokens."""
         if heldout.choices_LC is None or heldout.tokens_LG is None:
             return {}
         tokens_G = heldout.tokens_LG.sum(0)
@@ -121,8 +121,8 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """Mean over the ranks of rows x FFN width, divided by the maximum; the rows follow from this evaluation's
-        choices."""
+        """Returns the mean over the ranks of rows x FFN width, divided by the maximum over the ranks. A rank's number of
+        rows follows from the choices of experts in this evaluation."""
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self.placement)
@@ -130,7 +130,7 @@ class Evaluator:
         return 1.0 / imbalance if imbalance else None
 
     def _batches(self, sequences: int) -> list[Batch]:
-        """This rank's held-out batches of all sources, on the host."""
+        """Returns this rank's held-out batches of all sources, on the host."""
         if self._cached[0] != sequences:
             batches = [
                 batch

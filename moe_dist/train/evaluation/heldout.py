@@ -1,4 +1,4 @@
-"""Held-out losses by modality, from sums over all ranks. The losses do not depend on the number of ranks."""
+"""Computes held-out losses by modality from sums over all ranks. The losses do not depend on the number of ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Heldout:
     """Held-out losses and routing counts, over all ranks.
 
     Attributes:
-        loss: Nats per label by the label's modality; '<modality>_no_filler' is without filler cells, if the data mark such
-            cells. Modalities without labels are left out.
+        loss: Nats per label by the label's modality; '<modality>_no_filler' is without filler (the background cells of
+            pictures), if the data mark it. Modalities without labels are left out.
         tokens: Number of labels behind each entry of `loss`.
         choices_LC: int64, number of choices per layer and column, see `moe_dist.monitor.statistics`; None without batches.
         tokens_LG: int64, number of routed tokens per layer and group; None without batches.
@@ -49,12 +49,12 @@ def heldout_losses(
     tracker: CollectiveTracker | None = None,
     experts_off: bool = False,
 ) -> Heldout:
-    """Held-out losses and routing counts. Collective: every rank must pass the same number of batches.
+    """Computes held-out losses and routing counts. Collective: every rank must pass the same number of batches.
 
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], index of the expert group of each modality.
-        experts_off: Leave out the output of routed experts. The rise of the loss measures what they contribute.
+        experts_off: Leave out the output of routed experts. The loss then rises by what the experts contribute.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs
@@ -70,7 +70,7 @@ def heldout_losses(
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
     model.train(training)  # back to the mode before the call
-    if not counts:  # no rank has batches, because all ranks have equally many
+    if not counts:  # then no rank has batches, because all ranks have equally many
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
@@ -88,7 +88,7 @@ def heldout_losses(
 
 
 def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
-    """`choices_LC`, `tokens_LG` and, with mixture of depths, `depth_2LG` of `Heldout`, for one batch of this rank."""
+    """Returns the fields `choices_LC`, `tokens_LG` and, with mixture of depths, `depth_2LG` of `Heldout` for one batch."""
     parts = [torch.stack([report.sums.choices_C for report in reports])]
     parts.append(torch.stack([report.sums.tokens_G for report in reports]))
     mixture_of_depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
@@ -96,7 +96,7 @@ def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """float64 [4, M]: loss sum and number of labels by modality, first of all labels, then of filler cells only."""
+    """Returns float64 [4, M]: loss sum and number of labels by modality, first of all labels, then of filler cells only."""
     ones = torch.ones_like(losses_BS)
     filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
     return torch.stack(

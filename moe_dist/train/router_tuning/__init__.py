@@ -1,1 +1,1 @@
-"""Router tuning (RoMA): trains only the routers, towards the routing of successful neighbours."""
+"""Router tuning (RoMA): trains only the routers, to route a sample like similar samples that were answered right."""

@@ -1,4 +1,5 @@
-"""Batches of prompts with answers, for router tuning and questions: one per row; only the answer's tokens are labels.
+"""Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A row has one prompt and its
+answer; only the answer's tokens are labels.
 
 The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
 """
@@ -85,7 +86,7 @@ class SampleMaker:
 
 
 class SampleLoader:
-    """Training batches of one rank: `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
+    """Makes the training batches of one rank. Use `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
         samples: Every epoch contains each sample once, in another order.
@@ -110,7 +111,7 @@ class SampleLoader:
         self._epochs = ShuffledEpochs((seed,), len(samples))
 
     def batches(self, position: int) -> list[Batch]:
-        """This rank's micro-batches of the step that starts at sample `position` of the global stream."""
+        """Returns this rank's micro-batches of the step that starts at sample `position` of the stream of all ranks."""
         made: list[Batch] = []
         for each in micro_batches(position, **self._share):
             numbers = [self.number(at) for at in each]
@@ -118,9 +119,9 @@ class SampleLoader:
         return made
 
     def number(self, position: int) -> int:
-        """Index in `Samples` of the sample at a position of the global stream."""
+        """Returns the index in `Samples` of the sample at a position of the stream."""
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Epochs over the samples up to a position, by modality; the same number for each."""
+        """Returns the number of epochs over the samples up to a position, by modality; it is the same for each modality."""
         return dict.fromkeys(self._modalities, position / len(self._samples))

@@ -1,4 +1,4 @@
-"""Finds the samples with the embeddings nearest to a sample's (its neighbours), with scikit-learn, in a memory-mapped file.
+"""Finds a sample's neighbours: the samples with the nearest embeddings. scikit-learn searches a memory-mapped file.
 
 The weights of the neighbours j of a sample i, with embeddings E(x), are those of RoMA (arXiv 2511.07419, section 3):
 
@@ -20,9 +20,9 @@ class Neighbours(NamedTuple):
 
 
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
-    """Weights W of one sample's neighbours, float64 [K] with the sum 1, from squared distances of embeddings, [K]."""
+    """Returns the weights W of a sample's neighbours, float64 [K] with the sum 1, from squared embedding distances [K]."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtracts the largest exponent: without this, neighbours that are far for the bandwidth would give 0 / 0.
+    # Subtracts the largest exponent: otherwise, if all neighbours are far away, each exp would be 0 and the result 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
@@ -36,7 +36,7 @@ class NeighbourIndex:
     Args:
         embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
         members: M, the number of samples that may be neighbours.
-        bandwidth: sigma in the weights.
+        bandwidth: sigma in the formula of the weights.
         k: Number of neighbours; None to select by similarity.
         similarity: Smallest s_ij of a neighbour; None to select by k.
         random_seed: If given, k random members, which depend on seed and sample, are taken instead of the nearest.
@@ -80,7 +80,7 @@ class NeighbourIndex:
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # k + 1, because the result may contain the sample itself, also after others with an equal embedding.
+        # k + 1, because the result may contain the sample itself (not always first, if embeddings are equal).
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:

@@ -46,7 +46,8 @@ class RoutingReader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Router softmax [S, L, C] for the last token of each prompt, on the host; fp32, or float64 for a float64 model.
+        """Returns the router softmax [S, L, C] of each prompt's last token on the host, in fp32 (float64 for a float64
+        model).
 
         The model runs in evaluation mode and gets its former mode back. Collective: every rank passes the same prompts and
         gets the whole result. On the device the result is S x L x C numbers.
@@ -60,7 +61,7 @@ class RoutingReader:
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """The softmax [S, L, C] with zeros for the prompts of other ranks, so that the sum over the ranks is the result."""
+        """Returns the softmax [S, L, C], with zeros for other ranks' prompts: the sum over the ranks has all prompts."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
@@ -81,6 +82,6 @@ class RoutingReader:
 
 
 def routing_of(reports: Sequence[LayerReport], places: Sequence[int]) -> Tensor:
-    """The router softmax [A, L, C] of the A probe tokens in the MoE layers with the indices `places`."""
+    """Returns the router softmax [A, L, C] of the A probe tokens in the MoE layers with the indices `places`."""
     found = [reports[place].prob_AC for place in places]
     return torch.stack([each for each in found if each is not None], dim=1)

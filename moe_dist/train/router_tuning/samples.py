@@ -1,4 +1,4 @@
-"""The samples of router tuning on disk: reads them memory-mapped, and writes them so that no incomplete folder appears.
+"""Reads the samples of router tuning from memory-mapped files, and writes them so that no incomplete folder appears.
 
 See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers, C columns.
 """
@@ -59,13 +59,13 @@ class Samples:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """A copy of the token ids of one sample."""
+        """Returns a copy of the token ids of one sample."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
         return TuningSample(tokens[:prompt], tokens[prompt:])
 
     def prompts(self) -> list[np.ndarray]:
-        """The prompts of all samples, in the order of the samples."""
+        """Returns the prompts of all samples, in the order of the samples."""
         return [self.sample(number).prompt for number in range(len(self))]
 
 
@@ -83,8 +83,8 @@ class Scored:
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder of samples, those with `right` first. The folder is written under a hidden name and renamed when it
-    is complete. The next call removes an incomplete folder.
+    """Writes a folder of samples; the samples with `right` come first. The folder is written under a hidden name and
+    renamed when it is complete. The next call removes an incomplete folder.
 
     Args:
         out: The folder, which must not exist.
@@ -142,13 +142,13 @@ def write_samples(
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises: ConfigError: `out` exists."""
+    """Raises ConfigError if `out` exists."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out}: exists already, and nothing is overwritten; name another folder, or remove it")
 
 
 def check_place(out: Path) -> None:
-    """Checks that a folder can be made, before hours of scoring. Raises: ConfigError: `out` exists, or its parent is not
-    writable."""
+    """Checks that the folder `out` can be made; call it before the scoring, which takes hours. Raises ConfigError if `out`
+    exists, or its parent is not writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

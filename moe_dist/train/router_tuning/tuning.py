@@ -4,8 +4,8 @@
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
 r_i is the routing of sample i: the router softmax of the chosen layers for the last token of its prompt, concatenated. r_j
-is a constant, read from the folder of samples or recomputed every `refresh_every` steps. A sample without neighbours counts
-in the mean with 0. `neighbours.py` computes the weights W.
+is the routing of sample j. It is a constant, read from the folder of samples or recomputed every `refresh_every` steps. A
+sample without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
 
 Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
@@ -33,7 +33,7 @@ from moe_dist.train.router_tuning.samples import Samples
 
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
-    """The router parameters of the layers with the indices `layers`, by logical name."""
+    """Returns the router parameters of the layers with the indices `layers`, by logical name."""
     prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
     return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
 
@@ -58,7 +58,7 @@ class Targets(NamedTuple):
 
 
 def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
-    """Sum over samples i and neighbours j of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
+    """Returns the sum over samples i and neighbours j of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`."""
     squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)  # B x K x R numbers in memory
     return (weight_BK.to(r_BR.dtype) * squared_BK).sum()
 
@@ -98,10 +98,10 @@ class RouterTuning:
         self._width = len(chosen.places) * samples.manifest.columns  # R, the width of a sample's routing
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
-        self._routing_SLC: np.ndarray | None = None  # result of the last refresh; None before the first
+        self._routing_SLC: np.ndarray | None = None  # result of the last refresh; None before the first refresh
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
-        """The targets of each micro-batch of step `step` (0-based).
+        """Returns the targets of each micro-batch of step `step` (0-based).
 
         Collective if a refresh is due: then the ranks together compute the routing of all samples with the current weights.
         """
@@ -123,7 +123,7 @@ class RouterTuning:
         return Targets(batch.probe_tokens_B.to(device), *on_device)
 
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
-        """Routing [K, R] of the samples `number_K` in the chosen layers."""
+        """Returns the routing [K, R] of the samples `number_K` in the chosen layers."""
         if self._routing_SLC is not None:
             return self._routing_SLC[number_K].reshape(len(number_K), self._width)
         stored_KLC = self._samples.routing_SLC[number_K]  # reads K rows of the memory-mapped file
@@ -136,12 +136,12 @@ class RouterTuning:
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Digest of the samples, and step and router weights of the last refresh, which `restore` repeats."""
+        """Returns the samples' digest, and step and router weights of the last refresh, so that `restore` can repeat it."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a result of `state`; the model's weights must be loaded already. Collective.
+        """Restores a state that `state` returned. The model's weights must be loaded already. Collective.
 
         Raises:
             DataError: the state is invalid, or belongs to other samples.
@@ -165,7 +165,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # for this refresh only
+            for name, parameter in self._routers.items():  # the weights of the last refresh, only to repeat it
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
