@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config import controllers, experts, routers
+from moe_dist.config import controllers, experts, rope, routers
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
 from moe_dist.config.experts.lora import AttentionLoRASection
 from moe_dist.config.kinds import kinds_in
+from moe_dist.config.rope.base import RopeScalingSection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.section import (
@@ -32,10 +33,12 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyRouter = RouterSection
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
+    AnyRopeScaling = RopeScalingSection
 else:
     AnyRouter = kinds_in(routers, RouterSection)
     AnyController = kinds_in(controllers, ControllerSection)
     AnyExperts = kinds_in(experts, ExpertsSection)
+    AnyRopeScaling = kinds_in(rope, RopeScalingSection)
 
 
 class GroupSection(Section):
@@ -180,6 +183,12 @@ class ModelSection(Section):
         default=None, description="Hidden width of the FFN in layers without experts."
     )
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
+    rope_scaling: AnyRopeScaling | None = None
+    """Change of the rotary frequencies for sequences longer than those of pretraining. null: no change."""
+    sliding_window: PositiveInt | None = None
+    """Number of tokens that a token sees in a layer with a sliding window, itself included. null: no window."""
+    sliding_layers: tuple[Count, ...] | None = None
+    """Indices of the layers with the sliding window. null: all layers."""
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm of queries and keys. head: over each head (Qwen3). full: over the whole projection (OLMoE)."""
@@ -196,6 +205,12 @@ class ModelSection(Section):
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each layer in tokens; None: the layer sees the whole document."""
+        sliding = range(self.num_layers) if self.sliding_layers is None else self.sliding_layers
+        return tuple(self.sliding_window if layer in sliding else None for layer in range(self.num_layers))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -243,6 +258,12 @@ class ModelSection(Section):
                 head_keys,
                 f"head_dim={self.resolved_head_dim} must be even, because RoPE rotates pairs of values; change it",
             )
+        if self.sliding_layers is not None and self.sliding_window is None:
+            problem = f"sliding_layers={list(self.sliding_layers)} needs sliding_window; set it, or sliding_layers=null"
+            yield Violation(("sliding_layers", "sliding_window"), problem)
+        if beyond := [layer for layer in self.sliding_layers or () if layer >= self.num_layers]:
+            problem = f"sliding_layers={beyond}: must be below num_layers={self.num_layers}; remove them"
+            yield Violation(("sliding_layers", "num_layers"), problem)
         if not self.moe_layers:
             problem = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
             yield Violation(("moe.first", "num_layers"), problem)

@@ -33,6 +33,7 @@ from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.hf.attention_fields import max_positions
 from moe_dist.hf.families import FAMILIES, ModelFamily, misfits, read_section, top_k_router, write_fields
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
@@ -268,6 +269,8 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
     return {
         **plain,
         "head_dim": section.resolved_head_dim,
+        "max_seq_len": max_positions(section),
+        "sliding_layers": section.windows,
         "dense_ffn_dim": section.dense_ffn_dim if dense else None,
         "layers": section.moe_layers,
         "experts": (group.num_experts, group.top_k, group.ffn_dim),

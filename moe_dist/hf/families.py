@@ -11,6 +11,15 @@ from typing import Any
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
+from moe_dist.hf.attention_fields import (
+    Windows,
+    max_positions,
+    read_rope,
+    read_windows,
+    windows_fit,
+    write_rope,
+    write_windows,
+)
 from moe_dist.hf.fields import Fields
 
 GROUP = "all"  # name of the only expert group of an imported model
@@ -30,13 +39,25 @@ class ModelFamily:
     dense_layers: bool = False  # fields decoder_sparse_step and mlp_only_layers can make layers dense
     shared: bool = False  # each MoE layer has a shared expert with a sigmoid gate
     head_dim: bool = True  # config.json has the field head_dim
+    null_head_dim: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
+    kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null
+    rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
+    windows: Windows = "none"  # how config.json says sliding windows
     must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
 
 
 _NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
 _EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes num_local_experts for some families
-_CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
+_CLIP = {"clip_qkv": ((None,), "queries, keys and values are not clipped")}
+# Fields that transformers reads in any model, and that no class of these families has.
+_ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "is_causal": ((True,), "a token sees no later token"),
+    "attention_chunk_size": ((None,), "attention has no chunks"),
+    "kv_sharing_modes": ((None,), "every layer has its own keys and values"),
+    "per_layer_config": ((None, {}), "all layers have the same sizes"),
+    **dict.fromkeys(("text_config", "decoder", "generator"), ((None,), "the model must not be inside another")),
+}
 _MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
 FAMILIES: Mapping[str, ModelFamily] = {
@@ -44,6 +65,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
     for family in (
         ModelFamily(
             "mixtral", "MixtralForCausalLM", "none", {"none": {}}, {"true_chosen": {}}, _EXPERTS[::-1], "intermediate_size",
+            null_head_dim=True, kv_heads=8, rope_base=1e6, windows="always",
         ),
         ModelFamily(
             "olmoe", "OlmoeForCausalLM", "full", _BIAS, _NORM, _EXPERTS, "intermediate_size", head_dim=False,
@@ -51,14 +73,15 @@ FAMILIES: Mapping[str, ModelFamily] = {
         ),
         ModelFamily(
             "qwen3_moe", "Qwen3MoeForCausalLM", "head", _BIAS, _NORM, _EXPERTS, "moe_intermediate_size",
-            dense_layers=True,
+            dense_layers=True, kv_heads=4, windows="flag",
         ),
         ModelFamily(
             "qwen2_moe", "Qwen2MoeForCausalLM", "none", {"qkv": {"qkv_bias": True}, "none": {"qkv_bias": False}}, _NORM,
-            _EXPERTS, "moe_intermediate_size", dense_layers=True, shared=True,
+            _EXPERTS[:1], "moe_intermediate_size", dense_layers=True, shared=True, kv_heads=16, windows="layers",
         ),
         ModelFamily(
-            "llama", "LlamaForCausalLM", "none", _BIAS, {"true_chosen": {}}, (), "intermediate_size", must_be=_MLP_BIAS
+            "llama", "LlamaForCausalLM", "none", _BIAS, {"true_chosen": {}}, (), "intermediate_size", must_be=_MLP_BIAS,
+            null_head_dim=True,
         ),
     )
 }  # fmt: skip
@@ -107,19 +130,25 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     read = Fields(config, family.name)
     layers, heads = read.whole("num_hidden_layers"), read.whole("num_attention_heads")
     max_seq_len = read.whole("max_position_embeddings")
-    _check_plain(family, read, max_seq_len)
+    _check_plain(family, read)
     first, every, dense = _moe_layers(family, read, layers)
     experts = read.one_of(family.experts) if family.experts else 1
+    width = read.whole("head_dim", None, **({"null": None} if family.null_head_dim else {}))
+    if not family.head_dim and width is not None and width * heads != read.whole("hidden_size"):
+        raise ConfigError(
+            f"config.json: head_dim={width}: a {family.name} model has heads of hidden_size / num_attention_heads"
+        )
     section = {
         "hidden_dim": read.whole("hidden_size"),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": read.whole("num_key_value_heads", heads),
-        "head_dim": read.whole("head_dim", None),
+        "num_kv_heads": _kv_heads(family, read, heads),
+        "head_dim": width,
         "vocab_size": read.whole("vocab_size"),
         "max_seq_len": max_seq_len,
         "dense_ffn_dim": read.whole("intermediate_size") if dense else None,
-        "rope_base": _rope_base(family, read),
+        **read_rope(read, family.rope_base, max_seq_len),
+        **read_windows(read, family.windows, layers),
         "norm_eps": read.positive("rms_norm_eps"),
         "qk_norm": family.qk_norm,
         "attention_bias": _said(family.biases, read),
@@ -145,37 +174,17 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     return family, section, read.unread()
 
 
-def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
-    """Raises ConfigError for features that any family may have and moe_dist lacks."""
+def _check_plain(family: ModelFamily, read: Fields) -> None:
+    """Raises ConfigError for features that a model may have and moe_dist lacks."""
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
-    read.must_be("partial_rotary_factor", (1, 1.0), "rotary positions turn whole heads")
-    read.must_be("rope_scaling", ({}, {"rope_type": "default"}, {"type": "default"}), "rotary positions are not scaled")
-    for name, (allowed, why) in family.must_be.items():
+    for name, (allowed, why) in {**_ANY_FAMILY, **family.must_be}.items():
         read.must_be(name, allowed, why)
-    window = read.get("sliding_window", None)
-    slides = read.flag("use_sliding_window", family.name == "mixtral")
-    types = read.many("layer_types")
-    if any(kind != "full_attention" for kind in types):
-        raise ConfigError(f"config.json: layer_types={types!r:.80} is not supported: every layer sees its whole document")
-    if slides and window is not None and window < max_seq_len:
-        raise ConfigError(
-            f"config.json: sliding_window={window} is not supported: every layer sees its whole document; it would be the "
-            f"same up to {window} tokens: lower max_position_embeddings={max_seq_len} to that if sequences are shorter"
-        )
 
 
-def _rope_base(family: ModelFamily, read: Fields) -> float:
-    """Returns the base of the rotary frequencies: rope_theta of transformers 4, or in rope_parameters of transformers 5."""
-    rope = read.get("rope_parameters", None)
-    if rope is None:
-        return read.positive("rope_theta", 10000.0) if family.name == "llama" else read.positive("rope_theta")
-    read.get("rope_theta", None)
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
-    if kind != "default" or set(rope) - {"rope_type", "rope_theta", "type"}:
-        raise ConfigError(f"config.json: rope_parameters={rope!r} is not supported: rotary positions are not scaled")
-    return Fields({"rope_parameters.rope_theta": rope.get("rope_theta")}, family.name).positive(
-        "rope_parameters.rope_theta"
-    )
+def _kv_heads(family: ModelFamily, read: Fields, heads: int) -> int:
+    if family.kv_heads is None:
+        return read.whole("num_key_value_heads", heads, null=heads)
+    return read.whole("num_key_value_heads", family.kv_heads)
 
 
 def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
@@ -189,7 +198,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
     """Returns the index of the first MoE layer, the distance between MoE layers, and True if there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
-    step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")
+    step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers", [], null=[])
     sparse = [layer for layer in range(layers) if layer not in only and (layer + 1) % step == 0]
     every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if not sparse or sparse != list(range(sparse[0], layers, every)):
@@ -227,6 +236,9 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
         f"shared_ffn_dim={moe.shared_ffn_dim}, shared_gate={moe.shared_gate}": (
             bool(moe.shared_ffn_dim) == family.shared == moe.shared_gate
         ),
+        f"sliding_window={section.sliding_window}, sliding_layers={section.sliding_layers}": windows_fit(
+            section, family.windows
+        ),
         f"head_dim={section.head_dim}": family.head_dim or section.resolved_head_dim == width,
     }
     return [what for what, fits in held.items() if not fits]
@@ -243,10 +255,10 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         "num_attention_heads": section.num_heads,
         "num_key_value_heads": section.num_kv_heads,
         "vocab_size": section.vocab_size,
-        "max_position_embeddings": section.max_seq_len,
+        "max_position_embeddings": max_positions(section),
         "rms_norm_eps": section.norm_eps,
-        "rope_theta": section.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_base},
+        **write_rope(section),
+        **write_windows(section, family.windows),
         "hidden_act": "silu",
         "tie_word_embeddings": section.tie_embeddings,
         "initializer_range": section.init_std,
@@ -260,7 +272,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
     if family.dense_layers:
         dense = [layer for layer in range(section.num_layers) if layer not in section.moe_layers]
         fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-        fields |= {"intermediate_size": section.dense_ffn_dim or group.ffn_dim, "use_sliding_window": False}
+        fields |= {"intermediate_size": section.dense_ffn_dim or group.ffn_dim}
     if family.shared:
         fields["shared_expert_intermediate_size"] = moe.shared_ffn_dim
     return fields | {family.ffn: group.ffn_dim}

@@ -16,7 +16,7 @@ INERT = frozenset(
     (
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
         "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder",
-        "label2id", "max_window_layers", "model_type", "output_attentions", "output_hidden_states",
+        "label2id", "model_type", "output_attentions", "output_hidden_states",
         "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "rope_interleaved",
         "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache",
         "is_llama_config", "transformers.js_config",
@@ -47,30 +47,34 @@ class Fields:
     """The fields of a config.json. An error message has the field's name, its value and what is allowed."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
-        self._values, self._family = values, family
+        self._values, self.family = values, family
         self._read: set[str] = set()
 
-    def get(self, name: str, default: Any = _MISSING) -> Any:
-        """Returns a field's value, or the default if the field is absent or null.
+    def get(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
+        """Returns a field's value, `default` if the field is absent, or `null` if it is null.
 
         Raises:
-            ConfigError: the field is absent or null, and has no default.
+            ConfigError: the field is absent or null, and nothing stands for that.
         """
         self._read.add(name)
-        value = self._values.get(name)
-        if value is not None:
-            return value
-        if default is _MISSING:
-            raise ConfigError(f"config.json: {name} is missing; a {self._family} model must say it")
-        return default
+        value = self._values.get(name, default)
+        value = null if value is None and name in self._values else value
+        if value is _MISSING:
+            problem = "null" if name in self._values else "missing"
+            raise ConfigError(f"config.json: {name} is {problem}; a {self.family} model must say it")
+        return value
 
-    def whole(self, name: str, default: Any = _MISSING) -> Any:
-        """Returns the value of a field that must be an integer above 0, or the default."""
-        return self._fitting(name, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
+    def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
+        """Returns the value of a field that must be an integer above 0, or what stands for it."""
+        return self._fitting(name, default, null, "a whole number above 0", lambda v: type(v) is int and v > 0)
+
+    def count(self, name: str, default: int) -> int:
+        """Returns the value of a field that must be an integer of at least 0, or the default."""
+        return self._fitting(name, default, _MISSING, "a whole number", lambda v: type(v) is int and v >= 0)
 
     def one_of(self, names: Sequence[str]) -> int:
         """Returns an integer above 0 from a field with one of several names; if several exist, they must be equal."""
-        found = {name: self.whole(name) for name in names if self.get(name, None) is not None}
+        found = {name: self.whole(name) for name in names if name in self._values}
         if len(set(found.values())) > 1:
             raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
         return next(iter(found.values())) if found else self.whole(names[0])
@@ -78,27 +82,32 @@ class Fields:
     def positive(self, name: str, default: Any = _MISSING) -> float:
         """Returns the value of a field that must be a number above 0, or the default."""
         rule = "a number above 0"
-        return float(self._fitting(name, default, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
+        return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
 
-    def many(self, name: str) -> list[Any]:
-        """Returns the value of a field that must be a list; an empty list if the field is absent."""
-        return self._fitting(name, [], "a list", lambda value: isinstance(value, list))
+    def many(self, name: str, default: Any = None, *, null: Any = _MISSING) -> Any:
+        """Returns the value of a field that must be a list, or what stands for it."""
+        return self._fitting(name, default, null, "a list", lambda value: isinstance(value, list))
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Returns the value of a field that must be an object; an empty one if it is absent or null."""
+        return self._fitting(name, None, None, "an object", lambda value: isinstance(value, dict)) or {}
 
     def flag(self, name: str, default: bool) -> bool:
-        return self._fitting(name, default, "true or false", lambda value: isinstance(value, bool))
+        return self._fitting(name, default, _MISSING, "true or false", lambda value: isinstance(value, bool))
 
-    def _fitting(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
-        """Returns the value of a field, which must satisfy `fits`, or the default. `rule` names what it must be."""
-        value = self.get(name, default)
-        if value is not default and not fits(value):
+    def _fitting(self, name: str, default: Any, null: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
+        """Returns the value of a field, which must satisfy `fits`, or what stands for it. `rule` names what it must be."""
+        value = self.get(name, default, null=null)
+        if self._values.get(name) is not None and not fits(value):
             raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field has a value that is not in `allowed`; `why` tells what moe_dist does instead."""
-        value = self.get(name, None)
-        if value is not None and value not in allowed:
-            raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")
+        """Raises ConfigError if a field is there with a value that is not in `allowed`; `why` tells what moe_dist does
+        instead."""
+        self._read.add(name)
+        if name in self._values and self._values[name] not in allowed:
+            raise ConfigError(f"config.json: {name}={self._values[name]!r:.80} is not supported: {why}")
 
     def unread(self) -> Sequence[str]:
         """Returns the names of the fields that have a value, were not read, and may change the logits."""

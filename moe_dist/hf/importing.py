@@ -35,7 +35,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.families import read_section
-from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, make_plan, refused
+from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, check_copies, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
@@ -85,6 +85,7 @@ def import_model(
     section = changed_section(plain, family, options)
     check_tokenizer(source, vocab_size=section.vocab_size)
     plan = make_plan(source, family, section, shard_bytes=shard_bytes)
+    check_copies(source, plan, shard_bytes=shard_bytes)
     config = run_config(plan, out, options, data_path)
     with _workplace(out) as place:
         save_id = _begin(place, source, plan, options)
@@ -159,12 +160,16 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
     """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes it at the end of the
-    `with` block, but not after an error."""
+    `with` block and after a DataError, which no later import of the same files can avoid, but after no other error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock", timeout=0):
-            yield place
+            try:
+                yield place
+            except DataError:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
             shutil.rmtree(place)
     except Timeout as error:
         raise ConfigError(f"{place}: another import is writing there; wait for it, or choose another folder") from error

@@ -15,6 +15,8 @@ from moe_dist.hf.families import ModelFamily
 
 Item = TypeVar("Item")
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the families' names
+
 
 def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
     """Divides items, in order, into shards of at most `most` bytes; a larger item gets a shard of its own.
@@ -58,7 +60,7 @@ class Slot:
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Lists every parameter of a model, except the router rows of null experts, with its places in the family's tensors."""
     dim = section.hidden_dim
-    found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
+    found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         found += _attention(section, ours, theirs)
@@ -70,7 +72,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
             found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
     found.append(_whole("norm.weight", "model.norm.weight", dim))
     if not section.tie_embeddings:
-        found.append(_whole("output.weight", "lm_head.weight", section.vocab_size, dim))
+        found.append(_whole("output.weight", HEAD, section.vocab_size, dim))
     return found
 
 

@@ -17,7 +17,7 @@ from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, ModelFamily
-from moe_dist.hf.names import Slot, router_name, shards, slots
+from moe_dist.hf.names import EMBEDDING, HEAD, Slot, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
@@ -63,9 +63,19 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the values of the part. They are fp32, which represents each supported dtype exactly."""
+        """Reads or draws the values of the part. They are fp32, which represents each supported dtype exactly.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
-        return Piece(self._tensor(source, seed).to(torch.float32), offsets, self.shape)
+        values = self._tensor(source, seed).to(torch.float32)
+        if not values.isfinite().all():
+            raise DataError(
+                f"{source.folder}: {self.source}: {int((~values.isfinite()).sum()):,} values of {self.name} are NaN or "
+                "infinite, and every weight must be a number; the training that wrote them failed: take earlier weights"
+            )
+        return Piece(values, offsets, self.shape)
 
     def _tensor(self, source: Source, seed: int) -> Tensor:
         if self.kind == "stored":
@@ -85,6 +95,7 @@ class ImportPlan:
     section: ModelSection  # section `model` of the imported model
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
     dtypes: Mapping[str, str]  # dtype in the Hugging Face folder of each logical tensor that is read from it
+    copies: Mapping[str, str]  # stored tensors that are not imported, by the stored tensor to which each must be equal
 
     @property
     def parts(self) -> list[TensorPart]:
@@ -176,12 +187,34 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         else:
             parts.append(_drawn(slot, section))
     parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
+    copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
+    used |= copies.keys()
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
     if problems:
         raise DataError(sorted(set(problems)), see="docs/huggingface.md")
     pieces = ((piece, piece.nbytes) for part in parts for piece in _cut(part, shard_bytes))
-    return ImportPlan(section, list(shards(pieces, shard_bytes)), dtypes)
+    return ImportPlan(section, list(shards(pieces, shard_bytes)), dtypes, copies)
+
+
+def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
+    """Compares the tensors that the folder stores twice, in parts of at most `shard_bytes`.
+
+    Raises:
+        DataError: they differ; the model then has two tensors where config.json says one.
+    """
+    for copy, original in plan.copies.items():
+        shape, expected = source.tensors[copy].shape, source.tensors[original].shape
+        rows = max(1, shard_bytes // (2 * ITEMSIZE * math.prod(expected[1:])))
+        parts = ((begin, min(rows, expected[0] - begin)) for begin in range(0, expected[0], rows))
+        boxes = ((begin * math.prod(expected[1:]), (count, *expected[1:])) for begin, count in parts)
+        if shape != expected or not all(
+            torch.equal(source.read(copy, *box).float(), source.read(original, *box).float()) for box in boxes
+        ):
+            raise DataError(
+                f"{source.folder}: {copy} differs from {original}, but config.json: tie_word_embeddings=true says that "
+                "they are the same; set it to false if the model has both"
+            )
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:

@@ -31,26 +31,40 @@ class FlexMask:
 AttentionMask = FlexMask | Tensor
 
 
-def dense_mask(documents_BS: Tensor) -> Tensor:
+def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> Tensor:
     length = documents_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    return (documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal
+    mask_BSS = (documents_BS[:, :, None] == documents_BS[:, None, :]) & causal
+    if window is not None:
+        assert positions_BS is not None
+        mask_BSS &= positions_BS[:, :, None] - positions_BS[:, None, :] < window
+    return mask_BSS[:, None]
 
 
-def flex_mask(documents_BS: Tensor) -> FlexMask:
+def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
     """`dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
+    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible(b, h, q, k) & (positions_BS[b, q] - positions_BS[b, k] < window)  # pyright: ignore
+
     batch, length = documents_BS.shape
     make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # one compilation per shape
-    return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
+    rule = visible if window is None else near
+    return FlexMask(make(rule, batch, None, length, length, device=documents_BS.device.type))
 
 
-def make_mask(documents_BS: Tensor) -> AttentionMask:
-    """Returns a block mask for flex attention on CUDA, and elsewhere a dense mask for scaled_dot_product_attention."""
-    return flex_mask(documents_BS) if documents_BS.is_cuda else dense_mask(documents_BS)
+def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> AttentionMask:
+    """Returns a block mask for flex attention on CUDA, and elsewhere a dense mask for scaled_dot_product_attention.
+
+    Args:
+        positions_BS: Position of each token in its document; needed with a window.
+        window: A token sees the tokens of its document whose position is less than `window` before its own.
+    """
+    make = flex_mask if documents_BS.is_cuda else dense_mask
+    return make(documents_BS, positions_BS, window)
 
 
 @cache

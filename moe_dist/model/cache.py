@@ -16,9 +16,14 @@ _NEVER = torch.iinfo(torch.int64).max  # position of an empty entry: later than 
 
 
 class LayerCache:
-    """The entries of one layer: at most `capacity` per sequence, for `batch` sequences."""
+    """The entries of one layer: at most `capacity` per sequence, for `batch` sequences.
 
-    def __init__(self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device) -> None:
+    With a sliding window (`window`) a token sees only the entries within the window. Older entries stay in memory.
+    """
+
+    def __init__(
+        self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device, window: int | None = None
+    ) -> None:
         # The extra last place takes the writes of unmarked tokens and is never visible. Buffers start at 0, because a NaN
         # in them would make attention NaN even where it is masked.
         shape, dtype = (batch, args.num_kv_heads, capacity + 1, args.head_dim), args.compute_dtype
@@ -26,7 +31,7 @@ class LayerCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.capacity = capacity
+        self.capacity, self.window = capacity, window
         self._seen = 0  # tokens passed to `append` so far: at least the number of entries, and known without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
@@ -48,10 +53,15 @@ class LayerCache:
 
     def entries(self, positions_BN: Tensor, taken_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the keys and values [B, H, C, d], and a bool mask [B, 1, N, C] that is true where an entry's position is
-        at most the query's. An unmarked query sees all entries, so that its unused output stays finite."""
+        at most the query's and within the window. An unmarked query sees all entries, so that its unused output stays
+        finite."""
         queries_BN = torch.where(taken_BN, positions_BN, _NEVER)
-        visible = self.positions[:, None, None, : self._seen] <= queries_BN[:, None, :, None]
-        return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible
+        entries_BC = self.positions[:, : self._seen]
+        visible = entries_BC[:, None, :] <= queries_BN[..., None]
+        if self.window is not None:
+            oldest_BN = torch.where(taken_BN, positions_BN - self.window, -1)
+            visible &= entries_BC[:, None, :] > oldest_BN[..., None]
+        return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible[:, None]
 
 
 KeyValueCache = tuple[LayerCache, ...]  # one per layer of a transformer

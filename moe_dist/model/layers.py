@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.model.rope import RopeScaling, frequencies
 from moe_dist.placement.roles import Role
 
 QKNorm = Literal["none", "head", "full"]
@@ -23,6 +24,9 @@ class ModelArgs:
     Attributes:
         moe_layers: Indices of the MoE layers; the others have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
+        rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
+        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. Empty:
+            no layer has a window.
         qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over the whole projection (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
@@ -39,6 +43,8 @@ class ModelArgs:
     depth_layers: tuple[int, ...] = ()
     dense_ffn_dim: int | None = None
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()
     norm_eps: float = 1e-5
     qk_norm: QKNorm = "none"
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
@@ -101,12 +107,16 @@ class GatedSwiGLU(SwiGLU):
         return self.scale(x).sigmoid() * super().forward(x)
 
 
-def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions_BS: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, equation 34)."""
-    # Angles are fp32 also in a bf16 model, because in bf16 neighbouring positions would have the same angle.
-    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
-    angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
-    return angles.cos(), angles.sin()
+    if scaling is None:
+        rates, size = frequencies(head_dim, base, positions_BS), 1.0
+    else:
+        rates, size = scaling(head_dim, base, positions_BS)
+    angles = positions_BS[:, None, :, None].to(torch.float32) * rates
+    return angles.cos() * size, angles.sin() * size
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

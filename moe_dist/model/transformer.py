@@ -39,8 +39,10 @@ class Layer(nn.Module):
         moe: MoELayer | LoRALayer | None,
         mixture_of_depths: DepthRouter | None = None,
         adapters: AttentionLoRA | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
+        self.window = window  # width of the sliding window in tokens
         self.attention = Attention(args)
         self.attention.adapters = adapters
         if moe is not None:
@@ -76,6 +78,7 @@ class Transformer(nn.Module):
                 make_moe(i) if i in args.moe_layers else None,
                 make_depths(i) if make_depths is not None and i in args.depth_layers else None,
                 make_adapters(i) if make_adapters is not None else None,
+                args.windows[i] if args.windows else None,
             )
             for i in range(args.num_layers)
         )
@@ -100,17 +103,19 @@ class Transformer(nn.Module):
             group_BS: int64 expert group of each token, -1 for padding.
             request: For all MoE layers. Mixture-of-depths layers use only its `experts_off`.
         """
-        mask = make_mask(documents_BS)  # made once for all layers; a dense mask takes B x S^2 bytes
-        rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
+        # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
+        windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
+        masks = {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
+        rotary = self._rotary(positions_BS)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
         for layer in self.layers:
             if layer.depths is not None:
                 # The router gets only the selected tokens, for which the request's token counts would be wrong.
                 only_off = RoutingRequest(experts_off=request.experts_off)
-                x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
+                x_BSD, report = self._shallow(layer, x_BSD, rotary, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
             else:
-                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, request.batch_info)  # pyright: ignore[reportCallIssue]
+                x_BSD = x_BSD + layer.attention(x_BSD, rotary, masks[layer.window], request.batch_info)  # pyright: ignore[reportCallIssue]
                 y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, request)  # pyright: ignore
                 x_BSD = x_BSD + y_BSD
             if report is not None:
@@ -129,7 +134,7 @@ class Transformer(nn.Module):
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
-        rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
+        rotary = self._rotary(positions_BN)
         real_BN = group_BN >= 0
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
         for layer, entries in zip(self.layers, cache, strict=True):
@@ -153,12 +158,17 @@ class Transformer(nn.Module):
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes 2 x
         layers x batch x capacity x num_kv_heads x head_dim x itemsize bytes."""
         device = self.embedding.weight.device
-        return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
+        sizes = {"batch": batch, "capacity": capacity, "device": device}
+        return tuple(LayerCache(self.args, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
+
+    def _rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_table(positions_BS, self.args.head_dim, self.args.rope_base, self.args.rope_scaling)
 
     def _shallow(
         self,
         layer: Layer,
         x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
         positions_BS: Tensor,
         documents_BS: Tensor,
         group_BS: Tensor,
@@ -172,8 +182,10 @@ class Transformer(nn.Module):
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
         # positions stay, so that distances between tokens do not change
-        rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
-        a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
+        rotary_1C = (part.flatten(0, 2)[chosen.index_C][None, None] for part in rotary)
+        positions_1C = positions_BS.flatten()[chosen.index_C][None]
+        mask = make_mask(slot_documents(documents_BS, chosen), positions_1C, layer.window)
+        a_1CD = layer.attention(x_1CD, tuple(rotary_1C), mask)
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C, request)
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
         # Each full slot has another token, and empty slots add 0 to token 0, so the order of additions changes no bit.

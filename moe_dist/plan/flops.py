@@ -168,9 +168,11 @@ def forward_flops(
     )
 
 
-def _score_flops(model: ModelSection, seq_len: int) -> int:
-    """FLOPs per layer and token of the two products in attention: queries with keys, and softmax with values."""
-    return 4 * model.attention_widths["q"][1] * seq_len
+def _score_flops(model: ModelSection, seq_len: int) -> float:
+    """FLOPs per token of the two products in attention, queries with keys and softmax with values: the mean over layers,
+    because a layer with a sliding window multiplies at most as many keys as the window has."""
+    keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
+    return 4 * model.attention_widths["q"][1] * keys
 
 
 def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:

@@ -29,6 +29,8 @@ _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
     "rope_base",
+    "rope_scaling",
+    "windows",
     "norm_eps",
     "qk_norm",
     "attention_bias",

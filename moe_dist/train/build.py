@@ -17,6 +17,7 @@ from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
+from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.experts import choose_gemm
@@ -42,6 +43,12 @@ from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_rou
 from moe_dist.train.step import TrainingStep
 
 TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | {Role.ADAPTER}}
+ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
+    "linear": LinearScaling,
+    "dynamic": DynamicScaling,
+    "yarn": YarnScaling,
+    "llama3": Llama3Scaling,
+}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,6 +57,8 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
+    if (scaling := section.rope_scaling) is not None:
+        named["rope_scaling"] = ROPE_SCALINGS[scaling.kind](**scaling.model_dump(exclude={"kind"}))
     return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
 
 

@@ -139,7 +139,9 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
     here["head_dim"] = config.model.resolved_head_dim  # a null in `model.head_dim` means hidden_dim / num_heads
     width, heads = before.get("hidden_dim"), before.get("num_heads")
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
-    there = {**before, "head_dim": before.get("head_dim") or each}
+    fields = type(config.model).model_fields.items()
+    defaults = {key: field.default for key, field in fields if not field.is_required()}  # of keys newer than the checkpoint
+    there = {**defaults, **before, "head_dim": before.get("head_dim") or each}
     return {
         key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
         for key, value in here.items()

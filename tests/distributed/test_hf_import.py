@@ -1,4 +1,5 @@
-"""Imported models give the numbers of Hugging Face's own code, in fp32 on tiny random models: logits and every gradient.
+"""Imported models give the numbers of Hugging Face's own code, in fp32 on tiny random models: logits, also with a cache,
+and every gradient.
 
 The way is the user's: `save_pretrained`, import, checkpoint, and EP 1, 2 and 4 load it. A tensor agrees where no entry
 differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the same number of digits.
@@ -19,6 +20,7 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.load import load_config
 from moe_dist.hf.importing import import_model
+from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
@@ -32,11 +34,14 @@ from tests.support.worlds import RankContext
 
 SEQUENCES = 4
 KINDS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama")
+SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
+PARTS = (5, 7)  # tokens of the two calls with a cache
 VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased")
 
 
-def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[np.ndarray, Arrays]:
-    """Body of a standing world: logits of this rank's sequences, and its gradients of one loss over all of them."""
+def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[Arrays, Arrays]:
+    """Body of a standing world: logits of this rank's sequences, as a whole and in two parts with a cache, and this rank's
+    gradients of one loss over all sequences."""
     overrides = [f"parallel.ep={rank.world_size}", "parallel.device=cpu", f"parallel.recompute={recompute}"]
     config = load_config(folder / "config.yaml", overrides)
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
@@ -56,11 +61,25 @@ def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: st
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         (losses / (SEQUENCES * (LENGTH - 1))).backward()
     parallel.reduce_gradients()
-    return logits.detach().numpy(), arrays(gradients(model, placement, mesh.ep_rank))
+    numbers = {"logits": logits.detach().numpy(), "cached": cached_logits(model.eval(), ids).numpy()}
+    return numbers, arrays(gradients(model, placement, mesh.ep_rank))
+
+
+@torch.no_grad()
+def cached_logits(model: Transformer, ids: Tensor) -> Tensor:
+    cache, logits, begin = model.make_cache(*ids.shape), [], 0
+    for part in ids.split(PARTS, dim=1):
+        positions = torch.arange(begin, begin + part.shape[1]).expand_as(part)
+        logits.append(model.forward_cached(part, positions, torch.zeros_like(part), cache))
+        begin += part.shape[1]
+    return torch.cat(logits, dim=1)
 
 
 def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[str, Tensor]]:
-    """Logits, and each parameter's gradient of the mean cross entropy of the next token."""
+    """Logits, as a whole and in two parts with a cache, and each parameter's gradient of the mean cross entropy of the next
+    token."""
+    import transformers
+
     ids = torch.from_numpy(tokens)
     if model.config.model_type == "llama":  # pyright: ignore[reportAttributeAccessIssue]
         out = model(ids, use_cache=False)
@@ -71,7 +90,10 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach().numpy()}, named
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, cache=cache, use_cache=True).logits for part in ids.split(PARTS, dim=1)]
+    return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,8 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     [
         *[(kind, 2, "block") for kind in KINDS],
         *[(kind, 4, "none") for kind in VARIANTS],
+        *[(kind, 2, "block") for kind in SCALED],
+        *[full(kind, 1, "none") for kind in SCALED],
         *[full(kind, ep, "none") for kind in KINDS for ep in (1, 4)],
         *[full(kind, ep, "none") for kind in VARIANTS for ep in (1, 2)],
     ],
@@ -91,6 +115,6 @@ def test_logits_and_gradients_are_theirs(
     tokens = np.random.default_rng(0).integers(0, VOCAB, (SEQUENCES, LENGTH))
     numbers, gradient = their_numbers(theirs, tokens)
     ranks = run_in_world(ep, our_model, tmp_path / "ours", tokens, recompute)
-    assert_agree({"logits": np.concatenate([logits for logits, _ in ranks])}, numbers)
+    assert_agree({name: np.concatenate([each[name] for each, _ in ranks]) for name in numbers}, numbers)
     expected = under_our_names(gradient, theirs.config.to_dict())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     assert_agree(merged([each for _, each in ranks]), expected)

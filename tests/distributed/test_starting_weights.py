@@ -161,6 +161,7 @@ def test_outside_of_the_range_it_would_not_and_is_refused(
     ("changes", "fault"),
     [
         ({"model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
+        ({"model.sliding_window": 8}, "model.sliding_window=8, the checkpoint's is None"),
         ({"model.vocab_size": 80}, "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
         ({"model.num_layers": 1}, "layers.1.attention.k.weight of the checkpoint has no place"),
     ],

@@ -8,18 +8,24 @@ nothing imports transformers.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.hf.families import read_section
+from moe_dist.hf.importing import run_config
 from moe_dist.hf.names import slots
-from moe_dist.hf.plan import ImportOptions, changed_section
+from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import column_counts
-from moe_dist.parallel.initialise import logical_expert_names
+from moe_dist.parallel.initialise import initialise, logical_expert_names
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import logical_name, named_parameters
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.train.build import build_model
 from tests.support.agreement import Arrays, arrays
 
 Kind = Literal["same", "router", "bias", "gate_up", "down"]
@@ -148,3 +154,14 @@ def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> di
         else:
             named[name] = parameter.grad
     return named
+
+
+def built(section: ModelSection, logical: Mapping[str, Tensor]) -> Transformer:
+    """A model on one rank with the given weights, in fp32 and evaluation mode."""
+    config = run_config(ImportPlan(section, [], {}, {}), Path("model"), ImportOptions(), ".cache/data/none")
+    placement = make_placement(config.placement, expert_groups(section.moe), num_ranks=1, token_mix={})
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=0, ep_group=None)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=9, std=0.5)
+    load(model, logical, placement, 0)
+    return model.eval()

@@ -46,7 +46,39 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     qwen = {**shape, **sparse, "moe_intermediate_size": 24, "intermediate_size": 20}
     qwen2, qwen3 = {**qwen, "shared_expert_intermediate_size": 28}, {**qwen, "head_dim": 16}
     experts8 = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"rope_theta": 1e4, "original_max_position_embeddings": 8}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
     make, values = {
+        "mixtral sliding": (
+            transformers.MixtralConfig,
+            {**shape, **experts8, "intermediate_size": 24, "sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},
+        ),
+        "olmoe dynamic": (  # LENGTH is above the original length
+            transformers.OlmoeConfig,
+            {
+                **shape,
+                **sparse,
+                "intermediate_size": 24,
+                "max_position_embeddings": 8,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            },
+        ),
+        "qwen3_moe sliding": (
+            transformers.Qwen3MoeConfig,
+            {
+                **qwen3,
+                "norm_topk_prob": True,
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            },
+        ),
+        "qwen2_moe sliding": (
+            transformers.Qwen2MoeConfig,
+            {**qwen2, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        ),
+        "llama scaled": (transformers.LlamaConfig, {**shape, "intermediate_size": 40, "rope_parameters": llama3}),
         "mixtral": (transformers.MixtralConfig, {**shape, **experts8, "intermediate_size": 24}),
         "olmoe": (transformers.OlmoeConfig, {**shape, **sparse, "intermediate_size": 24}),
         "olmoe biased": (

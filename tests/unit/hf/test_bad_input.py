@@ -129,15 +129,45 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "quantised": (config(quantization_config={"bits": 4}), ConfigError, "quantization_config=.*originals"),
     "another head": (config(architectures=["MixtralForTokenClassification"]), ConfigError, "architectures="),
     "activation": (config(hidden_act="gelu"), ConfigError, "hidden_act='gelu'"),
-    "window": (config(sliding_window=16), ConfigError, "sliding_window=16.*lower max_position_embeddings=64"),
-    "scaled rope": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 4}), ConfigError, "yarn"),
-    "scaled rope of version 4": (
-        config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2}),
+    "window of another family": (
+        config(model_type="llama", architectures=None, sliding_window=16),
         ConfigError,
-        "rope_scaling=",
+        "sliding_window=16 is not supported: no layer of this family",
     ),
-    "no rope": (config(rope_parameters=None), ConfigError, "rope_theta is missing"),
-    "no width": (config(hidden_size=None), ConfigError, "hidden_size is missing"),
+    "no window": (config(sliding_window=0), ConfigError, "sliding_window=0 must be a whole number above 0"),
+    "layers without the window": (
+        config(sliding_window=16, layer_types=["full_attention"] * 2),
+        ConfigError,
+        "layer_types=.*correct one of these fields",
+    ),
+    "attention to later tokens": (config(is_causal=False), ConfigError, "is_causal=False is not supported"),
+    "layers of several sizes": (
+        config(per_layer_config={"0": {"hidden_size": 8}}),
+        ConfigError,
+        "per_layer_config=.*all layers have the same sizes",
+    ),
+    "unknown rope": (
+        config(rope_parameters={"rope_type": "longrope", "rope_theta": 1.0}),
+        ConfigError,
+        "rope_type='longrope' is not supported; known are default, linear, dynamic, yarn, llama3",
+    ),
+    "rope without its factor": (
+        config(rope_parameters=None, rope_scaling={"type": "linear"}),
+        ConfigError,
+        "rope_scaling.linear.factor.*Field required",
+    ),
+    "rope with a strange key": (
+        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "strange": 1}),
+        ConfigError,
+        "rope_scaling.linear.strange=1",
+    ),
+    "half of a head turns": (config(partial_rotary_factor=0.5), ConfigError, "partial_rotary_factor=0.5"),
+    "no width": (config(hidden_size=None), ConfigError, "hidden_size is null; a mixtral model must say it"),
+    "width left out": (
+        lambda folder: edit(folder / "config.json", lambda values: values.pop("hidden_size")),
+        ConfigError,
+        "hidden_size is missing; a mixtral model must say it",
+    ),
     "a word for a number": (config(hidden_size="32"), ConfigError, "hidden_size='32' must be a whole number"),
     "more choices than experts": (
         config(num_experts_per_tok=99),
@@ -190,6 +220,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         DataError,
         f"{EXPERT} is missing, which",
     ),
+    "not a number": (
+        tensors(lambda t: t[EXPERT].view(-1)[5:7].fill_(torch.nan)),
+        DataError,
+        f"{EXPERT}: 2 values of .* are NaN or infinite",
+    ),
+    "infinite": (tensors(lambda t: t[EXPERT].view(-1)[5].fill_(-torch.inf)), DataError, f"{EXPERT}: 1 values of"),
     "wrong shape": (tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), DataError, f"{EXPERT}: shape"),
     "integers": (
         tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})),
@@ -254,6 +290,21 @@ def test_what_is_fine_is_taken(theirs: Path) -> None:
     assert (list(done.ignored), list(done.unread)) == (["training_args.bin"], ["something_new"])
     assert (theirs.parent / "ours/huggingface/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
     assert not (theirs.parent / "ours/huggingface/training_args.bin").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_may_be_stored_twice_if_it_is_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save(tiny_model("llama biased", dtype=torch.bfloat16), tmp_path / "theirs")
+    found = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in found
+    head = found["model.embed_tokens.weight"].to(dtype)
+    save_file({**found, "lm_head.weight": head.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    import_model(folder, tmp_path / "ours", shard_bytes=1000)
+    for name, other in {"number": head + torch.eye(*head.shape, dtype=dtype), "shape": head[:, 1:].contiguous()}.items():
+        save_file({**found, "lm_head.weight": other}, folder / "model.safetensors", metadata={"format": "pt"})
+        with refused(DataError, "lm_head.weight", "tie_word_embeddings"):
+            import_model(folder, tmp_path / name)
+        assert not list(tmp_path.glob(f"{name}*"))
 
 
 def test_a_snapshot_of_the_hubs_cache_is_taken_and_other_links_out_of_it_are_not(theirs: Path) -> None:

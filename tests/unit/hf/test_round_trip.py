@@ -27,7 +27,7 @@ from tests.support.tiny_hf import save, tiny_model
 
 KINDS = (
     "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
-    "llama biased",
+    "llama biased", "mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled",
 )  # fmt: skip
 
 

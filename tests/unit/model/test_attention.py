@@ -10,15 +10,17 @@ from moe_dist.model.attention import Attention, attend, dense_mask, flex_mask
 from moe_dist.model.layers import ModelArgs, rotary_table, rotate
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
 
 
-def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor) -> Tensor:
+def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor, window: int = 99) -> Tensor:
     out = torch.zeros_like(q)
     share = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
-                seen = [j for j in range(i + 1) if documents_BS[b, i] == documents_BS[b, j]]
+                near = range(max(0, i + 1 - window), i + 1)
+                seen = [j for j in near if documents_BS[b, i] == documents_BS[b, j]]
                 scores = torch.stack([q[b, h, i] @ k[b, h // share, j] for j in seen]) / q.shape[-1] ** 0.5
                 out[b, h, i] = sum(p * v[b, h // share, j] for p, j in zip(scores.softmax(0), seen, strict=True))
     return out
@@ -26,13 +28,13 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # the slow form is what a CPU has
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int) -> None:
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 2), (2, 6)])
+def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int, window: int | None) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 4, 6, 8)
     k, v = torch.randn(2, kv_heads, 6, 8), torch.randn(2, kv_heads, 6, 8)
-    got = attend(q, k, v, make_mask(DOCUMENTS))  # pyright: ignore[reportCallIssue]
-    torch.testing.assert_close(got, by_loop(q, k, v, DOCUMENTS), rtol=1e-5, atol=1e-5)
+    got = attend(q, k, v, make_mask(DOCUMENTS, POSITIONS, window))  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(got, by_loop(q, k, v, DOCUMENTS, window or 99), rtol=1e-5, atol=1e-5)
 
 
 def make_attention(**options: Any) -> Attention:

@@ -83,18 +83,19 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
     """The whole model: layers that choose by the reference, the others as they are."""
-    mask = dense_mask(DOCUMENTS)
+    masks = {layer.window: dense_mask(DOCUMENTS, POSITIONS, layer.window) for layer in model.layers}
     rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
     x = model.embedding.weight[tokens]
     for number, layer in enumerate(model.layers):
         attention, moe = layer.attention, layer.moe
         if number not in model.args.depth_layers:
-            x = x + attention(x, rotary, mask)
+            x = x + attention(x, rotary, masks[layer.window])
             x = x + moe(x.flatten(0, 1), group.flatten())[0].view_as(x)
             continue
 
-        def block(x_1nD: Tensor, positions: Tensor, members: Sequence[int], attention=attention, moe=moe) -> Tensor:
-            mask = dense_mask(torch.zeros_like(positions))
+        def block(x_1nD: Tensor, positions: Tensor, members: Sequence[int], layer=layer) -> Tensor:
+            attention, moe = layer.attention, layer.moe
+            mask = dense_mask(torch.zeros_like(positions), positions, layer.window)
             a = attention(x_1nD, rotary_table(positions, model.args.head_dim, model.args.rope_base), mask)
             y, _ = moe((x_1nD + a)[0], group.flatten()[list(members)])
             return a + y
@@ -114,10 +115,14 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("capacity", [0.05, 0.3, 0.7, 1.0])
-def test_values_and_gradients_are_those_of_the_slow_form(capacity: float, training: bool) -> None:
+@pytest.mark.parametrize(
+    ("capacity", "windows"), [(0.05, ()), (0.3, ()), (0.7, ()), (1.0, ()), (0.3, (2, 3, 2)), (0.7, (None, 3, 2))]
+)
+def test_values_and_gradients_are_those_of_the_slow_form(
+    capacity: float, windows: tuple[int | None, ...], training: bool
+) -> None:
     """At 0.05 two tokens are taken, of which a document has none; at 1.0 all that are not padding."""
-    model = make_model(capacity).train(training)
+    model = make_model(capacity, windows=windows).train(training)
     tokens, group = draw_tokens()
     real = (group >= 0)[..., None]
     weight = torch.randn(3, 8, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * real

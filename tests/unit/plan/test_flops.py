@@ -71,6 +71,9 @@ def test_flops_by_hand() -> None:
     assert forward.output == 2 * 8 * 10
     assert training_flops(forward) == 3 * forward.total
     assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.experts
+    near = shape(sliding_window=5, sliding_layers=[0, 2])
+    windowed = forward_flops(near, seq_len=16, experts_per_token={"text": 1.5, "image": 1.0}, token_share=share)
+    assert forward.attention - windowed.attention == pytest.approx(2 * 2 * 2 * 4 * 2 * (16 - 5))
     block = forward.attention + forward.router + forward.experts + forward.shared
     assert training_flops(forward, recompute="block") == 3 * forward.total + block
 

@@ -1,0 +1,19 @@
+"""The base class of the sections of rotary scalings."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field, PositiveFloat
+
+from moe_dist.config.section import Section
+
+
+class RopeScalingSection(Section):
+    """A change of the rotary frequencies for sequences longer than those of pretraining. The keys have the names of
+    transformers' `rope_parameters`."""
+
+    kind: Any
+
+    length_is_longest: ClassVar[bool] = False  # true if transformers has the original length in max_position_embeddings
+    null_is_default: ClassVar[frozenset[str]] = frozenset()  # keys for which transformers takes null as the default
+
+    factor: PositiveFloat = Field(description="How many times longer sequences become.")

@@ -1,0 +1,22 @@
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from moe_dist.config.rope.base import RopeScalingSection
+from moe_dist.config.section import Violation
+
+
+class Llama3RopeSection(RopeScalingSection):
+    """Divide frequencies of long waves by the factor, keep those of short waves (Llama 3.1, arXiv 2407.21783)."""
+
+    kind: Literal["llama3"] = "llama3"
+    original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")
+    low_freq_factor: PositiveFloat = Field(description="A wave longer than the original length divided by this is long.")
+    high_freq_factor: PositiveFloat = Field(description="A wave shorter than the original length divided by this is short.")
+
+    def violations(self) -> Iterator[Violation]:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            problem = f"high_freq_factor={high} must be above low_freq_factor={low}; raise it, or lower the other"
+            yield Violation(("high_freq_factor", "low_freq_factor"), problem)

@@ -1,0 +1,25 @@
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from moe_dist.config.rope.base import RopeScalingSection
+
+
+class YarnRopeSection(RopeScalingSection):
+    """Divide low frequencies by the factor, keep high ones, and scale cosines and sines (YaRN, arXiv 2309.00071)."""
+
+    null_is_default: ClassVar[frozenset[str]] = frozenset(
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    )
+
+    kind: Literal["yarn"] = "yarn"
+    original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")
+    beta_fast: PositiveFloat = 32.0
+    """A frequency with more rotations than this over the original length stays unchanged."""
+    beta_slow: PositiveFloat = 1.0
+    """A frequency with fewer rotations than this over the original length is divided by the factor."""
+    attention_factor: PositiveFloat | None = None
+    """Factor of cosines and sines. null: 0.1 ln(factor) + 1, or the quotient that mscale and mscale_all_dim give."""
+    mscale: PositiveFloat | None = Field(default=None, description="Factor of ln(factor) in the quotient's numerator.")
+    mscale_all_dim: PositiveFloat | None = Field(default=None, description="The same in the quotient's denominator.")
+    truncate: bool = Field(default=True, description="Round the two bounds between the frequencies to whole numbers.")

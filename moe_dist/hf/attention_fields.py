@@ -1,0 +1,136 @@
+"""Reads and writes the fields of config.json about rotary positions and sliding windows, as transformers' configuration
+classes (version 5) understand them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.rope.base import RopeScalingSection
+from moe_dist.config.rope.dynamic import DynamicRopeSection
+from moe_dist.config.rope.linear import LinearRopeSection
+from moe_dist.config.rope.llama3 import Llama3RopeSection
+from moe_dist.config.rope.yarn import YarnRopeSection
+from moe_dist.errors import ConfigError
+from moe_dist.hf.fields import Fields
+
+# By `rope_type`. transformers' `default` is a model without `rope_scaling`.
+ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
+    section.model_fields["kind"].default: section
+    for section in (LinearRopeSection, DynamicRopeSection, YarnRopeSection, Llama3RopeSection)
+}
+_LENGTH = "original_max_position_embeddings"
+
+# How a family says which layers have a sliding window. none: it has no window. always: all layers if `sliding_window` has a
+# value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names.
+Windows = Literal["none", "always", "flag", "layers"]
+DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # of Qwen2-MoE and Qwen3-MoE
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def read_rope(read: Fields, default_base: float, max_seq_len: int) -> dict[str, Any]:
+    """Returns the values of `model.rope_base` and `model.rope_scaling`.
+
+    transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
+    them overrides the field of the same name beside them, except the original length.
+    """
+    scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    values = dict(scaling or parameters)
+    base = {f"{name}.rope_theta": values.pop("rope_theta", read.get("rope_theta", default_base, null=None))}
+    old_kind = values.pop("type", "default")
+    kind = values.pop("rope_type", old_kind)
+    share = values.pop("partial_rotary_factor", read.get("partial_rotary_factor", 1.0, null=1.0))
+    if share != 1:
+        raise ConfigError(
+            f"config.json: {name}: partial_rotary_factor={share!r} is not supported: rotary positions turn whole heads"
+        )
+    section: dict[str, Any] = {"rope_base": Fields(base, read.family).positive(f"{name}.rope_theta")}
+    if kind == "default" and not values:
+        return section
+    if kind == "default":
+        raise ConfigError(f"config.json: {name}={values!r}: the rope_type default has no such keys; remove them")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        known = ", ".join(ROPE_SCALINGS)
+        raise ConfigError(f"config.json: {name}: rope_type={kind!r} is not supported; known are default, {known}")
+    scaled = ROPE_SCALINGS[kind]
+    if scaled.length_is_longest:
+        if _LENGTH in values:
+            raise ConfigError(f"config.json: {name}.{_LENGTH}: {kind} takes max_position_embeddings instead; remove it")
+        values[_LENGTH] = max_seq_len
+    elif _LENGTH in scaled.model_fields:
+        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the field beside them overrides
+    given = {key: value for key, value in values.items() if value is not None or key not in scaled.null_is_default}
+    return section | {"rope_scaling": {"kind": kind, **given}}
+
+
+def max_positions(section: ModelSection) -> int:
+    """Returns `max_position_embeddings`."""
+    scaling = section.rope_scaling
+    return section.max_seq_len if scaling is None or not scaling.length_is_longest else getattr(scaling, _LENGTH)
+
+
+def write_rope(section: ModelSection) -> dict[str, Any]:
+    """Returns the fields of rotary positions, for transformers 4 and 5."""
+    base = section.rope_base
+    if section.rope_scaling is None:
+        return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    scaling = section.rope_scaling
+    left_out = {"kind"} | ({_LENGTH} if scaling.length_is_longest else set())
+    values = {"rope_type": scaling.kind, **scaling.model_dump(exclude=left_out, exclude_none=True)}
+    return {"rope_theta": base, "rope_scaling": values, "rope_parameters": {**values, "rope_theta": base}}
+
+
+def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, Any]:
+    """Returns the values of `model.sliding_window` and `model.sliding_layers`."""
+    window, types = None, [_FULL] * num_layers
+    if windows == "none":
+        read.must_be("sliding_window", (None,), "no layer of this family has a sliding window")
+    elif windows == "always":
+        window = read.whole("sliding_window", None, null=None)
+    elif read.flag("use_sliding_window", False):
+        default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
+        window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
+    else:
+        read.get("sliding_window", None, null=None)  # counts as read: without the flag it has no effect
+    if window is not None:
+        types = [_SLIDING] * num_layers
+        if windows == "layers":
+            last = read.count("max_window_layers", DEFAULT_WINDOW_LAYERS)
+            types = [_SLIDING if layer % 2 == 0 and layer < last else _FULL for layer in range(num_layers)]
+    elif windows == "layers":
+        read.get("max_window_layers", None)
+    said = read.many("layer_types", null=None)
+    if said is not None and said != types:
+        known = len(said) == num_layers and all(each in (_FULL, _SLIDING) for each in said)
+        if windows != "layers" or window is None or not known:
+            raise ConfigError(
+                f"config.json: layer_types={said!r:.80}: by num_hidden_layers and sliding_window the layers must be "
+                f"{types!r:.80}; correct one of these fields"
+            )
+        types = said
+    sliding = tuple(layer for layer, kind in enumerate(types) if kind == _SLIDING)
+    if not sliding:
+        return {}
+    return {"sliding_window": window, "sliding_layers": sliding if len(sliding) < num_layers else None}
+
+
+def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
+    """Returns the fields of sliding windows of a section for which `windows_fit` returns True."""
+    fields: Mapping[Windows, dict[str, Any]] = {
+        "none": {},
+        "always": {"sliding_window": section.sliding_window},
+        "flag": {"use_sliding_window": section.sliding_window is not None, "sliding_window": section.sliding_window},
+        "layers": {
+            "use_sliding_window": section.sliding_window is not None,
+            "sliding_window": section.sliding_window or DEFAULT_WINDOW,
+            "layer_types": [_FULL if window is None else _SLIDING for window in section.windows],
+        },
+    }
+    return fields[windows]
+
+
+def windows_fit(section: ModelSection, windows: Windows) -> bool:
+    """Whether a family can say the section's sliding windows."""
+    if windows == "none":
+        return section.sliding_window is None
+    return windows == "layers" or len(set(section.windows)) == 1

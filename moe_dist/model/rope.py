@@ -1,0 +1,104 @@
+"""Frequencies of rotary positions (RoFormer, arXiv 2104.09864), and their scalings for longer sequences.
+
+A scaling takes the head width d, the base and the positions. A scaling returns the frequencies, fp32 [d / 2] or one row
+[B, 1, 1, d / 2] for each sequence, and a factor of cosines and sines. Shape letters: B sequences, S positions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RopeScaling = Callable[[int, float, Tensor], tuple[Tensor, float]]
+
+
+def frequencies(head_dim: int, base: float | Tensor, positions_BS: Tensor) -> Tensor:
+    """base^(-2 i / d) for i = 0 ... d / 2 - 1, in fp32 also in a bf16 model, where neighbouring angles would be equal."""
+    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    return base**-exponents
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All frequencies divided by the factor (arXiv 2306.15595)."""
+
+    factor: float
+
+    def __call__(self, head_dim: int, base: float, positions_BS: Tensor) -> tuple[Tensor, float]:
+        return frequencies(head_dim, base, positions_BS) / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """With n tokens in the sequence's longest document, n above the original length L, and a factor f the base becomes
+    base (f n / L - f + 1)^(d / (d - 2)).
+
+    transformers takes n over the whole batch and keeps the largest n until a short batch; here n is each sequence's own.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+
+    def __call__(self, head_dim: int, base: float, positions_BS: Tensor) -> tuple[Tensor, float]:
+        longest_B1 = positions_BS.amax(-1, keepdim=True).to(torch.float32) + 1  # no host sync
+        grown_B1 = (self.factor * longest_B1 / self.original_max_position_embeddings - self.factor + 1).clamp(min=1.0)
+        base_B111 = (base * grown_B1 ** (head_dim / (head_dim - 2)))[..., None, None]
+        return frequencies(head_dim, base_B111, positions_BS), 1.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """A ramp from kept high frequencies to low frequencies divided by the factor (arXiv 2309.00071, equations 17 to 23)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __call__(self, head_dim: int, base: float, positions_BS: Tensor) -> tuple[Tensor, float]:
+        plain = frequencies(head_dim, base, positions_BS)
+        low, high = (self._index(rotations, head_dim, base) for rotations in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (torch.arange(len(plain), device=plain.device) - low) / ((high - low) or 0.001)
+        divided = ramp.clamp(0, 1)
+        return plain / self.factor * divided + plain * (1 - divided), self._size()
+
+    def _index(self, rotations: float, head_dim: int, base: float) -> float:
+        """The (fractional) index of the frequency with so many rotations over the original length."""
+        wave = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(wave) / (2 * math.log(base))
+
+    def _size(self) -> float:
+        def size(scale: float) -> float:
+            return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            return size(self.mscale) / size(self.mscale_all_dim)
+        return size(1.0)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequencies of long waves divided by the factor, those of short waves kept, and a ramp between them (Llama 3.1)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __call__(self, head_dim: int, base: float, positions_BS: Tensor) -> tuple[Tensor, float]:
+        plain = frequencies(head_dim, base, positions_BS)
+        rotations = plain * (self.original_max_position_embeddings / (2 * math.pi))
+        kept = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return plain / self.factor * (1 - kept) + plain * kept, 1.0

@@ -1,0 +1,39 @@
+"""What sliding windows and rotary scalings demand of the section `model`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moe_dist.config.schema import Config
+from tests.support.messages import refused
+from tests.support.tiny import tiny_config
+
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}
+
+
+def made(**model: Any) -> Config:
+    return tiny_config(Path("none"), Path("runs"), {f"model.{name}": value for name, value in model.items()})
+
+
+def test_windows_by_layer() -> None:
+    layers = made().model.num_layers
+    assert made().model.windows == (None,) * layers
+    assert made(sliding_window=4).model.windows == (4,) * layers
+    assert made(sliding_window=4, sliding_layers=[1]).model.windows == (None, 4, *(None,) * (layers - 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ({"sliding_layers": [0]}, ("sliding_layers=[0] needs sliding_window",)),
+        ({"sliding_window": 4, "sliding_layers": [0, 99]}, ("sliding_layers=[99]", "num_layers")),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, ("high_freq_factor=4.0",)),
+        ({"rope_scaling": {"kind": "linear"}}, ("factor",)),
+        ({"rope_scaling": {"kind": "longrope", "factor": 2.0}}, ("longrope", "linear")),
+    ],
+)
+def test_each_rule_is_named_with_its_fix(model: dict[str, Any], keys: tuple[str, ...]) -> None:
+    with refused(ValidationError, *keys):
+        made(**model)

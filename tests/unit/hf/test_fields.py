@@ -1,0 +1,276 @@
+"""A config.json means what transformers' own configuration class makes of it, or its import is refused by name.
+
+A walk changes every field of every family's class, and every other name that transformers reads of a configuration. If the
+import accepts the changed config.json, our logits are transformers', from the same weights.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from torch import Tensor, nn
+
+from moe_dist.errors import ConfigError
+from moe_dist.hf.families import FAMILIES, read_section
+from moe_dist.hf.fields import INERT
+from moe_dist.hf.plan import ImportOptions, changed_section
+from tests.support.hf_families import built, under_our_names
+from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
+
+ABSENT = object()
+BOUND = 1e-5
+
+# Values by field. Each field is also set to null, and left out.
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "vocab_size": (80,),
+    "hidden_size": (48,),
+    "intermediate_size": (36,),
+    "moe_intermediate_size": (36,),
+    "shared_expert_intermediate_size": (36, 0),
+    "num_hidden_layers": (1, 3),
+    "num_attention_heads": (2, 8, 3),
+    "num_key_value_heads": (1, 4, 3),
+    "head_dim": (16, 5),
+    "hidden_act": ("swish", "gelu", "relu"),
+    "max_position_embeddings": (32,),
+    "rms_norm_eps": (0.5, 0),
+    "tie_word_embeddings": (True, False),
+    "attention_bias": (True, False),
+    "qkv_bias": (True, False),
+    "mlp_bias": (True, False),
+    "clip_qkv": (0.5,),
+    "num_experts_per_tok": (1, 99),
+    "num_local_experts": (4,),
+    "num_experts": (4, 0),
+    "norm_topk_prob": (True, False),
+    "decoder_sparse_step": (2, 0),
+    "mlp_only_layers": ([0], [0, 1], [1]),
+    "sliding_window": (1, 4, 0, 64),
+    "use_sliding_window": (True, False),
+    "max_window_layers": (0, 1, 5),
+    "layer_types": (
+        ["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"],
+        ["chunked_attention"] * 2, [{}, {}],
+    ),
+    "pretraining_tp": (2,),
+    "dtype": ("bfloat16",),
+    "architectures": (["LlamaModel"],),
+    "problem_type": ("regression",),
+    "id2label": ({"0": "a", "1": "b", "2": "c"},),
+    "label2id": ({"a": 0},),
+    "transformers_version": ("4.40.0",),
+    "chunk_size_feed_forward": (4,),
+    "rope_parameters": ({},),  # and ROPES
+    **dict.fromkeys(("attention_dropout", "router_jitter_noise", "router_aux_loss_coef", "initializer_range"), (0.5,)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (3,)),
+    **dict.fromkeys(("use_cache", "output_hidden_states", "return_dict", "is_encoder_decoder", "output_router_logits"),
+                    (True, False)),
+}  # fmt: skip
+
+# Names that no class has, and that transformers reads all the same.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    **{name: CHANGES[name] for name in ("sliding_window", "use_sliding_window", "layer_types", "head_dim")},
+    "num_kv_shared_layers": (1,),
+    "is_causal": (True, False, None),
+    "attention_chunk_size": (4, None),
+    "per_layer_config": ({"1": {"num_key_value_heads": 1}}, {}, None),
+    "text_config": ({"hidden_size": 8}, None),
+    "kv_sharing_modes": (["reuse", "reuse"], None),
+    "rope_theta": (100.0, None),
+    "partial_rotary_factor": (0.5, 1.0, None),
+    "original_max_position_embeddings": (8,),
+}
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LINEAR = {"rope_type": "linear", "factor": 2.0}
+ROPES: tuple[dict[str, Any], ...] = (
+    {"rope_parameters": {}},
+    {"rope_parameters": {"rope_theta": 100.0}},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 100.0},
+    {"rope_parameters": {"rope_theta": 50.0}, "rope_theta": 100.0},
+    {"rope_parameters": {"rope_theta": None}, "rope_theta": 100.0},
+    {"rope_parameters": _LINEAR},
+    {"rope_parameters": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+    {"rope_parameters": {"type": "default", **_LINEAR}},
+    {"rope_parameters": {"rope_theta": 50.0}, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    {"rope_parameters": _LINEAR | {"rope_theta": 50.0}, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    {"rope_parameters": _LINEAR, "rope_scaling": {}},
+    {"rope_parameters": ABSENT, "rope_scaling": None},
+    {"rope_parameters": ABSENT, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 100.0},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
+    {"rope_parameters": {"rope_type": "dynamic"}},
+    {"rope_parameters": _YARN},
+    {"rope_parameters": _YARN | {"rope_theta": 100.0, "truncate": False}},
+    {"rope_parameters": _YARN | {"truncate": None}},
+    {"rope_parameters": _YARN | {"beta_fast": 2.0, "beta_slow": 0.25, "attention_factor": 1.5}},
+    {"rope_parameters": _YARN | {"beta_fast": None, "attention_factor": None, "mscale": None}},
+    {"rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    {"rope_parameters": _YARN | {"mscale": 0.7}},
+    {"rope_parameters": _YARN | {"factor": 0.5}},
+    {"rope_parameters": _YARN | {"factor": None}},
+    {"rope_parameters": _YARN, "original_max_position_embeddings": 16},
+    {"rope_parameters": _YARN | {"partial_rotary_factor": 0.5}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+    {"rope_parameters": _LLAMA3},
+    {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 8}},
+    {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 8, "high_freq_factor": 1.0}},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+    {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    {"rope_parameters": {"full_attention": _LINEAR}},
+    {"rope_parameters": _LINEAR | {"unknown": 3}},
+)  # fmt: skip
+
+# Several fields at once, by family.
+TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
+    "mixtral": ({"sliding_window": 4, "use_sliding_window": False},
+                {"sliding_window": 4, "layer_types": ["full_attention"] * 2},
+                {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}, {"num_experts": 8}, {"num_experts": 4}),
+    "olmoe": ({"sliding_window": 4}, {"sliding_window": 4, "use_sliding_window": True}, {"num_local_experts": 4}),
+    "qwen3_moe": tuple({"use_sliding_window": True, "sliding_window": window} for window in (4, None, ABSENT, 0)),
+    "qwen2_moe": (
+        *({"use_sliding_window": True, "layer_types": ABSENT, "sliding_window": window} for window in (4, None, ABSENT)),
+        *({"use_sliding_window": True, "sliding_window": 4, "layer_types": types} for types in CHANGES["layer_types"]),
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": ABSENT, "max_window_layers": 0},
+        {"num_local_experts": 4}, {"num_local_experts": 8, "num_experts": ABSENT},
+    ),
+    "llama": ({"sliding_window": 4}, {"sliding_window": 4, "use_sliding_window": True}),
+}  # fmt: skip
+
+# Our words for their fields, in errors of the model's own rules.
+OURS = {
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "num_experts_per_tok": "top_k",
+    "num_hidden_layers": "layers",
+    "rope_parameters": "rope_",
+    "use_sliding_window": "sliding_window",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def base_of(kind: str) -> dict[str, Any]:
+    """A config.json with every field of the class."""
+    values = json.loads(tiny_config(kind).to_json_string(use_diff=False))
+    return {name: value for name, value in values.items() if name != "transformers_version"}
+
+
+def changed(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    together = json.loads(json.dumps({**values, **{k: v for k, v in change.items() if v is not ABSENT}}))
+    return {name: value for name, value in together.items() if change.get(name) is not ABSENT}
+
+
+def class_of(kind: str) -> Any:
+    return type(tiny_config(kind))
+
+
+def theirs_of(values: dict[str, Any]) -> nn.Module:
+    """transformers' model of a config.json, with drawn weights."""
+    import transformers
+
+    config = class_of(values["model_type"]).from_dict(json.loads(json.dumps(values)))
+    experts = {} if config.model_type == "llama" else {"experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32, **experts
+    )
+    config.return_dict = True  # the form of the answer, which some of their code cannot change
+    draw(model, 1)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: bool = True) -> bool:
+    """Returns True if the import accepts a config.json, whose logits are then theirs, and False if it names the change.
+
+    Args:
+        buildable: False if transformers may refuse to build the model.
+    """
+    try:
+        family, plain, _ = read_section(values)
+        section = changed_section(plain, family, ImportOptions())
+    except ConfigError as error:
+        told = str(error)
+        if not any(name in told or OURS.get(name, name) in told for name in change):
+            pytest.fail(f"{change} is not named: {told}")
+        return False
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCAB
+    try:
+        model = theirs_of(values)
+        theirs = model(ids, use_cache=False).logits
+    except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError):
+        # Their class refuses the null of fields, of which none has an effect on the function.
+        assert not buildable or all(value is None and name in INERT for name, value in change.items())
+        return True
+    except (TypeError, ValueError) as error:
+        if buildable:
+            raise AssertionError(change) from error
+        return True
+    ours = logits(section, under_our_names(dict(model.state_dict()), values), ids)
+    assert (ours - theirs).abs().max() <= BOUND * theirs.abs().max(), change
+    return True
+
+
+def logits(section: Any, weights: Any, ids: Tensor) -> Tensor:
+    model = built(section, {name: torch.from_numpy(array) for name, array in weights.items()})
+    zeros = torch.zeros_like(ids)
+    return model(ids, torch.arange(ids.shape[1]).expand_as(ids), zeros, zeros)[0]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
+    values = base_of(kind)
+    assert assert_theirs(values, {})
+    assert read_section(values)[2] == []  # no field is left unjudged
+    fields = {field.name for field in dataclasses.fields(class_of(kind))}
+    assert not fields - CHANGES.keys(), "fields that are new in transformers need values here"
+    changes = [
+        {name: value} for name in fields | FOREIGN.keys() for value in (*CHANGES.get(name, ()), *FOREIGN.get(name, ()))
+    ]
+    changes += [{name: value} for name in fields for value in (None, ABSENT)]
+    accepted = [assert_theirs(changed(values, change), change) for change in (*changes, *TOGETHER[kind])]
+    assert 70 < sum(accepted) < len(accepted) - 30
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
+    values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
+    accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
+    assert sum(accepted) == 22
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the model code asks a configuration for while it is built, runs and generates, with and without cache."""
+    import transformers
+
+    values, plain = base_of(kind), transformers.PreTrainedConfig.__getattribute__
+    asked: set[str] = set()
+
+    def noted(config: Any, name: str) -> Any:
+        asked.add(name)
+        return plain(config, name)
+
+    monkeypatch.setattr(transformers.PreTrainedConfig, "__getattribute__", noted)
+    model, ids = theirs_of(values), torch.arange(LENGTH)[None]
+    for cache in (True, False):
+        model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=cache)  # pyright: ignore[reportCallIssue]
+    monkeypatch.undo()
+    # Their class's own attributes and the options of generate are no fields.
+    known = {*dir(class_of(kind)), *transformers.GenerationConfig().to_dict(), *values}
+    others = {name for name in asked - known if not name.startswith("_")}
+    assert len(others) > 5
+    for name in others:
+        assert_theirs(changed(values, {name: 3}), {name: 3}, buildable=False)
