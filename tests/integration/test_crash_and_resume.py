@@ -84,6 +84,7 @@ def test_the_run_goes_on_to_the_same_bits(
     assert [reproducible_part(line) for line in seen] == [reproducible_part(line) for line in undisturbed]
     if name == "stop-kill":
         events = EventAccumulator(str(run.tensorboard)).Reload()
-        assert [event.step for event in events.Scalars("eval/text")] == [2, 4, 6]
+        text = EventAccumulator(str(run.tensorboard / "text")).Reload()
+        assert [event.step for event in text.Scalars("eval/modality")] == [2, 4, 6]
         assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     shutil.rmtree(run.path)
