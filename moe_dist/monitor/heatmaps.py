@@ -114,11 +114,11 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
     """Names the largest value and its cell, and the number of cells that are exactly 0 if the scale marks them. Cells
     without written numbers need these words. `values` must not be nan everywhere."""
-    row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    row, column = divmod(int(np.nanargmax(values)), values.shape[1])
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
     zeros = int((values == 0).sum()) if scale.zero is not None else 0
-    return f"{largest}{column_name} {columns.labels[column]}" + (f"; {zeros} black cells" if zeros else "")
+    return f"{largest}{column_name} {columns.labels[column]}" + (f"; black cells: {zeros}" if zeros else "")
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:

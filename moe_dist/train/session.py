@@ -19,6 +19,7 @@ from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
 from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.mlflow import MlflowSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
@@ -159,6 +160,7 @@ SINKS: dict[str, Callable[..., Sink]] = {
     "prometheus": lambda parts, path, **fields: PrometheusSink(
         path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields
     ),
+    "mlflow": lambda parts, **fields: MlflowSink(run_name=parts.plan.config.run.name, **fields),
     "wandb": lambda parts, **fields: WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields),
 }
 

@@ -48,4 +48,4 @@ def test_the_example_is_valid() -> None:
     (example,) = re.findall(r"```yaml\n(monitor:.*?)```", GUIDE, re.DOTALL)
     section = yaml.safe_load(example)["monitor"]
     parsed = MonitorSection.model_validate(section | {"sinks": tuple(section["sinks"])})
-    assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb"]
+    assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb", "mlflow"]

@@ -66,7 +66,7 @@ def test_a_map_with_small_cells_says_where_its_extremes_are() -> None:
     values = np.ones((48, 256))
     values[16, 128], values[5, 40], values[6, 41], values[7, 1] = 9.0, 0.0, 0.0, np.nan
     layers, experts = axis("layer", 48), axis("expert, and the rank that holds it", 256)
-    assert extremes(values, layers, experts, ratio_scale("load")) == "largest 9: layer 16, expert 128; 2 black cells"
+    assert extremes(values, layers, experts, ratio_scale("load")) == "largest 9: layer 16, expert 128; black cells: 2"
     share = linear_scale("share", 1.0)
     assert extremes(values, layers, experts, share) == "largest 9: layer 16, expert 128"
     other = values.copy()
