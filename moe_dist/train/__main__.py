@@ -99,6 +99,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, mesh.device, env) as devices,
+        session.profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
         trainer = Trainer(
@@ -111,6 +112,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             saver=resumable,
             stop=stop,
             progress=progress,
+            profile=profile,
         )
         finished = trainer.fit()
         watchdog.stop()  # it would end ranks that wait for rank 0 to close its sinks

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
@@ -34,6 +35,7 @@ from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
+from moe_dist.train.profiling import StepProfiler
 from moe_dist.train.resume import Progress
 from moe_dist.train.trainer import Finished
 
@@ -104,6 +106,24 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield monitor
     finally:
         monitor.stop()
+
+
+@contextmanager
+def profiled_steps(
+    config: Config, model: nn.Module, device: torch.device, folder: RunFolder, env: RankEnv
+) -> Iterator[Any]:
+    """The function that surrounds each step (`Trainer.profile`). It does nothing without `monitor.profile`, and on ranks
+    that are not profiled."""
+    section = config.monitor.profile
+    if section is None or env.rank not in section.ranks:
+        yield nullcontext
+        return
+    first, last = section.steps
+    profiler = StepProfiler(model, folder.profile, f"rank_{env.rank}", first=first, last=last, device=device)
+    try:
+        yield profiler.step
+    finally:
+        profiler.close()
 
 
 @contextmanager

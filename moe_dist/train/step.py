@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
@@ -132,7 +133,8 @@ class TrainingStep:
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
                 request = RoutingRequest(batch_info[i], probe_tokens_A)
-                logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
+                with record_function("forward"):  # these four ranges cost microseconds
+                    logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
                 loss = micro_loss(
                     logits,
                     reports,
@@ -149,13 +151,15 @@ class TrainingStep:
                 del logits  # frees B x S x V numbers, which backward does not need
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
-                loss.total.backward()
+                with record_function("backward"):
+                    loss.total.backward()
             # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
             own.add(reports)
-        self.parallel.reduce_gradients()
+        with record_function("reduce gradients"):
+            self.parallel.reduce_gradients()
         self._times = self._no_times.clone()
         self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
@@ -219,7 +223,8 @@ class TrainingStep:
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            with record_function("optimizer"):
+                self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
         # `optimizer.zero_grad` would leave the gradients of empty and frozen parameters.
