@@ -56,6 +56,9 @@ class TraceSection(Section):
                 "set monitor.trace or model.mixture_of_depths to null"
             )
             yield Violation(("monitor.trace", "model.mixture_of_depths"), problem)
+        if config.router_tuning is not None:
+            problem = "monitor.trace: router_tuning reads samples, not the stream of sequences; set monitor.trace to null"
+            yield Violation(("monitor.trace", "router_tuning"), problem)
         groups = moe.groups.values()
         columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in groups)
         if columns > MAX_TRACE_ID:

@@ -100,8 +100,10 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     with (
         session.watched_devices(config, mesh.device, env) as devices,
         session.profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
+        session.traced_steps(plan, folder, env, progress, attempt_id=attempt.attempt_id) as tracer,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
+        training.step.tracer = tracer
         trainer = Trainer(
             build.build_plan(config, manifest, placement),
             training.step,

@@ -171,6 +171,8 @@ class Trainer:
         """Saves the state of the run. Unless `must`, a thread may write it during the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
+        if self.take_step.tracer is not None:
+            self.take_step.tracer.flush()
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
