@@ -139,6 +139,7 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
     return tag, None, None
 
 
+@cache  # cached, because each record calls it for each scalar
 def curve_of(tag: str) -> tuple[str, str]:
     """The place of a scalar in TensorBoard: the name of a sub-run, or '', and the tag in it.
 
@@ -152,6 +153,7 @@ def curve_of(tag: str) -> tuple[str, str]:
     return value, f"{family}/modality" if label in ("term", "part") else family
 
 
+@cache
 def meaning(tag: str) -> str:
     """The text of `MEANING` or `DEPTH_MEANING` for a tag.
 
