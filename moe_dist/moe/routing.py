@@ -82,6 +82,18 @@ class RouterSums(NamedTuple):
     auxiliary_G: Tensor | None = None
 
 
+class ChosenColumns(NamedTuple):
+    """The choices of T tokens, for a trace (`moe_dist.monitor.trace`).
+
+    Attributes:
+        column_TK: int16, chosen columns, the best first; -1 is no choice, -2 - c a dropped pair of column c.
+        weight_TK: float16, routing weight; 0 for null experts and dropped pairs.
+    """
+
+    column_TK: Tensor
+    weight_TK: Tensor
+
+
 class Routing(NamedTuple):
     """Result of a router for T tokens.
 
@@ -89,12 +101,14 @@ class Routing(NamedTuple):
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
             run on the token's own rank and are never pairs. None if no group has them.
         prob_AC: Probabilities of the probe tokens, 0 in columns of other groups; fp32 with gradient, or None.
+        chosen: Each token's choices, if the request asks for them.
     """
 
     assignments: Assignments
     sums: RouterSums
     zero_weight_TF: Tensor | None = None
     prob_AC: Tensor | None = None
+    chosen: ChosenColumns | None = None
 
 
 class DepthSums(NamedTuple):
@@ -128,7 +142,7 @@ class LayerReport(NamedTuple):
         pairs_remote: Pairs whose expert is on another rank.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, in a mixture-of-depths layer the number of all tokens of each group; None in other layers.
-        prob_AC: See `Routing`.
+        prob_AC, chosen: See `Routing`.
     """
 
     sums: RouterSums
@@ -138,6 +152,7 @@ class LayerReport(NamedTuple):
     depth: DepthSums | None = None
     members_G: Tensor | None = None
     prob_AC: Tensor | None = None
+    chosen: ChosenColumns | None = None
 
 
 @dataclass(frozen=True)
@@ -172,11 +187,13 @@ class RoutingRequest:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
         experts_off: If true, routed experts add 0 to the output; all else, collectives included, is computed as usual.
+        keep_choices: If true, the reports contain each token's choices as `chosen`.
     """
 
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     experts_off: bool = False
+    keep_choices: bool = False
 
 
 NO_REQUEST = RoutingRequest()
@@ -208,6 +225,7 @@ class RoutingCache:
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
+    keep_choices: bool = False
     choice: ExpertsChoice | None = None  # taken tokens of expert choice
     plan: Any = None  # the dispatcher's plan
 

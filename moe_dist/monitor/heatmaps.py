@@ -87,10 +87,12 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
     foot = 58 if columns.sublabels else 44
-    header_width = max(_font(19).getlength(title), _font(14).getlength(scale.caption)) + 2 * MARGIN
+    small = width_cell < TEXT_CELL and not np.isnan(values).all()
+    caption = f"{scale.caption}; {extremes(values, rows, columns, scale)}" if small else scale.caption
+    header_width = max(_font(19).getlength(title), _font(14).getlength(caption)) + 2 * MARGIN
     body = max(num_rows * height_cell, 120)  # the numbers of the colour bar need 120 pixels
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
-    image, canvas = _page(width, head + body + foot, title, scale.caption)
+    image, canvas = _page(width, head + body + foot, title, caption)
     canvas.text((MARGIN, head - 22), rows.name, fill=GREY, font=_font(13))
 
     left, bottom = row_gutter, head + num_rows * height_cell
@@ -107,6 +109,16 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     canvas.text((middle, bottom + foot - 24), columns.name, fill=GREY, font=_font(13), anchor="ma")
     _colour_bar(canvas, (left + num_columns * width_cell + 22, head), min(body, 320), scale)
     return np.asarray(image)
+
+
+def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
+    """Names the largest value and its cell, and the number of cells that are exactly 0 if the scale marks them. Cells
+    without written numbers need these words. `values` must not be nan everywhere."""
+    row, column = divmod(int(np.nanargmax(values)), values.shape[1])
+    row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
+    largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
+    zeros = int((values == 0).sum()) if scale.zero is not None else 0
+    return f"{largest}{column_name} {columns.labels[column]}" + (f"; black cells: {zeros}" if zeros else "")
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:

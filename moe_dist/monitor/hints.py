@@ -6,32 +6,21 @@ Most hints are judged over a window of steps, because a single odd batch proves 
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 
 import numpy as np
 
-from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
+from moe_dist.monitor.metrics import Record, slowest_rank
+from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # times the even share of true choices from which an expert counts as busy
 BUSY_RANK = 1.5  # times the mean rank's work from which a rank counts as busy
-NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1 below which a hint warns
 LOSS_RISE = 1.05  # times the previous window's mean loss, above which the loss has risen
 LOSS_FALL = 0.99  # times the first window's mean loss, below which the loss has fallen
 SLOW_RANK = 1.5  # times the median seconds of the other ranks from which a rank counts as slow
 SLOW_SECONDS = 0.005  # least difference in seconds; smaller ones are noise
 SPEED_DROP = 0.6  # times the median speed of the previous steps, below which the speed has dropped
 RECENT = 10  # steps in the median of the current speed
-NAMED = 4  # largest number of dead experts that a hint names
-
-
-@dataclass(frozen=True)
-class Hint:
-    """One warning. Two hints of the same `kind` are repeats."""
-
-    kind: str
-    text: str
 
 
 class HintWatch:
@@ -79,81 +68,44 @@ class HintWatch:
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
-        choices_LC = np.sum([past.arrays["choices_LC"] for past in self._records], axis=0)
-        yield from busy_expert(choices_LC, self._groups, self._moe_layers, record.balance_coefficient)
-        yield from dead_experts(choices_LC, self._groups, self._moe_layers, self._window)
-        yield from null_collapse(choices_LC, self._groups)
+        sums = WindowSums(
+            *(np.sum([past.arrays[name] for past in self._records], axis=0) for name in WindowSums._fields[:3]),
+            steps=self._window,
+            balance_coefficient=record.balance_coefficient,
+        )
+        yield from routing_hints(sums, self._groups, self._moe_layers)
+        yield from unread_modality(tuple(self._records))
         yield from slow_rank([past.busy_seconds_W for past in self._records])
         yield from busy_rank(np.sum([past.arrays["weighted_rows_LR"] for past in self._records], axis=0))
 
 
-def busy_expert(
-    choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], coefficient: float
-) -> Iterator[Hint]:
-    """Warns if one expert takes several times the even share of its group's choices in a layer."""
-    for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
-        layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
-        share, even = float(share_Ln[layer, expert]), 1 / group.num_experts
-        # In a group of two or three experts no share can exceed three times the even share, hence the limit 0.9.
-        if group.num_experts > 1 and share >= min(BUSY_EXPERT * even, 0.9):
-            yield Hint(
-                f"busy/{group.name}",
-                f"{group.name} expert {expert} takes {share:.0%} of its group's true choices in layer {moe_layers[layer]} "
-                f"(even: {even:.1%}); see moe/load/{group.name} in TensorBoard; try a larger coefficient in "
-                f"loss.balance.schedule (now {coefficient:g})",
-            )
-
-
-def dead_experts(
-    choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], window: int
-) -> Iterator[Hint]:
-    """Warns about the experts that no token chose during the whole window."""
-    for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        # A layer in which no true expert was chosen is skipped: the group had no tokens, or null_collapse warns.
-        dead = np.argwhere((true_Ln == 0) & (true_Ln.sum(1, keepdims=True) > 0))
-        if not len(dead):
-            continue
-        names = ", ".join(f"{expert} (layer {moe_layers[layer]})" for layer, expert in dead[:NAMED])
-        more = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
+def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a modality of which no data were read while the data of another modality were read."""
+    first, last = records[0].epochs, records[-1].epochs
+    stopped = [name for name, epochs in last.items() if epochs == first[name] and not any(r.labels[name] for r in records)]
+    if len(records) < 2 or len(stopped) == len(last):
+        return
+    for name in stopped:
         yield Hint(
-            f"dead/{group.name}",
-            f"{group.name} expert{'s' if len(dead) > 1 else ''} {names}{more} took no token in the last {window} steps; "
-            f"see moe/load/{group.name} in TensorBoard; try a larger first coefficient in loss.balance.schedule, "
-            "or fewer experts",
-        )
-
-
-def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[Hint]:
-    """Warns if nearly all or nearly none of a group's choices are null."""
-    for group, choices in zip(groups, group_choices(choices_LC, groups), strict=True):
-        total = int(choices.total.sum())
-        if not group.num_null or not total:
-            continue
-        fraction = float(choices.null_Lm.sum()) / total
-        even = group.num_null / group.num_columns
-        if NULL_EDGE < fraction < 1 - NULL_EDGE:
-            continue
-        what = "almost all" if fraction > 0.5 else "almost none"
-        cost = "hardly any token reaches an expert" if fraction > 0.5 else "null experts save nothing"
-        yield Hint(
-            f"null/{group.name}",
-            f"{what} of the {group.name} group's choices are null ({fraction:.1%}; even: {even:.0%}): {cost}; see "
-            "moe/null_fraction in TensorBoard; try a larger coefficient in loss.balance.schedule",
+            f"starved/{name}",
+            f"no {name} data were read in the last {len(records)} steps; see data/epochs in TensorBoard; if {name} shall "
+            "be trained, look at the mix in data",
         )
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns about an EP rank with much more work than the mean rank, because all other ranks wait for it."""
-    load_R = weighted_rows_LR.sum(0)
-    if load_R.size < 2 or not load_R.mean():  # one rank, or no rows
+    """Warns if the busiest EP rank of each layer has much more work than the mean rank, because all other ranks wait for
+    that rank in each layer."""
+    if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
-    ratio = float(load_R.max() / load_R.mean())
+    ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())
     if ratio >= BUSY_RANK:
         yield Hint(
             "rank",
-            f"rank {int(load_R.argmax())} of the EP group computes {ratio:.1f} x the mean rank's rows, and the others "
-            "wait; see moe/rank_load in TensorBoard; try placement.policy=interleaved, or other ranks for the groups",
+            f"rank {int(weighted_rows_LR.sum(0).argmax())} of the EP group computes most rows, and the busiest rank of "
+            f"a layer computes {ratio:.1f} x the mean rank's rows (at most {weighted_rows_LR.shape[1]} x is possible), and "
+            "the others wait; see moe/rank_load in TensorBoard; try placement.policy=interleaved, or other ranks for the "
+            "groups",
         )
 
 

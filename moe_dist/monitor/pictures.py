@@ -115,6 +115,11 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
             else:
                 top = np.nanmax(metrics[name], initial=1.0)
             yield name, metrics[name], float(top), title, caption
+    if sums["dropped_LG"].any():
+        pairs_LG = np.stack([choices.true_Ln.sum(1) for choices in group_choices(sums["choices_LC"], groups)], axis=1)
+        share_LG = divide(sums["dropped_LG"], pairs_LG)
+        caption = "share of (token, expert) pairs that a capacity dropped"
+        yield "dropped_fraction", share_LG, max(0.1, float(np.nanmax(share_LG))), "Dropped pairs", caption
     if "idle_LG" in sums:
         caption = "share of tokens that no expert took"
         yield "idle_fraction", divide(sums["idle_LG"], tokens_LG), 1.0, "Tokens without an expert", caption

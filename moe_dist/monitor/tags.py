@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from moe_dist.config.manifest import RESERVED_MODALITIES
+
 MAX_SCALARS = 40
 
 # Tags of times and device readings. All other tags are bit-equal in two runs with one seed.
@@ -62,6 +64,29 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
+# Pictures and histograms -> meaning. Maps of layers x groups that take the place of scalars have the scalars' texts.
+PICTURE_MEANING: dict[str, str] = {
+    "moe/load": "Choices of an expert over the mean expert's, by layer and expert, with the rank that holds the expert.",
+    "moe/load_histogram": "Choices of an expert over the mean expert's, of all layers: one narrow peak at 1 is even load.",
+    "moe/rank_load": "Rows x FFN width of a rank over the mean rank's, by layer and rank.",
+    "moe/null_fraction": "Share of choices that went to null experts, by layer and group.",
+    "moe/zero_computation_fraction": "Share of choices that went to identity and constant experts, by layer and group.",
+    "moe/dropped_fraction": "Share of (token, expert) pairs that a capacity dropped, by layer and group.",
+    "moe/idle_fraction": "Share of tokens that no expert took, by layer and group.",
+    "moe/load_over_target": "True experts per token over the target of the load controller, by layer and group.",
+    "moe/load_against_target": "True experts per token at each step, and the target of the load controller.",
+    "moe/relative_entropy": "The router's entropy over the entropy of equal probabilities, by layer and group.",
+    "mixture_of_depths/layers": "Share of tokens that each mixture-of-depths layer computes, agreement and gate weight.",
+}
+
+# First parts of the tags that only evaluations have.
+EVALUATION_TAGS: tuple[str, ...] = (
+    "eval/",
+    "moe/balance_efficiency_by_count",
+    "perf/balance_efficiency",
+    "mixture_of_depths/load_over_target",
+)
+
 # Single scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
 DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
@@ -114,6 +139,21 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
     return tag, None, None
 
 
+@cache  # cached, because each record calls it for each scalar
+def curve_of(tag: str) -> tuple[str, str]:
+    """The place of a scalar in TensorBoard: the name of a sub-run, or '', and the tag in it.
+
+    TensorBoard gives each run a colour. A sub-run for each group, modality and part of the evaluation therefore gives each
+    curve of a chart a colour of its own: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the sub-run 'text'.
+    Terms of the loss, and values over all groups or modalities, are in the main run.
+    """
+    family, label, value = split_tag(tag)
+    if not label or not value or value in (*RESERVED_MODALITIES, "mean", "max"):
+        return "", tag
+    return value, f"{family}/modality" if label in ("term", "part") else family
+
+
+@cache
 def meaning(tag: str) -> str:
     """The text of `MEANING` or `DEPTH_MEANING` for a tag.
 
@@ -122,6 +162,17 @@ def meaning(tag: str) -> str:
     """
     family, label, _ = split_tag(tag)
     return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
+
+
+def picture_meaning(tag: str) -> str:
+    """The text of `PICTURE_MEANING` for the tag of a picture or histogram.
+
+    Raises:
+        KeyError: The tag does not exist.
+    """
+    known = [tag, tag.rpartition("/")[0]]
+    found = next((PICTURE_MEANING[name] for name in known if name in PICTURE_MEANING), None)
+    return meaning(f"{tag}/mean") if found is None else found
 
 
 def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def refuse_planted_files(folder: Path) -> None:
     """Raises ConfigError if a run folder, or its folder of logs, checkpoints or events, contains a symbolic link of another
     user, which could redirect reads and writes, or a FIFO, device or socket, on which a reader may wait forever. Links of
     this user or root are allowed, for example to checkpoints on another disk."""
-    for place in (folder, *(folder / name for name in ("log", "checkpoints", "tensorboard"))):
+    events = folder / "tensorboard"
+    for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
         for entry in place.iterdir() if place.is_dir() else ():
             try:
                 found = entry.lstat()  # of the link, not of its target

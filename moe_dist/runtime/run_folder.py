@@ -55,6 +55,8 @@ class RunFolder:
         self.config_yaml = self.path / "config.yaml"
         self.metrics_jsonl = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.trace = self.path / "trace"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "log"
         self.status_json = self.path / "status.json"

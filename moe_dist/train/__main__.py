@@ -99,8 +99,11 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, mesh.device, env) as devices,
+        session.profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
+        session.traced_steps(plan, folder, env, progress, attempt_id=attempt.attempt_id) as tracer,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
+        training.step.tracer = tracer
         trainer = Trainer(
             build.build_plan(config, manifest, placement),
             training.step,
@@ -111,6 +114,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             saver=resumable,
             stop=stop,
             progress=progress,
+            profile=profile,
         )
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
@@ -38,6 +39,7 @@ from moe_dist.train.loss import (
     sums_by_modality,
 )
 from moe_dist.train.router_tuning.tuning import RouterTuning
+from moe_dist.train.tracing import StepTracer
 
 
 class AfterStep(Protocol):
@@ -84,6 +86,7 @@ class TrainingStep:
         self.needs_global_batch_info = needs_global_batch_info
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
         self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step at its index; empty at first
+        self.tracer: StepTracer | None = None  # set before the first step, if the run has a trace
         self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
@@ -126,13 +129,15 @@ class TrainingStep:
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
         self.comm_stats.take()  # drops the bytes of evaluations since the last step
 
+        tracer = self.tracer if self.tracer is not None and self.tracer.due(number) else None
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                request = RoutingRequest(batch_info[i], probe_tokens_A)
-                logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
+                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=tracer is not None)
+                with record_function("forward"):  # these four ranges cost microseconds
+                    logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
                 loss = micro_loss(
                     logits,
                     reports,
@@ -146,21 +151,28 @@ class TrainingStep:
                     world=mesh.world,
                     tracker=mesh.tracker,
                 )
+                if tracer is not None:
+                    tracer.add(batch, reports)
                 del logits  # frees B x S x V numbers, which backward does not need
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
-                loss.total.backward()
+                with record_function("backward"):
+                    loss.total.backward()
             # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
             own.add(reports)
-        self.parallel.reduce_gradients()
+        with record_function("reduce gradients"):
+            self.parallel.reduce_gradients()
         self._times = self._no_times.clone()
         self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
-        return self._update(summed, losses, lr, times_W)
+        result = self._update(summed, losses, lr, times_W)
+        if tracer is not None:
+            tracer.finish(number)
+        return result
 
     def _pack(
         self,
@@ -219,7 +231,8 @@ class TrainingStep:
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            with record_function("optimizer"):
+                self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
         # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
@@ -48,6 +49,7 @@ class Trainer:
         saver: Saves the state of the run; all ranks call it at the same steps.
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
+        profile: Surrounds each step, whose number it takes (the first step is 1).
     """
 
     plan: TrainingPlan
@@ -60,6 +62,7 @@ class Trainer:
     saver: Resumable
     stop: StopRequest
     progress: Progress
+    profile: Callable[[int], AbstractContextManager[None]] = nullcontext
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def fit(self) -> Finished:
@@ -99,9 +102,10 @@ class Trainer:
         plan, progress = self.plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         batches = self.loader.batches(progress.position)
-        result = self.take_step(
-            batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
-        )
+        with self.profile(progress.step + 1):
+            result = self.take_step(
+                batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
+            )
         progress.step += 1
         progress.position += plan.global_batch
         progress.tokens += result.tokens
@@ -167,6 +171,8 @@ class Trainer:
         """Saves the run's state. With `must` it waits for the write, else a thread may write during the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
+        if self.take_step.tracer is not None:
+            self.take_step.tracer.flush()
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:

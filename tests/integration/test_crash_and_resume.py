@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
+from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
@@ -32,6 +33,7 @@ def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         changes = {**SETTINGS, "run.name": name, "checkpoint.asynchronous": name != "kill"}
         if name == "stop-kill":
             changes["monitor.sinks"] = [{"kind": "jsonl"}, {"kind": "tensorboard"}]
+            changes["monitor.trace"] = {"every": 1}
         config = tiny_config(tiny_data, root, changes)
         path = write_config(config, root / f"{name}.yaml")
         return launch(path, program=PROGRAM), RunFolder.of(config)
@@ -84,6 +86,13 @@ def test_the_run_goes_on_to_the_same_bits(
     assert [reproducible_part(line) for line in seen] == [reproducible_part(line) for line in undisturbed]
     if name == "stop-kill":
         events = EventAccumulator(str(run.tensorboard)).Reload()
-        assert [event.step for event in events.Scalars("eval/text")] == [2, 4, 6]
+        text = EventAccumulator(str(run.tensorboard / "text")).Reload()
+        assert [event.step for event in text.Scalars("eval/modality")] == [2, 4, 6]
+        trace = read_trace(run.path)
+        assert len(trace.attempts) > 1
+        counted = [line for line in seen if line["kind"] == "step"]
+        assert trace.steps == tuple(line["step"] for line in counted)
+        for line in counted:
+            assert trace.step(line["step"]).choices().tolist() == line["arrays"]["choices_LC"]
         assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     shutil.rmtree(run.path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
-from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing, RoutingCache, group_columns
+from moe_dist.moe.routing import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
@@ -162,7 +162,9 @@ class TopKRouter(nn.Module):
             expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
             weight_N=torch.where(taken_TK, weight_TK, 0.0).flatten(),
         )
-        return Routing(assignments, sums, free_TF, None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A])
+        prob_AC = None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A]
+        recorded = _recorded(chosen, taken_TK, weight_TK) if cache.keep_choices else None
+        return Routing(assignments, sums, free_TF, prob_AC, recorded)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. Null rows are multiplied in slices of n rows, like the true rows, because the bits of
@@ -282,6 +284,16 @@ class TopKRouter(nn.Module):
             entropy_G=entropy_T @ member,
             dropped_E=torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device),
         )
+
+
+@torch.no_grad()
+def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenColumns:
+    """The choices in the encoding of `ChosenColumns`."""
+    dropped_TK = chosen.true_TK & ~taken_TK
+    column_TK = torch.where(dropped_TK, -2 - chosen.column_TK, chosen.column_TK)
+    column_TK = torch.where(chosen.valid_TK, column_TK, ABSENT)
+    weight_TK = torch.where(chosen.valid_TK & ~dropped_TK, weight_TK, 0.0)
+    return ChosenColumns(column_TK.to(torch.int16), weight_TK.to(torch.float16))
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:

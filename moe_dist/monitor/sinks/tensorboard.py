@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -18,10 +19,30 @@ from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, loads
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
-from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
+from moe_dist.monitor.tags import (
+    DEPTH_FAMILY,
+    EVALUATION_TAGS,
+    GROUP_FAMILIES,
+    curve_of,
+    meaning,
+    picture_meaning,
+    tag_plan,
+)
 
 FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
 NUM_BINS = 40
+GROUP_CHARTS = dict(  # tag family -> title of its chart
+    zip(
+        GROUP_FAMILIES,
+        (
+            "true experts per token",
+            "share of choices that are null",
+            "load of the busiest expert, over the mean expert's",
+            "smallest capacity factor that drops nothing",
+        ),
+        strict=True,
+    )
+)
 
 
 class TensorBoardSink(Sink):
@@ -47,9 +68,12 @@ class TensorBoardSink(Sink):
         self._subject, self._pictures_every = subject, pictures_every
         self._first_step, self._last_step = resume_step + 1, resume_step
         self._window = Window()
-        drop_events_after(folder, resume_step, evaluation_owed=evaluation_owed)
-        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)  # starts a thread
-        self._writer.add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
+        self._folder, self._closed = Path(folder), False
+        for each in (self._folder, *(path for path in self._folder.glob("*") if path.is_dir())):
+            drop_events_after(each, resume_step, evaluation_owed=evaluation_owed)
+        self._writers: dict[str, FileWriter] = {}  # by sub-run; '' is the main run
+        self._described: set[tuple[str, str]] = set()
+        self._writer("").add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
         self._add(record.scalars, record.step)
@@ -63,28 +87,49 @@ class TensorBoardSink(Sink):
 
     def text(self, tag: str, markdown: str) -> None:
         # A text has the attempt's first step, so that a later resume from before that step removes it too.
-        self._open.add_summary(summary.text(tag, markdown), self._first_step)
+        self._writer("").add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
-        self._open.flush()
+        for writer in self._writers.values():
+            writer.flush()
 
     def close(self) -> None:
-        if self._writer is None:
+        if self._closed:
             return
         if self._window:
             self._add_pictures()
-        self._writer.close()
-        self._writer = None
+        for writer in self._writers.values():
+            writer.close()
+        self._closed = True
 
-    @property
-    def _open(self) -> FileWriter:
-        if self._writer is None:
+    def _writer(self, sub_run: str) -> FileWriter:
+        """The writer of a sub-run, which is opened at its first value. Each writer has a thread."""
+        if self._closed:
             raise RuntimeError("TensorBoardSink: used after close()")
-        return self._writer
+        if sub_run not in self._writers:
+            self._writers[sub_run] = FileWriter(str(self._folder / sub_run), flush_secs=FLUSH_SECONDS)
+        return self._writers[sub_run]
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
-        known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
-        self._open.add_summary(Summary(value=known), step)  # one event for all scalars is smaller than one for each
+        curves: dict[str, list[Any]] = {}
+        for tag, number in scalars.items():
+            if number is not None:
+                sub_run, shown = curve_of(tag)
+                value = summary.scalar(shown, number).value[0]
+                curves.setdefault(sub_run, []).append(self._with_meaning(value, sub_run, meaning(tag)))
+        for sub_run, values in curves.items():  # one event for all scalars is smaller than one for each
+            self._writer(sub_run).add_summary(Summary(value=values), step)
+
+    def _with_meaning(self, value: Any, sub_run: str, text: str) -> Any:
+        """Adds a description to the first value of a tag in this attempt; TensorBoard reads no later one."""
+        if (sub_run, value.tag) not in self._described:
+            value.metadata.summary_description = text
+            self._described.add((sub_run, value.tag))
+        return value
+
+    def _add_picture(self, shown: Any) -> None:
+        self._with_meaning(shown.value[0], "", picture_meaning(shown.value[0].tag))
+        self._writer("").add_summary(shown, self._last_step)
 
     def _add_pictures(self) -> None:
         pictures = {
@@ -94,14 +139,13 @@ class TensorBoardSink(Sink):
         sums, steps = self._window.take()
         for tag, picture in (*pictures.items(), *heat_maps(sums, self._subject, steps)):
             if picture is not None:
-                self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
+                self._add_picture(summary.image(tag, picture, dataformats="HWC"))
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
                 # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is extreme.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
-                histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
-                self._open.add_summary(histogram, self._last_step)
+                self._add_picture(summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins))
 
 
 class Window:
@@ -173,15 +217,18 @@ def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) ->
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
     """The custom scalars page: category -> chart title -> chart type, and regular expressions of the chart's tags."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
-    losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
+
+    def shown(tag: str) -> str:
+        return curve_of(tag)[1]
 
     def chart(*tags: str) -> list[str | list[str]]:
-        return ["Multiline", list(tags)]
+        return ["Multiline", list(dict.fromkeys(tags))]  # the curves of all sub-runs have one tag
 
     def by_group(tag: str) -> list[str | list[str]]:
         split = tag.split("/")[1] in plan.by_group
-        return chart(*(f"{tag}/{name}" for name in ([group.name for group in subject.groups] if split else ["mean"])))
+        return chart(*(shown(f"{tag}/{name}") for name in ([g.name for g in subject.groups] if split else ["mean"])))
 
+    losses = [shown(f"loss/{name}") for name in modalities] if plan.loss_per_modality else []
     mixture_of_depths = {
         "share of tokens computed": by_group(f"mixture_of_depths/{DEPTH_FAMILY}"),
         "held-out share of tokens computed, over the target": chart("mixture_of_depths/load_over_target"),
@@ -194,8 +241,12 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
             "held-out loss, nats per token": chart("eval/.*"),
             "gradient norm": chart("optim/grad_norm"),
         },
-        "Where do the tokens go?": {family.replace("_", " "): by_group(f"moe/{family}") for family in GROUP_FAMILIES}
-        | {"dead experts": chart("moe/dead_experts"), "rank imbalance": chart("moe/rank_imbalance")},
+        "Where do the tokens go?": {words: by_group(f"moe/{family}") for family, words in GROUP_CHARTS.items()}
+        | {
+            "(token, expert) pairs that a capacity dropped": chart("moe/dropped"),
+            "experts that no token chose": chart("moe/dead_experts"),
+            "work of the busiest rank, over the mean rank's": chart("moe/rank_imbalance"),
+        },
         **({"Which tokens skip layers?": mixture_of_depths} if subject.mixture_of_depths else {}),
         "What does it cost?": {
             "tokens per second": chart("perf/tokens_per_second"),
@@ -232,8 +283,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
             event = Event.FromString(raw)
             values = event.summary.value
-            # An evaluation is one event, and its first value is a loss.
-            evaluation = bool(values) and values[0].tag.startswith("eval/")
+            evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # an event is a step or an evaluation
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:

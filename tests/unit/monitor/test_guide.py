@@ -1,5 +1,6 @@
 """The guide and the code have the same tags, fields and keys."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +45,11 @@ def test_every_field_of_a_line_is_explained(tmp_path: Path, make_record: Callabl
             assert f"`{name}`" in section, name
 
 
-def test_the_example_is_valid() -> None:
-    (example,) = re.findall(r"```yaml\n(monitor:.*?)```", GUIDE, re.DOTALL)
-    section = yaml.safe_load(example)["monitor"]
-    parsed = MonitorSection.model_validate(section | {"sinks": tuple(section["sinks"])})
-    assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb"]
+def test_the_examples_are_valid() -> None:
+    examples = re.findall(r"```yaml\n(monitor:.*?)```", GUIDE, re.DOTALL)
+    parsed, traced, profiled = (
+        MonitorSection.model_validate_json(json.dumps(yaml.safe_load(example)["monitor"])) for example in examples
+    )
+    assert traced.trace is not None
+    assert profiled.profile is not None
+    assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb", "mlflow"]

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from moe_dist.monitor.heatmaps import DIVERGING, NO_VALUE, SEQUENTIAL, Axis, colour, draw, linear_scale, ratio_scale
+from moe_dist.monitor.heatmaps import (
+    DIVERGING,
+    NO_VALUE,
+    SEQUENTIAL,
+    Axis,
+    colour,
+    draw,
+    extremes,
+    linear_scale,
+    ratio_scale,
+)
 
 
 def axis(name: str, count: int) -> Axis:
@@ -50,6 +60,19 @@ def test_every_size_gives_a_picture_one_can_open(rows: int, columns: int) -> Non
     assert picture.ndim == 3
     assert picture.shape[2] == 3
     assert max(picture.shape) <= 2000
+
+
+def test_a_map_with_small_cells_says_where_its_extremes_are() -> None:
+    values = np.ones((48, 256))
+    values[16, 128], values[5, 40], values[6, 41], values[7, 1] = 9.0, 0.0, 0.0, np.nan
+    layers, experts = axis("layer", 48), axis("expert, and the rank that holds it", 256)
+    assert extremes(values, layers, experts, ratio_scale("load")) == "largest 9: layer 16, expert 128; black cells: 2"
+    share = linear_scale("share", 1.0)
+    assert extremes(values, layers, experts, share) == "largest 9: layer 16, expert 128"
+    other = values.copy()
+    other[16, 128], other[16, 129] = 1.0, 9.0
+    named, moved = (draw(v, layers, experts, scale=ratio_scale("load"), title="t")[:60] for v in (values, other))
+    assert not np.array_equal(named, moved), "the head of the picture has the words"
 
 
 def test_dead_and_unknown_cells_are_seen() -> None:

@@ -5,18 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.hints import (
-    Hint,
-    HintWatch,
-    busy_expert,
-    busy_rank,
-    dead_experts,
-    loss_trend,
-    null_collapse,
-    slow_rank,
-    slower,
-)
+from moe_dist.monitor.hints import HintWatch, busy_rank, loss_trend, slow_rank, slower
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
 MakeRecord = Callable[..., Record]
@@ -30,53 +21,88 @@ def choices(text: list[int], image: list[int], text_null: int = 50, image_null: 
 
 
 EVEN = [25, 25, 25, 25]
+TOKENS = 100  # of each group
+
+
+def routing(
+    choices_LC: np.ndarray, groups: tuple[ExpertGroup, ...], *, tokens: int = TOKENS, dropped: int = 0
+) -> list[Hint]:
+    per_group = np.full((len(choices_LC), len(groups)), 1)
+    return list(routing_hints(WindowSums(choices_LC, tokens * per_group, dropped * per_group, 50, 0.02), groups, LAYERS))
 
 
 def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) -> None:
-    (hint,) = busy_expert(choices(EVEN, [5, 5, 5, 85]), groups, LAYERS, 0.02)
+    (hint,) = routing(choices(EVEN, [5, 5, 5, 85]), groups)
     assert hint.kind == "busy/image"
     assert hint.text == (
-        "image expert 3 takes 85% of its group's true choices in layer 1 (even: 25.0%); see moe/load/image in TensorBoard; "
+        "image expert 3 takes 85% of its group's tokens in layer 1 (even: 25.0%); see moe/load/image in TensorBoard; "
         "try a larger coefficient in loss.balance.schedule (now 0.02)"
     )
-    assert not list(busy_expert(choices(EVEN, [10, 10, 10, 70]), groups, LAYERS, 0.02))
+    assert not routing(choices(EVEN, [10, 10, 10, 70]), groups)
+
+
+def test_a_limit_that_no_load_can_reach_is_not_the_limit(groups: tuple[ExpertGroup, ...]) -> None:
+    """With 100 choices of 40 tokens among 4 experts at most 40 choices are possible, 1.6 x the even load."""
+    (hint,) = (each for each in routing(choices(EVEN, [20, 20, 20, 40]), groups, tokens=40) if each.kind == "busy/image")
+    assert "image expert 3 takes 100% of its group's tokens in layer 1 (even: 62.5%)" in hint.text
+    assert not routing(choices(EVEN, [22, 22, 22, 34]), groups, tokens=40)
+    assert not routing(choices(EVEN, [20, 20, 20, 30]), groups, tokens=30), "less than 1.5 x the even load is possible"
 
 
 def test_one_expert_of_a_group_is_never_busy() -> None:
     alone = (ExpertGroup("text", 1, 0, 1, 8, 0, ("text",)),)
-    assert not list(busy_expert(np.array([[9]]), alone, (0,), 0.1))
+    assert not routing(np.array([[99]]), alone)
     two = (ExpertGroup("text", 2, 0, 1, 8, 0, ("text",)),)
-    assert len(list(busy_expert(np.array([[95, 5]]), two, (0,), 0.1))) == 1, "three times the even share is out of reach"
+    assert len(routing(np.array([[95, 5]]), two)) == 1, "three times the even share is out of reach"
 
 
 def test_dead_experts_are_counted_and_some_named(groups: tuple[ExpertGroup, ...]) -> None:
-    (hint,) = dead_experts(choices([0, 0, 0, 100], EVEN), groups, LAYERS, 50)
-    assert hint.kind == "dead/text"
+    (hint,) = (each for each in routing(choices([0, 0, 0, 100], EVEN), groups) if each.kind == "dead/text")
     assert hint.text.startswith(
         "text experts 0 (layer 1), 1 (layer 1), 2 (layer 1), 0 (layer 3) and 2 more took no token in the last 50 steps; "
     )
-    (hint,) = dead_experts(choices(EVEN, [0, 50, 25, 25]), groups, LAYERS, 50)
+    (hint,) = routing(choices(EVEN, [0, 50, 25, 25]), groups)
     assert hint.text.startswith("image expert 0 (layer 1) took no token")
 
 
-def test_a_group_without_tokens_is_not_dead(groups: tuple[ExpertGroup, ...]) -> None:
-    assert not list(dead_experts(np.array([[25, 25, 25, 25, 0, 0, 0, 0, 5, 5, 0, 0]]), groups, (0,), 50))
+def test_few_choices_prove_nothing(groups: tuple[ExpertGroup, ...]) -> None:
+    assert not routing(np.array([[0, 1, 9, 2] * 2 + [5, 5, 5, 5]]), groups, tokens=9)
+
+
+def test_a_group_without_tokens_is_starved_and_not_dead(groups: tuple[ExpertGroup, ...]) -> None:
+    sums = WindowSums(np.array([[*EVEN, 0, 0, 0, 0, 25, 25, 0, 0]]), np.array([[75, 0]]), np.zeros((1, 2)), 50, 0.02)
+    assert [hint.kind for hint in routing_hints(sums, groups, (0,))] == ["starved/image"]
 
 
 def test_null_choices_that_collapsed(groups: tuple[ExpertGroup, ...]) -> None:
-    (none,) = null_collapse(choices(EVEN, EVEN, text_null=0), groups)
-    assert none.text.startswith("almost none of the text group's choices are null (0.0%; even: 33%)")
-    (all_null,) = null_collapse(choices(EVEN, EVEN, image_null=9000), groups)
-    assert all_null.text.startswith("almost all of the image group's choices are null (99.4%; even: 33%)")
-    assert not list(null_collapse(choices(EVEN, EVEN), groups))
+    (none,) = routing(choices(EVEN, EVEN, text_null=0), groups)
+    assert none.text.startswith("almost none of the text group's choices are null (0.0%; even: 33%; possible: 0% to 100%)")
+    (all_null,) = (h for h in routing(choices(EVEN, EVEN, image_null=9000), groups, tokens=9050) if h.kind == "null/image")
+    assert all_null.text.startswith("almost all possible of the image group's choices are null (99.4%; even: 33%;")
+    assert not routing(choices(EVEN, EVEN), groups)
+
+
+def test_drops_are_said_with_the_factor_that_drops_nothing(groups: tuple[ExpertGroup, ...]) -> None:
+    (hint,) = (
+        each for each in routing(choices(EVEN, [70, 10, 10, 10]), groups, dropped=13) if each.kind == "dropped/image"
+    )
+    # An even share is k T / columns = 2 x 100 / 6.
+    assert hint.text == (
+        "model.moe.capacity drops 13% of the image group's (token, expert) pairs, 13% in layer 1, whose busiest expert "
+        "needs factor 2.1; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or a larger "
+        "coefficient in loss.balance.schedule (now 0.02)"
+    )
+    assert not routing(choices(EVEN, EVEN), groups, dropped=9)
 
 
 def test_a_rank_the_others_wait_for() -> None:
     (hint,) = busy_rank(np.array([[10.0, 10, 70, 10], [25, 25, 25, 25]]))
-    assert hint.text.startswith("rank 2 of the EP group computes 1.9 x the mean rank's rows")
+    assert hint.text.startswith("rank 2 of the EP group computes most rows, and the busiest rank of a layer computes 1.9 x")
     assert not list(busy_rank(np.array([[25.0, 25, 35, 15]])))
     assert not list(busy_rank(np.array([[9.0]])))
     assert not list(busy_rank(np.zeros((1, 4))))
+    (hint,) = busy_rank(np.array([[90.0, 10], [10, 90]]))
+    assert "computes 1.8 x the mean rank's rows (at most 2 x is possible)" in hint.text, "the others wait in each layer"
 
 
 def test_a_loss_that_rises_or_stays() -> None:

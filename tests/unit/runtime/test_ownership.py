@@ -202,12 +202,13 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
 
 @needs_root
 @pytest.mark.needs_hardware
-@pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2"])
+@pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2", "tensorboard/text/events"])
 def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
     config, folder = a_run(place)
     target = place / "precious"
     target.write_text("x")
     link = folder.path / where
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(target)
     assert folder.inspect(config) is Start.RESUME  # one's own is meant
     os.lchown(link, BOB.pw_uid, BOB.pw_gid)

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -101,3 +102,23 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, make_record: MakeRecord
     step_of = [tuple(samples.get(("moe_dist_step", (("run", "r"),))) for samples in pair) for pair in seen]
     assert step_of == [(None, 1), (1, 2)]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.prom"]
+
+
+def test_every_query_of_the_dashboard_names_a_metric_and_labels_that_exist() -> None:
+    dashboard = json.loads((Path(__file__).parents[4] / "docs" / "examples" / "grafana.json").read_text())
+    labels: dict[str, set[str]] = {"moe_dist_step": {"run"}}
+    for tag in MEANING:
+        family, label, _ = split_tag(tag.replace("{", "").replace("}", ""))
+        labels[metric_name(family)] = {"run"} | ({label} if label else set())
+    shown = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            (name,) = re.findall(r"moe_dist_\w+", target["expr"])
+            assert target["expr"] == f'{name}{{run=~"$run"}}'
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) == labels[name], "each curve has a name of its own"
+            shown.add(name)
+    (runs,) = (v["query"]["query"] for v in dashboard["templating"]["list"] if v["name"] == "run")
+    assert runs == "label_values(moe_dist_step, run)"
+    left_out = {"moe_dist_step", "moe_dist_optim_lr", "moe_dist_optim_tokens", "moe_dist_data_epochs"}
+    assert shown == set(labels) - left_out - {"moe_dist_comm_dedup_factor"}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

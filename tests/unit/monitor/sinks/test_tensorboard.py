@@ -15,7 +15,7 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import MAX_SCALARS
+from moe_dist.monitor.tags import MAX_SCALARS, curve_of
 from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
@@ -29,6 +29,12 @@ def read(folder: Path) -> EventAccumulator:
 def pages(accumulator: EventAccumulator) -> list[str]:
     events = sorted(accumulator.Tensors("configuration/text_summary"), key=lambda event: event.step)
     return [event.tensor_proto.string_val[0].decode() for event in events]
+
+
+def curves(folder: Path) -> dict[tuple[str, str], EventAccumulator]:
+    """(sub-run, tag) of every scalar, with the sub-run's events."""
+    runs = {"": read(folder)} | {path.name: read(path) for path in folder.iterdir() if path.is_dir()}
+    return {(name, tag): events for name, events in runs.items() for tag in events.Tags()["scalars"]}
 
 
 def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
@@ -54,14 +60,48 @@ def write(folder: Path, subject: Subject, records: list[Record], *, resume_step:
 def test_scalars_come_back(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     records = [make_record(step) for step in (1, 2, 3)]
     write(tmp_path, subject, records)
-    accumulator = read(tmp_path)
+    found = curves(tmp_path)
     for tag, value in records[0].scalars.items():
+        sub_run, shown = curve_of(tag)
         if value is None:
-            assert tag not in accumulator.Tags()["scalars"]
+            assert (sub_run, shown) not in found
         else:
-            events = accumulator.Scalars(tag)
+            events = found[sub_run, shown].Scalars(shown)
             assert [event.step for event in events] == [1, 2, 3]
             assert events[0].value == pytest.approx(value, rel=1e-6)
+    assert len(found) == sum(value is not None for value in records[0].scalars.values())
+
+
+def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    """TensorBoard gives each run a colour: the curves of a chart with a group's name are in sub-runs."""
+    write(tmp_path, subject, [make_record(1), make_record(2)])
+    write(tmp_path, subject, [make_record(2)], resume_step=1)
+    found = curves(tmp_path)
+    for tag in ("loss/modality", "moe/null_fraction", "moe/load_imbalance", "data/epochs"):
+        assert {sub_run for sub_run, name in found if name == tag} == {"text", "image"}
+        assert [step for step, _ in points(found["image", tag], tag)] == [1, 2], "each step once after a resume"
+    assert {sub_run for sub_run, name in found if name in ("loss/total", "loss/balance", "moe/dropped")} == {""}
+
+
+def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    sink = TensorBoardSink(folder=tmp_path, subject=replace(subject, active_target={"text": 1.5}), modalities=("text",))
+    for step in (1, 2):
+        sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
+    result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6)
+    sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+    sink.close()
+    for folder in (tmp_path, tmp_path / "text", tmp_path / "image"):
+        accumulator = read(folder)
+        tags = accumulator.Tags()
+        for tag in (*tags["scalars"], *tags["images"], *tags["histograms"]):
+            text = accumulator.SummaryMetadata(tag).summary_description
+            assert text.endswith("."), tag
+            assert not tag.startswith("moe/dropped") or "capacity dropped" in text
+
+
+def test_drops_are_a_heat_map_of_layers_and_groups(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    write(tmp_path, subject, [make_record(1, dropped_LE=np.full((3, 8), 1))], pictures_every=1)
+    assert "moe/dropped_fraction" in read(tmp_path).Tags()["images"]
 
 
 def test_an_evaluation_goes_to_its_step(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
@@ -70,8 +110,8 @@ def test_an_evaluation_goes_to_its_step(tmp_path: Path, subject: Subject, make_r
     sink.step(make_record(2))
     sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
     sink.flush()
-    accumulator = read(tmp_path)
-    assert [(e.step, e.value) for e in accumulator.Scalars("eval/text")] == [(2, 3.0)]
+    accumulator, text = read(tmp_path), read(tmp_path / "text")
+    assert [(e.step, e.value) for e in text.Scalars("eval/modality")] == [(2, 3.0)]
     assert [(e.step, e.value) for e in accumulator.Scalars("perf/balance_efficiency")] == [(2, 0.5)]
 
 
@@ -106,8 +146,9 @@ def test_an_evaluation_that_is_owed_is_there_once(
             sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
             sink.step(make_record(3))
         sink.close()
-    accumulator = read(tmp_path)
-    assert points(accumulator, "eval/text") == ([(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)])
+    accumulator, evaluations = read(tmp_path), [(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)]
+    assert points(read(tmp_path / "text"), "eval/modality") == evaluations
+    assert len(points(accumulator, "perf/balance_efficiency")) == len(evaluations)
     assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2, 3], "the steps themselves stay"
 
 
@@ -128,7 +169,7 @@ def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     write(tmp_path, subject, [make_record(step, lr=1.0) for step in range(1, 5)])
     write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(5, 9)], resume_step=4)
     write(tmp_path, subject, [make_record(step, lr=3.0) for step in range(9, 12)], resume_step=8)
-    newest = sorted(tmp_path.iterdir(), key=lambda path: int(path.name.rsplit(".", 1)[1]))[-1]
+    newest = sorted(tmp_path.glob("events*"), key=lambda path: int(path.name.rsplit(".", 1)[1]))[-1]
     newest.write_bytes(newest.read_bytes()[:-5])
     write(tmp_path, subject, [make_record(7, lr=4.0)], resume_step=6)
     expected = [(step, 1.0) for step in range(1, 5)] + [(5, 2.0), (6, 2.0), (7, 4.0)]
@@ -143,7 +184,7 @@ def test_only_the_last_attempts_file_is_written_anew(tmp_path: Path, subject: Su
     inodes: list[dict[str, int]] = []
     for step in (1, 2, 3):
         write(tmp_path, subject, [make_record(step)], resume_step=step - 1)
-        inodes.append({path.name: path.stat().st_ino for path in tmp_path.iterdir()})
+        inodes.append({path.name: path.stat().st_ino for path in tmp_path.glob("events*")})
     first, second = inodes[0].keys(), inodes[1].keys() - inodes[0].keys()
     assert all(inodes[1][name] != inodes[0][name] and inodes[2][name] == inodes[1][name] for name in first)
     assert all(inodes[2][name] != inodes[1][name] for name in second)
@@ -175,7 +216,7 @@ def test_many_groups_turn_into_heat_maps(tmp_path: Path, wide_record: Callable[.
     accumulator = read(tmp_path)
     families = {"moe/experts_per_token", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"}
     assert families <= set(accumulator.Tags()["images"])
-    assert len(accumulator.Tags()["scalars"]) <= MAX_SCALARS
+    assert len(curves(tmp_path)) <= MAX_SCALARS
 
 
 def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
@@ -185,8 +226,8 @@ def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subjec
     tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
     measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
     assert measured_elsewhere < set(tags)
-    assert set(tags) - measured_elsewhere <= set(make_record(1).scalars)
-    assert "moe/load_imbalance/image" in tags
+    assert set(tags) - measured_elsewhere <= {curve_of(tag)[1] for tag in make_record(1).scalars}
+    assert {"moe/load_imbalance", "moe/dropped", "moe/capacity_used", "loss/modality"} < set(tags)
 
 
 def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
@@ -202,4 +243,4 @@ def test_a_held_load_is_a_picture_beside_its_target(tmp_path: Path, subject: Sub
     write(tmp_path, held, records)
     tags = read(tmp_path).Tags()
     assert {"moe/load_against_target", "moe/load_over_target"} <= set(tags["images"])
-    assert len(tags["scalars"]) <= MAX_SCALARS
+    assert len(curves(tmp_path)) <= MAX_SCALARS

@@ -1,0 +1,69 @@
+"""The sections `monitor.profile` and `monitor.trace`: detailed files about some steps."""
+
+from collections.abc import Iterator
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.section import Section, Violation, WholeConfig
+
+MAX_TRACE_ID = 2**15 - 3  # ids are int16, and a dropped pair of column c is stored as -2 - c
+
+
+class ProfileSection(Section):
+    """A torch trace and a memory snapshot of some steps."""
+
+    steps: tuple[PositiveInt, PositiveInt] = Field(
+        description="First and last profiled step; the first step of a run is 1."
+    )
+    ranks: tuple[int, ...] = Field(default=(0,), description="Ranks that are profiled. Each of them becomes slower.")
+
+    def violations(self) -> Iterator[Violation]:
+        first, last = self.steps
+        if first > last:
+            problem = f"steps=[{first}, {last}]: the first step must not be after the last; exchange them"
+            yield Violation(("steps",), problem)
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        world = config.parallel.ep * config.parallel.edp
+        for rank in self.ranks:
+            if not 0 <= rank < world:
+                problem = (
+                    f"monitor.profile.ranks={list(self.ranks)}: rank {rank} does not exist, because the run has {world} "
+                    "ranks (parallel.ep x parallel.edp); take ranks below that number"
+                )
+                yield Violation(("monitor.profile.ranks", "parallel.ep", "parallel.edp"), problem)
+
+
+class TraceSection(Section):
+    """The chosen experts of single tokens, in the folder trace of the run."""
+
+    every: PositiveInt = Field(default=1, description="Steps between two traced steps.")
+    tokens: PositiveInt | None = None
+    """Largest number of tokens that each rank traces in a step: those of its first sequences. null: all tokens."""
+    weights: bool = Field(default=True, description="Also store the weight of each choice.")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        moe = config.model.moe
+        if moe.router.experts_choose:
+            problem = (
+                f"monitor.trace: needs a router in which tokens choose, and with {moe.router.name} experts choose; set "
+                "monitor.trace to null"
+            )
+            yield Violation(("monitor.trace", "model.moe.router.kind"), problem)
+        if config.model.mixture_of_depths is not None:
+            problem = (
+                "monitor.trace: the layers of model.mixture_of_depths route only some tokens, which a trace cannot store; "
+                "set monitor.trace or model.mixture_of_depths to null"
+            )
+            yield Violation(("monitor.trace", "model.mixture_of_depths"), problem)
+        if config.router_tuning is not None:
+            problem = "monitor.trace: router_tuning reads samples, not the stream of sequences; set monitor.trace to null"
+            yield Violation(("monitor.trace", "router_tuning"), problem)
+        groups = moe.groups.values()
+        columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in groups)
+        if columns > MAX_TRACE_ID:
+            problem = (
+                f"monitor.trace: ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity "
+                f"and constant experts); at most {MAX_TRACE_ID} can be traced: set monitor.trace to null"
+            )
+            yield Violation(("monitor.trace", "model.moe.groups"), problem)

@@ -1,0 +1,210 @@
+"""Hints about the routing counts of a window of steps. Each rule is relative to the loads that are possible.
+
+A token takes an expert at most once, so an expert's load is at most the number of the group's tokens; of k choices at most
+min(k, m) are null. Cells with fewer than `ENOUGH` expected choices are not judged. Shape letters as in `metrics.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
+from moe_dist.placement.placement import ExpertGroup
+
+BUSY_EXPERT = 3.0  # times the even load from which an expert counts as busy
+BUSY_SPAN = 0.8  # an expert also counts as busy if its load is this far on the way from the even to the largest load
+BUSY_ROOM = 1.5  # least possible load, in even loads, for which experts are judged as busy
+DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity drops, from which a hint warns
+NULL_EDGE = 0.02  # distance of the null fraction from its limits below which a hint warns
+IDLE = 0.02  # times the even number of experts per token, below which a layer counts as dead
+STARVED = 0.1  # times the even number of experts per token, below which a group counts as starved
+ENOUGH = 20.0  # expected choices below which chance could explain a number
+NAMED = 4  # largest number of experts or layers that a hint names
+
+
+@dataclass(frozen=True)
+class Hint:
+    """One warning. Two hints of the same `kind` are repeats."""
+
+    kind: str
+    text: str
+
+
+class WindowSums(NamedTuple):
+    """Sums over the records of a window: int64 arrays of `Record.arrays`, and what the texts of the hints name."""
+
+    choices_LC: np.ndarray
+    tokens_LG: np.ndarray
+    dropped_LG: np.ndarray
+    steps: int
+    balance_coefficient: float
+
+
+@dataclass(frozen=True)
+class GroupWindow:
+    """The part of `WindowSums` of one group."""
+
+    group: ExpertGroup
+    choices: GroupChoices
+    tokens_L: np.ndarray
+    dropped_L: np.ndarray
+    moe_layers: Sequence[int]
+    steps: int
+    balance_coefficient: float
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Number of (token, true expert) pairs of each layer that no capacity dropped, int64 [L]."""
+        return self.choices.true_Ln.sum(1) - self.dropped_L
+
+    @property
+    def even(self) -> np.ndarray:
+        """Number of (token, true expert) pairs of each layer if all columns are chosen equally often, float64 [L]."""
+        return self.tokens_L * self.group.expected_experts_per_token
+
+    @property
+    def saturated(self) -> float:
+        """Largest possible share of null choices."""
+        return min(self.group.top_k, self.group.num_null) / self.group.top_k
+
+    @property
+    def null_share(self) -> float | None:
+        """Share of null choices, over all layers; None without choices or without null experts."""
+        total = float(self.choices.total.sum())
+        return float(self.choices.null_Lm.sum()) / total if total and self.group.num_null else None
+
+
+def routing_hints(sums: WindowSums, groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:
+    """Yields the hints of every rule for every group."""
+    for g, (group, choices) in enumerate(zip(groups, group_choices(sums.choices_LC, groups), strict=True)):
+        tokens_L, dropped_L = sums.tokens_LG[:, g], sums.dropped_LG[:, g]
+        window = GroupWindow(group, choices, tokens_L, dropped_L, moe_layers, sums.steps, sums.balance_coefficient)
+        if not tokens_L.any():
+            if sums.tokens_LG.any():
+                yield no_tokens(window)
+            continue
+        for rule in (busy_expert, dead_experts, dead_layers, dropped_pairs, null_limits, few_experts):
+            yield from rule(window)
+
+
+def busy_expert(window: GroupWindow) -> Iterator[Hint]:
+    """Warns if one expert takes several times the even load, or nearly the largest possible load, in a layer."""
+    group, true_Ln = window.group, window.choices.true_Ln
+    even_L, most_L = true_Ln.mean(1), window.tokens_L
+    limit_L = np.minimum(BUSY_EXPERT * even_L, even_L + BUSY_SPAN * (most_L - even_L))
+    judged_L = (even_L >= ENOUGH) & (most_L >= BUSY_ROOM * even_L)
+    over_L = np.where(judged_L, divide(true_Ln.max(1), limit_L), 0.0)
+    if over_L.max() < 1:
+        return
+    layer = int(over_L.argmax())
+    expert = int(true_Ln[layer].argmax())
+    name = group.name
+    yield Hint(
+        f"busy/{name}",
+        f"{name} expert {expert} takes {true_Ln[layer, expert] / most_L[layer]:.0%} of its group's tokens in layer "
+        f"{window.moe_layers[layer]} (even: {even_L[layer] / most_L[layer]:.1%}); see moe/load/{name} in TensorBoard; "
+        f"try a larger coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
+    )
+
+
+def dead_experts(window: GroupWindow) -> Iterator[Hint]:
+    """Warns about the experts that no token chose, in layers whose other experts were chosen (else `dead_layers` warns)."""
+    true_Ln = window.choices.true_Ln
+    dead = np.argwhere((true_Ln == 0) & (true_Ln.mean(1, keepdims=True) >= ENOUGH))
+    if not len(dead):
+        return
+    names = _names([f"{expert} (layer {window.moe_layers[layer]})" for layer, expert in dead])
+    yield Hint(
+        f"dead/{window.group.name}",
+        f"{window.group.name} expert{'s' if len(dead) > 1 else ''} {names} took no token in the last {window.steps} steps; "
+        f"see moe/load/{window.group.name} in TensorBoard; try a larger first coefficient in loss.balance.schedule, "
+        "or fewer experts",
+    )
+
+
+def dead_layers(window: GroupWindow) -> Iterator[Hint]:
+    """Warns about layers that compute hardly any pair of the group, while other layers do."""
+    # A layer without tokens of the group is judged by the tokens of the mean layer.
+    even_L = np.maximum(window.even, window.even.mean() * (window.tokens_L == 0))
+    dead_L = (window.kept < IDLE * even_L) & (even_L >= ENOUGH)
+    dead = np.flatnonzero(dead_L).tolist()
+    if not dead or dead_L.all():
+        return
+    layers = _names([str(window.moe_layers[layer]) for layer in dead])
+    kept = window.kept[dead].sum() / max(1, window.tokens_L[dead].sum())
+    yield Hint(
+        f"layer/{window.group.name}",
+        f"layer{'s' if len(dead) > 1 else ''} {layers} compute{'' if len(dead) > 1 else 's'} nearly nothing for the "
+        f"{window.group.name} group: {kept:.2f} true experts per token (even: {window.group.expected_experts_per_token:.2f}"
+        "); see moe/null_fraction and moe/dropped_fraction in TensorBoard; try a larger coefficient in "
+        "loss.balance.schedule",
+    )
+
+
+def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
+    """Warns if a capacity drops many pairs of a layer."""
+    true_Ln, dropped_L = window.choices.true_Ln, window.dropped_L
+    share_L = np.where(true_Ln.sum(1) >= ENOUGH, np.nan_to_num(divide(dropped_L, true_Ln.sum(1))), 0.0)
+    layer = int(share_L.argmax())
+    if share_L[layer] < DROPPED:
+        return
+    needed = true_Ln[layer].max() / (window.even[layer] / window.group.num_experts)
+    yield Hint(
+        f"dropped/{window.group.name}",
+        f"model.moe.capacity drops {dropped_L.sum() / true_Ln.sum():.0%} of the {window.group.name} group's (token, "
+        f"expert) pairs, {share_L[layer]:.0%} in layer {window.moe_layers[layer]}, whose busiest expert needs factor "
+        f"{needed:.1f}; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or a larger "
+        f"coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
+    )
+
+
+def null_limits(window: GroupWindow) -> Iterator[Hint]:
+    """Warns if the share of null choices is near 0 or near its largest possible value."""
+    share, group = window.null_share, window.group
+    if share is None:
+        return
+    even = group.num_null / group.num_columns
+    if share > window.saturated - min(NULL_EDGE, (window.saturated - even) / 10):
+        what, cost = "almost all possible", "hardly any token reaches an expert by choice"
+    elif share < min(NULL_EDGE, even / 10):
+        what, cost = "almost none", "null experts save nothing"
+    else:
+        return
+    yield Hint(
+        f"null/{group.name}",
+        f"{what} of the {group.name} group's choices are null ({share:.1%}; even: {even:.0%}; possible: 0% to "
+        f"{window.saturated:.0%}): {cost}; see moe/null_fraction in TensorBoard; try a larger coefficient in "
+        "loss.balance.schedule",
+    )
+
+
+def few_experts(window: GroupWindow) -> Iterator[Hint]:
+    """Warns if a group's tokens get hardly any true expert over all layers, after null choices and drops."""
+    share, group = window.null_share, window.group
+    per_token, even = float(window.kept.sum() / window.tokens_L.sum()), group.expected_experts_per_token
+    saturated = share is not None and share > 1 - NULL_EDGE  # null_limits warns
+    if saturated or per_token >= STARVED * even or window.even.sum() < ENOUGH:
+        return
+    yield Hint(
+        f"starved/{group.name}",
+        f"tokens of the {group.name} group get {per_token:.2f} true experts (even: {even:.2f}); "
+        "see moe/experts_per_token in TensorBoard; try a larger coefficient in loss.balance.schedule, or a larger "
+        "model.moe.capacity.factor",
+    )
+
+
+def no_tokens(window: GroupWindow) -> Hint:
+    """The warning about a group none of whose tokens was routed."""
+    name = window.group.name
+    return Hint(
+        f"starved/{name}",
+        f"no token was routed in the {name} group in the last {window.steps} steps; if the group shall be trained, look at "
+        "the mix in data",
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,96 @@
+"""The files of a trace. Every attempt of a run has a folder trace/<attempt>/ with files that only grow:
+
+    manifest.json    written by rank 0 before the first step: layers, columns, placement, modalities, configuration
+    rank_R.tokens    one `TOKEN` for each traced token
+    rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first
+    rank_R.weights   float16 [tokens, L, K], the routing weights; only if the manifest says so
+    rank_R.index     one `ENTRY` for each step, written after the step's tokens: what no entry covers does not count
+
+Column c is the logical id of a true expert, then come the null, identity and constant experts of all groups. The id of a
+dropped pair is -2 - c; -1 is no choice (a group with a smaller k). All numbers are little-endian.
+
+Shape letters: L MoE layers, K largest number of choices of a token, C columns, T tokens of a step.
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_dist.placement.placement import ExpertGroup
+
+FORMAT, VERSION = "moe_dist trace", 1
+NO_CHOICE = -1
+MANIFEST = "manifest.json"
+
+# Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
+TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
+# First row and number of rows of the step in the other files; crc32 of its tokens, ids and weights; crc32 of the entry.
+ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the numbers of an attempt's files mean.
+
+    Attributes:
+        attempt: Number of the attempt in this trace, from 1.
+        from_step: Last step before the attempt. Later steps of earlier attempts do not count, because they were repeated.
+        ranks: Number of ranks, each of which wrote files.
+        layers: Layer index of each MoE layer (L).
+        choices: Largest number of choices of a token (K).
+        weights: Whether weights were written.
+        groups: Expert groups, in the order of their columns.
+        rank_of_expert: EP rank of each true expert.
+        modalities: Names of the modalities.
+        every, tokens: Steps between traced steps, and the largest number of tokens of a rank and step (None: all).
+        tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
+        configuration: The run's configuration.
+    """
+
+    attempt: int
+    from_step: int
+    ranks: int
+    layers: tuple[int, ...]
+    choices: int
+    weights: bool
+    groups: tuple[ExpertGroup, ...]
+    rank_of_expert: tuple[int, ...]
+    modalities: tuple[str, ...]
+    every: int = 1
+    tokens: int | None = None
+    tokenizer: str | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_columns(self) -> int:
+        return sum(group.num_columns for group in self.groups)
+
+    def write(self, folder: Path) -> None:
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Manifest":
+        """The inverse of `write`. Raises KeyError or TypeError if fields are missing or unknown."""
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        values["groups"] = tuple(ExpertGroup(**{**g, "modalities": tuple(g["modalities"])}) for g in content["groups"])
+        del values["format"], values["version"]
+        return cls(**values)
+
+
+def content_check(*arrays: np.ndarray | None) -> int:
+    """crc32 of the bytes of several arrays."""
+    total = 0
+    for array in arrays:
+        if array is not None:
+            total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, total)
+    return total
+
+
+def entry_check(entry: np.ndarray) -> int:
+    """crc32 of an `ENTRY` [1] without its last field."""
+    return zlib.crc32(entry.tobytes()[: ENTRY.itemsize - 4])

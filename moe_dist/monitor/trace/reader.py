@@ -1,0 +1,176 @@
+"""Reads a trace: `read_trace(folder).step(n)` maps the files into memory and copies only the step.
+
+Shape letters as in `format.py`; T tokens of all ranks.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.errors import DataError
+from moe_dist.monitor.trace.format import (
+    ENTRY,
+    FORMAT,
+    MANIFEST,
+    NO_CHOICE,
+    TOKEN,
+    VERSION,
+    Manifest,
+    content_check,
+    entry_check,
+)
+
+
+class TracedStep(NamedTuple):
+    """The traced tokens of one step, ordered by rank and by place in the rank's batch.
+
+    Attributes:
+        tokens: `format.TOKEN` [T].
+        ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 no choice.
+        weights: float16 [T, L, K], or None.
+        manifest: Of the attempt that took the step.
+    """
+
+    tokens: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray | None
+    manifest: Manifest
+
+    def choices(self) -> np.ndarray:
+        """Number of choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
+        return self._count(np.where(self.ids < NO_CHOICE, -2 - self.ids, self.ids))
+
+    def dropped(self) -> np.ndarray:
+        """Number of dropped pairs of each column, int64 [L, C]."""
+        return self._count(np.where(self.ids < NO_CHOICE, -2 - self.ids, NO_CHOICE))
+
+    def _count(self, column_TLK: np.ndarray) -> np.ndarray:
+        columns = self.manifest.num_columns
+        layers = range(column_TLK.shape[1])
+        return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt's folder, and for each of its steps that all ranks wrote the index entries by rank."""
+
+    folder: Path
+    manifest: Manifest
+    entries: dict[int, tuple[np.ndarray, ...]]
+
+
+class Trace:
+    """The steps of a run's trace, each once: of a step that was repeated after a resume only the last version.
+
+    Attributes:
+        attempts: The attempts, in their order.
+        steps: Numbers of the traced steps that all ranks wrote, rising; the first step of a run is 1.
+    """
+
+    def __init__(self, attempts: list[Attempt]) -> None:
+        self.attempts = tuple(attempts)
+        self._of_step: dict[int, Attempt] = {}
+        for attempt in attempts:
+            kept = {step: old for step, old in self._of_step.items() if step <= attempt.manifest.from_step}
+            self._of_step = kept | dict.fromkeys(attempt.entries, attempt)
+        self.steps = tuple(sorted(self._of_step))
+
+    def step(self, number: int) -> TracedStep:
+        """Reads a step.
+
+        Raises:
+            DataError: the step was not traced, its files are damaged, or they have ids outside the model.
+        """
+        if number not in self._of_step:
+            raise DataError(f"trace: step {number} is not among the {len(self.steps)} traced steps; take one of `steps`")
+        attempt = self._of_step[number]
+        manifest, parts = attempt.manifest, []
+        for rank, entry in enumerate(attempt.entries[number]):
+            parts.append(_rows(attempt.folder / f"rank_{rank}", entry, manifest))
+        tokens, ids, weights = (np.concatenate(part) if part[0] is not None else None for part in zip(*parts, strict=True))
+        assert tokens is not None
+        assert ids is not None
+        return TracedStep(tokens, ids, weights, manifest)
+
+
+def read_trace(folder: str | Path) -> Trace:
+    """Reads the manifests and indices of a trace.
+
+    Args:
+        folder: A run folder, or its folder trace.
+
+    Raises:
+        DataError: there is no trace, its format is unknown, or a file is shorter than its index says.
+    """
+    folder = Path(folder)
+    folder = folder / "trace" if (folder / "trace").is_dir() else folder
+    found = [_attempt(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    if not found:
+        raise DataError(f"{folder}: no trace, because no folder in it has a {MANIFEST}; set monitor.trace in the run")
+    return Trace(sorted(found, key=lambda attempt: attempt.manifest.attempt))
+
+
+def _attempt(folder: Path) -> Attempt:
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = (content["format"], content["version"]) == (FORMAT, VERSION)
+        manifest = Manifest.from_json(content) if known else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not the manifest of a trace ({type(error).__name__}: {error}); restore the file"
+        ) from None
+    if manifest is None:
+        raise DataError(
+            f"{path}: format={content['format']!r}, version={content['version']!r}: this reader knows {FORMAT!r}, version "
+            f"{VERSION}; read it with the version of moe_dist that wrote it"
+        )
+    by_rank = [_index(folder / f"rank_{rank}.index") for rank in range(manifest.ranks)]
+    whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank may lack the last step
+    return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
+
+
+def _index(path: Path) -> dict[int, np.ndarray]:
+    """The entries of an index by step; ends at the first incomplete entry, which a killed writer may leave."""
+    content = path.read_bytes() if path.exists() else b""
+    entries = np.frombuffer(content, ENTRY, count=len(content) // ENTRY.itemsize)
+    found = {}
+    for entry in entries:
+        if entry_check(entry) != entry["check"]:
+            break
+        found[int(entry["step"])] = entry
+    return found
+
+
+def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    shape = (len(manifest.layers), manifest.choices)
+    tokens = _mapped(stem.with_suffix(".tokens"), entry, TOKEN, ())
+    ids = _mapped(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
+    weights = _mapped(stem.with_suffix(".weights"), entry, np.dtype("<f2"), shape) if manifest.weights else None
+    step = int(entry["step"])
+    if content_check(tokens, ids, weights) != entry["content"]:
+        raise DataError(f"{stem}.ids, step {step}: the content does not have the checksum of its index; restore the files")
+    column = np.where(ids < NO_CHOICE, -2 - ids, ids)
+    if ids.size and column.max() >= manifest.num_columns:
+        raise DataError(
+            f"{stem}.ids, step {step}: id {column.max()} is outside the model, which has {manifest.num_columns} columns "
+            f"({MANIFEST}, groups); take the manifest that belongs to these files"
+        )
+    return tokens, ids, weights
+
+
+def _mapped(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    first, rows = int(entry["first"]), int(entry["rows"])
+    width = dtype.itemsize * int(np.prod(shape))
+    size = path.stat().st_size if path.exists() else 0
+    if size < (first + rows) * width:
+        raise DataError(
+            f"{path}: {size} bytes, but step {entry['step']} ends at byte {(first + rows) * width}; the file was cut off: "
+            "restore it, or read earlier steps"
+        )
+    if not rows:
+        return np.zeros((0, *shape), dtype)
+    return np.memmap(path, dtype, mode="r", offset=first * width, shape=(rows, *shape))

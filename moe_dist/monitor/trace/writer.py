@@ -1,0 +1,88 @@
+"""Writes one rank's part of a trace on a thread, so that training waits only if the disk is slower than `WAITING` steps."""
+
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from moe_dist.monitor.trace.format import ENTRY, TOKEN, content_check, entry_check
+
+WAITING = 4  # steps that may wait for the disk; each needs the memory of its tokens
+CLOSE_SECONDS = 30.0
+
+logger = logging.getLogger(__name__)
+Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
+
+
+class TraceWriter:
+    """Appends steps to the files of `rank` in `folder`, an attempt's folder. A full disk ends the trace, not the run.
+
+    A killed process loses at most the steps that were waiting. Files contain a step only with its index entry.
+    """
+
+    def __init__(self, folder: Path, rank: int, *, weights: bool) -> None:
+        names = ("tokens", "ids", *(["weights"] if weights else []), "index")
+        self._files: dict[str, IO[bytes]] = {name: (folder / f"rank_{rank}.{name}").open("wb") for name in names}
+        self._rows, self._failed = 0, False
+        self._queue: queue.Queue[Step | None] = queue.Queue(maxsize=WAITING)
+        self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
+        self._thread.start()
+
+    def add(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
+        """Takes the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K]. The arrays must not change later."""
+        assert tokens.dtype == TOKEN, tokens.dtype
+        assert ids.dtype == np.int16, ids.dtype
+        self._queue.put((step, tokens, ids, weights))
+
+    def flush(self) -> None:
+        """Waits until all steps so far are on disk. Call it before a checkpoint, whose resume does not repeat them."""
+        self._queue.join()
+        self._guarded(self._sync)
+
+    def close(self) -> None:
+        """Flushes and closes the files, within CLOSE_SECONDS. A second call does nothing."""
+        if not self._thread.is_alive():
+            return
+        self._queue.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            logger.error("the trace was not written within %g s: its last steps are missing", CLOSE_SECONDS)
+            return
+        self._guarded(self._sync)
+        for file in self._files.values():
+            self._guarded(file.close)
+
+    def _work(self) -> None:
+        while (step := self._queue.get()) is not None:
+            self._guarded(lambda step=step: self._write(*step))
+            self._queue.task_done()
+        self._queue.task_done()
+
+    def _write(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
+        parts = {"tokens": tokens, "ids": ids, **({"weights": weights} if "weights" in self._files else {})}
+        for name, array in parts.items():
+            self._files[name].write(np.ascontiguousarray(array).tobytes())
+            self._files[name].flush()  # the index entry must not reach the file before the content
+        entry = np.array([(step, self._rows, len(tokens), content_check(*parts.values()), 0)], ENTRY)
+        entry["check"] = entry_check(entry)
+        self._files["index"].write(entry.tobytes())
+        self._files["index"].flush()
+        self._rows += len(tokens)
+
+    def _sync(self) -> None:
+        for file in self._files.values():  # the index is last
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _guarded(self, action) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._failed = True
+            logger.error("trace: %s; no further step is traced until the next start", error)

@@ -1,0 +1,144 @@
+"""Profiles some steps of a run: a torch trace whose ranges are named by layer and phase, and a memory snapshot.
+
+The ranges of layers exist only while steps are profiled, so other steps cost nothing.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # of a layer, with a range each
+MEMORY_EVENTS = 200_000  # allocations and releases that CUDA's memory history keeps
+MIB = 2**20
+
+
+class StepProfiler:
+    """Profiles the steps `first` to `last` on this rank. Files are written after the last of these steps, or in `close`.
+
+    Args:
+        model: The transformer, whose `layers` get ranges.
+        folder: Folder of the files; created with the first file.
+        name: Begin of the files' names, such as 'rank_0'.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, name: str, *, first: int, last: int, device: torch.device) -> None:
+        self._model, self._folder, self._name = model, folder, name
+        self._first, self._last, self._device = first, last, device
+        self._profile: profile | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._began = 0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Surrounds step `number`; the first step is 1. A run that resumes between the two steps is profiled from there."""
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if self._profile is None:
+            self._start(number)
+        with record_function(f"step {number}"):
+            yield
+        if number == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the profile, if one is running, and writes its files."""
+        if self._profile is None:
+            return
+        ended, self._profile = self._profile, None
+        ended.__exit__(None, None, None)
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stem = self._folder / f"{self._name}_from_step_{self._began}"
+        ended.export_chrome_trace(f"{stem}.json.gz")
+        stem.with_suffix(".memory.json").write_text(json.dumps(self._memory(ended), indent=1), encoding="utf-8")
+        if self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")  # for pytorch.org/memory_viz
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _start(self, number: int) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        self._began = number
+        self._undo = list(name_ranges(self._model))
+        self._profile = profile(activities=activities, profile_memory=True)
+        self._profile.__enter__()
+
+    def _memory(self, ended: profile) -> dict[str, Any]:
+        """Bytes of the model's tensors, of the process, and allocated less released inside each named range."""
+        parameters = list(self._model.parameters())
+        ranges = {each.key: each for each in ended.key_averages() if each.is_user_annotation}
+        cuda = self._device.type == "cuda"
+        return {
+            "parameters_mib": sum(each.numel() * each.element_size() for each in parameters) / MIB,
+            "process_mib": psutil.Process().memory_info().rss / MIB,
+            "device_peak_mib": torch.cuda.max_memory_allocated(self._device) / MIB if cuda else None,
+            "ranges_mib": {
+                name: (each.device_memory_usage if cuda else each.cpu_memory_usage) / MIB for name, each in ranges.items()
+            },
+        }
+
+
+def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Gives each part of each layer a range 'layer 3/moe.experts', and the exchanges 'layer 3/dispatch' and 'combine'.
+    Yields functions that take the ranges away. Recomputation in backward has the same ranges."""
+    layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
+    entered: list[str] = []  # names of the layers that are running; the last one is the innermost
+    for name, layer in layers.items():
+        for part in PARTS:
+            module = _part(layer, part)
+            if module is not None:
+                yield from _module_range(module, f"{name}/{part}")
+        moe = _part(layer, "moe")
+        dispatcher = getattr(moe, "dispatcher", None)
+        if moe is None or dispatcher is None:
+            continue
+        yield moe.register_forward_pre_hook(lambda *_, name=name: entered.append(name), prepend=True).remove
+        yield moe.register_forward_hook(lambda *_: (entered.pop(), None)[1], always_call=True).remove
+        for method in ("plan", "dispatch", "combine"):
+            if method in vars(dispatcher) or not hasattr(dispatcher, method):
+                continue  # layers may share a dispatcher, and a pipelined dispatcher has no `dispatch`
+            yield _method_range(dispatcher, method, entered)
+
+
+def _part(layer: nn.Module, path: str) -> nn.Module | None:
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _module_range(module: nn.Module, name: str) -> Iterator[Callable[[], None]]:
+    open_ranges: list[record_function] = []
+
+    def begin(*_: Any) -> None:
+        open_ranges.append(record_function(name))
+        open_ranges[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    yield module.register_forward_pre_hook(begin, prepend=True).remove
+    yield module.register_forward_hook(end, always_call=True).remove  # also after an error, so that ranges stay nested
+
+
+def _method_range(owner: Any, method: str, entered: list[str]) -> Callable[[], None]:
+    inner = getattr(owner, method)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        with record_function(f"{entered[-1]}/{method}" if entered else method):
+            return inner(*args, **options)
+
+    setattr(owner, method, wrapped)
+    return lambda: delattr(owner, method)

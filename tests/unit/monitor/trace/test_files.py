@@ -1,0 +1,186 @@
+"""What was written is read back; a killed writer, a resume and damaged files. Shape letters as in the format."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from moe_dist.errors import DataError
+from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest
+from moe_dist.monitor.trace.reader import read_trace
+from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.placement.placement import ExpertGroup
+from tests.support.messages import refused
+
+GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
+MANIFEST = Manifest(1, 0, 2, (1, 3, 5), 2, True, GROUPS, (0, 0, 1, 1, 0, 1), ("text", "image"))
+
+
+class Part(NamedTuple):
+    tokens: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def part(step: int, rank: int, rows: int = 5) -> Part:
+    rng = np.random.default_rng((step, rank))
+    tokens = np.zeros(rows, TOKEN)
+    tokens["sequence"], tokens["position"], tokens["token"] = 10 * step + rank, np.arange(rows), rng.integers(0, 99, rows)
+    return Part(
+        tokens,
+        rng.integers(-3, MANIFEST.num_columns, (rows, 3, 2)).astype(np.int16),
+        rng.random((rows, 3, 2)).astype(np.float16),
+    )
+
+
+def write(folder: Path, manifest: Manifest, steps: range, name: str) -> Path:
+    place = folder / name
+    place.mkdir(parents=True)
+    manifest.write(place)
+    for rank in range(manifest.ranks):
+        writer = TraceWriter(place, rank, weights=manifest.weights)
+        for step in steps:
+            writer.add(step, *part(step, rank))
+        writer.close()
+        writer.close()
+    return place
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    write(tmp_path / "trace", MANIFEST, range(1, 4), "a")
+    trace = read_trace(tmp_path)
+    assert trace.steps == (1, 2, 3)
+    step = trace.step(2)
+    for name in ("tokens", "ids", "weights"):
+        assert np.array_equal(getattr(step, name), np.concatenate([getattr(part(2, rank), name) for rank in (0, 1)]))
+    assert step.manifest == MANIFEST
+    choices_LC, dropped_LC = np.zeros((3, 9), np.int64), np.zeros((3, 9), np.int64)
+    for _, layer, k in np.ndindex(step.ids.shape):
+        column = int(step.ids[_, layer, k])
+        if column != -1:
+            choices_LC[layer, column if column >= 0 else -2 - column] += 1
+        if column < -1:
+            dropped_LC[layer, -2 - column] += 1
+    assert np.array_equal(step.choices(), choices_LC)
+    assert np.array_equal(step.dropped(), dropped_LC)
+
+
+def test_ids_cost_two_bytes_a_layer_and_choice(tmp_path: Path) -> None:
+    place = write(tmp_path, replace(MANIFEST, weights=False), range(1, 2), "a")
+    assert (place / "rank_0.ids").stat().st_size == 5 * 2 * 3 * 2
+    assert not (place / "rank_0.weights").exists()
+    assert read_trace(tmp_path).step(1).weights is None
+
+
+def test_a_resume_on_more_ranks_keeps_every_step_once(tmp_path: Path) -> None:
+    write(tmp_path, MANIFEST, range(1, 6), "b")  # died after step 5, with a checkpoint of step 3
+    write(tmp_path, replace(MANIFEST, attempt=2, from_step=3, ranks=3), range(4, 5), "a")
+    trace = read_trace(tmp_path)
+    assert trace.steps == (1, 2, 3, 4)
+    assert [trace.step(step).manifest.attempt for step in trace.steps] == [1, 1, 1, 2]
+    assert len(trace.step(4).tokens) == 15
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from moe_dist.monitor.trace.writer import TraceWriter
+from tests.unit.monitor.trace.test_files import MANIFEST, part
+place = Path(sys.argv[1])
+MANIFEST.write(place)
+writers = [TraceWriter(place, rank, weights=True) for rank in (0, 1)]
+for step in range(1, 100000):
+    for rank, writer in enumerate(writers):
+        writer.add(step, *part(step, rank, 400))
+    if step == 20:
+        print("going", flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_readable_trace(tmp_path: Path) -> None:
+    place = tmp_path / "a"
+    place.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(place)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4]
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        process.send_signal(signal.SIGKILL)
+    trace = read_trace(tmp_path)
+    assert len(trace.steps) >= 14, "at most the steps that were waiting are lost"
+    assert trace.steps == tuple(range(1, trace.steps[-1] + 1))
+    for step in (1, trace.steps[-1]):
+        assert np.array_equal(trace.step(step).ids[400:], part(step, 1, 400).ids)
+
+
+@pytest.mark.parametrize("cut", [1, ENTRY.itemsize - 1])
+def test_an_incomplete_index_entry_does_not_count(tmp_path: Path, cut: int) -> None:
+    path = write(tmp_path, MANIFEST, range(1, 4), "a") / "rank_1.index"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_trace(tmp_path).steps == (1, 2), "a step of which a rank is missing is left out"
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, MANIFEST, range(1, 4), "a") / "rank_1.ids"
+    path.write_bytes(path.read_bytes()[:-1])
+    trace = read_trace(tmp_path)
+    assert len(trace.step(2).ids) == 10
+    with refused(DataError, "rank_1.ids"):
+        trace.step(3)
+
+
+def test_changed_content_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, MANIFEST, range(1, 3), "a") / "rank_0.weights"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    with refused(DataError, "rank_0"):
+        read_trace(tmp_path).step(1)
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    place = write(tmp_path, MANIFEST, range(1, 3), "a")
+    replace(MANIFEST, groups=GROUPS[:1]).write(place)
+    with refused(DataError, "groups"):
+        read_trace(tmp_path).step(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"format": "moe_dist trace", "version": 9}', '{"format": 1, "version": 1}', "{}", "["],
+    ids=["another version", "another format", "no field", "no JSON"],
+)
+def test_an_unknown_format_is_refused(tmp_path: Path, content: str) -> None:
+    (write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json").write_text(content)
+    with refused(DataError, "manifest.json"):
+        read_trace(tmp_path)
+
+
+def test_no_trace_and_a_step_without_trace(tmp_path: Path) -> None:
+    with refused(DataError):
+        read_trace(tmp_path)
+    write(tmp_path, MANIFEST, range(1, 3), "a")
+    with refused(DataError):
+        read_trace(tmp_path).step(7)
+
+
+def test_a_full_disk_ends_the_trace_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    MANIFEST.write(tmp_path)
+    writer = TraceWriter(tmp_path, 0, weights=True)
+    writer._files["ids"] = Path("/dev/full").open("wb")  # noqa: SIM115
+    for step in range(1, 9):
+        writer.add(step, *part(step, 0))
+    writer.flush()
+    writer.close()
+    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
+
+
+def test_the_manifest_is_json_for_every_reader(tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert (content["format"], content["version"]) == ("moe_dist trace", 1)
+    assert [group["name"] for group in content["groups"]] == ["text", "image"]
