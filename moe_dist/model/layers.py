@@ -1,7 +1,7 @@
 """The sizes of a transformer (`ModelArgs`), and its small parts: norm, projection, SwiGLU, rotary positions.
 
 Each part computes in its input's dtype and casts its weight to this dtype, because weights may be fp32 and activations
-bf16. Under FSDP2's mixed precision both already have the same dtype, and the cast costs nothing.
+bf16. Under FSDP2's mixed precision weights already have the dtype of activations, and the cast costs nothing.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class ModelArgs:
     """Sizes of a transformer.
 
     Attributes:
-        moe_layers: Indices of the MoE layers; the others have a dense FFN of width `dense_ffn_dim`.
+        moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
-        qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over the whole projection (OLMoE).
+        qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
@@ -102,8 +102,8 @@ class GatedSwiGLU(SwiGLU):
 
 
 def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, equation 34)."""
-    # Angles are fp32 also in a bf16 model, because in bf16 neighbouring positions would have the same angle.
+    """Returns cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, eq. 34)."""
+    # Angles are fp32 even in a bf16 model, because in bf16 neighbouring positions would get the same angle.
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
     return angles.cos(), angles.sin()
