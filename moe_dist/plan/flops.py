@@ -83,8 +83,7 @@ class Parts:
 
 
 def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """Returns the mean number of a token's true experts in each group if routing is uniform
-    (`expected_experts_per_token`)."""
+    """Returns the mean number of true experts of a token of each group if routing is uniform (see `ExpertGroup`)."""
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
