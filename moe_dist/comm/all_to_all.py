@@ -82,7 +82,7 @@ class Pending:
 
 
 class AllToAll:
-    """All-to-all over one process group. If `group` is None, there is a single rank, whose exchanges move nothing.
+    """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing.
 
     Args:
         tracker: Tracks each exchange for the watchdog.

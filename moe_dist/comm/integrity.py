@@ -63,7 +63,7 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """Has the interface of `AllToAll`, sends the rows through another `AllToAll` (`transport`), and checks them.
+    """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
     Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. Exchanges of rows
     keep the order, and rows keep the bits, that the transport alone would give.

@@ -17,7 +17,7 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """What may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: the end mark of a picture."""
+    """What may come next in a sequence: in CODE a code of a picture, in END_OF_PICTURE the end mark of a picture."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
     TEXT_ONLY = 1  # text or the end of the document: no picture fits into the tokens that are left

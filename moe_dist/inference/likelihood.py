@@ -37,7 +37,7 @@ class Score(NamedTuple):
 
 
 class Likelihood:
-    """Scores continuations with one model; each rank scores a part of them.
+    """Scores continuations with one model; each rank scores a part of the continuations.
 
     Args:
         model: The model with this rank's experts. It is put into evaluation mode, in which routing has no capacity limit,

@@ -23,7 +23,7 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """What was generated for one prompt."""
+    """The tokens that were generated for one prompt, and what they mean."""
 
     tokens: list[int]  # ids of the new tokens
     modalities: list[str]  # modality of each new token

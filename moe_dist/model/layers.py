@@ -110,7 +110,7 @@ def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tens
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs of elements (i, i + d/2) of each head, as in Llama checkpoints, by the token's angles."""
+    """Rotates each head's elements in pairs (i, i + d/2), as Llama checkpoints need, by the token's angles."""
     cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, from fp32
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

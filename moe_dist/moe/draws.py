@@ -39,7 +39,7 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean does not change.
+    """Applies dropout: sets a share of the elements to 0 and divides all others by 1 - share, which keeps the mean.
 
     Args:
         name: Identifies the draw, for example (seed, step, layer, first token, projection). Equal names give equal draws on

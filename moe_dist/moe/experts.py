@@ -69,8 +69,7 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
 def choose_gemm(
     kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
 ) -> StackedSwiGLU:
-    """Chooses the function that computes `num_experts` experts with the widths D and F. It is cheap, for use in each
-    forward.
+    """Chooses the function that computes `num_experts` experts with the widths D and F. Each forward may call it.
 
     On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because it launches one kernel instead of one
     per expert. On CPU `auto` does so only for GROUPED_ON_CPU or more experts (docs/parallelism.md).

@@ -87,7 +87,7 @@ class LoRAExperts(nn.Module):
 
     Args:
         hidden_dim, ffn_dim: D and F.
-        groups: All groups in logical order.
+        groups: All expert groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.

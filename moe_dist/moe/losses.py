@@ -22,7 +22,7 @@ class ColumnTables:
     """Tensors that describe the columns of each expert group. Made once, because a copy to CUDA per step would sync.
 
     Attributes:
-        groups: All groups, in logical order.
+        groups: All expert groups, in logical order.
         group_C: int64, group of each column.
         member_CG: bool, whether a column belongs to a group.
         size_G: Number of columns of each group.
@@ -50,7 +50,7 @@ def balance_terms(
     kind: BalanceKind = "null_averaged",
     null_weight_G: Sequence[float] | None = None,
 ) -> Tensor:
-    """This rank's share of the load-balance loss of each layer and group, [L, G], with coefficient 1.
+    """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. Shares add up to it.
 
         l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 
@@ -119,11 +119,11 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by its factor: floats, because copying a tensor of factors would be a host sync."""
+    """Multiplies each group's column by its factor, a float, because copying a tensor of factors would be a host sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
-    """This rank's share of each layer's router z-loss, [L], with coefficient 1: the mean over tokens of logsumexp(logits)^2
-    over the columns of the token's group (ST-MoE, arXiv 2202.08906, equation 5). `tokens_LG` is summed over all ranks."""
+    """Returns this rank's share of each layer's router z-loss [L], with coefficient 1. The loss is the mean over tokens of
+    logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` is of all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

@@ -85,7 +85,7 @@ class RouterSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Result of a router for T tokens.
+    """What a router returns for T tokens.
 
     Attributes:
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
@@ -146,7 +146,7 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """Token counts of a training micro-batch on all ranks, known on the host before any layer runs.
+    """Token counts of a training micro-batch on all ranks. The host has them before any layer runs.
 
     Attributes:
         step: Optimizer step, counted from 0. It is part of the names of random numbers.
@@ -169,7 +169,7 @@ class GlobalBatchInfo:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """Input of all routers and MoE layers beside the tokens.
+    """What all routers and MoE layers of a forward get beside the tokens.
 
     Attributes:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.

@@ -94,7 +94,7 @@ def make_mesh(
     ranks_per_node: int | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> Mesh:
-    """Divides the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
+    """Divides the default process group into EP and edp groups. Every rank calls it with the same arguments.
 
     With `ranks_per_node`, which must divide `ep`, each EP group is also divided into nodes. Each group gets `timeout`
     explicitly, because torch's groups do not inherit the default group's timeout.

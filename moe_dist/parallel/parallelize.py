@@ -144,8 +144,8 @@ class _OrderedBuckets(DistributedDataParallel):
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """Wraps the model in DDP for its dense parameters, with a sum instead of an average. Buffers are not broadcast, because
-    all ranks compute the same values."""
+    """Wraps the model in DDP, which sums (not averages) the gradients of dense parameters. Buffers are not broadcast,
+    because all ranks compute the same values."""
     ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)

@@ -65,7 +65,7 @@ def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[S
 
 
 class Mailbox:
-    """Messages in a store, in the order of their arrival."""
+    """Posts messages to a store, and reads them in the order of their arrival."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._count, self._due = store, 0, list[int]()

@@ -79,8 +79,8 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds values of secret environment variables in the configuration, which is saved in the run folder and every
-    checkpoint."""
+    """Finds values of secret environment variables in the configuration, which is saved in the run folder and
+    checkpoints."""
     found = secrets_of(os.environ)
     return [
         Violation(

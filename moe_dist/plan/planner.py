@@ -43,7 +43,7 @@ class PlacementPlan:
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """Pinned and interleaved placement of the same groups."""
+    """The costs of pinned and of interleaved placement of the same groups."""
 
     plans: tuple[PlacementPlan, ...]  # a plan for each of the two policies that is possible
     missing: Mapping[str, str]  # impossible policy -> reason

@@ -14,7 +14,7 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """Quiz files, and what is asked about each of their lines."""
+    """Quiz files, and the question that is asked about each line."""
 
     files: tuple[str, ...]
     question: Callable[[str], str]  # makes the question's text from the first alternative in the field `asked`

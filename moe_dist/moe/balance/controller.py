@@ -37,12 +37,12 @@ class Rule(Protocol):
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are global.
+    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are of all ranks.
 
     Args:
         gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
-        groups: All groups, in logical order.
-        rules: Rules, whose updates are added up. All rules get the same counts.
+        groups: All expert groups, in logical order.
+        rules: All rules get the same counts, and their updates are added up.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -71,7 +71,7 @@ class BiasController:
         return {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a saved state.
+        """Restores a state that `state` returned.
 
         Raises:
             DataError: the state is not a number of updates.

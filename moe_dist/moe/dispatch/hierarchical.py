@@ -7,8 +7,8 @@ weighted sum to the forwarding rank, which adds the sums of its node and sends o
 fp32. The experts' rank, the forwarding rank and the token's rank each round their sum once to the rows' dtype.
 
 Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs (absent pairs included), M rows of the middle
-table (rows of own tokens with experts in this node, then rows from other nodes), A pairs of these M rows, R rows for this
-rank's experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
+table (of the second hop: rows of own tokens with experts in this node, then rows from other nodes), A pairs of these M
+rows, R rows for this rank's experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 
 In forward the method `plan` exchanges counts and expert ids of both hops (recompute does not repeat this), `dispatch` sends
 weights and rows between nodes, then inside the node, and `combine` sends rows back inside the node, then between nodes.

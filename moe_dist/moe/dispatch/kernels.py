@@ -51,7 +51,7 @@ class SlotNumbers:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What the first dispatch returns besides the rows.
+    """What the kernels' first dispatch returns besides the rows.
 
     Attributes:
         handle: Handle of the kernels, for combine and for repeated dispatches.

@@ -137,7 +137,7 @@ def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """Uses `KnownCountsDispatcher` for assignments with counts, and another dispatcher for all others.
+    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without.
 
     By default `counts_WE` is used only if each rank holds at most one expert of a group. Both dispatchers then send the
     same rows. All ranks choose the same dispatcher, because counts and placement are the same on all ranks.

@@ -48,7 +48,7 @@ STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th 
 
 
 class ChoiceGate(GroupGate):
-    """Router rows of one group, `true` [n, D], and the thresholds of its experts.
+    """Holds one group's router rows, `true` [n, D], and the thresholds of the group's experts.
 
     `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers without gradient, equal on
     all ranks and saved with the weights. `auxiliary` exists if evaluation uses auxiliary routers.
@@ -70,7 +70,7 @@ class ChoiceGate(GroupGate):
 
 
 class ExpertChoiceRouter(ChoosingRouter):
-    """Routes T tokens, each inside its group.
+    """Routes T tokens: experts choose among the tokens of their group.
 
     Args:
         hidden_dim: D, the hidden size.

@@ -92,7 +92,7 @@ class ChoosingRouter(nn.Module):
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Context in which `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
+    """Inside this context `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal = True

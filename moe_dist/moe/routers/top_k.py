@@ -34,7 +34,7 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Router rows of one group: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
+    """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if it has such experts.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
     number per column of the group, in the order of `KINDS`.
@@ -69,11 +69,11 @@ class _Chosen(NamedTuple):
 
 
 class TopKRouter(nn.Module):
-    """Routes T tokens, each inside its group.
+    """Routes T tokens, each to experts of the token's group.
 
     Args:
         hidden_dim: D, the hidden size.
-        groups: All groups, in logical order.
+        groups: All expert groups, in logical order.
         normalise: The columns over which weights are a softmax. `true_chosen`: the token's choices that are not null
             (AdaMoE). `all_chosen`: all its choices. `true_all`: all columns that are not null. `none`: all columns.
         scale: Factor of every weight.
