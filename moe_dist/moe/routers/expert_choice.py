@@ -6,7 +6,7 @@
 This choice depends on later tokens, so only training uses it (`selection`). Evaluation uses one of two causal rules:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); W_1, W_2 are trained later
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a later run trains W_1, W_2
 
 Under either rule the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D
 hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
