@@ -1,1 +1,1 @@
-"""Collectives over process groups, with counts of their bytes. `parallel/mesh.py` makes the groups."""
+"""Collectives over process groups, and counts of the bytes that they send. `parallel/mesh.py` makes the process groups."""

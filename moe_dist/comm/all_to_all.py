@@ -14,7 +14,8 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items that this rank sends to and receives from each rank of the group; 0 for this rank itself."""
+    """Numbers of items that this rank sends to, and receives from, each rank of the process group; 0 for this rank
+    itself."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -25,11 +26,11 @@ class Splits:
 
 @dataclass(eq=False)
 class Pending:
-    """An all-to-all in flight. Until `wait` returns, the sent items must not change and `received` is undefined.
+    """An all-to-all in flight. Until `wait` returns, the sent items must not be changed, and `received` is undefined.
 
     Attributes:
         wire: The `AllToAll` that issued the exchange.
-        layer, name: Names of the layer and of the exchanged content, for records and for reports of a hang.
+        layer, name: Names of the layer and of the exchanged content, for statistics and for reports of a hang.
         received: Buffer for the items that arrive, [sum(receive), ...].
     """
 
@@ -56,8 +57,8 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """Waits and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits, with gloo the host.
-        Call this method once."""
+        """Waits for the exchange, and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits,
+        with gloo the host. Call this method once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -68,8 +69,8 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective, during the call (the first call may wait for the
-        other ranks) and during the wait, but not in between, where the rank computes."""
+        """Shows the watchdog that this rank is inside the collective. `issue` uses it, because the first call may wait for
+        other ranks, and so does `wait`. In between the rank computes, and the watchdog sees no collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -81,7 +82,7 @@ class Pending:
 
 
 class AllToAll:
-    """All-to-all over one process group. None as group means a single rank, whose exchanges move nothing.
+    """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing.
 
     Args:
         tracker: Tracks each exchange for the watchdog.
@@ -107,7 +108,7 @@ class AllToAll:
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Sends one slice of `items` [sum(send), ...] to each rank, in rank order, and returns without waiting.
+        """Starts sending one slice of `items` [sum(send), ...] to each rank, in rank order, and returns without waiting.
 
         All ranks of the group must start their exchanges in the same order. An exchange without items is issued too,
         because a peer may have something to send.
@@ -120,7 +121,7 @@ class AllToAll:
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
         pending = Pending(self, layer, name, splits, received)
         if self.group is not None:
-            remote = sum(splits.send) - splits.send[self.rank]  # the own slice is copied locally
+            remote = sum(splits.send) - splits.send[self.rank]  # this rank's own slice stays here
             row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
             self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
             pending.issue(items.contiguous())  # copies only if the items are not contiguous
@@ -134,9 +135,9 @@ class AllToAll:
 class RowBuffers:
     """A pool of buffers for rows. An exchange takes a buffer and gives it back, and the next layer uses the same buffer.
 
-    A buffer grows to the largest size that was asked for. Use buffers only for rows that backward does not read: rows to
-    send, and received rows that are added to a sum. On the host, a new allocation costs one page fault per 4 KiB, which
-    takes longer than copying the rows into the buffer.
+    A buffer grows to the largest size that was asked for. Use it only for rows that backward does not read: rows to send,
+    and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page fault
+    per 4 KiB, which takes longer than copying the rows.
 
     Args:
         keep: If false, a buffer is freed when it is given back.
@@ -147,7 +148,7 @@ class RowBuffers:
         self._free: list[Tensor] = []
 
     def take(self, num_rows: int, like: Tensor) -> Tensor:
-        """Returns uninitialised rows [num_rows, D] with the width D, the dtype and the device of `like` [*, D]."""
+        """Returns uninitialised rows [num_rows, D] with the width D, the dtype and the device of `like` [..., D]."""
         width = like.shape[-1]
         num_bytes = num_rows * width * like.element_size()
         same_device = (index for index, storage in enumerate(self._free) if storage.device == like.device)

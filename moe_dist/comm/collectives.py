@@ -1,6 +1,7 @@
 """Reductions over a process group, and statistics (`CommStats`) of the bytes that all collectives send.
 
-With None as group (a single rank) a reduction returns its argument. A `tracker` shows the watchdog the reduction's `name`.
+If the process group is None (a single rank), a reduction returns its argument. A `tracker` shows its `name` to the
+watchdog.
 """
 
 import time
@@ -23,9 +24,9 @@ class CommStats:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
         inter_node_bytes: The payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
-        seconds: On CPU the host's time inside the calls and waits of collectives; on CUDA the time that the stream waited
-            for them, which `drain` adds. The time in which a collective runs beside computation is not counted.
-        events: List to which are appended, in order (None: no list): the name of each collective at its call, "wait <name>"
+        seconds: On CPU, the time that the host spent in calls of collectives and in waits for them; on CUDA, the time that
+            the stream waited for them, which `drain` adds. While a collective runs beside computation, no time is counted.
+        events: None, or a list that records what happens, in order: the name of each collective at its call, "wait <name>"
             at its wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
     """
 
@@ -61,13 +62,13 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Copies integers [n] to the host as a list, for which the host waits, and adds "sync <name>" to the events."""
+        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to the events."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds to `seconds` the host's time in a collective. On CUDA it adds nothing, because the call only queues work."""
+        """Adds the time of the enclosed call to `seconds`; not on CUDA, where a collective's call only queues work."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -75,7 +76,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the wait for a collective to `seconds`; CUDA events measure it on CUDA, without a host sync."""
+        """Adds the time of the enclosed wait to `seconds`. On CUDA, the stream's events measure it for `drain`."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # queued on the stream, without a sync
@@ -134,8 +135,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: True: one all-reduce of a concatenated copy of all gradients, for many small ones. False: one all-reduce per
-            gradient, without a copy, for few large ones.
+        flat: True: one all-reduce of a concatenated copy of all gradients, for many small gradients. False: one all-reduce
+            per gradient, without a copy, for few large gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

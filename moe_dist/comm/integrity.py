@@ -1,10 +1,10 @@
-"""An all-to-all for debugging, which detects rows that were lost, doubled, swapped or changed between sender and receiver.
+"""An all-to-all for debugging. It detects rows that were lost, doubled, swapped or changed between sender and receiver.
 
 With each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
 
-    before      the number of rows, the bytes per row, and a hash of the exchange's name, between each pair of ranks. If
+    before      each rank tells each rank the number of rows, the bytes per row, and a hash of the exchange's name. If
                 sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
-    after       the sender's checksum of each row. The receiver compares it with the checksum of the row that arrived.
+    after       each rank sends the checksums of its rows. The receiver compares them with those of the rows that arrived.
 
 A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
 each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
@@ -12,7 +12,7 @@ its slice, its source rank and its destination rank, so that lost, doubled or sw
 B bytes of a row, W words.
 
 The rank that finds an error raises, and enters no other collective. Its exit closes its connections, and the launcher ends
-the other ranks. The ranks take no vote, because after a damaged exchange no collective can be trusted.
+the other ranks. The ranks do not vote on the error, because after a damaged exchange no collective can be trusted.
 """
 
 import math
@@ -34,7 +34,7 @@ MAX_ROW_BYTES = 4 << 16  # with larger rows the content term, up to words x 2^31
 
 
 def content_sums(rows: Tensor) -> Tensor:
-    """Content term of each row, int64 [N]: exact, the same on every device, for rows of any shape and dtype.
+    """Returns each row's content term, int64 [N]. It is exact, so all devices agree. Rows may have any shape or dtype.
 
     The sums cost about two passes over the rows, and 8 bytes of memory per 32-bit word.
     """
@@ -52,8 +52,8 @@ def content_sums(rows: Tensor) -> Tensor:
 
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
-    """Place term of each row, int64 [N], from the row's index in its slice and from its source and destination ranks.
-    `splits` are the lengths of the slices to or from each rank."""
+    """Returns the place term of each row, int64 [N], from its index in its slice and from its source and destination ranks.
+    `splits` are the lengths of the slices for each rank if `sending`, else of the slices from each rank."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)
@@ -63,10 +63,10 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """Has the interface of `AllToAll`, sends the rows through another `AllToAll` (`transport`), and checks them.
+    """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
-    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The order of the
-    exchanges of rows, and the bits of the rows, are those of the transport.
+    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. Exchanges of rows
+    keep the order, and rows keep the bits, that the transport alone would give.
     """
 
     def __init__(self, transport: AllToAll) -> None:
@@ -76,24 +76,24 @@ class CheckedAllToAll(AllToAll):
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Compares row counts and sizes with all peers, then starts the exchanges of rows and of checksums. See
+        """Compares numbers and sizes of rows with all ranks, then starts the exchanges of rows and of checksums. See
         `AllToAll.start`.
 
         Raises:
-            IntegrityError: the ranks disagree about the call or its sizes; no row has been sent yet.
+            IntegrityError: sender and receiver differ in the exchange or its sizes; no row has been sent yet.
         """
         transport = self.transport
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS  # taken from the sender's rows before the exchange
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # before the exchange can damage rows
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Compares row counts, bytes per row and the hash of the exchange's name with all peers. Costs one host sync."""
+        """Compares numbers of rows, bytes per row and the hash of the name with all ranks. Costs one host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
@@ -113,7 +113,7 @@ class CheckedAllToAll(AllToAll):
         """Compares the received rows with their checksums. Costs one host sync.
 
         Raises:
-            IntegrityError: names layer, ranks, and the first rows that differ.
+            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first such rows.
         """
         place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
         content = content_sums(received) % MODULUS
@@ -136,7 +136,7 @@ class CheckedAllToAll(AllToAll):
 
 
 class _Checked(Pending):
-    """An exchange of rows in flight together with the exchange of their checksums."""
+    """An exchange of rows and the exchange of their checksums, both in flight."""
 
     def __init__(self, checked: CheckedAllToAll, rows: Pending, checks: Pending) -> None:
         super().__init__(rows.wire, rows.layer, rows.name, rows.splits, rows.received)
@@ -149,8 +149,8 @@ class _Checked(Pending):
 
 
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """Describes the damage to the rows of one source. `sent` and `content` are the content terms at the sender and at the
-    receiver."""
+    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the content terms at
+    the sender and at the receiver."""
     rows = wrong.nonzero().flatten().tolist()  # host sync, only if there is damage
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()

@@ -1,9 +1,10 @@
-"""Names of the collectives in events, byte counts and reports of a hang.
+"""Names of collectives, for events, byte counts and reports of a hang.
 
-`hierarchical` puts `INTER` or `INTRA` before a name. In backward `BACKWARD` follows the name, and last a chunk's number.
+The dispatcher `hierarchical` puts `INTER` or `INTRA` before a name. In backward `BACKWARD` follows it. A chunk's number is
+last.
 """
 
-COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata that `plan` exchanges
+COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata for dispatch plans
 DISPATCH_WEIGHTS, DISPATCH_ROWS, COMBINE_ROWS = "dispatch weights", "dispatch rows", "combine rows"
 BACKWARD = " backward"
 INTER, INTRA = "inter-node ", "intra-node "

@@ -1,4 +1,4 @@
-"""Tracks the collectives that this rank has entered and not yet left, for the watchdog's thread. Imports no torch."""
+"""Tracks the collectives that this rank has entered and not left, for the watchdog's thread. Imports no torch."""
 
 import itertools
 import threading
@@ -19,8 +19,8 @@ class Position:
     Attributes:
         entered: Number of collectives that this rank has entered so far, including this one. All ranks issue the same
             collectives in the same order, so a rank with a smaller number is behind.
-        layer: Layer that called the collective; empty outside the layers.
-        send, receive: Numbers of items to and from each rank of the group; empty if all ranks send equally many.
+        layer: Name of the layer that called the collective; empty outside the layers.
+        send, receive: Numbers of items to and from each rank of the process group; empty if all ranks send equally many.
         since: Time of entry, by time.monotonic.
     """
 
@@ -33,7 +33,7 @@ class Position:
 
 
 class CollectiveTracker:
-    """Records the collectives that one rank enters and leaves. Tracking a collective costs two dictionary operations and,
+    """Records the collectives that one rank enters and leaves. For each collective it costs two dictionary operations and,
     on CUDA, one CUDA event, but no sync.
 
     Attributes:
@@ -46,14 +46,14 @@ class CollectiveTracker:
         self._unfinished: dict[int, tuple[Position, Callable[[], bool] | None]] = {}
         self._lock = threading.Lock()  # the training, checkpoint and watchdog threads share the tracker
         self._among: str | None = None
-        self._moved = 0.0  # time of the last entry or exit
+        self._moved = 0.0  # time when a collective was last entered or left
         self.entered = 0
         self.waited = 0.0
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses work that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
-        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses work that calls collectives which are not tracked, such as FSDP2's. If the rank then neither enters nor
+        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -72,9 +72,9 @@ class CollectiveTracker:
         send: Sequence[int] = (),
         receive: Sequence[int] = (),
     ) -> Iterator[None]:
-        """Encloses the call of a collective, or the wait for an asynchronous one.
+        """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call returns before the collective has run. The collective counts as unfinished until the stream has
+        On CUDA the call returns before the collective has run. So the collective counts as unfinished until the stream has
         passed it.
         """
         entered = self.entered = next(self._count)
@@ -93,7 +93,8 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """The unfinished collective that was entered first; without one, the position inside `among`; else None."""
+        """Returns the unfinished collective that was entered first. If all are finished, returns the position inside
+        `among`, or None outside of `among`."""
         with self._lock:
             for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
                 if finished is not None and finished():
@@ -113,7 +114,7 @@ def track_collective(
     send: Sequence[int] = (),
     receive: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
-    """`CollectiveTracker.inside` with the same arguments; does nothing if `tracker` is None."""
+    """Calls `tracker.inside` with the same arguments; does nothing if `tracker` is None."""
     if tracker is None:
         return nullcontext()
     return tracker.inside(collective, device=device, layer=layer, send=send, receive=receive)
@@ -121,7 +122,7 @@ def track_collective(
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
     """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
-    import torch  # imported here, because a login node imports this file without torch
+    import torch  # here, because login nodes without torch import this file
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

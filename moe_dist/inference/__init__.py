@@ -1,1 +1,1 @@
-"""Use of a trained run: load it, generate, answer questions, and prepare samples for router tuning."""
+"""Uses a trained run: loads its model, generates, answers questions, and prepares samples for router tuning."""

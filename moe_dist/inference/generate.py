@@ -13,26 +13,26 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences per batch; with guidance as many copies without captions are added
+_BATCH = 64  # sequences per batch; guidance adds as many copies without captions
 
 
 @dataclass(frozen=True)
 class Request:
     """Settings of a generation."""
 
-    max_new_tokens: int  # per prompt; a picture is started only if all its tokens fit into the rest
+    max_new_tokens: int  # per prompt; a picture starts only if all its tokens fit into what is left
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # sequence b draws from a random stream with the seed (seed, b)
-    one_picture: bool = False  # True to stop after the end mark of a picture
-    text_only: bool = False  # True to start no picture
-    guidance: float = 1.0  # strength of classifier-free guidance; values other than 1 need `plain` prompts
+    seed: int = 0  # sequence b draws from a random stream of its own, with the seed (seed, b)
+    one_picture: bool = False  # if true, stops after the end mark of a picture
+    text_only: bool = False  # if true, starts no picture
+    guidance: float = 1.0  # strength of classifier-free guidance, see `guided`; only 1 needs no `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
     """Checks that each prompt and its new tokens fit into the model's longest sequence.
 
     Raises:
-        ConfigError: they do not fit, a prompt is empty, or `max_new_tokens` is below 1.
+        ConfigError: a prompt does not fit or is empty, or `max_new_tokens` is below 1.
     """
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("there must be a prompt of one token at least, and one token to make")
@@ -47,7 +47,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 class Generator:
-    """Continues prompts with one model. All its experts must be on one device. Puts the model into evaluation mode."""
+    """Continues prompts with one model. All experts must be on one device. Puts the model into evaluation mode."""
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len
@@ -60,14 +60,14 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """The new tokens of each prompt, including the end mark of the document or picture at which the generation stops.
+        """Returns each prompt's new tokens, with the end mark of the document or picture at which the generation stops.
         Costs one host sync per token and batch.
 
         Args:
-            plain: For guidance: the prompts without their captions.
+            plain: The prompts without their captions, for guidance.
 
         Raises:
-            ConfigError: from `check_lengths`.
+            ConfigError: see `check_lengths`.
         """
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
@@ -118,8 +118,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Appends one token to each sequence and to its copy without caption; returns the logits after it. A finished
-        sequence gets padding, so that the batch keeps its shape."""
+        """Appends one token to each sequence and to its copy without caption. Returns the logits after the token. A
+        finished sequence gets padding, so that the batch keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

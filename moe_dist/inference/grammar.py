@@ -1,7 +1,7 @@
-"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; the rest is text.
+"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
 
-The training data have this form (`moe_dist/data/picture_coding.py`). Generated tokens must have it too, because a picture
-with a missing code cannot be decoded.
+The training data have this form (`moe_dist/data/picture_coding.py`). Generated tokens must have this form too, because a
+picture with a missing code cannot be decoded.
 """
 
 from collections.abc import Sequence
@@ -17,38 +17,38 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """What may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: the end mark of a picture."""
+    """What may come next in a sequence: in CODE a code of a picture, in END_OF_PICTURE the end mark of a picture."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # text or the end of the document, because no picture fits into the rest
+    TEXT_ONLY = 1  # text or the end of the document: no picture fits into the tokens that are left
     CODE = 2
     END_OF_PICTURE = 3
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The grammar of a data set."""
+    """The rules for a data set's token ids: which are text, codes and marks, and which may come next."""
 
-    modality_of_id: np.ndarray  # int64 [V], modality of each token id as an index into `modalities`; -1 for none
+    modality_of_id: np.ndarray  # int64 [V], each token id's modality, as an index into `modalities`; -1 for none
     modalities: tuple[str, ...]  # names of the modalities, in the order of the manifest
     eos_id: int  # id of the token that ends a document
     begin_id: int | None  # id of the start mark of a picture; None if the data have no pictures
     end_id: int | None  # id of the end mark of a picture
     cells: int  # number of codes in a picture; 0 without pictures
-    allowed_SV: np.ndarray  # bool [4, V], True for the ids that a state allows
+    allowed_SV: np.ndarray  # bool [4, V], for each state the ids that it allows
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
-        """The state of a sequence with the tokens `tokens`, if at most `room` more tokens may follow."""
+        """Returns the state after the tokens `tokens`, if at most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
             since = list(reversed(tokens)).index(self.begin_id)  # number of tokens after the last start mark
             if since < self.cells:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # and both marks
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # 2: its marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Codes of each complete picture in `tokens`, int64 [cells], as indices into the codebook."""
+        """Returns the codes of each complete picture in `tokens`, int64 [cells], as indices into the codebook."""
         first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
@@ -58,15 +58,15 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The text tokens in `tokens`, without pictures, marks and the end of the document."""
+        """Returns the text tokens in `tokens`. Codes and marks of pictures, and the document's end mark, are left out."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
 def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()) -> Grammar:
-    """The grammar of a data set.
+    """Makes the grammar of a data set.
 
     Args:
-        vocab_size: Number of ids of the model. Ids that the data do not have are never drawn.
+        vocab_size: Number of ids of the model. Ids that the data set does not define are never drawn.
         never: Ids that are never drawn, because they occur only as the first token of a document.
 
     Raises:
@@ -84,7 +84,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # even if pad_id is the same id, as in some hand-made data
+    text[manifest.eos_id] = True  # even if pad_id is the same id, as in some data
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

@@ -1,6 +1,6 @@
 """Makes a trained model usable by EleutherAI's lm-evaluation-harness (package lm_eval, in the extra `evaluate`).
 
-Can be imported only if lm_eval is installed. Runs in one process.
+This file can be imported only if lm_eval is installed. Runs in one process.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-likelihood, and True if greedy decoding gives it."""
+        """Returns for each (context, continuation) the continuation's log-likelihood, and if greedy decoding gives it."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -43,7 +43,7 @@ class HarnessModel(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """For each (text,): its log-likelihood, the sum over windows of at most `max_seq_len` tokens (see `_windows`)."""
+        """Returns each text's log-likelihood, a sum over windows of at most `max_seq_len` tokens (see `_windows`)."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
         sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
@@ -52,7 +52,7 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """For each (context, options): the generated text before the first of the stop strings in the option `until`.
+        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`.
 
         Raises:
             ConfigError: an option is not supported.
@@ -61,7 +61,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)  # a restarted harness reads this cache
+            self.cache_hook.add_partial("generate_until", request.args, text)  # for a restarted harness
             texts.append(text)
         return texts
 
@@ -76,7 +76,7 @@ class HarnessModel(LM):
                 f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
                 "temperature and top_p: take the others out of the task"
             )
-        room = min(room, self._max_seq_len - 1)  # at least one token of context stays
+        room = min(room, self._max_seq_len - 1)  # leaves at least one token of context
         prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
         text = self._vocabulary.text(self._generator([prompt], wanted)[0])
@@ -99,7 +99,8 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Windows that together score each token of a text once, with as much context as fits. An empty text has none."""
+        """Returns windows that together score each token of a text once, with as much context as fits. No text: no
+        window."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):

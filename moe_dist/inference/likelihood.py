@@ -1,7 +1,7 @@
-"""Log-likelihood of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
+"""Computes log-likelihoods of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
-Sequences of similar length share a batch, padded at the end. The model runs on each context once per continuation. A
-key-value cache would avoid this, but the ranks of an EP group would then have to agree on the lengths of their caches.
+Sequences of similar length share a batch, padded at the end. The model runs on each context once per continuation. With a
+key-value cache once per context would do, but the ranks of an EP group would have to agree on their caches' lengths.
 """
 
 from collections.abc import Sequence
@@ -37,15 +37,15 @@ class Score(NamedTuple):
 
 
 class Likelihood:
-    """Scores continuations with one model; each rank scores a part of them.
+    """Scores continuations with one model; each rank scores a part of the continuations.
 
     Args:
-        model: The model with this rank's experts; is put into evaluation mode, which has no capacity limit and no noise,
-            and in which the routing of a token does not depend on later tokens.
+        model: The model with this rank's experts. It is put into evaluation mode, in which routing has no capacity limit,
+            no noise, and no dependence on later tokens.
         group_of_modality: Index of the expert group of each modality.
         max_seq_len: Longest sequence that the model supports.
         mesh: All ranks; None for a single rank.
-        batch_tokens: Most tokens per batch of a rank, padding included.
+        batch_tokens: Largest number of tokens of a rank's batch, padding included.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Likelihood:
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """The scores, in the order of the continuations. Collective: every rank passes the same continuations and gets all
-        scores.
+        """Returns the scores in the order of the continuations. Every rank calls it with the same continuations, and gets
+        all scores.
 
         Raises:
-            ConfigError: from `check_lengths`, before anything is computed.
+            ConfigError: see `check_lengths`. Nothing has been computed yet.
         """
         check_lengths(continuations, self._max_seq_len)
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
@@ -80,17 +80,17 @@ class Likelihood:
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]  # device-to-host sync
 
     def _score(self, batch: Sequence[Continuation]) -> Tensor:
-        """The fields of `Score` of each continuation in a batch, float64 [B, 2]; `greedy` is 1 or 0."""
+        """Returns the fields of each continuation's `Score`, float64 [B, 2]; `greedy` is 1 or 0."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # collective, so a batch of padding runs too
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # issues collectives: padding runs too
         nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 where the label is IGNORED
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]
 
 
 def check_lengths(continuations: Sequence[Continuation], max_seq_len: int) -> None:
-    """Raises ConfigError if a context or continuation is empty, or if both together, without the last token, are longer
+    """Raises ConfigError if a context or continuation is empty, or if the two together, without the last token, are longer
     than `max_seq_len`."""
     if not all(each.context and each.tokens for each in continuations):
         raise ConfigError("a question and each of its choices must be one token at least")

@@ -1,4 +1,4 @@
-"""Loads the model of a run from a checkpoint of any layout of ranks, into one process or distributed over several ranks."""
+"""Loads a run's model from a checkpoint, saved by any layout of ranks, onto one rank or with experts spread over ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class CheckpointReader:
     Args:
         checkpoints: Folder of the run's checkpoints.
         config: The run's configuration; its layout of ranks is not used.
-        mesh: The experts are divided among the ranks of its EP groups; None for all experts on this rank.
+        mesh: The mesh whose EP groups share the experts; None for all experts on this rank.
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
@@ -53,10 +53,10 @@ class CheckpointReader:
         self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base
 
     def read(self, folder: Path) -> Transformer:
-        """Loads a checkpoint and returns the model. Collective if there is a mesh.
+        """Loads a checkpoint and returns the model. With a mesh, all its ranks call it.
 
         Raises:
-            DataError: the checkpoint is damaged, or its adapters' base is missing.
+            DataError: the checkpoint is damaged, or the base model of its adapters is missing.
         """
         restored = self._manager.load(folder, self.state)
         if not self._has_base:  # once, because all checkpoints of a run have the same base
@@ -66,7 +66,7 @@ class CheckpointReader:
 
 
 def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
-    """Placement, for inference, of a trained model's experts on an EP group of `ranks` ranks."""
+    """Returns the placement, for inference, of a trained model's experts on an EP group of `ranks` ranks."""
     groups = expert_groups(config.model.moe)
     if config.model.moe.experts.replicated:
         return replicated_placement(groups)
@@ -80,7 +80,7 @@ class LoadedRun:
     Attributes:
         folder: Folder of the checkpoint.
         step: Number of training steps before the checkpoint.
-        config: The saved configuration, but with the data set's present folder as `data.path`.
+        config: The saved configuration, in which `data.path` is the folder where the data set is now.
     """
 
     folder: Path
@@ -89,33 +89,33 @@ class LoadedRun:
     manifest: Manifest
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """Loads and returns the model in evaluation mode, see `CheckpointReader`. Collective if there is a mesh."""
+        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all its ranks call it."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
-        """Tokenizer, grammar and codebook of the run's data set."""
+        """Returns tokenizer, grammar and codebook of the run's data set."""
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """Loads the model and returns its `Likelihood`. Collective if there is a mesh."""
+        """Loads the model and returns its `Likelihood`. With a mesh, all its ranks call it."""
         model, groups = self.load(device, mesh), self.group_of_modality
         max_seq_len = self.config.model.max_seq_len
         return Likelihood(model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len, mesh=mesh)
 
     @property
     def group_of_modality(self) -> list[int]:
-        """Index of the expert group of each modality, in the order of the manifest."""
+        """Returns the index of each modality's expert group, in the manifest's order of modalities."""
         return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
 def causal_problems(config: Config) -> list[str]:
-    """Reasons why the routing of a token depends on later tokens even in evaluation, so that the model cannot generate."""
+    """Returns the reasons why routing depends on later tokens even in evaluation, so that the model cannot generate."""
     problem = config.model.moe.router.not_causal()
     return [problem] if problem else []
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device with the name `cpu`, `cuda`, or `auto` (CUDA if available).
+    """Returns the device with the name `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
         ConfigError: the name is unknown, or CUDA is not available.
@@ -135,7 +135,7 @@ def find_trained(
     Args:
         path: A run folder, a folder of checkpoints, or the folder of a checkpoint.
         step: Step of the checkpoint; by default the newest.
-        data: The data set's present folder; by default the folder in the run's configuration.
+        data: The folder where the data set is now; by default the folder in the run's configuration.
         allow: Function that returns reasons not to use a run with a given configuration.
 
     Raises:

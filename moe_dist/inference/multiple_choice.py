@@ -1,9 +1,9 @@
-"""Answers multiple-choice questions: the model takes the choice with the highest log-likelihood after the question.
+"""Answers multiple-choice questions: the model takes the choice that is likeliest after the question, by a measure.
 
-There are two measures of a choice: `plain` is its log-likelihood; `normalised`, the default, is its log-likelihood divided
-by its number of tokens, because `plain` favours short choices.
+The measure `plain` is the choice's log-likelihood, which favours short choices. The default measure `normalised` is the
+log-likelihood divided by the choice's number of tokens.
 
-Without rotations the text of a question does not list the choices, so their order matters only for equal measures, where
+Without rotations the text of a question does not list the choices, so their order matters only if two measures are equal:
 the first choice is taken. With rotations the text lists the choices, and the model answers once per choice, with that
 choice first. The question counts as right only if every answer is right, so a model that always takes the second choice
 gets none right.
@@ -35,8 +35,8 @@ class Answered:
     """A question and the choices that the model took.
 
     Attributes:
-        taken: By measure, for each rotation, the index of the choice that the model took, in the order of the unrotated
-            question.
+        taken: For each measure and rotation, the index of the choice that the model took. The index counts choices in the
+            order of the unrotated question.
     """
 
     question: Question
@@ -58,7 +58,7 @@ class Prompts:
         self._vocabulary, self._listed = vocabulary, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
-        """For each choice of the question: the question as context, and the choice as continuation."""
+        """Returns for each choice of the question a continuation: the question as context, the choice as tokens."""
         context = self._context(question)
         return [Continuation(context, self._choice(question, choice)) for choice in question.choices]
 
@@ -79,7 +79,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # the context has the start mark; the end mark has probability 1
+            return self._tokens(choice)[1:-1]  # without marks: the context has the start mark, the end mark is certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -92,7 +92,7 @@ Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """The questions as token ids, with every rotation if `rotations`.
+    """Returns the questions as token ids; if `rotations`, in every rotation.
 
     Raises:
         ConfigError: a question is longer than the model supports.
@@ -100,17 +100,17 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # here, before the model is loaded
+    check_lengths(flat(written), max_seq_len)  # before the model is loaded
     return written
 
 
 def flat(written: Written) -> list[Continuation]:
-    """All continuations in one list, in the order of question, rotation and choice."""
+    """Returns all continuations in one list, in the order of question, rotation and choice."""
     return [each for of_question in written for turn in of_question for each in turn]
 
 
 def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood) -> list[Answered]:
-    """The model's answers. Collective."""
+    """Returns the model's answers. All ranks call it, because it scores by collectives."""
     scores = iter(likelihood(flat(written)))
     answered = []
     for question, of_question in zip(questions, written, strict=True):
@@ -124,12 +124,12 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Index of the choice with the highest measure, the first of equal ones."""
+    """Returns the index of the choice with the highest measure; of equal choices, the first."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
     ]
-    return values.index(max(values))  # `index` finds the first one
+    return values.index(max(values))  # `index` finds the first
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
@@ -155,8 +155,8 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's two-sided score interval (Wilson 1927) of a proportion, `right` of `total` > 0 independent questions. It
-    stays within [0, 1] and is accurate even for few questions."""
+    """Returns Wilson's two-sided score interval (Wilson 1927) of the proportion `right` / `total` of independent questions.
+    It stays within [0, 1], and is accurate even for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -165,7 +165,7 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over tasks of the accuracy. Resamples the questions of each task.
+    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task.
 
     Args:
         right: For each task: bool [questions], True for a right answer.
@@ -178,7 +178,7 @@ def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, fl
 
 
 def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
-    """Accuracy of each task, and their mean over the tasks, both with intervals, as values for JSON."""
+    """Returns each task's accuracy, and the mean accuracy of all tasks, each with an interval, as values for JSON."""
     tasks = {name: _task(each) for name, each in answered.items()}
     mean: dict[str, object] = {}
     for measure in MEASURES:

@@ -17,9 +17,9 @@ class Sampling:
     """Settings for drawing tokens.
 
     Attributes:
-        temperature: Number by which logits are divided; 0 for always the most likely token.
-        top_p: Only tokens of the nucleus are drawn: the fewest most likely tokens whose probabilities, with the
-            temperature, sum to at least `top_p` (Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
+        temperature: Number by which logits are divided; with 0 the most likely token is always taken.
+        top_p: Only the most likely tokens are drawn: as few as have probabilities, after the temperature, that sum to at
+            least `top_p` (the nucleus; Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
 
     Raises:
         ConfigError: a value is out of range.
@@ -38,9 +38,9 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probability with which each token is drawn, float64 [B, V]: 0 if it is not allowed or not in the nucleus.
+    """Returns the probability with which each token is drawn, float64 [B, V]: 0 if it is not allowed or not in the nucleus.
 
-    Every row of `allowed_BV` must allow a token. Of equally likely tokens the one with the lower id is preferred.
+    Every row of `allowed_BV` must allow a token. Of equally likely tokens the lower id is preferred.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
     order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: for equal scores the lower id first
@@ -56,8 +56,8 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's `uniform_B`,
-    which is in [0, 1)."""
+    """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's number in
+    `uniform_B`, which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
     # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
@@ -65,10 +65,10 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: plain + guidance x (conditional - plain), where both are log-probabilities.
+    """Applies classifier-free guidance: returns plain + guidance x (conditional - plain), all log-probabilities.
 
-    With `guidance` 1 the distribution is that of the model; with a larger value pictures follow the caption more closely.
-    Ho and Salimans, arXiv 2207.12598, equation 6, with w = guidance - 1.
+    With `guidance` 1 the distribution is the model's; a larger value makes pictures follow the caption more closely. This
+    is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
 
     Args:
         plain_BV: Logits of the same sequences without captions; `logits_BV` are those with captions.
@@ -78,12 +78,12 @@ def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
 
 
 class UniformDraws:
-    """A stream of random numbers, uniform in [0, 1), per sequence. A stream depends only on the seed and the sequence's
-    index, so that what is drawn for a sequence does not depend on the other sequences of the batch."""
+    """Holds a stream of random numbers, uniform in [0, 1), for each sequence. It depends only on the seed and the
+    sequence's index, so that a sequence's draws do not depend on the other sequences of the batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]
 
     def __call__(self) -> Tensor:
-        """The next number of each stream, float64 [B]."""
+        """Returns the next number of each stream, float64 [B]."""
         return torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in self._generators])

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels, except _LINES: most lines of a caption
-_WIDTH = 16  # characters of a caption per line and picture
+_WIDTH = 16  # characters per line of a caption, for each picture of an entry
 
 
 def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
-    """A PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
+    """Returns a PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
 
     Args:
-        rows: Caption and pictures of each entry, equally many pictures in each. The font has only Latin letters.
+        rows: Caption and pictures of each entry. All entries have equally many pictures. The font has only Latin letters.
     """
     each = len(rows[0][1])
     width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
@@ -30,6 +30,6 @@ def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: in
         wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
         pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
-    # Only 256 colours, which makes the file small; the shades that get lost cannot be told apart.
+    # 256 colours make the file small, and the eye cannot tell lost shades apart.
     canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The three generation tasks: continue a text, draw the picture of a caption, write the caption of a picture."""
+"""Makes and runs the three generation tasks: continue a text, draw a caption's picture, write a picture's caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 @dataclass(frozen=True)
 class Task:
-    """Arguments of `Generator`: prompts, settings, and for guidance (`plain`) the prompts without captions."""
+    """Arguments of `Generator`: prompts, settings, and, for guidance, the prompts without captions (`plain`)."""
 
     prompts: list[list[int]]
     request: Request
@@ -23,7 +23,7 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """What was generated for one prompt."""
+    """The tokens that were generated for one prompt, and what they mean."""
 
     tokens: list[int]  # ids of the new tokens
     modalities: list[str]  # modality of each new token
@@ -32,7 +32,7 @@ class GeneratedSample:
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
-    """The task of making `samples` continuations of a text. They may contain pictures.
+    """Makes the task of writing `samples` continuations of a text. They may contain pictures.
 
     Raises:
         ConfigError, DataError: the data set's tokenizer is missing or damaged.
@@ -44,7 +44,7 @@ def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: in
 def draw_captions(
     vocabulary: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
-    """The task of drawing `samples` pictures of each caption, one caption after the other.
+    """Makes the task of drawing `samples` pictures of each caption, one caption after the other.
 
     Raises:
         ConfigError, DataError: the data set's tokenizer or codebook is missing or damaged, or `guidance` is below 0.
@@ -61,7 +61,8 @@ def draw_captions(
 def describe_picture(
     vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
-    """The task of writing `samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
+    """Makes the task of writing `samples` captions of a picture, which begin with `beginning`. Raises: see
+    `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
     return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)
 
@@ -86,7 +87,7 @@ def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[G
 
 
 def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
-    """`count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data.
+    """Returns `count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data.
 
     Raises:
         ConfigError: no caption begins with `starting`.

@@ -1,7 +1,4 @@
-"""Tokenizer, codebook, and documents with pictures of a data set.
-
-Makes prompts from texts and pictures, and texts and pictures from tokens.
-"""
+"""Makes prompts from texts and pictures, and texts and pictures from tokens, with a data set's tokenizer and codebook."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -27,21 +24,21 @@ _SCALE = 8  # a pixel of a picture becomes 8 x 8 pixels of the PNG file
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """The first picture in a document, held out unless `pictured` made it from training documents."""
+    """The first picture of a document. The document is held out, except if `pictured` reads training documents."""
 
     caption: str  # the document's text
     codes: np.ndarray  # int64 [cells], indices into the codebook
 
 
 class Vocabulary:
-    """Encodes and decodes texts and pictures as in one data set. `vocab_size` is the model's number of token ids."""
+    """Encodes and decodes texts and pictures by one data set's rules. `vocab_size` is the model's number of token ids."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: ConfigError: the data set has no tokenizer. DataError: the tokenizer is damaged."""
+        """Raises ConfigError if the data set has no tokenizer, and DataError if the tokenizer is damaged."""
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
@@ -51,7 +48,7 @@ class Vocabulary:
 
     @cached_property
     def codebook(self) -> np.ndarray:
-        """The picture patch of each code, RGB values, uint8 [codes, patch, patch, 3].
+        """Returns the picture patch of each code, as RGB values, uint8 [codes, patch, patch, 3].
 
         Raises:
             ConfigError: the data set has no pictures or no codebook, or its pictures have another grid of codes.
@@ -71,12 +68,12 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """True if the data set has a codebook, so that pictures can be encoded and decoded."""
+        """True if the data set has a codebook, which encoding and decoding pictures needs."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of the data set."""
+        """Returns the grammar of the data set."""
         return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
 
     @property
@@ -84,21 +81,21 @@ class Vocabulary:
         return special_ids(self.tokenizer)[BOS]
 
     def text_prompt(self, text: str) -> list[int]:
-        """A document that begins with `text`: the begin mark, and the tokens of the text."""
+        """Returns the beginning of a document with `text`: the begin mark, and the tokens of the text."""
         return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
-        """A document that begins with `caption` and the start mark of a picture."""
+        """Returns the beginning of a document: `caption`, and the start mark of a picture."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         return [*self.text_prompt(caption), image.begin_id]
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
-        """A document that begins with a picture and the text `beginning` of its caption."""
+        """Returns the beginning of a document: a picture, and the text `beginning` of its caption."""
         return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
 
     def picture(self, codes: np.ndarray) -> list[int]:
-        """The tokens of a picture, start mark and end mark included."""
+        """Returns the tokens of a picture, with its start mark and end mark."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
@@ -109,11 +106,12 @@ class Vocabulary:
         return self.grammar.modalities.index("image")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text in `tokens`, without pictures. Invalid UTF-8 becomes the replacement character."""
+        """Returns the text in `tokens`, without pictures. Invalid UTF-8 becomes the replacement character."""
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Codes of the picture in a file, drawn on white, without the random changes that training pictures get.
+        """Returns the codes of the picture in a file, drawn on white, without the random changes that training pictures
+        get.
 
         Raises:
             ConfigError: the file does not exist.
@@ -126,7 +124,7 @@ class Vocabulary:
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:
-        """All held-out documents with a picture, in the order of the data.
+        """Returns the first picture of each held-out document that has one, in the order of the data.
 
         Raises:
             ConfigError: no held-out document has a picture.
@@ -137,8 +135,8 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """The training (`train`) or held-out (`valid`) documents with a picture, in the order of the data. With `most`,
-        reads only about so many documents per source, evenly spaced."""
+        """Yields the first picture of each training (`train`) or held-out (`valid`) document that has one, in the order of
+        the data. Reads only about `most` documents per source, evenly spaced; None reads all."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):
@@ -153,12 +151,12 @@ class Vocabulary:
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
-    """The picture with the codes `codes`, of 32 x 32 pixels."""
+    """Returns the picture with the codes `codes`, of 32 x 32 pixels."""
     return Image.fromarray(decode(codes[None], codebook)[0])
 
 
 def png(picture: Image.Image) -> bytes:
-    """The content of a PNG file with the picture, enlarged by the factor `_SCALE`."""
+    """Returns the content of a PNG file with the picture, enlarged by the factor `_SCALE`."""
     buffer = io.BytesIO()
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

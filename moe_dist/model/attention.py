@@ -1,4 +1,4 @@
-"""Causal grouped-query attention. Tokens attend only inside their document, also where documents share a sequence.
+"""Causal grouped-query attention. Tokens attend only inside their document, even if several documents share a sequence.
 
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
@@ -22,12 +22,12 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Wraps flex attention's block mask, which skips blocks between documents. FSDP2 would flatten a BlockMask itself."""
+    """Wraps flex attention's block mask, which skips blocks between documents. Unwrapped, FSDP2 would flatten it."""
 
     blocks: BlockMask
 
 
-# A Tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key: S^2 bytes per sequence.
+# A mask that is a Tensor is dense: bool [B, 1, S, S], true where a query may attend to a key, S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
 
@@ -42,7 +42,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """`dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
+    """Makes `dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -73,7 +73,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Softmax attention: [B, H, S, d]. If k and v have fewer heads (H_kv), H / H_kv query heads share one of them."""
+    """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each serves H / H_kv query heads."""
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
@@ -81,7 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Norm, attention and output projection. The caller adds the residual."""
+    """Computes norm, attention and output projection. The caller adds the residual."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
-        # Qwen3 normalises each head after the split into heads, OLMoE the whole projection before it.
+        # Qwen3 normalises each head after the split into heads; OLMoE normalises the whole projection before the split.
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:

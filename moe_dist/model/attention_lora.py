@@ -18,7 +18,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 class Adapter(nn.Module):
-    """The adapter of one projection: B A x, with A as `a` [r, I] and B as `b` [O, r]."""
+    """The adapter of one projection: computes B A x, with A as `a` [r, I] and B as `b` [O, r]."""
 
     role = Role.ADAPTER
 
@@ -36,9 +36,9 @@ class AttentionLoRA(nn.Module):
 
     Args:
         widths: I and O of each projection that gets an adapter.
-        rank, alpha: r, and alpha of the scale alpha / r.
+        rank, alpha: r and alpha; the scale is alpha / r.
         dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
-        seed, layer: With the step and the tokens, the name of the random numbers for dropout.
+        seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
     """
 
     def __init__(
@@ -63,6 +63,6 @@ class AttentionLoRA(nn.Module):
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
-            # Negative numbers here, because the projections of LoRA experts in the same layer have the numbers 0, 1 and 2.
+            # Negative numbers, because the projections of LoRA experts in the same layer have the numbers 0, 1 and 2.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

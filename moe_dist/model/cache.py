@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moe_dist.model.layers import ModelArgs
 
-_NEVER = torch.iinfo(torch.int64).max  # position of an empty entry: later than any query, so never visible
+_NEVER = torch.iinfo(torch.int64).max  # position of an entry that holds no token: later than any query, so never visible
 
 
 class LayerCache:
-    """The entries of one layer: at most `capacity` per sequence, for `batch` sequences.
+    """Holds the entries of one layer, at most `capacity` for each of `batch` sequences.
 
     With a sliding window (`window`) a token sees only the entries within the window. Older entries stay in memory.
     """
@@ -25,7 +25,7 @@ class LayerCache:
         self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device, window: int | None = None
     ) -> None:
         # The extra last place takes the writes of unmarked tokens and is never visible. Buffers start at 0, because a NaN
-        # in them would make attention NaN even where it is masked.
+        # in an unused place would make attention NaN although the mask excludes the place.
         shape, dtype = (batch, args.num_kv_heads, capacity + 1, args.head_dim), args.compute_dtype
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -38,7 +38,7 @@ class LayerCache:
         """Adds the entries of the tokens that `taken_BN` marks.
 
         Raises:
-            ValueError: more tokens than the capacity were passed.
+            ValueError: all calls together passed more tokens per sequence than the capacity.
         """
         self._seen += taken_BN.shape[1]
         if self._seen > self.capacity:

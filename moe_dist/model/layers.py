@@ -1,7 +1,7 @@
 """The sizes of a transformer (`ModelArgs`), and its small parts: norm, projection, SwiGLU, rotary positions.
 
 Each part computes in its input's dtype and casts its weight to this dtype, because weights may be fp32 and activations
-bf16. Under FSDP2's mixed precision both already have the same dtype, and the cast costs nothing.
+bf16. Under FSDP2's mixed precision weights already have the dtype of activations, and the cast costs nothing.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class ModelArgs:
     """Sizes of a transformer.
 
     Attributes:
-        moe_layers: Indices of the MoE layers; the others have a dense FFN of width `dense_ffn_dim`.
+        moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
         rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
         windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. Empty:
             no layer has a window.
-        qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over the whole projection (OLMoE).
+        qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
@@ -110,7 +110,7 @@ class GatedSwiGLU(SwiGLU):
 def rotary_table(
     positions_BS: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, equation 34)."""
+    """Returns cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, eq. 34)."""
     if scaling is None:
         rates, size = frequencies(head_dim, base, positions_BS), 1.0
     else:
@@ -120,7 +120,7 @@ def rotary_table(
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs of elements (i, i + d/2) of each head, as in Llama checkpoints, by the token's angles."""
+    """Rotates each head's elements in pairs (i, i + d/2), as Llama checkpoints need, by the token's angles."""
     cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, from fp32
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,20 +1,20 @@
 """Mixture of depths: a layer computes some of the tokens, and the others skip the layer (Raposo et al. 2024, arXiv
-2404.02258; MoMa, arXiv 2407.21770, section 2.3, before the tokens are split by modality).
+2404.02258; MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
 
     s = <w, x / rms(x)>
-    select the ceil(c T) tokens of largest s in the selection scope; ties go to the earlier token
+    select a share c of the selection scope's tokens (rounded up), those of largest s; the earlier of equal tokens wins
     x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
-    x <- x                          for the others
+    x <- x                          for all other tokens
 
-Training selects by competition (`moe_dist.moe.routers.selection`), as in expert choice, with the layer as the only chooser.
-Evaluation decides for each token alone, causally:
+In training the tokens of a scope compete (`moe_dist.moe.routers.selection`), as in expert choice; the layer is the only
+chooser. Evaluation decides for each token alone, without later tokens:
 
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
                 entropy while the model trains. Their input is detached, so their loss changes no other parameter
 
-With a scope of several ranks, each forward of a layer in training costs one all-gather of T numbers per rank (`depth
+If the scope has several ranks, each forward of a layer in training costs one all-gather of T numbers per rank (named `depth
 scores`), and one host sync, which reads the number of this rank's selected tokens.
 
 Shape letters: B sequences, S positions, T = B x S tokens of this rank, D hidden size, C slots (places of computed tokens).
@@ -39,11 +39,11 @@ from moe_dist.moe.routers.selection import (
 from moe_dist.moe.routing import DepthSums
 from moe_dist.placement.roles import Role
 
-_SHAPES = 8  # largest number of different C on CUDA, because flex attention compiles for each C
+_SHAPES = 8  # most different values of C on CUDA, because flex attention compiles for each C
 
 
 class Chosen(NamedTuple):
-    """The tokens that a layer computes, in the order of the sequence.
+    """The tokens that a layer computes, in the order of this rank's tokens.
 
     Attributes:
         index_C: int64, index of the token in each slot; 0 if the slot is empty.
@@ -62,15 +62,15 @@ class DepthRouter(ChoosingRouter):
     """Selects the tokens that one layer computes.
 
     `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), the running
-    `mean` and the number of `steps`. Steps and calibrations (`moe_dist.train.evaluation.calibration`) write these buffers,
-    which have no gradient. Checkpoints contain the buffers.
+    `mean` and the number of `steps`. They have no gradient: each step and each calibration
+    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain them.
 
     Args:
         hidden_dim: D, the hidden size.
         capacity: c, the share of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean per step.
         selection_scope: The ranks whose tokens compete; each must have the same number of tokens.
-        name: Name of the layer, for reports.
+        name: Name of the layer, for reports of a hang.
     """
 
     role = Role.DEPTH_ROUTER
@@ -130,7 +130,7 @@ class DepthRouter(ChoosingRouter):
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # in the scope `rank`, T is enough for a bound
+            if choice.order_TE is not None:  # in the scope `rank` the number of tokens bounds C
                 slots = capacity_of_tokens(self.capacity, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -156,11 +156,11 @@ class DepthRouter(ChoosingRouter):
         return self._causal(h_TD, logit_T) > 0, logit_T.sigmoid()
 
     def _logits(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns x / rms(x) [T, D] and s [T]."""
+        """Returns x / rms(x) [T, D], and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # otherwise s would grow with the residual stream
-            # Not a matrix product, because its bits depend on the number of tokens in the batch.
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else s would grow with the residual stream
+            # No matrix product, because its bits would depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
     def _causal(self, h_TD: Tensor, logit_T: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Cross entropy of the auxiliary router against the selection, summed over tokens; None without that router."""
+        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without one."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")
@@ -178,11 +178,11 @@ class DepthRouter(ChoosingRouter):
 
 
 def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
-    """Returns the token index of each slot, rising, 0 if the slot is empty, and a bool mask of the full slots."""
+    """Returns each slot's token index (rising; 0 if the slot is empty), and a bool mask of the slots that have a token."""
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that few C occur
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that C has few values
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]
@@ -191,8 +191,8 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
-    """Returns the document number of each slot [1, C]. No two sequences share a number. Each empty slot has a document of
-    its own, so that no token attends to it."""
+    """Returns the document number of each slot [1, C]. Sequences share no number. Each empty slot has a number of its own,
+    so that no token attends to it."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)
     document_C = (documents_BS + offset_B1).flatten()[chosen.index_C]

@@ -1,4 +1,4 @@
-"""Decoder-only transformer over text and image tokens in one stream, written for one device.
+"""The decoder-only transformer over text and image tokens in one sequence, written as for one device.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V vocabulary, L layers.
 """
@@ -20,7 +20,7 @@ from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 
 
 class DenseFFN(SwiGLU):
-    """SwiGLU(norm(x)). The caller adds the residual."""
+    """Computes SwiGLU(norm(x)). The caller adds the residual."""
 
     def __init__(self, dim: int, ffn_dim: int, eps: float) -> None:
         super().__init__(dim, ffn_dim)
@@ -31,7 +31,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths` the layer computes only the selected tokens."""
+    """Holds attention, and an MoE layer or a dense FFN. With `mixture_of_depths` it computes only selected tokens."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class Transformer(nn.Module):
         Args:
             tokens_BS: int64 token ids.
             positions_BS: int64 position of each token inside its document.
-            documents_BS: Document number of each token; a token attends to no later token and to no other document.
+            documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: For all MoE layers. Mixture-of-depths layers use only its `experts_off`.
+            request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
         """
         # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         reports = []
         for layer in self.layers:
             if layer.depths is not None:
-                # The router gets only the selected tokens, for which the request's token counts would be wrong.
+                # The MoE layer gets only the selected tokens, and the request's token counts would be wrong for them.
                 only_off = RoutingRequest(experts_off=request.experts_off)
                 x_BSD, report = self._shallow(layer, x_BSD, rotary, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
             else:
@@ -126,11 +126,11 @@ class Transformer(nn.Module):
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
         document. Call it in evaluation mode.
 
-        The logits equal those of `forward` for the whole sequences, up to rounding.
+        Up to rounding, the logits equal those that `forward` computes for the whole sequences.
 
         Args:
-            tokens_BN, group_BN: As in `forward`. Padding (group -1) may be at any place; it adds no entry to the cache, and
-                its logits are meaningless.
+            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. It adds no entry to the cache, and its
+                logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         a_1CD = layer.attention(x_1CD, tuple(rotary_1C), mask)
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C, request)
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
-        # Each full slot has another token, and empty slots add 0 to token 0, so the order of additions changes no bit.
+        # No two full slots have the same token, and empty slots add 0 to token 0, so the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
         if report is not None:
             groups_G = torch.arange(len(report.sums.tokens_G), device=group_T.device)
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         return x_TD.view_as(x_BSD), report
 
     def depth_routers(self) -> list[DepthRouter]:
-        """The mixture-of-depths routers, in layer order."""
+        """Returns the mixture-of-depths routers, in layer order."""
         return [module for module in self.modules() if isinstance(module, DepthRouter)]
 
     @staticmethod
@@ -214,10 +214,10 @@ class Transformer(nn.Module):
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # next the largest activation: the logits, B x S x V
+        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] below are the largest activation
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
-        """The MoE layers, in order."""
+        """Returns the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer | LoRALayer)]

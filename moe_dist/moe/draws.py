@@ -1,4 +1,4 @@
-"""Random numbers that depend only on a name (integers such as seed and step), and recomputation, which needs such numbers.
+"""Draws random numbers that depend only on a name (integers such as seed and step), so that recomputation draws them again.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
 state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a torch
@@ -17,33 +17,33 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` without keeping its activations: backward computes them again. No random state is saved, because all
-    random numbers in a layer depend on names alone."""
+    """Calls `function` without keeping its activations: backward computes them again. It saves no random state, because
+    every random number of a layer depends only on its name."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard logistic noise [T, E], the noise of Gumbel-sigmoid: the difference of two independent Gumbel(0, 1).
+    """Returns standard logistic noise [T, E], as Gumbel-sigmoid uses: the difference of two independent Gumbel(0, 1).
 
     Args:
-        name: Identifies the draw, as (seed, step, layer).
+        name: Identifies the draw, for example (seed, step, layer).
         row_T, columns: int64, the indices of tokens and experts: each (token, expert) has its own random number.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
     bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # a temporary int64 [T, E]
-    # 24 bits plus one half are never 0 or 1 and exact in fp32, so every device and dtype sees the same uniform number.
+    # (24-bit integer + 0.5) / 2^24 is never 0 or 1 and exact in fp32, so all devices and dtypes see the same number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean does not change.
+    """Applies dropout: sets a share of the elements to 0 and divides all others by 1 - share, which keeps the mean.
 
     Args:
-        name: Identifies the draw, as (seed, step, layer, first token, projection). Equal names give equal draws on devices
-            of the same kind.
+        name: Identifies the draw, for example (seed, step, layer, first token, projection). Equal names give equal draws on
+            devices of the same kind.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
@@ -59,5 +59,6 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Product modulo 2^32, computed in two halves because the whole product would overflow int64."""
+    """Returns the product modulo 2^32, computed from two halves of `factor`, because the whole product would overflow
+    int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

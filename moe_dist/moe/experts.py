@@ -1,7 +1,8 @@
-"""The true (not null) experts of this rank: SwiGLU FFNs with weights stacked by group, run over rows that are sorted by
-slot.
+"""The true (not null) experts of this rank: SwiGLU FFNs. The weights of each expert group are stacked in one tensor, and
+rows come sorted by slot (the expert's place on this rank).
 
-Shape letters: Q pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e of them on this rank.
+Shape letters: Q (token, expert) pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e number
+of a group's experts on this rank.
 
 Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`, with the same contract:
 
@@ -50,7 +51,7 @@ def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Se
 
 
 def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes all experts by three grouped matrix products. Use it only where `why_not_grouped` returns None."""
+    """Computes all experts by three grouped matrix products. Call it only if `why_not_grouped` returns None."""
     if not sum(counts):
         return loop_swiglu(x_QD, gate, up, down, counts)  # without rows no kernel is called
     x_QD = x_QD[: sum(counts)]
@@ -61,20 +62,20 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
     hidden_QF = F.silu(_product(x_QD, gate, offsets)) * _product(x_QD, up, offsets)
     y_QD = _product(hidden_QF, down, offsets)
     if y_QD.requires_grad:
-        y_QD.register_hook(Tensor.contiguous)  # the product refuses gradients with strides of 0, as `expand` makes them
+        y_QD.register_hook(Tensor.contiguous)  # grouped_mm refuses gradients of stride 0, which `expand` makes
     return y_QD
 
 
 def choose_gemm(
     kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
 ) -> StackedSwiGLU:
-    """Chooses the function that computes `num_experts` experts with the widths D and F. Cheap enough for each forward.
+    """Chooses the function that computes `num_experts` experts with the widths D and F. Each forward may call it.
 
-    On CUDA `auto` takes the grouped kernel where there is one, because it needs one kernel launch instead of one per
-    expert. On CPU `auto` takes grouped from GROUPED_ON_CPU experts on (docs/parallelism.md).
+    On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because it launches one kernel instead of one
+    per expert. On CPU `auto` does so only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
 
     Raises:
-        ValueError: `grouped` is not possible here.
+        ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
     """
     few = device.type != "cuda" and num_experts < GROUPED_ON_CPU
     if kind == "loop" or (kind == "auto" and few):
@@ -88,7 +89,7 @@ def choose_gemm(
 
 
 def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> str | None:
-    """The reason why the grouped product cannot be used, or None."""
+    """Returns the reason why `grouped_swiglu` cannot be used, or None if it can."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm, which came with 2.11"
     if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -107,15 +108,15 @@ def _product(x_QI: Tensor, weight_eOI: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
-    """Returns the weight with a hook that sets these experts' gradients to 0: torch does not document what the backward of
-    the grouped product writes for an expert without rows."""
+    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document what the
+    backward of the grouped product writes for an expert without rows."""
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
             gradient[expert].zero_()  # in place, because only this product uses the gradient's buffer
         return gradient
 
-    weight = weight.view_as(weight)  # a hook on the parameter itself would outlive this forward
+    weight = weight.view_as(weight)  # a view, because a hook on the parameter would stay after this forward
     if weight.requires_grad:
         weight.register_hook(zero)
     return weight
@@ -138,7 +139,7 @@ class ExpertStack(nn.Module):
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. The stack's edp peers hold no expert of this group either, so all skip it.
+            # without a gradient. The ranks that share this stack hold no expert of this group either, so all skip it.
             return x_QD[:0]
         swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
         gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # costs nothing under FSDP2
@@ -148,15 +149,15 @@ class ExpertStack(nn.Module):
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts here has an empty stack [0, F, D]. Every rank then has the same FSDP2 units and the same order
-    of gathers. Without the empty stack, FSDP2's prefetch ran ahead of the exchanges of other ranks, and all ranks hung.
+    A group without experts here has an empty stack [0, F, D]. So all ranks have the same FSDP2 units and gather them in the
+    same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all hung.
 
     Args:
         hidden_dim: D.
-        groups: All groups in logical order; the rank's slots are sorted the same way.
+        groups: All expert groups in logical order. This rank's slots are sorted in the same order.
         num_local: Number of experts of each group on this rank.
-        pair_budget: Largest number of pairs computed at once; None for no bound. More pairs are computed in chunks, which
-            backward recomputes, so that unbalanced routing costs time and not memory.
+        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
+            chunks, which backward recomputes, so that unbalanced routing costs time but no memory.
         gemm: See `choose_gemm`.
     """
 
@@ -198,9 +199,9 @@ class Experts(nn.Module):
         return out_RD.to(rows_RD.dtype)  # the only rounding
 
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
-        """Computes the pairs of one chunk, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
+        """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in the weights' dtype."""
         x_QD = gather_rows(rows_RD, row_Q)  # one copy of a row per pair
-        outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice joins a rank without experts to the graph
+        outputs, at, slot = [x_QD[:0]], 0, 0  # a rank without experts needs the empty slice to join autograd's graph
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]

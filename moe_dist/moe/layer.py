@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. The forward sets no attribute of the module."""
+"""The mixture-of-experts layer: it runs norm, router, dispatch, experts, combine. The forward sets no module attribute."""
 
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -24,15 +24,15 @@ class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
     Args:
-        norm: Norm before the router, or identity.
+        norm: Norm of the layer's input, or identity.
         router: A `Router`, which chooses the experts of each token.
         experts: This rank's true experts.
         dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
         shared: An expert that computes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.
-        recompute: What backward computes again. `experts`: only the expert FFNs, without an exchange. `block`: the whole
-            layer, with the dispatch exchange, but not the choice of experts and the dispatch plan.
-        name: Name of the layer in records, and in reports of a hang or of damage.
+        recompute: What backward computes again. `experts`: only the expert FFNs, which needs no exchange. `block`: the
+            whole layer and its dispatch exchange; the choice of experts and the dispatch plan are kept.
+        name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class MoELayer(nn.Module):
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, zero_weight_TF, prob_AC, chosen = self.router(h_TD, group_T, cache)
-        repeated = cache.plan is not None  # true in the recomputation of a block
+        repeated = cache.plan is not None  # backward recomputes the block
         plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
         cache.plan = plan
-        # No op after combine may save a tensor for backward; otherwise block recompute repeats the combine all-to-all.
+        # No op after combine may save a tensor for backward; else block recompute would repeat the all-to-all of combine.
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         y_TD, shared_TD = self.dispatcher.run(
             h_TD,

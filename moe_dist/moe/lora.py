@@ -3,16 +3,17 @@
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. For a token whose choices are all null, y is the frozen FFN's output. Every rank holds all experts, so there is
-no all-to-all. A token costs one FFN, and for each of its experts matrix products of rank r. The weight w_e depends on the
-router's probability p_e of expert e, a softmax over all columns:
+W is frozen. If a token chooses only null experts, its y is the frozen FFN's output. Every rank holds all experts, so there
+is no all-to-all. A token costs one FFN, and for each of its experts matrix products of rank r. The weight w_e depends on
+the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
-    straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is that of log p_e
+    straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
     published           w_e = 1, as in the paper's public code. The task's loss then gives the router no gradient
 
-Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N pairs of the assignments, Q taken
-pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a projection.
+Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
+assignments, Q of them taken (not absent), E experts of all groups, n experts of one group, I inputs and O outputs of a
+projection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +38,10 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """The taken pairs of one layer and micro-batch, sorted by expert. Recomputation uses the same plan.
+    """The taken (token, expert) pairs of one layer and micro-batch, sorted by expert. Recomputation uses it again.
 
     Attributes:
-        pair_Q, token_Q: int64, index of each pair among the N assignments, and its token.
+        pair_Q, token_Q: int64, index of each taken pair in the assignments, and token of the pair.
         counts: Number of pairs of each expert, on the host.
     """
 
@@ -60,7 +61,7 @@ class LoRAPlan:
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Returns the weights w_e of pairs from their probabilities `weight_N`, by a kind listed at the top of this file."""
+    """Computes the weight w_e of each pair from its probability in `weight_N`. The top of this file defines the kinds."""
     if kind == "probability":
         return weight_N
     if kind == "published":
@@ -86,11 +87,11 @@ class LoRAExperts(nn.Module):
 
     Args:
         hidden_dim, ffn_dim: D and F.
-        groups: All groups in logical order.
+        groups: All expert groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.
-        weight: Kind of the weights w_e, see the top of this file.
+        weight: Kind of the weights w_e; the top of this file defines the kinds.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class LoRAExperts(nn.Module):
         return y_TO.index_add(0, plan.token_Q, torch.cat(deltas))
 
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """The matrix `name` of every expert, in logical order over all groups."""
+        """Returns the matrix `name` of every expert of all groups, in logical order."""
         stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
         # unbind, because the backward of an index would fill a whole stack with zeros per expert
         return [matrix for stack in stacks for matrix in stack.unbind()]
@@ -153,8 +154,9 @@ class LoRALayer(nn.Module):
         norm: Frozen norm of the base model.
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
-        recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: all but the routing.
-        seed, layer: With the step and the tokens, the name of the random numbers for dropout.
+        recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: the whole layer, but not the
+            choice of experts.
+        seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
         comm_stats: Records the host syncs.
     """
 
@@ -180,7 +182,7 @@ class LoRALayer(nn.Module):
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
-        # x_TD.requires_grad is no test here: with the base model frozen, the first LoRA layer's input needs no gradient.
+        # x_TD.requires_grad would not do here: if the base model is frozen, the first LoRA layer's input needs no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)
@@ -212,5 +214,5 @@ class LoRALayer(nn.Module):
 
 
 def adapter_draw(seed: int, layer: int, batch_info: GlobalBatchInfo) -> tuple[int, ...]:
-    """Returns the name of a layer's random numbers for this rank's micro-batch, for `dropped`."""
+    """Returns the name with which `dropped` draws a layer's random numbers for this rank's micro-batch."""
     return (seed, batch_info.step, layer, batch_info.first_token_of(batch_info.rank))

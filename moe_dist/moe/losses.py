@@ -1,7 +1,7 @@
-"""Load-balance losses and z-loss, as functions of a rank's router sums and of counts over all ranks.
+"""Computes load-balance losses and the z-loss from one rank's router sums and from counts over all ranks.
 
-Shape letters: L MoE layers, G groups, C choice columns (true experts by logical id, then the groups' null, identity and
-constant experts).
+Shape letters: L MoE layers, G expert groups, C choice columns (a column for each true expert by logical id, then for the
+groups' null, identity and constant experts).
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Tensors that describe the groups' columns, made once, because a copy to CUDA per step would be a host sync.
+    """Tensors that describe the columns of each expert group. Made once, because a copy to CUDA per step would sync.
 
     Attributes:
-        groups: All groups, in logical order.
+        groups: All expert groups, in logical order.
         group_C: int64, group of each column.
         member_CG: bool, whether a column belongs to a group.
         size_G: Number of columns of each group.
@@ -50,16 +50,17 @@ def balance_terms(
     kind: BalanceKind = "null_averaged",
     null_weight_G: Sequence[float] | None = None,
 ) -> Tensor:
-    """This rank's share of the load-balance loss of each layer and group, [L, G], with coefficient 1.
+    """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. Shares add up to it.
 
-        l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   C columns of all kinds in the group
+        l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
-    mean load of the group's null columns, because null columns are equivalent. The same holds for identity columns, not for
-    constant experts. `vanilla` replaces no load.
+    mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced in
+    the same way; those of constant experts are kept, because they differ. `vanilla` replaces no load.
 
-    `null_split` (ZEDA, arXiv 2605.18643) balances only the share of choices of the n true columns (E) against that of the
-    n_Z other columns (Z). With an even split it is 1, as in ZEDA's paper; with an even load the other kinds are k:
+    `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
+    other columns (Z). With w = 1 and equal loads of all columns its value is 1, as in ZEDA's paper; the other kinds then
+    have the value k, the choices per token:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
@@ -118,11 +119,11 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by its factor: floats, because copying a tensor of factors would be a host sync."""
+    """Multiplies each group's column by its factor, a float, because copying a tensor of factors would be a host sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
-    """This rank's share of each layer's router z-loss, [L], with coefficient 1: the mean over tokens of logsumexp(logits)^2
-    over the columns of the token's group (ST-MoE, arXiv 2202.08906, equation 5). `tokens_LG` is summed over all ranks."""
+    """Returns this rank's share of each layer's router z-loss [L], with coefficient 1. The loss is the mean over tokens of
+    logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` is of all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

@@ -1,8 +1,8 @@
-"""Types that pass between router, dispatcher and training step: assignments, sums, reports.
+"""Defines what router, dispatcher and training step pass to each other: assignments, sums, reports.
 
 Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
-pairs, G groups, W ranks, A probe tokens, F zero-computation columns (identity and constant experts), C choice columns: the
-E true experts, then all groups' null, identity and constant experts.
+pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
+constant experts), C choice columns: the E true experts, then all groups' null, identity and constant experts.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer. The dispatcher sees no other part of the routing.
+    """The (token, expert) pairs of one layer on this rank. They are the only part of the routing that the dispatcher sees.
 
-    N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that shapes are known without
-    a host sync: a pair that no expert computes (a null choice, padding) stays in the list as an absent pair. All other
-    pairs are taken, and unique.
+    N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that the host knows shapes
+    without a sync. A pair that no expert computes (a null choice, padding) therefore stays in the list as an absent pair.
+    All other pairs are called taken; no taken pair occurs twice.
 
     Attributes:
         token_N: int64, token of each pair.
         expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
         counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks. None if
-            it depends on the routing, as with token choice. If given, as with expert choice within one rank, every pair is
-            taken and pairs are sorted by expert.
+            these numbers depend on the routing, as in token choice. If the table is given, as in expert choice within one
+            rank, every pair is taken and pairs are sorted by expert.
     """
 
     token_N: Tensor
@@ -44,10 +44,11 @@ class Assignments(NamedTuple):
 
 
 class ChoiceSums(NamedTuple):
-    """More sums over this rank's tokens in one layer, of expert choice alone: float64, without gradient.
+    """The sums over this rank's tokens in one layer that only expert choice has: float64, without gradient.
 
     Attributes:
-        kth_score_E: The k-th largest score of each expert in its selection scope, times this rank's tokens of its group.
+        kth_score_E: The k-th largest score of each expert in its selection scope, times the number of this rank's tokens of
+            the expert's group.
         above_E: Number of tokens whose score is above the threshold of each expert.
         unrouted_G: Number of tokens that no expert takes.
     """
@@ -62,14 +63,15 @@ class RouterSums(NamedTuple):
 
     Attributes:
         choices_C: int64, number of choices of each column, including choices that a capacity drops.
-        prob_C: Sum over tokens of each column's probability (with expert choice: score), differentiable in token choice.
+        prob_C: Sum over tokens of each column's probability, differentiable. In expert choice it sums scores, without
+            gradient.
         tokens_G: int64, number of routed tokens.
-        log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
+        log_z_squared_G: Sum over tokens of the squared log-sum-exp of the group's logits, differentiable.
         entropy_G: Sum over tokens of the entropy of the probabilities in nats, without gradient.
         dropped_E: int64, number of choices of each true expert that a capacity dropped.
-        choice: More sums with expert choice; None with token choice.
-        auxiliary_G: Cross entropy of auxiliary routers, summed over tokens and experts, differentiable; None if none is
-            trained.
+        choice: The sums that only expert choice has; None in token choice.
+        auxiliary_G: Cross entropy of auxiliary routers, summed over tokens and experts, differentiable; None if no
+            auxiliary router is trained.
     """
 
     choices_C: Tensor
@@ -95,12 +97,13 @@ class ChosenColumns(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Result of a router for T tokens.
+    """What a router returns for T tokens.
 
     Attributes:
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
-            run on the token's own rank and are never pairs. None if no group has them.
-        prob_AC: Probabilities of the probe tokens, 0 in columns of other groups; fp32 with gradient, or None.
+            run on the token's own rank, so they are in no pair. None if no group has such experts.
+        prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
+            without probe tokens.
         chosen: Each token's choices, if the request asks for them.
     """
 
@@ -117,7 +120,7 @@ class DepthSums(NamedTuple):
     Attributes:
         tokens: int64, number of this rank's tokens that are not padding.
         taken: int64, number of tokens that the layer computes.
-        agreed: int64, number of tokens for which the causal rule of evaluation decides as the selection does.
+        agreed: int64, number of tokens for which evaluation's causal rule and training's selection decide the same.
         cut: float64, lowest selected score in the selection scope, times `tokens`.
         weight: float64, sum of the weights of the computed tokens, without gradient.
         auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without that
@@ -141,7 +144,8 @@ class LayerReport(NamedTuple):
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
         depth: Sums of a mixture-of-depths layer; None in other layers.
-        members_G: int64, in a mixture-of-depths layer the number of all tokens of each group; None in other layers.
+        members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
+            other layers.
         prob_AC, chosen: See `Routing`.
     """
 
@@ -157,13 +161,13 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """Token counts of a training micro-batch on all ranks, known on the host before any layer runs.
+    """Token counts of a training micro-batch on all ranks. The host has them before any layer runs.
 
     Attributes:
-        step: Optimizer step, 0-based; part of the names of random numbers.
+        step: Optimizer step, counted from 0. It is part of the names of random numbers.
         first_token: Index of the micro-batch's first token among all tokens of the step.
         rank: Global rank of this process.
-        tokens_W: T of each rank of the world.
+        tokens_W: Number of tokens of each rank of the world, padding included.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
     """
 
@@ -174,19 +178,18 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index, among all tokens of the step, of a rank's first token. Any layout gives a token the same
-        index."""
+        """Returns the index, among all tokens of the step, of a rank's first token. It is the same in every layout."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """Input of all routers and MoE layers beside the tokens.
+    """What all routers and MoE layers of a forward get beside the tokens.
 
     Attributes:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
-        experts_off: If true, routed experts add 0 to the output; all else, collectives included, is computed as usual.
+        experts_off: If true, routed experts add 0 to the output. They and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
     """
 
@@ -200,13 +203,15 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that experts (expert choice) or a layer (mixture of depths) take, without gradient, kept for recompute.
+    """The tokens that each expert (expert choice) or the layer (mixture of depths) takes. Has no gradient; recomputation
+    uses it again.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
-        order_TE: int64, this rank's tokens sorted by falling logit, per expert; None if the scope has several ranks.
-        kth_score_E: The lowest taken score of each expert in the scope, without noise; 0 if it takes no token, or if its
-            capacity takes all tokens of its group.
+        order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
+            ranks.
+        kth_score_E: The k-th largest score without noise of each expert in the selection scope, which takes k tokens; 0 if
+            it takes none or, by its capacity, all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -216,9 +221,9 @@ class ExpertsChoice(NamedTuple):
 
 @dataclass
 class RoutingCache:
-    """The discrete decisions of one layer's forward, and the request. The first forward writes them, and the recomputed
-    forward reads them: recomputed logits may differ in the last bits, and a changed choice would change one rank's split
-    sizes.
+    """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
+    the recomputed forward reads them. It must not decide again: recomputed logits may differ in the last bits, and another
+    choice would change the sizes that this rank sends.
     """
 
     choice_TK: Tensor | None = None  # chosen columns of token choice
@@ -231,7 +236,7 @@ class RoutingCache:
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """Returns the group of each choice column. Columns are all true experts, then all null, identity and constant experts,
-    each kind in group order. True columns are first, so that a stable sort gives ties to true experts."""
+    """Returns the index of each choice column's group. The columns are all true experts, then all null, all identity and
+    all constant experts, each by group. True experts come first, to win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

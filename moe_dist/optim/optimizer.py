@@ -1,8 +1,8 @@
-"""Parameter groups, fused AdamW (torch's, or NVIDIA Apex's if installed) and its state, the global gradient norm,
-schedules.
+"""Makes parameter groups and a fused AdamW (of torch, or of NVIDIA Apex if installed), sets its state, and computes the
+global gradient norm and schedules.
 
-This file issues no collective: the training step sums the ranks' contributions to the norm. A schedule's arguments are
-named like the configuration's fields, so that a section's `model_dump()` can be passed.
+This file issues no collective: the training step sums the ranks' shares of the squared norm. The arguments of a schedule
+have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
 """
 
 import importlib
@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor have vectors of any role decay
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
-    """True if this rank has no element of the parameter: no expert of the group, or a shard beyond the last row."""
+    """True if this rank holds no element of the parameter: no expert of its group, or a shard beyond the last row."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel() == 0
 
@@ -31,8 +31,9 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
 def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order.
 
-    A fused kernel needs parameters of one kind, so plain tensors, DTensors over all ranks (dense parameters) and DTensors
-    over edp (experts) are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
+    A fused kernel needs parameters of one kind. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
+    the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters, and
+    parameters that are empty on this rank, are left out.
     """
     groups: dict[tuple[bool, object], dict[str, Any]] = {}
     for _, _, role, parameter in named_parameters(model):
@@ -57,15 +58,15 @@ def make_optimizer(
     eps: float,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Makes AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay` is
-    for groups without a weight decay of their own.
+    """Makes AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay`
+    applies to groups that have no weight decay of their own.
 
     Raises:
         ConfigError: backend=apex, but Apex is missing or does not support the parameters.
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)  # why Apex cannot be used; None if it can
+    obstacle = _apex_obstacle(apex_adam, parameters)  # the reason why Apex cannot be used, or None
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
@@ -103,8 +104,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. The first step would
-    create the same values."""
+    """Creates moments and step counts of 0, as the first step would, so that a checkpoint before the first step can save or
+    load them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -116,7 +117,7 @@ def materialise_moments(optimizer: Optimizer) -> None:
 
 
 def step_count(optimizer: Optimizer) -> int:
-    """Number of steps that the optimizer has taken. One host sync on CUDA."""
+    """Returns the number of steps that the optimizer has taken. Costs one host sync on CUDA."""
     if _counts_by_group(optimizer):
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups}
     else:
@@ -127,7 +128,7 @@ def step_count(optimizer: Optimizer) -> int:
 
 
 def set_step_count(optimizer: Optimizer, count: int) -> None:
-    """Sets the number of steps, which determines the bias correction of the moments."""
+    """Sets the number of steps that the optimizer has taken, which determines the bias correction of the moments."""
     if _counts_by_group(optimizer):
         for group in optimizer.param_groups:
             group["step"] = count
@@ -142,8 +143,7 @@ def _counts_by_group(optimizer: Optimizer) -> bool:
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns this rank's part of each gradient, without a copy, as a plain tensor; parameters without gradient are left
-    out."""
+    """Returns this rank's part of each gradient as a plain tensor, without a copy. Skips parameters without one."""
     gradients = (parameter.grad for parameter in parameters)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
 
@@ -151,12 +151,12 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torch.device) -> Tensor:
     """Returns this rank's share of the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
-    gradients, 0-d float64. The sum of the shares of all ranks is the squared norm. No host sync.
+    gradients, 0-d float64. The shares of all ranks add up to the squared norm. Costs no host sync.
 
     Args:
-        parameters: Each parameter with its replicas, the number of ranks with the same part of its (already reduced)
-            gradient: all ranks for a replicated dense parameter, the edp size for a replicated expert, 1 for a shard.
-        device: Device of the result, also on a rank without gradients.
+        parameters: Each parameter with its replicas: the number of ranks that hold the same part of its (already reduced)
+            gradient. It is all ranks for a replicated dense parameter, the edp size for a replicated expert, 1 for a shard.
+        device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
     for parameter, replicas in parameters:
@@ -174,7 +174,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
-    """Multiplies each gradient in place by the 0-d tensor `factor`, which must be equal on all ranks. No host sync."""
+    """Multiplies each gradient in place by the 0-d tensor `factor`, which must be equal on all ranks. Does not sync."""
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for gradient in local_gradients(parameters):
         by_dtype[gradient.dtype].append(gradient)
@@ -200,7 +200,7 @@ def lr_factor(
 
     The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
     a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. `cosine` and `wsd` reach `min_ratio` in the
-    last step and keep it afterwards. If warm-up and decay overlap, the ratio is the smaller of both.
+    last step and keep it afterwards. If warm-up and decay overlap, the ratio is the smaller of the two.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0
@@ -216,11 +216,11 @@ def lr_factor(
 
 
 def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
-    """Learning rate of optimizer step `step` (0-based). `lr_factor` takes `schedule`."""
+    """Returns the learning rate in optimizer step `step` (0-based). `schedule` is passed to `lr_factor`."""
     return peak * lr_factor(step, **schedule)
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), first steps rising from
+    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), with first steps rising from
     0."""
     return next(value for first, value in reversed(schedule) if first <= step)

@@ -1,1 +1,1 @@
-"""Process groups, and what makes a single-device model parallel: initial weights, sharding, gradient sums."""
+"""Creates process groups, and makes a single-device model parallel: initial weights, sharding, gradient sums."""

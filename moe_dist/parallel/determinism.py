@@ -1,4 +1,4 @@
-"""`parallel.deterministic`: runs with the same layout, seed and versions give bit-identical results.
+"""Implements `parallel.deterministic`: runs with the same layout, seed and versions then give bit-identical results.
 
 On CPU a step is always deterministic. On CUDA four things can change bits from run to run: atomic additions of `index_add_`
 and `scatter_add_`, cuBLAS workspaces shared between streams, cuDNN kernels chosen by timing, and sums in NVLink SHARP.
@@ -17,10 +17,10 @@ _NCCL = ("NCCL_ALGO", "^NVLS")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables to add to those in `given`. cuBLAS and NCCL read them when they are first used.
+    """Returns the environment variables that `given` lacks. cuBLAS and NCCL read them at their first use.
 
     Raises:
-        ConfigError: a variable has a value with which cuBLAS is not deterministic.
+        ConfigError: the variable in `given` has a value with which cuBLAS is not deterministic.
     """
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
@@ -36,10 +36,10 @@ def make_deterministic() -> None:
     without a deterministic implementation then raises a RuntimeError that names the operation.
 
     Raises:
-        ConfigError: from `deterministic_variables`.
+        ConfigError: see `deterministic_variables`.
     """
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # timing may choose other kernels in each run
-    # Otherwise torch fills every `torch.empty` with NaN to reveal uninitialised reads, which costs a write per buffer.
+    # If true, torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at a write per buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

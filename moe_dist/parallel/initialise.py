@@ -21,7 +21,7 @@ def initialise(
     Norms start at 1 and biases at 0. LoRA matrices B start at 0, and A [r, in] is normal with variance 1 / (3 in), as in
     the authors' code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
     down) have std / sqrt(2 L), with L layers. A module can set constants for its parameters by name in `initial_values`.
-    One whole tensor at a time is drawn on the host, and this rank's shard is copied to the device.
+    The host draws one whole tensor at a time, and copies this rank's shard to the device.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -37,7 +37,7 @@ def initialise(
 def allocate(model: Transformer, device: torch.device) -> None:
     """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)  # without values: initialising here would be a wasted pass over all parameters
+        model.to_empty(device=device)  # sets no values: the caller overwrites all of them
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
@@ -59,7 +59,7 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if named.role is Role.ADAPTER:
-        if name.endswith("b"):  # with B = 0 outputs start as those of the base model
+        if name.endswith("b"):  # B = 0: outputs start equal to the base model's
             return torch.zeros(shape)
         scale = (3 * shape[-1]) ** -0.5
     if named.role is Role.EXPERT:
@@ -78,7 +78,7 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 @torch.no_grad()
 def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter; of a DTensor, only this rank's shard is copied."""
+    """Copies a whole tensor into a parameter. If the parameter is a DTensor, copies only this rank's shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return

@@ -1,4 +1,4 @@
-"""Creates all process groups: no other file creates one.
+"""Creates all process groups. No other file creates process groups.
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
@@ -7,7 +7,7 @@
   Dispatch and combine run in this group.
 - `edp`: ranks with the same ep_rank. The ranks of an edp group hold the same experts and sum their gradients.
 - `intra_node`, `inter_node`: exist only with ranks_per_node. ep_rank = node * ranks_per_node + local; `intra_node` has the
-  EP group's ranks with the same `node`, `inter_node` those with the same `local`.
+  ranks of an EP group with the same `node`, `inter_node` its ranks with the same `local`.
 """
 
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ class Mesh:
     """The ranks and process groups of this process.
 
     Attributes:
-        ep: None for an EP group of one rank, which communicates nothing.
+        ep: Process group of the EP group; None if it has one rank, which communicates nothing.
         checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Ranks in the order of ep_rank; None without ranks_per_node, or if the group has one rank.
+        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or if it has one rank.
     """
 
     rank: int
@@ -58,7 +58,7 @@ class Mesh:
 
     @property
     def ep_ranks(self) -> tuple[int, ...]:
-        """Global ranks of this rank's EP group, ordered by ep_rank."""
+        """Returns the global ranks of this rank's EP group, ordered by ep_rank."""
         return tuple(range(self.edp_rank * self.ep_size, (self.edp_rank + 1) * self.ep_size))
 
 
@@ -71,8 +71,8 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. The
-    rendezvous uses `store`, or `init_method` if it is None."""
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. Ranks
+    meet in `store`, or by `init_method` if `store` is None."""
     if store is not None:
         store.set_timeout(timedelta(seconds=timeout))
     dist.init_process_group(
@@ -94,7 +94,7 @@ def make_mesh(
     ranks_per_node: int | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> Mesh:
-    """Divides the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
+    """Divides the default process group into EP and edp groups. Every rank calls it with the same arguments.
 
     With `ranks_per_node`, which must divide `ep`, each EP group is also divided into nodes. Each group gets `timeout`
     explicitly, because torch's groups do not inherit the default group's timeout.
@@ -105,7 +105,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs its mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # even for one rank: FSDP2 needs its mesh
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,
@@ -118,7 +118,7 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the others.
+        # The timeout may be long: a rank that dies closes its connections, which ends the other ranks' wait.
         checkpoint=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
@@ -131,7 +131,7 @@ def make_mesh(
 def _node_groups(
     grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Returns this rank's groups inside its node and between nodes. Each row of `grid` has the ranks of an EP group."""
+    """Returns this rank's process groups inside its node and between nodes. Each row of `grid` is an EP group's ranks."""
     if ranks_per_node is None:
         return None, None
     ep = grid.shape[1]
@@ -159,8 +159,8 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """Creates a group of `ranks`, for measurements; returns None on other ranks. With `alone` only `ranks` call this
-    function, and no group of exactly these ranks may have been made before."""
+    """Creates a process group of `ranks`, for measurements; returns None on other ranks. With `alone`, only `ranks` call
+    this function, and no earlier process group may have exactly these ranks."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 
@@ -173,7 +173,7 @@ def destroy_world() -> None:
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh, None for a single rank, and
+    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh (None for a single rank) and
     this rank's device. Raises ConfigError if the ranks have no address of rank 0."""
     if env.world_size == 1:
         yield None, device

@@ -1,4 +1,4 @@
-"""Builds one expert-parallel layer, and its balance loss, for a model of your own (docs/api.md)."""
+"""Builds one expert-parallel layer, and computes its balance loss, for a model of your own (docs/api.md)."""
 
 from collections.abc import Sequence
 
@@ -39,9 +39,9 @@ def build_moe_layer(
     Args:
         hidden_dim: D.
         groups: All groups of experts, in logical order.
-        ep_group: The ranks that share the experts. With None this process holds all experts.
+        ep_group: The ranks that share the experts. If None, this process holds all experts.
         placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
-        router: None makes `TopKRouter(hidden_dim, groups)`. The weights of a given router are not changed.
+        router: A router, whose weights are not changed. If None, `TopKRouter(hidden_dim, groups)` is made.
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
     """
     wire = AllToAll(ep_group, CommStats())
@@ -69,11 +69,11 @@ def build_moe_layer(
 
 def balance_loss(report: LayerReport, groups: Sequence[ExpertGroup], group: dist.ProcessGroup | None = None) -> Tensor:
     """Returns this rank's share of AdaMoE's load-balance loss of one layer (arXiv 2406.13233, section 3.2), 0-d, with
-    coefficient 1. The sum of the shares of all ranks is the loss. Collective: one small all-reduce.
+    coefficient 1. The shares of all ranks add up to the loss. Costs one small all-reduce.
 
     Args:
         report: The report that the layer returned.
-        groups: The groups of the layer.
+        groups: The layer's expert groups.
         group: Process group of all ranks that train the model; None for one process.
     """
     sums = report.sums

@@ -1,4 +1,4 @@
-"""Measures all-reduce and all-to-all between every two nodes, in rounds in which each node is in at most one pair.
+"""Measures all-reduce and all-to-all on every pair of nodes, in rounds in which each node is in at most one pair.
 
 Every rank calls `measure_pairs`. All ranks of a pair's two nodes take part, so that all network cards are used.
 """
@@ -14,13 +14,13 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # limits of the repeats of a collective, of which the best time counts
-LOOKS = 3  # number of further measurements that must all find a pair slow
+REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
+LOOKS = 3  # further measurements of a pair that looks slow: it is slow only if all of them find it slow
 
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """This rank, and the layout of ranks: `per_node` consecutive ranks on each of `nodes` nodes."""
+    """This rank's number, and the layout of ranks: `per_node` consecutive ranks on each of `nodes` nodes."""
 
     rank: int
     nodes: int
@@ -37,10 +37,10 @@ class NodeRanks:
 def measure_pairs(
     ranks: NodeRanks, *, payload_bytes: int, device: torch.device, timeout: float
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
-    """Returns the best times of each pair, and the list of slow pairs. The result is the same on all ranks.
+    """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed, so that a temporary
-    load slows both pairs down.
+    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load
+    then slows both pairs, so that it makes no pair look slow.
 
     Args:
         payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
@@ -52,12 +52,12 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would pile up
+            dist.destroy_process_group(group)  # else the connections of n (n - 1) / 2 groups would pile up
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create these groups, because with `alone` torch would reuse the name of the pair's earlier group.
+    # All ranks create these groups, because with `alone` torch would reuse the name of the pair's destroyed group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
 
@@ -73,7 +73,7 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Returns the names of the nodes, in order; `own` is this node's name. Collective over all ranks."""
+    """Returns the names of all nodes, in order; `own` is this node's name. All ranks call it (a collective)."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle
@@ -82,26 +82,26 @@ def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str
 
 @dataclass(frozen=True)
 class PairMeasurement:
-    """Measures collectives between the nodes of pairs. See `measure_pairs` for the fields."""
+    """Measures collectives on pairs of nodes. See `measure_pairs` for the fields."""
 
     ranks: NodeRanks
     payload_bytes: int
     device: torch.device
 
     def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, PairExchange]:
-        """Measures pairs without a common node at the same time. `groups` has the process group of this rank's pair.
-        Collective over all ranks; syncs with the host."""
+        """Measures `pairs`, which share no node, at the same time. `groups` has the process group of this rank's pair. All
+        ranks call it. Costs host syncs."""
         seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         for number, pair in enumerate(pairs):
             if self.ranks.node in pair:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slowest rank's time; also a barrier
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is a barrier too
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
-        """Returns the best time, in seconds on this rank, of an all-reduce and of an all-to-all."""
+        """Returns this rank's best times, in seconds, of an all-reduce and of an all-to-all."""
         per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
         elements = -(-self.payload_bytes // 4 // per_node) * per_node
         sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
@@ -121,7 +121,7 @@ def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torc
     collective()  # opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
-    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # equally many on all ranks
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # so that all ranks repeat equally often
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 
 

@@ -1,12 +1,13 @@
-"""Makes a single-device model parallel, in this order:
+"""Makes a single-device model parallel, in these steps:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
 2. Recompute: set inside each FSDP2 unit when it is built, so that FSDP2 gathers a unit's parameters before recomputation.
 3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
-summed over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would
-cast them to its compute dtype. `reduce_gradients` sums the routers' gradients over the world after backward.
+summed over the world, and those of experts over edp (ranks with the same experts). Router weights stay replicated plain
+tensors, because FSDP2 would cast them to its compute dtype. `reduce_gradients` sums routers' gradients over the world after
+backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -36,7 +37,7 @@ class ParallelModel:
 
     Attributes:
         model: The unwrapped transformer, for evaluation and state. Under FSDP2 its parameters are DTensors.
-        parameters: All parameters of this rank, with logical names; the name of a stack of experts has no expert index.
+        parameters: All parameters of this rank, with logical names; a stack of experts has a name without an expert index.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
@@ -52,15 +53,15 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks with the same part of a parameter (1 for a shard), by which the global gradient norm divides."""
+        """Returns the number of ranks that hold the same part of a parameter: 1 for a shard. Gradient norms divide by
+        it."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP sums over ranks in the last micro-batch only, FSDP2 in
-        each."""
+        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks only in the last, FSDP2 in each."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
@@ -69,7 +70,7 @@ class ParallelModel:
             yield
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients that DDP or FSDP2 leave out: of routers over the world, and with DDP of experts over edp."""
+        """Sums the gradients that DDP and FSDP2 leave out: of routers over the world, and under DDP of experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -79,19 +80,19 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes all parameters but those of `roles`; frozen parameters get neither gradients nor moments. Call it before
-    FSDP2 or DDP, which then skip frozen parameters."""
+    """Freezes all parameters except those of `roles`. Frozen parameters get no gradients and no moments. Call it before
+    FSDP2 or DDP wraps the model, so that they skip frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place. Units are each layer's attention, each MoE layer or FFN, and the model with all other
+    """Applies FSDP2 in place. Its units are each layer's attention, each MoE layer or FFN, and the model with all other
     parameters.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
-    collective between the layer's two exchanges. A unit for the experts inside it would run its reduce-scatter between the
-    exchanges of backward, where ranks can deadlock.
+    collective between the layer's two exchanges. If the experts were a unit inside it, their reduce-scatter would run
+    between the exchanges of backward, where ranks can deadlock.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -115,8 +116,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp: by experts, or by the rows of each expert if only their number is a multiple of the
-    edp size."""
+    """Shards expert stacks over edp: by experts, or by the rows of each expert if the number of rows is a multiple of the
+    edp size and the number of experts is not."""
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
@@ -130,7 +131,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP with a fixed order of buckets: from the last parameter to the first, the order in which gradients are ready.
+    """DDP whose buckets stay in one order, from the last parameter to the first, in which gradients become ready.
 
     Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
     its bucket determines the order of its sum. So the first step after a resume would differ in the last bits from the same
@@ -143,14 +144,14 @@ class _OrderedBuckets(DistributedDataParallel):
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """Wraps the model in DDP for its dense parameters, with a sum instead of an average. Buffers are not broadcast, because
-    all ranks compute the same values."""
+    """Wraps the model in DDP, which sums (not averages) the gradients of dense parameters. Buffers are not broadcast,
+    because all ranks compute the same values."""
     ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # now, so that the first step has the buckets of later steps
+    wrapped.reducer._rebuild_buckets()  # now, so that the first step uses the buckets of later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

@@ -1,13 +1,13 @@
-"""The start of all ranks: they open one store of torch.distributed, wait for each other, and take rank 0's attempt_id.
+"""Starts all ranks together: they open one store of torch.distributed, wait for each other, and take rank 0's attempt_id.
 
     hello/N           token of the Nth process that came
     welcome/TOKEN     rank 0's greeting for that process
-    KEY/answer/N      a rank, and why it cannot start
+    KEY/answer/N      a rank, and the reason why it cannot start, or none
     KEY/go            rank 0's decision: an exit code, and the errors
     KEY/world/        keys of the process groups
 
-All keys begin with moe_dist/. torchrun's store outlives a restart, so it still has the keys of earlier starts: tokens and
-KEY are random, and no rank acts on a key that was not made for it.
+All keys begin with moe_dist/. torchrun's store outlives a restart, and so contains keys of earlier starts. Tokens and KEY
+are therefore random, and a rank reads only keys with its token or this start's KEY.
 """
 
 import json
@@ -44,13 +44,13 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
-    """Waits until all ranks are here. Yields the store for their process groups, and the attempt_id of rank 0, which is the
-    name of the attempt on all ranks. Create the process group inside the context.
+    """Waits until all ranks are here. Yields the store for their process groups, and rank 0's attempt_id, by which all
+    ranks name this attempt (start of the job). Create the process group inside the context.
 
     Raises:
-        ConfigError: the ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder; names rank, host and values.
-        StartError, StoppedError: from `wait`, here or on rank 0; or the process that owns the store has ended.
-        ResourceError: from `publish`.
+        ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
+        StartError, StoppedError: `wait` raised it on this rank or on rank 0, or the store's owner has ended.
+        ResourceError: see `publish`.
     """
     with _store(env, run_folder, wait) as shared:
         store = PrefixStore("moe_dist", shared)
@@ -65,7 +65,7 @@ def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[S
 
 
 class Mailbox:
-    """Messages in a store, in the order of their arrival."""
+    """Posts messages to a store, and reads them in the order of their arrival."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._count, self._due = store, 0, list[int]()
@@ -74,10 +74,10 @@ class Mailbox:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
-        """The messages since the last call; one request to the store if there are none."""
+        """Returns the messages that came since the last call. Costs one request to the store if none came."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
-        here = [number for number in due if self._store.check([str(number)])]  # its process may have died before the `set`
+        here = [number for number in due if self._store.check([str(number)])]  # the poster may have died before `set`
         self._due = [number for number in due if number not in here]
         return [self._store.get(str(number)).decode() for number in here]
 
@@ -103,7 +103,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
                 wait.pause(ranks_text(missing))
     except MoeDistError as error:
         start.set("go", json.dumps([error.exit_code, *error.problems]))
-        time.sleep(5 * POLL_SECONDS)  # the store may end with this process: first the others read the decision
+        time.sleep(5 * POLL_SECONDS)  # the other ranks read the decision before the store ends
         raise
     finally:
         if several_nodes:
@@ -113,7 +113,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
 
 
 def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """On the other ranks: answers rank 0's greeting, and waits for its decision."""
+    """On ranks other than 0: answers rank 0's greeting, and waits for rank 0's decision."""
     token = secrets.token_hex(8)
     Mailbox(PrefixStore("hello", store)).post(token)
     while not store.check([f"welcome/{token}"]):
@@ -123,7 +123,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, problem]))
     if problem:
         raise ConfigError(problem)
-    patience = wait.again()  # from here on rank 0 decides: it may wait for a later rank, or stop all
+    patience = wait.again()  # rank 0 decides: it may wait for a later rank, or stop all
     while not start.check(["go"]):
         patience.pause("the ranks that rank 0 waits for; its log names them")
     code, *problems = json.loads(start.get("go"))
@@ -134,7 +134,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """The store that all ranks of a start open; rank 0, or torchrun's agent, owns it."""
+    """Yields the store that all ranks of a start open. Rank 0, or torchrun's agent, owns it."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:
@@ -161,7 +161,7 @@ def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
 
 
 def _given_address(init_method: str) -> tuple[str, int]:
-    """Host and port of env:// or tcp://HOST:PORT. Raises ConfigError if there is no port number."""
+    """Returns host and port of env:// or tcp://HOST:PORT. Raises ConfigError if there is no port number."""
     host, _, port = init_method.removeprefix("tcp://").rpartition(":")
     if init_method == "env://":
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")

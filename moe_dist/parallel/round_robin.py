@@ -1,6 +1,6 @@
-"""Round-robin schedule of node pairs, and detection of slow pairs. Pure functions without torch.
+"""Schedules pairs of nodes in rounds, and detects slow pairs. Pure functions without torch.
 
-A collective over all nodes is as slow as its slowest link, but does not show which link that is. A round-robin schedule
+A collective over all nodes is as slow as its slowest link, but does not show which link is slow. A round-robin schedule
 measures every pair of n nodes once, in n - 1 rounds (n for odd n). Pairs of a round share no node, and so no link.
 """
 
@@ -14,15 +14,15 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairExchange:
-    """Best time, in seconds, of each collective on a pair."""
+    """Best time, in seconds, of each collective on a pair of nodes."""
 
     all_reduce: float
     all_to_all: float
 
 
 def round_robin(num_nodes: int) -> list[list[Pair]]:
-    """Returns rounds of pairs, in which every pair occurs exactly once (circle method: one node is fixed, the others
-    rotate). With an odd number of nodes, one node pauses in each round."""
+    """Returns rounds of pairs, in which every pair occurs once (circle method: one node is fixed, all others rotate). With
+    an odd number of nodes, one node pauses in each round."""
     if num_nodes < 2:
         return []
     circle = list(range(num_nodes + num_nodes % 2))  # with a dummy node if the number is odd
@@ -36,10 +36,10 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Returns the time of a normal pair: the lower median, which shows a slow node among four although half of the pairs
-    contain it; for at most three pairs the least time."""
+    """Returns the time of a normal pair: the lower median, so that a slow node among four shows, although it is in half of
+    the pairs; for at most three pairs, the least time."""
     ordered = sorted(seconds)
-    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # of three pairs, a slow node is in two
+    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # a slow node is in two of three pairs
 
 
 def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
@@ -49,12 +49,12 @@ def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
 
 
 def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
-    """True if one of the pair's collectives takes more than SLOW times as long as in `than`."""
+    """Returns whether one of the pair's collectives takes more than SLOW times as long as in `than`."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Returns the pairs that are slow against the usual times; none for fewer than three pairs."""
+    """Returns the pairs that are slow compared with the usual times. Of fewer than three pairs, none is slow."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

@@ -1,7 +1,7 @@
-"""The routing counts of a step over all ranks, for the bias controllers and for monitoring.
+"""Defines the routing counts of a step over all ranks, which the bias controllers and the monitor read.
 
-Shape letters: L MoE layers, P mixture-of-depths layers, G groups, C choice columns (all true experts by logical id, then
-the groups' null, identity and constant experts), E true experts.
+Shape letters: L MoE layers, P mixture-of-depths layers, G expert groups, C choice columns (all true experts by logical id,
+then the groups' null, identity and constant experts), E true experts.
 """
 
 from typing import Generic, NamedTuple, TypeVar
@@ -18,12 +18,12 @@ class StepCounts(NamedTuple, Generic[Array]):
         tokens_LG: Number of routed tokens.
         entropy_LG: Entropy (nats) of the router's probabilities, summed over tokens.
         dropped_LE: Number of choices of each true expert that a capacity dropped.
-        kth_score_LE: k-th largest score of each expert, times the number of tokens of its group. kth_score_LE, above_LE and
-            unrouted_LG are for expert choice; in token choice they have no columns.
+        kth_score_LE: k-th largest score of each expert that takes k tokens, times the number of tokens of its group. In
+            token choice kth_score_LE, above_LE and unrouted_LG have no columns.
         above_LE: Number of tokens whose score is above each expert's threshold.
         unrouted_LG: Number of tokens that no expert took.
         depth_tokens_P: Number of tokens among which each mixture-of-depths layer selects.
-        depth_agreed_P: Number of tokens for which the causal rule decides as the selection does.
+        depth_agreed_P: Number of tokens for which evaluation's causal rule and training's selection decide the same.
         depth_kth_score_P: Lowest selected score, times the number of tokens.
         depth_weight_P: Sum of the selected tokens' weights.
         depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and how many of them the layer computes.

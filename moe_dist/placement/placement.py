@@ -1,4 +1,4 @@
-"""The map from the slots of each rank to experts. A slot is the place of one expert on a rank.
+"""Maps the slots of each rank to experts. A slot is the place of one expert on a rank.
 
 An expert's logical id is its number over all groups, in group order: group g has the ids first_g .. first_g + n_g - 1. A
 rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map.
@@ -41,17 +41,17 @@ class ExpertGroup:
 
     @property
     def experts(self) -> range:
-        """Logical ids of the group's experts."""
+        """Returns the logical ids of the group's true experts."""
         return range(self.first_expert, self.first_expert + self.num_experts)
 
     @property
     def num_columns(self) -> int:
-        """Number of columns among which a token of the group chooses: its experts of all kinds."""
+        """Returns the number of columns among which a token of the group chooses: its experts of all kinds."""
         return self.num_experts + self.num_null + self.num_identity + self.num_constant
 
     @property
     def expected_experts_per_token(self) -> float:
-        """Mean number of true experts per token if the router chooses uniformly: k n / columns, or c n in expert choice."""
+        """Returns the mean number of true experts per token if routing is uniform: k n / columns; c n in expert choice."""
         if self.capacity is not None:
             return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
@@ -63,7 +63,7 @@ class ExpertPlacement:
     id, so that the experts of a group are in consecutive slots.
 
     Raises:
-        ConfigError: an expert has no slot or several, or the slots of a rank are not sorted.
+        ConfigError: an expert has no slot or several slots, or the slots of a rank are not sorted.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -83,8 +83,8 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, the ranks that get
-        one expert more are those after the ranks that got one more of the previous group, so that ranks stay balanced."""
+        """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, some ranks get one
+        expert more. They follow the ranks that got one more of the previous group, so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
@@ -99,25 +99,25 @@ class ExpertPlacement:
 
     @property
     def num_experts(self) -> int:
-        """Number of true experts of all groups (E)."""
+        """Returns the number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
     @cached_property  # each layer's dispatch plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
-        """Rank (EP position) of each logical expert."""
+        """Returns the rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
 
     @cached_property
     def slot_of_expert(self) -> tuple[int, ...]:
-        """Slot of each logical expert on its rank."""
+        """Returns the slot of each logical expert on its rank."""
         return tuple(slot for _, _, slot in self._places())
 
     def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
-        """Logical ids of the group's experts on `rank`, in slot order."""
+        """Returns the logical ids of the group's experts on `rank`, in slot order."""
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
 
     def name_of(self, expert: int) -> str:
-        """The name 'group/index' of an expert, for messages and logical names."""
+        """Returns an expert's name 'group/index', for messages and logical names."""
         for group in self.groups:
             if expert in group.experts:
                 return f"{group.name}/{expert - group.first_expert}"

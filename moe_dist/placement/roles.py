@@ -1,5 +1,5 @@
-"""The role and the logical name of each parameter. Checkpoints store parameters by logical names, and the name determines
-the initial value.
+"""Determines the role and the logical name of each parameter. Checkpoints store parameters by logical names, and initial
+values are drawn from logical names.
 
 A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. The
 role is not an attribute of parameters, because FSDP2 and `Module.to_empty` replace parameters.
@@ -51,7 +51,7 @@ class NamedParameter(NamedTuple):
     """A parameter of a model.
 
     Attributes:
-        path: Name in the module's state dict.
+        path: Name in the model's state dict.
         name: Logical name. The name of a stack of experts has no expert index.
     """
 
@@ -63,7 +63,7 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Name of a group's child module. Its prefix occurs in no attribute name, so a group may have any name."""
+    """Returns the name of an expert group's child module. Its prefix is in no attribute's name, so any name will do."""
     return f"{_GROUP}{name}"
 
 
@@ -73,7 +73,7 @@ def logical_name(path: str) -> str:
 
 
 def role_of_name(name: str) -> Role:
-    """Returns the role of a checkpoint's tensor from its logical name, without a model. Not for optimizer moments."""
+    """Returns the role of a checkpoint's tensor from its logical name, without a model. Optimizer moments have no role."""
     return next((role for pattern, role in _ROLES_OF_NAMES if pattern.fullmatch(name)), Role.DENSE)
 
 

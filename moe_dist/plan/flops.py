@@ -1,10 +1,9 @@
-"""Counts parameters and FLOPs of the transformer from its configuration. All other code uses these counts. Imports no
-torch.
+"""Counts parameters and FLOPs of the transformer from its configuration. Imports no torch.
 
 A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
-weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention counts all
-positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute less.
-Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention scores are counted
+for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer. Shape letters:
+S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,13 @@ Recompute = Literal["none", "experts", "block"]
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Number of parameters of a LoRA section's adapters; 0 without a section. `widths`: inputs and outputs of each
-    projection."""
+    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the inputs and
+    outputs of each projection."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
 def expert_parameters(model: ModelSection) -> dict[str, int]:
-    """Number of parameters of one true expert of each group."""
+    """Returns, for each group, the number of parameters of one true expert."""
     dim, experts = model.hidden_dim, model.moe.experts
     if not experts.over_frozen_ffn:
         return {name: 3 * dim * group.ffn_dim for name, group in model.moe.groups.items()}
@@ -37,27 +36,27 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
-    """Hidden width of the FFN that computes every token in an MoE layer: the shared expert, or the FFN under LoRA
+    """Returns the width of the FFN that computes all tokens of an MoE layer: the shared expert, or the FFN under LoRA
     experts."""
     moe = model.moe
     return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
 
 def router_rows(model: ModelSection) -> int:
-    """Number of rows of a layer's router weight, over all groups."""
+    """Returns the number of rows of one layer's router weights, over all groups."""
     groups = expert_groups(model.moe)
     shared = sum(max(0, group.num_null - 1) for group in groups) if model.moe.router.single_null_row else 0
     return sum(group.num_columns for group in groups) - shared
 
 
 def layers_passed_by(model: ModelSection) -> float:
-    """Mean number of layers that a token skips by mixture of depths."""
+    """Returns the mean number of layers that a token skips by mixture of depths."""
     depths = model.mixture_of_depths
     return 0.0 if depths is None else len(model.depth_layers) * (1.0 - depths.capacity)
 
 
 def depth_router(model: ModelSection) -> int:
-    """Number of parameters of all mixture-of-depths routers. Every token uses them."""
+    """Returns the number of parameters of all mixture-of-depths routers. Every token uses all of them."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -84,15 +83,15 @@ class Parts:
 
 
 def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """Mean true experts per token in each group under a uniform router, k n / (n + m) with n true and m other columns."""
+    """Returns the mean number of true experts of a token of each group if routing is uniform (see `ExpertGroup`)."""
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Number of parameters of each part of the model. Routers include the rows of zero-computation experts.
+    """Returns the number of parameters of each part of the model. Routers include the rows of zero-computation experts.
 
     Args:
-        experts_held: Number of experts per layer to count, by group; by default all. May be fractional.
+        experts_held: Number of experts per layer to count, by group; by default all experts. May be fractional.
     """
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
@@ -120,7 +119,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Parameters that a token uses on average, without the experts that it does not take and the layers that it skips.
+    """Returns the number of parameters that a token uses on average, without experts not taken and layers skipped.
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.
@@ -145,15 +144,15 @@ def active_parameters(
 def forward_flops(
     model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Forward FLOPs per token in each part of the model. `experts_per_token` and `token_share` are those of
-    `active_parameters`.
+    """Returns forward FLOPs per token in each part of the model. See `active_parameters` for `experts_per_token` and
+    `token_share`.
 
     A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S for the scores and 2 H d S for
     the values. Every token uses the router rows and the constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    # In a mixture-of-depths layer a share c of the tokens attends to a share c of the positions: c^2 of the scores.
+    # In a mixture-of-depths layer a share c of the tokens attends to a share c of the positions: c^2 of all scores.
     share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
     attending = model.num_layers - len(model.depth_layers) * (1 - share**2)
     return Parts(
@@ -176,14 +175,14 @@ def _score_flops(model: ModelSection, seq_len: int) -> float:
 
 
 def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
-    """Forward FLOPs per token of products with frozen weights, which get no weight gradient. 0 without adapters."""
+    """Returns forward FLOPs per token of products with frozen weights, which get no weight gradient; 0 without adapters."""
     if not model.has_adapters:
         return 0.0
     return forward.total - forward.adapters - forward.router - model.num_layers * _score_flops(model, seq_len)
 
 
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
-    """FLOPs per token that training of all parameters computes and router tuning does not.
+    """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
 
     Backward ends at the lowest tuned layer. In that layer, the router computes its weights' gradient, and the experts
     compute their input's gradient, because one autograd node exchanges rows and weights together. Above the lowest tuned
@@ -191,7 +190,7 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
     scores are products of two activations and compute both gradients.
 
     Args:
-        forward: From `forward_flops`, without mixture of depths.
+        forward: Result of `forward_flops` for a model without mixture of depths.
         tuned: Indices of the layers whose routers are trained.
     """
     lowest, num_moe_layers = min(tuned), len(model.moe_layers)
@@ -206,12 +205,12 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
 
 
 def tuned_layers(config: Config) -> tuple[int, ...] | None:
-    """Indices of the layers whose routers are trained, if the run trains only routers; else None."""
+    """Returns the indices of the layers whose routers are trained, if the run trains only routers; else None."""
     return None if config.router_tuning is None else config.router_tuning.chosen_layers(config.model.moe_layers)
 
 
 def flops_left_out(config: Config, forward: Parts) -> float:
-    """FLOPs per token that a run omits, against training of all parameters, because it trains only adapters or routers."""
+    """Returns the FLOPs per token that a run saves by training only adapters or routers instead of all parameters."""
     model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
@@ -221,7 +220,7 @@ def flops_left_out(config: Config, forward: Parts) -> float:
 def model_flops_per_token(
     experts_per_token: Mapping[str, float], token_share: Mapping[str, float], *, config: Config
 ) -> float:
-    """FLOPs per token of forward and backward in training, without recomputation. Arguments as in `active_parameters`."""
+    """Returns FLOPs per token of forward and backward, without recomputation. For arguments see `active_parameters`."""
     forward = forward_flops(
         config.model, seq_len=config.data.seq_len, experts_per_token=experts_per_token, token_share=token_share
     )
@@ -229,13 +228,13 @@ def model_flops_per_token(
 
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
-    """FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
+    """Returns FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
     The FLOPs of recomputation are an upper bound, because the last product of a recomputed module need not be repeated.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 
     Args:
-        frozen: From `frozen_flops` or `untuned_flops`.
+        frozen: Result of `frozen_flops` or `untuned_flops`.
     """
     repeated = {
         "none": 0.0,

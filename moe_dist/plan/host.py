@@ -14,7 +14,7 @@ from moe_dist.runtime.secrets import secrets_of
 
 
 def host_violations(config: Config) -> list[Violation]:
-    """The rules that the configuration violates on this machine."""
+    """Returns the rules that the configuration violates on this machine."""
     checks = (apex_violations, _dispatch_violations, group_violations, _secret_violations)
     return [violation for check in checks for violation in check(config)]
 
@@ -22,7 +22,7 @@ def host_violations(config: Config) -> list[Violation]:
 def apex_violations(config: Config) -> list[Violation]:
     """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Does not import Apex. Does not look for Apex if torch is missing, because the ranks then run on other machines.
+    Does not import Apex. If torch is missing here, does not look for Apex, because the ranks then run on other machines.
     """
     if config.optimizer.backend != "apex":
         return []
@@ -49,7 +49,7 @@ def apex_violations(config: Config) -> list[Violation]:
 
 
 def _dispatch_violations(config: Config) -> list[Violation]:
-    """Checks that the dispatcher's modules are installed. Like the check for Apex, does nothing if torch is missing."""
+    """Checks that the dispatcher's packages are installed. Like the check for Apex, does nothing if torch is missing."""
     dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []
@@ -79,8 +79,8 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds values of secret environment variables in the configuration, which is saved in the run folder and every
-    checkpoint."""
+    """Finds values of secret environment variables in the configuration, which is saved in the run folder and
+    checkpoints."""
     found = secrets_of(os.environ)
     return [
         Violation(
@@ -95,7 +95,7 @@ def _secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, text) for each text of a configuration. Names in mappings are texts too."""
+    """Yields (dotted key, text) for each text of a configuration. Keys of mappings count as texts too."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

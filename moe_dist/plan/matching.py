@@ -1,21 +1,21 @@
-"""Maximum bipartite matching, of planned nodes to cluster nodes."""
+"""Matches planned nodes to cluster nodes, by a maximum bipartite matching."""
 
 from collections.abc import Sequence
 
 
 def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
-    """A maximum matching of a bipartite graph, by augmenting paths.
+    """Returns a maximum matching of a bipartite graph, found by augmenting paths.
 
     Args:
         possible: For each planned node the cluster nodes that fit, in order of preference.
 
     Returns:
-        For each planned node a cluster node, no cluster node twice; None if none is left.
+        For each planned node a cluster node, or None. No cluster node occurs twice.
     """
     taken: dict[int, int] = {}  # cluster node -> planned node
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: fewer reassignments
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: less to reassign
             if place not in tried:
                 tried.add(place)
                 if place not in taken or take(taken[place], tried):  # the planned node that has `place` may take another

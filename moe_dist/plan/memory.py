@@ -1,8 +1,8 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
-States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters. Frozen
-parameters have only weights. Activations are an estimate of the tensors that autograd keeps for one micro-batch, in
-elements per token; an element takes a bytes (2 in bf16, 4 in fp32):
+The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters.
+Frozen parameters have only weights. The memory of activations is an estimate: the tensors that autograd keeps for one
+micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
@@ -13,16 +13,16 @@ elements per token; an element takes a bytes (2 in bf16, 4 in fp32):
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
-`recompute: experts` does not keep the tensors of (token, expert) pairs. `recompute: block` keeps the inputs of both halves
-of a layer and the returned rows. `experts` and `block` need the other tensors once, for one layer. If only routers are
-trained, autograd keeps no inputs of frozen weights, and nothing below the lowest trained router. `block` cannot repeat the
-layer of that router, since the layer's input has no gradient:
+`recompute: experts` does not keep the tensors of (token, expert) pairs. `recompute: block` keeps the inputs of a layer's
+attention and of its MoE layer or FFN, and the returned rows. `experts` and `block` need the other tensors once, for one
+layer. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the lowest trained router.
+`block` cannot repeat the layer of that router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
     dense FFN   D + 3 F
 
-RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are extra.
+RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank."""
+    """Bytes that each use of memory takes on one rank."""
 
     parameters: float  # fp32 master weights; gradients and moments are fp32 too
     gradients: float
@@ -57,7 +57,7 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Memory of the rank at position `rank` of an EP group.
+    """Returns the memory of the rank at position `rank` of an EP group.
 
     Args:
         rows, pairs: Expected received rows and (token, expert) pairs that the rank computes, per token of its own.
@@ -80,8 +80,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
-    """Number of parameters that the rank at position `rank` of an EP group holds in fp32. FSDP2 shards dense parameters
-    over all ranks, and experts over the edp ranks with the same experts. Routers are not sharded."""
+    """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
+    over all ranks, and experts over the edp ranks, which hold the same experts. Routers are not sharded."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
     dense, parallel = parts.total - parts.router - parts.experts, config.parallel
     if parallel.data != "fsdp2":
@@ -90,7 +90,7 @@ def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) ->
 
 
 def trained_parameters(config: Config) -> float:
-    """Number of trained parameters on a rank, if the run trains only adapters and routers, or only some routers."""
+    """Returns the number of trained parameters on a rank if a run trains only adapters and routers, or some routers."""
     if config.router_tuning is not None:
         return tuned_parameters(config)
     parts, parallel = parameters(config.model), config.parallel
@@ -98,13 +98,13 @@ def trained_parameters(config: Config) -> float:
 
 
 def tuned_parameters(config: Config) -> float:
-    """Number of parameters that router tuning trains, on every rank. The routers of all layers have equally many."""
+    """Returns the number of parameters that router tuning trains, on every rank. All layers' routers are equally large."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """Size of one checkpoint over all ranks: weights and moments in fp32. With adapters, the frozen weights are not saved.
-    Router tuning saves all weights, and the moments of the trained routers."""
+    """Returns the size of one checkpoint over all ranks: weights and moments in fp32. A run of adapters saves no frozen
+    weights. Router tuning saves all weights, and the moments of the trained routers."""
     parts = parameters(config.model)
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
@@ -112,7 +112,7 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Maximum disk space of a run's checkpoints in bytes: of `checkpoint.keep`, and the one that is being written."""
+    """Returns the most bytes that a run's checkpoints take on disk: `checkpoint.keep` checkpoints, and one in writing."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -127,7 +127,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
+    # FSDP2 keeps the root unit's weights (embedding, output) gathered, and during a layer it gathers the next layer's.
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 
@@ -168,7 +168,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
 
 
 def _mean_ffn(model: ModelSection) -> float:
-    """Mean FFN width over (token, expert) pairs, under a uniform router and with equally many tokens in each group."""
+    """Returns the mean FFN width over (token, expert) pairs, if routing is uniform and groups get equally many tokens."""
     groups = expert_groups(model.moe)
     pairs = [group.expected_experts_per_token for group in groups]
     return sum(p * group.ffn_dim for p, group in zip(pairs, groups, strict=True)) / sum(pairs)

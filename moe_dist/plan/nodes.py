@@ -1,4 +1,4 @@
-"""Assigns ranks to nodes: by what their expert groups require, and each EP group in one interconnect domain. Pure
+"""Assigns ranks to nodes that meet the requirements of the ranks' expert groups, each EP group in one domain. Pure
 functions."""
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Demand:
-    """Requirements of a rank for its node."""
+    """What a rank requires of its node."""
 
     feature: str | None = None  # Slurm feature
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
@@ -19,14 +19,14 @@ class Demand:
 
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
-    """Names of the expert groups that have experts on the global rank `rank`."""
+    """Returns the names of the expert groups that have experts on the global rank `rank`."""
     position = rank % placement.num_ranks
     return tuple(group.name for group in placement.groups if placement.local_experts(position, group))
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """The demand of each position in an EP group. At most one expert group asks something of a rank, as pinned groups share
-    no rank."""
+    """Returns the demand of each position in an EP group. At most one expert group makes demands on a rank's node, because
+    pinned groups share no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -41,18 +41,18 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain, all groups form one
-    block.
+    """Assigns ranks to nodes. EP groups are packed in blocks, each as many as fit into a domain; without a domain, all form
+    one block.
 
     Args:
         demand_of_position: Demand of each position in an EP group.
         edp: Number of EP groups.
         capacity: Largest number of ranks on a node.
-        domain_nodes: Number of nodes in a fast-interconnect domain; None if no domain is declared.
+        domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
 
     Returns:
-        Demand and ranks of each node. Ranks are in the order of their local ranks; the nodes of a block are in the order of
-        their first ranks.
+        Demand and ranks of each node. A node's ranks are in the order of local ranks; a block's nodes are in the order of
+            their first ranks.
 
     Raises:
         ConfigError: one EP group needs more nodes than a domain has.
@@ -78,8 +78,8 @@ def pack(
 def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Places ranks with a demand first, on separate nodes for different demands. Ranks without a demand then fill the free
-    places, first beside ranks of their own EP group, and last on new nodes."""
+    """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
+    places, first beside ranks of their own EP group, then beside others, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

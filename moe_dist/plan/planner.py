@@ -1,8 +1,8 @@
-"""Estimates the costs of pinned and interleaved placement for the training data's token mix (tokens of each modality).
+"""Estimates the costs of pinned and interleaved placement for the training data's token mix (its tokens of each modality).
 
-All figures are expectations under a uniform router: the k choices of a token are a random subset of its group's n true and
-m other columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's
-hidden width."""
+All figures are expectations under uniform routing: the k choices of a token are a random subset of its group's n true and m
+other columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's
+width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,40 +26,40 @@ class PlacementPlan:
 
     name: str  # placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # (token, expert) pairs x ffn_dim on each rank; times 6 D: forward FLOPs
+    load_R: tuple[float, ...]  # sum over each rank's (token, expert) pairs of ffn_dim; x 6 D = forward FLOPs
     remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Mean load of the ranks / maximum load: an upper bound of the throughput, relative to that with equal loads."""
+        """Returns mean load / maximum load of the ranks: an upper bound of the throughput, relative to equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Rows per token sent between ranks. A row takes D x itemsize bytes in dispatch and in combine, and as many again
-        in backward."""
+        """Returns the rows per token that ranks send to other ranks. A row takes D x itemsize bytes in dispatch, in
+        combine, and in backward of each."""
         return sum(self.remote_R)
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """Pinned and interleaved placement of the same groups."""
+    """The costs of pinned and of interleaved placement of the same groups."""
 
-    plans: tuple[PlacementPlan, ...]  # one plan for each possible policy of the two
+    plans: tuple[PlacementPlan, ...]  # a plan for each of the two policies that is possible
     missing: Mapping[str, str]  # impossible policy -> reason
 
     @property
     def fastest_compute(self) -> PlacementPlan | None:
-        """The plan whose busiest rank has the least work; None on a tie."""
+        """Returns the plan whose busiest rank has the least work; None on a tie."""
         return _least(self.plans, [max(plan.load_R) for plan in self.plans])
 
     @property
     def least_traffic(self) -> PlacementPlan | None:
-        """The plan that sends the fewest rows; None on a tie."""
+        """Returns the plan that sends the fewest rows; None on a tie."""
         return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
 
     def verdict(self, *, itemsize: int = 2) -> str:
-        """A sentence that names the better plan and its advantage. `itemsize`: bytes of an element of a sent row."""
+        """Returns a sentence that names the better plan and its advantage. `itemsize`: bytes of a sent row's element."""
         if len(self.plans) < 2:
             return "; ".join(f"{name} is not possible: {why}" for name, why in self.missing.items())
         compute, traffic = self.fastest_compute, self.least_traffic
@@ -76,11 +76,11 @@ class PlanComparison:
 
 
 def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
-    """Expected load and traffic of a placement.
+    """Returns the expected load and traffic of a placement.
 
-    A token with k of n + m choices takes at least one of the e experts of a rank with probability 1 - C(n + m - e, k) /
-    C(n + m, k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token is on another rank with
-    probability (R - 1) / R.
+    A token with k of n + m choices takes at least one of a rank's e experts with probability 1 - C(n + m - e, k) / C(n + m,
+    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token is on another rank with probability (R - 1)
+    / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
@@ -93,7 +93,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
 
 
 def _reached(group: ExpertGroup, here: int) -> float:
-    """Probability that a token of the group takes at least one of `here` given experts."""
+    """Returns the probability that a token of the group takes at least one of `here` given experts."""
     if group.capacity is not None:
         return 1 - (1 - min(1.0, group.capacity)) ** here
     choices = group.num_columns
@@ -101,14 +101,14 @@ def _reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Share of all tokens that belong to each group. With an empty mix, all modalities have equally many tokens."""
+    """Returns each group's share of all tokens. If the mix is empty, all modalities count as having equally many tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Pinned and interleaved placement for the same groups, ranks and mix. The planner chooses the pinned ranks."""
+    """Compares pinned and interleaved placement for the same groups, ranks and mix. It chooses the pinned ranks itself."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -129,7 +129,7 @@ def render(
     width: int = 120,
     itemsize: int = 2,
 ) -> str:
-    """The chosen placement rank by rank, and the costs of pinned and interleaved, as plain text.
+    """Returns, as plain text, the chosen placement rank by rank, and the costs of pinned and interleaved placement.
 
     Args:
         policy: Policy of the chosen placement.
@@ -157,7 +157,7 @@ def render(
 
 
 def experts_text(placement: ExpertPlacement, rank: int) -> str:
-    """The experts of a rank as ranges: 'text/0-3 image/2'."""
+    """Returns the experts of a rank as ranges: 'text/0-3 image/2'."""
     parts = []
     for group in placement.groups:
         local = [expert - group.first_expert for expert in placement.local_experts(rank, group)]
@@ -182,7 +182,7 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 
 
 def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
-    """A sentence that says at which ratio of bandwidth to compute each plan is better.
+    """Returns a sentence that says at which ratio of bandwidth to compute each plan is better.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """

@@ -15,7 +15,7 @@ Mix = Mapping[str, int]
 
 
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
-    """The groups of a configuration as plain values, with the logical ids of their experts."""
+    """Returns the expert groups of a configuration, with the logical ids of their experts."""
     groups: list[ExpertGroup] = []
     first = 0
     for name, section in moe.groups.items():
@@ -42,7 +42,7 @@ def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int,
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, from which the work of pinned groups follows. Empty: all equal.
+        token_mix: Training tokens of each modality, which decide how many ranks a pinned group gets. Empty: all equal.
 
     Raises:
         ConfigError: lists every fault of the section.
@@ -62,12 +62,13 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Groups) -> ExpertPlacement:
-    """Placement of LoRA experts: one rank with all experts, because every rank holds all of them and sends no rows."""
+    """Returns the placement of LoRA experts: one rank with all experts, because every rank holds all and sends no rows."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Work of a group: tokens of its modalities (1 with an empty mix) x expected true experts per token x ffn_dim."""
+    """Returns a group's work: its modalities' tokens (1 if the mix is empty) x expected true experts per token x
+    ffn_dim."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -75,7 +76,7 @@ def group_load(group: ExpertGroup, token_mix: Mix) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks of each group: the given ranks, or else a part of the free ranks.
+    """Returns the ranks of each group: those that the section names, or else a part of the other ranks.
 
     Raises:
         ConfigError: lists every fault.
@@ -125,10 +126,10 @@ def _pinned_problems(
 
 
 def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
-    """Number of ranks that each group gets. Each group gets one rank; then the group whose busiest rank has most work gets
-    one more, and so on.
+    """Returns the number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work
+    gets one more, and so on.
 
-    The order minimises the busiest rank's work. Further ranks get no experts once every group has as many ranks as experts.
+    This minimises the busiest rank's work. Once every group has as many ranks as experts, further ranks get no experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)
@@ -185,7 +186,7 @@ def _explicit_slots(section: ExplicitSection, groups: Groups, num_ranks: int) ->
 
 
 def _expert_id(name: str, groups: Mapping[str, ExpertGroup]) -> int | str:
-    """Logical id of an expert named 'group/index', or an error text."""
+    """Returns the logical id of the expert named 'group/index', or an error text."""
     group_name, _, index = name.rpartition("/")
     group = groups.get(group_name)
     if group is None:

@@ -1,7 +1,7 @@
 """Checks configuration, data set and placement against each other before a run, and reports all faults at once.
 
-The checks take a second or two, because they read the lists of lengths in the .idx files and up to 256 MiB of ids per
-split. Imports no torch."""
+The checks take a second or two, because they read the documents' lengths in the .idx files and up to 256 MiB of token ids
+per split. Imports no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix counts the tokens of a million drawn tokens
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix tells of a million tokens, drawn by the weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # training tokens by modality, as drawn with data.weights; empty (all equal) without data
+    token_mix: Mapping[str, int]  # training tokens by modality, drawn by data.weights; empty (all equal) without data
     config: Config
 
 
@@ -51,26 +51,26 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
         world_size: Number of started ranks, compared with parallel.ep x parallel.edp.
 
     Raises:
-        ConfigError: the configuration has faults; lists them, and the faults of the data.
-        DataError: only the data has faults; lists them.
+        ConfigError: the configuration has faults. The error lists them, and the faults of the data.
+        DataError: only the data has faults. The error lists them.
     """
     return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
-    """Like `check`, for a file: reports misspelt keys and wrong types together with all other faults.
+    """Does the same as `check` for a file, and reports its misspelt keys and wrong types together with all other faults.
 
     Raises:
-        ConfigError, DataError: as `check`.
+        ConfigError, DataError: see `check`.
     """
     return _check(read_draft(path, overrides), None, world_size)
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks all that needs no data, for a dry run. If the manifest exists, checks it too.
+    """Checks, for a dry run, everything that needs no data. If the manifest exists, checks it too.
 
     Raises:
-        ConfigError, DataError: as `check`.
+        ConfigError, DataError: see `check`.
     """
     groups = expert_groups(config.model.moe)
     violations = [*model_violations(config), *rule_violations(config)]
@@ -89,7 +89,7 @@ def layout_without_data(config: Config) -> PlannedLayout:
 
 
 def layout_of_file(path: str | Path, overrides: Sequence[str] = ()) -> PlannedLayout:
-    """Like `layout_without_data`, for a file."""
+    """Does the same as `layout_without_data`, for a file."""
     return layout_without_data(load_config(path, overrides))
 
 
@@ -117,7 +117,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # a wrong data.path was replaced: the faults are of other files
+    if not read.broken([Violation(("data.path",), "")]):  # data.path was wrong and replaced: the faults are of other files
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -160,7 +160,7 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Faults of a data set's files: missing, truncated, other counts than the manifest's, ids outside the vocabulary."""
+    """Returns the faults of a data set's files: missing, truncated, with other counts than the manifest's, or other ids."""
     problems: list[str] = []
     for key, split in manifest.splits():
         try:
@@ -179,7 +179,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Training tokens of each modality, in all sources; with `data.weights`, in a million tokens drawn by them."""
+    """Returns each modality's training tokens, in all sources; with `data.weights`, in a million tokens drawn by them."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

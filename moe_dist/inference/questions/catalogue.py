@@ -1,4 +1,4 @@
-"""Makes the questions of a task by the task's name, and checks that the packages that it needs are installed."""
+"""Makes the questions of a named task, and checks that the packages that the task needs are installed."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def task_names(wanted: str) -> list[str]:
-    """The names of tasks in a comma-separated list, where the name of a family stands for all of its tasks.
+    """Returns the task names in a comma-separated list, in which a family's name stands for all tasks of the family.
 
     Raises:
         ConfigError: a name is neither a task nor a family. The message lists the valid names.
@@ -60,7 +60,7 @@ class Catalogue:
         """Checks that all packages that the tasks need are installed.
 
         Raises:
-            ConfigError: packages are missing; names each with the command that installs it.
+            ConfigError: packages are missing. The error names each package and the command that installs it.
         """
         families = {name.partition("-")[0] for name in tasks}
         problems = []
@@ -91,7 +91,7 @@ class Catalogue:
             _ = self.vocabulary.codebook  # raises ConfigError without a codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """The first `limit` questions of a task on one side, or all. Raises the errors of `make_questions`."""
+        """Returns the first `limit` questions of a task on one side, or all. Raises what `make_questions` raises."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:

@@ -1,4 +1,4 @@
-"""A fact is what is asked, with the right answer; a question is a fact with wrong choices."""
+"""A fact is what is asked, and the right answer. A question is a fact with wrong choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class Fact:
     """What is asked, and the right answer.
 
     Attributes:
-        id: Id of the fact, unique within its task, which does not depend on other facts.
+        id: Id of the fact, unique within the fact's task. It does not depend on other facts.
         asked: A text with a question mark, a caption whose picture is asked for, or a picture whose caption is asked for.
-        keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides have no key in common. A WordNet fact
-            has a key for every lemma of its synsets, so two facts about one synset have common keys.
-        wrong: Answers that are right or nearly right too, so that they must not be wrong choices.
-        pool: Name of a set of facts. The wrong choices are right answers of other facts in it.
-        closed: All possible answers, if they are few; the wrong choices are then from these, on every side.
+        keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
+            common. A WordNet fact has a key for every lemma of its synsets, so two facts about one synset have common keys.
+        wrong: Other answers that are right or nearly right, and so must not become wrong choices.
+        pool: Name of a set of facts. The wrong choices are right answers of other facts of the set.
+        closed: All possible answers, if there are few. The wrong choices are then taken from these, on every side.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """
 
@@ -52,12 +52,12 @@ class Question:
     answer: int  # index of the right choice
 
     def rotated(self, by: int) -> "Question":
-        """The same question with its first `by` choices moved to the end."""
+        """Returns the same question with its first `by` choices moved to the end."""
         by %= len(self.choices)
         choices = (*self.choices[by:], *self.choices[:by])
         return Question(self.task, self.id, self.asked, choices, (self.answer - by) % len(choices))
 
 
 def lemma_keys(words: Sequence[str]) -> frozenset[str]:
-    """Keys of facts about `words`: one per word, in lower case and with single spaces."""
+    """Returns the keys of facts about `words`: one key per word, in lower case and with single spaces."""
     return frozenset("lemma:" + " ".join(word.replace("_", " ").lower().split()) for word in words)

@@ -1,8 +1,8 @@
-"""Facts from the pictures of a run's data set: some ask for the caption of a picture, some for the picture of a caption.
+"""Makes facts from a run's pictures: some ask for the caption of a picture, some for the picture of a caption.
 
-`prepare_data` keeps all pictures of a family in the training or in the held-out part. A picture counts as trained on if the
-run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's code points; the family of
-any other picture is its caption.
+`prepare_data` puts all pictures of a family into the training part of the data, or all into the held-out part. A picture
+counts as trained on if the run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's
+code points; the family of any other picture is its caption.
 """
 
 import re
@@ -15,18 +15,18 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents that are read per source: enough, because a caption needs only one picture
+_TRAINED_ON = 8000  # training documents read per source: enough, because one picture per caption will do
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Two lists of facts on one side: those that ask for a picture's caption, those that ask for a caption's picture. Each
-    caption occurs once, with its first picture.
+    """Returns two lists of facts on one side: facts that ask for a picture's caption, and facts that ask for a caption's
+    picture. Each caption occurs once, with its first picture.
 
     Args:
         families: Result of `openmoji_families`; empty for data without OpenMoji's pictures.
 
     Raises:
-        ConfigError: no picture has a caption, or the families of all held-out pictures were trained on.
+        ConfigError: no picture has a caption, or the run was trained on the families of all held-out pictures.
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
@@ -49,7 +49,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
         family = families.get(caption, caption)
         language = _LANGUAGE.match(caption)
         keys = frozenset({f"family:{family}"})
-        if language is None or language[1] == "en":  # captions in other languages are no English lemmas
+        if language is None or language[1] == "en":  # other captions are no English lemmas
             keys |= lemma_keys([caption[language.end() :] if language else caption])
         common = {"keys": keys, "trained_on": side is Side.TRAIN}
         codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}

@@ -1,10 +1,10 @@
-"""Facts with short answers, which the optional package reasoning-gym generates."""
+"""Makes facts with short answers by the optional package reasoning-gym."""
 
 import re
 
 from moe_dist.inference.questions.fact import Fact
 
-# Generators with short questions and one short text as answer, which make thousands of questions within seconds.
+# Generators of short questions with one short text as answer. Each makes thousands of questions within seconds.
 GENERATORS = (
     "basic_arithmetic",
     "chain_sum",
@@ -21,7 +21,7 @@ SIZE = 2000
 
 
 def reasoning(name: str, *, seed: int) -> list[Fact]:
-    """Facts from the distinct questions among the first `SIZE` questions of the generator `name`.
+    """Returns facts from the distinct questions among the first `SIZE` questions of the generator `name`.
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
@@ -38,7 +38,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
 
 
 def key_of(name: str, asked: str) -> str:
-    """The key of a fact, which decides its side: the numbers in the question `asked`, sorted and without signs, so that 6 *
-    7 and 7 * 6 are on one side; without numbers the question itself."""
+    """Returns the key that decides a fact's side: the numbers in the question `asked`, sorted and without signs, so that 6
+    * 7 and 7 * 6 are on one side. If it has no numbers, the key is the question."""
     numbers = sorted(re.findall(r"\d+", asked), key=int)
     return f"{name}:{' '.join(numbers) or asked}"

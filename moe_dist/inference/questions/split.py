@@ -1,9 +1,9 @@
 """Assigns facts to sides (train, validation, test) by a seed and the facts' keys, and makes the questions of a side.
 
 A hash puts each key (a lemma, a picture family) on a side. A fact whose keys are all on one side is on that side; other
-facts are dropped. So no test fact shares a synset, lemma or picture family with a training fact, even of another task. To
-put all facts that are connected by keys on one side would drop none, but nearly all of WordNet is connected. A side depends
-on no file, so leaving out a task does not change the others.
+facts are dropped. So no test fact shares a synset, lemma or picture family with a training fact, even of another task.
+Putting all facts that share keys, directly or by other facts, on one side would drop none, but would put nearly all of
+WordNet on one side. A key's side depends on no file, so leaving out a task does not change the other tasks.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 
 # Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
-_DRAWS = 64  # answers that are drawn at random before all are tried in order
+_DRAWS = 64  # random draws of an answer, before all answers are tried in order
 
 
 class Side(StrEnum):
-    """The part of the facts from which a question is made."""
+    """The part of the facts from which questions are made."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -29,13 +29,13 @@ class Side(StrEnum):
 
 
 def uniform(*parts: object) -> float:
-    """A pseudorandom number in [0, 1), a hash of the arguments, equal on every machine."""
+    """Returns a pseudorandom number in [0, 1): a hash of the arguments, equal on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """The side of a key. A fact with this key is on this side or is dropped."""
+    """Returns the side of a key. A fact with this key is on this side, or is dropped."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -43,17 +43,17 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """The side of a fact, on which all its keys are; None if they are on several sides.
+    """Returns the side on which all keys of a fact are; None if they are on several sides.
 
-    The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts it on
-    one of the two other sides.
+    The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts the
+    key on the validation or test side.
     """
     sides = {_side(key, fact.trained_on, seed) for key in fact.keys}
     return sides.pop() if len(sides) == 1 else None
 
 
 def on_side(facts: Iterable[Fact], side: Side, seed: int) -> list[Fact]:
-    """The facts on one side, in their order."""
+    """Returns the facts that are on one side, in the given order."""
     return [fact for fact in facts if side_of(fact, seed) is side]
 
 
@@ -66,10 +66,10 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a task on one side, or all, in an order that `seed` determines.
+    """Returns the first `limit` questions of a task on one side, or all, in an order that `seed` determines.
 
-    Wrong choices are right answers of other facts of the same side and pool, so that they are words of similar frequency,
-    and are no answers on other sides. The right choice is at each index equally often (a difference of one is possible).
+    Wrong choices are right answers of other facts of the same side and pool, so that they are about as common as the right
+    answer, and are not taken from answers of other sides. The right choice is at each index equally often, +- 1.
 
     Raises:
         DataError: no fact on the side has three wrong choices.
@@ -97,7 +97,7 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
 
 
 def _wrong(task: str, fact: Fact, answers: Sequence[Part], seed: int) -> list[Part] | None:
-    """Three distinct random wrong choices for `fact` from `answers`; None if there are fewer than three."""
+    """Returns three distinct random wrong choices for `fact` from `answers`; None if there are fewer than three."""
     rng = np.random.default_rng(int(uniform("wrong", seed, task, fact.id) * 2**53))
     never = {fact.answer, *fact.wrong}
     wrong: list[Part] = []

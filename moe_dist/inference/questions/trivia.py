@@ -1,5 +1,5 @@
-"""Facts from the quiz files of Debian's bsdgames (format: quiz(6)). Each line has fields separated by colons. In a field
-`{}` marks optional parts and `|` separates alternatives."""
+"""Makes facts from the quiz files of Debian's bsdgames (format: quiz(6)). Each line has fields separated by colons. In a
+field `{}` marks optional parts and `|` separates alternatives."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """Quiz files, and what is asked about each of their lines."""
+    """Quiz files, and the question that is asked about each line."""
 
     files: tuple[str, ...]
     question: Callable[[str], str]  # makes the question's text from the first alternative in the field `asked`
@@ -22,7 +22,7 @@ class Quiz:
     answer: int  # index of the field with the answer
 
 
-# A task has several quizzes where one quiz would leave only a handful of facts on a side.
+# A task has several quizzes if one quiz would give only a handful of facts to a side.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -39,7 +39,7 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """The facts of one task, one per line without typesetting marks. The facts of a quiz are a pool.
+    """Returns the facts of one task: one for each line that has no typesetting marks. The facts of a quiz are a pool.
 
     Raises:
         DataError: a file is missing or has no facts.
@@ -71,7 +71,8 @@ def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
 
 
 def alternatives(field: str) -> list[str]:
-    """The alternatives in a field. Keeps optional parts, in their first alternative: 'forget{-| }me' gives 'forget-me'."""
+    """Returns the alternatives in a field. Optional parts become their first alternative: 'forget{-| }me' gives
+    'forget-me'."""
     while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
         field = replaced
     return [each.strip() for each in field.split("|")]

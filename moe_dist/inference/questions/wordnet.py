@@ -1,7 +1,7 @@
-"""Facts from WordNet's files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
+"""Makes facts from WordNet's files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Of the noun synsets only those are used that are the first sense of their first word, if this word occurs in WordNet's
-tagged text. Other synsets would make questions that nobody can answer.
+Facts are only about noun synsets that are the first sense of their first word, if this word occurs in WordNet's tagged
+text. Other noun synsets would make questions that nobody can answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import TypeVar
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import Fact, lemma_keys
 
-LONGEST_GLOSS = 120  # most characters of a definition that is asked about
+LONGEST_GLOSS = 120  # a question asks about no definition of more characters
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
 # WordNet's lexicographer files of nouns (lexnames(5WN)), from number 04 on. Number 03, "Tops", is no category.
@@ -36,10 +36,10 @@ class Synset:
 
 
 class WordNet:
-    """Facts from the WordNet files in one folder. Reads a file when it is first needed; reading the nouns takes a second.
+    """Makes facts from the WordNet files in one folder. Reads a file when it is first needed; the nouns take a second.
 
     Raises:
-        DataError: in any method, if a file is missing or not in WordNet's format.
+        DataError: any method raises it if a file is missing or not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")
@@ -48,7 +48,7 @@ class WordNet:
         self._folder = folder
 
     def definitions(self) -> list[Fact]:
-        """Facts that ask for the word with a given definition."""
+        """Returns facts that ask for the word with a given definition."""
         return [
             Fact(
                 f"n{offset}",
@@ -62,7 +62,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """Facts that ask for the nearest hypernym of a noun. No other hypernym of the noun may be a wrong choice."""
+        """Returns facts that ask for a noun's nearest hypernym. No other hypernym of the noun may be a wrong choice."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -81,8 +81,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """Facts that ask for the opposite of an adjective. The answer is its first opposite in the file; no opposite of any
-        of its senses may be a wrong choice."""
+        """Returns facts that ask for the opposite of an adjective. The answer is its first opposite in the file. No
+        opposite of any sense of the adjective may be a wrong choice."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -105,7 +105,7 @@ class WordNet:
         return list(facts.values())
 
     def categories(self) -> list[Fact]:
-        """Facts that ask for the category of a noun, one of CATEGORIES."""
+        """Returns facts that ask for the category of a noun, one of CATEGORIES."""
         closed = tuple(CATEGORIES.values())
         return [
             Fact(
@@ -121,7 +121,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """By offset: the noun synsets that are the first sense of their first word, if this word occurs in tagged text."""
+        """Returns the noun synsets that facts are about (see the top of this file), by offset."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset
@@ -162,7 +162,7 @@ class WordNet:
         return self._parsed(name, _synset)
 
     def _parsed(self, name: str, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
-        """The parsed lines of a file, without those of the licence, which begin with a space."""
+        """Yields the parsed lines of a file, except the lines of the licence, which begin with a space."""
         path = self._folder / name
         number = 0
         try:
@@ -175,7 +175,7 @@ class WordNet:
 
 
 def _synset(line: str) -> tuple[str, Synset]:
-    """Offset and synset in a line of a file data.*."""
+    """Returns the offset and the synset in a line of a file data.*."""
     head, _, gloss = line.partition("|")
     fields = head.split()
     words_end = 4 + 2 * int(fields[3], 16)
@@ -189,13 +189,13 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """Lemma and offset of its first sense in a line of index.*; None if the lemma does not occur in tagged text."""
+    """Returns the lemma in a line of index.*, and the offset of its first sense, or None if it is not in tagged text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """True if a text contains one of the words, so that it gives the answer away."""
+    """Returns whether a text contains one of the words, and so gives the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

@@ -1,1 +1,1 @@
-"""Prepares the samples of router tuning: embeddings, and questions scored for success."""
+"""Prepares the samples of router tuning: embeds texts, and scores answered questions."""

@@ -1,5 +1,5 @@
-"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved, without this package,
-without network, and without code from the folder.
+"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Needs neither this
+package nor the network, and runs no code from the folder.
 
 modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
@@ -38,7 +38,7 @@ class Embedder:
 
     Raises:
         ConfigError: the folder does not exist.
-        DataError: the folder lacks a file, has pickles instead of one, or needs a module or code that is not supported.
+        DataError: the folder lacks a file, has only pickled weights, or needs a module or code that is not supported.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -64,7 +64,7 @@ class Embedder:
         self.sha256 = _digest([path for path in files if path.is_file()])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings, float32 [texts, width]. Texts of similar length share a batch; a long text is cut at its end."""
+        """Returns embeddings, float32 [texts, width]. Texts of similar length share a batch; long texts lose their end."""
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
         found: np.ndarray | None = None
         for start in range(0, len(order), _BATCH):
@@ -120,7 +120,7 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
-    """From modules.json: folder of the transformer, config.json of the pooling, and True if embeddings get the length 1.
+    """Reads modules.json. Returns the transformer's folder, the pooling's config.json, and whether embeddings get length 1.
 
     Raises:
         DataError: the modules are not Transformer, Pooling and perhaps Normalize, in this order.
@@ -146,7 +146,7 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 
 
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
-    """Raises: DataError: the model needs code or pickles, lacks a file, or does not pool by the mean over tokens."""
+    """Raises DataError if the model needs code or pickles, lacks a file, or does not pool by the mean over tokens."""
     problems = []
     if "auto_map" in config:
         problems.append(
@@ -195,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Hash of the names and contents of the files, in this order. It does not depend on their folder."""
+    """Returns a hash of the names and contents of the files, in the given order. It does not depend on their folder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

@@ -11,10 +11,10 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
-    """The text to embed: the texts of the question and, if `listed`, of its choices, without pictures.
+    """Returns the text to embed: the texts of the question and, if `listed`, of its choices, without pictures.
 
     Raises:
-        ConfigError: there is no text.
+        ConfigError: the question has no text.
     """
     parts = [question.asked, *(question.choices if listed else ())]
     text = "; ".join(part for part in parts if isinstance(part, str))
@@ -28,8 +28,8 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
-    """One sample per question, in the order of questions: the unrotated question with its right choice. `right` is True if
-    the model took the right choice in every rotation."""
+    """Returns a sample per question, in the order of questions: the unrotated question with its right choice. `right` is
+    True if the model took the right choice in every rotation."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]

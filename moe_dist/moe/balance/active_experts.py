@@ -1,14 +1,15 @@
 """Holds the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
 The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
-k choices among n true experts and the other columns. Of T tokens in a step, c_i choose true expert i; c is the sum of all
-c_i. The update of bias b_i after a step:
+k choices among n true experts and the other columns. Of T tokens in a step, c_i choose true expert i; c is the sum of c_i
+over i. The update of bias b_i after a step:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
-    per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the form per expert
+    per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the update per expert
 
-While the mean is below the target the biases rise, so true experts win choices from null experts. Both forms change the
-mean bias equally. The form per expert also balances the true experts; the form per group keeps their order.
+While the mean is below the target the biases rise, so true experts win choices from null experts. Both updates change the
+mean bias equally. The update per expert also balances the true experts; the update per group adds one number to all their
+biases, so it keeps the order of true experts.
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
 true experts per token converges to the target although each step is noisy (Robbins and Monro, 1951), even as the router
@@ -24,7 +25,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class ActiveExperts:
-    """The rule for `BiasController`.
+    """Rule of `BiasController` that holds the number of true experts per token at a target.
 
     Args:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.

@@ -1,8 +1,9 @@
-"""Updates selection biases after each optimizer step, by rules that use the step's counts over all ranks.
+"""Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
 
 A selection bias changes only which columns a token chooses, not weights, logits or gradients. Only the biases of true (not
-null) experts are updated; those of other columns stay 0. Adding one number to all true experts' biases therefore changes
-how many true experts a token takes. Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
+null) experts are updated; the biases of other columns stay 0. So a rule that adds one number to all true experts' biases
+changes how many true experts a token takes. Shape letters: L MoE layers, G expert groups, C choice columns, n true experts
+of a group.
 """
 
 from collections.abc import Sequence
@@ -30,18 +31,18 @@ class Rule(Protocol):
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
             tokens_L1: float64, number of the group's tokens over all ranks, or 1 where a layer has none.
-            step: Number of updates before this one.
+            step: Number of updates before this update.
         """
         ...
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are global.
+    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are of all ranks.
 
     Args:
         gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
-        groups: All groups, in logical order.
-        rules: Rules, whose updates are added up. All rules get the same counts.
+        groups: All expert groups, in logical order.
+        rules: All rules get the same counts, and their updates are added up.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -66,11 +67,11 @@ class BiasController:
         self.step += 1
 
     def state(self) -> JsonValue:
-        """The number of updates so far; the biases themselves are buffers of the model, which checkpoints contain."""
+        """Returns the number of updates so far. The biases are buffers of the model, which checkpoints contain."""
         return {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a saved state.
+        """Restores a state that `state` returned.
 
         Raises:
             DataError: the state is not a number of updates.

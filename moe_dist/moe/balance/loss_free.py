@@ -1,10 +1,10 @@
 """Balances a group's true (not null) experts without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
 
-    b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
+    b_i += rate * sign(mean of c - c_i)     c_i choices of true expert i in a step
 
 In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign, so that the mean bias
-does not change: it determines how many true experts a token takes, which `active_experts` controls. Without such columns
-the mean bias changes no choice, and the published rule is used.
+does not change. The mean bias determines how many true experts a token takes, and only `active_experts` may change that.
+Without such columns the mean bias changes no choice, so the published rule is used as it is.
 """
 
 import torch
@@ -14,7 +14,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class LossFree:
-    """The rule for `BiasController`. `rate` is the change of a bias per step."""
+    """Rule of `BiasController` that balances true experts. `rate` is the change of a bias per step."""
 
     def __init__(self, *, rate: float) -> None:
         self.rate = rate

@@ -2,20 +2,21 @@
 
 A token with three experts on one rank is sent there once. That rank sums the experts' weighted outputs (in fp32, rounded
 once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a collective. Shape letters: T
-tokens on this rank, D hidden size, N (token, expert) pairs, absent ones included, S rows sent to other ranks, O rows that
+tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent to other ranks, O rows that
 stay, R = O + rows received, Q pairs computed here.
 
-Collectives of forward: counts, and the row index of each pair (integers, in `plan`, not repeated by recompute); pair
-weights and rows (one autograd node, in `dispatch`); rows back (in `combine`). Collectives of backward: rows (of `combine`),
-then weight gradients and rows (of `dispatch`). Every rank issues all of them in this order, also with nothing to send.
+Forward has five collectives. The method `plan` exchanges counts, then the row index of each pair (integers; recompute does
+not repeat them). `dispatch` sends pair weights and rows in one autograd node. `combine` sends rows back. Backward sends the
+gradient rows of `combine`, then the gradients of weights and rows of `dispatch`. Every rank issues all collectives in this
+order, even if it has nothing to send.
 
-Host syncs: one per layer, in which `plan` reads the numbers of rows and of pairs to and from all ranks.
+A layer has one host sync: the method `plan` reads the numbers of rows and of pairs to and from all ranks.
 
-Memory of forward and of backward, with `item` bytes per element of a row: at most (R + S + T) x D x item. The S rows are a
-buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y.
-If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in slices of
-`rows.SLICE_BYTES`; a T x D x item below one slice counts as one slice. From forward to backward only the plan is kept: 8
-bytes per taken pair of this rank's tokens, 8 per row of S and O, and 16 per pair of Q.
+Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The S
+rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are
+the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in slices of
+`rows.SLICE_BYTES`; if T x D x item is less than a slice, it counts as one slice. From forward to backward only the plan is
+kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -26,13 +27,13 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
-    """Dispatch and combine over one EP group. On a single rank the same code runs without a group.
+    """Dispatches and combines over one EP group. On a single rank the same code runs without a process group.
 
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
-            (ep - 1) x T rows, all tokens of all other ranks of the EP group.
+        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
+            - 1) x T rows: all tokens of the other ranks of the EP group.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:

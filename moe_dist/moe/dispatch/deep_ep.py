@@ -1,12 +1,12 @@
-"""Dispatch and combine by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA; see `kernels`.
+"""Dispatches and combines by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA; see the file `kernels`.
 
-DeepEP takes per token K weights and K expert ids, -1 for no expert. An expert's id is its number in `SlotNumbers`. A null
-choice is -1, and a token whose choices are all null goes to no rank.
+DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
+null choice is -1, so a token whose choices are all null goes to no rank.
 
-Host syncs: two per layer. DeepEP's dispatch waits for the number of arriving rows, and `plan` reads the numbers of rows and
-pairs to each rank for the traffic ledger (`ledger`). Memory: R rows, the output y, and DeepEP's own buffer.
+A layer has two host syncs. The method `plan` reads the numbers of rows and pairs to each rank for the traffic ledger
+(`ledger`), and DeepEP's dispatch waits for the number of arriving rows. Memory: R rows, the output y, DeepEP's buffer.
 
-Shape letters as in `kernels`, with K choices per token, so that N = T K.
+Shape letters are those of `kernels`, and K choices per token, so that N = T K.
 """
 
 from dataclasses import dataclass
@@ -48,8 +48,8 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
 
 
 def make_buffer(group: Any, hidden_dim: int) -> Any:
-    """Makes a `deep_ep.Buffer` for bf16 rows of width `hidden_dim`, with the sizes that DeepEP suggests. Collective: DeepEP
-    exchanges the handles of the ranks' buffers as Python objects."""
+    """Makes a `deep_ep.Buffer` for bf16 rows of width `hidden_dim`, with the sizes that DeepEP suggests. It is a
+    collective: the ranks exchange the handles of their buffers as Python objects."""
     deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
     size, row_bytes = group.size(), hidden_dim * 2  # bf16 has 2 bytes
     configs = (deep_ep.Buffer.get_dispatch_config(size), deep_ep.Buffer.get_combine_config(size))
@@ -62,7 +62,7 @@ def make_buffer(group: Any, hidden_dim: int) -> Any:
 
 @dataclass(kw_only=True)
 class DeepEPPlan(KernelPlan):
-    """A plan with DeepEP's expert ids.
+    """The plan of one layer and micro-batch, with DeepEP's expert ids.
 
     Attributes:
         topk_idx_TK: int64, -1 for no expert.
@@ -75,7 +75,7 @@ class DeepEPPlan(KernelPlan):
 
 
 class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
-    """Dispatch and combine by a `deep_ep.Buffer`. See `KernelDispatcher` for the arguments; `top_k` is K."""
+    """Dispatches and combines by a `deep_ep.Buffer`. See `KernelDispatcher` for the arguments; `top_k` is K."""
 
     LIBRARY = "DeepEP"
 
@@ -89,7 +89,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         """Computes DeepEP's ids and layout. Costs one host sync, for the counts of the traffic ledger.
 
         Raises:
-            ConfigError: from `topk_idx_of`.
+            ConfigError: see `topk_idx_of`.
         """
         if self._buffer is None:
             self._buffer = make_buffer(self.wire.group, self.hidden_dim)
@@ -121,7 +121,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def settle(self, received: tuple[Any, ...], plan: DeepEPPlan) -> Tensor:
         rows_RD, idx_RK, weight_RK, counts, handle, _ = received
         num_slots = len(self.placement.slots[self.wire.rank])
-        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # -1 is sorted last
+        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # sorts -1 last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD

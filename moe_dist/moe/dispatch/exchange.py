@@ -1,17 +1,18 @@
-"""Sends rows of a table (hidden states [M, D]) to the ranks of their experts, and sums returning rows into an output table.
+"""Sends rows of a table (hidden states [M, D]) to their experts' ranks, and sums the rows that return into an output table.
 
     DispatchSend      sends rows and pair weights to the experts                   forward of dispatch
                       sends rows alone, the gradients of combine's output          backward of combine
     CombineReceive    sums rows back into the table                                forward of combine
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
-The constructors of DispatchSend and CombineReceive issue the collectives, and `wait` returns the result. The rows that stay
-on this rank are copied or added while the other rows are in flight. The hierarchical dispatcher chains two exchanges: the
-rows that arrive from the first are the table of the second.
+The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
+that stay on this rank are copied or added while the other rows are in flight. The hierarchical dispatcher chains two
+exchanges: the rows that arrive from the first are the table of the second.
 
-Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward.
-Shape letters: M rows of the table, D hidden size, N pair weights, P taken pairs of this rank (to other ranks, then own), S
-rows sent to other ranks, O own rows (which stay), R = O + rows received, Q pairs computed here (own, then received).
+Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
+of the table, D hidden size, N weights of (token, expert) pairs, P taken (not absent) pairs of this rank's tokens (to other
+ranks, then own), S rows sent to other ranks, O own rows (which stay here), R = O + rows received, Q pairs computed here
+(own, then received).
 """
 
 from dataclasses import dataclass
@@ -29,17 +30,17 @@ from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """The ranks to which the rows of a table go. A plan has no gradient, and recompute uses it again.
+    """Says which rows of a table go to which ranks. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        layer: Name of the layer, for records and reports of a hang.
-        prefix, suffix: Text before (the hop) and after (the chunk) the names of the plan's collectives.
+        layer: Name of the layer, for statistics and reports of a hang.
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop, and the chunk's number.
         table_rows: M, the number of rows of the table.
         rows, pairs: Numbers of rows and of pairs to and from each other rank.
-        row_S, row_O: int64, index in the table of each row to another rank (in sending order) and of each own row.
-        pair_P: int64, index in the N weights of each pair: pairs to other ranks in sending order, then own pairs.
+        row_S, row_O: int64, table index of each row for another rank (in sending order), and of each own row.
+        pair_P: int64, index of each taken pair among the N weights: pairs for other ranks in sending order, then own pairs.
         order_Q: int64, permutation from the order of arrival (own, then received) to the order in which the experts use the
-            pairs; None if both are the same.
+            pairs; None if the two orders are the same.
     """
 
     layer: str
@@ -72,7 +73,7 @@ class ExchangePlan:
 
 @dataclass(frozen=True)
 class AllToAllPlan(ExchangePlan):
-    """The plan of an exchange whose rows arrive at their experts. `order_Q` sorts pairs by slot.
+    """Plan of an exchange whose rows arrive at the ranks of their experts. `order_Q` sorts pairs by slot (local expert).
 
     Attributes:
         row_of_pair_Q, slot_counts: See `PairLayout`. Row numbers count own rows first, then received rows.
@@ -86,29 +87,29 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. `keep_buffers` keeps the send buffers [S, D] allocated for the next layer."""
+    """Exchanges rows over one process group. `keep_buffers` keeps the send buffers [S, D] for the next layer."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True) -> None:
         self.all_to_all = all_to_all
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. One autograd node,
-        with two collectives in forward and two in backward."""
+        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. It is one autograd
+        node, with two collectives in forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Sends rows [R, D] back to their tokens' ranks, and returns the sums [M, D] of the rows for each row of the table.
+        """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of its rows, [M, D].
 
-        The function is one autograd node that saves no tensor, so that the recomputation of a block ends before
-        this exchange.
+        It is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan, for rows if `out` is given, else for pair weights; `back` reverses it."""
+        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps sender and
+        receiver."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,
@@ -133,7 +134,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
 
 
 class DispatchSend:
-    """Sends rows of the table to the ranks of their experts, in forward of dispatch with the weights of their pairs."""
+    """Sends rows of the table to the ranks of their experts. In forward of dispatch it also sends the pairs' weights."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange
@@ -162,7 +163,7 @@ class DispatchSend:
 
 
 class CombineReceive:
-    """Sends rows back to the ranks of their tokens, in backward of dispatch with the gradients of the pair weights."""
+    """Sends rows back to the ranks of their tokens. In backward of dispatch it also sends the gradients of pair weights."""
 
     def __init__(
         self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
@@ -181,7 +182,7 @@ class CombineReceive:
     def wait_weights(self, num_weights: int) -> Tensor:
         """Returns the gradient of the pair weights [N]; 0 for absent pairs."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # copied, as pairs are unique
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # no sum: pairs are unique
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
         """Returns the sums [M, D] of returned and own rows, plus `base_MD` if given, rounded once to the rows' dtype."""
@@ -197,8 +198,8 @@ class CombineReceive:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. One autograd
-    node has both, so that every rank issues the collectives of backward in the same order."""
+    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Rows and
+    weights share one autograd node, so that every rank issues their collectives of backward in the same order."""
 
     @staticmethod
     def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:

@@ -1,20 +1,20 @@
-"""Sends rows in two hops: one row for each distinct (token, other node) between nodes, then one for each (token, rank)
-inside the node.
+"""Sends rows in two hops: between nodes one row for each distinct (token, other node), then inside the destination node one
+row for each distinct (token, rank).
 
 Dispatch sends a row to one rank of the destination node, the forwarding rank, whose position in its node equals the
 sender's. The forwarding rank sends the row on to the ranks of its experts. In combine each of these ranks sends its
 weighted sum to the forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are
-fp32. The experts', the forwarding and the token's rank each round once to the rows' dtype.
+fp32. The experts' rank, the forwarding rank and the token's rank each round their sum once to the rows' dtype.
 
-Shape letters: T tokens on this rank, D hidden size, N pairs (absent ones included), M rows of the middle table (rows of own
-tokens with experts in this node, then rows from other nodes), A pairs of the middle table, R rows for this rank's experts,
-Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
+Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs (absent pairs included), M rows of the middle
+table (of the second hop: rows of own tokens with experts in this node, then rows from other nodes), A pairs of these M
+rows, R rows for this rank's experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 
-Collectives of forward: counts and expert ids of both hops (in `plan`, not repeated by recompute), weights and rows between
-nodes, weights and rows inside the node (`dispatch`), and rows back inside the node, then between nodes (`combine`).
-Backward issues them in reverse order. Every rank issues all of them, also with nothing to send.
+In forward the method `plan` exchanges counts and expert ids of both hops (recompute does not repeat this), `dispatch` sends
+weights and rows between nodes, then inside the node, and `combine` sends rows back inside the node, then between nodes.
+Backward issues these in reverse order, with gradients. Every rank issues all collectives, even with nothing to send.
 
-Host syncs: one per layer. `plan` reads the sizes of both hops together (`hierarchical_planning`).
+A layer has one host sync: the method `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
 Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
 backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the terms
@@ -32,11 +32,11 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
-    """Dispatch and combine over one EP group of several nodes.
+    """Dispatches and combines over one EP group of several nodes.
 
     Args:
         placement: The map of experts to EP positions.
-        inter: All-to-all over the ranks with this rank's position in each node, in the order of nodes.
+        inter: All-to-all over one rank of each node, the one at this rank's position in its node, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never
@@ -55,7 +55,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         self.planner = NodePlanner(
             placement, inter, intra, ranks_per_node=ranks_per_node, max_receive_rows=max_receive_rows
         )
-        # Send buffers are freed after use, because one hop's buffer would otherwise add to the memory of the other hop.
+        # Send buffers are freed after use, so that the buffer of one hop takes no memory during the other hop.
         self.inter, self.intra = Exchange(inter, keep_buffers=False), Exchange(intra, keep_buffers=False)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:

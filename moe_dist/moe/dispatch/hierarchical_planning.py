@@ -1,12 +1,12 @@
-"""Makes the plans of the hierarchical dispatcher: the rows that cross nodes, and the rows inside the node.
+"""Makes the plans of the hierarchical dispatcher: which rows go to which node, and to which rank inside a node.
 
 (token, expert) pairs are sorted by (node, token), this node last, so that the pairs of one row are consecutive. In both
-hops a pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender also sends the forwarding
-rank the numbers of rows and pairs for each rank of the node. The forwarding rank sums them on the device, and so knows the
-sizes of the second hop before expert ids arrive: both hops need only one host sync.
+hops a pair is sent as one code: its expert's slot, and a bit that marks the first pair of a row. A sender also sends the
+forwarding rank the numbers of rows and pairs for each rank of the node. The forwarding rank sums these numbers on the
+device, and so has the sizes of the second hop before expert ids arrive. One host sync then serves both hops.
 
-Shape letters: T tokens on this rank, N pairs (absent ones included), E experts, W ranks, M rows of the middle table (rows
-of own tokens with experts in this node, then rows from other nodes), A pairs of the middle table, R rows for this rank's
+Shape letters: T tokens on this rank, N pairs (absent pairs included), E experts, W ranks, M rows of the middle table (rows
+of own tokens with experts in this node, then rows from other nodes), A pairs of these M rows, R rows for this rank's
 experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
 """
 
@@ -35,7 +35,7 @@ class HierarchicalPlan:
     """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        inter: Exchange between nodes; its table has this rank's tokens. Pairs are sorted by (node, token), this node last.
+        inter: Exchange between nodes; its table is this rank's tokens. Pairs are sorted by (node, token), this node last.
         intra: Exchange inside the node; its table is the middle table, M rows. Pairs are sorted by (rank, row).
         sent: Counts of this rank; `rows_remote` includes the rows that this rank forwards for other ranks.
     """
@@ -58,10 +58,10 @@ class _Tables:
     """The placement as tensors. Node slots are the slots of a node's ranks, numbered rank by rank.
 
     Attributes:
-        rank_E, node_slot_E: EP position and node slot of each expert.
+        rank_E, node_slot_E: EP position of each expert's rank, and each expert's node slot.
         row_bin_W, node_bin_G: Index, in the vector of counts to send, of the number of rows to each rank and node.
         pair_bin_E: Index, in the same vector, of the number of pairs of each expert.
-        local_X, slot_X: For each node slot of this node, the position of its rank in the node and its slot on that rank.
+        local_X, slot_X: For each node slot of this node, the position of its rank in the node, and its slot on the rank.
     """
 
     rank_E: Tensor
@@ -75,8 +75,8 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """All sizes of a layer, as host integers: the sizes of both hops, the number of pairs of each of this rank's slots, and
-    the number of pairs of this rank's tokens with its own experts."""
+    """The sizes of one layer's plan, as host integers: the sizes of both hops, the number of pairs of each of this rank's
+    slots, and the number of pairs of this rank's tokens with this rank's experts."""
 
     inter: ExchangeSizes
     intra: ExchangeSizes
@@ -141,7 +141,7 @@ class NodePlanner:
         """Plans the hop inside the node. `code_A` has the codes of the middle table's pairs, sorted by row."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: not sent
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs come last, and stay
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows is M
@@ -169,7 +169,7 @@ class NodePlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs in one hop. Returns the codes of the pairs that stay, then the received codes."""
+        """Sends the codes of pairs in one hop. Returns the codes of pairs that stay here, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)  # int32 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
@@ -177,7 +177,7 @@ class NodePlanner:
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
         """Counts the rows to each node, and for each of its ranks the rows to the rank and the pairs of each slot: int64,
-        1-D. Uses a bitmap of (rank, token) with W x T bytes instead of a sort. Does not sync."""
+        1-D. Takes W x T bytes for a bitmap (rank, token). Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last element counts absent pairs
@@ -200,7 +200,7 @@ class NodePlanner:
         if self.inter.group is not None:
             splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
             received_GX = self.inter.exchange(counts, splits, name=INTER + COUNTS, layer=layer).view(-1, length)
-        forward_X = received_GX[:, 1:].sum(0)  # rows, and pairs of each slot, for each rank of this node
+        forward_X = received_GX[:, 1:].sum(0)  # for each rank of this node: rows, pairs of each slot
         arriving = forward_X
         if self.intra.group is not None:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)

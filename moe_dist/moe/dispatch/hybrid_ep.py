@@ -1,16 +1,16 @@
-"""Dispatch and combine by HybridEP's kernels (`deep_ep.HybridEPBuffer`, of DeepEP's branch hybrid-ep); see `kernels`.
+"""Dispatches and combines by HybridEP's kernels (`deep_ep.HybridEPBuffer`, in DeepEP's branch hybrid-ep); see `kernels`.
 
 HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
-null choice sets no bool. HybridEP's other input, expert ids, cannot express null choices, because it scatters the ids
-without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the kernels need
-this in an NVLink domain. All ranks must have equally many tokens, a multiple of 4. D must be a multiple of 16.
+null choice sets no bool. HybridEP could take expert ids instead, but these cannot express null choices, because it scatters
+the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the
+kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D, a multiple of 16.
 
-Collectives of forward: HybridEP gathers the maps of all ranks, sends rows and weights together, and sends rows back.
-Backward does the same without the maps. Host syncs: two per layer, both in the first dispatch. In one HybridEP reads the
-number of arriving rows, in the other the adaptor reads the pairs of each slot and the counts of the traffic ledger
-(`ledger`). Memory: R rows, the output y, and HybridEP's own buffer.
+In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends the same
+except the maps. A layer has two host syncs, both in the first dispatch: HybridEP reads the number of arriving rows, and the
+adaptor reads the pairs of each slot and the counts of the traffic ledger (`ledger`). Memory: R rows, the output y, and
+HybridEP's own buffer.
 
-Shape letters as in `kernels`, with W ranks, X = W E' slots of all ranks and Y = E' slots of this rank.
+Shape letters are those of `kernels`, and W ranks, X = W E' slots of all ranks and Y = E' slots of this rank.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _LOCAL_MAP = 4  # index in HybridEP's handle of the map from arrived rows to own
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns HybridEP's map, bool [T, X], and the index of each pair in the flattened map, [N]; T X for an absent pair."""
+    """Returns HybridEP's map, bool [T, X], and each pair's index in the flattened map, [N]: T X if absent."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)
@@ -47,8 +47,7 @@ def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -
 
 
 def make_buffer(group: Any, hidden_dim: int, num_tokens: int, slots_per_rank: int) -> Any:
-    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Collective. HybridEP enlarges the buffer for more
-    tokens."""
+    """Makes a `deep_ep.HybridEPBuffer` for bf16 rows, as a collective. HybridEP enlarges it if more tokens come."""
     return import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed
         group=group,
         hidden_dim=hidden_dim,
@@ -60,12 +59,12 @@ def make_buffer(group: Any, hidden_dim: int, num_tokens: int, slots_per_rank: in
 
 @dataclass(kw_only=True)
 class HybridEPPlan(KernelPlan):
-    """A plan with HybridEP's map.
+    """The plan of one layer and micro-batch, with HybridEP's map.
 
     Attributes:
         routing_map_TX, cell_N: From `routing_map_of`.
-        domain_slots: Number of slots on all ranks of this NVLink domain, known after the first dispatch. A row carries one
-            weight per slot.
+        domain_slots: Number of slots on all ranks of this NVLink domain, set by the first dispatch. A row carries a weight
+            for each.
     """
 
     routing_map_TX: Tensor
@@ -74,7 +73,7 @@ class HybridEPPlan(KernelPlan):
 
 
 class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
-    """Dispatch and combine by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
+    """Dispatches and combines by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
 
     LIBRARY = "HybridEP"
 
@@ -93,7 +92,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return _spread(weight_N, plan.cell_N, *plan.routing_map_TX.shape)
 
     def send(self, rows_TD: Tensor, plan: HybridEPPlan, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """See `KernelDispatcher`. The first dispatch also counts the bytes of the gathered map."""
+        """See `KernelDispatcher.send`. The first dispatch also counts the bytes of the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
             mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map to all other ranks
@@ -104,7 +103,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return self.buffer.dispatch(h_TD, routing_map=plan.routing_map_TX, probs=weight_TX)
 
     def settle(self, received: tuple[Any, ...], plan: HybridEPPlan) -> Tensor:
-        """See `KernelDispatcher`. Costs one host sync, which reads the number of pairs of each slot."""
+        """See `KernelDispatcher.settle`. Costs one host sync, which reads the number of pairs of each slot."""
         rows_RD, weight_RY, _, handle = received
         size, own, slots = self.placement.num_ranks, self.wire.rank, self.numbers.slots_per_rank
         num_rows = weight_RY.shape[0]
@@ -142,6 +141,6 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
 
     @property
     def _own_columns(self) -> slice:
-        """The columns of this rank's slots among the slots of its NVLink domain."""
+        """The columns of this rank's slots, in a table whose columns are all slots of its NVLink domain."""
         first = self.buffer.local_rank * self.numbers.slots_per_rank
         return slice(first, first + self.numbers.slots_per_rank)

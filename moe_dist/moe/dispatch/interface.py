@@ -1,8 +1,8 @@
-"""The interface of a dispatcher: `plan` decides which token goes to which rank, and `run` sends tokens to their experts and
-sums the results.
+"""The interface of a dispatcher: its method `plan` decides which token goes to which rank, and `run` sends tokens to their
+experts and sums the experts' outputs.
 
-A new dispatcher is one file beside this file, one section in the tagged union `parallel.dispatch`, and one line in
-build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent ones included, R
+A new dispatcher needs one file in this folder, one section in the tagged union `parallel.dispatch`, and one line in
+build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, R
 rows on this rank for its experts, Q pairs computed here.
 """
 
@@ -18,17 +18,17 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, both differentiable."""
+    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients."""
 
     rows_RD: Tensor
     weight_Q: Tensor
 
 
 class PairLayout(Protocol):
-    """Tells which rows each of this rank's experts computes: the only part of a dispatch plan that the experts read.
+    """Says which rows each of this rank's experts computes. It is the part of a dispatch plan that the experts read.
 
     Attributes:
-        row_of_pair_Q: int64, row in [0, R) of each pair computed here, in slot order.
+        row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.
         slot_counts: Number of pairs computed by each of this rank's slots (experts).
     """
 
@@ -39,7 +39,7 @@ class PairLayout(Protocol):
 
 
 class SentCounts(NamedTuple):
-    """Numbers of rows and pairs that one rank's tokens cause in the forward of one layer.
+    """Counts of the rows that one rank sends, and of its tokens' pairs, in the forward of one layer.
 
     Attributes:
         rows_remote: Rows sent to other ranks.
@@ -53,9 +53,9 @@ class SentCounts(NamedTuple):
 
 
 class DispatchPlan(Protocol):
-    """The routes of one layer and micro-batch. A plan has no gradient, and recompute uses it again.
+    """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses it again.
 
-    Between `dispatch` and `combine` a plan is also a PairLayout.
+    After `dispatch`, until `combine`, a plan also has the attributes of PairLayout.
     """
 
     @property
@@ -78,7 +78,7 @@ class Dispatcher(ABC, Generic[P]):
 
     @abstractmethod
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> P:
-        """Decides which rows go to which rank. `layer` names the layer in records and in reports of a hang."""
+        """Decides which rows go to which rank. `layer` names the layer in statistics and in reports of a hang."""
 
     @abstractmethod
     def run(
@@ -91,13 +91,14 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the routed experts' sums y [T, D], zero for tokens without an expert, and the shared expert's output.
+        """Returns the sums of routed experts' outputs, y [T, D], 0 for tokens without an expert, and the shared expert's
+        output.
 
         Args:
             experts: Computes, for each dispatched row, the weighted sum of its experts' outputs: [R, D].
             shared: The shared expert, or None. The dispatcher calls it with the layer's input h.
-            repeated: True in the recomputation of a block. Only the tensors that experts and dispatch save for backward are
-                then needed, not the value of y.
+            repeated: True in the recomputation of a block, which needs the tensors that experts and dispatch save for
+                backward, but not the value of y.
         """
 
 
@@ -110,7 +111,7 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sends the weighted sums [R, D] back and adds them up in y [T, D]. Each exchange is one autograd node."""
+        """Sends the experts' weighted sums [R, D] back, and sums them in y [T, D]. Each exchange is one autograd node."""
 
     def run(
         self,

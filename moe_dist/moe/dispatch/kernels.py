@@ -1,15 +1,15 @@
-"""Base class of the dispatchers that call DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
+"""Defines the base class of the dispatchers (adaptors) that call DeepEP's or HybridEP's kernels.
 
-Results equal those of `all_to_all`: one row is sent per (token, destination rank), its experts' outputs are weighted and
-summed there, and the kernels' combine adds the ranks' sums without weights. Three things differ from `all_to_all`. Rows
-that stay on their rank pass through the kernels' buffer too. Rows are bf16 and weights fp32. The kernels allocate the
-receive buffer, so `max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for
-combine, backward and recompute.
+Results equal those of `all_to_all`: one row is sent per (token, destination rank). That rank sums its experts' weighted
+outputs, and the kernels' combine adds the sums of the ranks. Three things differ from `all_to_all`. Rows that stay on their
+rank pass through the kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so
+`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for the calls in combine,
+backward and recompute.
 
-An adaptor converts assignments and weights to the format of its kernels, and calls its buffer in `first_dispatch`,
-`dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N pairs (absent ones included), R rows
-for this rank's experts (sorted by source rank, then by token), Q pairs computed here, X weights sent per token and Y
-weights received per row (one per slot or choice).
+An adaptor converts assignments and weights to the format of its kernels, and calls its library's buffer in
+`first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N (token, expert)
+pairs (absent pairs included), R rows for this rank's experts (sorted by source rank, then by token), Q pairs computed here,
+X weights sent per token and Y weights received per row (DeepEP: one per choice; HybridEP: one per slot).
 """
 
 from abc import abstractmethod
@@ -34,7 +34,7 @@ class SlotNumbers:
 
     Attributes:
         slots_per_rank: E', at least 1, because the kernels divide by E'.
-        number_of_expert: Number of each logical expert. No token is routed to a number without a slot.
+        number_of_expert: Number of each logical expert. Numbers without an expert get no token.
     """
 
     slots_per_rank: int
@@ -42,7 +42,7 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to `multiple`."""
+        """Numbers the experts of a placement. E' is the most slots of a rank, rounded up to a multiple of `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -51,7 +51,7 @@ class SlotNumbers:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What the first dispatch returns besides the rows.
+    """What the kernels' first dispatch returns besides the rows.
 
     Attributes:
         handle: Handle of the kernels, for combine and for repeated dispatches.
@@ -69,7 +69,7 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`, and HybridEP's also the counts."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`; in HybridEP it also calls `count`."""
 
     layer: str
     own_rows: int = 0
@@ -77,7 +77,7 @@ class KernelPlan:
     _sent: SentCounts | None = None
 
     def count(self, own: int, rows_W: list[int], pairs_W: list[int]) -> None:
-        """Sets `sent` and `own_rows` from the numbers of rows and pairs to each rank; `own` is this rank's index."""
+        """Sets `sent` and `own_rows` from the numbers of rows and pairs for each rank; `own` is this rank's index."""
         self.own_rows = rows_W[own]
         self._sent = SentCounts(sum(rows_W) - rows_W[own], sum(pairs_W), sum(pairs_W) - pairs_W[own])
 
@@ -106,13 +106,13 @@ K = TypeVar("K", bound=KernelPlan)
 
 
 class KernelDispatcher(TwoStepDispatcher[K]):
-    """Dispatch and combine over one EP group by the kernels of a library.
+    """Dispatches and combines over one EP group by the kernels of a library.
 
     Args:
         wire: The EP group's all-to-all. Only its group, rank and statistics are used, not its exchanges.
         hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this.
-        buffer: The buffer of the library; None makes one at the first plan.
+        buffer: The buffer of the library. If None, the first call of `plan` makes it.
     """
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
@@ -160,11 +160,11 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def reduce(self, rows_RD: Tensor, plan: K, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
-        """Calls the kernels' combine, which sums all ranks' rows, and weights if given, for each of this rank's tokens."""
+        """Calls the kernels' combine, which sums returned rows, and weights if given, for each of this rank's tokens."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
-        """Bytes of the weights and ids that are sent with one row."""
+        """Returns the bytes of the weights and ids that are sent with one row."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
         """Sends rows to their experts' ranks; the first dispatch, with `weight_TX`, also sends pair weights."""
@@ -185,7 +185,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
             return self.reduce(rows_RD, plan, weight_RY)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Counts the bytes of rows and weights for other ranks, without the bytes that the kernels' protocol adds."""
+        """Counts the bytes of rows and weights sent to other ranks. It leaves out what the kernels' protocol adds."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:

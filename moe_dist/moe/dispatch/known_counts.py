@@ -1,18 +1,18 @@
-"""Sends one row per (token, expert) pair. All ranks know all sizes, so no counts or ids are exchanged and nothing syncs.
+"""Sends one row per (token, expert) pair. All ranks know all sizes, so none exchanges counts or ids, and none syncs.
 
-The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert, known without
-reading the routing, as in expert choice within one rank, where every expert takes a fixed number of each rank's tokens.
-Token choice has no known counts. If each rank holds at most one expert of a group, each pair is a distinct (token, rank),
-and deduplication would save nothing: in this case `KnownCountsFirst` prefers this dispatcher.
+The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
+choice within one rank the host knows it before routing, because every expert takes a fixed number of each rank's tokens. In
+token choice it depends on the routing. If each rank holds at most one expert of a group, no two pairs have the same (token,
+rank), and one row per (token, rank) would save nothing: then `KnownCountsFirst` prefers this dispatcher.
 
-The number of rows that a rank sends is the sum of its row of `counts_WE` over all experts of other ranks. This many rows go
-out in dispatch and come back in combine, and again in backward. No row is padding. Shape letters: T tokens, D hidden size,
-N pairs (all taken, sorted by expert), Q pairs computed here.
+The number of rows that a rank sends is the sum of its row of `counts_WE` over the experts of other ranks. So many rows
+leave in dispatch and return in combine, and as many gradients in backward. No row is padding. Shape letters: T tokens, D
+hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
-Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and in backward the gradients of all three. Every
-rank issues all of them, also with nothing to send. Host syncs: none. The order of pairs depends on the counts alone. The
-host computes this order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory: the formula of
-`all_to_all`, with S rows for the pairs sent.
+`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all three. Every rank
+issues all these collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts alone. The
+host computes this order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory is as in
+`all_to_all`, where S is the number of pairs sent.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ KEPT_ORDERS = 16  # number of cached orders: one per micro-batch, for all its la
 
 
 class KnownCountsPlan(AllToAllPlan):
-    """The plan of an exchange with one row per pair. Pairs are sent in the order of (rank, expert), the own rank last."""
+    """The plan of an exchange with one row per pair. Pairs are sent in the order of (rank, expert); own pairs come last."""
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Sizes and permutations that depend on the counts alone: `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
-    computed here by expert, and `expert_N` is the expert that each of the N pairs must have."""
+    """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
+    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs."""
 
     splits: Splits
     expert_N: Tensor
@@ -52,7 +52,7 @@ class _Order:
 
 
 class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
-    """Dispatch and combine over one EP group, with known counts. See `AllToAllDispatcher` for the arguments."""
+    """Dispatches and combines over one EP group, with known counts. See `AllToAllDispatcher` for the arguments."""
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
@@ -63,7 +63,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         """Makes the plan. Costs no collective and no host sync.
 
         Raises:
-            ConfigError: the assignments have no counts, because the router does not fix them.
+            ConfigError: the assignments have no `counts_WE`, because the router's numbers of pairs are not fixed.
             ResourceError: more rows would arrive than `max_receive_rows`.
         """
         counts = assignments.counts_WE
@@ -75,7 +75,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # cached, because all layers of a micro-batch use it
-        # Wrong counts would send rows to wrong experts. Checked on the device, because a check on the host would sync.
+        # Wrong counts would send rows to wrong experts. The check runs on the device, because on the host it would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -125,7 +125,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
 
 
 def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """`rows.runs_in_order` on the host: start, start + 1, ..., start + length - 1 for each block, concatenated."""
+    """Does `rows.runs_in_order` on the host: concatenates start, start + 1, ..., start + length - 1 of all blocks."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
 
@@ -137,15 +137,16 @@ def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """Uses `KnownCountsDispatcher` for assignments with counts, and another dispatcher for all others.
+    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without.
 
-    By default known counts are used only if each rank holds at most one expert of a group. Both dispatchers then send the
+    By default `counts_WE` is used only if each rank holds at most one expert of a group. Both dispatchers then send the
     same rows. All ranks choose the same dispatcher, because counts and placement are the same on all ranks.
 
     Args:
-        known: Dispatcher for assignments with counts.
-        general: Dispatcher for assignments without counts, over the same ranks.
-        always: Use known counts even if a rank holds several experts of a group, and so send a token once per expert.
+        known: Dispatcher for assignments with `counts_WE`.
+        general: Dispatcher for assignments without `counts_WE`, over the same ranks.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group, to which one row per expert is
+            then sent.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -169,7 +170,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """True if every rank holds at most one expert of each group. A token has experts of one group only, and then at most
-    one pair per rank."""
+    """Returns whether every rank holds at most one expert of each group. A token's experts are all of one group, so it then
+    has at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,17 +1,17 @@
-"""The traffic ledger: rows that dispatch sent, and rows that other methods would have sent for the same choices. All
-numbers are per rank, and of forward alone.
+"""Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
+choices. All numbers are of one rank, and of forward alone.
 
 `rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-numbers of rows below are computed from this rank's choices. The last three assume that choices spread evenly over the n
-experts of a group, of which this rank holds `own`, so that a share 1 - own/n of the choices leaves the rank:
+numbers of rows below are computed from this rank's choices. Except `rows_per_pair` they assume that choices spread evenly
+over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
     rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
     rows_null_remapped  one row per taken pair, and one per null choice, sent to a true expert with weight 0
 
-Bytes are not counted here but by CommStats, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of
-the rows that leave the node (0 if the dispatcher does not know nodes), and `metadata_bytes` of everything else.
+CommStats counts bytes, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of the rows that leave
+the node (0 if the dispatcher does not distinguish nodes), and `metadata_bytes` of everything else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def compare(
     """Returns the rows and pairs of one rank's ledger, from sums over its layers and micro-batches.
 
     Args:
-        true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped ones.
+        true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.
         rows_remote, pairs, pairs_remote: Sums of these fields of the layers' reports.

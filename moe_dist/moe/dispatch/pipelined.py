@@ -1,9 +1,9 @@
-"""Runs the experts while exchanges are in flight, in forward and in backward: on own rows first (`overlap`), or by chunks.
+"""Runs experts while exchanges are in flight, in forward and backward: on own rows first (`overlap`), by chunks, or both.
 
 Each exchange has two autograd nodes: Start issues the exchange and End waits for it; in backward End issues the reverse
 exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so that
 backward runs the nodes in exactly the reverse order. Every rank then issues the same collectives in the same order,
-whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
+whatever else autograd runs in between. The order with two chunks; (o) marks what only `overlap` does here:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -12,8 +12,8 @@ whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
 The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
 needs the result of combine.
 
-Memory in rows of D. R' and S' are the received rows and send buffers of the chunks (at most three) that are in memory at
-once. With `overlap` own rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
+Memory in rows of D elements. R' and S' are the received and sent rows of the chunks (at most three) that are in memory at
+once. With `overlap` own rows are not copied, so R counts only received rows, but their experts' sums take T more rows:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
@@ -22,8 +22,8 @@ once. With `overlap` own rows are not copied, so R counts received rows alone, a
     both        forward     S' + max(R' + 2 T, r + 2 T)
                 backward    S' + max(R' + 2 T, 3 T)
 
-With bf16 or fp16 rows, the fp32 sum of one of n chunks adds T / n rows of 4 bytes per element to R' (or R). Shape letters:
-T tokens, D hidden size, N assignments, S rows sent to other ranks, R rows for this rank's experts, Q pairs computed here.
+With bf16 or fp16 rows, the fp32 sum of a chunk (one of n) adds T / n rows of 4 bytes per element to R' (or R). Shape
+letters: T tokens, D hidden size, N assignments, S rows sent, R rows for this rank's experts, Q pairs computed here.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class PipelinedPlan:
-    """The plans of all chunks, and with `overlap` the pairs of this rank's tokens with its own experts."""
+    """The plans of all chunks, and, with `overlap`, the pairs of this rank's tokens with this rank's experts."""
 
     chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
@@ -55,12 +55,12 @@ class PipelinedPlan:
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
-    """Sends the same rows as `AllToAllDispatcher`, and runs the experts on other rows meanwhile.
+    """Sends the same rows as `AllToAllDispatcher`, and meanwhile runs the experts on other rows.
 
     Args:
         placement, wire, max_receive_rows: See `AllToAllDispatcher`.
-        overlap: Compute own rows and the shared expert while the first remote rows are in flight. This doubles the number
-            of expert GEMMs.
+        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. Experts
+            then run once more, on fewer rows each time.
         chunks: Number of ranges of tokens. Each range is sent while the experts compute the range before it.
     """
 
@@ -95,8 +95,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Dispatcher.run`. Calls `experts` with `overlap` for the own pairs, and then for each chunk. With `repeated`,
-        combine is skipped and y is filled with NaN, so that an accidental use of y is noticed."""
+        """See `Dispatcher.run`. Calls `experts` for the own pairs (only with `overlap`), then for each chunk. With
+        `repeated`, combine is skipped and y is filled with NaN, so that an accidental use of y shows."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
@@ -124,7 +124,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class _Flight:
-    """Passes the pending exchange of one chunk from the autograd node that issues it to the node that waits for it."""
+    """Passes a pending exchange of one chunk from the autograd node that starts it to the node that waits for it."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -153,7 +153,7 @@ class _Flight:
 
 
 class _StartDispatch(torch.autograd.Function):
-    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for the gradients of both."""
+    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
@@ -170,8 +170,8 @@ class _StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """The identity. Its backward runs after the backward of everything computed from its output, and before the backward of
-    StartDispatch, so that this computation overlaps the exchange in backward too."""
+    """Returns its arguments. Its backward runs after the backward of all that is computed from its output, and before the
+    backward of StartDispatch, so that this computation overlaps the exchange in backward too."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -200,7 +200,7 @@ class _EndDispatch(torch.autograd.Function):
 
 
 class _StartCombine(torch.autograd.Function):
-    """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for their gradients."""
+    """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for the sums' gradients."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:

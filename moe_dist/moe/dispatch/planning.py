@@ -1,12 +1,13 @@
-"""Makes the plans of `all_to_all`: which rows and pairs go to each rank. All chunks together need one host sync per layer.
+"""Makes the plans of `all_to_all` and `pipelined`: which rows and pairs go to which rank. A layer needs one host sync.
 
-The tokens are cut into ranges of equal length, the chunks. Pairs are sorted by (chunk, rank, slot), and rows by (chunk,
-rank, token); in both orders the own rank comes last. The pairs received from a rank are then grouped by slot, so they need
-no sort. A pair is sent as the index of its row among the rows to the same rank; its slot follows from the counts.
+The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot), and
+rows by (chunk, rank, token); in both orders the own rank comes last. A slot is an expert's place on its rank. The pairs
+received from a rank are then grouped by slot, so they need no sort. A pair is sent as the index of its row among the rows
+to the same rank; its slot follows from the counts.
 
-Shape letters: T tokens, N pairs (absent ones included), E experts, e experts here, W ranks, C chunks, P taken pairs, S rows
-sent to other ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each
-slot), H ranks (the own rank, then the other ranks in order).
+Shape letters: T tokens, N pairs (absent pairs included), E experts, W ranks, C chunks, P taken pairs, S rows sent to other
+ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each slot), H ranks
+(the own rank, then the other ranks in order).
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with its own experts, if computed apart. Their rows are the tokens themselves.
+    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. Their rows are the tokens.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -58,7 +59,7 @@ class _Tables:
 
     Attributes:
         place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank.
-        bin_E: Position of each expert in the order of (place, slot).
+        bin_E: Position of each expert in the order of (place of its rank, slot).
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
         holder_H: The ranks H: the own rank (left out if its pairs are computed apart), then the other ranks in order.
     """
@@ -71,7 +72,7 @@ class _Tables:
 
 @dataclass(frozen=True)
 class ExchangeSizes:
-    """Host integers: numbers of rows and pairs to and from each other rank, and numbers of rows and pairs that stay."""
+    """Numbers of rows and pairs to and from each other rank, and of rows and pairs that stay on this rank, on the host."""
 
     rows: Splits
     pairs: Splits
@@ -91,7 +92,7 @@ class ExchangeSizes:
 class _Counts:
     sizes: list[ExchangeSizes]  # sizes of each chunk
     slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
-    own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all of them if computed apart
+    own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all own pairs if `own_apart`
 
     @property
     def num_remote_pairs(self) -> int:
@@ -100,11 +101,11 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Counts on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot), a run the rows of one
-    (chunk, rank)."""
+    """Bins and runs, on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot), a run the rows
+    of one (chunk, rank)."""
 
     bin_N: Tensor  # bin of each pair; the last bin takes absent pairs
-    run_N: Tensor  # run with the row of each pair
+    run_N: Tensor  # run that holds the row of each pair
     index_N: Tensor  # index of each pair's row inside the run
     row_counts: Tensor  # number of rows of each run
     pair_counts: Tensor  # number of pairs of each bin
@@ -115,7 +116,7 @@ class Planner:
 
     Args:
         chunks: Number of ranges of tokens.
-        own_apart: True if the pairs of this rank's tokens with its own experts are computed apart, outside of the chunks.
+        own_apart: True if own pairs (of this rank's tokens with its own experts) are computed outside of the chunks.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Planner:
         self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Number of tokens of each chunk: equal numbers, then the remainder, then 0."""
+        """Returns the number of tokens of each chunk: equal numbers, then the remainder, then 0."""
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 
@@ -186,7 +187,7 @@ class Planner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts the pairs of each bin, and by a bitmap (run, token) each run's rows. Takes W x T x 5 bytes, no sync."""
+        """Counts the pairs of each bin, and by a bitmap (run, token) the rows of each run: W x T x 5 bytes, no sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
@@ -262,21 +263,21 @@ class Planner:
     def _by_chunk(
         self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns for each chunk the taken pairs of this rank's tokens (to other ranks, then own), and the row indices of
-        the pairs computed here (own, then received)."""
+        """Returns for each chunk the taken pairs of this rank's tokens (for other ranks, then own), and the row index of
+        each pair computed here (own, then received)."""
         chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]  # were sent as int32
+        return pairs, [each.to(torch.int64) for each in indices]  # sent as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Returns the token of each row: per chunk for the rows to other ranks, then per chunk for the own rows. Tokens are
-        numbered from the first token of the chunk."""
+        """Returns a list with the token of each row: for each chunk the rows to other ranks, then for each chunk the own
+        rows. Tokens are numbered from the first token of the chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
@@ -321,6 +322,6 @@ class Planner:
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces, one list of pieces per list of sizes."""
+    """Cuts `items` into consecutive pieces of the given sizes, in lists like those of `sizes`."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

@@ -1,7 +1,7 @@
 """Gathers rows of a tensor, sums rows with the same index, and sorts pairs. Nothing here syncs with the host.
 
-Sums are fp32 in forward and backward. Autograd saves no index tensor: the indices belong to the dispatch plan, which lives
-until backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
+Sums are fp32 in forward and backward. Autograd saves no index tensor, because the dispatch plan keeps the indices until
+backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
 (token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted: enough work for one kernel
+SLICE_BYTES = 16 << 20  # rows are converted in slices of this size, which is enough work for one kernel
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over rows and of routing weights: float64 for a float64 model, fp32 for all others."""
+    """Returns the dtype for sums over rows and for routing weights: float64 for a float64 model, else fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not by save_for_backward, because the plan keeps the index
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not save_for_backward: the plan keeps the index
         return table_TD.index_select(0, index_Q)  # faster on the host than table[index]
 
     @staticmethod
@@ -63,13 +63,13 @@ def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: in
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Returns the sum of the rows with each index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
+    """Returns for each index the sum of its rows, [num_rows, D] in fp32 (float64 for float64 rows). It has no gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
 
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
-    """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. Without gradient.
+    """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES`, so that no copy of all rows in the sum's dtype exists.
     The sum has the same bits as without slices, because the slices are added in order.

@@ -1,7 +1,7 @@
 """Capacity in token choice: the largest number of pairs that an expert computes. Pairs beyond this number are dropped.
 
-A dropped pair becomes an absent pair, which is not sent. No tensor's shape depends on data. Shape letters: N (token,
-expert) pairs in token order, E true experts.
+A dropped pair becomes an absent pair, which is not sent, so no tensor's shape depends on which pairs are dropped. Shape
+letters: N (token, expert) pairs in token order, E true experts.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ class Capacity:
 
     Attributes:
         factor: An expert takes at most ceil(factor * k T / columns) pairs, where T is the number of its group's tokens in
-            the selection scope, and columns the number of the group's experts of all kinds: 1 is the even share.
-        drop: `probability` drops an expert's pairs of least probability, `position` those of the last tokens. The earlier
-            token wins a tie.
-        scope: The selection scope; `rank` means the tokens of one rank's micro-batch.
+            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 this is the load
+            of each expert if choices spread evenly.
+        drop: `probability` drops the expert's pairs of least probability; of equal ones it keeps the earlier token.
+            `position` drops the pairs of the last tokens.
+        scope: The tokens among which an expert's pairs are counted (the selection scope): those of one rank's micro-batch.
     """
 
     factor: float
@@ -33,12 +34,12 @@ class Capacity:
 
 
 def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
-    """ceil(factor * choices / columns) as int64. A quotient at most 1e-9 above an integer is rounded down."""
+    """Returns ceil(factor * choices / columns) as int64. A quotient at most 1e-9 above an integer is rounded down."""
     return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
 
 
 def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
-    """Returns a bool [N] that marks the pairs beyond their expert's capacity. No host sync.
+    """Returns a bool [N] that marks the pairs beyond their expert's capacity. Costs no host sync.
 
     Args:
         expert_N: int64, logical expert of each pair; negative for an absent pair, which is never dropped.
@@ -59,4 +60,4 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
     over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
-    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # back to the order of the pairs
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # from sorted order to the order of pairs

@@ -7,7 +7,7 @@ its second best true expert and r null experts, and so on. Imports no torch.
 
 
 def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
-    """Returns how many true experts per token top-k over true rows and their copies chooses: ceil(k / (r + 1))."""
+    """Returns the number of true experts that a token then chooses among its k choices: ceil(k / (r + 1))."""
     return -(-top_k // (num_null // num_experts + 1))
 
 

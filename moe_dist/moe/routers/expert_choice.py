@@ -3,13 +3,13 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-Such a choice depends on later tokens, so only training uses it (`selection`). Evaluation routes each token causally:
+This choice depends on later tokens, so only training uses it (`selection`). Evaluation uses one of two causal rules:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); W_1, W_2 learn in a later run
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a later run trains W_1, W_2
 
-With both rules the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D hidden
-size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
+Under either rule the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D
+hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
 """
 
 from collections.abc import Sequence
@@ -44,11 +44,11 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
 
-STATISTICS = 2  # number of rows of `ChoiceGate.statistics`: running mean of the k-th largest score, number of steps
+STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th largest score, and the number of steps
 
 
 class ChoiceGate(GroupGate):
-    """Router rows of one group, `true` [n, D], and the thresholds of its experts.
+    """Holds one group's router rows, `true` [n, D], and the thresholds of the group's experts.
 
     `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers without gradient, equal on
     all ranks and saved with the weights. `auxiliary` exists if evaluation uses auxiliary routers.
@@ -63,25 +63,26 @@ class ChoiceGate(GroupGate):
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns buffers [n] of each expert: threshold, running mean of the k-th largest score, and number of steps."""
+        """Returns three buffers [n]: each expert's threshold, running mean of the k-th largest score, and number of
+        steps."""
         mean_n, steps_n = self.statistics
         return self.threshold, mean_n, steps_n
 
 
 class ExpertChoiceRouter(ChoosingRouter):
-    """Routes T tokens, each inside its group.
+    """Routes T tokens: experts choose among the tokens of their group.
 
     Args:
         hidden_dim: D, the hidden size.
         groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
-        capacity: c, the share of its group's tokens that each expert takes. None means `ExpertGroup.capacity`, or else
-            top_k / num_experts.
-        noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa has 1.
-        causal: The rule by which evaluation routes each token alone. With None, evaluation raises an error.
+        capacity: c, the share of its group's tokens that each expert takes. None takes `ExpertGroup.capacity` if it is set,
+            else top_k / num_experts.
+        noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
+        causal: The rule by which evaluation routes each token alone. If None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
-        selection_scope: The ranks whose tokens compete.
-        seed, layer: With step, token and expert, the name of each noise value.
-        known_counts: If true, assignments contain `counts_WE` in training with a scope of one rank, so that dispatch needs
+        selection_scope: The ranks whose tokens compete for the experts.
+        seed, layer: Parts of the name of each noise value, beside step, token and expert.
+        known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
             no host sync.
     """
 
@@ -138,8 +139,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
-        All arithmetic is fp32 (float64 for a float64 model). No host sync. A selection scope of several ranks costs one
-        collective, see `selection`.
+        All arithmetic is fp32 (float64 for a float64 model). Costs no host sync. If the selection scope has several ranks,
+        training costs one collective, see `selection`.
         """
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
@@ -163,12 +164,12 @@ class ExpertChoiceRouter(ChoosingRouter):
         return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups."""
+        """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups than the expert's."""
         return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
-        """Returns scores [T, E] without noise; 0 for experts of other groups."""
+        """Returns scores [T, E] without noise; 0 for experts of other groups than the token's."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TE = self._logits(h_TD.to(dtype))
@@ -187,7 +188,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(self, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
-        """Chooses as in training. Every rank computes the noise of all tokens in the scope, to send only logits."""
+        """Lets experts choose, as in training. Every rank computes the noise of the whole scope, so that only logits are
+        sent."""
         where, device = self.selection_scope, logits_TE.device
         lengths = where.lengths(logits_TE.shape[0], batch_info)
         assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
@@ -206,7 +208,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
-        """Chooses as in evaluation, for each token alone."""
+        """Decides for each token alone, by the causal rule of evaluation."""
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -222,7 +224,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Binary cross entropy of the auxiliary routers against the choice, summed over tokens and each group's experts."""
+        """Returns the auxiliary routers' binary cross entropy against the choice of training, summed over tokens and each
+        group's experts."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that this loss trains only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)

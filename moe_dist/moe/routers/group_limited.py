@@ -7,13 +7,13 @@ GLM-4.5, Kimi K2).
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because they cost no traffic. These columns have s and b
-too. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
+The limit does not apply to null, identity and constant columns, because these cost no traffic. They too have s and b. A
+null choice has no weight, and the sum under w_i leaves it out. Each modality's expert group has its own node groups.
 
-The balance loss and the entropy take s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss
-(equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
-letters: T tokens, D hidden size, C columns, K choices, n true experts of a group, g node groups of a group, m experts of a
-node group.
+The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
+loss (equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
+letters: T tokens, D hidden size, C columns, K choices, n true experts of a modality group, g node groups of a modality
+group, m experts of a node group.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups per modality group. It must divide each group's number of true experts.
+        n_group: Number of node groups in each modality group. It must divide each modality group's number of true experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
-        selection_bias: Choose by score + bias. Weights do not contain the bias.
+        selection_bias: If true, tokens choose by score + bias. Weights do not contain the bias.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class GroupLimitedRouter(TopKRouter):
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
-        """Returns the scores of a group's true experts, -inf outside of the node groups that a token may use. The earlier
-        node group wins a tie."""
+        """Returns the scores of a modality group's true experts, -inf outside of the node groups that a token may use. The
+        earlier of two equal node groups wins."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
         order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open

@@ -1,4 +1,4 @@
-"""Lets choosers select their tokens. In expert choice each expert is a chooser, in mixture of depths each layer.
+"""Lets choosers select tokens. A chooser is an expert (expert choice) or a layer (mixture of depths).
 
 The tokens of one selection scope compete:
 
@@ -6,15 +6,16 @@ The tokens of one selection scope compete:
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-With ep_group and world, one all-gather per layer and forward gathers the logits. Every rank of the scope issues it, and
-recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
-ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, from bit-identical logits. No host sync.
+In the scopes ep_group and world, one all-gather per layer and forward gathers the logits. Every rank of the scope issues
+it; recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
+ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, because their logits are bit-identical. The
+selection costs no host sync.
 
 The selection of a token depends on later tokens, so only training uses it. Evaluation decides for each token alone, by a
 threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
-G groups, W ranks.
+G expert groups, W ranks.
 """
 
 import math
@@ -91,7 +92,7 @@ class ChoosingRouter(nn.Module):
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Context in which `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
+    """Inside this context `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal = True
@@ -104,13 +105,13 @@ def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SelectionScope:
-    """The ranks whose tokens compete.
+    """The ranks whose tokens compete for the choosers.
 
     Attributes:
-        group: Process group of the scope's ranks. None for a single rank.
-        ranks: Global ranks of the scope, in the group's order. `own` is this rank's index in it.
+        group: Process group of the scope's ranks; None for a single rank.
+        ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: Objects that count the all-gather's bytes and show it to the watchdog.
+        comm_stats, tracker: They count the all-gather's bytes, and show the running all-gather to the watchdog.
     """
 
     kind: ScopeKind = "rank"
@@ -122,8 +123,7 @@ class SelectionScope:
     tracker: CollectiveTracker | None = None
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """Returns T of each rank of the scope: without `batch_info` (evaluation, mixture of depths) the same for all
-        ranks."""
+        """Returns T of each rank of the scope. Without `batch_info` (evaluation, mixture of depths) all have the same T."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
@@ -143,9 +143,9 @@ class SelectionScope:
             logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
             capacity_E: float64, share of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
-            name, layer: Names of the collective and of the layer, for records and reports of a hang.
-            add_noise: Adds noise to the logits of the scope [U, E] before the comparison. Reported scores are without
-                noise.
+            name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
+            add_noise: Adds noise to the logits of the scope [U, E] before the comparison. The reported k-th scores contain
+                no noise.
         """
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -175,7 +175,7 @@ def capacity_of_tokens(capacity: float, tokens: int) -> int:
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """`capacity_of_tokens` for tensors, int64, with equal results, because host and device both compute in float64."""
+    """Does the same as `capacity_of_tokens`, for tensors: int64. The results are equal, because both compute in float64."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -183,14 +183,14 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Each chooser takes the best ceil(c T) of the T competing tokens. The earlier token wins a tie.
+    """Lets each chooser take the best ceil(c T) of the T competing tokens. Of equal tokens the earlier one wins.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
-        noisy_UE: The logits that choosers compare: `logits_UE` itself, or with noise.
+        noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
         capacity_E: float64, c of each chooser.
         own: The rows of this rank's tokens.
-        keep_order: Also return the order of tokens. Only for a scope of one rank.
+        keep_order: If true, `order_TE` is returned too. Allowed only in a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # int64 [U, E]
@@ -201,7 +201,7 @@ def choose(
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Returns each chooser's k-th largest score without noise, 0 without selected tokens. `order_UE`, if given, sorts
+    """Returns each chooser's k-th largest score without noise, k = `room_E`; 0 where k is 0. `order_UE`, if given, sorts
     `logits_UE`."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
@@ -220,7 +220,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """Returns the pairs sorted by expert and falling logit. Their number N, a sum of capacities, is known on all ranks."""
+    """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, a sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
@@ -238,19 +238,20 @@ def counted_pairs(
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
-    """Returns the pairs of `counted_pairs` in the order of tokens, without counts, for dispatchers that count pairs."""
+    """Returns the pairs of `counted_pairs` in the order of tokens, without `counts_WE`, for dispatchers that count."""
     order_N = counting_order(pairs.token_N, num_tokens)
     return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """Returns T x K pairs sorted by token: K experts of the token's group, ABSENT for experts that do not take the token.
+    """Returns T x K (token, expert) pairs sorted by token: the K experts of the token's group, or ABSENT for an expert that
+    does not take the token.
 
-    K is the number of experts of the largest group. No smaller number of pairs is certain: a threshold does not limit an
-    expert's tokens, and a scope of several ranks does not limit its tokens from one rank.
+    K is the number of experts of the largest group. A smaller list might not hold all pairs: a threshold does not limit how
+    many tokens an expert takes, nor does a scope of several ranks limit how many it takes from one rank.
 
     Args:
-        columns_TK: int64, the experts of each token's group, filled up with ABSENT. All ABSENT for padding.
+        columns_TK: int64, the experts of each token's group, then ABSENT up to K; all ABSENT for padding.
     """
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)

@@ -1,17 +1,17 @@
 """Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
 A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean m of the k-th
-largest score in its selection scopes, plus a correction d. After each step, q is the mean of the k-th largest score over
-the scopes of the step, weighted by their numbers of tokens. w is the step's weight, 1 / steps at first, later 1 - decay.
+largest score in its selection scopes, plus a correction d. q is the mean of the k-th largest score over the scopes of a
+step, weighted by their numbers of tokens. w is the weight of the step: 1 / number of steps at first, later 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
-With d = 0 evaluation would admit another share of tokens than training, also because m lags behind drifting scores.
-`moe_dist.train.evaluation.calibration` sets d so that both shares are equal.
+With d = 0 evaluation would admit more or fewer tokens than training, for example because m lags behind drifting scores.
+`moe_dist.train.evaluation.calibration` sets d so that both admit the same share of tokens.
 
-These scores contain no noise, because evaluation has none. All ranks get the same thresholds, because counts are over all
-ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
+The scores contain no noise, because evaluation adds none. All ranks get the same thresholds, because the step's sums are
+over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
 from collections.abc import Sequence
@@ -56,14 +56,14 @@ class ThresholdUpdater:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Updates the thresholds from the counts of a step over all ranks, but not those of a group without tokens. Call it
-        only if the optimizer took the step. Does not sync."""
+        """Updates the thresholds from a step's counts over all ranks. The thresholds of a group without tokens do not
+        change. Call it only if the optimizer took the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate; below, one per chooser
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate; the next line repeats it per chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)

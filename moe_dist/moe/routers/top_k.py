@@ -1,12 +1,12 @@
-"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; plain top-k
-if m = 0).
+"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233). Without
+null experts (m = 0) it is plain top-k.
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
 Null choices and dropped pairs become absent pairs, which cost nothing after the router. Choices of identity and constant
 experts become weights in a separate tensor, which the token's own rank applies. Shape letters: T tokens, D hidden size, C
-columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation columns.
+columns, K choices, G expert groups, n true and m null experts of a group, E true experts, F zero-computation columns.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Router rows of one group: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
+    """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if it has such experts.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
     number per column of the group, in the order of `KINDS`.
@@ -52,8 +52,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, maybe
-        0."""
+        """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, which
+        is 0 if the group has no null experts."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -69,20 +69,20 @@ class _Chosen(NamedTuple):
 
 
 class TopKRouter(nn.Module):
-    """Routes T tokens, each inside its group.
+    """Routes T tokens, each to experts of the token's group.
 
     Args:
         hidden_dim: D, the hidden size.
-        groups: All groups, in logical order.
-        normalise: Weights are a softmax over: `true_chosen`: the chosen experts that are not null (AdaMoE). `all_chosen`:
-            all chosen experts. `true_all`: all columns that are not null. `none`: all columns.
+        groups: All expert groups, in logical order.
+        normalise: The columns over which weights are a softmax. `true_chosen`: the token's choices that are not null
+            (AdaMoE). `all_chosen`: all its choices. `true_all`: all columns that are not null. `none`: all columns.
         scale: Factor of every weight.
-        null_logit: `each`: every null column has its own row. `single`: all null columns share one row, whose logit is a
-            learned threshold per token (Kilian et al., arXiv 2601.15370).
-        selection_bias: Choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv 2412.19437, section
-            2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases of a group are 0,
-            its tokens choose by logits, which gives the same order without a softmax's rounding.
-        capacity: Largest number of pairs of an expert in training; None for no bound. Evaluation drops nothing.
+        null_logit: `each`: every null column has its own row. `single`: all null columns share one row; its logit is a
+            threshold, learned as a function of the token (Kilian et al., arXiv 2601.15370).
+        selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
+            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases
+            of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
+        capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
     """
 
     group_of_column_C: Tensor
@@ -137,7 +137,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed). All arithmetic is fp32
-        (float64 for a float64 model). No host sync."""
+        (float64 for a float64 model). Costs no host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
@@ -167,8 +167,8 @@ class TopKRouter(nn.Module):
         return Routing(assignments, sums, free_TF, prob_AC, recorded)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns the logits [T, C]. Null rows are multiplied in slices of n rows, like the true rows, because the bits of
-        a matrix product depend on its shape, and a null row that copies a true row must have exactly its logit."""
+        """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of
+        a matrix product depend on its shape, so null rows are multiplied in slices of n rows, as many as the true rows."""
         parts = []
         for kind in KINDS:
             for group in self.groups:
@@ -192,11 +192,11 @@ class TopKRouter(nn.Module):
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        """Returns the probabilities [T, C] for weights and balance loss; 0 for columns of other groups."""
+        """Returns the probabilities [T, C] for weights and balance loss; 0 for columns of other groups than the token's."""
         return masked_TC.softmax(dim=-1)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
-        """Returns the scores [T, C] by which tokens choose, without gradient; -inf for columns of other groups."""
+        """Returns the scores [T, C] by which tokens choose, without gradient; -inf outside of the token's group."""
         score_TC = masked_TC.detach()
         if not self.selection_bias:
             return score_TC
@@ -208,7 +208,7 @@ class TopKRouter(nn.Module):
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         if cache.choice_TK is None:
             score_TC = self._selection_scores(masked_TC, probs_TC)
-            # A stable sort gives ties to the first columns, the true experts. torch.topk does not.
+            # A stable sort gives ties to the first columns, the true experts; torch.topk may give them to any column.
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep [T, C] in memory
         column_TK = cache.choice_TK
@@ -297,7 +297,8 @@ def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenCol
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks gives zeros and a zero gradient."""
+    """Returns each row's softmax over the entries that `among_TK` marks; 0 elsewhere. A row without marks gets no
+    gradient."""
     safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
