@@ -31,6 +31,8 @@ from moe_dist.monitor.tags import (
 
 FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
 NUM_BINS = 40
+# Kind of value -> plugin and `tensorboard.DataClass` (1 scalar, 2 tensor, 3 blob sequence) that show it.
+PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
 GROUP_CHARTS = dict(  # tag family -> title of its chart
     zip(
         GROUP_FAMILIES,
@@ -123,7 +125,10 @@ class TensorBoardSink(Sink):
     def _with_meaning(self, value: Any, sub_run: str, text: str) -> Any:
         """Adds a description to the first value of a tag in this attempt; TensorBoard reads no later one."""
         if (sub_run, value.tag) not in self._described:
+            plugin, data_class = PLUGINS[value.WhichOneof("value")]
             value.metadata.summary_description = text
+            value.metadata.plugin_data.plugin_name = plugin  # TensorBoard's fast server drops descriptions without both
+            value.metadata.data_class = data_class
             self._described.add((sub_run, value.tag))
         return value
 

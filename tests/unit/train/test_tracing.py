@@ -11,7 +11,7 @@ from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import build_loader
+from moe_dist.train.build import build_loader, build_plan
 from moe_dist.train.resume import Progress
 from moe_dist.train.session import traced_steps
 from tests.support.messages import refused
@@ -24,6 +24,8 @@ ENV = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
 def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "monitor.trace": {"every": 2},
+        "parallel.data": "fsdp2",
+        "parallel.recompute": "block",  # the layers run twice
         "model.moe.capacity": {"factor": 1.0, "drop": "probability", "scope": "rank"},
     }
     with world_of_one():
@@ -33,11 +35,10 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
         folder, step = RunFolder.of(config), one.training.step
         with traced_steps(plan, folder, ENV, progress, attempt_id="one") as tracer:
             step.tracer = tracer
-            training = one.training
-            aux = plan_of(one).aux(0)
+            aux = build_plan(config, plan.manifest, plan.placement).aux(0)
             for number in range(3):
                 batches = loader.batches(number * config.train.global_batch)
-                results.append((batches, training.step(batches, lr=1e-3, aux=aux, number=number)))
+                results.append((batches, step(batches, lr=1e-3, aux=aux, number=number)))
     trace = read_trace(folder.path)
     assert trace.steps == (1, 3)
     for traced in trace.steps:
@@ -56,12 +57,6 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
         taken_TLK = (found.ids >= 0) & (found.ids < plan.placement.num_experts)
         assert not found.weights[~taken_TLK].any()
         assert (found.weights[taken_TLK] > 0).all()
-
-
-def plan_of(one: OneRank) -> Any:
-    from moe_dist.train.build import build_plan
-
-    return build_plan(one.plan.config, one.plan.manifest, one.plan.placement)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,10 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
         accumulator = read(folder)
         tags = accumulator.Tags()
         for tag in (*tags["scalars"], *tags["images"], *tags["histograms"]):
-            text = accumulator.SummaryMetadata(tag).summary_description
+            metadata = accumulator.SummaryMetadata(tag)
+            text = metadata.summary_description
+            assert metadata.plugin_data.plugin_name, "without it TensorBoard's fast server drops the description"
+            assert metadata.data_class
             assert text.endswith("."), tag
             assert not tag.startswith("moe/dropped") or "capacity dropped" in text
 

@@ -97,7 +97,7 @@ MANIFEST.write(place)
 writers = [TraceWriter(place, rank, weights=True) for rank in (0, 1)]
 for step in range(1, 100000):
     for rank, writer in enumerate(writers):
-        writer.add(step, *part(step, rank, 400))
+        writer.add(step, *part(step, rank, 7))
     if step == 20:
         print("going", flush=True)
 """
@@ -116,7 +116,7 @@ def test_a_killed_writer_leaves_a_readable_trace(tmp_path: Path) -> None:
     assert len(trace.steps) >= 14, "at most the steps that were waiting are lost"
     assert trace.steps == tuple(range(1, trace.steps[-1] + 1))
     for step in (1, trace.steps[-1]):
-        assert np.array_equal(trace.step(step).ids[400:], part(step, 1, 400).ids)
+        assert np.array_equal(trace.step(step).ids[7:], part(step, 1, 7).ids)
 
 
 @pytest.mark.parametrize("cut", [1, ENTRY.itemsize - 1])
