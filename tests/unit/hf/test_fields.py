@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS
 from moe_dist.hf.families import FAMILIES, read_section
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.plan import ImportOptions, changed_section
@@ -242,6 +243,21 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     changes += [{name: value} for name in fields for value in (None, ABSENT)]
     accepted = [assert_theirs(changed(values, change), change) for change in (*changes, *TOGETHER[kind])]
     assert 70 < sum(accepted) < len(accepted) - 30
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
+    """Those that logits of a few tokens of a tiny model do not show."""
+    family, defaults = FAMILIES[kind], {field.name: field.default for field in dataclasses.fields(class_of(kind))}
+    assert defaults["num_key_value_heads"] == family.kv_heads
+    assert class_of(kind).default_theta == family.rope_base
+    assert defaults.get("max_window_layers", DEFAULT_WINDOW_LAYERS) == DEFAULT_WINDOW_LAYERS
+    if family.windows in ("flag", "layers"):
+        values = changed(
+            base_of(kind), dict.fromkeys(("sliding_window", "layer_types"), ABSENT) | {"use_sliding_window": True}
+        )
+        theirs = class_of(kind).from_dict(dict(values)).sliding_window
+        assert read_section(values)[1]["sliding_window"] == theirs == DEFAULT_WINDOW
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
