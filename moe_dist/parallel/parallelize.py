@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
+from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
@@ -91,14 +90,19 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
     collective between the layer's two exchanges. A unit for the experts inside it would run its reduce-scatter between the
-    exchanges of backward, where ranks can deadlock.
+    exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
+    plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
+
+    Raises:
+        ConfigError: see `_expert_placement`.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    routers = {each.parameter for each in named_parameters(model) if each.role in ROUTERS}
-    options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": routers}
+    plain = ROUTERS if mesh.edp_size > 1 else _NOT_IN_DDP
+    ignored = {each.parameter for each in named_parameters(model) if each.role in plain}
+    options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": ignored}
     for layer in model.layers:
         if not isinstance(layer, Layer):
             raise AssertionError("model.layers must hold Layer modules")
@@ -116,8 +120,22 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     """Shards expert stacks over edp: by experts, or by the rows of each expert if only their number is a multiple of the
-    edp size."""
+    edp size. Returns None where no expert is to be sharded.
+
+    Raises:
+        ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
+    """
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
+    if not experts or mesh.edp_size == 1:
+        return None
+    try:  # here, so that an older torch can import this file
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError as error:
+        raise ConfigError(
+            f"parallel.data=fsdp2, parallel.edp={mesh.edp_size}: torch {torch.__version__} cannot shard experts over fewer "
+            "ranks than the other parameters of their layer, which came with torch 2.12; install torch>=2.12, or set "
+            "parallel.edp=1 with a larger parallel.ep, or parallel.data=ddp (docs/parallelism.md)"
+        ) from error
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult | None:
@@ -155,7 +173,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     return wrapped
 
 
-def _sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     if work is None:
         raise AssertionError("the process group returned no work for an asynchronous all-reduce")

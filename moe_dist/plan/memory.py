@@ -46,7 +46,8 @@ class RankMemory:
     parameters: float  # fp32 master weights; gradients and moments are fp32 too
     gradients: float
     optimizer: float
-    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2, else all.
+    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2 (and all experts
+    # in bf16 if edp is 1, because FSDP2 does not shard them), else all.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -125,10 +126,12 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     if config.parallel.data != "fsdp2":
         return parts.total - parts.router if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     attention = parts.attention / model.num_layers
-    moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
+    plain = parts.experts if config.parallel.edp == 1 else 0.0
+    kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
+    moe = (parts.experts - plain + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
     # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
-    return parts.embedding + parts.output + attention + max(moe, ffn)
+    return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
