@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from docs.import_graph import read_sources
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
-from moe_dist.parallel.mesh import destroy_world, make_mesh
+from moe_dist.parallel.mesh import destroy_world, make_mesh, pretend_world
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.roles import Role
 from tests.support.layouts import Layout, build
@@ -21,16 +19,23 @@ from tests.support.layouts import Layout, build
 ROOT = Path(__file__).parents[3]
 # Private names of torch that are imported when a module is; `make torch-floor` shows that torch 2.11 has each.
 IMPORTED = {
+    "torch._subclasses.fake_tensor.FakeTensor",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._pytree.tree_leaves",
+}
+LAZY = {
+    "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # not in torch 2.11
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
 }
 
 
 @pytest.fixture
-def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_ranks() -> Iterator[None]:
     """Rank 0 of a world whose collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # pyright: ignore[reportArgumentType]
-    new_group = dist.new_group
-    monkeypatch.setattr(dist, "new_group", lambda *ranks, backend=None, **options: new_group(*ranks, **options))
+    pretend_world(rank=0, world_size=2)
     yield
     destroy_world()
 
@@ -64,5 +69,4 @@ def test_no_other_private_name_is_imported_at_the_start() -> None:
         for each in file.imports
         if each.name.startswith("torch.") and any(part.startswith("_") for part in each.name.split("."))
     }
-    lazy = {f"torch.distributed.fsdp._fully_shard._fsdp_common.{name}" for name in ("FSDPMeshInfo", "ShardPlacementResult")}
-    assert private == IMPORTED | lazy
+    assert private == IMPORTED | LAZY

@@ -1,0 +1,52 @@
+"""Training steps of the GPU presets on fake CUDA tensors: they run on the device alone, and wait for it only where stated.
+
+Two layers of each preset, since all layers are alike; two micro-batches. Each case takes 10 s of CPU time.
+"""
+
+from typing import Any
+
+import pytest
+
+from tools.bench.count import count, table
+
+READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
+PRESETS: dict[str, dict[str, Any]] = {
+    # the phase and name of the named read, and the most kernels of an MoE layer, forward and backward
+    "adamoe_moma_small_1gpu": {"read": "forward split sizes", "kernels": (169, 143)},
+    "olmoe_1b7b_8gpu": {"read": "forward split sizes", "kernels": (169, 170)},
+    "adamoe_mixtral8x7b_64gpu": {"read": "forward split sizes", "kernels": (169, 209)},
+    "moma_1b4_4t4i_32gpu": {"read": "step tokens of each rank and group", "kernels": (140, 150)},
+    "mole_llama3_8b_8gpu": {"read": "forward LoRA pairs of each expert", "kernels": (200, 430)},
+}
+CASES = [
+    pytest.param(preset, ranks, id=f"{preset}-{ranks}", marks=() if (preset, ranks) == SHORT else pytest.mark.full)
+    for SHORT in [("adamoe_moma_small_1gpu", 8)]
+    for preset in PRESETS
+    for ranks in (8, 64, 1024)
+]
+
+
+@pytest.mark.parametrize(("preset", "ranks"), CASES)
+def test_a_step_on_the_device(preset: str, ranks: int) -> None:
+    expected = PRESETS[preset]
+    small = ["parallel.ep=8"] if preset == "adamoe_moma_small_1gpu" else []
+    counted = count(f"configs/{preset}.yaml", ranks, ["model.num_layers=2", *small], rank=ranks - 1)
+    assert not counted.mixed
+    assert not counted.copies
+    reads = dict(counted.syncs)
+    assert reads.pop(expected["read"], 0) == (1 if expected["read"].startswith("step") else 4)
+    assert set(reads.values()) == {1}
+    assert len(reads) == READS_OF_A_STEP
+    assert all(each.startswith("step step.py:") for each in reads)
+    assert counted.tracked <= 1  # entries of collectives, each with a CUDA event
+    assert counted.exchange_seconds > 0  # without it, the slowest rank looks as busy as the others
+    for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
+        assert counted.kernels[f"moe {phase}"] <= 4 * most, counted.kernels
+    assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["olmoe_1b7b_8gpu", "adamoe_mixtral8x7b_64gpu", "moma_1b4_4t4i_32gpu"])
+def test_all_ranks_issue_the_same_collectives(preset: str) -> None:
+    orders = {count(f"configs/{preset}.yaml", 8, ["model.num_layers=2"], rank=rank).order for rank in (0, 7)}
+    assert len(orders) == 1
