@@ -27,6 +27,8 @@ class FlexMask:
     blocks: BlockMask
 
 
+COMPILED_SHAPES = 64  # most shapes for which a function is compiled
+
 # A Tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key: S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
@@ -55,6 +57,10 @@ def make_mask(documents_BS: Tensor) -> AttentionMask:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Each shape is compiled apart, with and without gradient: of a whole sequence, and of mixture of depths up to 8 in
+    # evaluation. Beyond its limit torch would silently run flex attention uncompiled, with S x S scores.
+    torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
 
 

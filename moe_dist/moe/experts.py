@@ -232,13 +232,14 @@ class Experts(nn.Module):
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
         """Computes the pairs of one chunk, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
         x_QD = gather_rows(rows_RD, row_Q)  # one copy of a row per pair
-        outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice joins a rank without experts to the graph
+        outputs, at, slot = [], 0, 0
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]
             outputs.append(self.get_submodule(group_module(name))(rows, group_counts))
             at, slot = at + sum(group_counts), slot + num_local
-        return weighted_row_sum(torch.cat(outputs), weight_Q, row_Q, rows_RD.shape[0])
+        y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
+        return weighted_row_sum(y_QD, weight_Q, row_Q, rows_RD.shape[0])
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:

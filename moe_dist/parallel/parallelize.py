@@ -38,8 +38,16 @@ class ParallelModel:
         parameters: All parameters of this rank, with logical names; the name of a stack of experts has no expert index.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        data: Literal["ddp", "fsdp2"],
+        *,
+        fsdp_gather: Literal["micro_batch", "step"] = "micro_batch",
+    ) -> None:
         self.model = model
+        self._once = data == "fsdp2" and fsdp_gather == "step"
         self.mesh = mesh
         self.data: Literal["ddp", "fsdp2"] = data
         self.parameters = tuple(named_parameters(model))
@@ -58,14 +66,30 @@ class ParallelModel:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP sums over ranks in the last micro-batch only, FSDP2 in
-        each."""
+        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in the last micro-batch only; FSDP2
+        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`)."""
+        if self._once:
+            self._keep_gathered(until_next=not last)
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
             self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
         ):
             yield
+        if self._once and last:
+            self._root.set_reshard_after_forward(True)  # an evaluation must leave sharded parameters for a checkpoint
+
+    @property
+    def _root(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)
+        return self.model
+
+    def _keep_gathered(self, *, until_next: bool) -> None:
+        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward, whose gradients it
+        then adds up in fp32 without a collective."""
+        self._root.set_reshard_after_forward(False)
+        self._root.set_reshard_after_backward(not until_next)
+        self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
         """Sums the gradients that DDP or FSDP2 leave out: of routers over the world, and with DDP of experts over edp."""

@@ -76,6 +76,7 @@ class Layout:
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
+    fsdp_gather: str = "micro_batch"
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
     @property
@@ -296,7 +297,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
         draw_second_matrices(model)
     finally:
         torch.set_default_dtype(before)
-    return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
+    return ParallelModel(model, mesh, layout.data, fsdp_gather=layout.fsdp_gather)  # pyright: ignore[reportArgumentType]
 
 
 def draw_second_matrices(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ Host syncs: one per layer, in which `plan` reads the numbers of rows and of pair
 Memory of forward and of backward, with `item` bytes per element of a row: at most (R + S + T) x D x item. The S rows are a
 buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are the output y.
 If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in slices of
-`rows.SLICE_BYTES`; a T x D x item below one slice counts as one slice. From forward to backward only the plan is kept: 8
-bytes per taken pair of this rank's tokens, 8 per row of S and O, and 16 per pair of Q.
+`rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`); a T x D x item below one slice counts as one slice. From forward to
+backward only the plan is kept: 8 bytes per taken pair of this rank's tokens, 8 per row of S and O, and 16 per pair of Q.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
