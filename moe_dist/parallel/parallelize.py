@@ -197,7 +197,10 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     return wrapped
 
 
-def _sum_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_hook(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     if work is None:
         raise AssertionError("the process group returned no work for an asynchronous all-reduce")

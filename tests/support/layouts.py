@@ -108,6 +108,7 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")

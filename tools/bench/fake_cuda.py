@@ -91,6 +91,7 @@ class Recorder(TorchDispatchMode):
         syncs: Number of times that the host waits for the device, by (phase, name or source line).
         copies: Number of copies between host and device for which the host waits, by (phase, source line).
         mixed: Source lines of operations with tensors of both devices.
+        sorted_sums: Number of backward passes of an index, by part; on CUDA each sorts, to add without atomics.
         order: Names of all collectives, in order.
     """
 
@@ -103,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.syncs: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.mixed: Counter[str] = Counter()
+        self.sorted_sums: Counter[str] = Counter()
         self.order: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,6 +126,8 @@ class Recorder(TorchDispatchMode):
             self.copies[self.phase, source_line()] += not queued
         elif on_host:
             self.mixed[f"{name} at {source_line()}"] += 1
+        if name in ("index_put", "index_put_", "_index_put_impl_") and self.phase == "backward":
+            self.sorted_sums[self.part] += 1
         self.kernels[place] += 1
         self.num_bytes[place] += sum(each.numel() * each.element_size() for each in on_device)
         return out

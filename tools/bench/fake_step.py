@@ -48,6 +48,7 @@ class Counted:
         collectives: By "part phase name".
         syncs, copies: Waits of the host for values and for copies, by "phase name".
         mixed: Operations with tensors of both devices.
+        sorted_sums: Backward passes of an index, which sort on CUDA, by part.
         order: A hash of the names of all collectives, in order; equal on all ranks.
         tracked: Number of collectives that the tracker still held at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
@@ -63,6 +64,7 @@ class Counted:
     syncs: dict[str, int]
     copies: dict[str, int]
     mixed: dict[str, int]
+    sorted_sums: dict[str, int]
     order: str
     tracked: int
     exchange_seconds: float
@@ -212,6 +214,7 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
             syncs=_joined(recorder.syncs),
             copies=_joined(+recorder.copies),
             mixed=dict(recorder.mixed),
+            sorted_sums=dict(recorder.sorted_sums),
             order=sha256(" ".join(recorder.order).encode()).hexdigest()[:16],
             tracked=len(mesh.tracker._unfinished),
             exchange_seconds=told[-1],

@@ -72,7 +72,8 @@ def test_a_copy_to_a_gpu_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     integers = [torch.randint(-100, 1 << 40, (3, 5), generator=generator) for _ in range(5)]
     flags = [torch.rand(3, 5, generator=generator) < 0.5 for _ in range(2)]
-    batch = Batch(*integers[:3], integers[0].to(torch.int32), *integers[3:], *flags)
+    a, b, c, d, e = integers
+    batch = Batch(a, b, c, a.to(torch.int32), d, e, *flags)
     copies: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **named: (copies.append((args, named)), self.clone())[1])

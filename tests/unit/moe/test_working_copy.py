@@ -19,7 +19,8 @@ def stack() -> ExpertStack:
 
 def converted_each_time(made: ExpertStack, x_QD: Tensor) -> Tensor:
     """The oracle."""
-    return loop_swiglu(x_QD, *(weight.to(x_QD.dtype) for weight in (made.gate, made.up, made.down)), COUNTS)
+    gate, up, down = (weight.to(x_QD.dtype) for weight in (made.gate, made.up, made.down))
+    return loop_swiglu(x_QD, gate, up, down, COUNTS)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     counted = count(f"configs/{preset}.yaml", ranks, ["model.num_layers=2", *small], rank=ranks - 1)
     assert not counted.mixed
     assert not counted.copies
+    assert set(counted.sorted_sums) <= {"model"}, "an index in a layer has a backward that sorts"
     reads = dict(counted.syncs)
     assert reads.pop(expected["read"], 0) == (1 if expected["read"].startswith("step") else 4)
     assert set(reads.values()) == {1}
