@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 
 from moe_dist.data.batch import Batch
-from moe_dist.data.loader import TrainLoader
+from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.metrics import build_record, evaluation_scalars
@@ -60,7 +60,11 @@ class Trainer:
     saver: Resumable
     stop: StopRequest
     progress: Progress
+    _reader: ReadAhead = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = ReadAhead(self.loader.batches)
 
     def fit(self) -> Finished:
         """Trains until the last step.
@@ -98,7 +102,8 @@ class Trainer:
         begin = time.perf_counter()
         plan, progress = self.plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
-        batches = self.loader.batches(progress.position)
+        following = progress.position + plan.global_batch if progress.step + 1 < plan.steps else None
+        batches = self._reader.batches(progress.position, following=following)
         result = self.take_step(
             batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
         )
@@ -113,6 +118,7 @@ class Trainer:
         return result
 
     def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
+        self._reader.settle()  # before `loader.epochs`
         stats = StepStatistics(
             result,
             step=self.progress.step,
@@ -157,6 +163,7 @@ class Trainer:
 
     def _last_batches(self, count: int) -> list[Batch]:
         """This rank's last training micro-batches, at most `count`; first those of the last step, then those before it."""
+        self._reader.settle()
         position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
             batches += self.loader.batches(position)

@@ -4,10 +4,12 @@ Two layers of each preset, since all layers are alike; two micro-batches. Each c
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_dist.errors import ConfigError, ResourceError
 from tools.bench.count import count, table
 
 READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
@@ -45,6 +47,20 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
         assert counted.kernels[f"moe {phase}"] <= 4 * most, counted.kernels
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ResourceError, match=r"fake_cuda\.cpp by the C\+\+ compiler 'no-such-compiler'.*install g\+\+ or set CXX"
+    ):
+        count("configs/olmoe_1b7b_8gpu.yaml", 8)
+
+
+def test_a_step_that_cannot_run_gives_its_error() -> None:
+    with pytest.raises(ConfigError, match=r"on 12 ranks cannot be counted: .*parallel"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 12, ["parallel.ep=12"])
 
 
 @pytest.mark.full
