@@ -16,12 +16,12 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
     """Counts one step of a configuration on one of `ranks` ranks. Takes some seconds, in a process of its own.
 
     Raises:
-        ConfigError: the step failed; has the last lines of the error.
+        ConfigError: the configuration is refused, or the step failed; has the reason, or the last lines of the error.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.bench.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])
     if done.returncode:
-        raise ConfigError(f"{path} on {ranks} ranks cannot be counted: {done.stderr.strip()[-1500:]}")
+        raise ConfigError(f"{path}: {done.stderr.strip()[-1500:]}")
     return Counted(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -26,6 +26,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.model.transformer import Layer
 from moe_dist.parallel import parallelize
 from moe_dist.parallel.mesh import make_mesh, pretend_world
@@ -74,6 +75,10 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
     """The configuration on `ranks` ranks: EP groups of the same size, or smaller ones if there are fewer ranks."""
     config = load_config(path, overrides)
     ep = min(config.parallel.ep, ranks)
+    if ranks % ep:
+        raise ConfigError(
+            f"--ranks {ranks}: must be a multiple of parallel.ep={ep}; take {ranks + -ranks % ep}, or set parallel.ep"
+        )
     micro = min(config.train.micro_batch, max(1, 512 // ranks)) if config.parallel.ep == 1 else config.train.micro_batch
     changes = {
         "parallel.ep": ep,
@@ -227,4 +232,7 @@ def _joined(counter: Counter[Any]) -> dict[str, int]:
 
 if __name__ == "__main__":
     fake_cuda.enter()
-    print(json.dumps(asdict(count_step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))))
+    try:
+        print(json.dumps(asdict(count_step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))))
+    except MoeDistError as error:
+        sys.exit(str(error))

@@ -52,15 +52,13 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        ResourceError, match=r"fake_cuda\.cpp by the C\+\+ compiler 'no-such-compiler'.*install g\+\+ or set CXX"
-    ):
+    with pytest.raises(ResourceError, match=r"fake_cuda\.cpp by .*'no-such-compiler'.*install g\+\+ or set CXX"):
         count("configs/olmoe_1b7b_8gpu.yaml", 8)
 
 
-def test_a_step_that_cannot_run_gives_its_error() -> None:
-    with pytest.raises(ConfigError, match=r"on 12 ranks cannot be counted: .*parallel"):
-        count("configs/olmoe_1b7b_8gpu.yaml", 12, ["parallel.ep=12"])
+def test_a_wrong_number_of_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"yaml: --ranks 12: must be a multiple of parallel\.ep=8; .*take 16"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 12)
 
 
 @pytest.mark.full
