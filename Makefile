@@ -8,6 +8,8 @@ INSTALLING := .cache/installing
 DATA := .cache/data/openmoji
 # The next megatron-core, for its tests: Python 3.11 gets no later one than 0.16, and it wants triton.
 NEXT_MEGATRON := .cache/megatron-0.19
+# The oldest torch of setup.py, for torch-floor alone.
+OLDEST_TORCH := .cache/torch-2.11
 # A package that ships a real model, for test-smollm2 alone.
 SMOLLM2 := .cache/smollm2
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
@@ -24,7 +26,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -54,6 +56,10 @@ test-one: $(INSTALLED)  ## Run one file or test, full cases included (make test-
 
 test-smollm2: $(SMOLLM2)/.installed  ## Take a real model, SmolLM2-135M, in and out of Hugging Face's form
 	@$(TEST) -rP tests/pretrained
+
+torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)
+	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python tests/support/import_all.py
+	@PYTHONPATH=$(OLDEST_TORCH) $(TEST) tests/distributed/test_training_step.py tests/unit/parallel/test_torch_floor.py
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) -m "" tests/faults
@@ -158,6 +164,12 @@ $(NEXT_MEGATRON)/.installed: | $(INSTALLED)
 	@rm -rf $(NEXT_MEGATRON)
 	@$(BIN)/python -m pip install -qq --no-deps --ignore-requires-python --target $(NEXT_MEGATRON) \
 	  'megatron-core>=0.19,<0.20' triton
+	@touch $@
+
+$(OLDEST_TORCH)/.installed: | $(INSTALLED)
+	@echo "installing torch 2.11 (4.5 GB) into $(OLDEST_TORCH)"
+	@rm -rf $(OLDEST_TORCH)
+	@$(BIN)/python -m pip install -qq --target $(OLDEST_TORCH) 'torch==2.11.*' numpy
 	@touch $@
 
 $(SMOLLM2)/.installed: | $(INSTALLED)

@@ -82,6 +82,7 @@ setup(
     package_dir={f"moe_dist.bundled.{name}": name for name in FOLDERS},
     package_data={
         "moe_dist": ["py.typed"],
+        "moe_dist.bundled.tools.bench": ["*.cpp"],
         **{f"moe_dist.bundled.{name}": ["*.yaml", "*.md", "*.sh", "*.sbatch"] for name in DATA},
     },
     entry_points={"console_scripts": ["moe-dist = moe_dist.__main__:main"]},

@@ -5,7 +5,7 @@ watchdog.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -102,6 +102,12 @@ class CommStats:
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
         self.inter_node_bytes = 0
         return taken
+
+
+def from_host(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers of the host as a tensor [n] on the device. On CUDA the copy is queued, and the host does not wait."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def sum_over(

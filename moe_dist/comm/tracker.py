@@ -34,7 +34,7 @@ class Position:
 
 class CollectiveTracker:
     """Records the collectives that one rank enters and leaves. For each collective it costs two dictionary operations and,
-    on CUDA, one CUDA event, but no sync.
+    on CUDA, one CUDA event and a query of the oldest event, but no sync.
 
     Attributes:
         entered: Number of collectives entered so far.
@@ -86,7 +86,8 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._unfinished[entered] = (position, _passed(device))  # `oldest` removes the entry
+                    self._remove_finished(all=False)  # here, because a run on one GPU has no watchdog that calls `oldest`
+                    self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
                 self._moved = time.monotonic()
@@ -96,13 +97,20 @@ class CollectiveTracker:
         """Returns the unfinished collective that was entered first. If all are finished, returns the position inside
         `among`, or None outside of `among`."""
         with self._lock:
-            for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
-                if finished is not None and finished():
-                    del self._unfinished[entered]
-                    self._moved = time.monotonic()
+            self._remove_finished(all=True)
             for position, _ in self._unfinished.values():
                 return position
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
+
+    def _remove_finished(self, *, all: bool) -> None:
+        """Removes the entries whose collectives the stream has passed; unless `all`, only those before the first that it
+        has not passed."""
+        for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
+            if finished is not None and finished():
+                del self._unfinished[entered]
+                self._moved = time.monotonic()
+            elif not all:
+                return
 
 
 def track_collective(
@@ -126,4 +134,10 @@ def _passed(device: "torch.device") -> Callable[[], bool]:
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
-    return event.query
+
+    def passed() -> bool:
+        # The watchdog's thread begins on GPU 0, where its query would open a context: 0.5 GB for each rank of the node.
+        torch.cuda.set_device(device)
+        return event.query()
+
+    return passed

@@ -35,6 +35,9 @@ class ParallelSection(Section):
     edp: Ranks = Field(default=1, description="Number of EP groups; each holds all experts. The world size is ep x edp.")
     data: Literal["ddp", "fsdp2"] = "ddp"
     """ddp replicates the parameters that are not experts on all ranks. fsdp2 shards all parameters except routers."""
+    fsdp_gather: Literal["micro_batch", "step"] = "micro_batch"
+    """How often fsdp2 gathers parameters and sums gradients over ranks. step sends less, but keeps all parameters that a
+    rank computes with (in the compute data type) and their gradients (in fp32) from the first micro-batch to the last."""
     recompute: Literal["none", "experts", "block"] = "none"
     """Activations that backward computes again. experts: the FFNs, which repeats no exchange. block: attention and MoE
     layers, which repeats the dispatch exchange but not the routing."""

@@ -32,8 +32,16 @@ class Batch:
     padding_BS: torch.Tensor  # bool, true if the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns a copy of this batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(Batch)})
+        """Returns a copy of this batch on another device. On CUDA it is one copy from pinned memory, which is queued."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(Batch)}
+        if torch.device(device).type != "cuda":
+            return Batch(**{name: each.to(device) for name, each in tensors.items()})
+        # Wide elements come first, so that each tensor begins at a multiple of its element's size.
+        order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+        flat = [tensors[name].reshape(-1).view(torch.uint8) for name in order]
+        packed = torch.cat(flat).pin_memory().to(device, non_blocking=True).split([len(each) for each in flat])
+        moved = zip(order, packed, strict=True)
+        return Batch(**{name: each.view(tensors[name].dtype).view(tensors[name].shape) for name, each in moved})
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,8 @@ ranks and any micro-batch size, so a checkpoint saves only the number of sequenc
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,39 @@ class TrainLoader:
             seen = sum(self._tokens[name][modality] * count / len(self._streams[name]) for name, count in drawn.items())
             epochs[modality] = seen / total if total else 0.0
         return epochs
+
+
+class ReadAhead:
+    """Reads the batches of the next step in a thread, while the current step computes.
+
+    A loader is not safe in two threads, so call `settle` before any other use of it.
+
+    Args:
+        read: Returns the batches of the step that starts at a position of the global stream.
+    """
+
+    def __init__(self, read: Callable[[int], list[Batch]]) -> None:
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def batches(self, position: int, *, following: int | None) -> list[Batch]:
+        """Returns the batches at `position`, and begins to read those at `following` (None: there is no next step).
+
+        Raises:
+            Any error of `read` at this position; an error at `following` waits until that step.
+        """
+        self.settle()
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead is not None and ahead[0] == position else self._read(position)
+        if following is not None:
+            self._ahead = following, self._thread.submit(self._read, following)
+        return batches
+
+    def settle(self) -> None:
+        """Waits until the thread reads nothing."""
+        if self._ahead is not None:
+            self._ahead[1].exception()  # waits; an error is raised where its batches are wanted
 
 
 def heldout_batches(

@@ -47,7 +47,7 @@ class AuxTerms:
         num_columns = sums.choices_C.shape[0]
         counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]
         choices_LC, tokens_LG = counts[:, :num_columns], counts[:, num_columns:]
-        tables = ColumnTables.on(self.groups, y.device)
+        tables = ColumnTables.on(tuple(self.groups), y.device)
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
         # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or

@@ -19,7 +19,7 @@ takes bf16 on compute capability 8.0 and up.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +122,25 @@ def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
     return weight
 
 
+class _WorkingCopy(torch.autograd.Function):
+    """Stands for a weight by its copy in another dtype; passes the copy's gradient to the weight, in the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.to(ctx.dtype), None
+
+
 class ExpertStack(nn.Module):
-    """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F]."""
+    """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
+
+    Weights of another dtype than the rows are converted once per change of the weights, so once per training step. The
+    copies stay in memory: 2 bytes per bf16 parameter.
+    """
 
     role = Role.EXPERT
 
@@ -134,6 +151,21 @@ class ExpertStack(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
+        self._copies: dict[str, tuple[int, Tensor]] = {}  # by weight: its version, and its copy in the rows' dtype
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight `name` in `dtype`, with gradient. Under FSDP2 a sharded weight already has the rows' dtype here."""
+        weight = self.get_parameter(name)
+        if weight.dtype == dtype:
+            return weight
+        version, copy = self._copies.get(name, (-1, None))
+        if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, weight.device, weight.shape):
+            version, copy = -1, torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        if version != weight._version:  # each change in place, as by the optimizer or a loaded checkpoint, raises it
+            with torch.no_grad():
+                copy.copy_(weight)
+            self._copies[name] = (weight._version, copy)
+        return _WorkingCopy.apply(weight, copy)  # pyright: ignore[reportReturnType]
 
     def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
@@ -142,7 +174,7 @@ class ExpertStack(nn.Module):
             # without a gradient. The ranks that share this stack hold no expert of this group either, so all skip it.
             return x_QD[:0]
         swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
-        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # costs nothing under FSDP2
+        gate, up, down = (self.weight(name, x_QD.dtype) for name in ("gate", "up", "down"))
         return swiglu(x_QD, gate, up, down, counts)
 
 
@@ -201,13 +233,14 @@ class Experts(nn.Module):
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
         """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in the weights' dtype."""
         x_QD = gather_rows(rows_RD, row_Q)  # one copy of a row per pair
-        outputs, at, slot = [x_QD[:0]], 0, 0  # a rank without experts needs the empty slice to join autograd's graph
+        outputs, at, slot = [], 0, 0
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]
             outputs.append(self.get_submodule(group_module(name))(rows, group_counts))
             at, slot = at + sum(group_counts), slot + num_local
-        return weighted_row_sum(torch.cat(outputs), weight_Q, row_Q, rows_RD.shape[0])
+        y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
+        return weighted_row_sum(y_QD, weight_Q, row_Q, rows_RD.shape[0])
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:

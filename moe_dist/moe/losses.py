@@ -6,6 +6,7 @@ groups' null, identity and constant experts).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -34,11 +35,12 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    def on(cls, groups: Sequence[ExpertGroup], device: torch.device) -> "ColumnTables":
+    @cache  # every layer of Megatron's model asks in each forward, and each table costs a copy that the host waits for
+    def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
         sizes = [group.num_columns for group in groups]
-        return cls(tuple(groups), group_C, member_CG, torch.tensor(sizes, device=device))
+        return cls(groups, group_C, member_CG, torch.tensor(sizes, device=device))
 
 
 def balance_terms(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
@@ -168,7 +169,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
-        total += (squares / torch.tensor(copies, dtype=torch.float64, device=device)).sum()
+        total += (squares / from_host(copies, torch.float64, device)).sum()
     return total
 
 

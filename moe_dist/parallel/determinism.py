@@ -13,7 +13,8 @@ from moe_dist.errors import ConfigError
 
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 _CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8", (":4096:8", ":16:8"))
-_NCCL = ("NCCL_ALGO", "^NVLS")
+# All algorithms whose sums a switch or network device may compute; NCCL has NVLSTree between nodes, NVLS inside a node.
+_NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:

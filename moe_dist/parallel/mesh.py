@@ -86,6 +86,13 @@ def init_world(
     )
 
 
+def pretend_world(*, rank: int, world_size: int) -> None:
+    """Creates a default process group without peers, whose collectives do nothing, to count what a rank would do."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]
+
+
 def make_mesh(
     *,
     ep: int,
@@ -105,7 +112,8 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # even for one rank: FSDP2 needs its mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs its mesh
+    backend = "fake" if dist.get_backend() == "fake" else "gloo"
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,
@@ -118,8 +126,8 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # The timeout may be long: a rank that dies closes its connections, which ends the other ranks' wait.
-        checkpoint=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
+        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the others.
+        checkpoint=dist.new_group(backend=backend, timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
         tracker=tracker or CollectiveTracker(),

@@ -79,5 +79,5 @@ def balance_loss(report: LayerReport, groups: Sequence[ExpertGroup], group: dist
     sums = report.sums
     counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), group)
     choices_C, tokens_G = counts.split([len(sums.choices_C), len(sums.tokens_G)])
-    tables = ColumnTables.on(groups, choices_C.device)
+    tables = ColumnTables.on(tuple(groups), choices_C.device)
     return balance_terms(sums.prob_C[None], choices_C[None], tokens_G[None], tables).sum()

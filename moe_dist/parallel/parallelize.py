@@ -17,14 +17,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
+from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
@@ -40,8 +39,16 @@ class ParallelModel:
         parameters: All parameters of this rank, with logical names; a stack of experts has a name without an expert index.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        data: Literal["ddp", "fsdp2"],
+        *,
+        fsdp_gather: Literal["micro_batch", "step"] = "micro_batch",
+    ) -> None:
         self.model = model
+        self._once = data == "fsdp2" and fsdp_gather == "step"
         self.mesh = mesh
         self.data: Literal["ddp", "fsdp2"] = data
         self.parameters = tuple(named_parameters(model))
@@ -61,13 +68,30 @@ class ParallelModel:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks only in the last, FSDP2 in each."""
+        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in the last micro-batch only; FSDP2
+        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`)."""
+        if self._once:
+            self._keep_gathered(until_next=not last)
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
             self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
         ):
             yield
+        if self._once and last:
+            self._root.set_reshard_after_forward(True)  # an evaluation must leave sharded parameters for a checkpoint
+
+    @property
+    def _root(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)
+        return self.model
+
+    def _keep_gathered(self, *, until_next: bool) -> None:
+        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward, whose gradients it
+        then adds up in fp32 without a collective."""
+        self._root.set_reshard_after_forward(False)
+        self._root.set_reshard_after_backward(not until_next)
+        self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
         """Sums the gradients that DDP and FSDP2 leave out: of routers over the world, and under DDP of experts over edp."""
@@ -91,15 +115,20 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     parameters.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
-    collective between the layer's two exchanges. If the experts were a unit inside it, their reduce-scatter would run
-    between the exchanges of backward, where ranks can deadlock.
+    collective between the layer's two exchanges. A unit for the experts inside it would run its reduce-scatter between the
+    exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
+    plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
+
+    Raises:
+        ConfigError: see `_expert_placement`.
     """
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    routers = {each.parameter for each in named_parameters(model) if each.role in ROUTERS}
-    options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": routers}
+    plain = ROUTERS if mesh.edp_size > 1 else _NOT_IN_DDP
+    ignored = {each.parameter for each in named_parameters(model) if each.role in plain}
+    options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": ignored}
     for layer in model.layers:
         if not isinstance(layer, Layer):
             raise AssertionError("model.layers must hold Layer modules")
@@ -116,9 +145,23 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp: by experts, or by the rows of each expert if the number of rows is a multiple of the
-    edp size and the number of experts is not."""
+    """Shards expert stacks over edp: by experts, or by the rows of each expert if only their number is a multiple of the
+    edp size. Returns None where no expert is to be sharded.
+
+    Raises:
+        ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
+    """
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
+    if not experts or mesh.edp_size == 1:
+        return None
+    try:  # here, so that an older torch can import this file
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError as error:
+        raise ConfigError(
+            f"parallel.data=fsdp2, parallel.edp={mesh.edp_size}: torch {torch.__version__} cannot shard experts over fewer "
+            "ranks than the other parameters of their layer, which came with torch 2.12; install torch>=2.12, or set "
+            "parallel.edp=1 with a larger parallel.ep, or parallel.data=ddp (docs/parallelism.md)"
+        ) from error
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult | None:
@@ -156,7 +199,10 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     return wrapped
 
 
-def _sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_hook(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     if work is None:
         raise AssertionError("the process group returned no work for an asynchronous all-reduce")

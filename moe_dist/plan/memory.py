@@ -44,9 +44,10 @@ class RankMemory:
     """Bytes that each use of memory takes on one rank."""
 
     parameters: float  # fp32 master weights; gradients and moments are fp32 too
-    gradients: float
+    gradients: float  # with fsdp_gather=step also the gradients of gathered parameters, in fp32
     optimizer: float
-    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2, else all.
+    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2 (and all experts
+    # in bf16 if edp is 1, because FSDP2 does not shard them; all with fsdp_gather=step), else all.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -69,9 +70,10 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     exchange_rows = 2 * (parallel.ep - 1) * tokens
     if parallel.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (parallel.ep - 1) * tokens + parallel.max_receive_rows)
+    summed = _gathered(config, placement, rank) if _gathers_once(config) else 0.0
     return RankMemory(
         parameters=held * FP32,
-        gradients=trained * FP32,
+        gradients=(trained + summed) * FP32,
         optimizer=2 * trained * FP32,
         casts=_casts(config, placement, rank) * itemsize,
         activations=tokens * _activation_bytes_per_token(config, rows, pairs),
@@ -120,15 +122,31 @@ def _local(placement: ExpertPlacement, rank: int) -> dict[str, float]:
     return {group.name: len(placement.local_experts(rank, group)) for group in placement.groups}
 
 
+def _gathers_once(config: Config) -> bool:
+    return config.parallel.data == "fsdp2" and config.parallel.fsdp_gather == "step"
+
+
+def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
+    """Number of trained parameters that FSDP2 shards, of all those that the rank computes with."""
+    parts = parameters(config.model, experts_held=_local(placement, rank))
+    if config.model.has_adapters or config.router_tuning:
+        return parts.adapters
+    return parts.total - parts.router - (parts.experts if config.parallel.edp == 1 else 0.0)
+
+
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     model, parts = config.model, parameters(config.model, experts_held=_local(placement, rank))
+    if _gathers_once(config):
+        return parts.total - parts.router
     if config.parallel.data != "fsdp2":
         return parts.total - parts.router if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     attention = parts.attention / model.num_layers
-    moe = (parts.experts + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
+    plain = parts.experts if config.parallel.edp == 1 else 0.0
+    kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
+    moe = (parts.experts - plain + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the root unit's weights (embedding, output) gathered, and during a layer it gathers the next layer's.
-    return parts.embedding + parts.output + attention + max(moe, ffn)
+    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
+    return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:

@@ -97,6 +97,17 @@ class RankEnv:
         return cls(*ranks, init_method, attempt, attempt_id, launched, grace_seconds)
 
 
+def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
+    """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call it before torch is
+    imported.
+
+    Each layer of each micro-batch allocates other sizes, because other numbers of rows arrive. Without growing segments the
+    free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
+    """
+    if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> None:
     """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless it is set already. Call it
     before the import of torch, which reads the variable."""

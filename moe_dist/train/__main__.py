@@ -17,7 +17,7 @@ from moe_dist.errors import EXIT_DONE
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.runtime.environment import RankEnv, share_cores
+from moe_dist.runtime.environment import RankEnv, limit_fragmentation, share_cores
 from moe_dist.runtime.log import Startup
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
@@ -52,6 +52,8 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
+            if not plan.config.parallel.dispatch.needs_modules:  # other libraries share memory that must not grow
+                limit_fragmentation(os.environ)
             train(plan, env, attempt, stop)
         elif env.rank == 0:
             print(RunFolder.of(plan.config).read_summary())

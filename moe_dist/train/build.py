@@ -174,7 +174,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
-    parallel = ParallelModel(model, mesh, config.parallel.data)
+    parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
     section = config.optimizer
     optimizer = make_optimizer(
         split_parameters(model, weight_decay=section.weight_decay),

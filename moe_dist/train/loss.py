@@ -136,7 +136,11 @@ def depth_statistics(
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
     """Copies counts to the host. They become int64, except those in FRACTIONAL."""
-    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()  # one device-to-host sync for all fields
+    return counts_from(torch.cat([part.flatten() for part in counts]).cpu().numpy(), counts)  # one sync for all fields
+
+
+def counts_from(flat: np.ndarray, counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
+    """The counts whose fields, flattened and joined, are `flat`, with the shapes of `counts`."""
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()

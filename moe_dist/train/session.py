@@ -1,12 +1,14 @@
 """Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, final summary."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
@@ -45,7 +47,7 @@ from moe_dist.train.trainer import Finished
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """Returns this rank's device: the GPU whose index is the local rank, or the CPU.
+    """Returns this rank's device: the GPU whose index is the local rank, the only GPU that this rank sees, or the CPU.
 
     Raises:
         ResourceError: there is no GPU for this rank.
@@ -53,14 +55,32 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if env.local_rank >= torch.cuda.device_count():
+    # A scheduler may show each rank its own GPU alone, as srun --gpus-per-task does; `claim_gpu` finds a shared one.
+    index = 0 if torch.cuda.device_count() == 1 else env.local_rank
+    if index >= torch.cuda.device_count():
         raise ResourceError(
             f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
             "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
         )
-    device = torch.device("cuda", env.local_rank)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # NCCL and torch.cuda.current_stream use the current device
     return device
+
+
+def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    """Takes this rank's GPU for itself; does nothing on a CPU.
+
+    Raises:
+        ResourceError: another rank has taken the same GPU.
+    """
+    if device.type != "cuda":
+        return
+    uuid = torch.cuda.get_device_properties(device).uuid
+    if store.add(f"ranks on GPU {uuid}", 1) > 1:
+        raise ResourceError(
+            f"rank {env.rank}, number {env.local_rank} on {socket.gethostname()}: another rank uses the same GPU {uuid}; "
+            "give each rank a GPU of its own (--gpus-per-task=1, CUDA_VISIBLE_DEVICES), or start fewer ranks"
+        )
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
@@ -75,8 +95,8 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        # Before the process group is made, because the other ranks would wait there for a bad node until the timeout.
-        check_at_start(config, env, folder.path)
+        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        claim_gpu(store, env, device)
         timeout = section.timeout_seconds
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from moe_dist.comm.collectives import CommStats, sum_over
+from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
@@ -31,10 +31,10 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.loss import (
     AuxSettings,
     MicroLoss,
+    counts_from,
     depth_statistics,
     forward,
     micro_loss,
-    on_host,
     step_counts,
     sums_by_modality,
 )
@@ -101,8 +101,8 @@ class TrainingStep:
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
-        Apart from the dispatchers' syncs, and that for `needs_global_batch_info`, the host syncs with the device only at
-        the end: to read this rank's counts (for the ledger), the summed vector, and the counts over all ranks.
+        Besides the dispatchers' syncs the host syncs with the device only at the end: for this rank's counts (for the
+        ledger), and for all sums over the ranks.
 
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
@@ -165,9 +165,13 @@ class TrainingStep:
             own.add(reports)
         with record_function("reduce gradients"):
             self.parallel.reduce_gradients()
+        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
+        payload, metadata, seconds = self.comm_stats.take()  # host sync: on CUDA the seconds are known only after it
         self._times = self._no_times.clone()
-        self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
-        local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
+        self._times[mesh.rank].fill_(clock.seconds(seconds))  # an assignment would copy from the host, and wait
+        traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
+        host = [seconds, float(tokens), float(stop_requested)]
+        local = self._pack(losses, labels_M.sum(0), own, forward_rows, traffic, host)
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
         result = self._update(summed, losses, lr, times_W)
         if tracer is not None:
@@ -180,15 +184,14 @@ class TrainingStep:
         labels_M: Tensor,
         own: "_OwnCounts",
         forward_rows: Tensor,
-        tokens_and_stop: list[float],
+        traffic: dict[str, int],
+        host: list[float],
     ) -> Tensor:
         """Returns a float64 vector with this rank's summands of the squared gradient norm, the losses, the stop requests
         and the statistics, so that one all-reduce sums them all."""
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)
-        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
-        payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
@@ -201,9 +204,8 @@ class TrainingStep:
             pairs=pairs,
             pairs_remote=pairs_remote,
         )
-        traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         numbers = {**ledger, **traffic}
-        host = [*(float(numbers[key]) for key in LEDGER_KEYS), seconds, *tokens_and_stop]
+        host = [*(float(numbers[key]) for key in LEDGER_KEYS), *host]
         terms = [[loss.balance for loss in losses], [loss.z for loss in losses], [loss.auxiliary for loss in losses]]
         return torch.cat(
             [
@@ -211,7 +213,7 @@ class TrainingStep:
                 *(torch.stack(parts).sum().view(1) for parts in terms),
                 torch.stack([loss.nll_M for loss in losses]).sum(0),
                 labels_M,
-                torch.tensor(host, dtype=torch.float64, device=device),
+                from_host(host, torch.float64, device),
             ]
         )
 
@@ -219,13 +221,16 @@ class TrainingStep:
         """Updates the weights if the sums over all ranks are finite, else skips the step. All ranks have the same sums, so
         all decide alike; a NaN on one rank makes the sum NaN."""
         num_modalities = len(self.group_of_modality)
-        values = summed.tolist()  # device-to-host sync
+        counts = step_counts([loss.counts for loss in losses])
+        # One device-to-host sync for all. It is before the update, so that the host does not wait for the update.
+        read = torch.cat([summed, times_W, *(part.flatten() for part in counts)]).cpu().numpy()
+        sums, busy_seconds_W, flat = np.split(read, [len(summed), len(summed) + len(times_W)])
+        shown, values = counts_from(flat, counts), sums.tolist()
         squared, balance, z, auxiliary = values[:4]
         nll_M = np.array(values[4 : 4 + num_modalities])
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
         host = values[4 + 2 * num_modalities :]
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
-        counts = step_counts([loss.counts for loss in losses])
         if finite:
             norm = summed[0].sqrt()
             if self.clip_norm is not None:
@@ -237,7 +242,6 @@ class TrainingStep:
                 controller.after_step(counts)
         # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
         self.parallel.model.zero_grad(set_to_none=True)
-        shown = on_host(counts)  # device-to-host sync
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -251,7 +255,7 @@ class TrainingStep:
             counts=shown,
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
-            busy_seconds_W=times_W.cpu().numpy(),
+            busy_seconds_W=busy_seconds_W,
             stop_requested=stop > 0,
             mixture_of_depths=depth_statistics(
                 self.parallel.model,

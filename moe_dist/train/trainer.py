@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 
 from moe_dist.data.batch import Batch
-from moe_dist.data.loader import TrainLoader
+from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.metrics import build_record, evaluation_scalars
@@ -62,8 +62,12 @@ class Trainer:
     saver: Resumable
     stop: StopRequest
     progress: Progress
-    profile: Callable[[int], AbstractContextManager[None]] = nullcontext
+    profile: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    _reader: ReadAhead = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = ReadAhead(self.loader.batches)
 
     def fit(self) -> Finished:
         """Trains until the last step.
@@ -101,7 +105,8 @@ class Trainer:
         begin = time.perf_counter()
         plan, progress = self.plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
-        batches = self.loader.batches(progress.position)
+        following = progress.position + plan.global_batch if progress.step + 1 < plan.steps else None
+        batches = self._reader.batches(progress.position, following=following)
         with self.profile(progress.step + 1):
             result = self.take_step(
                 batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
@@ -117,6 +122,7 @@ class Trainer:
         return result
 
     def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
+        self._reader.settle()  # before `loader.epochs`
         stats = StepStatistics(
             result,
             step=self.progress.step,
@@ -161,6 +167,7 @@ class Trainer:
 
     def _last_batches(self, count: int) -> list[Batch]:
         """Returns this rank's last training micro-batches, at most `count`, those of the latest step first."""
+        self._reader.settle()
         position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
             batches += self.loader.batches(position)

@@ -53,6 +53,7 @@ NODES = [
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)]
+EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
 
 
 @pytest.fixture(scope="session")

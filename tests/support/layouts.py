@@ -76,6 +76,7 @@ class Layout:
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
+    fsdp_gather: str = "micro_batch"
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
     @property
@@ -107,6 +108,7 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
@@ -296,7 +298,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
         draw_second_matrices(model)
     finally:
         torch.set_default_dtype(before)
-    return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
+    return ParallelModel(model, mesh, layout.data, fsdp_gather=layout.fsdp_gather)  # pyright: ignore[reportArgumentType]
 
 
 def draw_second_matrices(model: nn.Module) -> None:

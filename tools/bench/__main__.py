@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import moe_dist
 from moe_dist.errors import EXIT_FAILED, ConfigError
@@ -33,9 +34,20 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of routings and of the order of contenders.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Use tiny points, which only show that everything runs.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all rows again; with --only its sweeps.")] = False,
+    count: Annotated[
+        Path | None, typer.Option(help="Count kernels, syncs and collectives of this configuration's step; needs no GPU.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks of --count.")] = 8,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of --count.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the file's tables; measure nothing.")] = False,
 ) -> None:
     """Measure; print the rows that are lost, then all rows; write JSON, and a picture beside it."""
+    if count is not None:
+        from tools.bench.count import count as counted  # imports torch
+        from tools.bench.count import table
+
+        Console().print(table(counted(count, ranks, overrides or ())))
+        return
     path = json or (QUICK_JSON if quick else DEFAULT_JSON)
     if as_markdown:
         print(markdown(read_results(path)))

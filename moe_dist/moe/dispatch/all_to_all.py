@@ -12,11 +12,12 @@ order, even if it has nothing to send.
 
 A layer has one host sync: the method `plan` reads the numbers of rows and of pairs to and from all ranks.
 
-Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The S
-rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are
-the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in slices of
-`rows.SLICE_BYTES`; if T x D x item is less than a slice, it counts as one slice. From forward to backward only the plan is
-kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs.
+Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The
+S rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows
+are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
+slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`); if T x D x item is less than a slice, it counts as one
+slice. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of
+the S and O rows, and 16 for each of the Q pairs.
 """
 
 from moe_dist.comm.all_to_all import AllToAll

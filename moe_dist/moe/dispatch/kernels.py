@@ -137,7 +137,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:
         weight_TX = self.weights_of_tokens(weight_N.float(), plan)  # the kernels take fp32
         rows_RD, weight_RY = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
-        return DispatchedRows(rows_RD, weight_RY.reshape(-1)[plan.arrival.pair_Q].to(weight_N.dtype))
+        weight_Q = weight_RY.reshape(-1).index_select(0, plan.arrival.pair_Q)  # the backward of an index sorts on CUDA
+        return DispatchedRows(rows_RD, weight_Q.to(weight_N.dtype))
 
     def combine(self, rows_RD: Tensor, plan: K) -> Tensor:
         return _Combine.apply(rows_RD, self, plan)  # pyright: ignore[reportReturnType]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_BYTES = 16 << 20  # rows are converted in slices of this size, which is enough work for one kernel
+SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
+CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,12 +72,14 @@ def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
     """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
 
-    Rows of another dtype are converted in slices of `SLICE_BYTES`, so that no copy of all rows in the sum's dtype exists.
+    Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
+    in the sum's dtype exists.
     The sum has the same bits as without slices, because the slices are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
-    length = max(1, SLICE_BYTES // (sum_TD.element_size() * max(1, sum_TD.shape[1])))
+    num_bytes = CUDA_SLICE_BYTES if sum_TD.is_cuda else SLICE_BYTES
+    length = max(1, num_bytes // (sum_TD.element_size() * max(1, sum_TD.shape[1])))
     for index, rows in zip(index_Q.split(length), rows_QD.split(length), strict=True):
         sum_TD.index_add_(0, index, rows.to(sum_TD.dtype))
     return sum_TD

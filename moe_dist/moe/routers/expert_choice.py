@@ -229,7 +229,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that this loss trains only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
-        return torch.stack([by_expert_E[list(group.experts)].sum() for group in self.groups])
+        # A group's experts are consecutive. An index by a list would be a copy to the device, for which the host waits.
+        return torch.stack([part.sum() for part in by_expert_E.split([group.num_experts for group in self.groups])])
 
     def _pairs(
         self, choice: ExpertsChoice, weight_TE: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None

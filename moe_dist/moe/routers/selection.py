@@ -234,13 +234,16 @@ def counted_pairs(
     expert_N = torch.cat(
         [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]
     )
-    return Assignments(token_N, expert_N, weight_TE[token_N, expert_N], counts_WE)
+    cell_N = token_N * weight_TE.shape[1] + expert_N
+    # Not weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
+    return Assignments(token_N, expert_N, weight_TE.flatten().index_select(0, cell_N), counts_WE)
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
     """Returns the pairs of `counted_pairs` in the order of tokens, without `counts_WE`, for dispatchers that count."""
     order_N = counting_order(pairs.token_N, num_tokens)
-    return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
+    # index_select for the weights, because the backward of an index sorts on CUDA
+    return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N.index_select(0, order_N))
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:

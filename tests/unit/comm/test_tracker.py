@@ -1,5 +1,9 @@
 """What a rank is in: entered, left, in flight on a device, and among collectives that nobody notes."""
 
+import itertools
+import threading
+from functools import partial
+
 import pytest
 import torch
 
@@ -50,6 +54,51 @@ def test_on_cuda_it_is_left_when_the_stream_has_passed(monkeypatch: pytest.Monke
     assert position.collective == "rows"  # the call has returned, the collective has not run
     passed[0] = True
     assert tracker.oldest() is None
+
+
+def test_on_cuda_no_entry_stays_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_file, "_passed", lambda device: lambda: True)
+    tracker = CollectiveTracker()
+    for _ in range(50):
+        with tracker.inside("rows", device=torch.device("cuda")):
+            pass
+    assert len(tracker._unfinished) == 1  # each entry holds a CUDA event
+
+
+def test_on_cuda_a_finished_entry_waits_for_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    numbers = itertools.count()
+    monkeypatch.setattr(watch_file, "_passed", lambda device: partial(asked.append, next(numbers)))  # None: not passed
+    tracker = CollectiveTracker()
+    for _ in range(3):
+        with tracker.inside("rows", device=torch.device("cuda")):
+            pass
+    assert asked == [0, 0]  # the oldest alone, so that a collective costs one query
+    assert len(tracker._unfinished) == 3
+
+
+def test_the_watchdogs_thread_asks_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query from a thread that never chose a device would open a context on GPU 0."""
+    calls: list[tuple[str, str]] = []
+
+    class Event:
+        def record(self, stream: object) -> None: ...
+        def query(self) -> bool:
+            calls.append((threading.current_thread().name, "query"))
+            return True
+
+    def set_device(device: torch.device) -> None:
+        calls.append((threading.current_thread().name, str(device)))
+
+    for name, value in {"Event": Event, "set_device": set_device, "current_stream": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    tracker = CollectiveTracker()
+    with tracker.inside("rows", device=torch.device("cuda", 3)):
+        pass
+    thread = threading.Thread(target=tracker.oldest, name="watchdog")
+    thread.start()
+    thread.join()
+    assert calls == [("watchdog", "cuda:3"), ("watchdog", "query")]
 
 
 def test_among_unnoted_collectives_time_runs_from_the_last_noted_one() -> None:

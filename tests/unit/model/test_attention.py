@@ -1,11 +1,13 @@
 """Attention: causal, inside documents only, grouped heads, and the two masks equal to a loop."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.model import attention
 from moe_dist.model.attention import Attention, attend, dense_mask, flex_mask
 from moe_dist.model.layers import ModelArgs, rotary_table, rotate
 
@@ -85,3 +87,26 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
     torch.testing.assert_close(score(7, 3), score(14, 10))
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3
+
+
+def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixture of depths asks for 8 shapes in evaluation, besides those of training. At its limit of 8 torch would run the
+    function uncompiled without an error: flex attention with S x S scores."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    function = attention._compiled(doubled)
+    for length in range(2, 14):
+        function(torch.ones(length))
+    assert len(compiled) == 12
+    assert torch._dynamo.config.fail_on_recompile_limit_hit  # beyond COMPILED_SHAPES the run ends with an error

@@ -68,6 +68,10 @@ def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> No
     torch.testing.assert_close(g1, g2)
 
 
+def test_tables_are_made_once_for_all_layers() -> None:
+    assert ColumnTables.on((TEXT, IMAGE), torch.device("cpu")) is TABLES
+
+
 def test_null_averaging_gives_every_null_the_same_pull() -> None:
     """d loss / d P_i is equal for all nulls of a group, whatever their own loads (AdaMoE); vanilla's differ."""
     prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)

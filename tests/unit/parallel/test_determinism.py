@@ -6,7 +6,8 @@ from tests.support.messages import refused
 
 
 def test_missing_variables_are_set_and_valid_ones_kept() -> None:
-    assert deterministic_variables({}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
+    algorithms = "^NVLS,NVLSTree,CollNetDirect,CollNetChain"  # NVLSTree is NVLS between nodes
+    assert deterministic_variables({}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": algorithms}
     assert deterministic_variables({"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_ALGO": "Ring"}) == {}
 
 

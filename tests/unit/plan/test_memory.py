@@ -144,3 +144,17 @@ def test_states_of_a_rank() -> None:
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4  # each way, three other ranks' micro-batches of 256 tokens
     bounded = rank_memory(config(parallel={"ep": 4, "max_receive_rows": 100}), placement, rank=0, rows=1.0, pairs=1.0)
     assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4
+
+
+def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
+    """Weights in bf16 and gradients in fp32 of all that FSDP2 shards, from the first micro-batch to the last."""
+    section = {"ep": 2, "data": "fsdp2", "precision": "bf16"}
+    for edp in (1, 2):
+        each, once = (config(parallel={**section, "edp": edp, "fsdp_gather": how}) for how in ("micro_batch", "step"))
+        placement = make_placement(once.placement, expert_groups(once.model.moe), num_ranks=2, token_mix={})
+        before, after = (rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0) for cfg in (each, once))
+        whole = parameters(once.model, experts_held={"text": 3})
+        gathered = whole.total - whole.router - (whole.experts if edp == 1 else 0.0)
+        assert after.casts == 2 * (whole.total - whole.router)
+        assert after.gradients - before.gradients == 4 * gathered
+        assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)

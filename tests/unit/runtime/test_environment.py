@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.runtime.environment import ALONE, PUBLISHED, RankEnv, share_cores
+from moe_dist.runtime.environment import ALONE, PUBLISHED, RankEnv, limit_fragmentation, share_cores
 
 FULL = {
     "RANK": "5",
@@ -122,3 +122,17 @@ def test_problems_are_named_all_at_once(changes: dict[str, str | None], problems
     with pytest.raises(ConfigError) as caught:
         RankEnv.from_environment(env)
     assert [problem for problem in problems if problem not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {}),
+    ],
+)
+def test_the_allocator_grows_its_segments_unless_the_user_chose(given: dict[str, str], added: dict[str, str]) -> None:
+    variables = dict(given)
+    limit_fragmentation(variables)
+    assert variables == {**given, **added}

@@ -20,6 +20,7 @@ def test_a_place_survives_the_environment() -> None:
 def test_the_planned_place_passes_and_an_unknown_one_too() -> None:
     check_place(PLACE, RIGHT)
     check_place(PLACE, Found("node2"))
+    check_place(PLACE, Found("node2", gpus=("4",)))  # as with srun --gpus-per-task: each rank sees its own GPU alone
     check_place(None, RIGHT)
 
 
@@ -31,7 +32,7 @@ def test_the_planned_place_passes_and_an_unknown_one_too() -> None:
         (Found("node2", features=frozenset({"text"})), ""),
         (Found("node2", features=frozenset()), ""),
         (Found("node2", labels={"modality": "text"}), "modality"),
-        (Found("node2", gpus=("4",)), ""),
+        (Found("node2", gpus=()), ""),
     ],
 )
 def test_a_wrong_place_ends_with_69_in_words(found: Found, words: str) -> None:

@@ -1,0 +1,68 @@
+"""Experts' weights in bf16: converted once per change of the fp32 weights, with the gradients of a conversion each time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.moe.experts import ExpertStack, loop_swiglu
+
+COUNTS = (3, 0, 2)
+
+
+def stack() -> ExpertStack:
+    made = ExpertStack(8, 16, len(COUNTS))
+    generator = torch.Generator().manual_seed(0)
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
+    return made
+
+
+def converted_each_time(made: ExpertStack, x_QD: Tensor) -> Tensor:
+    """The oracle."""
+    gate, up, down = (weight.to(x_QD.dtype) for weight in (made.gate, made.up, made.down))
+    return loop_swiglu(x_QD, gate, up, down, COUNTS)
+
+
+@pytest.fixture
+def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that were written by copy_."""
+    seen, copy = [], Tensor.copy_
+    monkeypatch.setattr(Tensor, "copy_", lambda self, *args: (seen.append(self), copy(self, *args))[1])
+    return seen
+
+
+def test_values_and_gradients_over_steps(casts: list[Tensor]) -> None:
+    made = stack()
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1)
+    for step in range(3):
+        for micro_batch in range(2):
+            x_QD = torch.randn(5, 8, generator=torch.Generator().manual_seed(2 * step + micro_batch)).to(torch.bfloat16)
+            ours, theirs = made(x_QD, COUNTS), converted_each_time(made, x_QD)
+            assert torch.equal(ours, theirs)
+            found = torch.autograd.grad(ours.float().sum(), tuple(made.parameters()))
+            wanted = torch.autograd.grad(theirs.float().sum(), tuple(made.parameters()))
+            assert [each.dtype for each in found] == [torch.float32] * 3
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            made(x_QD, COUNTS).float().sum().backward()
+        assert len(casts) == 3 * (step + 1)  # gate, up and down once per step, in four forwards
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_loaded_weight_is_converted(casts: list[Tensor]) -> None:
+    made, other = stack(), stack()
+    x_QD = torch.randn(5, 8).to(torch.bfloat16)
+    with torch.no_grad():
+        before = made(x_QD, COUNTS)
+        other.gate.mul_(2.0)
+        made.load_state_dict(other.state_dict())
+        after = made(x_QD, COUNTS)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, converted_each_time(made, x_QD))
+
+
+def test_fp32_rows_use_the_weights_themselves(casts: list[Tensor]) -> None:
+    made = stack()
+    made(torch.randn(5, 8), COUNTS).sum().backward()
+    assert not casts
+    assert made.weight("gate", torch.float32) is made.gate

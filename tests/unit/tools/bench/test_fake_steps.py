@@ -1,0 +1,87 @@
+"""Training steps of the GPU presets on fake CUDA tensors: they run on the device alone, and wait for it only where stated.
+
+Two layers of each preset, since all layers are alike; two micro-batches. Each case takes 10 s of CPU time.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import ConfigError, ResourceError
+from tools.bench.count import count, table
+
+READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
+SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
+TOKENS = {"step tokens of each rank and group": 1}  # for expert choice, and for the draws of dropout
+PRESETS: dict[str, dict[str, Any]] = {
+    # the named reads with their numbers in a step, and the most kernels of an MoE layer, forward and backward
+    "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (170, 143)},
+    "olmoe_1b7b_8gpu": {"reads": SPLIT_SIZES, "kernels": (156, 112)},
+    "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (156, 112)},
+    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (112, 70)},
+    "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (132, 172)},
+}
+CASES = [
+    pytest.param(preset, ranks, id=f"{preset}-{ranks}", marks=() if (preset, ranks) == SHORT else pytest.mark.full)
+    for SHORT in [("adamoe_moma_small_1gpu", 8)]
+    for preset in PRESETS
+    for ranks in (8, 64, 1024)
+]
+
+
+@pytest.mark.parametrize(("preset", "ranks"), CASES)
+def test_a_step_on_the_device(preset: str, ranks: int) -> None:
+    expected = PRESETS[preset]
+    small = ["parallel.ep=8"] if preset == "adamoe_moma_small_1gpu" else []
+    counted = count(f"configs/{preset}.yaml", ranks, ["model.num_layers=2", *small], rank=ranks - 1)
+    assert not counted.mixed
+    assert not counted.copies
+    assert set(counted.sorted_sums) <= {"model"}, "an index in a layer has a backward that sorts"
+    assert {name: counted.syncs[name] for name in expected["reads"]} == expected["reads"]
+    others = {name: number for name, number in counted.syncs.items() if name not in expected["reads"]}
+    assert list(others.values()) == [1] * READS_OF_A_STEP
+    assert all(name.startswith("step step.py:") for name in others)
+    assert counted.tracked <= 1  # entries of collectives, each with a CUDA event
+    exchanges = preset != "mole_llama3_8b_8gpu"  # every rank holds all LoRA experts
+    assert (counted.exchange_seconds > 0) == exchanges  # without it, the slowest rank looks as busy as the others
+    for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
+        assert counted.kernels[f"moe {phase}"] <= 4 * most, counted.kernels
+    assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ResourceError, match=r"fake_cuda\.cpp by .*'no-such-compiler'.*install g\+\+ or set CXX"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 8)
+
+
+def test_a_wrong_number_of_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"yaml: --ranks 12: must be a multiple of parallel\.ep=8; .*take 16"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 12)
+
+
+@pytest.mark.full
+def test_parameters_gathered_once_per_step() -> None:
+    """The experts' ranks are on different nodes, so each gather and each sum of gradients crosses the network."""
+    options = ["model.num_layers=2", "parallel.recompute=none"]
+    found = {}
+    for gather in ("micro_batch", "step"):
+        counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, [*options, f"parallel.fsdp_gather={gather}"])
+        found[gather] = Counter[str]()
+        for name, number in counted.collectives.items():
+            found[gather][name.split()[2]] += number
+    layers, meshes = 2, 2  # an MoE layer is sharded over edp (experts) and over all ranks, attention over all ranks
+    units = 1 + layers * (1 + meshes)
+    assert found["step"]["_allgather_base_"] == found["step"]["_reduce_scatter_base_"] == units
+    assert found["micro_batch"]["_reduce_scatter_base_"] == 2 * units
+    assert found["micro_batch"]["_allgather_base_"] == 2 * (2 * units - 1)  # the root keeps its parameters until backward
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["olmoe_1b7b_8gpu", "adamoe_mixtral8x7b_64gpu", "moma_1b4_4t4i_32gpu"])
+def test_all_ranks_issue_the_same_collectives(preset: str) -> None:
+    orders = {count(f"configs/{preset}.yaml", 8, ["model.num_layers=2"], rank=rank).order for rank in (0, 7)}
+    assert len(orders) == 1

@@ -1,0 +1,47 @@
+"""Which GPU a rank takes: by its local rank, or the only one that it sees, and never one of another rank."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import ResourceError
+from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.train.session import choose_device, claim_gpu
+
+
+def env_of(local_rank: int) -> RankEnv:
+    return RankEnv(local_rank, 8, local_rank, 8, PUBLISHED, 0, "a1")
+
+
+def config_of() -> Config:
+    return SimpleNamespace(parallel=SimpleNamespace(device="auto"))  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize(("seen", "local_rank", "index"), [(8, 5, 5), (1, 0, 0), (1, 5, 0)])
+def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch, seen: int, local_rank: int, index: int) -> None:
+    chosen: list[torch.device] = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: seen, "set_device": chosen.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert choose_device(config_of(), env_of(local_rank)) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+
+
+def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 4}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(ResourceError, match="number 5 on its node, which shows 4 GPUs"):
+        choose_device(config_of(), env_of(5))
+
+
+def test_two_ranks_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    uuids = iter(["a", "b", "a"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(uuids)))
+    store, device = HashStore(), torch.device("cuda", 0)
+    claim_gpu(store, env_of(0), device)
+    claim_gpu(store, env_of(1), device)
+    with pytest.raises(ResourceError, match=r"rank 2, .* another rank uses the same GPU a"):
+        claim_gpu(store, env_of(2), device)
+    claim_gpu(store, env_of(3), torch.device("cpu"))

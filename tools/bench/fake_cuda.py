@@ -1,0 +1,258 @@
+"""Fake CUDA tensors on a machine without a GPU: they have shapes, dtypes and devices, but no values and no memory.
+
+`preloaded` is the environment of a process in which autograd accepts such tensors. It needs a C++ compiler. In the process,
+`stand_ins` replaces what would call a driver, and `Recorder` counts each operation on a fake CUDA tensor.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_dist.errors import ResourceError
+
+SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+# Operations that launch no kernel: views, allocations and questions about a tensor.
+FREE = """
+alias as_strided chunk contiguous detach detach_ device diagonal dim empty empty_like empty_strided expand
+is_contiguous is_non_overlapping_and_dense is_pinned is_same_size is_strides_like_format layout lift_fresh narrow
+new_empty new_empty_strided numel permute record_stream reshape resize_ select set_ size slice split
+split_with_sizes squeeze squeeze_ storage_offset stride sym_numel sym_size sym_storage_offset sym_stride t
+tensor_split transpose unbind unfold unsafe_split unsqueeze unsqueeze_ view view_as _assert_tensor_metadata
+_reshape_alias _unsafe_view _version
+"""
+_FREE = frozenset(FREE.split())
+COPIES = ("_to_copy", "copy_")
+WAIT_SECONDS = 1e-3  # between any two fake events
+
+
+def preloaded() -> dict[str, str]:
+    """The environment of a process that stands in for a CUDA device. Compiles the library at its first use (5 s of CPU).
+
+    Raises:
+        ResourceError: there is no C++ compiler, or it failed.
+    """
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    home = Path(spec.origin).parent
+    key = sha256(f"{torch.__version__} {home} {SOURCE.read_text()}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
+    library = cache / f"fake_cuda_{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}")
+        includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
+        libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
+        # As torch's own wheels, or the library would ask for names with another spelling of std::string.
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        command = ["-std=c++20", "-O0", "-shared", "-fPIC", abi, *includes, str(SOURCE), "-o", str(partial), *libraries]
+        compiler = os.environ.get("CXX", "c++")
+        try:
+            subprocess.run([compiler, *command], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = getattr(error, "stderr", None) or str(error)
+            raise ResourceError(
+                f"counting without a GPU compiles {SOURCE.name} by the C++ compiler {compiler!r} (CXX), which failed: "
+                f"{detail.strip()[-300:]}; install g++ or set CXX"
+            ) from error
+        partial.rename(library)  # atomic, because several processes may compile at once
+    return {**os.environ, "LD_PRELOAD": str(library)}
+
+
+def enter() -> None:
+    """Makes this process, started with `preloaded`, ready for backward passes over fake CUDA tensors."""
+    ctypes.CDLL(None).stand_in()
+    torch.autograd.set_multithreading_enabled(False)  # dispatch modes belong to one thread
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operations on fake CUDA tensors by `part` and `phase`, which the caller sets.
+
+    Attributes:
+        kernels, num_bytes: Number of launched kernels, and bytes that they read and write, by (part, phase).
+        collectives: Number of collectives by (part, phase, name).
+        syncs: Number of times that the host waits for the device, by (phase, name or source line).
+        copies: Number of copies between host and device for which the host waits, by (phase, source line).
+        mixed: Source lines of operations with tensors of both devices.
+        sorted_sums: Number of backward passes of an index, by part; on CUDA each sorts, to add without atomics.
+        order: Names of all collectives, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.phase = "other", "build"
+        self.kernels: Counter[tuple[str, str]] = Counter()
+        self.num_bytes: Counter[tuple[str, str]] = Counter()
+        self.collectives: Counter[tuple[str, str, str]] = Counter()
+        self.syncs: Counter[tuple[str, str]] = Counter()
+        self.copies: Counter[tuple[str, str]] = Counter()
+        self.mixed: Counter[str] = Counter()
+        self.sorted_sums: Counter[str] = Counter()
+        self.order: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, place = func.overloadpacket.__name__, (self.part, self.phase)
+        taken = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        tensors = [*taken, *(each for each in made if not any(each is other for other in taken))]
+        on_device = [each for each in tensors if each.device.type == "cuda"]
+        if not on_device or name in _FREE:
+            return out
+        if func.namespace == "c10d":
+            self.collectives[(*place, name)] += 1
+            self.order.append(name)
+            return out
+        on_host = [each for each in tensors if each.device.type == "cpu" and (each.dim() or name in COPIES)]
+        if on_host and name in COPIES:
+            queued = (kwargs or {}).get("non_blocking", len(args) > 2 and bool(args[2]))
+            self.copies[self.phase, source_line()] += not queued
+        elif on_host:
+            self.mixed[f"{name} at {source_line()}"] += 1
+        if name in ("index_put", "index_put_", "_index_put_impl_") and self.phase == "backward":
+            self.sorted_sums[self.part] += 1
+        self.kernels[place] += 1
+        self.num_bytes[place] += sum(each.numel() * each.element_size() for each in on_device)
+        return out
+
+    def read(self, name: str) -> None:
+        """Notes that the host waits for a value."""
+        self.syncs[self.phase, name] += 1
+
+
+def source_line() -> str:
+    """The innermost line of moe_dist that runs now."""
+    ours = [each for each in traceback.extract_stack() if f"{os.sep}moe_dist{os.sep}" in each.filename]
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
+
+
+class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> "_Event":
+        return _Event()
+
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+class _Event(_Stream):
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def elapsed_time(self, end: Any) -> float:
+        return WAIT_SECONDS * 1e3
+
+
+class _OneKernel(torch.autograd.Function):
+    """An operation that is one kernel on CUDA, and in backward one per input; on the host torch would divide it."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(like, *inputs)
+        return torch.ops.aten.sigmoid(like)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(torch.ops.aten.sigmoid(each) for each in ctx.saved_tensors)
+
+
+def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
+    answers = {
+        "tolist": lambda tensor: np.zeros(tuple(tensor.shape)).tolist(),
+        "item": lambda tensor: 1.0 if tensor.is_floating_point() else 0,
+        "numpy": lambda tensor: np.zeros(tuple(tensor.shape)),
+        "cpu": lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype),
+        "__bool__": lambda _: False,
+        "__int__": lambda _: 0,
+        "__float__": lambda _: 1.0,
+        "__index__": lambda _: 0,
+    }
+    for name, answer in answers.items():
+        real = getattr(Tensor, name)
+
+        def read(
+            self: Tensor, *args: Any, _name: str = name, _answer: Any = answer, _real: Any = real, **named: Any
+        ) -> Any:
+            if not isinstance(self, FakeTensor):
+                return _real(self, *args, **named)
+            if self.device.type == "cuda":
+                recorder.read(source_line())
+            return _answer(self)
+
+        yield name, read
+
+
+@contextmanager
+def stand_ins(recorder: Recorder) -> Iterator[None]:
+    """Replaces the driver's calls by nothing, and reads of fake values by zeros, which `recorder` notes. Norm and attention
+    become one kernel each, as they are on a GPU."""
+    from moe_dist.model import attention, transformer
+
+    stream, real_backward = _Stream(), Tensor.backward
+
+    def backward(self: Tensor, *args: Any, **named: Any) -> None:
+        recorder.phase, recorder.part = "backward", "loss"
+        real_backward(self, *args, **named)
+        recorder.phase = recorder.part = "step"
+
+    cuda = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_device": lambda: 0,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "device_count": lambda: 8,
+        "get_device_capability": lambda device=None: (9, 0),
+        "set_device": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda device=None: None,
+    }
+    tensor = {
+        **dict(_reads(recorder)),
+        "backward": backward,
+        "pin_memory": lambda self, *_: self,
+        "is_pinned": lambda self, *_: False,
+    }
+    functions = {
+        "rms_norm": lambda x, _, *weight, **__: _OneKernel.apply(x, *(each for each in weight if isinstance(each, Tensor)))
+    }
+    with ExitStack() as stack:
+        fake = {"tolist": tensor["tolist"]}  # a fake tensor's own would read one number after the other
+        for owner, names in ((torch.cuda, cuda), (Tensor, tensor), (FakeTensor, fake), (torch.nn.functional, functions)):
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, mask: _OneKernel.apply(q, k, v)))
+        stack.enter_context(mock.patch.object(transformer, "make_mask", attention.dense_mask))
+        yield
+
+
+def child(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m module` in a process with fake CUDA; the caller reads its output and exit code."""
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], env=preloaded(), cwd=root, capture_output=True, text=True, check=False
+    )

@@ -1,0 +1,238 @@
+"""Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
+
+Runs in a process that `fake_cuda.preloaded` made: python -m tools.bench.fake_step CONFIG RANK RANKS [key=value ...]
+Prints one line of JSON, a `Counted`. The router is taken as uniform: each expert gets equally many tokens of each rank.
+
+DDP's wrapper is left out, because its reducer reads memory. torch.compile is left out: attention counts as one kernel.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.config.load import load_config
+from moe_dist.config.schema import Config
+from moe_dist.data.batch import Batch
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.model.transformer import Layer
+from moe_dist.parallel import parallelize
+from moe_dist.parallel.mesh import make_mesh, pretend_world
+from moe_dist.plan.preflight import PlannedLayout, layout_without_data
+from moe_dist.train import build, step
+from moe_dist.train.loss import AuxSettings
+from tools.bench import fake_cuda
+
+MICRO_BATCHES = 2
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One step with `MICRO_BATCHES` micro-batches, after a first step.
+
+    Attributes:
+        layers: Number of layers; parts are "attention", "moe" and "ffn" (all layers together), "model", "loss" and "step".
+        kernels, num_bytes: By "part phase"; phases are forward, backward and step.
+        collectives: By "part phase name".
+        syncs, copies: Waits of the host for values and for copies, by "phase name".
+        mixed: Operations with tensors of both devices.
+        sorted_sums: Backward passes of an index, which sort on CUDA, by part.
+        order: A hash of the names of all collectives, in order; equal on all ranks.
+        tracked: Number of collectives that the tracker still held at the end of the step.
+        exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
+    """
+
+    config: str
+    rank: int
+    ranks: int
+    layers: int
+    kernels: dict[str, int]
+    num_bytes: dict[str, int]
+    collectives: dict[str, int]
+    syncs: dict[str, int]
+    copies: dict[str, int]
+    mixed: dict[str, int]
+    sorted_sums: dict[str, int]
+    order: str
+    tracked: int
+    exchange_seconds: float
+
+
+def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
+    """The configuration on `ranks` ranks: EP groups of the same size, or smaller ones if there are fewer ranks."""
+    config = load_config(path, overrides)
+    ep = min(config.parallel.ep, ranks)
+    if ranks % ep:
+        raise ConfigError(
+            f"--ranks {ranks}: must be a multiple of parallel.ep={ep}; take {ranks + -ranks % ep}, or set parallel.ep"
+        )
+    micro = min(config.train.micro_batch, max(1, 512 // ranks)) if config.parallel.ep == 1 else config.train.micro_batch
+    changes = {
+        "parallel.ep": ep,
+        "parallel.edp": ranks // ep,
+        "parallel.device": "cuda",
+        "train.micro_batch": micro,
+        "train.global_batch": ranks * micro * MICRO_BATCHES,
+    }
+    return load_config(path, [*overrides, *(f"{key}={value}" for key, value in changes.items())])
+
+
+class Uniform:
+    """Answers of a uniform router to the reads of split sizes, by the name of the read."""
+
+    def __init__(self, config: Config, layout: PlannedLayout, rank: int) -> None:
+        self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
+        self.tokens = config.train.micro_batch * config.data.seq_len
+        groups = layout.groups
+        self.pairs_of_expert = [0.0] * self.placement.num_experts
+        for group in groups:
+            taken = self.tokens / len(groups) * group.expected_experts_per_token
+            for expert in group.experts:
+                self.pairs_of_expert[expert] = taken / group.num_experts
+
+    def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
+        """Rows to a rank, and pairs of each of its slots."""
+        pairs = [int(self.pairs_of_expert[expert] / chunks) for expert in self.placement.slots[ep_rank]]
+        missed = 1.0
+        for each in pairs:
+            missed *= max(0.0, 1.0 - each * chunks / self.tokens)
+        return [min(sum(pairs), int(self.tokens * (1.0 - missed) / chunks)), *pairs]
+
+    def __call__(self, stats: CommStats, name: str, counts: Tensor) -> list[int]:
+        length, ep = counts.shape[0], self.config.parallel.ep
+        if name == "split sizes":
+            chunks = getattr(self.config.parallel.dispatch, "chunks", 1)
+            sent = [x for rank in range(ep) for x in self.entry(rank, chunks) * chunks]
+            received = self.entry(self.own, chunks) * chunks * ep
+            return [sent, sent + received][length != len(sent)]
+        if name == "split sizes of both hops":
+            return self._both_hops(ep)
+        return [self.tokens // length] * length
+
+    def _both_hops(self, ep: int) -> list[int]:
+        local = self.config.parallel.dispatch.node_size or 1
+        entries = [self.entry(rank) for rank in range(ep)]
+        nodes = [entries[first : first + local] for first in range(0, ep, local)]
+        to_node = [[min(self.tokens, sum(each[0] for each in node)), *chain(*node)] for node in nodes]
+        mine, num = self.own // local, len(nodes)
+        forwarded = [num * x for x in chain(*nodes[mine])]
+        arriving = [num * x for x in entries[self.own]] * local
+        return [*chain(*to_node), *to_node[mine] * num, *forwarded, *arriving]
+
+
+def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> None:
+    """Makes the recorder know which part of the model runs, in forward and in backward."""
+    parts = [("model", model)]
+    for layer in model.layers:  # pyright: ignore
+        assert isinstance(layer, Layer)
+        parts += [("attention", layer.attention), ("moe", layer.moe) if layer.has_experts else ("ffn", layer.ffn)]
+    for name, module in parts:
+
+        def enter(_module: Any, _inputs: Any, name: str = name) -> None:
+            recorder.part = name
+            if name == "model":
+                recorder.phase = "forward"
+
+        def leave(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            if out.requires_grad:
+                out.register_hook(lambda _: setattr(recorder, "part", name))
+            recorder.part = "model" if name != "model" else "loss"
+
+        module.register_forward_pre_hook(enter, prepend=True)  # before FSDP2's own hook, which gathers
+        module.register_forward_hook(leave)
+
+
+def batch_of(config: Config) -> Batch:
+    shape = (config.train.micro_batch, config.data.seq_len)
+    integers = [torch.zeros(shape, dtype=torch.int64) for _ in range(5)]
+    tokens, labels, positions, modality, label_modality = integers
+    documents, flags = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
+    return Batch(tokens, labels, positions, documents, modality, label_modality, flags, flags.clone())
+
+
+class _NoMeta:
+    """torch for `build`, in which the model is built at once on the fake device: a fake tensor cannot leave meta."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def device(self, *args: Any) -> torch.device:
+        return torch.device("cuda:0") if args == ("meta",) else torch.device(*args)
+
+
+def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Counted:
+    """Builds the model, takes two steps, and returns the counts of the second."""
+    config = scaled(overrides, path, ranks)
+    layout, recorder = layout_without_data(config), fake_cuda.Recorder()
+    uniform = Uniform(config, layout, rank)
+
+    def to_host(stats: CommStats, name: str, counts: Tensor) -> list[int]:
+        recorder.read(name)
+        return uniform(stats, name, counts)
+
+    told: list[float] = []
+    with ExitStack() as stack:
+        stack.enter_context(fake_cuda.stand_ins(recorder))
+        seconds = mock.patch.object(step._BusyClock, "seconds", lambda clock, waited: told.append(waited) or 0.0)
+        stack.enter_context(seconds)
+        stack.enter_context(mock.patch.object(CommStats, "to_host", to_host))
+        stack.enter_context(mock.patch.object(build, "torch", _NoMeta()))
+        stack.enter_context(mock.patch.object(parallelize, "_wrap_ddp", lambda model, mesh: model))
+        pretend_world(rank=rank, world_size=ranks)
+        size = config.parallel.dispatch.node_size
+        mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cuda:0"), timeout=TIMEOUT, ranks_per_node=size)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        names = [name for group in layout.groups for name in group.modalities]
+        manifest: Any = SimpleNamespace(modalities={name: () for name in dict.fromkeys(names)})
+        training = build.build_training(config, manifest, layout.placement, mesh)
+        model = training.parallel.model
+        watch_parts(model, recorder)
+        aux = AuxSettings(config.loss.balance.kind, 0.01, config.loss.z)
+        for number in range(2):
+            for counter in (recorder.kernels, recorder.num_bytes, recorder.collectives, recorder.syncs, recorder.copies):
+                counter.clear()
+            recorder.part = recorder.phase = "step"
+            with recorder:
+                training.step([batch_of(config) for _ in range(MICRO_BATCHES)], lr=1e-4, aux=aux, number=number)
+        return Counted(
+            config=config.run.name,
+            rank=rank,
+            ranks=ranks,
+            layers=config.model.num_layers,
+            kernels=_joined(recorder.kernels),
+            num_bytes=_joined(recorder.num_bytes),
+            collectives=_joined(recorder.collectives),
+            syncs=_joined(recorder.syncs),
+            copies=_joined(+recorder.copies),
+            mixed=dict(recorder.mixed),
+            sorted_sums=dict(recorder.sorted_sums),
+            order=sha256(" ".join(recorder.order).encode()).hexdigest()[:16],
+            tracked=len(mesh.tracker._unfinished),
+            exchange_seconds=told[-1],
+        )
+
+
+def _joined(counter: Counter[Any]) -> dict[str, int]:
+    return {" ".join(key): count for key, count in sorted(counter.items())}
+
+
+if __name__ == "__main__":
+    fake_cuda.enter()
+    try:
+        print(json.dumps(asdict(count_step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))))
+    except MoeDistError as error:
+        sys.exit(str(error))
