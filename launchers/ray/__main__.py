@@ -45,8 +45,9 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
 
 
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
-    """The shell line of a job that runs the driver with these command line `options`. The line contains absolute paths
-    instead of the run's relative ones. Raises ConfigError if the configuration or the cluster file is invalid."""
+    """Returns the shell line of a job that runs the driver with these command line `options`. If the configuration has
+    relative paths, the line sets them to absolute ones, taken from the current folder. Raises ConfigError if the
+    configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
     name = cluster or os.environ.get(CLUSTER_VARIABLE)

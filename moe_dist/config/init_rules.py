@@ -19,9 +19,9 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
-    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The rule does not cover
-    two true experts with exactly equal logits: if they share the k0-th place, both are chosen unless k is the least of the
-    range.
+    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The range assumes
+    that a token's k0-th and (k0 + 1)-th best true experts have different logits. If these two logits are exactly equal, the
+    token takes both experts, unless k is the smallest value of the range.
     """
     block = num_null // num_experts + 1
     return range((true_choices - 1) * block + 1, true_choices * block + 1)

@@ -62,7 +62,8 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # Each distinct patch weighs as often as it occurs, so frequent flat patches, such as backgrounds, get exact entries.
+    # K-means weights each distinct patch by its number of occurrences, so that a very frequent patch, such as a plain
+    # background, usually gets an entry equal to it.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)

@@ -1,7 +1,7 @@
 """The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
 
 Pure functions (`metrics.py`) compute all scalars and pictures from these sums, and sinks never touch the model. Shape
-letters: L MoE layers, G groups, M modalities in the manifest's order, W ranks of the world.
+letters: L = MoE layers, G = expert groups, M = modalities in the order of the data set's manifest, W = ranks of the world.
 """
 
 from collections.abc import Mapping

@@ -3,8 +3,9 @@
 DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
 null choice is -1, so a token whose choices are all null goes to no rank.
 
-A layer has two host syncs. The method `plan` reads the numbers of rows and pairs to each rank for the traffic ledger
-(`ledger`), and DeepEP's dispatch waits for the number of arriving rows. Memory: R rows, the output y, DeepEP's buffer.
+A layer has two host syncs. For the traffic ledger (module `ledger`), the method `plan` reads how many rows and how many
+(token, expert) pairs this rank sends to each rank. DeepEP's dispatch waits until the host knows how many rows arrive.
+Memory: R rows, the output y, DeepEP's buffer.
 
 Shape letters are those of `kernels`, and K choices per token, so that N = T K.
 """
