@@ -138,8 +138,7 @@ class _WorkingCopy(torch.autograd.Function):
 class ExpertStack(nn.Module):
     """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
 
-    Weights of another dtype than the rows are converted once per change of the weights, so once per training step. The
-    copies stay in memory: 2 bytes per bf16 parameter.
+    Each forward pass converts weights whose dtype is not that of the rows, unless `keep_copies` keeps the converted copies.
     """
 
     role = Role.EXPERT
@@ -151,20 +150,21 @@ class ExpertStack(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
-        self._copies: dict[str, tuple[int, Tensor]] = {}  # by weight: its version, and its copy in the rows' dtype
+        self._copies: dict[str, Tensor] | None = None  # by weight, in the rows' dtype; None if copies are not kept
+
+    def keep_copies(self, keep: bool) -> None:
+        """Starts to keep converted weights for further forward passes, or drops them. Kept copies take 2 bytes per bf16
+        parameter, and do not follow a change of the weights: keep them only while no weight changes."""
+        self._copies = (self._copies or {}) if keep else None
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` in `dtype`, with gradient. Under FSDP2 a sharded weight already has the rows' dtype here."""
+        """Returns the weight `name` in `dtype`, with gradient. Under FSDP2 a sharded weight already has the rows' dtype."""
         weight = self.get_parameter(name)
-        if weight.dtype == dtype:
-            return weight
-        version, copy = self._copies.get(name, (-1, None))
-        if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, weight.device, weight.shape):
-            version, copy = -1, torch.empty_like(weight, dtype=dtype, requires_grad=False)
-        if version != weight._version:  # each change in place, as by the optimizer or a loaded checkpoint, raises it
-            with torch.no_grad():
-                copy.copy_(weight)
-            self._copies[name] = (weight._version, copy)
+        if weight.dtype == dtype or self._copies is None:
+            return weight.to(dtype)
+        copy = self._copies.get(name)
+        if copy is None or copy.dtype != dtype:
+            copy = self._copies[name] = weight.detach().to(dtype)
         return _WorkingCopy.apply(weight, copy)  # pyright: ignore[reportReturnType]
 
     def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Layer, Transformer
+from moe_dist.moe.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
 
@@ -53,6 +54,7 @@ class ParallelModel:
         self.data: Literal["ddp", "fsdp2"] = data
         self.parameters = tuple(named_parameters(model))
         dense = any(each.role not in _NOT_IN_DDP and each.parameter.requires_grad for each in self.parameters)
+        self._stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
         # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
 
@@ -69,7 +71,10 @@ class ParallelModel:
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in the last micro-batch only; FSDP2
-        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`)."""
+        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`).
+        Between the first and the last, experts keep copies of their weights in the rows' dtype."""
+        for stack in self._stacks:
+            stack.keep_copies(True)
         if self._once:
             self._keep_gathered(until_next=not last)
         skip = isinstance(self._module, DistributedDataParallel) and not last
@@ -78,6 +83,8 @@ class ParallelModel:
             self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
         ):
             yield
+        for stack in self._stacks if last else ():
+            stack.keep_copies(False)  # the optimizer changes the weights next
         if self._once and last:
             self._root.set_reshard_after_forward(True)  # an evaluation must leave sharded parameters for a checkpoint
 

@@ -122,7 +122,6 @@ class Trainer:
         return result
 
     def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
-        self._reader.settle()  # before `loader.epochs`
         stats = StepStatistics(
             result,
             step=self.progress.step,

@@ -1,4 +1,6 @@
-"""Experts' weights in bf16: converted once per change of the fp32 weights, with the gradients of a conversion each time."""
+"""Experts' weights in bf16: converted once per training step, with the values and gradients of a conversion each time."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -25,16 +27,25 @@ def converted_each_time(made: ExpertStack, x_QD: Tensor) -> Tensor:
 
 @pytest.fixture
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The tensors that were written by copy_."""
-    seen, copy = [], Tensor.copy_
-    monkeypatch.setattr(Tensor, "copy_", lambda self, *args: (seen.append(self), copy(self, *args))[1])
+    """The detached fp32 stacks that were converted."""
+    seen, convert = [], Tensor.to
+
+    def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self.dim() == 3 and not self.requires_grad and args == (torch.bfloat16,):
+            seen.append(self)
+        return convert(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", to)
     return seen
 
 
-def test_values_and_gradients_over_steps(casts: list[Tensor]) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> None:
+    """A fused optimizer does not raise the versions of the tensors that it changes."""
     made = stack()
-    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1, fused=fused)
     for step in range(3):
+        made.keep_copies(True)
         for micro_batch in range(2):
             x_QD = torch.randn(5, 8, generator=torch.Generator().manual_seed(2 * step + micro_batch)).to(torch.bfloat16)
             ours, theirs = made(x_QD, COUNTS), converted_each_time(made, x_QD)
@@ -44,12 +55,13 @@ def test_values_and_gradients_over_steps(casts: list[Tensor]) -> None:
             assert [each.dtype for each in found] == [torch.float32] * 3
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
             made(x_QD, COUNTS).float().sum().backward()
+        made.keep_copies(False)
         assert len(casts) == 3 * (step + 1)  # gate, up and down once per step, in four forwards
         optimizer.step()
         optimizer.zero_grad()
 
 
-def test_a_loaded_weight_is_converted(casts: list[Tensor]) -> None:
+def test_a_changed_weight_is_converted_again_where_no_copies_are_kept(casts: list[Tensor]) -> None:
     made, other = stack(), stack()
     x_QD = torch.randn(5, 8).to(torch.bfloat16)
     with torch.no_grad():
@@ -59,6 +71,7 @@ def test_a_loaded_weight_is_converted(casts: list[Tensor]) -> None:
         after = made(x_QD, COUNTS)
     assert not torch.equal(before, after)
     assert torch.equal(after, converted_each_time(made, x_QD))
+    assert not casts
 
 
 def test_fp32_rows_use_the_weights_themselves(casts: list[Tensor]) -> None:

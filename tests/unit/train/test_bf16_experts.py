@@ -1,0 +1,24 @@
+"""Experts in bf16 compute with the weights of the last optimizer step, not with copies of earlier ones."""
+
+from pathlib import Path
+
+import torch
+
+from moe_dist.moe.experts import ExpertStack
+from moe_dist.train import build
+from tests.support.one_rank import OneRank, world_of_one
+
+
+def test_experts_follow_the_optimizer(tiny_data: Path, tmp_path: Path) -> None:
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path, **{"parallel.precision": "bf16"})
+        one.resumable.restore()
+        config, plan = one.plan.config, one.plan
+        loader = build.build_loader(config, plan.manifest, rank=0, world_size=1)
+        aux = build.build_plan(config, plan.manifest, plan.placement).aux(0)
+        stacks = [each for each in one.training.parallel.model.modules() if isinstance(each, ExpertStack)]
+        before = [each.gate.detach().clone() for each in stacks]
+        one.training.step(loader.batches(0), lr=1e-2, aux=aux)
+        for stack, old in zip(stacks, before, strict=True):
+            assert not torch.equal(stack.gate, old)
+            assert torch.equal(stack.weight("gate", torch.bfloat16), stack.gate.to(torch.bfloat16))
