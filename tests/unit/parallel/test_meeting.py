@@ -43,6 +43,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             assert store.add("ranks of this start", 1) <= env.world_size
             store.set(str(env.rank), attempt_id)
             store.wait([str(rank) for rank in range(env.world_size)], timedelta(seconds=600))
+            store.set(f"{env.rank} has seen all", "")
+            if env.rank == 0:  # without a store of the launcher, the store ends with this thread
+                store.wait([f"{rank} has seen all" for rank in range(env.world_size)], timedelta(seconds=600))
         return attempt_id
 
     with ThreadPoolExecutor(8) as pool:
