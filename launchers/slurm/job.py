@@ -96,7 +96,8 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     write_atomically(table, text)
     with StopSignals() as signals:
         code, ended = run_step(command, env)
-        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=ranks_by_task(plan, hosts))
+        places = ranks_by_task(plan, hosts, [host for part in allocation.parts for host in part.hosts])
+        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=places)
         ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
         _keep(path, ends)
         if verdict == STOPPED or not is_final(verdict):

@@ -168,13 +168,19 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
     return tuple(host_of[node.index] for node in job.nodes)
 
 
-def ranks_by_task(job: JobPlan, hosts: Sequence[str]) -> dict[str, dict[int, int]]:
-    """Maps each host to its tasks, and each task to its rank. Slurm numbers the tasks of a component node by node."""
-    return {
-        hosts[node.index]: dict(enumerate(node.ranks, position * part.ranks_per_node))
-        for part in parts(job)
-        for position, node in enumerate(part.nodes)
-    }
+def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) -> dict[str, dict[int, int]]:
+    """Returns the tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node.
+
+    Args:
+        hosts: Host of each planned node.
+        allocated: The job's hosts in Slurm's order; the plan's order differs if a node was at fault.
+    """
+    found = {}
+    for part in parts(job):
+        in_order = sorted(part.nodes, key=lambda node: allocated.index(hosts[node.index]))
+        for position, node in enumerate(in_order):
+            found[hosts[node.index]] = dict(enumerate(node.ranks, position * part.ranks_per_node))
+    return found
 
 
 def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str], spare: int) -> list[str]:

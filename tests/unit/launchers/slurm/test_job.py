@@ -166,7 +166,18 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
 
 def test_tasks_are_counted_node_by_node_in_each_component() -> None:
     nodes = (NodePlan(0, (0, 2), "text"), NodePlan(1, (1, 3), "image"), NodePlan(2, (4, 5), "text"))
-    assert ranks_by_task(JobPlan(nodes, 0), ["a", "b", "c"]) == {"a": {0: 0, 1: 2}, "b": {0: 1, 1: 3}, "c": {2: 4, 3: 5}}
+    plan = JobPlan(nodes, 0)
+    assert ranks_by_task(plan, ["a", "b", "c"], ["a", "c", "b"]) == {
+        "a": {0: 0, 1: 2},
+        "b": {0: 1, 1: 3},
+        "c": {2: 4, 3: 5},
+    }
+    # "c" was at fault, so the plan uses it last; Slurm's order stays
+    assert ranks_by_task(plan, ["d", "b", "c"], ["c", "d", "b"]) == {
+        "c": {0: 4, 1: 5},
+        "d": {2: 0, 3: 2},
+        "b": {0: 1, 1: 3},
+    }
 
 
 def test_a_time_limit_is_warned_of_where_it_leaves_less_than_five_minutes() -> None:
