@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.rank_tracker import Outcome
-from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
+from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, StoppedError
 from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
@@ -77,6 +77,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
+    if cause is not None and verdict == STOPPED != outcome.codes[cause] and outcome.stop is None:
+        verdict = None  # a rank took the launcher's end of all ranks, after the failure of one, for a request to stop
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
         cause = record.rank  # this rank recorded its error before it ended, so before a peer could fail because of it
     if verdict == EXIT_DONE:

@@ -299,9 +299,11 @@ def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
 
 
 def last_line(error: RayError) -> str:
-    """The cause of an error of Ray, without the remote traceback before it."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    """Returns the cause of an error of Ray: the last line that names an exception, else the last line. The remote traceback
+    comes before it, and Ray may add sentences after it."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (named or lines or [type(error).__name__])[-1]
 
 
 def takes_connections(node: RayNode) -> bool:

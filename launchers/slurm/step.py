@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launchers.attempts import last_output
@@ -133,6 +133,9 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     ends = [match for line in ended if (match := _ENDED.match(line))]
     # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
     silent = _first_death(ended)
+    codes = [int(match["code"]) for match in ends if match["code"]]
+    if record is not None and record.verdict == STOPPED and not stopped and codes and codes[0] != STOPPED:
+        record = replace(record, verdict=None)  # a rank took srun's end of all tasks for a request to stop
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
@@ -141,7 +144,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     if stopped and not (silent and silent["lost"]):
         _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
         return STOPPED
-    verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
+    verdict = EXIT_FAILED if silent else next(iter(codes), code)
     if verdict:
         first = silent or next(iter(ends), None)
         reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])

@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import AutoscalingCluster
 from ray.util.placement_group import placement_group_table
 
 from moe_dist.runtime.run_folder import RunFolder
@@ -22,11 +22,34 @@ SECOND = {
 }
 
 
+def scaling_config(workers: dict[str, Any], version: int) -> dict[str, Any]:
+    """Ray's fake provider: each node that the autoscaler starts is a raylet on this machine."""
+    provider = {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True}
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "fake_multinode",
+        "max_workers": 4,
+        "idle_timeout_minutes": 10,
+        "upscaling_speed": 1.0,
+        "provider": provider | ({"launch_multiple": True, "head_node_id": NAME} if version == 2 else {}),
+        "available_node_types": {**workers, "ray.head.default": head},
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in commands},
+    }
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_autoscaler_starts_the_nodes_of_the_plan(tmp_path: Path, version: int) -> None:
     workers = {"worker": {"resources": {"CPU": 1, "object_store_memory": STORE_BYTES}, "node_config": {}, "max_workers": 4}}
-    standing = AutoscalingCluster({"CPU": 0}, workers, autoscaler_v2=version == 2, max_workers=4, idle_timeout_minutes=10)
-    (tmp_path / "scaling.json").write_text(json.dumps(standing._config))
+    (tmp_path / "scaling.json").write_text(json.dumps(scaling_config(workers, version)))
     with ray_cluster.environment(AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1", **SECOND[version]) as folder:
         gcs = free_port()
         options = [

@@ -29,6 +29,20 @@ def test_a_rank_0_that_was_lost_with_its_node_is_the_cause_although_it_holds_the
     assert (latest.reason, latest.rank, latest.last_step) == ("rank 0: it was lost with its node 10.0.0.4", 0, 7)
 
 
+def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_path: Path) -> None:
+    """As one that still waits for the others: the launcher ends it with SIGTERM after the failure of another."""
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder = RunFolder.of(config)
+    lease = folder.open(config, RankEnv(0, 2, 0, 2, "published", 0, "local-x"))
+    assert folder.write_status(verdict=75, reason="stopped on request", last_step=0, attempt_id="local-x", rank=0)
+    lease.release()
+    offsets = begin_logs(folder, 2, "local-x")
+    assert conclude(folder, "local-x", Outcome((75, 65), 1, None, aborted=False), offsets)[0] == 65
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.rank) == (65, 1)
+
+
 @pytest.mark.parametrize(("prefix", "option"), [("local", "--max-restarts"), ("ray", "--max-restarts")])
 @pytest.mark.parametrize(
     ("codes", "steps", "starts", "said"),

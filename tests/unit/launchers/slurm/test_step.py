@@ -88,6 +88,15 @@ def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
     assert json.loads(run.status_json.read_text())["verdict"] == 78
 
 
+def test_a_rank_that_took_the_end_of_all_tasks_for_a_stop_is_not_the_cause(run: RunFolder) -> None:
+    leave(run, verdict=75, reason="stopped on request while rank 0 waited for ranks 1, 2")
+    ended = ["srun: error: n2: task 1: Exited with exit code 65", "srun: error: n1: task 0: Exited with exit code 75"]
+    assert conclude(run, JOB, 65, ended, stopped=False, places=PLACES) == 65
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.rank) == (65, 1)
+
+
 def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
     assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Terminated"], stopped=True, places=PLACES) == 75
     assert conclude(run, JOB, 0, [], stopped=False, places=PLACES) == 0
