@@ -126,7 +126,8 @@ def test_a_node_where_no_actor_starts_is_named_with_the_cause_and_not_tried_for_
     where = rf"{re.escape(ray_cluster.address(3))} \(modality=image,slot=3\)"
     named = rf"the actor of rank \d did not start on {where}: ImportError: no rich on this node"
     assert re.search(rf"{named} \(tries: [123]\); repair this node", job.printed), job.printed
-    assert len(job.printed.splitlines()) < 400
+    assert job.printed.count("choosing nodes again") <= 3
+    assert len(job.printed.splitlines()) < 1000, "Ray itself prints the traceback of each actor in each try"
 
 
 def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_fails(
