@@ -222,7 +222,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _pairs(labels: Mapping[str, str]) -> str:
-    return ",".join(f"{name}={value}" for name, value in labels.items())
+    return ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
