@@ -88,8 +88,8 @@ def _attempt(
             for command, worker in zip(planned, worker_variables(gang.job, gang.workers), strict=True)
         ]
         commands = [replace(command, env={**job.variables, **command.env}) for command in commands]
-        gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
-        outcome = gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2)))
+        logs = [job.folder.log_of(command.rank) for command in commands]
+        outcome = gang.run(commands, logs, signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2)))
         faulty.update(() if outcome.first_failed is None else (gang.node(outcome.first_failed).node_id,))
         return outcome, offsets
     finally:

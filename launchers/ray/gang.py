@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -84,17 +84,13 @@ class Gang:
         for rank in range(self.job.world_size):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
-        answers = [each.worker.remote(paths) for each in self._actors]
-        answered = set(ray.wait(answers, num_returns=len(answers), timeout=ANSWER_SECONDS)[0])
         faults: dict[str, str] = {}
-        for rank, answer in enumerate(answers):
-            try:
-                if answer not in answered:
-                    raise GetTimeoutError(f"no answer in {ANSWER_SECONDS:g} s")
-                self.workers.append(ray.get(answer))
-            except RayError as error:
-                node, text = self.node(rank), f"the actor of rank {rank} did not start on"
-                faults.setdefault(node.node_id, f"{text} {node}: {last_line(error)}")
+        for rank, (worker, error) in enumerate(_answers([each.worker.remote(paths) for each in self._actors])):
+            if error:
+                node = self.node(rank)
+                faults.setdefault(node.node_id, f"the actor of rank {rank} did not start on {node}: {error}")
+            else:
+                self.workers.append(worker)
         if faults:
             raise LostError(next(iter(faults.values())), faults)
         for rank, worker in enumerate(self.workers):
@@ -105,22 +101,25 @@ class Gang:
                     "(docs/ray.md)"
                 )
 
-    def start(self, commands: Sequence[RankCommand], logs: Sequence[Path]) -> None:
-        """Starts the ranks. Raises LostError if an actor is lost."""
+    def run(
+        self, commands: Sequence[RankCommand], logs: Sequence[Path], signals: StopSignals, timeouts: ShutdownTimeouts
+    ) -> Outcome:
+        """Starts the ranks, and blocks until each one has ended, could not be started, or is lost with its node or Ray
+        worker; returns the outcome."""
+        tracker = RankTracker(len(self._actors), timeouts, say=lambda text: print(text, file=sys.stderr, flush=True))
         started = [
             actor.start.remote(command.argv, command.env, str(log), command.rank == 0)
             for actor, command, log in zip(self._actors, commands, logs, strict=True)
         ]
-        try:
-            ray.get(started, timeout=ANSWER_SECONDS)
-        except (RayError, GetTimeoutError) as error:
-            first, _, _ = str(error).strip().partition("\n")  # further lines are Ray's traceback
-            raise LostError(f"a rank could not be started: {first}") from error
-
-    def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
-        """Blocks until each rank has ended, or is lost with its node or Ray worker; returns the outcome."""
-        tracker = RankTracker(len(self._actors), timeouts, say=lambda text: print(text, file=sys.stderr, flush=True))
-        running = {actor.wait.options(concurrency_group=WAIT).remote(): rank for rank, actor in enumerate(self._actors)}
+        for rank, (_, error) in enumerate(_answers(started)):
+            if error:
+                lost = f"it did not start on {self.node(rank)}: {error}"
+                tracker.end(rank, -signal.SIGKILL, time.monotonic(), frozen=tuple, lost=lost)
+        running = {
+            actor.wait.options(concurrency_group=WAIT).remote(): rank
+            for rank, actor in enumerate(self._actors)
+            if rank not in tracker.codes
+        }
         while not tracker.over:
             ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)  # one call for all ranks
             for reference in ended:
@@ -174,6 +173,19 @@ class Gang:
             lost = "" if takes_connections(node) else f"its node {node.address} does not answer"
             tracker.end(rank, -signal.SIGKILL, time.monotonic(), frozen=tuple, lost=lost)
         running.clear()
+
+
+def _answers(calls: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Returns for each call of an actor's method (its result, ''), or (None, error) if it failed, or gave no answer within
+    ANSWER_SECONDS."""
+    answered = set(ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_SECONDS)[0])
+    found: list[tuple[Any, str]] = []
+    for call in calls:
+        try:
+            found.append((ray.get(call), "") if call in answered else (None, f"no answer in {ANSWER_SECONDS:g} s"))
+        except RayError as error:
+            found.append((None, last_line(error)))
+    return found
 
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:

@@ -1,14 +1,17 @@
 """The choice of nodes and the start of actors by the Ray driver: waiting, failed starts, autoscalers. Ray is a stand-in."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from launchers.command import JobPlan, NodePlan
+from launchers.command import JobPlan, NodePlan, RankCommand
+from launchers.rank_tracker import ShutdownTimeouts
 from launchers.ray import gang as ray_gang
 from launchers.ray.gang import Gang, LostError, gather_gang, last_line, live_nodes
 from launchers.ray.nodes import RayNode
@@ -188,6 +191,38 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
         "2": "the actor of rank 1 did not start on 10.0.0.2 (no labels): ModuleNotFoundError: No module named 'x1'",
         "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 60 s",
     }
+
+
+def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[signal.Signals] = []
+
+    def actor(rank: int) -> SimpleNamespace:
+        ends = SimpleNamespace(remote=lambda: f"end of {rank}")
+        starts = SimpleNamespace(remote=lambda *_: f"start of {rank}")
+        return SimpleNamespace(
+            start=starts, wait=SimpleNamespace(options=lambda **_: ends), send=SimpleNamespace(remote=sent.append)
+        )
+
+    def get(call: str) -> int:
+        if call == "start of 1":
+            raise RayActorError("1", "died\nRuntimeError: n2: /opt/python could not be started")
+        return -signal.SIGTERM
+
+    def wait(calls: list[str], **_: object) -> tuple[list[str], list[str]]:
+        return (calls, []) if sent or "start of 0" in calls else ([], calls)
+
+    monkeypatch.setattr(ray_gang, "placement_group", lambda *_, **__: None)
+    monkeypatch.setattr(ray_gang.ray, "wait", wait)
+    monkeypatch.setattr(ray_gang.ray, "get", get)
+    gang = Gang(TWO, [node("1"), node("2")], CPU)
+    gang._actors = [actor(0), actor(1)]
+    commands = [RankCommand(rank, rank, ("/opt/python",), {}) for rank in range(2)]
+    with StopSignals() as signals:
+        outcome = gang.run(commands, [Path("0"), Path("1")], signals, ShutdownTimeouts(stop=9.0, peers=0.0))
+    assert sent == [signal.SIGTERM]
+    assert (outcome.codes, outcome.first_failed) == ((-15, -9), 1)
+    why = "it did not start on 10.0.0.2 (no labels): RuntimeError: n2: /opt/python could not be started"
+    assert outcome.lost == {1: why}
 
 
 def test_the_cause_is_the_last_line_of_rays_error() -> None:
