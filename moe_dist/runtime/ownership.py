@@ -56,20 +56,23 @@ def refuse_planted_files(folder: Path) -> None:
     this user or root are allowed, for example to checkpoints on another disk."""
     events = folder / "tensorboard"
     for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
-        for entry in place.iterdir() if place.is_dir() else ():
+        for entry in list(os.scandir(place)) if place.is_dir() else ():
+            # The folder's listing usually has these types: no request to the file system for each of thousands of logs.
+            if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+                continue
             try:
-                found = entry.lstat()  # of the link, not of its target
+                found = entry.stat(follow_symlinks=False)
             except FileNotFoundError:  # a running attempt has just renamed it
                 continue
             if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
                 raise ConfigError(
-                    f"{entry} is a symbolic link created by {user_name(found.st_uid)}; a run uses no links of "
+                    f"{entry.path} is a symbolic link created by {user_name(found.st_uid)}; a run uses no links of "
                     "other users; delete it, and remove that user's write permission (docs/security.md)"
                 )
             if stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
                 raise ConfigError(
-                    f"{entry} is no regular file, but {stat.filemode(found.st_mode)} of {user_name(found.st_uid)}; a run "
-                    "has no such file; delete it (docs/security.md)"
+                    f"{entry.path} is no regular file, but {stat.filemode(found.st_mode)} of {user_name(found.st_uid)}; "
+                    "a run has no such file; delete it (docs/security.md)"
                 )
 
 
