@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError, StoppedError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
 SHARED_SECONDS = 60.0  # seconds; an NFS client may not see a new file at once
+MOST_BYTES = 1 << 12  # of the file with the address
 POLL_SECONDS = 0.1
 SAY_SECONDS = 30.0
 _SHOWN = 8  # ranks in one line
@@ -222,12 +224,12 @@ def withdraw(path: Path, address: Address) -> None:
 def _read(path: Path) -> Address | None:
     """Returns the published address; None without a valid file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # not through a link of another user
+        stream = open_regular(path, links=False)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
-    with open(descriptor, "rb") as stream:
+    with stream:
         found = os.fstat(stream.fileno())  # of the open file, which cannot be exchanged any more
         ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -236,8 +238,8 @@ def _read(path: Path) -> Address | None:
                 "to the user of the ranks with mode 0600; delete it"
             )
         try:
-            return Address(**json.load(stream))
-        except (ValueError, TypeError):  # no JSON, or other fields: a file of another version
+            return Address(**json.loads(stream.read(MOST_BYTES)))
+        except (ValueError, TypeError, RecursionError):  # no JSON, or other fields: a file of another version
             return None
 
 

@@ -14,16 +14,7 @@ import pytest
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime import rendezvous
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
-from moe_dist.runtime.rendezvous import (
-    StartError,
-    StartWait,
-    address_file,
-    find,
-    listening_host,
-    publish,
-    ranks_text,
-    withdraw,
-)
+from moe_dist.runtime.rendezvous import StartError, StartWait, address_file, find, listening_host, publish, withdraw
 from tests.support.messages import refused
 
 FIRST = RankEnv(0, 4, 0, 2, PUBLISHED, attempt=1, attempt_id="job.1")
@@ -74,7 +65,7 @@ def test_half_a_file_is_waited_for(tmp_path: Path, content: str) -> None:
         find(path, OTHER, StartWait(3, 0.0))
 
 
-def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_others_could_write_a_link_or_a_fifo_is_refused(tmp_path: Path) -> None:
     path = address_file(tmp_path)
     address, listener = publish(path, FIRST, "127.0.0.1")
     listener.close()
@@ -86,6 +77,10 @@ def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> 
     elsewhere.write_text(json.dumps(asdict(address)))
     elsewhere.chmod(0o600)
     path.symlink_to(elsewhere)
+    with refused(ConfigError):
+        find(path, OTHER, StartWait(3, 0.0))
+    path.unlink()
+    os.mkfifo(path, 0o600)  # whoever opens it would wait for a writer
     with refused(ConfigError):
         find(path, OTHER, StartWait(3, 0.0))
 
@@ -136,11 +131,11 @@ def test_a_wait_names_the_missing_until_it_ends_by_time_or_by_a_stop(
     wait = StartWait(0, 100.0)
     with refused(StartError):
         while True:
-            wait.pause(ranks_text({3, 2}))
+            wait.pause(rendezvous.ranks_text({3, 2}))
     assert now == [1100.0]
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for ranks 2, 3 since {seconds} s, for at most 100 s" for seconds in (30, 60, 90)
     ]
     with refused(StoppedError):
-        StartWait(0, 100.0, stopped=lambda: True).pause(ranks_text({1}))
-    assert ranks_text(range(1, 65)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 56 more"
+        StartWait(0, 100.0, stopped=lambda: True).pause(rendezvous.ranks_text({1}))
+    assert rendezvous.ranks_text(range(1, 65)) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 56 more"
