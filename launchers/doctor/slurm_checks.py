@@ -19,7 +19,7 @@ def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, 
     """Checks that Slurm answers and has the plan's nodes. Also checks the time limit, and whether a stop leaves enough time
     for a save."""
     try:
-        offers = read_offers(cluster.partition, ask)
+        offers = [offer for offer in read_offers(cluster.partition, ask) if offer.name not in cluster.exclude]
         limit = _partition_limit(cluster.partition, ask)
         settings = dict(re.findall(r"^(\w+)\s*= (.*)$", ask("scontrol", "show", "config"), re.MULTILINE))
     except SlurmError as failed:

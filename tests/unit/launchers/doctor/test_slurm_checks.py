@@ -43,6 +43,11 @@ def test_a_good_cluster() -> None:
     ]
 
 
+def test_an_excluded_node_is_none_of_the_clusters() -> None:
+    nodes = check(cluster=Cluster(time="12:00:00", exclude=("n2",)))[1]
+    assert (nodes.check, nodes.level) == ("nodes", Level.ERROR)
+
+
 def test_nodes_of_the_default_partition_and_what_they_have() -> None:
     offers = read_offers(None, slurm())
     assert [(each.name, each.up, each.amounts["GPU"]) for each in offers] == [
