@@ -77,7 +77,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
-    if cause is not None and verdict == STOPPED != outcome.codes[cause] and outcome.stop is None:
+    if cause is not None and verdict == STOPPED and outcome.stop is None:
         verdict = None  # a rank took the launcher's end of all ranks, after the failure of one, for a request to stop
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
         cause = record.rank  # this rank recorded its error before it ended, so before a peer could fail because of it
@@ -98,19 +98,14 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
             if cause in outcome.frozen:
                 detail = reason  # a waiting peer recorded which collective timed out, and after how long
             reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
-        if record is not None and (outcome.silent or verdict is None):
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
-            last_step = max(record.last_step, committed_step(folder.checkpoints))
-            with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
-                folder.amend_status(
-                    attempt_id,
-                    verdict=verdict,
-                    reason=reason,
-                    rank=cause,
-                    last_step=last_step,
-                    wait_seconds=WAIT_SECONDS if 0 in outcome.lost else 0.0,  # a lost rank 0 has not released the lease
-                )
+            if record is not None:
+                last_step = max(record.last_step, committed_step(folder.checkpoints))
+                wait = WAIT_SECONDS if 0 in outcome.lost else 0.0  # a lost rank 0 has not released the lease
+                end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
+                with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
+                    folder.amend_status(attempt_id, **end, wait_seconds=wait)
         _report(folder, cause, outcome, offsets[cause])
     return (outcome.exit_code if verdict is None else verdict), reason
 

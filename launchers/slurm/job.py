@@ -22,14 +22,21 @@ from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why
 from launchers.slurm.nodes import (
     Allocation,
     differences,
-    host_at_fault,
     hosts_of,
     inside_job,
     leave_out,
     ranks_by_task,
 )
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
-from launchers.slurm.step import SlurmJob, conclude, hold_signals_prefix, name_unconcluded, requeue_job, run_step
+from launchers.slurm.step import (
+    SlurmJob,
+    conclude,
+    hold_signals_prefix,
+    host_at_fault,
+    name_unconcluded,
+    requeue_job,
+    run_step,
+)
 from launchers.snapshot import CodeSnapshot, take_snapshot
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -74,7 +81,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     ends = _begin(job, folder, path, begin)
     if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself has requeued the job
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
-        return EXIT_FAILED
+        return ends[-1].code or EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
         print(warning, file=sys.stderr)
     faults = snapshot.folder / f"job_{job.id}_faults"  # names of the nodes that were at fault
@@ -102,7 +109,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         _keep(path, ends)
         if verdict == STOPPED or not is_final(verdict):
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
-        if verdict == EXIT_FAILED and (host := host_at_fault(ended)):
+        if verdict == EXIT_FAILED and (host := host_at_fault(folder, job, ended, places)):
             faulty.append(host)
             with contextlib.suppress(OSError):  # on a full disk the next attempt may use the node again
                 write_atomically(faults, " ".join(faulty))
@@ -169,7 +176,8 @@ def _limit_seconds(env: Mapping[str, str]) -> float:
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
-    """Returns the folders that a container must mount under the same path."""
+    """Returns the folders of the node that the ranks use. A container must mount each folder at the path that it has on
+    the node."""
     weights = config.run.init_from
     begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs the weights
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))

@@ -109,13 +109,6 @@ def _record(job_id: str) -> str:
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
 
 
-def host_at_fault(ended: Sequence[str]) -> str | None:
-    """Returns the node that srun's error lines name as failed, else the node of the task that ended first. Returns None if
-    no line names a node."""
-    found = [match for line in ended if (match := re.match(r"srun: error: (Node failure on )?([^\s:]+)", line))]
-    return next((match[2] for match in found if match[1]), found[0][2] if found else None)
-
-
 def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
     """Excludes hosts from the next attempt of a requeued job, unless too few nodes would be left. Returns what was done, as
     a line for the user."""

@@ -133,18 +133,18 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     ends = [match for line in ended if (match := _ENDED.match(line))]
     # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
     silent = _first_death(ended)
-    codes = [int(match["code"]) for match in ends if match["code"]]
-    if record is not None and record.verdict == STOPPED and not stopped and codes and codes[0] != STOPPED:
-        record = replace(record, verdict=None)  # a rank took srun's end of all tasks for a request to stop
+    verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
+    requested = stopped and not (silent and silent["lost"])  # after a node failure Slurm sends stop signals, too
+    if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
+        record = replace(record, verdict=None)  # a rank took Slurm's end of all tasks, after a failure, for a request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
         _say(f"verdict {record.verdict}: {record.reason.partition(chr(10))[0]}")
         return record.verdict
-    if stopped and not (silent and silent["lost"]):
+    if requested:
         _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
         return STOPPED
-    verdict = EXIT_FAILED if silent else next(iter(codes), code)
     if verdict:
         first = silent or next(iter(ends), None)
         reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])
@@ -154,6 +154,16 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
         _show_cause(folder, job, ranks if first and not first["lost"] else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
     return verdict
+
+
+def host_at_fault(folder: RunFolder, job: SlurmJob, ended: Sequence[str], places: Places) -> str | None:
+    """Returns the node that failed, or on which a signal killed a task first; else the node of the rank that recorded the
+    cause; else the node of the task that ended first. Returns None if no node is known. Call it after `conclude`."""
+    if first := _first_death(ended):
+        return first["lost"] or first["node"]
+    record = folder.read_status().of(job.attempt_id)
+    recorded = [host for host, tasks in places.items() if record is not None and record.rank in tasks.values()]
+    return next(iter([*recorded, *(match["node"] for line in ended if (match := _ENDED.match(line)))]), None)
 
 
 def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:

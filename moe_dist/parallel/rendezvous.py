@@ -39,7 +39,7 @@ from moe_dist.runtime.rendezvous import (
 )
 
 STORE_SECONDS = timedelta(seconds=60.0)
-_ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (ConfigError, StoppedError, StartError)}
+_ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (ConfigError, StoppedError)}
 
 
 @contextmanager

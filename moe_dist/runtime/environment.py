@@ -92,9 +92,9 @@ class RankEnv:
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
             raise ConfigError(problems)
-        launched, grace_seconds = "MOE_DIST_ATTEMPT_ID" in env, _grace(env)  # only moe_dist's launchers set that variable
+        launched = bool(env.get("MOE_DIST_ATTEMPT_ID"))  # only moe_dist's launchers set that variable
         ranks = (rank, world_size, local_rank, local_world_size)
-        return cls(*ranks, init_method, attempt, attempt_id, launched, grace_seconds)
+        return cls(*ranks, init_method, attempt, attempt_id, launched, _grace(env))
 
 
 def limit_fragmentation(variables: MutableMapping[str, str]) -> None:

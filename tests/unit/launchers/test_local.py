@@ -294,6 +294,7 @@ def test_ranks_that_die_before_they_open_the_run_count_as_attempts(site: Site, c
     assert "restart 1 of 5, from the beginning: rank" in err
     assert "exit code 1; ImportError: libcuda" in err
     assert site.run.log_of(0).read_text().count("--- attempt") == 2
+    assert site.launch("os.kill(os.getpid(), 9)") == 1
 
 
 def test_a_stop_is_no_failure_to_start_again_from(site: Site) -> None:

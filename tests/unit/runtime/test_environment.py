@@ -26,6 +26,7 @@ def test_a_process_without_a_launcher_is_alone_and_has_an_attempt_of_its_own() -
     first, second = RankEnv.from_environment({}), RankEnv.from_environment({})
     assert (first.rank, first.world_size, first.init_method, first.attempt, first.launched) == (0, 1, ALONE, 0, False)
     assert first.attempt_id != second.attempt_id
+    assert not RankEnv.from_environment({"MOE_DIST_ATTEMPT_ID": ""}).launched, "as from a template without a value"
 
 
 def test_torchrun_is_understood() -> None:

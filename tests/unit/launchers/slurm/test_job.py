@@ -162,6 +162,8 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
     attempts.write_text("[[75, 0, 3], [1, 3, 3], [null, 3, 3]]")
     assert node.attempt("exit 0", restarts=3) == 1
     assert "job 12 is not continued: 2 attempts in a row committed no checkpoint after step 3" in capsys.readouterr().err
+    attempts.write_text("[[75, 3, 3], [75, 3, 3]]")
+    assert node.attempt("exit 0", restarts=3) == 75, "the code of the last attempt"
 
 
 def test_tasks_are_counted_node_by_node_in_each_component() -> None:

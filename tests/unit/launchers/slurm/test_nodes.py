@@ -12,7 +12,6 @@ from launchers.slurm.nodes import (
     ask,
     differences,
     expand_counts,
-    host_at_fault,
     hosts_of,
     inside_job,
     leave_out,
@@ -188,13 +187,6 @@ def test_a_submission_leaves_the_variables_of_its_own_job_behind() -> None:
     assert outside_jobs({**kept, **OUTER, "SLURM_JOB_ID": "2", "SLURMD_NODENAME": "n1"}) == kept
     chosen = {**kept, "SLURM_MPI_TYPE": "pmix"}
     assert outside_jobs(chosen) == chosen, "outside of a job they are the user's"
-
-
-def test_the_node_at_fault_is_the_one_that_failed_or_whose_task_ended_first() -> None:
-    ended = ["srun: error: n2: task 1: Killed", "srun: error: n1: tasks 0,2: Exited with exit code 1"]
-    assert host_at_fault(ended) == "n2"
-    assert host_at_fault([*ended, "srun: error: Node failure on n1"]) == "n1"
-    assert host_at_fault(["srun: Job step aborted: Waiting up to 32 seconds"]) is None
 
 
 def test_a_requeued_job_leaves_out_the_node_at_fault_if_the_others_suffice(controller: Controller) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers.slurm import step
-from launchers.slurm.step import SlurmJob, conclude, name_unconcluded, requeue_job, run_step
+from launchers.slurm.step import SlurmJob, conclude, host_at_fault, name_unconcluded, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
@@ -36,6 +36,13 @@ def leave(run: RunFolder, *, verdict: int, reason: str) -> None:
     lease.release()
 
 
+def recorded(run: RunFolder) -> tuple[int | None, str, int | None]:
+    """Verdict, reason and rank of the latest attempt."""
+    latest = run.read_status().latest
+    assert latest is not None
+    return latest.verdict, latest.reason, latest.rank
+
+
 def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
     words = "echo srun: step created >&2; echo 'srun: error: n2: task 1: Exited with exit code 70' >&2; exit 143"
     code, ended = run_step(["bash", "-c", words])
@@ -61,18 +68,14 @@ def test_a_killed_task_replaces_a_peers_verdict(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: task 0: Out Of Memory", "srun: error: n2: tasks 1-2: Exited with exit code 1"]
     assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.reason, latest.rank) == (1, "rank 0 on n1: killed, out of memory", 0)
+    assert recorded(run) == (1, "rank 0 on n1: killed, out of memory", 0)
 
 
 def test_a_failed_node_is_the_cause_although_slurm_kills_the_others(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: tasks 0: Exited with exit code 1", "srun: error: Node failure on n2"]
     assert conclude(run, JOB, 137, ended, stopped=True, places=PLACES) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.reason, latest.rank) == ("ranks 1-2: Node failure on n2", 1)
+    assert recorded(run)[1:] == ("ranks 1-2: Node failure on n2", 1)
 
 
 def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
@@ -92,9 +95,32 @@ def test_a_rank_that_took_the_end_of_all_tasks_for_a_stop_is_not_the_cause(run: 
     leave(run, verdict=75, reason="stopped on request while rank 0 waited for ranks 1, 2")
     ended = ["srun: error: n2: task 1: Exited with exit code 65", "srun: error: n1: task 0: Exited with exit code 75"]
     assert conclude(run, JOB, 65, ended, stopped=False, places=PLACES) == 65
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.rank) == (65, 1)
+    assert recorded(run) == (65, "rank 1 on n2: Exited with exit code 65", 1)
+
+
+@pytest.mark.parametrize(
+    ("ended", "stopped", "reason"),
+    [
+        (["n2: task 1: Killed", "n1: task 0: Exited with exit code 75"], False, "rank 1 on n2: killed by SIGKILL"),
+        # Slurm asks all processes of a job to stop after it has lost a node.
+        (["Node failure on n2", "n1: task 0: Exited with exit code 75"], True, "ranks 1-2: Node failure on n2"),
+    ],
+)
+def test_a_killed_rank_or_a_lost_node_is_the_cause_although_rank_0_stopped_waiting_for_it(
+    run: RunFolder, ended: list[str], stopped: bool, reason: str
+) -> None:
+    leave(run, verdict=75, reason="stopped on request while rank 0 waited for ranks 1, 2")
+    lines = [f"srun: error: {each}" for each in ended]
+    assert conclude(run, JOB, 137, lines, stopped=stopped, places=PLACES) == 1
+    assert recorded(run) == (1, reason, 1)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_rank_that_dies_after_all_have_saved_leaves_the_stop(run: RunFolder, stopped: bool) -> None:
+    leave(run, verdict=75, reason="stopped on request after step 7")
+    ended = ["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Killed"]
+    assert conclude(run, JOB, 137, ended, stopped=stopped, places=PLACES) == 75
+    assert recorded(run)[1] == "stopped on request after step 7"
 
 
 def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
@@ -110,9 +136,7 @@ def test_the_killed_rank_is_named_although_its_neighbour_on_the_node_has_a_trace
     run.log_of(2).write_text(f"--- attempt {JOB.attempt_id}\nTraceback (most recent call last):\n{CLOSED}\n")
     ended = ["srun: error: n2: task 1: Killed", "srun: error: n2: task 2: Exited with exit code 1"]
     assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.reason, latest.rank) == ("rank 1 on n2: killed by SIGKILL", 1)
+    assert recorded(run)[1:] == ("rank 1 on n2: killed by SIGKILL", 1)
     said = capsys.readouterr().err
     assert "rank 1 failed first" in said
     assert "Traceback" not in said
@@ -139,9 +163,7 @@ def test_the_first_death_is_the_cause_whatever_a_peer_has_recorded(
     lines = [each if each.startswith("srun: ") else f"srun: error: {each}" for each in ended]
     places = {"n1": {0: 0, 1: 2}, "n2": {2: 1, 3: 3}}
     assert conclude(run, JOB, 137, lines, stopped=False, places=places) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.reason, latest.rank) == (reason, rank)
+    assert recorded(run)[1:] == (reason, rank)
 
 
 def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
@@ -155,33 +177,48 @@ def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
     assert conclude(run, JOB, code, ended, stopped=True, places=PLACES) == 1
     assert time.monotonic() - began < 300
     lease.release()
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.reason, latest.rank) == (1, "ranks 1-2: Node failure on n2", 1)
+    assert recorded(run) == (1, "ranks 1-2: Node failure on n2", 1)
 
 
 def test_an_exit_code_outside_the_table_becomes_1(run: RunFolder) -> None:
     assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Exited with exit code 9"], stopped=False, places=PLACES) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.reason) == (1, "rank 0 on n1: Exited with exit code 9")
+    assert recorded(run)[:2] == (1, "rank 0 on n1: Exited with exit code 9")
+
+
+@pytest.mark.parametrize(
+    ("ended", "host"),
+    [
+        (["n1: task 0: Exited with exit code 1", "Node failure on n2"], "n2"),
+        (["n1: task 0: Killed", "n2: tasks 1-2: Exited with exit code 1"], "n1"),
+        (["n1: task 0: Exited with exit code 1", "n2: tasks 1-2: Exited with exit code 1"], "n2"),  # rank 2 told the cause
+        ([], "n2"),
+    ],
+)
+def test_the_node_at_fault_is_that_of_the_first_death_or_of_the_rank_that_told_the_cause(
+    run: RunFolder, ended: list[str], host: str
+) -> None:
+    leave(run, verdict=1, reason="CUDA error")
+    assert host_at_fault(run, JOB, [f"srun: error: {each}" for each in ended], PLACES) == host
+
+
+def test_without_a_record_the_node_at_fault_is_that_of_the_task_that_ended_first(run: RunFolder) -> None:
+    ended = ["srun: error: n1: task 0: Exited with exit code 1", "srun: error: n2: task 1: Exited with exit code 1"]
+    assert host_at_fault(run, JOB, ended, PLACES) == "n1"
+    assert host_at_fault(run, JOB, ["srun: Job step aborted: Waiting up to 32 seconds"], PLACES) is None
 
 
 def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(run: RunFolder) -> None:
     assert name_unconcluded(run, JOB.attempt_id) == 1
-    latest = run.read_status().latest
-    assert latest is not None
-    assert latest.reason.startswith("Slurm killed the batch script before it could name the cause: its node failed, or")
-    assert (latest.verdict, latest.rank) == (1, None)
+    verdict, reason, rank = recorded(run)
+    assert reason.startswith("Slurm killed the batch script before it could name the cause: its node failed, or")
+    assert (verdict, rank) == (1, None)
     assert name_unconcluded(run, "slurm-none") == 1
 
 
 def test_what_the_ranks_recorded_before_the_batch_script_was_killed_stays(run: RunFolder) -> None:
     leave(run, verdict=75, reason="stopped on request after step 7")
     assert name_unconcluded(run, JOB.attempt_id) == 75
-    latest = run.read_status().latest
-    assert latest is not None
-    assert latest.reason == "stopped on request after step 7"
+    assert recorded(run)[1] == "stopped on request after step 7"
 
 
 # --- the next attempt
@@ -232,8 +269,8 @@ def test_a_job_is_requeued_if_it_runs_and_slurm_allows_it(
     said = capsys.readouterr().err
     assert words in said
     assert ("requeue 12" in asked.read_text() if asked.exists() else False) == requeued
-    if "go on" in words and "next" not in words:
-        assert """sbatch '/runs/it'"'"'s/slurm/x/train.sbatch'""" in said
+    continued = "the next attempt" in words or "has requeued" in words
+    assert ("""sbatch '/runs/it'"'"'s/slurm/x/train.sbatch'""" in said) != continued
 
 
 def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
