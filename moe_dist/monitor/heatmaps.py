@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 INK, GREY, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
-MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34  # sizes in pixels; cells narrower than TEXT_CELL show no number
+MIN_CELL, MAX_CELL = 7, 44  # sizes in pixels
+TEXT_WIDTH, TEXT_HEIGHT = 34, 20  # pixels; smaller cells show no number
 WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels: size and margins of a picture with curves
 
 Colour = tuple[int, int, int]
@@ -87,8 +88,9 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
     foot = 58 if columns.sublabels else 44
-    small = width_cell < TEXT_CELL and not np.isnan(values).all()
-    caption = f"{scale.caption}; {extremes(values, rows, columns, scale)}" if small else scale.caption
+    small = width_cell < TEXT_WIDTH or height_cell < TEXT_HEIGHT
+    words = f"; {extremes(values, rows, columns, scale)}" if small and not np.isnan(values).all() else ""
+    caption = f"{scale.caption}{words}"
     header_width = max(_font(19).getlength(title), _font(14).getlength(caption)) + 2 * MARGIN
     body = max(num_rows * height_cell, 120)  # the numbers of the colour bar need 120 pixels
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
@@ -118,7 +120,7 @@ def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
     zeros = int((values == 0).sum()) if scale.zero is not None else 0
-    return f"{largest}{column_name} {columns.labels[column]}" + (f"; black cells: {zeros}" if zeros else "")
+    return largest + f"{column_name} {columns.labels[column]}".lstrip() + (f"; black cells: {zeros}" if zeros else "")
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
@@ -140,7 +142,7 @@ def _cell(
     gap = 1 if min(size) >= 12 else 0
     (x, y), (width, height) = at, size
     canvas.rectangle((x, y, x + width - 1 - gap, y + height - 1 - gap), fill=fill)
-    if width >= TEXT_CELL and height >= 20 and not np.isnan(value):
+    if width >= TEXT_WIDTH and height >= TEXT_HEIGHT and not np.isnan(value):
         bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
         centre = (x + width // 2, y + height // 2)
         canvas.text(centre, scale.write(float(value)), fill=INK if bright else PAPER, font=_font(13), anchor="mm")

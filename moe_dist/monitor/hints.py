@@ -68,11 +68,9 @@ class HintWatch:
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
-        sums = WindowSums(
-            *(np.sum([past.arrays[name] for past in self._records], axis=0) for name in WindowSums._fields[:3]),
-            steps=self._window,
-            balance_coefficient=record.balance_coefficient,
-        )
+        names = ("choices_LC", "tokens_LG", "dropped_LG")
+        arrays = {name: np.sum([past.arrays[name] for past in self._records], axis=0) for name in names}
+        sums = WindowSums(**arrays, steps=self._window, balance_coefficient=record.balance_coefficient)
         yield from routing_hints(sums, self._groups, self._moe_layers)
         yield from unread_modality(tuple(self._records))
         yield from slow_rank([past.busy_seconds_W for past in self._records])

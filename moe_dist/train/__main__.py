@@ -69,7 +69,9 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train import build, session
+    from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
+    from moe_dist.train.tracing import traced_steps
     from moe_dist.train.trainer import Trainer
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
@@ -101,11 +103,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, mesh.device, env) as devices,
-        session.profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
-        session.traced_steps(plan, folder, env, progress, attempt_id=attempt.attempt_id) as tracer,
+        profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
+        traced_steps(
+            plan, folder, env, attempt_id=attempt.attempt_id, step=progress.step, position=progress.position
+        ) as tracer,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
-        training.step.tracer = tracer
         trainer = Trainer(
             build.build_plan(config, manifest, placement),
             training.step,
@@ -117,6 +120,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             stop=stop,
             progress=progress,
             profile=profile,
+            tracer=tracer,
         )
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks

@@ -4,8 +4,9 @@ The ranges of layers exist only while steps are profiled, so other steps cost no
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from moe_dist.config.schema import Config
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
+
 PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # of a layer, with a range each
 MEMORY_EVENTS = 200_000  # allocations and releases that CUDA's memory history keeps
 MIB = 2**20
+
+logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
@@ -49,7 +56,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile, if one is running, and writes its files."""
+        """Ends the profile, if one is running, and writes its files. If that fails, the log says so and the run goes on."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None
@@ -57,13 +64,20 @@ class StepProfiler:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        try:
+            self._write(ended)
+        except OSError as error:
+            logger.error("monitor.profile: %s; the files of this profile are missing or incomplete", error)
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, ended: profile) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = self._folder / f"{self._name}_from_step_{self._began}"
         ended.export_chrome_trace(f"{stem}.json.gz")
         stem.with_suffix(".memory.json").write_text(json.dumps(self._memory(ended), indent=1), encoding="utf-8")
         if self._device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")  # for pytorch.org/memory_viz
-            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _start(self, number: int) -> None:
         activities = [ProfilerActivity.CPU]
@@ -88,6 +102,24 @@ class StepProfiler:
                 name: (each.device_memory_usage if cuda else each.cpu_memory_usage) / MIB for name, each in ranges.items()
             },
         }
+
+
+@contextmanager
+def profiled_steps(
+    config: Config, model: nn.Module, device: torch.device, folder: RunFolder, env: RankEnv
+) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
+    """Yields the function that surrounds each step (`Trainer.profile`). It does nothing without `monitor.profile`, and on
+    ranks that are not profiled."""
+    section = config.monitor.profile
+    if section is None or env.rank not in section.ranks:
+        yield lambda _: nullcontext()
+        return
+    first, last = section.steps
+    profiler = StepProfiler(model, folder.profile, f"rank_{env.rank}", first=first, last=last, device=device)
+    try:
+        yield profiler.step
+    finally:
+        profiler.close()
 
 
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:

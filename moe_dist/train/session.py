@@ -3,19 +3,17 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
 
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
-from moe_dist.data.order import micro_batches
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ResourceError
 from moe_dist.monitor.devices import DeviceMonitor
@@ -27,8 +25,6 @@ from moe_dist.monitor.sinks.mlflow import MlflowSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
-from moe_dist.monitor.trace.format import MANIFEST, Manifest
-from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh
 from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
@@ -40,9 +36,7 @@ from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
-from moe_dist.train.profiling import StepProfiler
 from moe_dist.train.resume import Progress
-from moe_dist.train.tracing import StepTracer
 from moe_dist.train.trainer import Finished
 
 
@@ -131,64 +125,6 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield monitor
     finally:
         monitor.stop()
-
-
-@contextmanager
-def profiled_steps(
-    config: Config, model: nn.Module, device: torch.device, folder: RunFolder, env: RankEnv
-) -> Iterator[Any]:
-    """The function that surrounds each step (`Trainer.profile`). It does nothing without `monitor.profile`, and on ranks
-    that are not profiled."""
-    section = config.monitor.profile
-    if section is None or env.rank not in section.ranks:
-        yield nullcontext
-        return
-    first, last = section.steps
-    profiler = StepProfiler(model, folder.profile, f"rank_{env.rank}", first=first, last=last, device=device)
-    try:
-        yield profiler.step
-    finally:
-        profiler.close()
-
-
-@contextmanager
-def traced_steps(
-    plan: Preflight, folder: RunFolder, env: RankEnv, progress: Progress, *, attempt_id: str
-) -> Iterator[StepTracer | None]:
-    """This rank's tracer of the attempt; None without `monitor.trace`. Rank 0 writes the manifest before the first step."""
-    config, section = plan.config, plan.config.monitor.trace
-    if section is None:
-        yield None
-        return
-    place, steps_before = folder.trace / f"from_step_{progress.step}_{attempt_id}", progress.step
-    place.mkdir(parents=True, exist_ok=True)
-    if env.rank == 0:
-        Manifest(
-            attempt=1 + len(list(folder.trace.glob(f"*/{MANIFEST}"))),
-            from_step=steps_before,
-            ranks=env.world_size,
-            layers=config.model.moe_layers,
-            choices=max(group.top_k for group in plan.placement.groups),
-            weights=section.weights,
-            groups=plan.placement.groups,
-            rank_of_expert=plan.placement.rank_of_expert,
-            modalities=tuple(plan.manifest.modalities),
-            every=section.every,
-            tokens=section.tokens,
-            tokenizer=plan.manifest.tokenizer,
-            configuration=config.model_dump(mode="json"),
-        ).write(place)
-    writer = TraceWriter(place, env.rank, weights=section.weights)
-    share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
-    first, batch = progress.position - steps_before * config.train.global_batch, config.train.global_batch
-
-    def sequences(number: int) -> list[range]:
-        return micro_batches(first + number * batch, global_batch=batch, **share)
-
-    try:
-        yield StepTracer(writer, every=section.every, tokens=section.tokens, weights=section.weights, sequences=sequences)
-    finally:
-        writer.close()
 
 
 @contextmanager

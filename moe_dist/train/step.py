@@ -86,7 +86,6 @@ class TrainingStep:
         self.needs_global_batch_info = needs_global_batch_info
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
         self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step at its index; empty at first
-        self.tracer: StepTracer | None = None  # set before the first step, if the run has a trace
         self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
@@ -98,6 +97,7 @@ class TrainingStep:
         stop_requested: bool = False,
         began: float | None = None,
         number: int = 0,
+        tracer: StepTracer | None = None,
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
@@ -107,6 +107,7 @@ class TrainingStep:
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
             number: Number of the step (0-based), which is part of the seed of random draws.
+            tracer: Traces the step; None for a step that is not traced.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -129,7 +130,6 @@ class TrainingStep:
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
         self.comm_stats.take()  # drops the bytes of evaluations since the last step
 
-        tracer = self.tracer if self.tracer is not None and self.tracer.due(number) else None
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):

@@ -3,16 +3,22 @@
 Shape letters: T tokens, L MoE layers, K choices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_dist.data.batch import Batch
+from moe_dist.data.order import micro_batches
 from moe_dist.moe.routing import LayerReport
-from moe_dist.monitor.trace.format import TOKEN
+from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.plan.preflight import Preflight
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.run_folder import RunFolder
 
 
 class StepTracer:
@@ -51,14 +57,13 @@ class StepTracer:
         """Copies the choices of step `number` (0-based) to the host, a sync after the step's last one, and writes them."""
         left, found = self._tokens, []
         for numbers, (batch, ids_TLK, weights_TLK) in zip(self._sequences(number), self._parts, strict=True):
-            real_T = ~_host(batch.padding_BS).ravel()
-            rows = np.flatnonzero(real_T)[:left]
+            rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these rows leave the device
             left = None if left is None else left - len(rows)
-            length = batch.tokens_BS.shape[1]
             tokens = np.empty(len(rows), TOKEN)
-            tokens["sequence"], tokens["position"] = numbers.start + rows // length, rows % length
-            tokens["token"], tokens["modality"] = (_host(x).ravel()[rows] for x in (batch.tokens_BS, batch.modality_BS))
-            found.append((tokens, _host(ids_TLK)[rows], _host(weights_TLK)[rows] if self._weights else None))
+            row, tokens["position"] = np.divmod(_host(rows), batch.tokens_BS.shape[1])
+            tokens["sequence"] = numbers.start + row
+            tokens["token"], tokens["modality"] = (_host(x.flatten()[rows]) for x in (batch.tokens_BS, batch.modality_BS))
+            found.append((tokens, _host(ids_TLK[rows]), _host(weights_TLK[rows]) if self._weights else None))
         self._parts.clear()
         tokens, ids, weights = ([part[i] for part in found] for i in range(3))
         self._writer.add(
@@ -68,6 +73,52 @@ class StepTracer:
     def flush(self) -> None:
         """Waits until all traced steps are on disk."""
         self._writer.flush()
+
+
+@contextmanager
+def traced_steps(
+    plan: Preflight, folder: RunFolder, env: RankEnv, *, attempt_id: str, step: int, position: int
+) -> Iterator[StepTracer | None]:
+    """Yields this rank's tracer of the attempt; None without `monitor.trace`. Rank 0 writes the manifest before the first
+    step.
+
+    Args:
+        step, position: Steps before the attempt, and position of its first step in the stream of sequences (`Progress`).
+    """
+    config, section = plan.config, plan.config.monitor.trace
+    if section is None:
+        yield None
+        return
+    place = folder.trace / f"from_step_{step}_{attempt_id}"
+    place.mkdir(parents=True, exist_ok=True)
+    if env.rank == 0:
+        manifest = Manifest(
+            attempt=1 + len(list(folder.trace.glob(f"*/{MANIFEST}"))),
+            from_step=step,
+            ranks=env.world_size,
+            layers=config.model.moe_layers,
+            choices=max(group.top_k for group in plan.placement.groups),
+            weights=section.weights,
+            groups=plan.placement.groups,
+            rank_of_expert=plan.placement.rank_of_expert,
+            modalities=tuple(plan.manifest.modalities),
+            every=section.every,
+            tokens=section.tokens,
+            tokenizer=plan.manifest.tokenizer,
+            configuration=config.model_dump(mode="json"),
+        )
+        write_atomically(place / MANIFEST, manifest.to_json())
+    writer = TraceWriter(place, env.rank, weights=section.weights)
+    share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
+    batch = config.train.global_batch
+
+    def sequences(number: int) -> list[range]:
+        return micro_batches(position + (number - step) * batch, global_batch=batch, **share)
+
+    try:
+        yield StepTracer(writer, every=section.every, tokens=section.tokens, weights=section.weights, sequences=sequences)
+    finally:
+        writer.close()
 
 
 def _host(tensor: Tensor) -> np.ndarray:

@@ -24,6 +24,7 @@ from moe_dist.train.loss import AuxSettings
 from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
+from moe_dist.train.tracing import StepTracer
 
 WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
 Loader = TrainLoader | SampleLoader
@@ -50,6 +51,7 @@ class Trainer:
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
         profile: Surrounds each step, whose number it takes (the first step is 1).
+        tracer: Traces the steps that are due on this rank; None in a run without trace.
     """
 
     plan: TrainingPlan
@@ -63,6 +65,7 @@ class Trainer:
     stop: StopRequest
     progress: Progress
     profile: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    tracer: StepTracer | None = None
     _reader: ReadAhead = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
@@ -109,7 +112,13 @@ class Trainer:
         batches = self._reader.batches(progress.position, following=following)
         with self.profile(progress.step + 1):
             result = self.take_step(
-                batches, lr=lr, aux=aux, stop_requested=self.stop.requested, began=begin, number=progress.step
+                batches,
+                lr=lr,
+                aux=aux,
+                stop_requested=self.stop.requested,
+                began=begin,
+                number=progress.step,
+                tracer=self.tracer if self.tracer is not None and self.tracer.due(progress.step) else None,
             )
         progress.step += 1
         progress.position += plan.global_batch
@@ -177,8 +186,8 @@ class Trainer:
         """Saves the run's state. With `must` it waits for the write, else a thread may write during the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
-        if self.take_step.tracer is not None:
-            self.take_step.tracer.flush()
+        if self.tracer is not None:
+            self.tracer.flush()
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:

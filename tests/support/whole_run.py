@@ -93,9 +93,6 @@ class _Recorded:
         self._results.append(self._step(*args, **options))
         return self._results[-1]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._step, name)
-
 
 def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
     """Whole tensors by logical name; collective under FSDP2."""

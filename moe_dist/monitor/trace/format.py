@@ -15,7 +15,6 @@ Shape letters: L MoE layers, K largest number of choices of a token, C columns, 
 import json
 import zlib
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,13 +68,13 @@ class Manifest:
     def num_columns(self) -> int:
         return sum(group.num_columns for group in self.groups)
 
-    def write(self, folder: Path) -> None:
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    def to_json(self) -> str:
+        """Returns the text of manifest.json."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """The inverse of `write`. Raises KeyError or TypeError if fields are missing or unknown."""
+        """Takes the parsed text of `to_json`. Raises KeyError or TypeError if fields are missing or unknown."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
         values["groups"] = tuple(ExpertGroup(**{**g, "modalities": tuple(g["modalities"])}) for g in content["groups"])
         del values["format"], values["version"]
@@ -87,7 +86,7 @@ def content_check(*arrays: np.ndarray | None) -> int:
     total = 0
     for array in arrays:
         if array is not None:
-            total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, total)
+            total = zlib.crc32(np.ascontiguousarray(array), total)
     return total
 
 

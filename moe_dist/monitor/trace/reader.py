@@ -1,15 +1,21 @@
-"""Reads a trace: `read_trace(folder).step(n)` maps the files into memory and copies only the step.
+"""Reads a trace: `read_trace(folder)` reads the manifests and indices, and then `Trace.step(n)` the rows of step n.
 
 Shape letters as in `format.py`; T tokens of all ranks.
 """
 
 import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import (
     ENTRY,
@@ -116,7 +122,8 @@ def read_trace(folder: str | Path) -> Trace:
 def _attempt(folder: Path) -> Attempt:
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with _open(path) as stream:
+            content = json.loads(stream.read())
         known = (content["format"], content["version"]) == (FORMAT, VERSION)
         manifest = Manifest.from_json(content) if known else None
     except (ValueError, KeyError, TypeError) as error:
@@ -135,7 +142,10 @@ def _attempt(folder: Path) -> Attempt:
 
 def _index(path: Path) -> dict[int, np.ndarray]:
     """The entries of an index by step; ends at the first incomplete entry, which a killed writer may leave."""
-    content = path.read_bytes() if path.exists() else b""
+    if not path.exists():
+        return {}
+    with _open(path) as stream:
+        content = stream.read()
     entries = np.frombuffer(content, ENTRY, count=len(content) // ENTRY.itemsize)
     found = {}
     for entry in entries:
@@ -147,9 +157,9 @@ def _index(path: Path) -> dict[int, np.ndarray]:
 
 def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     shape = (len(manifest.layers), manifest.choices)
-    tokens = _mapped(stem.with_suffix(".tokens"), entry, TOKEN, ())
-    ids = _mapped(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
-    weights = _mapped(stem.with_suffix(".weights"), entry, np.dtype("<f2"), shape) if manifest.weights else None
+    tokens = _read(stem.with_suffix(".tokens"), entry, TOKEN, ())
+    ids = _read(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
+    weights = _read(stem.with_suffix(".weights"), entry, np.dtype("<f2"), shape) if manifest.weights else None
     step = int(entry["step"])
     if content_check(tokens, ids, weights) != entry["content"]:
         raise DataError(f"{stem}.ids, step {step}: the content does not have the checksum of its index; restore the files")
@@ -162,15 +172,26 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray
     return tokens, ids, weights
 
 
-def _mapped(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    first, rows = int(entry["first"]), int(entry["rows"])
-    width = dtype.itemsize * int(np.prod(shape))
-    size = path.stat().st_size if path.exists() else 0
-    if size < (first + rows) * width:
+def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads the rows of a step, each of `shape`."""
+    first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
+    width = dtype.itemsize * numbers
+    with _open(path) as stream:
+        found = np.fromfile(stream, dtype, count=rows * numbers, offset=first * width)
+        size = os.fstat(stream.fileno()).st_size
+    if len(found) < rows * numbers:
         raise DataError(
             f"{path}: {size} bytes, but step {entry['step']} ends at byte {(first + rows) * width}; the file was cut off: "
             "restore it, or read earlier steps"
         )
-    if not rows:
-        return np.zeros((0, *shape), dtype)
-    return np.memmap(path, dtype, mode="r", offset=first * width, shape=(rows, *shape))
+    return found.reshape(rows, *shape)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """Opens a file of the trace. An OSError becomes a DataError."""
+    try:
+        with open_regular(path) as stream:
+            yield stream
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; restore the file") from error

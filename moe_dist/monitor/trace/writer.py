@@ -1,9 +1,12 @@
 """Writes one rank's part of a trace on a thread, so that training waits only if the disk is slower than `WAITING` steps."""
 
+import contextlib
 import logging
 import os
 import queue
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -19,15 +22,16 @@ Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 class TraceWriter:
-    """Appends steps to the files of `rank` in `folder`, an attempt's folder. A full disk ends the trace, not the run.
+    """Appends steps to the files of `rank` in `folder`, an attempt's folder. An error, such as a full disk, is logged and
+    ends the trace, not the run.
 
-    A killed process loses at most the steps that were waiting. Files contain a step only with its index entry.
+    A killed process loses at most the steps that were waiting. A step counts only with its index entry, written last.
     """
 
     def __init__(self, folder: Path, rank: int, *, weights: bool) -> None:
         names = ("tokens", "ids", *(["weights"] if weights else []), "index")
         self._files: dict[str, IO[bytes]] = {name: (folder / f"rank_{rank}.{name}").open("wb") for name in names}
-        self._rows, self._failed = 0, False
+        self._stem, self._rows, self._failed = folder / f"rank_{rank}", 0, False
         self._queue: queue.Queue[Step | None] = queue.Queue(maxsize=WAITING)
         self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
         self._thread.start()
@@ -44,28 +48,30 @@ class TraceWriter:
         self._guarded(self._sync)
 
     def close(self) -> None:
-        """Flushes and closes the files, within CLOSE_SECONDS. A second call does nothing."""
+        """Writes the waiting steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
         if not self._thread.is_alive():
             return
-        self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        with contextlib.suppress(queue.Full):  # the disk hangs
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            logger.error("the trace was not written within %g s: its last steps are missing", CLOSE_SECONDS)
-            return
-        self._guarded(self._sync)
-        for file in self._files.values():
-            self._guarded(file.close)
+            logger.error("%s: not written within %g s: the last steps of the trace are missing", self._stem, CLOSE_SECONDS)
 
     def _work(self) -> None:
         while (step := self._queue.get()) is not None:
             self._guarded(lambda step=step: self._write(*step))
             self._queue.task_done()
+        self._guarded(self._sync)
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # after a failed write the close tries that write again
+                file.close()
         self._queue.task_done()
 
     def _write(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
         parts = {"tokens": tokens, "ids": ids, **({"weights": weights} if "weights" in self._files else {})}
         for name, array in parts.items():
-            self._files[name].write(np.ascontiguousarray(array).tobytes())
+            self._files[name].write(np.ascontiguousarray(array))
             self._files[name].flush()  # the index entry must not reach the file before the content
         entry = np.array([(step, self._rows, len(tokens), content_check(*parts.values()), 0)], ENTRY)
         entry["check"] = entry_check(entry)
@@ -75,14 +81,15 @@ class TraceWriter:
 
     def _sync(self) -> None:
         for file in self._files.values():  # the index is last
-            file.flush()
             os.fsync(file.fileno())
 
-    def _guarded(self, action) -> None:
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Runs `action` unless the trace has ended. Any error ends the trace, because `add` must not wait for a thread that
+        has died."""
         if self._failed:
             return
         try:
             action()
-        except OSError as error:
+        except Exception as error:
             self._failed = True
-            logger.error("trace: %s; no further step is traced until the next start", error)
+            logger.error("%s: %r; no further step counts in the trace until the next start", self._stem, error)

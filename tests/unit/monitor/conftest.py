@@ -9,7 +9,8 @@ import pytest
 
 from moe_dist.monitor.metrics import Record, build_record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.statistics import StepResult, StepStatistics
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -131,6 +132,17 @@ def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> 
         return build_record(stats, groups=placement.groups, placement=placement, modalities=MODALITIES)
 
     return make
+
+
+def send(sink: Sink, make_record: MakeRecord) -> None:
+    """Sends a text, steps 5 and 6, and an evaluation after step 6, and closes the sink twice."""
+    sink.text("placement", "| rank | text |")
+    for step in (5, 6):
+        sink.step(make_record(step))
+    sink.evaluation(EvaluationResult(6, {"text": 3.0}, {"text": 1}), {"eval/text": 3.0, "perf/balance_efficiency": None})
+    sink.flush()
+    sink.close()
+    sink.close()
 
 
 @pytest.fixture

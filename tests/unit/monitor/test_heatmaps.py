@@ -75,6 +75,18 @@ def test_a_map_with_small_cells_says_where_its_extremes_are() -> None:
     assert not np.array_equal(named, moved), "the head of the picture has the words"
 
 
+def test_a_map_with_low_cells_says_where_its_extremes_are() -> None:
+    values = np.ones((61, 2))
+    other = values.copy()
+    values[16, 1], other[17, 1] = 9.0, 9.0
+    named, moved = (
+        draw(v, axis("layer", 61), axis("group", 2), scale=linear_scale("share", 9.0), title="t")[:60]
+        for v in (values, other)
+    )
+    assert not np.array_equal(named, moved)
+    assert extremes(values, axis("layer", 61), axis("", 2), linear_scale("share", 9.0)) == "largest 9: layer 16, 1"
+
+
 def test_dead_and_unknown_cells_are_seen() -> None:
     values = np.array([[0.0, 1.0], [np.nan, 1.0]])
     picture = draw(values, axis("layer", 2), axis("expert", 2), scale=ratio_scale("load"), title="t")

@@ -68,16 +68,27 @@ def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> Non
     assert memory["ranges_mib"].keys() >= found.keys()
 
 
-def test_a_run_that_ends_early_still_has_its_trace(tmp_path: Path) -> None:
+def profiler_of(folder: Path, last: int) -> StepProfiler:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    profiler = StepProfiler(model, tmp_path, "rank_3", first=2, last=9, device=torch.device("cpu"))
+    return StepProfiler(model, folder, "rank_3", first=2, last=last, device=torch.device("cpu"))
+
+
+def test_a_run_that_ends_early_still_has_its_trace(tmp_path: Path) -> None:
+    profiler = profiler_of(tmp_path, last=9)
     for number in (1, 2):
         with profiler.step(number):
             pass
     profiler.close()
     profiler.close()
     assert ranges(tmp_path) == {"step 2": 1}
+
+
+def test_a_run_goes_on_if_its_profile_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile").write_text("a file in place of the folder")
+    with profiler_of(tmp_path / "profile", last=2).step(2):
+        pass
+    assert "monitor.profile" in caplog.text
 
 
 def test_steps_and_ranks_that_do_not_exist_are_refused(tiny_data: Path, tmp_path: Path) -> None:

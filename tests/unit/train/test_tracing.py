@@ -1,24 +1,54 @@
 """A traced run on one rank: its counts are the records' counts, and its tokens those of the batches."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.trace.reader import read_trace
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.monitor.trace.reader import Trace, read_trace
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_plan
-from moe_dist.train.resume import Progress
-from moe_dist.train.session import traced_steps
+from moe_dist.train.tracing import traced_steps
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config
 
 ENV = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
+
+
+class Traced(NamedTuple):
+    """Three steps with a trace: the numbers of the config, and of each step the batches and the result."""
+
+    trace: Trace
+    num_experts: int
+    global_batch: int
+    steps: list[tuple[list[Batch], StepResult]]
+
+
+def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Traced:
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path, **changes)
+        plan, config = one.plan, one.plan.config
+        loader, steps = build_loader(config, plan.manifest, rank=0, world_size=1), []
+        folder, aux = RunFolder.of(config), build_plan(config, plan.manifest, plan.placement).aux(0)
+        with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0) as tracer:
+            assert tracer is not None
+            for number in range(3):
+                batches = loader.batches(number * config.train.global_batch)
+                due = tracer if tracer.due(number) else None
+                steps.append((batches, one.training.step(batches, lr=1e-3, aux=aux, number=number, tracer=due)))
+    return Traced(read_trace(folder.path), plan.placement.num_experts, config.train.global_batch, steps)
+
+
+def real_tokens(batches: list[Batch], name: str) -> np.ndarray:
+    """The values of a field of the batches, without padding."""
+    return np.concatenate([getattr(each, name)[~each.padding_BS].numpy() for each in batches])
 
 
 def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path: Path) -> None:
@@ -28,35 +58,35 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
         "parallel.recompute": "block",  # the layers run twice
         "model.moe.capacity": {"factor": 1.0, "drop": "probability", "scope": "rank"},
     }
-    with world_of_one():
-        one = OneRank(tiny_data, tmp_path, **changes)
-        plan, config = one.plan, one.plan.config
-        loader, results, progress = build_loader(config, plan.manifest, rank=0, world_size=1), [], Progress()
-        folder, step = RunFolder.of(config), one.training.step
-        with traced_steps(plan, folder, ENV, progress, attempt_id="one") as tracer:
-            step.tracer = tracer
-            aux = build_plan(config, plan.manifest, plan.placement).aux(0)
-            for number in range(3):
-                batches = loader.batches(number * config.train.global_batch)
-                results.append((batches, step(batches, lr=1e-3, aux=aux, number=number)))
-    trace = read_trace(folder.path)
-    assert trace.steps == (1, 3)
-    for traced in trace.steps:
-        batches, result = results[traced - 1]
-        found = trace.step(traced)
+    run = take_steps(tiny_data, tmp_path, changes)
+    assert run.trace.steps == (1, 3)
+    for traced in run.trace.steps:
+        batches, result = run.steps[traced - 1]
+        found = run.trace.step(traced)
         assert np.array_equal(found.choices(), result.counts.choices_LC)
-        assert np.array_equal(found.dropped()[:, : plan.placement.num_experts], result.counts.dropped_LE)
+        assert np.array_equal(found.dropped()[:, : run.num_experts], result.counts.dropped_LE)
         assert result.counts.dropped_LE.any()
-        real = [~batch.padding_BS.flatten() for batch in batches]
-        for name, tensors in (("token", [b.tokens_BS for b in batches]), ("modality", [b.modality_BS for b in batches])):
-            expected = np.concatenate([t.flatten()[r].numpy() for t, r in zip(tensors, real, strict=True)])
-            assert np.array_equal(found.tokens[name], expected)
-        first = (traced - 1) * config.train.global_batch
-        assert set(found.tokens["sequence"]) == set(range(first, first + config.train.global_batch))
+        assert np.array_equal(found.tokens["token"], real_tokens(batches, "tokens_BS"))
+        assert np.array_equal(found.tokens["modality"], real_tokens(batches, "modality_BS"))
+        first = (traced - 1) * run.global_batch
+        assert set(found.tokens["sequence"]) == set(range(first, first + run.global_batch))
         assert found.weights is not None
-        taken_TLK = (found.ids >= 0) & (found.ids < plan.placement.num_experts)
+        taken_TLK = (found.ids >= 0) & (found.ids < run.num_experts)
         assert not found.weights[~taken_TLK].any()
         assert (found.weights[taken_TLK] > 0).all()
+
+
+def test_a_trace_of_some_tokens_has_the_first_ones(tiny_data: Path, tmp_path: Path) -> None:
+    everything = take_steps(tiny_data, tmp_path / "all", {"monitor.trace": {"every": 3}})
+    tokens = len(real_tokens(everything.steps[0][0][:1], "tokens_BS")) + 5  # those of one micro-batch, and five of the next
+    some = take_steps(tiny_data, tmp_path / "some", {"monitor.trace": {"every": 3, "tokens": tokens, "weights": False}})
+    whole, found = everything.trace.step(1), some.trace.step(1)
+    assert some.trace.steps == everything.trace.steps == (1,)
+    assert len(everything.steps[0][0]) > 1
+    assert np.array_equal(found.tokens, whole.tokens[:tokens])
+    assert np.array_equal(found.ids, whole.ids[:tokens])
+    assert len(found.ids) == tokens < len(whole.ids)
+    assert found.weights is None
 
 
 @pytest.mark.parametrize(

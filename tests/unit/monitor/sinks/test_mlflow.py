@@ -12,8 +12,8 @@ import pytest
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.mlflow import MlflowSink
-from moe_dist.monitor.statistics import EvaluationResult
 from tests.support.messages import refused
+from tests.unit.monitor.conftest import send
 
 INFO = {"run_id": "r1", "run_uuid": "r1", "experiment_id": "7", "status": "RUNNING", "artifact_uri": "x"}
 Requests = list[tuple[str, dict[str, Any]]]
@@ -66,14 +66,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Requests]]:
 
 def test_every_value_arrives_with_its_step(server: tuple[str, Requests], make_record: Callable[..., Record]) -> None:
     uri, seen = server
-    sink = MlflowSink(experiment="moe", uri=uri, run_name="demo", resume_step=4)
-    sink.text("placement", "| rank | text |")
-    for step in (5, 6):
-        sink.step(make_record(step))
-    sink.evaluation(EvaluationResult(6, {"text": 3.0}, {"text": 1}), {"eval/text": 3.0, "perf/balance_efficiency": None})
-    sink.flush()
-    sink.close()
-    sink.close()
+    send(MlflowSink(experiment="moe", uri=uri, run_name="demo", resume_step=4), make_record)
     (run,) = (body for call, body in seen if call == "runs/create")
     assert (run["experiment_id"], run["run_name"]) == ("7", "demo from step 4")
     assert {"key": "moe_dist.run", "value": "demo"} in run["tags"]

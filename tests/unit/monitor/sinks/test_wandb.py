@@ -16,8 +16,8 @@ from wandb.proto import wandb_internal_pb2
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.wandb import WandbSink
-from moe_dist.monitor.statistics import EvaluationResult
 from tests.support.messages import refused
+from tests.unit.monitor.conftest import send
 
 MakeRecord = Callable[..., Record]
 BLOCK = 32768
@@ -73,14 +73,7 @@ def records_of(folder: Path) -> list[Any]:
 
 
 def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
-    sink = WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path, resume_step=4)
-    sink.text("placement", "| rank | text |")
-    for step in (5, 6):
-        sink.step(make_record(step))
-    sink.evaluation(EvaluationResult(6, {"text": 3.0}, {"text": 1}), {"eval/text": 3.0, "perf/balance_efficiency": None})
-    sink.flush()
-    sink.close()
-    sink.close()
+    send(WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path, resume_step=4), make_record)
     wandb.teardown()  # as at the end of the process: wandb's own process may still be writing after finish()
     assert tried == []
 

@@ -1,9 +1,11 @@
 """What was written is read back; a killed writer, a resume and damaged files. Shape letters as in the format."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest
 from moe_dist.monitor.trace.reader import read_trace
-from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.messages import refused
 
@@ -42,7 +44,7 @@ def part(step: int, rank: int, rows: int = 5) -> Part:
 def write(folder: Path, manifest: Manifest, steps: range, name: str) -> Path:
     place = folder / name
     place.mkdir(parents=True)
-    manifest.write(place)
+    (place / "manifest.json").write_text(manifest.to_json())
     for rank in range(manifest.ranks):
         writer = TraceWriter(place, rank, weights=manifest.weights)
         for step in steps:
@@ -93,7 +95,7 @@ from pathlib import Path
 from moe_dist.monitor.trace.writer import TraceWriter
 from tests.unit.monitor.trace.test_files import MANIFEST, part
 place = Path(sys.argv[1])
-MANIFEST.write(place)
+(place / "manifest.json").write_text(MANIFEST.to_json())
 writers = [TraceWriter(place, rank, weights=True) for rank in (0, 1)]
 for step in range(1, 100000):
     for rank, writer in enumerate(writers):
@@ -144,7 +146,7 @@ def test_changed_content_is_named(tmp_path: Path) -> None:
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
     place = write(tmp_path, MANIFEST, range(1, 3), "a")
-    replace(MANIFEST, groups=GROUPS[:1]).write(place)
+    (place / "manifest.json").write_text(replace(MANIFEST, groups=GROUPS[:1]).to_json())
     with refused(DataError, "groups"):
         read_trace(tmp_path).step(1)
 
@@ -168,19 +170,49 @@ def test_no_trace_and_a_step_without_trace(tmp_path: Path) -> None:
         read_trace(tmp_path).step(7)
 
 
-def test_a_full_disk_ends_the_trace_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    MANIFEST.write(tmp_path)
+@pytest.mark.parametrize(("spoil", "words"), [("disk", "No space left"), ("file", "write to closed file")])
+def test_an_error_ends_the_trace_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: str, words: str
+) -> None:
     writer = TraceWriter(tmp_path, 0, weights=True)
-    writer._files["ids"] = Path("/dev/full").open("wb")  # noqa: SIM115
+    writer._files["ids"].close()
+    if spoil == "disk":
+        writer._files["ids"] = Path("/dev/full").open("wb")  # noqa: SIM115
     for step in range(1, 9):
         writer.add(step, *part(step, 0))
     writer.flush()
     writer.close()
-    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
+    assert len([record for record in caplog.records if words in record.message and "rank_0" in record.message]) == 1
+    assert all(file.closed for file in writer._files.values())
+    assert not (tmp_path / "rank_0.index").stat().st_size
 
 
-def test_the_manifest_is_json_for_every_reader(tmp_path: Path) -> None:
-    MANIFEST.write(tmp_path)
-    content = json.loads((tmp_path / "manifest.json").read_text())
+def test_closing_does_not_wait_for_a_disk_that_hangs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 0.2)
+    writer, answers = TraceWriter(tmp_path, 0, weights=True), threading.Event()
+    monkeypatch.setattr(writer, "_write", lambda *_: answers.wait())
+    for step in range(1, WAITING + 2):  # one more is being written
+        writer.add(step, *part(step, 0))
+    writer.close()
+    assert "not written within 0.2 s" in caplog.text
+    answers.set()
+    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 30.0)
+    writer.close()
+    assert all(file.closed for file in writer._files.values())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank_0.index", "rank_0.ids"])
+def test_a_file_that_is_a_fifo_is_refused(tmp_path: Path, name: str) -> None:
+    place = write(tmp_path, MANIFEST, range(1, 3), "a")
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    with refused(DataError, name):
+        read_trace(tmp_path).step(1)
+
+
+def test_the_manifest_is_json_for_every_reader() -> None:
+    content = json.loads(MANIFEST.to_json())
     assert (content["format"], content["version"]) == ("moe_dist trace", 1)
     assert [group["name"] for group in content["groups"]] == ["text", "image"]
