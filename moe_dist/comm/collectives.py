@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -104,7 +105,7 @@ class CommStats:
         return taken
 
 
-def from_host(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def from_host(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns numbers of the host as a tensor [n] on the device. On CUDA the copy is queued, and the host does not wait."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -258,7 +258,16 @@ class ModelSection(Section):
                 head_keys,
                 f"head_dim={self.resolved_head_dim} must be even, because RoPE rotates pairs of values; change it",
             )
-        if self.sliding_layers is not None and self.sliding_window is None:
+        elif self.rope_scaling is not None and self.resolved_head_dim < self.rope_scaling.least_head_dim:
+            problem = (
+                f"head_dim={self.resolved_head_dim} must be at least {self.rope_scaling.least_head_dim} with "
+                f"rope_scaling.kind={self.rope_scaling.kind}; raise it, or choose another kind"
+            )
+            yield Violation((*head_keys, "rope_scaling.kind"), problem)
+        if self.sliding_layers == ():
+            problem = "sliding_layers=[] names no layer; name some, or set sliding_window=null and sliding_layers=null"
+            yield Violation(("sliding_layers",), problem)
+        if self.sliding_layers and self.sliding_window is None:
             problem = f"sliding_layers={list(self.sliding_layers)} needs sliding_window; set it, or sliding_layers=null"
             yield Violation(("sliding_layers", "sliding_window"), problem)
         if beyond := [layer for layer in self.sliding_layers or () if layer >= self.num_layers]:

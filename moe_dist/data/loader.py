@@ -100,10 +100,10 @@ class TrainLoader:
 class ReadAhead:
     """Reads the batches of the next step in a thread, while the current step computes.
 
-    A loader is not safe in two threads, so call `settle` before any other use of it.
+    No two threads may read from a loader at once, so call `settle` before anything else reads batches from it.
 
     Args:
-        read: Returns the batches of the step that starts at a position of the global stream.
+        read: Method of a loader. Returns the batches of the step that starts at a position of the global stream.
     """
 
     def __init__(self, read: Callable[[int], list[Batch]]) -> None:

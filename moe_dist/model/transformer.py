@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
         masks = {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
-        rotary = self._rotary(positions_BS)
+        rotary = self._rotary(positions_BS, group_BS)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
         for layer in self.layers:
@@ -126,7 +126,8 @@ class Transformer(nn.Module):
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
         document. Call it in evaluation mode.
 
-        Up to rounding, the logits equal those that `forward` computes for the whole sequences.
+        Up to rounding, the logits equal those that `forward` computes for the whole sequences. They differ only with
+        `DynamicScaling` beyond its original length, because cached keys stay as they were rotated.
 
         Args:
             tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. It adds no entry to the cache, and its
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
-        rotary = self._rotary(positions_BN)
+        rotary = self._rotary(positions_BN, group_BN)
         real_BN = group_BN >= 0
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
         for layer, entries in zip(self.layers, cache, strict=True):
@@ -161,7 +162,9 @@ class Transformer(nn.Module):
         sizes = {"batch": batch, "capacity": capacity, "device": device}
         return tuple(LayerCache(self.args, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
-    def _rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
+        if self.args.rope_scaling is not None:  # which must not take padding for the longest document
+            positions_BS = torch.where(group_BS < 0, 0, positions_BS)
         return rotary_table(positions_BS, self.args.head_dim, self.args.rope_base, self.args.rope_scaling)
 
     def _shallow(

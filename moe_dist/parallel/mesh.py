@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)  # long enough for the slowest rank's write
@@ -179,18 +179,40 @@ def destroy_world() -> None:
         dist.destroy_process_group()
 
 
+def own_gpu(env: RankEnv) -> torch.device:
+    """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank, or the only
+    GPU that the rank sees: a scheduler may show each rank its own GPU alone, as srun --gpus-per-task does.
+
+    Raises:
+        ResourceError: the node has more ranks than it shows GPUs.
+    """
+    index = 0 if torch.cuda.device_count() == 1 else env.local_rank
+    if index >= torch.cuda.device_count():
+        raise ResourceError(
+            f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
+            "(CUDA_VISIBLE_DEVICES); start fewer ranks there, or use the CPU (parallel.device=cpu, --device cpu)"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)  # NCCL and torch.cuda.current_stream use the current device
+    return device
+
+
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
     """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh (None for a single rank) and
-    this rank's device. Raises ConfigError if the ranks have no address of rank 0."""
+    this rank's device.
+
+    Raises:
+        ConfigError: the ranks have no address of rank 0.
+        ResourceError: see `own_gpu`.
+    """
     if env.world_size == 1:
         yield None, device
         return
     if env.init_method == PUBLISHED:
         raise ConfigError("MASTER_ADDR and MASTER_PORT are not set; several ranks need rank 0's address and a port")
     if device.type == "cuda":
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
+        device = own_gpu(env)
     init_world(env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=_ONE_GROUP_TIMEOUT)
     try:
         yield make_mesh(ep=env.world_size, device=device, timeout=_ONE_GROUP_TIMEOUT), device

@@ -71,22 +71,27 @@ class ParallelModel:
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in the last micro-batch only; FSDP2
-        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`).
-        Between the first and the last, experts keep copies of their weights in the rows' dtype."""
+        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`). From
+        the first to the last, experts keep copies of their weights in the rows' dtype. An error drops the copies, too."""
         for stack in self._stacks:
             stack.keep_copies(True)
         if self._once:
             self._keep_gathered(until_next=not last)
         skip = isinstance(self._module, DistributedDataParallel) and not last
-        with (
-            self.mesh.tracker.among(f"forward or backward with {self.data}"),
-            self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
-        ):
-            yield
-        for stack in self._stacks if last else ():
-            stack.keep_copies(False)  # the optimizer changes the weights next
-        if self._once and last:
-            self._root.set_reshard_after_forward(True)  # an evaluation must leave sharded parameters for a checkpoint
+        try:
+            with (
+                self.mesh.tracker.among(f"forward or backward with {self.data}"),
+                self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
+            ):
+                yield
+        except BaseException:
+            last = True
+            raise
+        finally:
+            for stack in self._stacks if last else ():
+                stack.keep_copies(False)  # the optimizer, or a load after an error, changes the weights next
+            if self._once and last:
+                self._root.set_reshard_after_forward(True)  # else an evaluation would leave all parameters gathered
 
     @property
     def _root(self) -> FSDPModule:

@@ -136,13 +136,13 @@ def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     model, parts = config.model, parameters(config.model, experts_held=_local(placement, rank))
+    plain = parts.experts if config.parallel.edp == 1 else 0.0  # which FSDP2 does not shard
+    kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     if _gathers_once(config):
-        return parts.total - parts.router
+        return parts.total - parts.router - plain + kept
     if config.parallel.data != "fsdp2":
         return parts.total - parts.router if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     attention = parts.attention / model.num_layers
-    plain = parts.experts if config.parallel.edp == 1 else 0.0
-    kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     moe = (parts.experts - plain + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
     # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.

@@ -52,8 +52,8 @@ class Progress:
     first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """Returns True if an evaluation is due after the current step (every `every` steps and after step `last`) but not
-        made. If a stop request prevents the evaluation, the resumed run makes it."""
+        """Returns True if an evaluation is due (every `every` steps and after step `last`) but not made yet. If a stop
+        request prevents the evaluation, the resumed run makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 

@@ -25,7 +25,7 @@ from moe_dist.monitor.sinks.mlflow import MlflowSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
-from moe_dist.parallel.mesh import Mesh, init_world, make_mesh
+from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
 from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
@@ -41,24 +41,11 @@ from moe_dist.train.trainer import Finished
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """Returns this rank's device: the GPU whose index is the local rank, the only GPU that this rank sees, or the CPU.
-
-    Raises:
-        ResourceError: there is no GPU for this rank.
-    """
+    """Returns this rank's device: the CPU, or its GPU. Raises ResourceError if there is no GPU for this rank."""
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    # A scheduler may show each rank its own GPU alone, as srun --gpus-per-task does; `claim_gpu` finds a shared one.
-    index = 0 if torch.cuda.device_count() == 1 else env.local_rank
-    if index >= torch.cuda.device_count():
-        raise ResourceError(
-            f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
-            "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)  # NCCL and torch.cuda.current_stream use the current device
-    return device
+    return own_gpu(env)  # `claim_gpu` finds a GPU that two ranks take
 
 
 def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]

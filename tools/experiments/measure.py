@@ -168,7 +168,7 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads the mean weights of the checkpoints of these steps (summed in float64) into the model.
+        """Loads into the model the mean, over the checkpoints of `steps`, of all weights, computed in float64.
 
         Router thresholds are averaged too; integer tensors are those of the last checkpoint.
 

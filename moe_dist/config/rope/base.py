@@ -14,6 +14,7 @@ class RopeScalingSection(Section):
     kind: Any
 
     length_is_longest: ClassVar[bool] = False  # true if transformers has the original length in max_position_embeddings
+    least_head_dim: ClassVar[int] = 2
     null_is_default: ClassVar[frozenset[str]] = frozenset()  # keys for which transformers takes null as the default
 
     factor: PositiveFloat = Field(description="How many times longer sequences become.")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
+from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
@@ -117,9 +118,9 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         send = [int(mine_E[each].sum()) for each in slots]
         return _Order(
             splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
-            expert_N=_on_device(np.repeat(np.arange(len(mine_E)), mine_E), device),
-            pair_P=_on_device(_blocks((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
-            order_Q=_on_device(_blocks(first_WX.T.ravel(), arriving_WX.T.ravel()), device),
+            expert_N=from_host(np.repeat(np.arange(len(mine_E)), mine_E), torch.int64, device),
+            pair_P=from_host(_blocks((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), torch.int64, device),
+            order_Q=from_host(_blocks(first_WX.T.ravel(), arriving_WX.T.ravel()), torch.int64, device),
             slot_counts=tuple(arriving_WX.sum(0).tolist()),
         )
 
@@ -128,12 +129,6 @@ def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
     """Does `rows.runs_in_order` on the host: concatenates start, start + 1, ..., start + length - 1 of all blocks."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values.astype(np.int64))
-    # pinned, because the host would wait for a copy from pageable memory
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):

@@ -19,6 +19,7 @@ G expert groups, W ranks.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class ThresholdGate(Protocol):
         ...
 
 
-class ChoosingRouter(nn.Module):
+class ChoosingRouter(nn.Module, ABC):
     """A router whose E choosers select tokens in training.
 
     Attributes:
@@ -77,17 +78,17 @@ class ChoosingRouter(nn.Module):
     threshold_decay: float
     noncausal = False
 
+    @abstractmethod
     def gates(self) -> Sequence[ThresholdGate]:
         """Returns the objects that hold the choosers' thresholds, in order of the choosers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
         """Returns the scores of tokens for choosers [T, E], 0 if the token does not compete. Arguments as in `forward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_taken(self, sums: Any) -> Tensor:
         """Returns, from the sums that `forward` returned, the number of tokens that each chooser took [E]."""
-        raise NotImplementedError
 
 
 @contextmanager

@@ -32,6 +32,11 @@ def test_windows_by_layer() -> None:
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, ("high_freq_factor=4.0",)),
         ({"rope_scaling": {"kind": "linear"}}, ("factor",)),
         ({"rope_scaling": {"kind": "longrope", "factor": 2.0}}, ("longrope", "linear")),
+        ({"sliding_window": 4, "sliding_layers": []}, ("sliding_layers=[] names no layer", "sliding_window=null")),
+        (
+            {"rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}, "head_dim": 2},
+            ("head_dim=2 must be at least 4", "rope_scaling.kind=dynamic"),
+        ),
     ],
 )
 def test_each_rule_is_named_with_its_fix(model: dict[str, Any], keys: tuple[str, ...]) -> None:

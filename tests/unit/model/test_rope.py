@@ -7,8 +7,9 @@ import torch
 
 from moe_dist.config.rope.base import RopeScalingSection
 from moe_dist.hf.attention_fields import ROPE_SCALINGS as SECTIONS
-from moe_dist.model.layers import rotary_table
+from moe_dist.model.layers import ModelArgs, rotary_table
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling, frequencies
+from moe_dist.model.transformer import Transformer
 from moe_dist.train.build import ROPE_SCALINGS
 
 WIDTH, BASE = 16, 1e4
@@ -54,6 +55,26 @@ def test_yarn_goes_from_kept_to_divided_frequencies(truncate: bool) -> None:
     assert size == pytest.approx(0.1 * math.log(4) + 1)
     cos, _ = rotary_table(POSITIONS, WIDTH, BASE, YarnScaling(4.0, 256, attention_factor=1.5))
     assert float(cos[0, 0, 0, 0]) == 1.5
+
+
+def test_dynamic_counts_no_padding() -> None:
+    """Neither after the documents of a training sequence nor after a prompt that is shorter than others of its batch."""
+    sizes = {"vocab_size": 9, "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": WIDTH}
+    args = ModelArgs(**sizes, moe_layers=(), dense_ffn_dim=8, rope_scaling=DynamicScaling(2.0, 8))
+    model = Transformer(args, make_moe=lambda _: pytest.fail("no layer has experts")).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    tokens = torch.randint(9, (1, 24), generator=generator)
+    short, zeros = tokens[:, :6], torch.zeros(1, 6, dtype=torch.int64)
+    padding = (POSITIONS >= 6).to(torch.int64)
+    with torch.no_grad():
+        alone, _ = model(short, POSITIONS[:, :6], zeros, zeros)
+        restarted = torch.cat([POSITIONS[:, :6], POSITIONS[:, :18]], dim=1)
+        in_sequence, _ = model(tokens, restarted, padding, -padding)
+        in_batch = model.forward_cached(tokens, POSITIONS, -padding, model.make_cache(1, 24))
+    torch.testing.assert_close(in_sequence[:, :6], alone)
+    torch.testing.assert_close(in_batch[:, :6], alone)
 
 
 def test_dynamic_counts_each_sequences_own_length() -> None:

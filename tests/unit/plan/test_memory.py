@@ -158,3 +158,5 @@ def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
         assert after.casts == 2 * (whole.total - whole.router)
         assert after.gradients - before.gradients == 4 * gathered
         assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)
+        once = config(parallel={**section, "edp": edp, "fsdp_gather": "step", "precision": "fp32"})
+        assert rank_memory(once, placement, rank=0, rows=1.0, pairs=1.0).casts == 4 * gathered  # no copies of fp32 experts

@@ -1,5 +1,6 @@
 """Experts in bf16 compute with the weights of the last optimizer step, not with copies of earlier ones."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,3 +23,16 @@ def test_experts_follow_the_optimizer(tiny_data: Path, tmp_path: Path) -> None:
         for stack, old in zip(stacks, before, strict=True):
             assert not torch.equal(stack.gate, old)
             assert torch.equal(stack.weight("gate", torch.bfloat16), stack.gate.to(torch.bfloat16))
+
+
+def test_an_error_in_a_micro_batch_drops_the_copies(tiny_data: Path, tmp_path: Path) -> None:
+    """Else a model that is loaded afterwards would compute with the experts of before."""
+    with world_of_one():
+        parallel = OneRank(tiny_data, tmp_path, **{"parallel.precision": "bf16"}).training.parallel
+        stack = next(each for each in parallel.model.modules() if isinstance(each, ExpertStack))
+        with suppress(MemoryError), parallel.micro_batch(last=False):
+            stack.weight("gate", torch.bfloat16)
+            raise MemoryError
+        with torch.no_grad():
+            stack.gate.add_(1.0)
+        assert torch.equal(stack.weight("gate", torch.bfloat16), stack.gate.to(torch.bfloat16))

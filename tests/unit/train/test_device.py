@@ -8,6 +8,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ResourceError
+from moe_dist.parallel import mesh
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.train.session import choose_device, claim_gpu
 
@@ -27,6 +28,16 @@ def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch, seen: int, local_ran
         monkeypatch.setattr(torch.cuda, name, value)
     assert choose_device(config_of(), env_of(local_rank)) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
+
+
+def test_commands_take_the_gpu_that_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"device_count": lambda: 1, "set_device": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("init_world", "make_mesh", "destroy_world"):
+        monkeypatch.setattr(mesh, name, lambda *_, **__: None)
+    env = RankEnv(5, 8, 5, 8, "env://", 0, "a1")
+    with mesh.one_group(env, torch.device("cuda")) as (_, device):
+        assert device == torch.device("cuda", 0)
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
