@@ -58,7 +58,7 @@ test-smollm2: $(SMOLLM2)/.installed  ## Take a real model, SmolLM2-135M, in and 
 	@$(TEST) -rP tests/pretrained
 
 torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)
-	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python tests/support/import_all.py
+	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python -m tests.support.import_all
 	@PYTHONPATH=$(OLDEST_TORCH) $(TEST) tests/distributed/test_training_step.py tests/unit/parallel/test_torch_floor.py
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run

@@ -88,11 +88,11 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
         for rank in range(ranks):
             here = len(placement.local_experts(rank, group))
             load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
-            remote[rank] += share * _reached(group, here) * (ranks - 1) / ranks
+            remote[rank] += share * reached(group, here) * (ranks - 1) / ranks
     return PlacementPlan(name, placement, tuple(load), tuple(remote))
 
 
-def _reached(group: ExpertGroup, here: int) -> float:
+def reached(group: ExpertGroup, here: int) -> float:
     """Returns the probability that a token of the group takes at least one of `here` given experts."""
     if group.capacity is not None:
         return 1 - (1 - min(1.0, group.capacity)) ** here

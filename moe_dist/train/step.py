@@ -291,22 +291,22 @@ class _OwnCounts:
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
-        self._sums: list[Tensor] = []
+        self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, reports: Sequence[LayerReport]) -> None:
-        experts = [group.num_experts for group in self._groups]
-        nulls = [group.num_null for group in self._groups]
-        for report in reports:
-            true_E = report.sums.choices_C[: sum(experts)] - report.sums.dropped_E
-            true_G = torch.stack([part.sum() for part in true_E.split(experts)])
-            null_C = report.sums.choices_C[sum(experts) :][: sum(nulls)]
-            null_G = torch.stack([part.sum() for part in null_C.split(nulls)])
-            self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
+        """Keeps the counts, because on CUDA a sum of all layers at the end takes fewer launches than sums of each."""
+        self._sums += [(each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G) for each in reports]
 
     def totals(self) -> tuple[list[int], list[int], list[int]]:
         """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
-        true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()  # device-to-host sync
-        return true_G, null_G, tokens_G
+        experts = [group.num_experts for group in self._groups]
+        nulls = [group.num_null for group in self._groups]
+        choices_C, dropped_E, tokens_G = (torch.stack(each).sum(0) for each in zip(*self._sums, strict=True))
+        true_E, null_C = choices_C[: sum(experts)] - dropped_E, choices_C[sum(experts) :][: sum(nulls)]
+        true_G = torch.stack([part.sum() for part in true_E.split(experts)])
+        null_G = torch.stack([part.sum() for part in null_C.split(nulls)])
+        true, null, tokens = torch.stack([true_G, null_G, tokens_G]).tolist()  # device-to-host sync
+        return true, null, tokens
 
 
 def _count_members(

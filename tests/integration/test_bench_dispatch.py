@@ -55,3 +55,9 @@ def test_more_ranks_than_cores_are_refused(tmp_path: Path) -> None:
     refused = bench("--json", str(tmp_path / "x.json"), "--world", "1000")
     assert refused.returncode == 78
     assert "more ranks than" in refused.stderr
+
+
+def test_a_sweep_without_its_option_is_refused() -> None:
+    refused = bench("tokens")
+    assert refused.returncode == 78
+    assert "tokens: only --count takes key=value" in refused.stderr

@@ -106,6 +106,13 @@ def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Don
     assert f"did you mean {CONFIG}" in done.stderr
 
 
+def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
+    """By the C++ source in the wheel, and in a process of its own."""
+    done = call("bench", "--count", "olmoe_1b7b_8gpu", "--ranks", "16", "model.num_layers=1")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 16, 1 layers" in done.stdout
+
+
 def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> None:
     """The default job, shortened, on a few texts and pictures in the place of the default data."""
     assert "Peak learning rate" in call("explain", "optimizer.lr").stdout

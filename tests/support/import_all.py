@@ -1,13 +1,11 @@
-"""Imports every module of moe_dist, launchers and tools, and prints the version of torch: run it as a program."""
+"""Imports every module of the code, and prints the version of torch: python -m tests.support.import_all"""
 
 import importlib
 import pkgutil
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 failed = []
 for top in ("moe_dist", "launchers", "tools"):
     for found in pkgutil.walk_packages(importlib.import_module(top).__path__, f"{top}."):

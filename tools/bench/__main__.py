@@ -48,6 +48,8 @@ def main(
 
         Console().print(table(counted(count, ranks, overrides or ())))
         return
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: only --count takes key=value; to measure one sweep, take --only SWEEP")
     path = json or (QUICK_JSON if quick else DEFAULT_JSON)
     if as_markdown:
         print(markdown(read_results(path)))

@@ -27,16 +27,17 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
 
 def table(counted: Counted) -> Table:
     """The counts per micro-batch, and of the rest of the step; attention and MoE layers per layer."""
-    made = Table(title=f"{counted.config}: rank {counted.rank} of {counted.ranks}, {counted.layers} layers")
+    made = Table(title=f"{counted.config}: rank {counted.rank} of {counted.ranks}, {counted.layers['attention']} layers")
     for column in ("part", "phase", "kernels", "GB read and written", "collectives"):
         made.add_column(column, justify="left" if column in ("part", "phase", "collectives") else "right")
     for key, kernels in counted.kernels.items():
         part, phase = key.split()
-        times = (MICRO_BATCHES if phase != "step" else 1) * (counted.layers if part in ("attention", "moe", "ffn") else 1)
+        layers = counted.layers.get(part)
+        times = (MICRO_BATCHES if phase != "step" else 1) * (layers or 1)
         collectives = {
             name.split()[2]: number / times for name, number in counted.collectives.items() if name.startswith(f"{key} ")
         }
-        label = f"{part}, a layer" if part in ("attention", "moe", "ffn") else part
+        label = f"{part}, a layer" if layers else part
         text = ", ".join(f"{number:g} {name.strip('_')}" for name, number in collectives.items())
         made.add_row(label, phase, f"{kernels / times:.0f}", f"{counted.num_bytes[key] / times / 1e9:.2f}", text)
     for name, noted in (("host waits for a value", counted.syncs), ("host waits for a copy", counted.copies)):

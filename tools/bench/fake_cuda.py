@@ -26,18 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_dist.errors import ResourceError
+from tools.bench.megatron_cpu import Idle
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
-# Operations that launch no kernel: views, allocations and questions about a tensor.
-FREE = """
-alias as_strided chunk contiguous detach detach_ device diagonal dim empty empty_like empty_strided expand
-is_contiguous is_non_overlapping_and_dense is_pinned is_same_size is_strides_like_format layout lift_fresh narrow
-new_empty new_empty_strided numel permute record_stream reshape resize_ select set_ size slice split
-split_with_sizes squeeze squeeze_ storage_offset stride sym_numel sym_size sym_storage_offset sym_stride t
-tensor_split transpose unbind unfold unsafe_split unsqueeze unsqueeze_ view view_as _assert_tensor_metadata
-_reshape_alias _unsafe_view _version
-"""
-_FREE = frozenset(FREE.split())
+# Operations that launch no kernel, beside views and questions about a tensor: allocations, and changes of its metadata.
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("detach_", "record_stream", "resize_", "set_", "squeeze_", "unsqueeze_"),
+    *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
+}
 COPIES = ("_to_copy", "copy_")
 WAIT_SECONDS = 1e-3  # between any two fake events
 
@@ -114,11 +111,14 @@ class Recorder(TorchDispatchMode):
         made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
         tensors = [*taken, *(each for each in made if not any(each is other for other in taken))]
         on_device = [each for each in tensors if each.device.type == "cuda"]
-        if not on_device or name in _FREE:
+        if not on_device:
             return out
         if func.namespace == "c10d":
             self.collectives[(*place, name)] += 1
             self.order.append(name)
+            return out
+        question = func._schema.returns and not made
+        if func.is_view or question or name in FREE:
             return out
         on_host = [each for each in tensors if each.device.type == "cpu" and (each.dim() or name in COPIES)]
         if on_host and name in COPIES:
@@ -143,27 +143,8 @@ def source_line() -> str:
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
 
 
-class _Stream:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def wait_stream(self, other: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> "_Event":
-        return _Event()
-
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-class _Event(_Stream):
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
-    def elapsed_time(self, end: Any) -> float:
+class _Event(Idle):
+    def elapsed_time(self, _: Any) -> float:
         return WAIT_SECONDS * 1e3
 
 
@@ -212,7 +193,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
     become one kernel each, as they are on a GPU."""
     from moe_dist.model import attention, transformer
 
-    stream, real_backward = _Stream(), Tensor.backward
+    stream, real_backward = Idle(), Tensor.backward
 
     def backward(self: Tensor, *args: Any, **named: Any) -> None:
         recorder.phase, recorder.part = "backward", "loss"
@@ -220,7 +201,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
         recorder.phase = recorder.part = "step"
 
     cuda = {
-        "Stream": _Stream,
+        "Stream": Idle,
         "Event": _Event,
         "current_device": lambda: 0,
         "current_stream": lambda device=None: stream,

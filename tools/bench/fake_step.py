@@ -30,6 +30,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.model.transformer import Layer
 from moe_dist.parallel import parallelize
 from moe_dist.parallel.mesh import make_mesh, pretend_world
+from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.train import build, step
 from moe_dist.train.loss import AuxSettings
@@ -44,7 +45,8 @@ class Counted:
     """One step with `MICRO_BATCHES` micro-batches, after a first step.
 
     Attributes:
-        layers: Number of layers; parts are "attention", "moe" and "ffn" (all layers together), "model", "loss" and "step".
+        layers: Number of layers with the part "attention", "moe" or "ffn", whose counts are of all layers together. The
+            other parts are "model", "loss" and "step".
         kernels, num_bytes: By "part phase"; phases are forward, backward and step.
         collectives: By "part phase name".
         syncs, copies: Waits of the host for values and for copies, by "phase name".
@@ -58,7 +60,7 @@ class Counted:
     config: str
     rank: int
     ranks: int
-    layers: int
+    layers: dict[str, int]
     kernels: dict[str, int]
     num_bytes: dict[str, int]
     collectives: dict[str, int]
@@ -79,37 +81,40 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
         raise ConfigError(
             f"--ranks {ranks}: must be a multiple of parallel.ep={ep}; take {ranks + -ranks % ep}, or set parallel.ep"
         )
-    micro = min(config.train.micro_batch, max(1, 512 // ranks)) if config.parallel.ep == 1 else config.train.micro_batch
     changes = {
         "parallel.ep": ep,
         "parallel.edp": ranks // ep,
         "parallel.device": "cuda",
-        "train.micro_batch": micro,
-        "train.global_batch": ranks * micro * MICRO_BATCHES,
+        "train.global_batch": ranks * config.train.micro_batch * MICRO_BATCHES,
     }
     return load_config(path, [*overrides, *(f"{key}={value}" for key, value in changes.items())])
 
 
 class Uniform:
-    """Answers of a uniform router to the reads of split sizes, by the name of the read."""
+    """Answers of a uniform router to the reads of counts, by the name of the read."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
-        self.tokens = config.train.micro_batch * config.data.seq_len
-        groups = layout.groups
-        self.pairs_of_expert = [0.0] * self.placement.num_experts
-        for group in groups:
-            taken = self.tokens / len(groups) * group.expected_experts_per_token
-            for expert in group.experts:
-                self.pairs_of_expert[expert] = taken / group.num_experts
+        tokens = config.train.micro_batch * config.data.seq_len
+        tokens_G = [tokens * share for share in group_shares(layout.groups, {})]
+        self.tokens_of_groups = list(zip(layout.groups, tokens_G, strict=True))
+        self.pairs_E = [
+            tokens * group.expected_experts_per_token / group.num_experts
+            for group, tokens in self.tokens_of_groups
+            for _ in group.experts
+        ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
         """Rows to a rank, and pairs of each of its slots."""
-        pairs = [int(self.pairs_of_expert[expert] / chunks) for expert in self.placement.slots[ep_rank]]
-        missed = 1.0
-        for each in pairs:
-            missed *= max(0.0, 1.0 - each * chunks / self.tokens)
-        return [min(sum(pairs), int(self.tokens * (1.0 - missed) / chunks)), *pairs]
+        pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
+        return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
+
+    def rows(self, ep_ranks: Sequence[int]) -> float:
+        """Tokens with an expert on at least one of these ranks."""
+        return sum(
+            tokens * reached(group, sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
+            for group, tokens in self.tokens_of_groups
+        )
 
     def __call__(self, stats: CommStats, name: str, counts: Tensor) -> list[int]:
         length, ep = counts.shape[0], self.config.parallel.ep
@@ -117,24 +122,28 @@ class Uniform:
             chunks = getattr(self.config.parallel.dispatch, "chunks", 1)
             sent = [x for rank in range(ep) for x in self.entry(rank, chunks) * chunks]
             received = self.entry(self.own, chunks) * chunks * ep
-            return [sent, sent + received][length != len(sent)]
+            return sent if length == len(sent) else sent + received
         if name == "split sizes of both hops":
             return self._both_hops(ep)
-        return [self.tokens // length] * length
+        if name == "tokens of each rank and group":  # [ranks, micro-batches, groups]
+            return [int(tokens) for _, tokens in self.tokens_of_groups] * (length // len(self.tokens_of_groups))
+        if name == "LoRA pairs of each expert":
+            return [int(pairs) for pairs in self.pairs_E]
+        raise AssertionError(f"a uniform router has no answer to the read of {name!r}")
 
     def _both_hops(self, ep: int) -> list[int]:
         local = self.config.parallel.dispatch.node_size or 1
-        entries = [self.entry(rank) for rank in range(ep)]
-        nodes = [entries[first : first + local] for first in range(0, ep, local)]
-        to_node = [[min(self.tokens, sum(each[0] for each in node)), *chain(*node)] for node in nodes]
+        nodes = [range(first, first + local) for first in range(0, ep, local)]
+        to_node = [[int(self.rows(node)), *chain(*map(self.entry, node))] for node in nodes]
         mine, num = self.own // local, len(nodes)
-        forwarded = [num * x for x in chain(*nodes[mine])]
-        arriving = [num * x for x in entries[self.own]] * local
+        forwarded = [num * x for x in to_node[mine][1:]]
+        arriving = [num * x for x in self.entry(self.own)] * local
         return [*chain(*to_node), *to_node[mine] * num, *forwarded, *arriving]
 
 
-def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> None:
-    """Makes the recorder know which part of the model runs, in forward and in backward."""
+def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
+    """Makes the recorder know which part of the model runs, in forward and in backward. Returns the number of layers with
+    each part."""
     parts = [("model", model)]
     for layer in model.layers:  # pyright: ignore
         assert isinstance(layer, Layer)
@@ -154,6 +163,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> None:
 
         module.register_forward_pre_hook(enter, prepend=True)  # before FSDP2's own hook, which gathers
         module.register_forward_hook(leave)
+    return Counter(name for name, _ in parts[1:])
 
 
 def batch_of(config: Config) -> Batch:
@@ -200,7 +210,7 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
         manifest: Any = SimpleNamespace(modalities={name: () for name in dict.fromkeys(names)})
         training = build.build_training(config, manifest, layout.placement, mesh)
         model = training.parallel.model
-        watch_parts(model, recorder)
+        layers = watch_parts(model, recorder)
         aux = AuxSettings(config.loss.balance.kind, 0.01, config.loss.z)
         for number in range(2):
             for counter in (recorder.kernels, recorder.num_bytes, recorder.collectives, recorder.syncs, recorder.copies):
@@ -212,7 +222,7 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
             config=config.run.name,
             rank=rank,
             ranks=ranks,
-            layers=config.model.num_layers,
+            layers=dict(layers),
             kernels=_joined(recorder.kernels),
             num_bytes=_joined(recorder.num_bytes),
             collectives=_joined(recorder.collectives),

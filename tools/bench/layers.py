@@ -62,8 +62,8 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed. Its default branch
-    cannot skip a null choice, so each null choice is replaced by an unused expert."""
+    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed. For its default
+    branch each null choice is replaced by an unused expert."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
     generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that they draw the same router

@@ -1,8 +1,11 @@
 """Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `megatron_cpu`
 replaces its names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
 
-    default     always sends T x K rows, so null choices must be remapped to unused experts
+    default     takes K experts for each token, so null choices are remapped to unused experts
     capacity    counts the rows to send, so it skips null choices; its capacity factor is so large that nothing is dropped
+
+The default branch announces T x K rows, which its fused permutation needs. The plain permutation, used here, would also
+take a map without null choices; that contender is not measured.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """

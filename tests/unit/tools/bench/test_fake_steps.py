@@ -3,14 +3,20 @@
 Two layers of each preset, since all layers are alike; two micro-batches. Each case takes 10 s of CPU time.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.plan.preflight import layout_without_data
+from tests.support.cover import full
 from tools.bench.count import count, table
+from tools.bench.fake_step import MICRO_BATCHES, Counted, Uniform, scaled
 
 READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
 SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
@@ -23,15 +29,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (112, 70)},
     "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (132, 172)},
 }
-CASES = [
-    pytest.param(preset, ranks, id=f"{preset}-{ranks}", marks=() if (preset, ranks) == SHORT else pytest.mark.full)
-    for SHORT in [("adamoe_moma_small_1gpu", 8)]
-    for preset in PRESETS
-    for ranks in (8, 64, 1024)
-]
+SHORT = ("adamoe_moma_small_1gpu", 8)
+FULL = [full(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024) if (preset, ranks) != SHORT]
 
 
-@pytest.mark.parametrize(("preset", "ranks"), CASES)
+@pytest.mark.parametrize(("preset", "ranks"), [pytest.param(*SHORT, marks=pytest.mark.slow), *FULL])
 def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     expected = PRESETS[preset]
     small = ["parallel.ep=8"] if preset == "adamoe_moma_small_1gpu" else []
@@ -58,9 +60,62 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
         count("configs/olmoe_1b7b_8gpu.yaml", 8)
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"yaml: --ranks 12: must be a multiple of parallel\.ep=8; .*take 16"):
         count("configs/olmoe_1b7b_8gpu.yaml", 12)
+
+
+def test_each_group_and_expert_gets_its_share_of_the_tokens() -> None:
+    config = scaled([], "configs/moma_1b4_4t4i_32gpu.yaml", 32)
+    uniform, tokens = Uniform(config, layout_without_data(config), rank=0), 4 * 4096
+    reads = torch.empty(32 * MICRO_BATCHES * 2)  # by rank, micro-batch and group
+    assert uniform(CommStats(), "tokens of each rank and group", reads) == [tokens // 2] * len(reads)
+    assert uniform.entry(0) == [tokens // 8] * 2  # one expert on each rank takes a quarter of its group's tokens
+
+    config = scaled([], "configs/olmoe_1b7b_8gpu.yaml", 8)
+    rows, *pairs = Uniform(config, layout_without_data(config), rank=0).entry(7)
+    assert pairs == [2 * 4096 * 8 // 64] * 8
+    assert rows == int(2 * 4096 * (1 - math.comb(56, 8) / math.comb(64, 8)))
+
+    config = scaled([], "configs/mole_llama3_8b_8gpu.yaml", 8)
+    layout = layout_without_data(config)
+    (group,) = layout.groups
+    pairs = Uniform(config, layout, rank=0)(CommStats(), "LoRA pairs of each expert", torch.empty(group.num_experts))
+    assert pairs == [4096 // 3] * 3
+
+
+def test_the_table_divides_by_the_layers_that_have_the_part() -> None:
+    kernels = {"attention forward": 80, "moe forward": 400, "ffn forward": 20, "step step": 7}
+    counted = Counted(
+        config="every second layer has experts",
+        rank=0,
+        ranks=1,
+        layers={"attention": 4, "moe": 2, "ffn": 2},
+        kernels=kernels,
+        num_bytes=dict.fromkeys(kernels, 0),
+        collectives={"moe forward alltoall_base_": 12},
+        syncs={},
+        copies={},
+        mixed={},
+        sorted_sums={},
+        order="",
+        tracked=0,
+        exchange_seconds=0.0,
+    )
+    _, _, numbers, _, collectives = (list(column.cells) for column in table(counted).columns)
+    assert numbers == ["10", "100", "5", "7"]
+    assert collectives == ["", "3 alltoall_base", "", ""]
+
+
+@pytest.mark.full
+def test_both_hops_of_a_layer_need_one_read() -> None:
+    options = ["model.num_layers=2", "parallel.dispatch={kind: hierarchical, ranks_per_node: 4}"]
+    counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options)
+    assert counted.syncs["forward split sizes of both hops"] == 4
+    assert not counted.mixed
+    assert not counted.copies
+    assert set(counted.sorted_sums) <= {"model"}
 
 
 @pytest.mark.full
