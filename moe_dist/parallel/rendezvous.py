@@ -2,7 +2,7 @@
 
     hello/N           token of the Nth process that came
     welcome/TOKEN     rank 0's greeting for that process
-    KEY/answer/N      a rank, and the reason why it cannot start, or none
+    KEY/answer/N      a rank, and an exit code and the reason if it does not start
     KEY/go            rank 0's decision: an exit code, and the errors
     KEY/world/        keys of the process groups
 
@@ -95,9 +95,9 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
         while missing:
             for token in hellos.new():
                 store.set(f"welcome/{token}", json.dumps(asdict(greeting)))
-            for rank, problem in map(json.loads, answers.new()):
+            for rank, code, problem in map(json.loads, answers.new()):
                 if problem:
-                    raise ConfigError(problem)
+                    raise _ERRORS[code](problem)
                 missing.discard(rank)
             if missing:
                 wait.pause(ranks_text(missing))
@@ -119,10 +119,11 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     while not store.check([f"welcome/{token}"]):
         wait.pause("rank 0")
     greeting = Greeting(**json.loads(store.get(f"welcome/{token}")))
-    start, problem = PrefixStore(greeting.key, store), greeting.difference(env, run_folder)
-    Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, problem]))
+    start, error = PrefixStore(greeting.key, store), StoppedError if wait.stopped() else ConfigError
+    problem = wait.stop_text("rank 0") if error is StoppedError else greeting.difference(env, run_folder)
+    Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, error.exit_code, problem]))
     if problem:
-        raise ConfigError(problem)
+        raise error(problem)
     patience = wait.again()  # rank 0 decides: it may wait for a later rank, or stop all
     while not start.check(["go"]):
         patience.pause("the ranks that rank 0 waits for; its log names them")

@@ -34,6 +34,7 @@ SHARED_SECONDS = 60.0  # seconds; an NFS client may not see a new file at once
 MOST_BYTES = 1 << 12  # of the file with the address
 POLL_SECONDS = 0.1
 SAY_SECONDS = 30.0
+TELL_SECONDS = 15.0  # for which a stopped rank waits for rank 0, which makes all ranks stop
 _SHOWN = 8  # ranks in one line
 
 
@@ -62,23 +63,27 @@ class StartWait:
 
     Args:
         seconds: The longest wait, counted from now.
-        stopped: Returns True after a stop signal, which ends the wait.
+        stopped: Returns True after a stop signal, which ends the wait: on rank 0 at once, on other ranks after
+            TELL_SECONDS.
     """
 
     def __init__(self, rank: int, seconds: float, *, stopped: Callable[[], bool] = lambda: False) -> None:
-        self._rank, self._seconds, self._stopped = rank, seconds, stopped
+        self.stopped, self._rank, self._seconds = stopped, rank, seconds
         self._began = self._said = time.monotonic()
+        self._stop_at = float("inf")
 
     def pause(self, whom: str) -> None:
         """Sleeps until the next poll; logs every 30 s that the rank waits for `whom`.
 
         Raises:
             StartError: the wait has lasted `seconds`.
-            StoppedError: `stopped` returned True.
+            StoppedError: a stop signal ends the wait.
         """
         now = time.monotonic()
-        if self._stopped():
-            raise StoppedError(f"stopped on request while rank {self._rank} waited for {whom}; start the run again later")
+        if self.stopped():
+            self._stop_at = min(self._stop_at, now + (TELL_SECONDS if self._rank else 0.0))
+        if now >= self._stop_at:
+            raise StoppedError(self.stop_text(whom))
         if now - self._began >= self._seconds:
             raise StartError(
                 f"rank {self._rank} waited {self._seconds:g} s for {whom}; see the logs of launcher and ranks for the "
@@ -88,6 +93,9 @@ class StartWait:
             self._said = now
             logger.warning("waiting for %s since %.0f s, for at most %.0f s", whom, now - self._began, self._seconds)
         time.sleep(POLL_SECONDS)
+
+    def stop_text(self, whom: str) -> str:
+        return f"stopped on request while rank {self._rank} waited for {whom}; start the run again later"
 
     def again(self) -> "StartWait":
         """Returns a new wait of the same length, which a stop signal does not end."""

@@ -136,6 +136,17 @@ def test_a_stop_while_rank_0_waits_stops_all_with_75(start: Start, agent: TCPSto
     assert {type(rank.exception(600)) for rank in ranks} == {StoppedError}
 
 
+def test_a_stop_of_one_rank_before_it_meets_rank_0_stops_all_with_75(start: Start, agent: TCPStore) -> None:
+    """Else the others would wait for the stopped rank until start_seconds are over."""
+    ranks = [start(SECOND, stopped=lambda: True)]
+    time.sleep(0.5)
+    ranks += [start(FIRST), start(THIRD)]
+    assert {str(rank.exception(600)).partition(";")[0] for rank in ranks} == {
+        "stopped on request while rank 1 waited for rank 0"
+    }
+    assert {type(rank.exception(600)) for rank in ranks} == {StoppedError}
+
+
 def test_a_name_without_address_or_a_wrong_port_is_said(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
     monkeypatch.setenv("MASTER_PORT", "29500")
