@@ -69,6 +69,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train import build, session
+    from moe_dist.train.garbage import collected_by_steps
     from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
     from moe_dist.train.tracing import traced_steps
@@ -108,6 +109,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             plan, folder, env, attempt_id=attempt.attempt_id, step=progress.step, position=progress.position
         ) as tracer,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+        collected_by_steps(),
     ):
         trainer = Trainer(
             build.build_plan(config, manifest, placement),

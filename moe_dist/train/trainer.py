@@ -20,6 +20,7 @@ from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.garbage import collect
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
@@ -126,6 +127,7 @@ class Trainer:
         progress.skipped_steps += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._recent.append(result)
+        collect(progress.step)
         if self.sinks:
             self._show(result, lr, aux, time.perf_counter() - begin)
         return result

@@ -9,7 +9,6 @@ import pytest
 from tests.support.shape import SEED, drawn
 from tests.support.slurm import SlurmCluster
 
-
 BESIDE_SLURM = ("ray", "torchrun")  # in the names of files whose tests need no Slurm
 
 

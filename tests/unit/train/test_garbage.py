@@ -1,0 +1,50 @@
+"""Between collections a run keeps nothing that holds memory: no tensor is in a cycle of references."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.train import garbage
+from moe_dist.train.build import build_loader, build_plan
+from moe_dist.train.garbage import collected_by_steps
+from tests.support.one_rank import OneRank, world_of_one
+
+
+def test_steps_leave_no_tensor_to_the_collector(tiny_data: Path, tmp_path: Path) -> None:
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path)
+        config, manifest = one.plan.config, one.plan.manifest
+        loader = build_loader(config, manifest, rank=0, world_size=1)
+        aux = build_plan(config, manifest, one.plan.placement).aux(0)
+
+        def step(number: int) -> None:
+            one.training.step(loader.batches(number * config.train.global_batch), lr=1e-3, aux=aux, number=number)
+
+        step(0)
+        with collected_by_steps():
+            step(1)
+            step(2)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                gc.collect()
+                left = [each for each in gc.garbage if isinstance(each, torch.Tensor)]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+    assert left == []
+
+
+def test_a_collection_comes_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(garbage.gc, "collect", lambda: taken.append(1))
+    garbage.collect(50)
+    assert not taken, "automatic collections are on"
+    with collected_by_steps():
+        begun = len(taken)
+        for step in (49, 50, 51, 100):
+            garbage.collect(step)
+        assert len(taken) - begun == 2
+        assert not gc.isenabled()
+    assert gc.isenabled()
