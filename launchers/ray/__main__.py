@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
+"""Starts a run on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
 
 python -m launchers.ray CONFIG [key=value ...]                     runs the driver, in a job or on a node of the cluster
 python -m launchers.ray CONFIG [key=value ...] --submit ADDRESS    submits the driver as a job and follows its log
@@ -30,8 +30,8 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
-    """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them; returns the run's exit
-    code. Call it in the main thread, because it installs signal handlers. `options` go to `launchers.ray.job.check_job`.
+    """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
+    exit code. Must be called in the main thread, because it installs signal handlers. `options` go to `check_job`.
 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.

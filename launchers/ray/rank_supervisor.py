@@ -131,7 +131,7 @@ class RankSupervisor:
 
 
 def _children() -> list[int]:
-    """The pids of this process's children; scans /proc."""
+    """Returns the pids of this process's children; scans /proc."""
     found = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(entry)}/stat") as stat:
