@@ -13,7 +13,8 @@ RENAMED = {
 
 
 class RenamedFinder:
-    """Python calls it last, when no file has the name: it raises an error that names the new module."""
+    """Python asks this finder last, if no file has a module's name. The finder raises an error that names the new
+    module."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

@@ -1,4 +1,4 @@
-"""Files that tell about a run: status.json with the end of each attempt, and the seconds of its last saves."""
+"""Reads and writes two files of a run: status.json with the end of each attempt, and the durations of the last saves."""
 
 import contextlib
 import json
