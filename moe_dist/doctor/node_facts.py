@@ -213,7 +213,7 @@ def _nvml() -> tuple[int | None, str]:
             return pynvml.nvmlDeviceGetCount(), str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception as error:  # no package, no driver: NVML's errors share no base with ImportError
+    except Exception as error:  # package or driver is missing: NVML's errors share no base with ImportError
         return None, str(error)
 
 
