@@ -65,8 +65,8 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 class CheckedAllToAll(AllToAll):
     """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
-    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. Exchanges of rows
-    keep the order, and rows keep the bits, that the transport alone would give.
+    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The rows have the
+    same bits, and their exchanges the same order, as with the transport alone.
     """
 
     def __init__(self, transport: AllToAll) -> None:
