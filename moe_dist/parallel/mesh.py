@@ -36,7 +36,7 @@ class Mesh:
         checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or if it has one rank.
+        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or for a single rank.
     """
 
     rank: int
@@ -87,7 +87,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, to count what a rank would do."""
+    """Creates a default process group without peers, whose collectives do nothing, so that one can count a rank's work."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]

@@ -83,7 +83,7 @@ class Mailbox:
 
 
 def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """On rank 0: greets all ranks, waits for their answers, and tells them the decision."""
+    """Runs on rank 0: greets all ranks, waits for their answers, and tells them the decision."""
     host, folder = socket.gethostname(), str(run_folder.absolute())
     greeting = Greeting(env.attempt_id, env.world_size, host, folder, secrets.token_hex(8))
     hellos, start = Mailbox(PrefixStore("hello", store)), PrefixStore(greeting.key, store)
@@ -113,7 +113,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
 
 
 def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """On ranks other than 0: answers rank 0's greeting, and waits for rank 0's decision."""
+    """Runs on the other ranks: answers rank 0's greeting, and waits for rank 0's decision."""
     token = secrets.token_hex(8)
     Mailbox(PrefixStore("hello", store)).post(token)
     while not store.check([f"welcome/{token}"]):
