@@ -69,8 +69,7 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`. Does nothing on CUDA, where a collective's call only queues
-        work."""
+        """Adds the time of the enclosed call to `seconds`; but not on CUDA, where the call only queues the collective."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -78,8 +77,8 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed wait to `seconds`. On CUDA, events on the stream measure it, and `drain` adds
-        it."""
+        """Adds the time of the enclosed wait to `seconds`. On CUDA only records events, from which `drain` takes the
+        time."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # queued on the stream, without a sync

@@ -59,8 +59,7 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter its block first, in the main
-    thread.
+    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter it first, in the main thread.
 
     Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
 
