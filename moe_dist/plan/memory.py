@@ -127,7 +127,7 @@ def _gathers_once(config: Config) -> bool:
 
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    """Number of trained parameters that FSDP2 shards, of all those that the rank computes with."""
+    """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
     if config.model.has_adapters or config.router_tuning:
         return parts.adapters

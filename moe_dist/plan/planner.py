@@ -26,7 +26,7 @@ class PlacementPlan:
 
     name: str  # placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # sum over each rank's (token, expert) pairs of ffn_dim; x 6 D = forward FLOPs
+    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; x 6 D: its forward FLOPs
     remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
 
     @property

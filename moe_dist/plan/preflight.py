@@ -22,7 +22,7 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix tells of a million tokens, drawn by the weights
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix is that of a million tokens drawn by the weights
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns each modality's training tokens, in all sources; with `data.weights`, in a million tokens drawn by them."""
+    """Returns each modality's number of training tokens; with `data.weights`, in a million tokens drawn by the weights."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:
