@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def source_root() -> Path:
-    """The folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
+    """Returns the folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
     package."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"

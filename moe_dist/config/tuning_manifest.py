@@ -68,7 +68,7 @@ class TuningManifest(_Stored):
     digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Required shape of each array file; None stands for any length."""
+        """Returns the required shape of each array file; None stands for any length."""
         return {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),
