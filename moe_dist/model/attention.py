@@ -70,8 +70,8 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Each shape is compiled apart, with and without gradient: of a whole sequence, and of mixture of depths up to 8 in
-    # evaluation. Beyond its limit (8 by default) torch runs flex attention uncompiled, with S x S scores.
+    # torch compiles each shape separately, with and without gradient: that of a whole sequence, and with mixture of depths
+    # up to 8 in evaluation. Beyond its limit (8 by default) torch runs flex attention uncompiled, with S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
