@@ -64,4 +64,4 @@ class LayerCache:
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible[:, None]
 
 
-KeyValueCache = tuple[LayerCache, ...]  # one `LayerCache` per layer of a transformer
+KeyValueCache = tuple[LayerCache, ...]  # one per layer of a transformer

@@ -126,7 +126,7 @@ class DepthRouter(ChoosingRouter):
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # one column: the layer
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # [T, 1]: only the layer chooses
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]

@@ -37,7 +37,7 @@ class Tokens:
     load_NL: np.ndarray  # number of true experts in each layer; 0 where the token skips a mixture-of-depths layer
     input_N: np.ndarray  # token ids
     label_N: np.ndarray
-    input_filler_N: np.ndarray  # true for an empty cell of a picture
+    input_filler_N: np.ndarray  # true for an empty cell of a picture: a code that shows only background
     label_filler_N: np.ndarray
     input_image_N: np.ndarray  # true for a picture code
     label_image_N: np.ndarray
