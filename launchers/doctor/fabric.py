@@ -29,7 +29,7 @@ def judge(
     each cause.
 
     Args:
-        measured: Shortest times of each pair of nodes.
+        measured: For each pair of nodes, the shortest measured time of each collective.
         slow: Pairs that were slow in the first measurement, and again when measured without other traffic.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.

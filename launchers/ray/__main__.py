@@ -34,7 +34,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
     exit code. Must be called in the main thread, because it installs signal handlers. `options` go to `check_job`.
 
     Raises:
-        MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
+        MoeDistError: the run is invalid, or the cluster lacks the nodes of the plan; no rank was started.
     """
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:

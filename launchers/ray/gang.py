@@ -24,7 +24,7 @@ from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
 ANSWER_SECONDS = 60.0  # timeout for an actor to start and answer; a Ray worker starts in seconds
-READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just free
+READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
 TICK_SECONDS = 0.2

@@ -39,7 +39,7 @@ class Order:
     Attributes:
         env: The complete environment.
         log: File to which the output is appended.
-        shown: True for rank 0: both its outputs go to the driver, and its standard error also into the log.
+        shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
     """
 
     argv: Sequence[str]

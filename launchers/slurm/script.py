@@ -175,7 +175,7 @@ def rank_table(
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Returns the Python of the ranks: the cluster file's, else this interpreter, or `python3` in a container."""
+    """Returns the Python that runs the ranks: the cluster file's, else this interpreter (in a container `python3`)."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 

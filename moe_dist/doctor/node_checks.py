@@ -125,7 +125,7 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
     """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
-    to the arrival of the answer. So a slow answer is no clock error; but a clock error below the delay is not seen."""
+    to the arrival of the answer. So a slow answer is no clock error, but a clock error below the delay goes unnoticed."""
     return min(max(clock, asked), seen)
 
 

@@ -22,7 +22,7 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Wraps flex attention's block mask, which skips blocks between documents. Unwrapped, FSDP2 would flatten it."""
+    """Wraps flex attention's block mask, which skips blocks between documents. FSDP2 would flatten an unwrapped mask."""
 
     blocks: BlockMask
 

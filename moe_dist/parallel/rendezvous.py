@@ -44,8 +44,8 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
-    """Waits until all ranks are here. Yields the store for their process groups, and rank 0's attempt_id, by which all
-    ranks name this attempt (start of the job). Create the process group inside the context.
+    """Waits until all ranks have come. Yields the store for their process groups, and rank 0's attempt_id, by which all
+    ranks name this attempt (start of the job). Create the process group inside the `with` block.
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.

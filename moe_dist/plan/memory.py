@@ -4,7 +4,7 @@ The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's t
 Frozen parameters have only weights. The memory of activations is an estimate: the tensors that autograd keeps for one
 micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
 
-    attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
+    attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
                 + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared

@@ -160,7 +160,7 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Returns the faults of a data set's files: missing, truncated, with other counts than the manifest's, or other ids."""
+    """Finds files of a data set that are missing, truncated, or do not match the manifest's counts or vocabulary."""
     problems: list[str] = []
     for key, split in manifest.splits():
         try:

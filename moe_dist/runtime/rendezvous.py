@@ -59,7 +59,7 @@ class StartError(MoeDistError):
 
 
 class StartWait:
-    """The wait of one rank for others at a start.
+    """The wait of one rank for the other ranks at the start of an attempt.
 
     Args:
         seconds: The longest wait, counted from now.

@@ -61,7 +61,7 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # one read; writers replace it atomically
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # read at once: writers replace the file
     except FileNotFoundError:
         return Status()
     try:

@@ -62,7 +62,7 @@ class Spent:
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """Returns step -> cost up to and with this step, plus the cost `before` the run."""
+    """Maps each step to the cost of training up to this step and including it, plus the cost `before` the run."""
     spent, sums, prefix = {}, before, "moe/experts_per_token/"
     for record in read_lines(metrics):
         if record["kind"] != "step":

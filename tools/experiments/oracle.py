@@ -119,7 +119,7 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router, which must choose by tokens among the true experts of one group.
+    """Checks that an oracle can fit the router: tokens must choose among the true experts of one expert group.
 
     Raises:
         ConfigError: the router or the experts are of another kind.

@@ -3,7 +3,7 @@ data, and the rows that an EP group would send.
 
 The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
 go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
-counts the rows that other methods would send for the same choices.
+counts the rows that other dispatch methods would send for the same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
