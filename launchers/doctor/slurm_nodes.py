@@ -63,7 +63,7 @@ def srun_command(
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
         minutes: Time limit of the job.
-        visible: Further folders that the site's container mounts under the same path.
+        visible: Further folders, which the site's container mounts at the path that they have on the node.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]

@@ -46,7 +46,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
 
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
     """Returns the shell line of a job that runs the driver with these command line `options`. If the configuration has
-    relative paths, the line sets them to absolute ones, taken from the current folder. Raises ConfigError if the
+    relative paths, the line overrides them with absolute paths below the current folder. Raises ConfigError if the
     configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)

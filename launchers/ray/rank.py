@@ -1,7 +1,7 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit any time, and shares
-no interpreter with Ray's threads.
+The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit at any time, and
+shares no interpreter with Ray's threads.
 """
 
 import contextlib

@@ -151,7 +151,7 @@ def main() -> None:
     if child:
         os.waitpid(child, 0)
         return
-    os.setsid()  # out of the process group that Ray kills
+    os.setsid()  # leaves the process group that Ray kills
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -182,9 +182,9 @@ def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless `limit` says why it must not, or the job was cancelled. Slurm itself requeues a
-    job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL,
-    this function submits the job again.
+    """Makes the job continue, unless `limit` says why it must not, or the job was cancelled. Slurm itself requeues a job
+    after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL, this
+    function submits the job again.
 
     Args:
         attempts: File with the job's attempts, which a new submission takes over.

@@ -1,7 +1,7 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
-Every byte of a checkpoint has a digest: SHA256SUMS (a file for `sha256sum -c`) has those of index.json and state.json, the
-index has those of the shards' headers (ShardEntry), and the headers have the tensors' fingerprints.
+Every byte of a checkpoint has a digest. SHA256SUMS (a file for `sha256sum -c`) has the digests of index.json and
+state.json, the index has those of the shards' headers (ShardEntry), and the headers have the tensors' fingerprints.
 """
 
 import hashlib

@@ -137,8 +137,7 @@ class RowBuffers:
 
     A buffer grows to the largest size that was asked for. Use the pool only for rows that backward does not read: rows to
     send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
-    fault
-    per 4 KiB, which takes longer than copying the rows.
+    fault per 4 KiB, which takes longer than copying the rows.
 
     Args:
         keep: If false, a buffer is freed when it is given back.

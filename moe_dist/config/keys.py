@@ -58,7 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Returns the section classes of a type, by the value of their `tag_key`; {'': class} for a single class, else {}."""
+    """Returns the section classes of a type by tag (the value of `tag_key`); {'': class} for a single class, else {}."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}

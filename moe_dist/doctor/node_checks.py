@@ -38,7 +38,7 @@ class Needs:
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
 ) -> list[CheckResult]:
-    """Makes all checks; returns one result per check, over all nodes.
+    """Runs all checks; returns one result per check, over all nodes.
 
     Args:
         heard: When each node answered, in Unix seconds of this host's clock; None skips the check of clocks.

@@ -43,7 +43,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Makes `dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
+    """Returns `dense_mask` as a block mask. Is compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])

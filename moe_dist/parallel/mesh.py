@@ -71,7 +71,7 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. Ranks
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` limits every collective, in seconds. Ranks
     meet in `store`, or by `init_method` if `store` is None."""
     if store is not None:
         store.set_timeout(timedelta(seconds=timeout))

@@ -19,8 +19,8 @@ Recompute = Literal["none", "experts", "block"]
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the
-    numbers of inputs and outputs of each projection."""
+    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the numbers of
+    inputs and outputs of each projection."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 

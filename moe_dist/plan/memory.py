@@ -46,8 +46,8 @@ class RankMemory:
     parameters: float  # fp32 master weights; gradients and moments are fp32 too
     gradients: float  # with fsdp_gather=step also the gradients of gathered parameters, in fp32
     optimizer: float
-    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2 (and all experts
-    # in bf16 if edp is 1, because FSDP2 does not shard them; all with fsdp_gather=step), else all.
+    # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
+    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -136,7 +136,7 @@ def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     model, parts = config.model, parameters(config.model, experts_held=_local(placement, rank))
-    plain = parts.experts if config.parallel.edp == 1 else 0.0  # which FSDP2 does not shard
+    plain = parts.experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
     kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     if _gathers_once(config):
         return parts.total - parts.router - plain + kept

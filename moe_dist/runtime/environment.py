@@ -101,8 +101,8 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
     """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call it before torch is
     imported.
 
-    Each layer of each micro-batch allocates other sizes, because other numbers of rows arrive. Without growing segments the
-    free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
+    Each layer of each micro-batch receives another number of rows, and so allocates buffers of other sizes. Without growing
+    segments the free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

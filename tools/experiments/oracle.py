@@ -72,7 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits, float32 [B, L, C]. The loss is summed over questions, so each is fitted alone."""
+        """Fits the offsets of the logits, float32 [B, L, C]. The loss is a sum, so each question is fitted alone."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
