@@ -101,8 +101,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says this
-    about the next token. The first token of a document has no token before it, and counts as no empty cell."""
+    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says this about the
+    next token. The first token of a document has no token before it, and counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
