@@ -53,7 +53,7 @@ class JobPlan:
     Attributes:
         nodes: Ordered by index.
         gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
-        groups: For each rank, the names of its expert groups.
+        groups: For each rank, the names of the expert groups that have experts on it.
         block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 

@@ -46,7 +46,7 @@ class DelayedStderr:
         self._terminal.flush()
 
     def finish(self, *, show: bool) -> None:
-        """Reads the rest of the pipe after the rank has ended, and shows or drops the delayed output."""
+        """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
         self._thread.join(2.0)  # with a timeout: a grandchild may keep the pipe open
         if show:
             self.show(at_least=0.0)

@@ -244,7 +244,8 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # Until the wait is over, no node gets more ranks than the cluster file says. Then this is better than an error.
+            # Until the wait is over, no node gets more ranks than the cluster file says; then more are better than an
+            # error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:

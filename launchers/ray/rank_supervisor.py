@@ -100,7 +100,7 @@ class RankSupervisor:
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
             if self._code is None:  # once the rank has ended, its pid may be reused
-                os.kill(self._rank.pid, signal.Signals[name])  # the main thread of the rank handles it
+                os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
         with contextlib.suppress(OSError):  # full disk

@@ -181,7 +181,7 @@ def destroy_world() -> None:
 
 def own_gpu(env: RankEnv) -> torch.device:
     """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank, or the only
-    GPU that the rank sees: a scheduler may show each rank its own GPU alone, as srun --gpus-per-task does.
+    GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:
         ResourceError: the node has more ranks than it shows GPUs.
