@@ -16,13 +16,13 @@ from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-# Runs an attempt: (restarts before it, attempt_id) -> (outcome, byte offset in each rank's log at which it begins)
+# Runs an attempt: (restarts before it, attempt_id) -> (outcome, byte offset in each rank's log where its output begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
-    """Returns what a start of the run would do, and prints the summary of a finished run. With `overwrite` it renames the
-    folder of an old run first."""
+    """Returns what a start of the run would do: begin it, resume it, or nothing because it is finished. Prints the summary
+    of a finished run. With `overwrite`, renames the folder of an old run first."""
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
     start = folder.inspect(config)
@@ -48,7 +48,7 @@ def run_attempts(
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        if signals.first is not None or is_final(code):  # also after a stop signal between two attempts
+        if signals.first is not None or is_final(code):  # the signal may also have come between two attempts
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
         if obstacle is not None:
@@ -78,11 +78,11 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and verdict == STOPPED and outcome.stop is None:
-        verdict = None  # a rank took the launcher's end of all ranks, after the failure of one, for a request to stop
+        verdict = None  # the launcher ended all ranks after one failed, and a rank took its SIGTERM for a request to stop
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # this rank recorded its error before it ended, so before a peer could fail because of it
+        cause = record.rank  # a rank records its error before it ends, so `cause` may be a peer that failed after it
     if verdict == EXIT_DONE:
-        if cause is not None:  # after the run's last save, for example while it closed its metrics files
+        if cause is not None:  # it failed after the run's last save, for example while it closed its metrics files
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
         return EXIT_DONE, reason
     if outcome.aborted:
@@ -96,13 +96,13 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # a waiting peer recorded which collective timed out, and after how long
+                detail = reason  # from a peer that waited for this rank: which collective timed out, and after how long
             reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))
-                wait = WAIT_SECONDS if 0 in outcome.lost else 0.0  # a lost rank 0 has not released the lease
+                wait = WAIT_SECONDS if 0 in outcome.lost else 0.0  # rank 0 did not release the lease: wait until it expires
                 end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
                 with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
                     folder.amend_status(attempt_id, **end, wait_seconds=wait)

@@ -18,7 +18,7 @@ from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
-ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # check_file; in a dry run layout_of_file, which needs no data
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # `check_file`; in a dry run `layout_of_file`, which needs no data
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class JobPlan:
     Attributes:
         nodes: Ordered by index.
         gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
-        groups: For each rank, the names of its expert groups.
+        groups: For each rank, the names of the expert groups that have experts on it.
         block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
 
@@ -79,8 +79,8 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """The planned node, local rank and GPU of a rank. `hosts` are the host names ordered by node index; they are empty
-        before the nodes are allocated."""
+        """Returns the planned node, local rank and GPU of a rank. `hosts` are the host names ordered by node index; they
+        are empty before the nodes are allocated."""
         node = self.node_of(rank)
         local = node.ranks.index(rank)
         return RunPlace(
@@ -95,7 +95,7 @@ class JobPlan:
         )
 
     def table(self, hosts: Sequence[str] = ()) -> str:
-        """A readable table with one line per node; `hosts` are the host names ordered by node index."""
+        """Returns a readable table with one line per node; `hosts` are the host names ordered by node index."""
         rows = [("node", "ranks", "needs", "experts of")]
         for node in self.nodes:
             needs = [node.feature] if node.feature else []
@@ -107,7 +107,7 @@ class JobPlan:
 
 
 def one_node(world_size: int) -> JobPlan:
-    """A plan with all ranks on one node and no requirements on that node."""
+    """Returns a plan with all ranks on one node and no requirements on that node."""
     return JobPlan((NodePlan(0, tuple(range(world_size))),))
 
 
@@ -166,7 +166,7 @@ def _check_dispatch_nodes(config: Config, plan: JobPlan) -> None:
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:
-    """Ranks in short form, such as `0-3, 6`."""
+    """Formats ranks in short form, such as `0-3, 6`."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:
@@ -178,8 +178,8 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Program and arguments that start one rank on its node. `env` is added to the node's environment; all other variables
-    (CUDA_VISIBLE_DEVICES above all) keep their values."""
+    """Program and arguments that start one rank on its node. `env` is added to the node's environment; all other variables,
+    such as CUDA_VISIBLE_DEVICES, keep their values."""
 
     rank: int
     node: int
@@ -194,13 +194,13 @@ class LaunchPlan:
     Attributes:
         config: Path of the YAML file, readable on every node.
         overrides: `key=value` strings.
-        rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS, or from `file_rendezvous`.
+        rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS or the result of `file_rendezvous`.
         attempt: Number of restarts before this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: All ranks are on this machine, so gloo binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
         program: Arguments of the interpreter before the configuration.
-        hosts: Host names ordered by node index; empty if they are not known.
+        hosts: Host names ordered by node index; empty if the launcher does not know them.
     """
 
     config: Path
@@ -222,12 +222,12 @@ PUBLISHED_RENDEZVOUS: Mapping[str, str] = {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
 def file_rendezvous(path: Path) -> dict[str, str]:
-    """Environment variables with which the ranks meet through a new file that all share."""
+    """Returns the environment variables with which the ranks meet through a new file at `path`, which all ranks share."""
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
 
 
 def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
-    """Program, arguments and environment of each rank, ordered by rank."""
+    """Returns the program, arguments and environment of each rank, ordered by rank."""
     shared = {
         **plan.rendezvous,
         "WORLD_SIZE": str(plan.job.world_size),
@@ -238,7 +238,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "PYTHONFAULTHANDLER": "1",  # a traceback on SIGSEGV and the like
     }
     if plan.loopback:
-        shared["GLOO_SOCKET_IFNAME"] = "lo"  # other machines cannot connect
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # so that other machines cannot connect
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
@@ -251,7 +251,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def commands_text(commands: Sequence[RankCommand]) -> str:
-    """For a dry run: the node of each rank, and the shell line that starts it."""
+    """Returns the text of a dry run: the node of each rank, and the shell line that starts the rank."""
     lines = []
     for command in commands:
         variables = [f"{name}={value}" for name, value in sorted(command.env.items())]
@@ -278,8 +278,8 @@ def relative_paths(config: Config) -> list[str]:
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """Returns the override of parallel.edp with which the run has `num_ranks` ranks. It is empty if parallel.edp fits
-    already or `num_ranks` is None. Raises ConfigError if the number is no multiple of parallel.ep."""
+    """Returns the override of parallel.edp with which the run has `num_ranks` ranks. Returns no override if the run has
+    this number already or `num_ranks` is None. Raises ConfigError if the number is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
         return ()

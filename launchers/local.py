@@ -27,7 +27,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
 STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
-NEW_STORE_SECONDS = 60.0  # a younger folder may not be locked yet
+NEW_STORE_SECONDS = 60.0  # a younger folder is kept: its launcher may not have locked it yet
 
 
 def launch(
@@ -92,8 +92,8 @@ def launch(
 
 @contextlib.contextmanager
 def store_folder() -> Iterator[str]:
-    """Makes a folder for the rendezvous, of mode 0700, so that no other user can join. Also deletes the folders that killed
-    launchers have left: the kernel has freed the locks in them."""
+    """Makes a folder of mode 0700 for the rendezvous, so that no other user can join. Also deletes the folders of killed
+    launchers: they are no longer locked, because the kernel frees the locks of a dead process."""
     for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
         with contextlib.suppress(OSError):  # raised if the folder's launcher still runs and holds the lock
             found = old.lstat()
@@ -108,7 +108,7 @@ def store_folder() -> Iterator[str]:
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()  # again for each attempt: the folder may have been deleted in between
+    folder.prepare()  # again for each attempt: the folder may have been deleted since the last one
     commands = rank_commands(plan)
     offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:

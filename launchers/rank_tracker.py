@@ -9,7 +9,7 @@ from moe_dist.runtime.signals import StopSignals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
-# A rank killed by one of these signals cannot log a reason. They never come from a peer's failure, as SIGABRT may.
+# A rank killed by one of these signals cannot log a reason. A peer's failure causes none of them, but may cause SIGABRT.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 LINGER_SECONDS = 300.0  # from the first success of a rank until ranks that still run are killed
 
@@ -68,7 +68,7 @@ class Outcome:
 class RankTracker:
     """Decides which signals the ranks of an attempt get and when, and which rank caused the failure.
 
-    The caller reports events with the seconds of a monotonic clock, and sends the signals itself.
+    The caller reports each event with its time (seconds of a monotonic clock), and sends the signals itself.
 
     Args:
         say: Prints a line for the user.
@@ -112,8 +112,8 @@ class RankTracker:
             self._failed.append(rank)
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
-        """The signals that all running ranks must get now: the first stop signal once, SIGTERM once after a failure, and
-        SIGKILL after a timeout or a second Ctrl-C."""
+        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM once after a
+        failure, and SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""

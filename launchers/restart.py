@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # no restart after this many attempts in a row without a later checkpoint
+WITHOUT_GAIN = 2  # no restart after this many attempts in a row that committed no later checkpoint
 STOPPED = StoppedError.exit_code
 # Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
@@ -36,7 +36,7 @@ class AttemptEnd:
 
 
 def committed_step(checkpoints: Path) -> int:
-    """Step of the newest committed checkpoint; 0 without a checkpoint, or if `latest` cannot be read."""
+    """Returns the step of the newest committed checkpoint; 0 if there is none, or if `latest` cannot be read."""
     try:
         match = re.fullmatch(rb"step_(\d{1,18})\s*", read_regular(checkpoints / "latest", most_bytes=64, links=False))
     except OSError:

@@ -18,7 +18,7 @@ from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
-RATE_STEPS = 20  # number of last steps whose median is shown
+RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
 SILENT_SECONDS = 90.0  # much more than the 5 s between renewals of the lease, because hosts' clocks may differ
 _STEP_LINE = b'"kind":"step"'
@@ -152,7 +152,7 @@ def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float 
 
 
 def _last_records(path: Path) -> list[_StepRecord]:
-    """Up to RATE_STEPS last records of steps, newest first; skips lines that are not valid records."""
+    """Returns up to RATE_STEPS last records of steps, newest first; skips lines that are not valid records."""
     found: list[_StepRecord] = []
     with contextlib.suppress(OSError):
         for line in lines_from_end(path, most_bytes=RECORDS_READ):
@@ -175,7 +175,8 @@ def _losses(record: _StepRecord) -> dict[str, float]:
 
 
 def _total_steps(config_yaml: Path) -> int | None:
-    """train.steps. Reads only this key, because this version of the code may reject the rest of an older configuration."""
+    """Returns train.steps, or None. Reads only this key, because this version may reject the rest of an old
+    configuration."""
     try:
         values, _ = read_yaml(config_yaml, links=False)
         return int(values["train"]["steps"])

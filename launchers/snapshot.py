@@ -53,8 +53,8 @@ class CodeSnapshot:
         return load_cluster(str(self.folder / "cluster.yaml"), {})
 
     def overrides_of(self, task: int | None) -> tuple[str, ...]:
-        """The overrides of one array task, whose run folder is `<root>/<name>/<task>`; empty for None (no array). Raises
-        ConfigError if the sweep has no such task."""
+        """Returns the overrides of one array task, whose run folder is `<root>/<name>/<task>`; empty for None (no array).
+        Raises ConfigError if the sweep has no such task."""
         if task is None:
             return ()
         sweep = read_sweep(self.folder / "sweep.txt")
@@ -120,7 +120,7 @@ def read_sweep(path: Path) -> list[tuple[str, ...]]:
 
 
 def _code_files(clone: Path) -> list[str]:
-    """The paths of the files to copy, relative to the clone."""
+    """Returns the paths of the files to copy, relative to the clone."""
 
     def listed(*options: str) -> list[str] | None:
         command = ["git", "-C", str(clone), "ls-files", "-z", *options]

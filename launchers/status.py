@@ -15,7 +15,7 @@ from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.status import AttemptRecord
 
-WIDTH = 120  # width of the output if it is no terminal
+WIDTH = 120  # width of the output if standard output is no terminal
 BAR = 60  # width of the progress bar
 ATTEMPTS_SHOWN = 8
 _STYLES = {
@@ -53,9 +53,9 @@ def main(
 
 
 def find_runs(names: Sequence[str], root: Path) -> list[Path]:
-    """Folders of the named runs, or of all runs below `root`, most recently written first. The folder of a run is
-    <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError if there is no run, or no run of
-    that name."""
+    """Returns the folders of the named runs, or of all runs below `root`, most recently written first. The folder of a run
+    is <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError if there is no run, or no run
+    of a name."""
     if not names:
         folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
@@ -75,7 +75,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
-    """A table with one line per run; its last column, the reason, takes the rest of `width`."""
+    """Returns a table with one line per run; its last column, the reason, takes the rest of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [[_plain(cell) for cell in _row(run)] for run in runs]
     widths = [max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names)]
@@ -98,7 +98,7 @@ def _row(run: RunProgress) -> list[str]:
 
 
 def one_run(run: RunProgress) -> RenderableType:
-    """All details of one run."""
+    """Shows all details of one run."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -158,7 +158,7 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
 
 
 def _attempts(run: RunProgress) -> Table:
-    """A table of the last attempts in order: when each one began, how long it lasted, and how and why it ended."""
+    """Returns a table of the last attempts in order: when each one began, how long it lasted, and how and why it ended."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for column in ("start", "on", "began", "lasted", "to step"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")

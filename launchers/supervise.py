@@ -23,7 +23,7 @@ HELD_SECONDS = 0.5
 
 
 class DelayedStderr:
-    """Copies a rank's standard error into its log without delay, and to the terminal HELD_SECONDS later or never."""
+    """Copies a rank's standard error into its log without delay, and to the terminal later, when the owner calls `show`."""
 
     def __init__(self, source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
         self._source, self._log, self._terminal = source, log, terminal
@@ -46,8 +46,8 @@ class DelayedStderr:
         self._terminal.flush()
 
     def finish(self, *, show: bool) -> None:
-        """Reads the rest of the pipe after the rank has ended, and shows or drops the delayed output."""
-        self._thread.join(2.0)  # a grandchild may keep the pipe open
+        """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
+        self._thread.join(2.0)  # with a timeout: a grandchild may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()
@@ -99,7 +99,7 @@ class Ranks:
         return [process.pid for process in self._ranks]
 
     def supervise(self, signals: StopSignals) -> Outcome:
-        """Blocks until all ranks have ended."""
+        """Blocks until all ranks have ended; returns how they ended."""
         tracker = self._tracker
         try:
             while not tracker.over:

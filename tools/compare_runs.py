@@ -1,4 +1,4 @@
-"""Shows the first step at which the metrics.jsonl of two runs differ; ignores times and device readings."""
+"""Shows the first step at which the metrics.jsonl of two runs differ; ignores times and measurements of the device."""
 
 from pathlib import Path
 from typing import Annotated

@@ -48,7 +48,7 @@ class EvaluateOptions:
 
     @property
     def harness_tasks(self) -> list[str]:
-        """The names and files that the option --harness lists."""
+        """Returns the names and files that the option --harness lists."""
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
 

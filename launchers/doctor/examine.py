@@ -21,7 +21,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 from moe_dist.runtime.status import measured_save_seconds
 
-# Checks the scheduler and its nodes. Its argument is how many seconds the run's saves take; None if it has not saved yet.
+# Checks the scheduler and its nodes. The argument is how many seconds a save of the run takes; None before the first save.
 CheckScheduler = Callable[[float | None], list[CheckResult]]
 
 

@@ -29,7 +29,7 @@ def judge(
     each cause.
 
     Args:
-        measured: Shortest times of each pair of nodes.
+        measured: For each pair of nodes, the shortest measured time of each collective.
         slow: Pairs that were slow in the first measurement, and again when measured without other traffic.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.
@@ -64,13 +64,13 @@ def judge(
 def report_line(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
 ) -> str:
-    """The line that rank 0 of the measurement prints."""
+    """Formats the result as the line that rank 0 of the measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
     return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 
 
 def read_report(line: str) -> list[CheckResult] | None:
-    """The check results for a line of output; None for a line without `MARK`."""
+    """Returns the check results for the node pairs in a line of output; None for a line without `MARK`."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None

@@ -15,7 +15,7 @@ class Offer:
 
     Attributes:
         state: The node's state, as the scheduler names it.
-        up: True if jobs can run on it, now or after other jobs end.
+        up: True if jobs can run on the node, now or after other jobs end.
         traits: Features, or labels in the form 'name=value'.
         amounts: Countable resources, such as {'GPU': 8, 'CPU': 96}.
     """
@@ -54,7 +54,8 @@ class Want:
 
 
 def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
-    """Reports the first problem: no node has the traits, none has the resources, or too few are `up`; otherwise OK.
+    """Reports the first problem: no node has the traits of a planned node, none with these traits has the resources, or too
+    few such nodes are `up`. Reports OK if there is no problem.
 
     Args:
         trait_word: The scheduler's word for a trait: 'feature' or 'label'.

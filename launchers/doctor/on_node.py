@@ -28,13 +28,14 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
 
-WAIT_SECONDS = 45.0  # timeout; the scheduler may start the nodes one after the other
+WAIT_SECONDS = 45.0  # timeout of the connection test; the scheduler may start the nodes one after the other
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Reachability:
-    """What one node found: each name that does not resolve, with the resolver's error; and its connection error or ''."""
+    """What one node found: the resolver's error for each name that does not resolve, and the error of the node's connection
+    to rank 0's node ('' without an error)."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""
@@ -47,17 +48,17 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         seen = listen(path, questions.num_nodes, env) if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
-    return replace(facts, clock=time.time())  # as late as possible: the receiver compares it with the arrival time
+    return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
 
 
 def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:
-    """On rank 0's node: writes its address to `path`, and waits until the other nodes have connected."""
+    """Runs on rank 0's node: writes the node's address to `path`, and waits until the other nodes have connected."""
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
         address = node_address(variables)
         listener = socket.create_server((address, 0), backlog=num_nodes)  # port 0: the kernel chooses a free one
     except (ConfigError, OSError) as error:
-        _publish(path, name, "", 0)  # tells the other nodes to resolve the name and not to connect
+        _publish(path, name, "", 0)  # port 0 tells the other nodes to resolve the name and not to connect
         return Reachability({name: str(error)})
     with listener:
         _publish(path, name, address, listener.getsockname()[1])
@@ -71,8 +72,8 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
 
 
 def connect(path: Path) -> Reachability:
-    """On the other nodes: resolves the name of rank 0's node and connects to that node. If `path` never appears, the folder
-    is not shared; another check reports that."""
+    """Runs on the other nodes: resolves the name of rank 0's node and connects to that node. If `path` never appears, the
+    folder is not shared; another check reports that."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):  # no file yet, or a network file system shows an old state

@@ -55,7 +55,7 @@ def run_on_nodes(
     gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_run)  # pyright: ignore
     hosts = [node.host for node in chosen]
-    names = hosts if len(set(hosts)) == len(hosts) else [node.address for node in chosen]  # hosts may share a name
+    names = hosts if len(set(hosts)) == len(hosts) else [node.address for node in chosen]  # nodes may have equal host names
     waiting = []
     for rank in range(world):
         node, local = divmod(rank, tasks_per_node)
@@ -64,7 +64,7 @@ def run_on_nodes(
         variables["MOE_DIST_NODE_NAME"] = names[node]
         if rank == 0 and cluster.interface is None:
             variables[HOST_VARIABLE] = chosen[node].address
-        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # an error if not on this node
+        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # soft=False: it never runs elsewhere
         command = [cluster.python or sys.executable, "-m", module, argument]
         waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
     deadline, problems = time.monotonic() + START_SECONDS + 60.0 * minutes, []

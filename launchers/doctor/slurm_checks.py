@@ -1,4 +1,4 @@
-"""Checks a Slurm cluster (nodes, time limit, stop signals) against a plan, with sinfo and scontrol. No torch."""
+"""Checks a Slurm cluster (nodes, time limit, stop signals) against a plan, with sinfo and scontrol. Imports no torch."""
 
 import re
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
 
 
 def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
-    """The nodes of a partition, or of the default partition. Raises SlurmError if Slurm does not answer."""
+    """Returns the nodes of a partition, or of the default partition. Raises SlurmError if Slurm does not answer."""
     offers = []
     for line in ask(*_sinfo(partition), "--Node", "--format=%N|%T|%f|%c|%G|%P").splitlines():
         name, state, features, cpus, gres, of = (part.strip() for part in line.split("|"))
@@ -59,7 +59,7 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
 
 
 def gpus_of(gres: str) -> int:
-    """The number of GPUs in a list of generic resources, such as 'gpu:2' or 'gpu:h100:8(S:0-1),nic:1'."""
+    """Returns the number of GPUs in a list of generic resources, such as 'gpu:2' or 'gpu:h100:8(S:0-1),nic:1'."""
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu:(?:[A-Za-z][^:,(]*:)?(\d+)", gres))
 
 

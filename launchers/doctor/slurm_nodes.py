@@ -29,7 +29,7 @@ def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[floa
         assert srun.stderr is not None
         said: list[str] = []
         listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
-        listener.start()  # a full pipe of standard error would block srun
+        listener.start()  # a pipe of standard error that nobody reads would fill up and block srun
         # On SIGTERM srun releases its allocation, also a pending one.
         timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
         timer.start()
@@ -63,7 +63,7 @@ def srun_command(
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
         minutes: Time limit of the job.
-        visible: Further folders that the site's container mounts under the same path.
+        visible: Further folders, which the site's container mounts at the path that they have on the node.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
@@ -83,7 +83,7 @@ def srun_command(
 
 
 def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, visible: Sequence[str]) -> str:
-    """Shell text of a task: the site's variables and prelude, then Python in the site's container."""
+    """Returns the shell text of a task: the site's variables and prelude, then Python in the site's container."""
     code = code_folder()
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
+"""Starts a run on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
 
 python -m launchers.ray CONFIG [key=value ...]                     runs the driver, in a job or on a node of the cluster
 python -m launchers.ray CONFIG [key=value ...] --submit ADDRESS    submits the driver as a job and follows its log
@@ -30,11 +30,11 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
-    """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them; returns the run's exit
-    code. Call it in the main thread, because it installs signal handlers. `options` go to `launchers.ray.job.check_job`.
+    """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
+    exit code. Must be called in the main thread, because it installs signal handlers. `options` go to `check_job`.
 
     Raises:
-        MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
+        MoeDistError: the run is invalid, or the cluster lacks the nodes of the plan; no rank was started.
     """
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
@@ -46,7 +46,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
 
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
     """Returns the shell line of a job that runs the driver with these command line `options`. If the configuration has
-    relative paths, the line sets them to absolute ones, taken from the current folder. Raises ConfigError if the
+    relative paths, the line overrides them with absolute paths below the current folder. Raises ConfigError if the
     configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)

@@ -30,7 +30,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 from moe_dist.runtime.status import measured_save_seconds
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
-CONNECT_SECONDS = 10.0  # connection timeout to the head
+CONNECT_SECONDS = 10.0  # timeout of the connection to Ray's head node
 STOP_WAIT_DEFAULT = 3.0  # seconds; Ray's own default
 MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
 SETTLE_SECONDS = 5.0  # time limit for missing nodes before the first attempt
@@ -40,10 +40,10 @@ REPLACE_SECONDS = 300.0  # time limit for missing nodes before a restart
 
 def drive(job: RayJob, signals: StopSignals) -> int:
     """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
-    Raises ResourceError without a cluster, and the errors of `gather_gang`."""
+    Raises ResourceError if there is no cluster, and the errors of `gather_gang`."""
     grace = stop_grace(os.environ)
     with connected(os.environ) as parts:
-        signals.renew()  # ray.init has installed its own handlers
+        signals.renew()  # ray.init has replaced the signal handlers
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
@@ -97,8 +97,8 @@ def _attempt(
 
 
 def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
-    """Environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A rank sees all
-    of these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
+    """Returns the environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A rank
+    sees all of these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
     variables = []
     for rank, worker in enumerate(workers):
         variables.append({LABELS: json.dumps(dict(worker.labels), sort_keys=True)})
@@ -108,13 +108,14 @@ def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[
 
 
 def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
-    """The cluster file's `network_variables`. If it names no interface, rank 0 listens at its node's Ray address."""
+    """Returns the cluster file's `network_variables`, and for rank 0 also the address at which it listens: its node's Ray
+    address, unless the file names an interface."""
     host = {HOST_VARIABLE: workers[0].host} if rank == 0 and cluster.interface is None else {}
     return cluster.network_variables | host
 
 
 def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
-    """One line per rank: host, labels, GPUs and expert groups."""
+    """Returns a table with one line per rank: host, labels, GPUs and expert groups."""
     lines = []
     for rank, worker in enumerate(workers):
         labels = ",".join(
@@ -129,8 +130,8 @@ def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
 @contextmanager
 def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Connects to this process's Ray cluster. Yields the network addresses of Ray's GCS and dashboard. Raises ResourceError
-    without a cluster."""
-    # Outside of a job Ray copies this clone to the nodes, as it does for a job.
+    if there is no cluster."""
+    # Ray copies the code of a job to the nodes. Outside of a job, `working_dir` makes it copy this clone.
     shipped = {"working_dir": str(code_folder())} if IN_A_JOB not in env else {}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
@@ -153,7 +154,7 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill it."""
+    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray never kills it."""
     if IN_A_JOB not in env:
         return None
     try:
@@ -163,7 +164,7 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
 
 
 def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """A line that compares the grace period with the measured save time, and warns if the grace period is too short."""
+    """Returns a line that compares the grace period with the measured save time, and warns if the period is too short."""
     if grace is None:
         return ""
     saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"

@@ -8,8 +8,8 @@ import psutil
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
     """Returns the addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A
-    part on this machine may listen at more addresses than it announces, so they are read from the list of sockets. A part
-    on another machine gets its announced address."""
+    part on this machine may listen at more addresses than it announces, so its addresses are read from the list of sockets.
+    For a part on another machine only the announced address is known."""
     found: dict[str, list[str]] = {}
     connections = psutil.net_connections("tcp")  # scans /proc
     sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]
@@ -20,8 +20,8 @@ def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str:
-    """A warning if a part of Ray accepts connections from other machines without a token; otherwise empty. `addresses` maps
-    each part to the addresses at which it listens."""
+    """Returns a warning if a part of Ray accepts connections from other machines without a token; otherwise ''. `addresses`
+    maps each part to the addresses at which it listens."""
     beyond = [f"{part} at {each}" for part, listens in addresses.items() for each in listens if not _is_loopback(each)]
     if token or not beyond:
         return ""

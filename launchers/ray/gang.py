@@ -24,14 +24,14 @@ from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
 ANSWER_SECONDS = 60.0  # timeout for an actor to start and answer; a Ray worker starts in seconds
-READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just free
+READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
 TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # failed starts of actors after which a node is not used; one when the wait for nodes is over
+START_TRIES = 3  # a node is left out after this many failed starts of actors; when the wait for nodes is over, after one
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
@@ -190,8 +190,8 @@ def _answers(calls: Sequence[Any]) -> list[tuple[Any, str]]:
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
     """Makes a placement group of the planned nodes. While it is pending, an autoscaler starts the missing nodes. Ray
-    removes it when the driver ends. Ray's `request_resources` would outlast the driver, and cannot ask for separate
-    nodes."""
+    removes it when the driver ends. A request by Ray's `request_resources` would outlast the driver, and cannot ask for
+    separate nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -214,11 +214,11 @@ def gather_gang(
 
     Args:
         paths: Files and folders that must exist on every node.
-        together: Groups of planned nodes that must share a fast-interconnect domain.
+        together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the others do not suffice.
-        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Meanwhile actors may fail START_TRIES times
-            on a node before it is left out. The wait for nodes that other jobs use has no limit.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Until then a node is left out only after
+            START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
         say: Prints a message about waiting; no message is printed twice.
 
     Raises:
@@ -244,7 +244,8 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # A node gets more ranks than the cluster file says only when the wait is over, instead of an error.
+            # Until the wait is over, no node gets more ranks than the cluster file says; then more are better than an
+            # error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:
@@ -288,8 +289,8 @@ def _start_problems(faults: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
-    """The nodes that accept a connection now, the head last, without those whose host name or address is in `exclude`. Ray
-    itself notices a lost node late."""
+    """Returns the nodes that accept a connection now, the head last, without those whose host name or address is in
+    `exclude`. Tests the connections, because Ray itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [
         RayNode(

@@ -34,10 +34,10 @@ class RayJob:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
-        wait_seconds: Time limit for nodes that the cluster lacks; None means the default limits in driver.py.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
         program: Arguments of each rank's interpreter before the configuration.
         variables: Environment variables for the ranks; they may be secrets.
-        together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
+        together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """
 
     config: Path
@@ -85,7 +85,7 @@ def check_job(
     read: ReadRun = check_file,
 ) -> RayJob | None:
     """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
-    arguments; `cluster` is the name or path of the cluster file; with `layout_of_file` for `read` no data are needed.
+    arguments. `cluster` is the name or path of the cluster file. If `read` is `layout_of_file`, the run needs no data.
 
     Raises:
         MoeDistError: the configuration is invalid, or does not fit the cluster.
@@ -124,6 +124,7 @@ def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def path_on_nodes(path: Path) -> Path:
-    """A configuration's path on every node: relative inside the code that Ray copies to the nodes; otherwise absolute."""
+    """Returns a configuration's path that is valid on every node. It is relative if the file is inside the code that Ray
+    copies to the nodes, otherwise absolute."""
     absolute, root = find_config(path).absolute(), source_root()
     return absolute.relative_to(root) if absolute.is_relative_to(root) else absolute

@@ -17,7 +17,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 def serve_metrics(path: Path) -> None:
     """Starts a daemon thread that reads a new Unix socket. The path may have at most 107 characters."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind(str(path))  # before the rank starts, which connects at its first step
+    receiver.bind(str(path))  # before the rank starts, because the rank connects at its first step
     threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()
 
 

@@ -1,6 +1,6 @@
-"""Assigns the planned nodes to nodes of a Ray cluster, for each attempt anew. Pure functions; does not import Ray.
+"""Assigns the planned nodes to nodes of a Ray cluster, anew for each attempt. Pure functions; does not import Ray.
 
-The driver pins each bundle to its node, because no scheduling strategy of Ray keeps the ranks of a node together.
+The driver pins each bundle (Ray resources of a rank) to a node, because no strategy of Ray keeps a node's ranks together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class RayNode:
     Attributes:
         node_id: Ray's id of the node.
         address, port: Address and port of its raylet.
-        labels: All labels, with those set by Ray.
+        labels: All labels, including those that Ray sets.
         total: Amount of each resource.
         free: Amount of each resource that is not in use.
     """
@@ -47,7 +47,7 @@ class Assignment:
     """The result of `assign`. Exactly one of `nodes`, `problems` and `waits_for` is not empty.
 
     Attributes:
-        job: The plan. If the Ray nodes differ in size, its ranks are distributed by the room on each node.
+        job: The plan. If the Ray nodes differ in size, `assign` may have distributed the ranks anew by the room on each.
         nodes: A free Ray node for each planned node.
         problems: Requirements that no node of this cluster meets, even when idle.
         waits_for: Planned nodes whose Ray nodes other jobs are using.
@@ -60,7 +60,7 @@ class Assignment:
 
 
 def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
-    """Ray resources of one rank: `cpus` CPU cores (1 if None), and a GPU if the run needs GPUs."""
+    """Returns the Ray resources of one rank: `cpus` CPU cores (1 if None), and a GPU if the run needs GPUs."""
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 
@@ -85,13 +85,13 @@ def assign(
     *,
     most: int | None = None,
 ) -> Assignment:
-    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the nodes are too
-    small or too few for that, but have room for all ranks, the ranks are distributed anew.
+    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the Ray nodes are
+    too small or too few for these planned nodes, but have room for all ranks, the ranks are distributed anew.
 
     Args:
         nodes: Live nodes; earlier ones are preferred.
         bundle: Resources of one rank.
-        together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
+        together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
         most: Limit for the ranks of a node if the ranks are distributed anew; None for no limit.
     """
 
@@ -101,7 +101,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # as if no other job ran: waiting cannot fix what is missing here
+    found = chosen("total")  # counts resources in use, too: no wait can fix what is missing here
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
@@ -112,7 +112,7 @@ def assign(
             if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
                 return assign(uneven, nodes, bundle)
         return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # then without the resources that other jobs use
+    found = chosen("free")  # now without the resources that other jobs use
     if None in found:
         return Assignment(job, waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(job, nodes=tuple(nodes[node] for node in found if node is not None))
@@ -139,7 +139,7 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
     rooms = [room // job.block * job.block for room in rooms]
     left = sorted((n for n, room in enumerate(rooms) if room), key=lambda n: -rooms[n])
     found: list[NodePlan] = []
-    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # last the ranks that fit anywhere
+    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # last the ranks without labels
         waiting = sorted(ranks)
         for n in [n for n in left if nodes[n].has(dict(labels))]:
             if waiting:
@@ -157,9 +157,9 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy:
-    the largest group is first, and each group gets the smallest domain that fits. A node without the label DOMAIN is a
-    domain by itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Greedy: the
+    largest set is first, and each set gets the smallest domain that fits. A node without the label DOMAIN is a domain by
+    itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):

@@ -1,7 +1,7 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit any time, and shares
-no interpreter with Ray's threads.
+The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit at any time, and
+shares no interpreter with Ray's threads.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ class RankActor:
         return f"rank {self._rank}"
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
-        """The node and GPUs of this actor. The answer proves that the actor runs. Waits up to SEEN_SECONDS for `paths`, the
-        files and folders that must exist here."""
+        """Returns the node and GPUs of this actor; the answer proves that the actor runs. Waits up to SEEN_SECONDS for
+        `paths`, the files and folders that must exist here."""
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)  # an NFS client refreshes its cache only after some time
@@ -125,7 +125,7 @@ class RankActor:
             self._supervisor.stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
-        """Waits for the supervisor's next message; empty if the supervisor has ended."""
+        """Waits for the supervisor's next message and returns it; returns {} if the supervisor has ended."""
         assert self._supervisor is not None
         assert self._supervisor.stdout is not None
         line = self._supervisor.stdout.readline()

@@ -39,7 +39,7 @@ class Order:
     Attributes:
         env: The complete environment.
         log: File to which the output is appended.
-        shown: True for rank 0: both its outputs go to the driver, and its standard error also into the log.
+        shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
     """
 
     argv: Sequence[str]
@@ -100,7 +100,7 @@ class RankSupervisor:
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
             if self._code is None:  # once the rank has ended, its pid may be reused
-                os.kill(self._rank.pid, signal.Signals[name])  # the main thread of the rank handles it
+                os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
         with contextlib.suppress(OSError):  # full disk
@@ -131,7 +131,7 @@ class RankSupervisor:
 
 
 def _children() -> list[int]:
-    """The pids of this process's children; scans /proc."""
+    """Returns the pids of this process's children; scans /proc."""
     found = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(entry)}/stat") as stat:
@@ -151,7 +151,7 @@ def main() -> None:
     if child:
         os.waitpid(child, 0)
         return
-    os.setsid()  # out of the process group that Ray kills
+    os.setsid()  # leaves the process group that Ray kills
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -32,12 +32,13 @@ _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 
 def verdict_line(code: int) -> str:
-    """The last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads it from this line."""
+    """Returns the last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads the code from
+    this line."""
     return f"moe_dist ends with verdict {code}"
 
 
 def entrypoint(arguments: Sequence[str], python: str | None) -> str:
-    """The shell command of a job, with every word quoted."""
+    """Returns the shell command of a job, with every word quoted."""
     return shlex.join([python or "python", "-m", "launchers.ray", *arguments])
 
 
@@ -99,7 +100,7 @@ def take_over(path: Path) -> tuple[str, ...]:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError without such a job."""
+    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError if it does not exist."""
     client = connect(address)
     try:
         running = client.stop_job(job_id)
@@ -115,7 +116,7 @@ def stop(address: str, job_id: str) -> int:
 
 
 def connect(address: str) -> "JobSubmissionClient":
-    """A client of the job API. Raises ResourceError if no Ray answers at the address."""
+    """Returns a client of the job API. Raises ResourceError if no Ray answers at the address."""
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
@@ -149,7 +150,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 
 def verdict(details: "JobDetails", log: str) -> int:
-    """The verdict of an ended job: its exit code, or the code in its log's last line if Ray gives none."""
+    """Returns the verdict of an ended job: its exit code, or the code in its log's last line if Ray gives none."""
     code = details.driver_exit_code
     if code is not None and 0 <= code < 128:
         return code

@@ -73,7 +73,7 @@ def prepare(
     """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
 
     Args:
-        program: Arguments of the ranks' interpreter, instead of the training.
+        program: Arguments of the ranks' interpreter before the configuration; the default starts the training.
         read: Reads and checks the run; `layout_of_file` needs no data.
 
     Raises:
@@ -100,7 +100,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
 
     Raises:
         ConfigError: sbatch rejects an option of the cluster file.
-        ResourceError: the cluster has no such nodes.
+        ResourceError: the cluster lacks the nodes of the plan.
         SlurmError: sbatch is missing or does not answer.
     """
     if job.sweep:
@@ -157,7 +157,7 @@ def _tasks(
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """The exception for an error of sbatch. If nodes are missing, it names the ranks, the expert groups and the feature."""
+    """Returns the exception for an error of sbatch. About missing nodes it names the ranks, expert groups and feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"

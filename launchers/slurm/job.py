@@ -1,7 +1,7 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
 Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. It requeues the job
-after a stop that has saved (exit code 75), and after the failures after which the other launchers restart a run
+after a stop that has saved (exit code 75), and after each failure for which the other launchers would restart the run
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
@@ -79,7 +79,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     path, begin = snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints)
     ends = _begin(job, folder, path, begin)
-    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself has requeued the job
+    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # happens if Slurm itself requeued the job
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return ends[-1].code or EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
@@ -170,7 +170,7 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (before 22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (versions before 22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 

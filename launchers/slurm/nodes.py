@@ -13,7 +13,7 @@ from moe_dist.doctor.check_result import names
 from moe_dist.errors import MoeDistError
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
-_CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")  # how Slurm's commands reach slurmctld
+_CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")  # with these Slurm's commands find slurmctld
 # Options of srun that Slurm writes into the environment of a job with memory limits, or of a step.
 _OF_STEPS = ("SLURM_MEM_PER_", "SLURM_CPU_BIND")
 
@@ -77,9 +77,9 @@ def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a batch script, with the array task, restarts and components that slurmctld has for the
-    job. A job that was submitted by a plain sbatch inside another job has inherited the other job's values of these
-    variables, and its options of srun, which are left out."""
+    """Returns the environment of a batch script without the variables of an outer job. A job that a plain sbatch submitted
+    inside another job inherits the outer job's array task, restarts, components (of a heterogeneous job) and options of
+    srun. Array task and restarts are read from slurmctld instead."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", _record(env["SLURM_JOB_ID"])))
@@ -104,7 +104,7 @@ def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 
 
 def _record(job_id: str) -> str:
-    """slurmctld's record of a job. It shows an array or a heterogeneous job with all its parts, one on each line."""
+    """Returns slurmctld's record of a job. For an array or a heterogeneous job, scontrol prints one line for each part."""
     shown = ask("scontrol", "--oneliner", "show", "job", job_id)
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
 

@@ -45,8 +45,8 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Options of sbatch for the nodes of one part, without the site's options. Raises ConfigError for spare nodes in a
-    heterogeneous job."""
+    """Returns the options of sbatch for the nodes of one part, without the site's options. Raises ConfigError for spare
+    nodes in a heterogeneous job."""
     if cluster.spare_nodes and len(parts(job)) > 1:
         raise ConfigError(
             f"spare_nodes={cluster.spare_nodes}: must be 0, because the groups of this run need several kinds of nodes "
@@ -68,7 +68,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
 
 
 def site_options(cluster: Cluster) -> list[str]:
-    """Options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
+    """Returns the options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     named["--exclude"] = ",".join(cluster.exclude) or None
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
@@ -76,13 +76,14 @@ def site_options(cluster: Cluster) -> list[str]:
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
-    """The sbatch command that requests exactly the nodes of the plan, for a script with its arguments."""
+    """Returns the sbatch command that requests exactly the nodes of the plan; `arguments` are the script and its
+    options."""
     options = " : ".join(shlex.join([*part_options(part, job, cluster), *site_options(cluster)]) for part in parts(job))
     return f"sbatch {options} {shlex.join(arguments)}"
 
 
 def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: Mapping[str, str]) -> str:
-    """A batch script: the plan's #SBATCH options, then the commands of slurm/train.sbatch.
+    """Returns a batch script: the plan's #SBATCH options, then the commands of slurm/train.sbatch.
 
     Args:
         output: Path of the job's output, with Slurm's placeholders %j, %A and %a.
@@ -97,7 +98,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
 
 
 def output_pattern(folder: Path, *, array: bool = False) -> str:
-    """Path of a job's output with Slurm's placeholders: %j is the job, %A the array, %a its task."""
+    """Returns the path of a job's output with Slurm's placeholders: %j is the job, %A the array, %a its task."""
     return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # in a pattern %% means %
 
 
@@ -111,7 +112,7 @@ def srun_command(
     hosts: Sequence[str] = (),
     hold: Sequence[str] = HOLD_SIGNALS,
 ) -> list[str]:
-    """The srun command that starts one task per rank.
+    """Returns the srun command that starts one task per rank.
 
     Args:
         hosts: Host names of the planned nodes; srun gets them if the job has spare nodes.
@@ -144,9 +145,9 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh sources in every task. Maps host and SLURM_LOCALID to the rank's variables.
-    SLURM_PROCID need not be the rank: ranks on a node need not be consecutive, and Slurm numbers the components of a
-    heterogeneous job one after the other.
+    """Returns shell text that slurm/node_env.sh sources in every task. The text maps host and SLURM_LOCALID to the
+    variables of a rank. SLURM_PROCID need not be the rank: ranks on a node need not be consecutive, and Slurm numbers the
+    components of a heterogeneous job one after the other.
 
     Args:
         hosts: Host names in the order of the plan.
@@ -167,19 +168,20 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        # With eval an incomplete shell command fails by itself and does not break the whole text.
+        # With eval, a line that is no complete shell command fails alone and does not break the whole text.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(first.argv)})", ""])
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Python on the nodes: the cluster file names it; the default is this interpreter, or `python3` of the container."""
+    """Returns the Python that runs the ranks: the cluster file's, else this interpreter (in a container `python3`)."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 
 def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
-    """Options of srun for a pyxis container with the `visible` folders under the same path; empty without pyxis."""
+    """Returns srun's options for a pyxis container that mounts the `visible` folders at the same path; none without
+    pyxis."""
     container = cluster.container
     if not isinstance(container, PyxisContainer):
         return []
@@ -188,7 +190,7 @@ def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
 
 
 def container_prefix(cluster: Cluster, visible: Sequence[str], code: Path) -> list[str]:
-    """Command prefix that starts a rank in an apptainer container; empty without apptainer."""
+    """Returns the command prefix that starts a rank in an apptainer container; empty without apptainer."""
     container = cluster.container
     if not isinstance(container, ApptainerContainer):
         return []

@@ -78,7 +78,7 @@ class SlurmJob:
         return f"slurm-{re.sub('[^A-Za-z0-9]', '', os.environ.get('SLURM_CLUSTER_NAME', ''))}-{self.id}-{self.restarts}"
 
     def fields(self) -> Mapping[str, str]:
-        """Slurm's record of the job, such as JobState=RUNNING; empty if Slurm does not answer."""
+        """Returns the fields of Slurm's record of the job, such as JobState=RUNNING; none if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
             env = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
             lines = ask("scontrol", "--oneliner", "show", "job", self.id, env=env).splitlines()
@@ -88,9 +88,9 @@ class SlurmJob:
 
 
 def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
-    """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before 8.31,
-    for example on RHEL 8). Without the prefix, a signal kills a rank without a save until the rank has installed its
-    handlers."""
+    """Returns the command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils
+    before 8.31, for example on RHEL 8). Without the prefix, a stop signal kills a rank that has not yet installed its
+    handlers, and nothing is saved."""
     if isinstance(cluster.container, PyxisContainer):  # the image's `env` cannot be tested here
         return HOLD_SIGNALS
     supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
@@ -136,7 +136,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     requested = stopped and not (silent and silent["lost"])  # after a node failure Slurm sends stop signals, too
     if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
-        record = replace(record, verdict=None)  # a rank took Slurm's end of all tasks, after a failure, for a request
+        record = replace(record, verdict=None)  # Slurm ended all tasks after a failure; a rank took this for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
@@ -182,9 +182,9 @@ def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless `limit` names a reason against it or the job was cancelled. Slurm itself requeues a
-    job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL,
-    this function submits the job again.
+    """Makes the job continue, unless `limit` says why it must not, or the job was cancelled. Slurm itself requeues a job
+    after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL, this
+    function submits the job again.
 
     Args:
         attempts: File with the job's attempts, which a new submission takes over.
@@ -202,7 +202,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.id)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time, not None, in this attempt
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time in this attempt, not None
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
             shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # the new job starts after this one ends
@@ -228,7 +228,7 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
 
 
 def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
-    """Rewrites srun's line in terms of ranks; also returns these ranks. Without a planned rank for it, the line is kept."""
+    """Rewrites srun's line in terms of ranks; also returns these ranks. Keeps a line whose tasks have no planned rank."""
     node = match["node"] or match["lost"]
     on_node = places.get(node, {})
     bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]

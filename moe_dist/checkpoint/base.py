@@ -1,4 +1,4 @@
-"""Finds the frozen base model of LoRA adapters. Their checkpoint has the base's path and content hash, not its weights.
+"""Finds the frozen base model of LoRA adapters. The adapters' checkpoint has the base's path and hash, not its weights.
 
 Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
 the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer or, if there is none,
@@ -29,8 +29,8 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
 
 
 def content_hash(index: Index) -> str:
-    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer in a checkpoint. The hash does not
-    depend on the layout of ranks, the optimizer's moments or the step count."""
+    """Returns the SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer in a checkpoint. The hash
+    does not depend on the layout of ranks, the optimizer's moments or the step count."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())
@@ -136,8 +136,8 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
-    """Names that the model's tensor `name` may have in the base's checkpoint, in order of preference. `only` comes from
-    `_only_experts`."""
+    """Yields the names that the model's tensor `name` may have in the base's checkpoint, in order of preference. `only`
+    comes from `_only_experts`."""
     yield name
     if match := _NORM.fullmatch(name):
         yield f"{match['layer']}.ffn.norm.weight"

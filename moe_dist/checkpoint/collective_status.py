@@ -75,7 +75,7 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error that a rank without a failure raises; its class is the class of the lowest failed rank's error."""
+    """Returns the error that a rank without a failure raises. Its class is that of the lowest failed rank's error."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

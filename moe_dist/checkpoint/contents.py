@@ -1,7 +1,7 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
-Every byte of a checkpoint has a digest: SHA256SUMS (a file for `sha256sum -c`) has those of index.json and state.json, the
-index has those of the shards' headers (ShardEntry), and the headers have the tensors' fingerprints.
+Every byte of a checkpoint has a digest. SHA256SUMS (a file for `sha256sum -c`) has the digests of index.json and
+state.json, the index has those of the shards' headers (ShardEntry), and the headers have the tensors' fingerprints.
 """
 
 import hashlib
@@ -178,7 +178,7 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
 
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """The save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
+    """Returns the save id and each file's digest from SHA256SUMS; None if it is malformed. Raises OSError."""
     with open_regular(folder / CHECKSUMS_FILE) as stream:
         text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(

@@ -26,7 +26,7 @@ class Family:
 
 
 def families(index: Index) -> list[Family]:
-    """Number and size of a checkpoint's tensors by kind: first the kinds of parameters, then those of moments."""
+    """Counts and sizes a checkpoint's tensors by kind: first the kinds of parameters, then those of moments."""
     members: dict[str, list[str]] = defaultdict(list)
     for name in index.tensors:
         moment = _MOMENT.fullmatch(name)
@@ -60,7 +60,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """One line per EP rank, which lists the rank's experts."""
+    """Returns one line per EP rank, which lists the rank's experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
         return ["unknown"]

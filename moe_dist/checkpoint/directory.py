@@ -22,7 +22,7 @@ _LEFTOVER = re.compile(r"(step_\d+|latest)\.[0-9a-f]+\.(tmp|removed)")
 
 
 def step_of(folder: Path) -> int | None:
-    """The N of a folder named step_N; None for any other name."""
+    """Returns the N of a folder named step_N; None for any other name."""
     match = _COMMITTED.fullmatch(folder.absolute().name)
     return int(match[1]) if match else None
 
@@ -37,14 +37,14 @@ class CheckpointDirectory:
         return self.folder / f"step_{step}"
 
     def steps(self) -> list[int]:
-        """Steps of all committed checkpoints, oldest first."""
+        """Returns the steps of all committed checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # None for temporary folders
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
-        """Step of the checkpoint that the file `latest` names; -1 before the first save.
+        """Returns the step of the checkpoint that the file `latest` names; -1 before the first save.
 
         Raises:
             DataError: the file names no checkpoint in this folder, is no regular file, or is missing although there are
@@ -70,7 +70,7 @@ class CheckpointDirectory:
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """A sentence that tells the user how to resume from another checkpoint than `failed`."""
+        """Returns a sentence that tells the user how to resume from another checkpoint than `failed`."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."

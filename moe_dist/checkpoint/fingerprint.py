@@ -26,7 +26,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[int] | None = None) -> int:
-    """Fingerprint, 0 to 2^64 - 1, of a box (a contiguous range in each dim) of a tensor. Costs one sync with the device.
+    """Returns the fingerprint (0 to 2^64 - 1) of a box, a contiguous range in each dim, of a tensor. Costs one device sync.
 
     Args:
         piece: The elements of the box, a plain tensor with 1, 2, 4 or 8 bytes per element.
@@ -51,13 +51,13 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
 
 
 def hexadecimal(value: int) -> str:
-    """A fingerprint as 16 hex digits, the form in which checkpoints store it."""
+    """Formats a fingerprint as 16 hex digits, the form in which checkpoints store it."""
     return f"{value % (1 << 64):016x}"
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """For each run of elements that are contiguous in the box and in the whole tensor: the index of the run's first element
-    in the box, the index of this element in the whole tensor, and the run's number of elements."""
+    """Yields a triple for each run of elements that are contiguous in the box and in the whole tensor: the index of the
+    run's first element in the box, its index in the whole tensor, and the run's number of elements."""
     if not math.prod(box):
         return
     cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim where the box is not whole
@@ -73,5 +73,5 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
 
 
 def signed(value: int) -> int:
-    """A fingerprint as an int64 with the same bits. A sum of int64 wraps modulo 2^64, as a sum of fingerprints must."""
+    """Returns the int64 with a fingerprint's bits. A sum of int64 wraps modulo 2^64, as a sum of fingerprints must."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

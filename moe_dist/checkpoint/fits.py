@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """The reason why a stored tensor cannot be loaded into a tensor of the model; the empty text if it can.
+    """Returns why a stored tensor cannot be loaded into a tensor of the model; the empty text if it can.
 
     Args:
         source: Name of the stored tensor in the returned text.
@@ -93,7 +93,7 @@ def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """Number of layers, experts per group, hidden width and vocabulary size, from the names and shapes of tensors."""
+    """Finds the number of layers, experts per group, hidden width and vocabulary size from tensors' names and shapes."""
     found: dict[str, int] = {}
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     if layers:
@@ -143,8 +143,8 @@ class Taken:
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The names of all parameters with the same name, shape and dtype in checkpoint and model, each mapped to itself. Equal
-    on all ranks."""
+    """Returns the names of all parameters with the same name, shape and dtype in checkpoint and model, each mapped to
+    itself. The result is equal on all ranks."""
     parameters = _parameters(specs)
     differ = differences(contents.index, parameters)
     return {name: name for name in parameters if name in contents.index.tensors and name not in differ}

@@ -85,12 +85,12 @@ class StateFile(StoredModel):
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
-        """The content of state.json. A NaN or infinity raises ValueError, because JSON does not have them."""
+        """Returns the content of state.json. A NaN or infinity raises ValueError, because JSON does not have them."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
 def shard_file(number: int) -> str:
-    """Name of the shard file `number`. An index has only numbers, so it cannot name a file outside its folder."""
+    """Returns the name of shard file `number`. An index has only numbers, so it cannot name a file outside its folder."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -128,7 +128,7 @@ def read_index(folder: Path) -> Index:
 
 
 def index_problems(index: Index) -> list[str]:
-    """One line per problem: an unknown dtype or shard, or parts that do not contain each element exactly once."""
+    """Returns one line per problem: an unknown dtype or shard, or parts that do not contain each element exactly once."""
     problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:

@@ -71,8 +71,8 @@ class CheckpointManager:
         lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
             process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: The watchdog's tracker of collectives. It does not see those of `write`, because a thread may run `write`:
-            then each rank mixes the collectives of `write` and of the training in an order of its own.
+        tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may
+            run `write`: each rank then mixes them with those of the training in an order of its own.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class CheckpointManager:
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Folder of the newest committed checkpoint, which rank 0 reads from `latest`; None without a checkpoint.
+        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is none.
 
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
@@ -153,7 +153,7 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If it fails, all ranks raise its error; an OSError becomes a `kind`. One all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise its error, an OSError as a `kind`. Costs one all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
@@ -319,7 +319,7 @@ class CheckpointManager:
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
         tensor by the sum of its shards' fingerprints over the ranks. `sources` maps each loaded tensor to its name in the
-        checkpoint. Two all-reduces: of one number per tensor, and of the status."""
+        checkpoint. Costs two all-reduces: of one number per tensor, and of the status."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that the order is equal on all ranks
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}

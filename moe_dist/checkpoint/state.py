@@ -1,4 +1,4 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names, equal in all layouts of ranks.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names that no layout of ranks changes.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
@@ -76,12 +76,12 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of this rank by logical name; a load writes into them."""
+        """Returns all tensors of this rank by logical name; a load writes into them."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """The tensors that this rank writes. Of the ranks with the same data a hash of the name chooses one as the writer,
-        so that all ranks write about equally many bytes."""
+        """Returns the tensors that this rank writes. Of the ranks with the same data, a hash of the tensor's name chooses
+        the writer, so that all ranks write about equally many bytes."""
         return {
             name: held.tensor
             for name, held in self.held.items()
@@ -129,14 +129,14 @@ def capture(
 
 
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
-    """Shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name."""
+    """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     _, specs = _logical(parameters, {}, layout, _expert_stacks(model))
     return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by logical name. A tied tensor appears once, under its first name."""
+    """Returns parameters and persistent buffers by logical name. A tied tensor appears once, under its first name."""
     distinct: dict[int, tuple[str, Tensor]] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -146,7 +146,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _expert_stacks(model: nn.Module) -> set[str]:
-    """Names of the parameters that are stacks of experts [e, ...]; a checkpoint has a tensor per expert instead."""
+    """Returns the names of parameters that are stacks of experts [e, ...]; a checkpoint has a tensor per expert instead."""
     return {each.name for each in named_parameters(model) if each.role is Role.EXPERT}
 
 
@@ -154,7 +154,7 @@ def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Returns this rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of
-    `like`. `tensors` may lack names of `like`: those that this rank does not hold."""
+    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -204,7 +204,7 @@ def _hold(tensor: Tensor, copies: int, position: int) -> LocalShard:
 
 
 def _replicas(tensor: DTensor) -> tuple[int, int]:
-    """Number of ranks with the same shard of `tensor`, and this rank's index among these ranks."""
+    """Returns the number of ranks with the same shard of `tensor`, and this rank's index among these ranks."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is outside the mesh of a tensor it holds"
     copies, position = 1, 0

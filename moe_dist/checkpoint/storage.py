@@ -52,7 +52,7 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """What this piece adds to the whole tensor's fingerprint, which is a sum over all pieces."""
+        """Returns what this piece adds to the whole tensor's fingerprint, which is a sum over all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -87,7 +87,7 @@ class Snapshot:
         return sum(piece.tensor.nbytes for piece in self.pieces.values())
 
     def state_file(self, save_id: str) -> StateFile:
-        """The content of state.json."""
+        """Returns the content of state.json."""
         placement = self.layout.placement
         groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": __version__}

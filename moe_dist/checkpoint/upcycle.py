@@ -27,7 +27,7 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The maps of `fitting` and `upcycled` merged: from each parameter to load to its name in the checkpoint."""
+    """Merges the maps of `fitting` and `upcycled`, from each parameter to load to its name in the checkpoint."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
@@ -86,8 +86,8 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
 
 
 def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """Name of the checkpoint's tensor to load into an expert's tensor; None without one. `groups` has the checkpoint's
-    experts in that layer, `experts` the model's experts in that group."""
+    """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if there is none. `groups` has the
+    checkpoint's experts in that layer, `experts` the model's experts in that group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -102,7 +102,7 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
 
 
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
-    """The reason why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
+    """Returns why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
     checkpoint's experts in that layer."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"

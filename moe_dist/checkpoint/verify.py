@@ -18,7 +18,7 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# Each makes a CheckpointProblem of a tensor in index.json; the arguments are the detail and the name of the tensor.
+# These functions make a CheckpointProblem of a tensor in index.json, from the detail and the name of the tensor.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
@@ -74,7 +74,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
 
 
 def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
-    """Problems with tensors: one of `specs` is missing or does not fit, or the index has one that `specs` lacks."""
+    """Finds tensors of `specs` that are missing or do not fit, and tensors of the index that `specs` lacks."""
     problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)
@@ -90,7 +90,7 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointPr
 
 
 def _missing_moments(index: Index) -> list[CheckpointProblem]:
-    """Problems with AdamW's moments: a parameter with one moment must have both, each in the parameter's shape."""
+    """Checks AdamW's moments: a parameter with one moment must have both, each in the parameter's shape."""
     moments = [f"{OPTIMIZER_PREFIX}{moment}." for moment in MOMENTS]
     known = {name.removeprefix(moment) for moment in moments for name in index.tensors if name.startswith(moment)}
     problems = []
@@ -107,7 +107,7 @@ def _missing_moments(index: Index) -> list[CheckpointProblem]:
 
 
 def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
-    """Problems with experts: each layer with experts must have all experts of each group, with the same matrices."""
+    """Checks the experts: each layer with experts must have all experts of each group, with the same matrices."""
     groups = state.placement.get("groups")
     expected: dict[str, int] = {}
     for group in groups if isinstance(groups, list) else []:

@@ -70,7 +70,7 @@ class Pending:
 
     def _tracked(self) -> AbstractContextManager[None]:
         """Shows the watchdog that this rank is inside the collective. `issue` uses it, because the first call may wait for
-        other ranks, and so does `wait`. In between the rank computes, and the watchdog sees no collective."""
+        other ranks; `wait` uses it, too. Between these two the rank computes, and the watchdog sees no collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -135,9 +135,9 @@ class AllToAll:
 class RowBuffers:
     """A pool of buffers for rows. An exchange takes a buffer and gives it back, and the next layer uses the same buffer.
 
-    A buffer grows to the largest size that was asked for. Use it only for rows that backward does not read: rows to send,
-    and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page fault
-    per 4 KiB, which takes longer than copying the rows.
+    A buffer grows to the largest size that was asked for. Use the pool only for rows that backward does not read: rows to
+    send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
+    fault per 4 KiB, which takes longer than copying the rows.
 
     Args:
         keep: If false, a buffer is freed when it is given back.

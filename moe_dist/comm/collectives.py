@@ -1,7 +1,7 @@
 """Reductions over a process group, and statistics (`CommStats`) of the bytes that all collectives send.
 
-If the process group is None (a single rank), a reduction returns its argument. A `tracker` shows its `name` to the
-watchdog.
+If the process group is None (a single rank), a reduction returns its argument. With a `tracker`, the watchdog sees the
+`name` of the reduction that this rank is inside.
 """
 
 import time
@@ -69,7 +69,7 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`; not on CUDA, where a collective's call only queues work."""
+        """Adds the time of the enclosed call to `seconds`; but not on CUDA, where the call only queues the collective."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -77,7 +77,8 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed wait to `seconds`. On CUDA, the stream's events measure it for `drain`."""
+        """Adds the time of the enclosed wait to `seconds`. On CUDA only records events, from which `drain` takes the
+        time."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # queued on the stream, without a sync

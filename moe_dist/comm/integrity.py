@@ -4,7 +4,7 @@ With each exchange of rows, all ranks exchange metadata twice, in the same order
 
     before      each rank tells each rank the number of rows, the bytes per row, and a hash of the exchange's name. If
                 sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
-    after       each rank sends the checksums of its rows. The receiver compares them with those of the rows that arrived.
+    after       each rank sends the checksums of its rows. The receiver compares them with its own sums of the arrived rows.
 
 A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
 each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
@@ -65,8 +65,8 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 class CheckedAllToAll(AllToAll):
     """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
-    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. Exchanges of rows
-    keep the order, and rows keep the bits, that the transport alone would give.
+    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The rows have the
+    same bits, and their exchanges the same order, as with the transport alone.
     """
 
     def __init__(self, transport: AllToAll) -> None:

@@ -103,8 +103,8 @@ class CollectiveTracker:
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
 
     def _remove_finished(self, *, all: bool) -> None:
-        """Removes the entries whose collectives the stream has passed; unless `all`, only those before the first that it
-        has not passed."""
+        """Removes the entries whose collectives the stream has passed: all of them if `all`, otherwise only those before
+        the first collective that the stream has not passed."""
         for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
             if finished is not None and finished():
                 del self._unfinished[entered]

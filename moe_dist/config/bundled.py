@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def source_root() -> Path:
-    """The folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
+    """Returns the folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
     package."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
@@ -25,7 +25,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def hint_for_missing(path: Path) -> str:
-    """Returns an end for an error text: the file or bundled names most similar to `path`, else all bundled names."""
+    """Returns the end of an error text, with the file or bundled names most similar to `path`, else all bundled names."""
     beside = [str(other) for other in path.parent.glob("*.yaml") if other != path]
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)

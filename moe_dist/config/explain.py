@@ -38,7 +38,7 @@ def explain(key: str = "") -> RenderableType:
 
 
 def default_text(key: Key) -> str:
-    """A key's default as YAML text; 'required' if the key has no default."""
+    """Returns a key's default as YAML text; 'required' if the key has no default."""
     if key.field is None:
         return ""
     if key.field.is_required():

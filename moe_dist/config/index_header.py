@@ -2,7 +2,7 @@
 
 Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
 code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
-int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, at last S; in multimodal sets int8 [S] modes.
+int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, then S; in multimodal sets int8 [S] modes.
 """
 
 import struct
@@ -32,7 +32,7 @@ class IndexHeader:
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
-    """The paths <prefix>.idx and <prefix>.bin; the prefix may itself contain dots."""
+    """Returns the paths <prefix>.idx and <prefix>.bin; the prefix may itself contain dots."""
     return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
 
 

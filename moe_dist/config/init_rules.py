@@ -11,7 +11,7 @@ KEY = "run.init_rules"
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
     """Returns the values of top_k for a router whose m null rows copy each of its n true rows m / n times. With these
-    values a token takes the same `true_choices` true experts as before the copy.
+    values a token takes the same `true_choices` true experts as before the rows were copied.
 
     Sorted by logit, with true columns first among equal logits, a token's columns are its best true expert, the m / n
     copies of that row, its second best, and so on in blocks of m / n + 1. The k best columns contain the

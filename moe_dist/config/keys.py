@@ -49,8 +49,8 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """The key by which a section says its kind, such as `kind`: its type is a Literal of one text. None if the section has
-    no such key."""
+    """Returns the key by which a section says its kind, such as `kind`: the key's type is a Literal of one text. Returns
+    None if the section has no such key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name
@@ -58,7 +58,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Returns the section classes of a type, by the value of their `tag_key`; {'': class} for a single class, else {}."""
+    """Returns the section classes of a type by tag (the value of `tag_key`); {'': class} for a single class, else {}."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -87,7 +87,7 @@ def children(annotation: Any) -> dict[str, list[Key]]:
 
 
 def walk(root: type[BaseModel]) -> Iterator[Key]:
-    """Every key and section of a schema, depth first."""
+    """Yields every key and section of a schema, depth first."""
 
     def below(annotation: Any, prefix: str, variant: str) -> Iterator[Key]:
         for name, keys in children(annotation).items():
@@ -100,7 +100,8 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """The keys that a dotted path can mean: none if it is unknown, several if several kinds of a section have it."""
+    """Returns the keys that a dotted path can mean: none if it is unknown, several if several kinds of a section have
+    it."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [
@@ -129,7 +130,7 @@ def nearest(root: type[BaseModel], path: str) -> str | None:
 
 
 def unknown_key(root: type[BaseModel], path: str) -> str:
-    """An error text for a key that is unknown, or that only another kind of its section has."""
+    """Returns an error text for a key that is unknown, or that only another kind of its section has."""
     if elsewhere := [key.variant for key in find(root, path)]:
         return f"belongs to {' or '.join(elsewhere)}, but the section is of another kind"
     if near := nearest(root, path):
@@ -143,7 +144,7 @@ def unknown_key(root: type[BaseModel], path: str) -> str:
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """A type in words: 'whole number, 1 or more', \"one of 'ddp', 'fsdp2'\", 'list of ...'."""
+    """Describes a type in words: 'whole number, 1 or more', \"one of 'ddp', 'fsdp2'\", 'list of ...'."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [m for extra in args[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
@@ -168,7 +169,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def pattern_text(pattern: str) -> str:
-    """The texts that a pattern allows, in words."""
+    """Describes in words the texts that a pattern allows."""
     return _PATTERNS.get(pattern, f"text that matches {pattern}")
 
 

@@ -115,7 +115,7 @@ def resolved_yaml(config: Config) -> str:
 
 
 def difference(old: Config, new: Config) -> list[Change]:
-    """Dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
+    """Returns the dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
     before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
     return [
         Change(key, before.get(key), after.get(key))
@@ -130,7 +130,7 @@ def changes_on_resume(old: Config, new: Config) -> list[Change]:
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Whether a key or section may differ from the run that is resumed."""
+    """Returns whether a key or section may differ from the run that is resumed."""
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 

@@ -120,7 +120,7 @@ def dotted(where: Where) -> str:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal or one lies inside the other."""
+    """Returns whether two dotted paths are equal or one lies inside the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 

@@ -93,7 +93,7 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
-    """Returns an end for an error text: the one of `names` most similar to `name`; empty if none is similar."""
+    """Returns the end of an error text, with the one of `names` most similar to `name`; empty if none is similar."""
     close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -35,8 +35,8 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Memory-maps a file with one bit per token of a split (numpy.packbits). In the file `filler` 1 marks a picture's cell
-    that shows only background, in the file `prompt` a token of a prompt.
+    """Memory-maps a file with one bit per token of a split (numpy.packbits). In the file `filler`, 1 marks a token of a
+    picture that shows only background. In the file `prompt`, 1 marks a token of a prompt.
 
     Returns:
         uint8 [ceil(tokens / 8)], or None if the split has no such file.
@@ -64,7 +64,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
-    """Number of tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
+    """Counts the tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
 
     Raises:
         DataError: the files are missing or damaged.
@@ -80,8 +80,8 @@ def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tupl
 
 
 def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manifest) -> dict[str, int]:
-    """Number of tokens of each modality in a split: from the manifest, or counted in the .bin if the manifest has no
-    counts."""
+    """Returns the number of tokens of each modality in a split, from the manifest. If the manifest has no counts, counts
+    the tokens in the .bin."""
     counts = split.tokens_by_modality
     if not counts and len(manifest.modalities) == 1:
         counts = dict.fromkeys(manifest.modalities, split.tokens)
@@ -90,7 +90,7 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
+    """Returns size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
     Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. If tokens change but no
     sequence length does, the digest of a .bin above 4 MiB may therefore stay the same.
@@ -113,7 +113,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
 
 
 def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
-    """One line of an error text for each file whose digest has changed."""
+    """Returns one line of an error text for each file whose digest has changed."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
         for name in dict.fromkeys([*saved, *found])
@@ -122,7 +122,7 @@ def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> li
 
 
 def sampled_digest(path: Path) -> str:
-    """Size and SHA-256 of a file; of a file above 4 MiB, only of 4 MiB in evenly spaced blocks. Raises: OSError."""
+    """Returns size and SHA-256 of a file; of a file above 4 MiB, only of 4 MiB in evenly spaced blocks. Raises OSError."""
     size = path.stat().st_size
     if size <= _BLOCKS * _BLOCK_BYTES:
         return _whole_digest(path)

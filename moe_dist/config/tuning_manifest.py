@@ -47,10 +47,10 @@ class TaskCount(_Stored):
 
 
 class TuningManifest(_Stored):
-    """The content of the folder."""
+    """The content of manifest.json."""
 
     format: Literal[1] = 1
-    checkpoint: _Sha256  # `moe_dist.checkpoint.base.content_hash` of the scored parameters
+    checkpoint: _Sha256  # `checkpoint.base.content_hash` of the parameters that answered the questions
     run: str  # folder of the run that answered the questions, for error texts
     step: _Size
     model: dict[str, JsonValue]  # the section `model` of the scored run's configuration
@@ -68,7 +68,7 @@ class TuningManifest(_Stored):
     digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Required shape of each array file; None stands for any length."""
+        """Returns the required shape of each array file; None stands for any length."""
         return {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),

@@ -68,7 +68,7 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
 
 
 def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
-    """SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises OSError."""
+    """Returns the SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises OSError."""
     if data.tokenizer is None:
         return ""
     with open_regular(Path(folder) / data.tokenizer) as stream:

@@ -59,7 +59,7 @@ class RouterTuningSection(Section):
     """First digits of the SHA-256 of the embedder with which the data must be made. null accepts any embedder."""
 
     def chosen_layers(self, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
-        """Indices of the transformer layers whose routers are trained, in order."""
+        """Returns the indices of the transformer layers whose routers are trained, in order."""
         return tuple(sorted(self.layers)) or moe_layers[-self.last_layers :]
 
     def violations(self) -> Iterator[Violation]:
@@ -82,7 +82,7 @@ class RouterTuningSection(Section):
 
 
 def _start_violations(config: WholeConfig) -> Iterator[Violation]:
-    """The run must start at the first sample, with exactly the weights that answered the questions."""
+    """Checks that the run starts at the first sample, with exactly the weights that answered the questions."""
     run = config.run
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"

@@ -38,7 +38,7 @@ class Needs:
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
 ) -> list[CheckResult]:
-    """Makes all checks; returns one result per check, over all nodes.
+    """Runs all checks; returns one result per check, over all nodes.
 
     Args:
         heard: When each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
@@ -106,7 +106,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # all nodes see one file system, so the smallest value is the safe one
+    free = least.free_bytes or 0  # all nodes see one file system; the smallest value promises least
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
@@ -125,7 +125,7 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
     """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
-    to the arrival of the answer. So a slow answer is no clock error; but a clock error below the delay is not seen."""
+    to the arrival of the answer. So a slow answer is no clock error, but a clock error below the delay goes unnoticed."""
     return min(max(clock, asked), seen)
 
 
@@ -203,7 +203,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # an upper bound for full connectivity
+    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough even if every rank connects to every other
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")

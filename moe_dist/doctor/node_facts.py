@@ -111,8 +111,8 @@ def node_name(env: Mapping[str, str]) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns versions that must be equal on all nodes. NCCL is None if torch was installed without NVIDIA's NCCL
-    package."""
+    """Returns the versions of Python and of packages that must be equal on all nodes. NCCL is None if torch was installed
+    without NVIDIA's NCCL package."""
     found = {name: _version(name) for name in ("torch", "moe_dist")}
     nccl = next((v for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if (v := _version(name)) is not None), None)
     return {"python": platform.python_version(), **found, "nccl": nccl}
@@ -213,7 +213,7 @@ def _nvml() -> tuple[int | None, str]:
             return pynvml.nvmlDeviceGetCount(), str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception as error:  # no package, no driver: NVML's errors share no base with ImportError
+    except Exception as error:  # package or driver is missing: NVML's errors share no base with ImportError
         return None, str(error)
 
 

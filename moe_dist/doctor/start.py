@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes, whose ranks have met it already
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes; their ranks have already met rank 0
 POLL_SECONDS = 0.1
 
 

@@ -22,7 +22,7 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Wraps flex attention's block mask, which skips blocks between documents. Unwrapped, FSDP2 would flatten it."""
+    """Wraps flex attention's block mask, which skips blocks between documents. FSDP2 would flatten an unwrapped mask."""
 
     blocks: BlockMask
 
@@ -43,7 +43,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Makes `dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
+    """Returns `dense_mask` as a block mask. Is compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -70,8 +70,8 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Each shape is compiled apart, with and without gradient: of a whole sequence, and of mixture of depths up to 8 in
-    # evaluation. Beyond its limit (8 by default) torch runs flex attention uncompiled, with S x S scores.
+    # torch compiles each shape separately, with and without gradient: that of a whole sequence, and with mixture of depths
+    # up to 8 in evaluation. Beyond its limit (8 by default) torch runs flex attention uncompiled, with S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 

@@ -38,7 +38,7 @@ class AttentionLoRA(nn.Module):
         widths: I and O of each projection that gets an adapter.
         rank, alpha: r and alpha; the scale is alpha / r.
         dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
-        seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
+        seed, layer: With the step and the first token, they determine the random numbers of dropout.
     """
 
     def __init__(

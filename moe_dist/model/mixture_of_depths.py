@@ -6,8 +6,8 @@
     x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
     x <- x                          for all other tokens
 
-In training the tokens of a scope compete (`moe_dist.moe.routers.selection`), as in expert choice; the layer is the only
-chooser. Evaluation decides for each token alone, without later tokens:
+In training the tokens of a scope compete for the layer (`moe_dist.moe.routers.selection`), as tokens compete for an expert
+in expert choice. Evaluation decides for each token alone, without later tokens:
 
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
@@ -126,7 +126,7 @@ class DepthRouter(ChoosingRouter):
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # the layer is the only chooser
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # [T, 1]: only the layer chooses
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]

@@ -16,14 +16,15 @@ RopeScaling = Callable[[int, float, Tensor], tuple[Tensor, float]]
 
 
 def frequencies(head_dim: int, base: float | Tensor, positions_BS: Tensor) -> Tensor:
-    """base^(-2 i / d) for i = 0 ... d / 2 - 1, in fp32 also in a bf16 model, where neighbouring angles would be equal."""
+    """Returns base^(-2 i / d) for i = 0 ... d / 2 - 1, always in fp32, because in bf16 neighbouring angles would be
+    equal."""
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     return base**-exponents
 
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All frequencies divided by the factor (arXiv 2306.15595)."""
+    """Divides all frequencies by the factor (arXiv 2306.15595)."""
 
     factor: float
 
@@ -33,10 +34,10 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """With n tokens in the sequence's longest document, n above the original length L, and a factor f the base becomes
-    base (f n / L - f + 1)^(d / (d - 2)).
+    """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n tokens, more
+    than the original length L; f is the factor.
 
-    transformers takes n over the whole batch and keeps the largest n until a short batch; here n is each sequence's own.
+    transformers takes n over the whole batch and keeps the largest n until a short batch. Here each sequence has its own n.
     """
 
     factor: float
@@ -51,7 +52,7 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """A ramp from kept high frequencies to low frequencies divided by the factor (arXiv 2309.00071, equations 17 to 23)."""
+    """Keeps high frequencies and divides low ones by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to 23)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -73,7 +74,7 @@ class YarnScaling:
         return plain / self.factor * divided + plain * (1 - divided), self._size()
 
     def _index(self, rotations: float, head_dim: int, base: float) -> float:
-        """The (fractional) index of the frequency with so many rotations over the original length."""
+        """Returns the (fractional) index of the frequency that makes `rotations` rotations over the original length."""
         wave = self.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(wave) / (2 * math.log(base))
 
@@ -90,7 +91,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Frequencies of long waves divided by the factor, those of short waves kept, and a ramp between them (Llama 3.1)."""
+    """Divides frequencies of long waves by the factor and keeps those of short waves, with a ramp between (Llama 3.1)."""
 
     factor: float
     original_max_position_embeddings: int

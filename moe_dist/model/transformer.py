@@ -144,7 +144,7 @@ class Transformer(nn.Module):
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
-                if not taken_BN.any():  # a host sync, but often no new token takes the layer
+                if not taken_BN.any():  # costs a host sync, but often saves the whole layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
             y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         return tuple(LayerCache(self.args, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
-        if self.args.rope_scaling is not None:  # which must not take padding for the longest document
+        if self.args.rope_scaling is not None:  # a scaling must not take padding for the longest document
             positions_BS = torch.where(group_BS < 0, 0, positions_BS)
         return rotary_table(positions_BS, self.args.head_dim, self.args.rope_base, self.args.rope_scaling)
 
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         chosen = layer.depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
-        # positions stay, so that distances between tokens do not change
+        # Each token keeps the angles of its position, so that distances between tokens do not change.
         rotary_1C = (part.flatten(0, 2)[chosen.index_C][None, None] for part in rotary)
         positions_1C = positions_BS.flatten()[chosen.index_C][None]
         mask = make_mask(slot_documents(documents_BS, chosen), positions_1C, layer.window)

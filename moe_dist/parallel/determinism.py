@@ -18,7 +18,7 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that `given` lacks. cuBLAS and NCCL read them at their first use.
+    """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. Both read them at their first use.
 
     Raises:
         ConfigError: the variable in `given` has a value with which cuBLAS is not deterministic.
@@ -42,5 +42,5 @@ def make_deterministic() -> None:
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # timing may choose other kernels in each run
-    # If true, torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at a write per buffer.
+    # If true, torch fills every `torch.empty` with NaN to reveal uninitialised reads, which costs a write of each buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

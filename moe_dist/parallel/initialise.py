@@ -19,7 +19,7 @@ def initialise(
     """Allocates a meta-device model on `device`, and initialises every parameter.
 
     Norms start at 1 and biases at 0. LoRA matrices B start at 0, and A [r, in] is normal with variance 1 / (3 in), as in
-    the authors' code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
+    LoRA's own code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
     down) have std / sqrt(2 L), with L layers. A module can set constants for its parameters by name in `initial_values`.
     The host draws one whole tensor at a time, and copies this rank's shard to the device.
     """

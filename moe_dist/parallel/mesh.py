@@ -36,7 +36,7 @@ class Mesh:
         checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or if it has one rank.
+        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or for a single rank.
     """
 
     rank: int
@@ -71,7 +71,7 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. Ranks
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` limits every collective, in seconds. Ranks
     meet in `store`, or by `init_method` if `store` is None."""
     if store is not None:
         store.set_timeout(timedelta(seconds=timeout))
@@ -87,7 +87,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, to count what a rank would do."""
+    """Creates a default process group without peers, whose collectives do nothing, so that one can count a rank's work."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]
@@ -181,7 +181,7 @@ def destroy_world() -> None:
 
 def own_gpu(env: RankEnv) -> torch.device:
     """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank, or the only
-    GPU that the rank sees: a scheduler may show each rank its own GPU alone, as srun --gpus-per-task does.
+    GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:
         ResourceError: the node has more ranks than it shows GPUs.

@@ -62,7 +62,7 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Returns the number of ranks that hold the same part of a parameter: 1 for a shard. Gradient norms divide by
+        """Returns the number of ranks that hold the same part of a parameter (1 for a shard); gradient norms divide by
         it."""
         if isinstance(named.parameter, DTensor):
             return 1
@@ -70,9 +70,9 @@ class ParallelModel:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in the last micro-batch only; FSDP2
-        gathers parameters and sums gradients in each, or gathers in the first and sums in the last (`fsdp_gather`). From
-        the first to the last, experts keep copies of their weights in the rows' dtype. An error drops the copies, too."""
+        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in a step's last micro-batch only.
+        FSDP2 gathers parameters and sums gradients in each micro-batch, or gathers in the first and sums in the last one
+        (`fsdp_gather`). Until the last micro-batch or an error, experts keep copies of their weights in the rows' dtype."""
         for stack in self._stacks:
             stack.keep_copies(True)
         if self._once:
@@ -99,14 +99,14 @@ class ParallelModel:
         return self.model
 
     def _keep_gathered(self, *, until_next: bool) -> None:
-        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward, whose gradients it
-        then adds up in fp32 without a collective."""
+        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. FSDP2 then adds up
+        the gradients of this rank in fp32 without a collective."""
         self._root.set_reshard_after_forward(False)
         self._root.set_reshard_after_backward(not until_next)
         self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients that DDP and FSDP2 leave out: of routers over the world, and under DDP of experts over edp."""
+        """Sums gradients that DDP and FSDP2 leave out: of routers over the world and, under DDP, of experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -157,8 +157,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp: by experts, or by the rows of each expert if only their number is a multiple of the
-    edp size. Returns None where no expert is to be sharded.
+    """Shards expert stacks over edp by experts. If the edp size divides only the number of rows of each expert, shards by
+    these rows. Returns None if no expert is to be sharded.
 
     Raises:
         ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.

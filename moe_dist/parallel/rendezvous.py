@@ -44,8 +44,8 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
-    """Waits until all ranks are here. Yields the store for their process groups, and rank 0's attempt_id, by which all
-    ranks name this attempt (start of the job). Create the process group inside the context.
+    """Waits until all ranks have come. Yields the store for their process groups, and rank 0's attempt_id, by which all
+    ranks name this attempt (start of the job). Create the process group inside the `with` block.
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
@@ -83,7 +83,7 @@ class Mailbox:
 
 
 def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """On rank 0: greets all ranks, waits for their answers, and tells them the decision."""
+    """Runs on rank 0: greets all ranks, waits for their answers, and tells them the decision."""
     host, folder = socket.gethostname(), str(run_folder.absolute())
     greeting = Greeting(env.attempt_id, env.world_size, host, folder, secrets.token_hex(8))
     hellos, start = Mailbox(PrefixStore("hello", store)), PrefixStore(greeting.key, store)
@@ -113,7 +113,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
 
 
 def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """On ranks other than 0: answers rank 0's greeting, and waits for rank 0's decision."""
+    """Runs on the other ranks: answers rank 0's greeting, and waits for rank 0's decision."""
     token = secrets.token_hex(8)
     Mailbox(PrefixStore("hello", store)).post(token)
     while not store.check([f"welcome/{token}"]):

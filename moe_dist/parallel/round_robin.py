@@ -36,8 +36,8 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Returns the time of a normal pair: the lower median, so that a slow node among four shows, although it is in half of
-    the pairs; for at most three pairs, the least time."""
+    """Returns the time of a normal pair: the lower median, which is normal even if one of four nodes is slow and slows half
+    of the pairs. For at most three pairs returns the least time."""
     ordered = sorted(seconds)
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # a slow node is in two of three pairs
 

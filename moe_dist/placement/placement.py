@@ -84,7 +84,7 @@ class ExpertPlacement:
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
         """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, some ranks get one
-        expert more. They follow the ranks that got one more of the previous group, so that ranks stay balanced."""
+        expert more. The next group begins with its extra experts on the ranks after these, so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:

@@ -63,7 +63,7 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Returns the name of an expert group's child module. Its prefix is in no attribute's name, so any name will do."""
+    """Returns the name of an expert group's child module. Its prefix keeps a group's name apart from attributes' names."""
     return f"{_GROUP}{name}"
 
 

@@ -19,8 +19,8 @@ Recompute = Literal["none", "experts", "block"]
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the inputs and
-    outputs of each projection."""
+    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the numbers of
+    inputs and outputs of each projection."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
@@ -119,7 +119,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns the number of parameters that a token uses on average, without experts not taken and layers skipped.
+    """Returns the mean number of parameters that a token uses, without those of other experts and of skipped layers.
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.
@@ -168,8 +168,8 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> float:
-    """FLOPs per token of the two products in attention, queries with keys and softmax with values: the mean over layers,
-    because a layer with a sliding window multiplies at most as many keys as the window has."""
+    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. This is the mean
+    over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
     keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
     return 4 * model.attention_widths["q"][1] * keys
 

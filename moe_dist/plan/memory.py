@@ -4,7 +4,7 @@ The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's t
 Frozen parameters have only weights. The memory of activations is an estimate: the tensors that autograd keeps for one
 micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
 
-    attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
+    attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
                 + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared
@@ -46,8 +46,8 @@ class RankMemory:
     parameters: float  # fp32 master weights; gradients and moments are fp32 too
     gradients: float  # with fsdp_gather=step also the gradients of gathered parameters, in fp32
     optimizer: float
-    # Weights in the compute dtype during a micro-batch: none in fp32 under DDP, two FSDP units under FSDP2 (and all experts
-    # in bf16 if edp is 1, because FSDP2 does not shard them; all with fsdp_gather=step), else all.
+    # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
+    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -127,7 +127,7 @@ def _gathers_once(config: Config) -> bool:
 
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    """Number of trained parameters that FSDP2 shards, of all those that the rank computes with."""
+    """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
     if config.model.has_adapters or config.router_tuning:
         return parts.adapters
@@ -136,7 +136,7 @@ def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     model, parts = config.model, parameters(config.model, experts_held=_local(placement, rank))
-    plain = parts.experts if config.parallel.edp == 1 else 0.0  # which FSDP2 does not shard
+    plain = parts.experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
     kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     if _gathers_once(config):
         return parts.total - parts.router - plain + kept

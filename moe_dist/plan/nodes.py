@@ -1,5 +1,5 @@
-"""Assigns ranks to nodes that meet the requirements of the ranks' expert groups, each EP group in one domain. Pure
-functions."""
+"""Assigns ranks to nodes that meet the requirements of the ranks' expert groups. All ranks of an EP group stay in one
+domain of fast interconnect. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes. EP groups are packed in blocks, each as many as fit into a domain; without a domain, all form
-    one block.
+    """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain;
+    without domains, all EP groups are one block.
 
     Args:
         demand_of_position: Demand of each position in an EP group.

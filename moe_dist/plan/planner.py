@@ -1,8 +1,8 @@
 """Estimates the costs of pinned and interleaved placement for the training data's token mix (its tokens of each modality).
 
-All figures are expectations under uniform routing: the k choices of a token are a random subset of its group's n true and m
-other columns. Every rank has the same token mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's
-width."""
+All figures are expectations under uniform routing: a token's k choices are a random subset of its expert group's n + m
+router columns (n true experts, m others). Every rank has the same token mix. Shape letters: R ranks of an EP group, D
+hidden size, F an expert's width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class PlacementPlan:
 
     name: str  # placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # sum over each rank's (token, expert) pairs of ffn_dim; x 6 D = forward FLOPs
+    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; x 6 D: its forward FLOPs
     remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
 
     @property

@@ -42,7 +42,7 @@ def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int,
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, which decide how many ranks a pinned group gets. Empty: all equal.
+        token_mix: Training tokens of each modality, which decide how many ranks a pinned group gets; empty: all equal.
 
     Raises:
         ConfigError: lists every fault of the section.

@@ -22,7 +22,7 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix tells of a million tokens, drawn by the weights
+_MIX_SCALE = 1_000_000  # with data.weights, the token mix is that of a million tokens drawn by the weights
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path was wrong and replaced: the faults are of other files
+    if not read.broken([Violation(("data.path",), "")]):  # data.path was wrong and replaced: faults of other data
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -160,7 +160,7 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Returns the faults of a data set's files: missing, truncated, with other counts than the manifest's, or other ids."""
+    """Finds files of a data set that are missing, truncated, or do not match the manifest's counts or vocabulary."""
     problems: list[str] = []
     for key, split in manifest.splits():
         try:
@@ -179,7 +179,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns each modality's training tokens, in all sources; with `data.weights`, in a million tokens drawn by them."""
+    """Returns each modality's number of training tokens; with `data.weights`, in a million tokens drawn by the weights."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

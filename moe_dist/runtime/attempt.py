@@ -34,7 +34,7 @@ STORAGE_ERRORS = frozenset(
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Returns exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)  # without traceback: a user can fix it
+        return error.exit_code, str(error)  # a user can fix this, without a traceback
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (

@@ -22,7 +22,7 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
     error's exit code.
 
     Args:
-        name: The command; it begins the message.
+        name: Name of the command, with which the message begins.
         storage: How to fix an OSError; without it an OSError keeps its traceback.
     """
     try:

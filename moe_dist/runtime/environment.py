@@ -51,8 +51,8 @@ class RankEnv:
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
         """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (or the names of mpirun or srun), MOE_DIST_INIT_METHOD (or
         MASTER_ADDR and MASTER_PORT), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. Without a rank the run has one process; without local ranks each node has one. Raises
-        ConfigError with all problems if variables are missing, are no numbers, or contradict each other."""
+        MOE_DIST_GRACE_SECONDS. If RANK is missing, the run has one process; if LOCAL_RANK is missing, each node has one.
+        Raises ConfigError with all problems if other variables are missing, are no numbers, or contradict each other."""
         problems: list[str] = []
         env, step_id = _with_our_names(env)
 
@@ -101,8 +101,8 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
     """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call it before torch is
     imported.
 
-    Each layer of each micro-batch allocates other sizes, because other numbers of rows arrive. Without growing segments the
-    free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
+    Each layer of each micro-batch receives another number of rows, and so allocates buffers of other sizes. Without growing
+    segments the free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -47,7 +47,7 @@ class StepPrefix(logging.Filter):
 
 
 def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
-    """Configures the root logger, and replaces the handlers of an earlier call. Call `follow` of the result to show steps.
+    """Configures the root logger, and replaces the handlers of an earlier call. Call the result's `follow` to show steps.
 
     Args:
         level: Lowest level for moe_dist; for libraries it is WARNING.

@@ -57,7 +57,7 @@ def refuse_planted_files(folder: Path) -> None:
     events = folder / "tensorboard"
     for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
-            # The folder's listing usually has these types: no request to the file system for each of thousands of logs.
+            # The folder's listing usually has these types, so the thousands of logs cost no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
                 continue
             try:

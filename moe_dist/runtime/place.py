@@ -89,7 +89,7 @@ def check_place(place: RunPlace | None, found: Found) -> None:
         problems.append(f"its node must be {place.host}, but it runs on {found.host}")
     if found.local_rank is not None and found.local_rank != place.local_rank:
         problems.append(f"its local rank must be {place.local_rank}, but is {found.local_rank}")
-    alone = found.gpus is not None and len(found.gpus) == 1  # a launcher that shows each rank its own GPU alone
+    alone = found.gpus is not None and len(found.gpus) == 1  # the launcher shows each rank only its own GPU
     if place.gpu is not None and found.gpus is not None and place.gpu >= len(found.gpus) and not alone:
         shown = ",".join(found.gpus) or "none"
         problems.append(

@@ -30,11 +30,11 @@ from moe_dist.runtime.ownership import user_name
 logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
-SHARED_SECONDS = 60.0  # seconds; an NFS client may not see a new file at once
-MOST_BYTES = 1 << 12  # of the file with the address
+SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file; an NFS client may see a new file late
+MOST_BYTES = 1 << 12  # largest size of the file with the address
 POLL_SECONDS = 0.1
 SAY_SECONDS = 30.0
-TELL_SECONDS = 15.0  # for which a stopped rank waits for rank 0, which makes all ranks stop
+TELL_SECONDS = 15.0  # how long a rank that got a stop signal waits for rank 0 to make all ranks stop
 _SHOWN = 8  # ranks in one line
 
 
@@ -59,7 +59,7 @@ class StartError(MoeDistError):
 
 
 class StartWait:
-    """The wait of one rank for others at a start.
+    """The wait of one rank for the other ranks at the start of an attempt.
 
     Args:
         seconds: The longest wait, counted from now.
@@ -187,8 +187,8 @@ def node_address(variables: Mapping[str, str]) -> str:
 
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
-    """On rank 0: listens at a free port of `host`, writes the address to `path`, and returns both. Only this user can read
-    the file.
+    """Runs on rank 0: listens at a free port of `host`, writes the address to `path`, and returns the address and the
+    socket. Only this user can read the file.
 
     Raises:
         ResourceError: `host` is not an address of this node.
@@ -212,8 +212,8 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
 
 
 def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
-    """On the other ranks: waits for the address of this attempt. Raises the errors of `wait`, and ConfigError if the file
-    belongs to another user or others can access it."""
+    """Runs on the other ranks: waits for the address of this attempt. Raises the errors of `wait`, and ConfigError if the
+    file belongs to another user or other users can access it."""
     while True:
         address = _read(path)
         if address is not None and address.attempt_id == env.attempt_id:
@@ -224,7 +224,7 @@ def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
 
 
 def withdraw(path: Path, address: Address) -> None:
-    """On rank 0, after all ranks have connected: deletes the file with the address."""
+    """Deletes the file with the address; rank 0 calls it after all ranks have connected."""
     if _read(path) == address:  # a later attempt may have replaced it
         path.unlink(missing_ok=True)
 

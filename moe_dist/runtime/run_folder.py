@@ -137,7 +137,7 @@ class RunFolder:
             ) from error
 
     def move_aside(self) -> Path | None:
-        """For --overwrite: renames the folder to <name>.old-1 (or -2, ...), returns the new path; None without a run.
+        """Renames the folder to <name>.old-1 (or -2, ...) for --overwrite. Returns the new path; None if there is no run.
 
         Raises:
             LeaseError: an attempt is writing to the folder.
@@ -160,7 +160,7 @@ class RunFolder:
             return old
 
     def put_back(self, old: Path) -> None:
-        """After a refused job: undoes `move_aside` unless an attempt has opened the new folder."""
+        """Undoes `move_aside` after the job was refused, unless an attempt has opened the new folder."""
         with in_words(self.path):
             if self.path.exists():
                 if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:  # an attempt has begun
@@ -187,8 +187,8 @@ class RunFolder:
         on_wait: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
-        """On rank 0: takes the lease, writes configuration and provenance, and adds the attempt to status.json. Check the
-        returned lease before each commit, and release it at the end. `Lease.acquire` explains the arguments.
+        """Takes the lease, writes configuration and provenance, and adds the attempt to status.json. Only rank 0 calls it.
+        Check the returned lease before each commit, and release it at the end. `Lease.acquire` explains the arguments.
 
         Raises:
             ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.

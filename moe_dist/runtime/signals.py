@@ -1,5 +1,5 @@
-"""Stop signals, and child processes that end with their parent. Imports only the standard library, so that the handlers are
-installed before torch is imported.
+"""Handles stop signals, and makes child processes end with their parent. Imports only the standard library, so that the
+handlers are installed before torch is imported.
 
 SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits inside a
 collective, Python runs no signal handler. A thread therefore reads the wakeup descriptor, which the C-level handler writes

@@ -1,4 +1,4 @@
-"""Files that tell about a run: status.json with the end of each attempt, and the seconds of its last saves."""
+"""Reads and writes two files of a run: status.json with the end of each attempt, and the durations of the last saves."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # one read; writers replace it atomically
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # read at once: writers replace the file
     except FileNotFoundError:
         return Status()
     try:

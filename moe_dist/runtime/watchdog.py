@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """Where a rank is: which collective, or which source line.
+    """A rank's position in the program: the collective that it is in, or its source line.
 
     Attributes:
         step: Last completed optimizer step.

@@ -1,6 +1,6 @@
 """Runs an experiment and reports its results: python -m tools.experiments NAME [--pilot | --status | --report]
 
-configs/reproduce/NAME.yaml has the question, the arms and the rules. See docs/reproductions.md.
+configs/reproduce/NAME.yaml has the question, the arms (compared configurations) and the rules. See docs/reproductions.md.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
 Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
-send, the curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last:
-only the curve needs the others.
+send, the curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last one, because
+only the curve needs them.
 """
 
 import json
@@ -62,7 +62,7 @@ class Spent:
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """Returns step -> cost up to and with this step, plus the cost `before` the run."""
+    """Maps each step to the cost of training up to this step and including it, plus the cost `before` the run."""
     spent, sums, prefix = {}, before, "moe/experts_per_token/"
     for record in read_lines(metrics):
         if record["kind"] != "step":
@@ -155,8 +155,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step, with weights averaged over checkpoints. The averaged router thresholds would not fit
-        these weights, so thresholds are measured again, on training sequences that the run has seen."""
+        """Returns the model of a step, with weights averaged over checkpoints. Averaged router thresholds would not fit
+        these weights, so thresholds are measured anew on training sequences that the run has seen."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -168,7 +168,7 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads into the model the mean, over the checkpoints of `steps`, of all weights, computed in float64.
+        """Loads the mean of the weights of several checkpoints, those of `steps`, into the model. Computes it in float64.
 
         Router thresholds are averaged too; integer tensors are those of the last checkpoint.
 

@@ -72,7 +72,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits, float32 [B, L, C]. The loss is summed over questions, so each is fitted alone."""
+        """Fits the offsets of the logits, float32 [B, L, C]. The loss is a sum, so each question is fitted alone."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -119,7 +119,7 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router, which must choose by tokens among the true experts of one group.
+    """Checks that an oracle can fit the router: tokens must choose among the true experts of one expert group.
 
     Raises:
         ConfigError: the router or the experts are of another kind.

@@ -5,9 +5,9 @@
 The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
 questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
-with the same numbers, or about the same pair of antonyms, as one of these are left out too. Other questions about the same
-noun are kept. More seeds of reasoning-gym give more questions. The numbers in a question alone determine whether it is a
-training or a held-out question, so no seed adds a held-out question to the training data.
+with the same numbers, or about the same pair of antonyms, as one of these first questions are left out too. Others about
+the same noun are kept. More seeds of reasoning-gym give more questions. Only the numbers in a question determine whether it
+is a training or a held-out question, so no seed adds a held-out question to the training data.
 """
 
 from collections.abc import Iterator

@@ -36,7 +36,7 @@ SAMPLES = "samples"
 
 @dataclass
 class QuestionRound:
-    """Asks a model validation or test questions. Its answer is the choice with the highest log-likelihood per token."""
+    """Asks a model validation or test questions. The model's answer is the choice of highest log-likelihood per token."""
 
     model: Transformer  # with all experts on this process
     config: Config

@@ -130,7 +130,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """A table of the share of held-out documents with a right answer: the mean over sources, and each source."""
+    """Returns a table of the share of held-out documents with a right answer: the mean over sources, and each source."""
     sources = _parts(records, "answers", "by_source")
     metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
     rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
@@ -138,7 +138,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """A table of the share of questions answered right; for arms with an oracle also with routing fitted to the labels."""
+    """Returns a table of the share of right answers; for arms with an oracle also with routing fitted to the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
@@ -207,7 +207,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records) -> list[str]:
-    """A table of eta (see `EtaValue`), in all and by modality: geometric mean, least and largest over seeds."""
+    """Returns a table of eta (see `EtaValue`), in all and by modality: geometric mean, least and largest over seeds."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -238,7 +238,7 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """A table of mean true experts per token, by bin of tokens, for arms in which this number differs between tokens."""
+    """Returns a table of mean true experts per token by bin of tokens, for arms whose tokens differ in this number."""
     rows = []
     for name, mine in _per_arm(study, records):
         tables = [each[key] for each in mine.values() if each.get(key) and each["load"]["all"] % 1]

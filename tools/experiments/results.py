@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Reads all records by (arm, seed).
+    """Reads all records; the keys are (arm, seed).
 
     Raises:
         DataError: a line is not a record.

@@ -96,7 +96,7 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss by a probe with the setting `at`; the loss without the probe is subtracted."""
+    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe minus loss without it."""
 
     arm: ArmName
     probe: str

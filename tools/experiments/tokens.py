@@ -3,7 +3,7 @@ data, and the rows that an EP group would send.
 
 The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
 go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
-counts the rows that other methods would send for the same choices.
+counts the rows that other dispatch methods would send for the same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
@@ -37,7 +37,7 @@ class Tokens:
     load_NL: np.ndarray  # number of true experts in each layer; 0 where the token skips a mixture-of-depths layer
     input_N: np.ndarray  # token ids
     label_N: np.ndarray
-    input_filler_N: np.ndarray  # true for an empty cell of a picture
+    input_filler_N: np.ndarray  # true for an empty cell of a picture: a code that shows only background
     label_filler_N: np.ndarray
     input_image_N: np.ndarray  # true for a picture code
     label_image_N: np.ndarray
@@ -101,8 +101,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says so about the
-    token after each token. The first token of a document has no token before it, and counts as no empty cell."""
+    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says this about the
+    next token. The first token of a document has no token before it, and counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before

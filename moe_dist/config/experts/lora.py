@@ -96,7 +96,7 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
-    """LoRA experts are replicated: options that place or send experts do not apply."""
+    """Refuses options that place experts or send rows: every rank holds all LoRA experts, so they would have no effect."""
     parallel, dispatch = config.parallel, config.parallel.dispatch
     found = {}  # key -> the text that shows its value
     if config.placement.policy != "interleaved":
@@ -113,7 +113,7 @@ def _sharding(config: WholeConfig) -> Iterator[Violation]:
 
 
 def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Violated rules of adapters (LoRA experts, `model.attention_lora`) and of `train.only=adapters`."""
+    """Yields the violated rules of adapters (LoRA experts, `model.attention_lora`) and of `train.only=adapters`."""
     only, rules, there = config.train.only, config.run.init_rules, config.model.has_adapters
     if there and only != "adapters":
         problem = (

@@ -66,7 +66,7 @@ class RouterSection(Section):
         return getattr(self, "scope", "rank")
 
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
-        """Share of its group's tokens that each expert takes; None if tokens choose experts."""
+        """Returns the share of its group's tokens that each expert takes; None if tokens choose experts."""
         return None
 
     def counts_unknown(self) -> str:

@@ -60,8 +60,8 @@ class ExpertChoiceRouterSection(RouterSection):
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Expert choice allows no balance loss, because each expert takes its share of tokens, and no z-loss, because its
-    scores are no softmax."""
+    """Refuses a balance loss, because in expert choice each expert takes its share of tokens anyway, and a z-loss, because
+    the scores are no softmax."""
     schedule = config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
@@ -78,7 +78,7 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """An expert must not have to take more than all tokens, and model.moe.capacity must be null."""
+    """Checks that no expert must take more than all tokens, and that model.moe.capacity is null."""
     name = section.name
     for group_name, group in config.model.moe.groups.items():
         prefix = f"model.moe.groups.{group_name}"
@@ -114,7 +114,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """In a mixture-of-depths layer, other ranks and the noise draws do not know which tokens reach the experts."""
+    """With mixture of depths, refuses noise and scopes of several ranks: only a layer itself knows which tokens it
+    takes."""
     if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
         return
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"
