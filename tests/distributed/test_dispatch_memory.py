@@ -122,12 +122,12 @@ def sizes_of(plan: Any) -> dict[str, list[int]]:
 def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:
     """Rows at most in forward and in backward, and tensors of rows kept by autograd; the plan's sizes.
 
-    The least of three runs: gloo's threads hold what they sent for a moment longer than the wait for it.
+    The least of ten runs: gloo's threads hold what they sent for a moment longer than the wait for it.
     """
     dispatcher, assignments = make(rank, mode), assignments_of(rank.rank, rank.world_size, mode)
     plan, kept, peaks = dispatcher.plan(assignments, T), [], []
     saved = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dim()) or t, lambda t: t)
-    for _ in range(3):
+    for _ in range(10):
         h_TD, grad_TD = torch.ones(T, D, dtype=dtype).requires_grad_(), torch.ones(T, D, dtype=dtype)
         with mock.patch.object(rows, "SLICE_BYTES", SLICE):
             with Live(h_TD) as forward, saved:
