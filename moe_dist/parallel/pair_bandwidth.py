@@ -15,7 +15,7 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-LOOKS = 3  # further measurements of a pair that looks slow: it is slow only if all of them find it slow
+LOOKS = 10  # further measurements of a pair that looks slow: it is slow only if all of them find it slow
 
 
 @dataclass(frozen=True)
