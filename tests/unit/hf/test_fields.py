@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS
+from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS, write_rope
 from moe_dist.hf.families import FAMILIES, read_section
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
@@ -299,6 +299,17 @@ def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
     values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
     assert sum(accepted) == 22 + (FAMILIES[kind].rope_share is not None)
+
+
+def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
+    """transformers rounds head_dim x partial_rotary_factor down, and 98 x (2 / 98) is less than 2 in float64."""
+    family, plain, _ = read_section(base_of("glm4_moe"))
+    section = changed_section(plain, family, ImportOptions())
+    for head_dim in range(98, 130, 2):
+        for rope_dim in range(2, head_dim, 2):
+            written = write_rope(section.model_copy(update={"head_dim": head_dim, "rope_dim": rope_dim}), partial=True)
+            assert int(head_dim * written["rope_parameters"]["partial_rotary_factor"]) == rope_dim
+            assert written["partial_rotary_factor"] == pytest.approx(rope_dim / head_dim)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

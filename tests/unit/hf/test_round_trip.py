@@ -78,6 +78,25 @@ def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
 
 
+@pytest.mark.parametrize(("kind", "extra"), [("glm4_moe", "model.layers.3."), ("ernie4_5_moe", "model.mtp_block.0.")])
+def test_multi_token_prediction_is_left_out_and_named(tmp_path: Path, kind: str, extra: str) -> None:
+    theirs = save(tiny_model(kind), tmp_path / "theirs")
+    tensors = tensors_of(theirs)
+    more = {f"{extra}{name}.weight": torch.ones(2) for name in ("eh_proj", "enorm")}
+    save_file(tensors | more, theirs / "model.safetensors")
+    assert import_model(theirs, tmp_path / "ours").left_out == sorted(more)
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors)
+
+
+def test_a_layer_too_many_is_not_multi_token_prediction(tmp_path: Path) -> None:
+    theirs = save(tiny_model("glm4_moe"), tmp_path / "theirs")
+    values = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 2}))
+    with pytest.raises(DataError, match=r"model\.layers\.2\.input_layernorm\.weight: is left over"):
+        import_model(theirs, tmp_path / "ours")
+
+
 def test_dtypes_of_single_tensors_come_back_and_can_be_asked_for(tmp_path: Path) -> None:
     theirs = save(tiny_model("mixtral", dtype=torch.bfloat16), tmp_path / "theirs")
     tensors = tensors_of(theirs)
@@ -128,6 +147,7 @@ def test_a_model_that_no_family_can_hold_is_refused_with_reasons(tmp_path: Path)
         ({"router": {"scale": 2.0}}, "scale=2.0"),
         ({"groups": {"all": {"num_identity": 1}}}, "num_identity=1"),
         ({"groups": {"more": {"num_experts": 1, "top_k": 1, "ffn_dim": 4}}}, ""),
+        ({"router": {"selection_bias": True}, "groups": {"all": {"num_null": 8}}}, "copies change the choices"),
     ],
 )
 def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
