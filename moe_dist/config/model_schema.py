@@ -185,6 +185,12 @@ class ModelSection(Section):
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     rope_scaling: AnyRopeScaling | None = None
     """Change of the rotary frequencies for sequences longer than those of pretraining. null: no change."""
+    rope_dim: PositiveInt | None = Field(
+        default=None, description="Number of values of a head that RoPE rotates, the first ones. null: all of them."
+    )
+    rope_pairs: Literal["halves", "adjacent"] = "halves"
+    """Values of a head that rotate together. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1 (Ernie
+    4.5)."""
     sliding_window: PositiveInt | None = None
     """Number of tokens that a token sees in a layer with a sliding window, itself included. null: no window."""
     sliding_layers: tuple[Count, ...] | None = None
@@ -250,6 +256,7 @@ class ModelSection(Section):
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
             yield Violation(("num_heads", "num_kv_heads"), problem)
         head_keys = ("hidden_dim", "num_heads", "head_dim")
+        name, rotated = ("rope_dim", self.rope_dim) if self.rope_dim else ("head_dim", self.resolved_head_dim)
         if self.head_dim is None and self.hidden_dim % heads:
             problem = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
             yield Violation(head_keys, problem)
@@ -258,12 +265,18 @@ class ModelSection(Section):
                 head_keys,
                 f"head_dim={self.resolved_head_dim} must be even, because RoPE rotates pairs of values; change it",
             )
-        elif self.rope_scaling is not None and self.resolved_head_dim < self.rope_scaling.least_head_dim:
+        elif self.rope_dim is not None and (self.rope_dim % 2 or self.rope_dim > self.resolved_head_dim):
             problem = (
-                f"head_dim={self.resolved_head_dim} must be at least {self.rope_scaling.least_head_dim} with "
+                f"rope_dim={self.rope_dim} must be even and at most head_dim={self.resolved_head_dim}; change it, or set "
+                "null to rotate whole heads"
+            )
+            yield Violation(("rope_dim", *head_keys), problem)
+        elif self.rope_scaling is not None and rotated < self.rope_scaling.least_head_dim:
+            problem = (
+                f"{name}={rotated} must be at least {self.rope_scaling.least_head_dim} with "
                 f"rope_scaling.kind={self.rope_scaling.kind}; raise it, or choose another kind"
             )
-            yield Violation((*head_keys, "rope_scaling.kind"), problem)
+            yield Violation((name, *head_keys, "rope_scaling.kind"), problem)
         if self.sliding_layers == ():
             problem = "sliding_layers=[] names no layer; name some, or set sliding_window=null and sliding_layers=null"
             yield Violation(("sliding_layers",), problem)

@@ -1,6 +1,7 @@
 """Reads and writes the fields of config.json about rotary positions and sliding windows, as transformers' configuration
 classes (version 5) understand them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,8 +28,11 @@ DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # of Qwen2-MoE and Qwen3-MoE
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def read_rope(read: Fields, default_base: float, max_seq_len: int) -> dict[str, Any]:
-    """Returns the values of `model.rope_base` and `model.rope_scaling`.
+def read_rope(
+    read: Fields, default_base: float, default_share: float | None, head_dim: int, max_seq_len: int
+) -> dict[str, Any]:
+    """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share` is
+    partial_rotary_factor if it is absent, None for a family whose rotary positions turn whole heads.
 
     transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
     them overrides the field of the same name beside them, except the original length.
@@ -39,12 +43,12 @@ def read_rope(read: Fields, default_base: float, max_seq_len: int) -> dict[str, 
     base = {f"{name}.rope_theta": values.pop("rope_theta", read.get("rope_theta", default_base, null=None))}
     old_kind = values.pop("type", "default")
     kind = values.pop("rope_type", old_kind)
-    share = values.pop("partial_rotary_factor", read.get("partial_rotary_factor", 1.0, null=1.0))
-    if share != 1:
-        raise ConfigError(
-            f"config.json: {name}: partial_rotary_factor={share!r} is not supported: rotary positions turn whole heads"
-        )
-    section: dict[str, Any] = {"rope_base": Fields(base, read.family).positive(f"{name}.rope_theta")}
+    whole = 1.0 if default_share is None else default_share
+    share = values.pop("partial_rotary_factor", read.get("partial_rotary_factor", whole, null=1.0))
+    section: dict[str, Any] = {
+        "rope_base": Fields(base, read.family).positive(f"{name}.rope_theta"),
+        "rope_dim": _rope_dim(name, share, head_dim, partial=default_share is not None),
+    }
     if kind == "default" and not values:
         return section
     if kind == "default":
@@ -63,21 +67,39 @@ def read_rope(read: Fields, default_base: float, max_seq_len: int) -> dict[str, 
     return section | {"rope_scaling": {"kind": kind, **given}}
 
 
+def _rope_dim(name: str, share: Any, head_dim: int, *, partial: bool) -> int | None:
+    """Returns the number of values of a head that rotate; None for all."""
+    if share == 1:
+        return None
+    rope_dim = int(head_dim * share) if type(share) in (int, float) and 0 < share < 1 else 0
+    if not partial or rope_dim < 2 or rope_dim % 2:
+        rule = "it must rotate an even number of a head's values" if partial else "rotary positions turn whole heads"
+        raise ConfigError(f"config.json: {name}: partial_rotary_factor={share!r} is not supported: {rule}")
+    return rope_dim
+
+
 def max_positions(section: ModelSection) -> int:
     """Returns `max_position_embeddings`."""
     scaling = section.rope_scaling
     return section.max_seq_len if scaling is None or not scaling.length_is_longest else getattr(scaling, _LENGTH)
 
 
-def write_rope(section: ModelSection) -> dict[str, Any]:
-    """Returns the fields of rotary positions, for transformers 4 and 5."""
-    base = section.rope_base
+def write_rope(section: ModelSection, *, partial: bool) -> dict[str, Any]:
+    """Returns the fields of rotary positions, for transformers 4 and 5; `partial` if the family can rotate part of a
+    head."""
+    base = {"rope_theta": section.rope_base, **({"partial_rotary_factor": _share(section)} if partial else {})}
     if section.rope_scaling is None:
-        return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+        return {**base, "rope_parameters": {"rope_type": "default", **base}}
     scaling = section.rope_scaling
     left_out = {"kind"} | ({_LENGTH} if scaling.length_is_longest else set())
     values = {"rope_type": scaling.kind, **scaling.model_dump(exclude=left_out, exclude_none=True)}
-    return {"rope_theta": base, "rope_scaling": values, "rope_parameters": {**values, "rope_theta": base}}
+    return {**base, "rope_scaling": values, "rope_parameters": {**values, **base}}
+
+
+def _share(section: ModelSection) -> float:
+    share = (section.rope_dim or section.resolved_head_dim) / section.resolved_head_dim
+    rounded_down = int(section.resolved_head_dim * share) < (section.rope_dim or 0)
+    return math.nextafter(share, 1.0) if rounded_down else share
 
 
 def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, Any]:

@@ -31,10 +31,12 @@ from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_fil
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.attention_fields import max_positions
-from moe_dist.hf.families import FAMILIES, ModelFamily, misfits, read_section, top_k_router, write_fields
+from moe_dist.hf.families import FAMILIES, misfits, read_section, write_fields
+from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
@@ -146,22 +148,17 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
     if group.num_identity or group.num_constant:
         free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
         problems.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
-    router = top_k_router(model)
     if model.mixture_of_depths:
         problems.append("model.mixture_of_depths: no known family leaves tokens out of its layers")
-    if router.selection_bias:
-        problems.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
-    if router.scale != 1.0:
-        problems.append(f"model.moe.router.scale={router.scale}: no known family has such a factor")
     if problems:
         raise ConfigError(problems, see="docs/huggingface.md")
-    top_k, normalise = group.top_k, router.normalise
+    top_k, router = group.top_k, moe.router
     if group.num_null:
         top_k = _folded(model, read)
-    if normalise == "true_all" or group.num_experts == 1:
+    if isinstance(router, TopKRouterSection) and (router.normalise == "true_all" or group.num_experts == 1):
         normalise = "none" if group.num_experts > 1 else "true_chosen"
+        router = router.model_copy(update={"normalise": normalise})
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
-    router = router.model_copy(update={"normalise": normalise})
     return model.model_copy(update={"moe": moe.model_copy(update={"groups": plain, "router": router})})
 
 
@@ -174,9 +171,11 @@ def _folded(model: ModelSection, read: Read) -> int:
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no family has null experts; they can be left out only where they are copies of true rows, as after an import"
-    normalise = top_k_router(model).normalise
-    if normalise not in ("true_chosen", "true_all"):
-        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={normalise}")
+    router = model.moe.router
+    if not isinstance(router, TopKRouterSection) or router.selection_bias:
+        raise ConfigError(f"{key}: {out}; copies change the choices of a router with {router.said}")
+    if router.normalise not in ("true_chosen", "true_all"):
+        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={router.normalise}")
     if problem := uneven_twins(group.num_experts, group.num_null):
         raise ConfigError(f"{key}: {out}: {problem}")
     for layer in model.moe_layers:
@@ -269,12 +268,13 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
     return {
         **plain,
         "head_dim": section.resolved_head_dim,
+        "rope_dim": section.rope_dim or section.resolved_head_dim,
         "max_seq_len": max_positions(section),
         "sliding_layers": section.windows,
         "dense_ffn_dim": section.dense_ffn_dim if dense else None,
         "layers": section.moe_layers,
         "experts": (group.num_experts, group.top_k, group.ffn_dim),
-        "normalise": top_k_router(section).normalise,
+        "router": section.moe.router.model_dump(exclude={"null_logit"}),
         "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate),
     }
 
@@ -316,7 +316,8 @@ def _write(
     for name, shard in zip(names, parts, strict=True):
         tensors: dict[str, Tensor] = {}
         for slot in shard:
-            tensors[slot.places[0].name] = read(slot.name).to(DTYPES[dtypes[slot.name]])
+            place = slot.places[0]
+            tensors[place.name] = read(slot.name).to(DTYPES[dtypes[slot.name]]).view(place.shape)
             done += 1
             report("export", done, len(found))
         save_file(tensors, folder / name, metadata={"format": "pt"})

@@ -1,55 +1,23 @@
-"""Describes the supported Hugging Face model families: which field of config.json gives which key of the section `model`.
+"""The supported Hugging Face model families: which field of config.json gives which key of the section `model`.
 
 moe_dist computes the same function as these models. An import refuses a config.json with a feature that moe_dist lacks. A
 dense model becomes a model with one expert per layer, whose routing weight is always 1.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.attention_fields import (
-    Windows,
-    max_positions,
-    read_rope,
-    read_windows,
-    windows_fit,
-    write_rope,
-    write_windows,
-)
+from moe_dist.hf import ernie4_5_moe, glm4_moe, qwen_moe
+from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, windows_fit, write_rope, write_windows
+from moe_dist.hf.family import NORM, ModelFamily, SoftmaxRouter, setting
 from moe_dist.hf.fields import Fields
 
 GROUP = "all"  # name of the only expert group of an imported model
 
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """One family (`model_type`) of Hugging Face models."""
-
-    name: str  # `model_type`
-    architecture: str  # the class with which transformers loads the model
-    qk_norm: str  # value of `model.qk_norm`
-    biases: Mapping[str, Mapping[str, bool]]  # fields by value of `model.attention_bias`; the first is the default
-    normalise: Mapping[str, Mapping[str, bool]]  # fields by value of `router.normalise`; the first is the default
-    experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
-    ffn: str  # name of the field with the FFN width of an expert
-    dense_layers: bool = False  # fields decoder_sparse_step and mlp_only_layers can make layers dense
-    shared: bool = False  # each MoE layer has a shared expert with a sigmoid gate
-    head_dim: bool = True  # config.json has the field head_dim
-    null_head_dim: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
-    kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null
-    rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
-    windows: Windows = "none"  # how config.json says sliding windows
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
-
-
-_NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
-_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes num_local_experts for some families
-_CLIP = {"clip_qkv": ((None,), "queries, keys and values are not clipped")}
+_ALWAYS = SoftmaxRouter({"true_chosen": {}})  # weights always sum to 1
 # Fields that transformers reads in any model, and that no class of these families has.
 _ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "a token sees no later token"),
@@ -58,38 +26,40 @@ _ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "per_layer_config": ((None, {}), "all layers have the same sizes"),
     **dict.fromkeys(("text_config", "decoder", "generator"), ((None,), "the model must not be inside another")),
 }
-_MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
 FAMILIES: Mapping[str, ModelFamily] = {
     family.name: family
     for family in (
         ModelFamily(
-            "mixtral", "MixtralForCausalLM", "none", {"none": {}}, {"true_chosen": {}}, _EXPERTS[::-1], "intermediate_size",
+            "mixtral", "MixtralForCausalLM", _ALWAYS, ("num_local_experts", "num_experts"), "intermediate_size",
             null_head_dim=True, kv_heads=8, rope_base=1e6, windows="always",
+            gates=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+            expert="block_sparse_moe.experts.{expert}.{old}.weight",
         ),
         ModelFamily(
-            "olmoe", "OlmoeForCausalLM", "full", _BIAS, _NORM, _EXPERTS, "intermediate_size", head_dim=False,
-            must_be=_CLIP,
+            "olmoe", "OlmoeForCausalLM", SoftmaxRouter(NORM), ("num_experts", "num_local_experts"), "intermediate_size",
+            qk_norm={"full": {}}, biases=_BIAS, head_dim=False,
+            must_be={"clip_qkv": ((None,), "queries, keys and values are not clipped")},
         ),
+        qwen_moe.QWEN3,
+        qwen_moe.QWEN2,
         ModelFamily(
-            "qwen3_moe", "Qwen3MoeForCausalLM", "head", _BIAS, _NORM, _EXPERTS, "moe_intermediate_size",
-            dense_layers=True, kv_heads=4, windows="flag",
+            "llama", "LlamaForCausalLM", _ALWAYS, (), "intermediate_size", biases=_BIAS, null_head_dim=True,
+            expert="mlp.{part}_proj.weight", must_be={"mlp_bias": ((False,), "FFNs have no biases")},
         ),
-        ModelFamily(
-            "qwen2_moe", "Qwen2MoeForCausalLM", "none", {"qkv": {"qkv_bias": True}, "none": {"qkv_bias": False}}, _NORM,
-            _EXPERTS[:1], "moe_intermediate_size", dense_layers=True, shared=True, kv_heads=16, windows="layers",
-        ),
-        ModelFamily(
-            "llama", "LlamaForCausalLM", "none", _BIAS, {"true_chosen": {}}, (), "intermediate_size", must_be=_MLP_BIAS,
-            null_head_dim=True,
-        ),
+        ernie4_5_moe.FAMILY,
+        glm4_moe.FAMILY,
     )
 }  # fmt: skip
 
 _MLA = "its attention (multi-head latent attention, MLA) is not in the model"
 REFUSED = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "longcat_flash"), _MLA),
-    "gpt_oss": "its attention sinks and its experts' clipped activation are not in the model",
+    "deepseek_v2": f"{_MLA}, nor is its choice of experts by softmax inside the best groups of experts",
+    **dict.fromkeys(("deepseek_v3", "kimi_k2"), f"{_MLA}; its router is (model.moe.router.kind=group_limited)"),
+    "longcat_flash": f"{_MLA}, nor are its layers of two attentions and two FFNs beside the experts; its zero experts are "
+    "(num_identity)",
+    "gpt_oss": "its attention sinks, the biases of its experts and routers, and its experts' clipped SwiGLU are not in the "
+    "model",
     "qwen3_next": "its linear attention is not in the model",
     "llama4_text": "its chunked attention is not in the model",
 }
@@ -133,6 +103,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     _check_plain(family, read)
     first, every, dense = _moe_layers(family, read, layers)
     experts = read.one_of(family.experts) if family.experts else 1
+    ffn_dim = read.whole(family.ffn)
     width = read.whole("head_dim", None, **({"null": None} if family.null_head_dim else {}))
     if not family.head_dim and width is not None and width * heads != read.whole("hidden_size"):
         raise ConfigError(
@@ -147,30 +118,31 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         "vocab_size": read.whole("vocab_size"),
         "max_seq_len": max_seq_len,
         "dense_ffn_dim": read.whole("intermediate_size") if dense else None,
-        **read_rope(read, family.rope_base, max_seq_len),
+        **read_rope(read, family.rope_base, family.rope_share, width or read.whole("hidden_size") // heads, max_seq_len),
+        "rope_pairs": family.rope_pairs,
         **read_windows(read, family.windows, layers),
         "norm_eps": read.positive("rms_norm_eps"),
-        "qk_norm": family.qk_norm,
-        "attention_bias": _said(family.biases, read),
-        "tie_embeddings": read.flag("tie_word_embeddings", False),
+        "qk_norm": read.choice(family.qk_norm),
+        "attention_bias": read.choice(family.biases),
+        "tie_embeddings": read.flag("tie_word_embeddings", family.tied),
         "init_std": read.positive("initializer_range", 0.02),
         "moe": {
             "groups": {
                 GROUP: {
                     "num_experts": experts,
-                    "top_k": read.whole("num_experts_per_tok") if family.experts else 1,
-                    "ffn_dim": read.whole(family.ffn),
+                    "top_k": read.one_of(family.top_k) if family.experts else 1,
+                    "ffn_dim": ffn_dim,
                 }
             },
-            "router": {"normalise": _said(family.normalise, read)},
+            "router": family.router.read(read),
             "first": first,
             "every": every,
-            "shared_ffn_dim": read.whole("shared_expert_intermediate_size") if family.shared else 0,
-            "shared_gate": family.shared,
+            **(family.shared.read(read, ffn_dim) if family.shared else {}),
         },
     }
-    if family.dense_layers:
+    if family.layers.names:
         read.get("intermediate_size", None)  # counts as read, although only dense layers use it
+    family.multi_token(read, ())  # its fields count as read
     return family, section, read.unread()
 
 
@@ -187,59 +159,40 @@ def _kv_heads(family: ModelFamily, read: Fields, heads: int) -> int:
     return read.whole("num_key_value_heads", family.kv_heads)
 
 
-def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
-    """Returns the key of `choices` whose fields are those of config.json; an absent field has the first key's value."""
-    first = next(iter(choices.values()))
-    values = {name: read.flag(name, default) for name, default in first.items()}
-    return next(choice for choice, fields in choices.items() if fields == values)
-
-
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
     """Returns the index of the first MoE layer, the distance between MoE layers, and True if there are dense layers."""
-    if not family.dense_layers:
-        return 0, 1, False
-    step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers", [], null=[])
-    sparse = [layer for layer in range(layers) if layer not in only and (layer + 1) % step == 0]
+    sparse = family.layers.sparse(read, layers)
     every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if not sparse or sparse != list(range(sparse[0], layers, every)):
+        said = " and ".join(f"{name}={read.get(name, None, null=None)!r}" for name in family.layers.names)
         raise ConfigError(
-            f"config.json: mlp_only_layers={only!r} and decoder_sparse_step={step} leave experts in the layers {sparse}; "
-            "supported is every n-th layer from a first one to the last"
+            f"config.json: {said} leave experts in the layers {sparse} of num_hidden_layers={layers}; supported is every "
+            "n-th layer from a first one to the last"
         )
     return sparse[0], every if len(sparse) > 1 else max(1, layers - sparse[0]), len(sparse) < layers
-
-
-def top_k_router(section: ModelSection) -> TopKRouterSection:
-    """Returns the section of the model's top-k router, the only kind of router that the families have.
-
-    Raises:
-        ConfigError: the router is of another kind.
-    """
-    router = section.moe.router
-    if not isinstance(router, TopKRouterSection):
-        raise ConfigError(f"model.moe.router.kind={router.kind}: known families choose by top-k")
-    return router
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
     """Returns the settings of a model without null experts that a family does not support."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
-    normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
     held = {
-        f"qk_norm={section.qk_norm}": section.qk_norm == family.qk_norm,
+        f"qk_norm={section.qk_norm}": section.qk_norm in family.qk_norm,
         f"attention_bias={section.attention_bias}": section.attention_bias in family.biases,
-        f"router.normalise={normalise}": normalise in family.normalise or group.num_experts == 1,
+        **family.router.held(moe.router, group.num_experts),
         f"num_experts={group.num_experts}": (group.num_experts == 1) == (not family.experts),
-        f"moe.first={moe.first}, moe.every={moe.every}": family.dense_layers
-        or len(section.moe_layers) == section.num_layers,
-        f"shared_ffn_dim={moe.shared_ffn_dim}, shared_gate={moe.shared_gate}": (
-            bool(moe.shared_ffn_dim) == family.shared == moe.shared_gate
+        f"moe.first={moe.first}, moe.every={moe.every}": family.layers.fit(section),
+        f"{setting('shared_ffn_dim', moe.shared_ffn_dim)}, {setting('shared_gate', moe.shared_gate)}": (
+            family.shared.fits(moe, group.ffn_dim) if family.shared else not moe.shared_ffn_dim
         ),
         f"sliding_window={section.sliding_window}, sliding_layers={section.sliding_layers}": windows_fit(
             section, family.windows
         ),
         f"head_dim={section.head_dim}": family.head_dim or section.resolved_head_dim == width,
+        f"rope_dim={section.rope_dim}": (
+            family.rope_share is not None or section.rope_dim in (None, section.resolved_head_dim)
+        ),
+        f"rope_pairs={section.rope_pairs}": section.rope_pairs == family.rope_pairs,
     }
     return [what for what, fits in held.items() if not fits]
 
@@ -257,22 +210,22 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         "vocab_size": section.vocab_size,
         "max_position_embeddings": max_positions(section),
         "rms_norm_eps": section.norm_eps,
-        **write_rope(section),
+        **write_rope(section, partial=family.rope_share is not None),
         **write_windows(section, family.windows),
         "hidden_act": "silu",
         "tie_word_embeddings": section.tie_embeddings,
         "initializer_range": section.init_std,
+        **family.qk_norm[section.qk_norm],
         **family.biases[section.attention_bias],
-        **family.normalise.get(top_k_router(section).normalise, {}),
+        **family.router.write(moe.router),
+        **family.layers.write(section),
     }
     if family.head_dim:
         fields["head_dim"] = section.resolved_head_dim
     if family.experts:
-        fields |= {family.experts[0]: group.num_experts, "num_experts_per_tok": group.top_k}
-    if family.dense_layers:
-        dense = [layer for layer in range(section.num_layers) if layer not in section.moe_layers]
-        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-        fields |= {"intermediate_size": section.dense_ffn_dim or group.ffn_dim}
+        fields |= {family.experts[0]: group.num_experts, family.top_k[0]: group.top_k}
+    if family.layers.names:
+        fields["intermediate_size"] = section.dense_ffn_dim or group.ffn_dim
     if family.shared:
-        fields["shared_expert_intermediate_size"] = moe.shared_ffn_dim
+        fields |= family.shared.write(moe, group.ffn_dim)
     return fields | {family.ffn: group.ffn_dim}

@@ -8,6 +8,8 @@ from typing import Any
 
 from moe_dist.errors import ConfigError, DataError
 
+Choices = Mapping[str, Mapping[str, bool]]  # names and values of fields, by the value of a key; the first is the default
+
 MAX_JSON_BYTES = 1 << 28
 _MISSING: Any = object()
 
@@ -68,9 +70,10 @@ class Fields:
         """Returns the value of a field that must be an integer above 0, or what stands for it."""
         return self._fitting(name, default, null, "a whole number above 0", lambda v: type(v) is int and v > 0)
 
-    def count(self, name: str, default: int) -> int:
-        """Returns the value of a field that must be an integer of at least 0, or the default."""
-        return self._fitting(name, default, _MISSING, "a whole number", lambda v: type(v) is int and v >= 0)
+    def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:
+        """Returns the value of a field that must be an integer of at least `least`, or the default."""
+        rule = "a whole number" if least == 0 else f"a whole number of at least {least}"
+        return self._fitting(name, default, _MISSING, rule, lambda v: type(v) is int and v >= least)
 
     def one_of(self, names: Sequence[str]) -> int:
         """Returns an integer above 0 from a field with one of several names; if several exist, they must be equal."""
@@ -94,6 +97,12 @@ class Fields:
 
     def flag(self, name: str, default: bool) -> bool:
         return self._fitting(name, default, _MISSING, "true or false", lambda value: isinstance(value, bool))
+
+    def choice(self, choices: Choices) -> str:
+        """Returns the key of `choices` whose fields are those of config.json."""
+        first = next(iter(choices.values()))
+        values = {name: self.flag(name, default) for name, default in first.items()}
+        return next(choice for choice, fields in choices.items() if fields == values)
 
     def _fitting(self, name: str, default: Any, null: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
         """Returns the value of a field, which must satisfy `fits`, or what stands for it. `rule` names what it must be."""

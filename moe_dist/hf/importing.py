@@ -31,7 +31,7 @@ from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, DamagedError, shar
 from moe_dist.checkpoint.shard_header import read_shard_header
 from moe_dist.checkpoint.state import RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durably, write_shard
-from moe_dist.config.load import resolved_yaml
+from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.families import read_section
@@ -58,6 +58,7 @@ class Imported:
     kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
+    left_out: Sequence[str]  # tensors of multi-token prediction, which the model lacks
     converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
 
 
@@ -111,6 +112,7 @@ def import_model(
         kept=kept,
         unread=unread,
         ignored=source.pickles,
+        left_out=plan.left_out,
         converted={name: list(plan.dtypes.values()).count(name) for name in DTYPES if name in plan.dtypes.values()},
     )
 
@@ -152,9 +154,13 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
         "evaluation": {"every": 200},
     }
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise refused("the configuration that would be written cannot be", error) from error
+    if broken := rule_violations(config):
+        problems = [f"the model of config.json cannot be: {each.problem}" for each in broken]
+        raise ConfigError(problems, see="docs/huggingface.md")
+    return config
 
 
 @contextmanager

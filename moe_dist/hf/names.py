@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.hf.families import ModelFamily
+from moe_dist.hf.family import ModelFamily
 
 Item = TypeVar("Item")
 
@@ -58,7 +58,7 @@ class Slot:
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Lists every parameter of a model, except the router rows of null experts, with its places in the family's tensors."""
+    """Lists every tensor of a model, except the router rows of null experts, with its places in the family's tensors."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -109,34 +109,29 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
 def _moe(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     ((name, group),) = section.moe.groups.items()
     dim, num = section.hidden_dim, group.num_experts
-    router = f"{ours}.router.{name}.true"
-    if not family.experts:
-        yield Slot(router, (num, dim), ())
-    else:
-        gates = [f"{theirs}.mlp.gate.weight"]
-        if family.name == "mixtral":
-            gates.insert(0, f"{theirs}.block_sparse_moe.gate.weight")
-        yield Slot(router, (num, dim), tuple(TensorPlace(gate, (num, dim)) for gate in gates))
+    router = f"{ours}.router.{name}"
+    gates = family.gates if family.experts else ()
+    yield Slot(f"{router}.true", (num, dim), tuple(TensorPlace(f"{theirs}.{gate}", (num, dim)) for gate in gates))
+    if section.moe.router.has_selection_bias:
+        shape = (*[1] * (family.selection_bias_dims - 1), num)
+        yield Slot(f"{router}.bias", (num,), tuple(TensorPlace(f"{theirs}.{b}", shape) for b in family.selection_bias))
     for expert in range(num):
         for part, shape in _matrices(dim, group.ffn_dim).items():
             places = tuple(_expert_places(family, theirs, expert, part, num, shape))
             yield Slot(f"{ours}.experts.{name}.{expert}.{part}", shape, places)
-    if family.shared:
-        yield from _swiglu(f"{ours}.shared", f"{theirs}.mlp.shared_expert", dim, section.moe.shared_ffn_dim)
-        yield _whole(f"{ours}.shared.scale.weight", f"{theirs}.mlp.shared_expert_gate.weight", 1, dim)
+    if family.shared and section.moe.shared_ffn_dim:
+        yield from _swiglu(f"{ours}.shared", f"{theirs}.{family.shared.module}", dim, section.moe.shared_ffn_dim)
+    if family.shared and section.moe.shared_gate:
+        yield _whole(f"{ours}.shared.scale.weight", f"{theirs}.{family.shared.module}_gate.weight", 1, dim)
 
 
 def _expert_places(
     family: ModelFamily, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
 ) -> Iterator[TensorPlace]:
+    old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
+    yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
     if not family.experts:  # the experts of a dense model's import are copies of its FFN
-        yield TensorPlace(f"{theirs}.mlp.{part}_proj.weight", shape)
         return
-    if family.name == "mixtral":
-        letter = {"gate": "w1", "up": "w3", "down": "w2"}[part]
-        yield TensorPlace(f"{theirs}.block_sparse_moe.experts.{expert}.{letter}.weight", shape)
-    else:
-        yield TensorPlace(f"{theirs}.mlp.experts.{expert}.{part}_proj.weight", shape)
     rows, columns = shape
     if part == "down":
         yield TensorPlace(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)

@@ -16,7 +16,9 @@ from moe_dist.checkpoint.storage import Piece
 from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.families import GROUP, ModelFamily
+from moe_dist.hf.families import GROUP
+from moe_dist.hf.family import ModelFamily
+from moe_dist.hf.fields import Fields
 from moe_dist.hf.names import EMBEDDING, HEAD, Slot, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -96,6 +98,7 @@ class ImportPlan:
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
     dtypes: Mapping[str, str]  # dtype in the Hugging Face folder of each logical tensor that is read from it
     copies: Mapping[str, str]  # stored tensors that are not imported, by the stored tensor to which each must be equal
+    left_out: Sequence[str] = ()  # stored tensors that are not part of the model's function
 
     @property
     def parts(self) -> list[TensorPart]:
@@ -121,6 +124,11 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
             raise ConfigError(f"--experts-top-k={options.experts_top_k} must be at most --experts={options.experts}")
         group |= {"num_experts": options.experts, "top_k": options.experts_top_k}
     if options.null_experts:
+        if router["selection_bias"]:
+            raise ConfigError(
+                f"--null-experts={options.null_experts}: a {family.name} model chooses by scores plus a selection bias, so "
+                "that copies of router rows would change its choices; import it without null experts"
+            )
         group |= _with_nulls(group, options)
         if router["normalise"] == "none":  # the softmax over n true and m null columns has smaller weights
             router["normalise"] = "true_all"
@@ -188,13 +196,15 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
             parts.append(_drawn(slot, section))
     parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
-    used |= copies.keys()
+    prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
+    left_out = sorted(name for name in source.tensors if name not in used and name.startswith(prefixes))
+    used |= {*copies, *left_out}
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
     if problems:
         raise DataError(sorted(set(problems)), see="docs/huggingface.md")
     pieces = ((piece, piece.nbytes) for part in parts for piece in _cut(part, shard_bytes))
-    return ImportPlan(section, list(shards(pieces, shard_bytes)), dtypes, copies)
+    return ImportPlan(section, list(shards(pieces, shard_bytes)), dtypes, copies, left_out)
 
 
 def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:

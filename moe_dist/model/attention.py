@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import LayerCache
-from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, rotate
+from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, RopePairs, rotate
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.routing import GlobalBatchInfo
 
@@ -92,6 +92,7 @@ class Attention(nn.Module):
         dim, heads, kv_heads = args.hidden_dim, args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
         qk_norm, bias = args.qk_norm, args.attention_bias
         self.head_dim = args.head_dim
+        self.rope_pairs: RopePairs = args.rope_pairs
         self.recompute = args.recompute_blocks
         self.norm = RMSNorm(dim, args.norm_eps)
         self.q = Projection(dim, heads, bias=bias != "none")
@@ -138,8 +139,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries and keys, after rotation, and values: [B, heads, S, d]."""
         h = self.norm(x_BSD)
-        q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary)
-        k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary)
+        q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary, self.rope_pairs)
+        k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary, self.rope_pairs)
         return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:

@@ -15,6 +15,7 @@ from moe_dist.model.rope import RopeScaling, frequencies
 from moe_dist.placement.roles import Role
 
 QKNorm = Literal["none", "head", "full"]
+RopePairs = Literal["halves", "adjacent"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ModelArgs:
         moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
         rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
+        rope_dim: Number of values of each head that RoPE rotates, the first ones; None: all of them.
+        rope_pairs: Which values rotate together: `halves` i and i + rope_dim / 2, `adjacent` 2 i and 2 i + 1.
         windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. Empty:
             no layer has a window.
         qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
@@ -44,6 +47,8 @@ class ModelArgs:
     dense_ffn_dim: int | None = None
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_dim: int | None = None
+    rope_pairs: RopePairs = "halves"
     windows: tuple[int | None, ...] = ()
     norm_eps: float = 1e-5
     qk_norm: QKNorm = "none"
@@ -108,19 +113,24 @@ class GatedSwiGLU(SwiGLU):
 
 
 def rotary_table(
-    positions_BS: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
+    positions_BS: Tensor, rope_dim: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines of the rotary angles, fp32 [B, 1, S, head_dim / 2] (RoFormer, arXiv 2104.09864, eq. 34)."""
+    """Returns cosines and sines of the rotary angles, fp32 [B, 1, S, rope_dim / 2] (RoFormer, arXiv 2104.09864, eq. 34)."""
     if scaling is None:
-        rates, size = frequencies(head_dim, base, positions_BS), 1.0
+        rates, size = frequencies(rope_dim, base, positions_BS), 1.0
     else:
-        rates, size = scaling(head_dim, base, positions_BS)
+        rates, size = scaling(rope_dim, base, positions_BS)
     angles = positions_BS[:, None, :, None].to(torch.float32) * rates
     return angles.cos() * size, angles.sin() * size
 
 
-def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates each head's elements in pairs (i, i + d/2), as Llama checkpoints need, by the token's angles."""
+def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
+    """Rotates pairs of each head's values by the token's angles. A table of r / 2 angles rotates the first r values, and
+    the others stay. `halves` pairs i with i + r / 2, as Llama checkpoints need; `adjacent` pairs 2 i with 2 i + 1."""
+    width = 2 * table[0].shape[-1]
+    if width < x_BHSd.shape[-1]:
+        return torch.cat([rotate(x_BHSd[..., :width], table, pairs), x_BHSd[..., width:]], dim=-1)
     cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, from fp32
-    first, second = x_BHSd.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x_BHSd.chunk(2, dim=-1) if pairs == "halves" else (x_BHSd[..., 0::2], x_BHSd[..., 1::2])
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1) if pairs == "halves" else torch.stack(turned, dim=-1).flatten(-2)

@@ -165,7 +165,8 @@ class Transformer(nn.Module):
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
         if self.args.rope_scaling is not None:  # a scaling must not take padding for the longest document
             positions_BS = torch.where(group_BS < 0, 0, positions_BS)
-        return rotary_table(positions_BS, self.args.head_dim, self.args.rope_base, self.args.rope_scaling)
+        rope_dim = self.args.rope_dim or self.args.head_dim
+        return rotary_table(positions_BS, rope_dim, self.args.rope_base, self.args.rope_scaling)
 
     def _shallow(
         self,

@@ -30,6 +30,8 @@ _FUNCTION = (
     "num_heads",
     "rope_base",
     "rope_scaling",
+    "rope_dim",
+    "rope_pairs",
     "sliding_window",
     "sliding_layers",
     "norm_eps",

@@ -5,6 +5,7 @@ The way is the user's: `save_pretrained`, import, checkpoint, and EP 1, 2 and 4 
 differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the same number of digits.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,17 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
-from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
+from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged
 from tests.support.cover import full
-from tests.support.hf_families import gradients, under_our_names
+from tests.support.hf_families import choice_gap, gradients, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
 
 SEQUENCES = 4
-KINDS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama")
+KINDS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama", "ernie4_5_moe", "glm4_moe")
 SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
 PARTS = (5, 7)  # tokens of the two calls with a cache
-VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased")
+VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased", "ernie4_5_moe tied", "glm4_moe plain")
 
 
 def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[Arrays, Arrays]:
@@ -85,8 +86,7 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
         out = model(ids, use_cache=False)
     else:
         out = model(ids, output_router_logits=True, use_cache=False)
-        top_k = model.config.num_experts_per_tok  # pyright: ignore[reportAttributeAccessIssue]
-        assert min(smallest_gap(logits, top_k) for logits in out.router_logits) > SMALLEST_GAP
+        assert choice_gap(model, out.router_logits) > SMALLEST_GAP
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -117,4 +117,5 @@ def test_logits_and_gradients_are_theirs(
     ranks = run_in_world(ep, our_model, tmp_path / "ours", tokens, recompute)
     assert_agree({name: np.concatenate([each[name] for each, _ in ranks]) for name in numbers}, numbers)
     expected = under_our_names(gradient, theirs.config.to_dict())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    assert_agree(merged([each for _, each in ranks]), expected)
+    trained = {name: value for name, value in expected.items() if not re.fullmatch(r".*\.router\..*\.bias", name)}
+    assert_agree(merged([each for _, each in ranks]), trained)

@@ -26,7 +26,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
-from tests.support.agreement import Arrays, arrays
+from tests.support.agreement import Arrays, arrays, smallest_gap
 
 Kind = Literal["same", "router", "bias", "gate_up", "down"]
 
@@ -111,6 +111,24 @@ def _cut(tensor: Tensor, target: str, kind: Kind, group: ExpertGroup | None) -> 
         else:
             logical[f"{target}.{expert}.gate"], logical[f"{target}.{expert}.up"] = weight.chunk(2)
     return logical
+
+
+def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
+    """The smallest gap at the last choice of a token, of experts and of groups of experts, in any layer of their model."""
+    config: Any = model.config
+    biases = [bias for name, bias in model.state_dict().items() if name.endswith("e_score_correction_bias")]
+    gaps = []
+    for layer, scores in enumerate(router_logits):
+        if biases:
+            scores = (scores.sigmoid() if config.model_type == "glm4_moe" else scores.softmax(-1)) + biases[layer].flatten()
+        if getattr(config, "topk_group", 1) < getattr(config, "n_group", 1):
+            parts = scores.unflatten(-1, (config.n_group, -1))
+            sums = parts.sort(descending=True).values[..., :2].sum(-1)
+            gaps.append(smallest_gap(sums, config.topk_group))
+            last = sums.sort(descending=True).values[..., config.topk_group - 1, None]
+            scores = torch.where((sums < last)[..., None], -torch.inf, parts).flatten(-2)
+        gaps.append(smallest_gap(scores, config.num_experts_per_tok))
+    return min(gaps)
 
 
 def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:

@@ -49,7 +49,46 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3 |= {"rope_theta": 1e4, "original_max_position_embeddings": 8}
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    biased = {"num_hidden_layers": 3, "moe_intermediate_size": 24, "intermediate_size": 20}
+    ernie = {**shape, **biased, "moe_num_experts": 8, "moe_k": 3, "tie_word_embeddings": False}
+    glm = {**shape, **biased, "n_routed_experts": 8, "num_experts_per_tok": 3}
     make, values = {
+        "ernie4_5_moe": (transformers.Ernie4_5_MoeConfig, ernie),
+        "ernie4_5_moe tied": (
+            transformers.Ernie4_5_MoeConfig,
+            {
+                **ernie,
+                "num_hidden_layers": 4,
+                "moe_layer_interval": 2,
+                "moe_num_shared_experts": 0,
+                "tie_word_embeddings": True,
+                "head_dim": 12,
+                "rope_parameters": yarn,
+            },
+        ),
+        "glm4_moe": (
+            transformers.Glm4MoeConfig,
+            {
+                **glm,
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 1.5,
+                "use_qk_norm": True,
+                "attention_bias": True,
+                "head_dim": 16,
+            },
+        ),
+        "glm4_moe plain": (
+            transformers.Glm4MoeConfig,
+            {
+                **glm,
+                "n_shared_experts": 2,
+                "norm_topk_prob": False,
+                "first_k_dense_replace": 2,
+                "num_mtp_layers": 0,
+                "rope_parameters": {**llama3, "partial_rotary_factor": 0.75},
+            },
+        ),
         "mixtral sliding": (
             transformers.MixtralConfig,
             {**shape, **experts8, "intermediate_size": 24, "sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},

@@ -37,6 +37,16 @@ def test_windows_by_layer() -> None:
             {"rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}, "head_dim": 2},
             ("head_dim=2 must be at least 4", "rope_scaling.kind=dynamic"),
         ),
+        ({"head_dim": 8, "rope_dim": 3}, ("rope_dim=3 must be even and at most head_dim=8",)),
+        ({"head_dim": 8, "rope_dim": 10}, ("rope_dim=10 must be even and at most head_dim=8",)),
+        (
+            {
+                "rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8},
+                "head_dim": 8,
+                "rope_dim": 2,
+            },
+            ("rope_dim=2 must be at least 4", "rope_scaling.kind=dynamic"),
+        ),
     ],
 )
 def test_each_rule_is_named_with_its_fix(model: dict[str, Any], keys: tuple[str, ...]) -> None:

@@ -125,6 +125,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     ),
     "no family": (config(model_type=None), ConfigError, r"model_type=None: it must name a family"),
     "refused family": (config(model_type="deepseek_v3"), ConfigError, r"deepseek_v3.*MLA\) is not in the model"),
+    "family with sinks": (config(model_type="gpt_oss"), ConfigError, "gpt_oss.*attention sinks, the biases of its experts"),
+    "family of two attentions": (config(model_type="longcat_flash"), ConfigError, "longcat_flash.*MLA.*two attentions"),
     "code of its own": (config(auto_map={"AutoModel": "x.Y"}), ConfigError, "auto_map=.*never run"),
     "quantised": (config(quantization_config={"bits": 4}), ConfigError, "quantization_config=.*originals"),
     "another head": (config(architectures=["MixtralForTokenClassification"]), ConfigError, "architectures="),

@@ -71,6 +71,13 @@ def test_options_that_do_not_fit_are_refused_with_what_would(tmp_path: Path, opt
     assert not list(tmp_path.glob("ours*"))
 
 
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "glm4_moe plain"])
+def test_copies_of_rows_beside_a_selection_bias_are_refused(tmp_path: Path, kind: str) -> None:
+    theirs = save(tiny_model(kind), tmp_path / "theirs")
+    with refused(ConfigError, "--null-experts=8", kind.split()[0]):
+        import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=8, top_k=5))
+
+
 def test_the_range_of_choices_by_trying_every_one() -> None:
     """A token's choices are its experts in order, each followed by its twins: which k hold the first k_0 alone?"""
     for top_k in (1, 2, 3, 8):

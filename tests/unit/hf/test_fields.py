@@ -7,6 +7,7 @@ import accepts the changed config.json, our logits are transformers', from the s
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS
+from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS, write_rope
 from moe_dist.hf.families import FAMILIES, read_section
 from moe_dist.hf.fields import INERT
-from moe_dist.hf.plan import ImportOptions, changed_section
+from moe_dist.hf.importing import run_config
+from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
 from tests.support.hf_families import built, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
 
@@ -44,6 +46,22 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (True, False),
     "mlp_bias": (True, False),
     "clip_qkv": (0.5,),
+    "use_bias": (True, False),
+    "moe_k": (1, 99),
+    "moe_num_experts": (4, 0),
+    "moe_num_shared_experts": (0, 1, 3),
+    "moe_layer_start_index": (0, 1, 2, 5, -1),
+    "moe_layer_end_index": (-1, 0, 1, 5, -2),
+    "moe_layer_interval": (1, 2, 3, 0),
+    "moe_norm_min": (0.9, 1e-12),
+    "n_routed_experts": (4, 16),
+    "n_shared_experts": (0, 2),
+    "routed_scaling_factor": (2.5, 0.0),
+    "n_group": (1, 2, 3),
+    "topk_group": (1, 4, 5),
+    "first_k_dense_replace": (0, 2, 5),
+    "use_qk_norm": (True, False),
+    **dict.fromkeys(("num_mtp_layers", "num_nextn_predict_layers"), (0, 2)),
     "num_experts_per_tok": (1, 99),
     "num_local_experts": (4,),
     "num_experts": (4, 0),
@@ -140,6 +158,17 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_local_experts": 4}, {"num_local_experts": 8, "num_experts": ABSENT},
     ),
     "llama": ({"sliding_window": 4}, {"sliding_window": 4, "use_sliding_window": True}),
+    "ernie4_5_moe": (
+        {"num_experts": 8}, {"num_experts": 4}, {"num_experts_per_tok": 2}, {"moe_k": ABSENT, "num_experts_per_tok": 2},
+        {"moe_num_experts": ABSENT, "num_experts": 4}, {"moe_layer_start_index": 0, "moe_layer_interval": 2},
+    ),
+    "glm4_moe": (
+        {"num_local_experts": 8}, {"num_local_experts": 4}, {"n_routed_experts": ABSENT, "num_local_experts": 12},
+        *({"rope_parameters": ABSENT, "partial_rotary_factor": share}
+          for share in (ABSENT, None, 0.25, 0.4, 1.0, 1.5, 0.1)),
+        {"rope_parameters": {"partial_rotary_factor": None}}, {"num_nextn_predict_layers": 0},
+        {"n_group": ABSENT, "topk_group": ABSENT}, {"n_group": 2, "topk_group": 1, "n_routed_experts": 12},
+    ),
 }  # fmt: skip
 
 # Our words for their fields, in errors of the model's own rules.
@@ -147,6 +176,8 @@ OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "num_experts_per_tok": "top_k",
+    "moe_k": "top_k",
+    "n_routed_experts": "num_experts",
     "num_hidden_layers": "layers",
     "rope_parameters": "rope_",
     "use_sliding_window": "sliding_window",
@@ -202,6 +233,7 @@ def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: 
     try:
         family, plain, _ = read_section(values)
         section = changed_section(plain, family, ImportOptions())
+        run_config(ImportPlan(section, [], {}, {}), Path("model"), ImportOptions(), ".cache/data/none")
     except ConfigError as error:
         told = str(error)
         if not any(name in told or OURS.get(name, name) in told for name in change):
@@ -251,6 +283,8 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
     family, defaults = FAMILIES[kind], {field.name: field.default for field in dataclasses.fields(class_of(kind))}
     assert defaults["num_key_value_heads"] == family.kv_heads
     assert class_of(kind).default_theta == family.rope_base
+    assert defaults["tie_word_embeddings"] == family.tied
+    assert class_of(kind)().rope_parameters.get("partial_rotary_factor") == family.rope_share
     assert defaults.get("max_window_layers", DEFAULT_WINDOW_LAYERS) == DEFAULT_WINDOW_LAYERS
     if family.windows in ("flag", "layers"):
         values = changed(
@@ -264,7 +298,18 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
 def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
     values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
-    assert sum(accepted) == 22
+    assert sum(accepted) == 22 + (FAMILIES[kind].rope_share is not None)
+
+
+def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
+    """transformers rounds head_dim x partial_rotary_factor down, and 98 x (2 / 98) is less than 2 in float64."""
+    family, plain, _ = read_section(base_of("glm4_moe"))
+    section = changed_section(plain, family, ImportOptions())
+    for head_dim in range(98, 130, 2):
+        for rope_dim in range(2, head_dim, 2):
+            written = write_rope(section.model_copy(update={"head_dim": head_dim, "rope_dim": rope_dim}), partial=True)
+            assert int(head_dim * written["rope_parameters"]["partial_rotary_factor"]) == rope_dim
+            assert written["partial_rotary_factor"] == pytest.approx(rope_dim / head_dim)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

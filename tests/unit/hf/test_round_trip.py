@@ -28,6 +28,7 @@ from tests.support.tiny_hf import save, tiny_model
 KINDS = (
     "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
     "llama biased", "mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled",
+    "ernie4_5_moe", "ernie4_5_moe tied", "glm4_moe", "glm4_moe plain",
 )  # fmt: skip
 
 
@@ -54,14 +55,15 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe"])
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
     specs = {name: spec for name, spec in state_specs(config).items() if not name.startswith(OPTIMIZER_PREFIX)}
     assert verify(folder, specs)[1] == []
     counted = parameters(config.model)
-    assert sum(math.prod(spec.shape) for spec in specs.values()) == counted.total
+    biases = {name for name in specs if ".router." in name and name.endswith(".bias")}  # buffers
+    assert sum(math.prod(spec.shape) for name, spec in specs.items() if name not in biases) == counted.total
     assert open_checkpoint(folder).index.tensors.keys() == specs.keys()
     assert config.run.init_from == str(tmp_path / "ours")
 
@@ -74,6 +76,25 @@ def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     import_model(fused, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("glm4_moe", "model.layers.3."), ("ernie4_5_moe", "model.mtp_block.0.")])
+def test_multi_token_prediction_is_left_out_and_named(tmp_path: Path, kind: str, extra: str) -> None:
+    theirs = save(tiny_model(kind), tmp_path / "theirs")
+    tensors = tensors_of(theirs)
+    more = {f"{extra}{name}.weight": torch.ones(2) for name in ("eh_proj", "enorm")}
+    save_file(tensors | more, theirs / "model.safetensors")
+    assert import_model(theirs, tmp_path / "ours").left_out == sorted(more)
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors)
+
+
+def test_a_layer_too_many_is_not_multi_token_prediction(tmp_path: Path) -> None:
+    theirs = save(tiny_model("glm4_moe"), tmp_path / "theirs")
+    values = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 2}))
+    with pytest.raises(DataError, match=r"model\.layers\.2\.input_layernorm\.weight: is left over"):
+        import_model(theirs, tmp_path / "ours")
 
 
 def test_dtypes_of_single_tensors_come_back_and_can_be_asked_for(tmp_path: Path) -> None:
@@ -126,6 +147,7 @@ def test_a_model_that_no_family_can_hold_is_refused_with_reasons(tmp_path: Path)
         ({"router": {"scale": 2.0}}, "scale=2.0"),
         ({"groups": {"all": {"num_identity": 1}}}, "num_identity=1"),
         ({"groups": {"more": {"num_experts": 1, "top_k": 1, "ffn_dim": 4}}}, ""),
+        ({"router": {"selection_bias": True}, "groups": {"all": {"num_null": 8}}}, "copies change the choices"),
     ],
 )
 def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:

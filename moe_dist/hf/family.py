@@ -1,0 +1,149 @@
+"""What a Hugging Face model family consists of. A family is a file with one `ModelFamily`, and one line in `families`.
+
+The parts of a family read the fields of its config.json as values of the section `model`, write them, and tell whether they
+can say the values of a section.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moe_dist.config.model_schema import ModelSection, MoESection
+from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.routers.top_k import TopKRouterSection
+from moe_dist.hf.attention_fields import Windows
+from moe_dist.hf.fields import Choices, Fields
+
+NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
+SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
+
+
+class RouterFields(Protocol):
+    """The fields of the router."""
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        """Returns the values of `model.moe.router`."""
+        ...
+
+    def write(self, router: RouterSection) -> dict[str, Any]: ...
+
+    def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
+        """Returns whether the family can say a setting, by key and value. An unknown kind of router is one setting."""
+        ...
+
+
+class LayerFields(Protocol):
+    """The fields that say which layers have experts."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the fields; empty if all layers have experts, and the family has no dense layers."""
+        ...
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        """Returns the indices of the layers with experts."""
+        ...
+
+    def write(self, section: ModelSection) -> dict[str, Any]: ...
+
+    def fit(self, section: ModelSection) -> bool: ...
+
+
+def setting(name: str, value: object) -> str:
+    """Returns a setting as a configuration file has it."""
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+@dataclass(frozen=True)
+class SoftmaxRouter:
+    """The top k of one softmax, plus the selection bias if there is one (`router.kind=top_k`)."""
+
+    normalise: Choices  # fields by value of `router.normalise`; the first is the default
+    selection_bias: bool = False
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        return {"kind": "top_k", "normalise": read.choice(self.normalise), "selection_bias": self.selection_bias}
+
+    def write(self, router: RouterSection) -> dict[str, Any]:
+        assert isinstance(router, TopKRouterSection)
+        return dict(self.normalise.get(router.normalise, {}))
+
+    def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
+        if not isinstance(router, TopKRouterSection):
+            return {setting("router.kind", router.kind): False}
+        return {
+            setting("router.normalise", router.normalise): router.normalise in self.normalise or num_experts == 1,
+            setting("router.selection_bias", router.selection_bias): router.selection_bias == self.selection_bias,
+            setting("router.scale", router.scale): router.scale == 1.0,
+        }
+
+
+@dataclass(frozen=True)
+class AllLayers:
+    """Every layer has experts."""
+
+    names: Sequence[str] = ()
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        return list(range(num_layers))
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        return {}
+
+    def fit(self, section: ModelSection) -> bool:
+        return len(section.moe_layers) == section.num_layers
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The shared expert of each MoE layer."""
+
+    field: str  # name of the field with its width
+    module: str  # name of its module
+    gated: bool = False  # a sigmoid gate multiplies its output
+    counted: bool = False  # the field says how many times as wide it is as a routed expert
+    least: int = 1  # smallest value of the field
+
+    def read(self, read: Fields, ffn_dim: int) -> dict[str, Any]:
+        """Returns the values of `model.moe`."""
+        width = read.count(self.field, least=self.least) * (ffn_dim if self.counted else 1)
+        return {"shared_ffn_dim": width, "shared_gate": self.gated and width > 0}
+
+    def write(self, moe: MoESection, ffn_dim: int) -> dict[str, Any]:
+        return {self.field: moe.shared_ffn_dim // (ffn_dim if self.counted else 1)}
+
+    def fits(self, moe: MoESection, ffn_dim: int) -> bool:
+        count, rest = divmod(moe.shared_ffn_dim, ffn_dim if self.counted else 1)
+        return rest == 0 and count >= self.least and moe.shared_gate == (self.gated and count > 0)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One family (`model_type`) of Hugging Face models."""
+
+    name: str  # `model_type`
+    architecture: str  # the class with which transformers loads the model
+    router: RouterFields
+    experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
+    ffn: str  # name of the field with the FFN width of an expert
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices of a token
+    qk_norm: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.qk_norm`
+    biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
+    layers: LayerFields = AllLayers()
+    shared: SharedExpert | None = None
+    head_dim: bool = True  # config.json has the field head_dim
+    null_head_dim: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
+    kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null
+    rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
+    rope_share: float | None = None  # partial_rotary_factor if it is absent; None: rotary positions turn whole heads
+    rope_pairs: str = "halves"  # value of `model.rope_pairs`
+    windows: Windows = "none"  # how config.json says sliding windows
+    tied: bool = False  # tie_word_embeddings if it is absent
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
+    # Names of tensors of a layer. An export writes the first of several. `part` is gate, up or down; `old` is w1, w3 or w2.
+    gates: tuple[str, ...] = ("mlp.gate.weight",)
+    expert: str = "mlp.experts.{expert}.{part}_proj.weight"
+    selection_bias: tuple[str, ...] = ()
+    selection_bias_dims: int = 1  # number of its dimensions; all but the last have one entry
+    # From the fields and the names of all tensors: the beginnings of names of multi-token prediction, which is left out.
+    multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
