@@ -245,7 +245,7 @@ def config_of(layout: Layout) -> Config:
 
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     """Sequences [first, first + count) of one micro-batch. Sequence 0 is all padding, 1 all text, 2 all image, the rest are
-    mixed; with 8 ranks that is a rank without a token, and ranks of one modality.
+    mixed; with 8 ranks that is a rank without a token, and ranks of one modality. A third of the tokens belong to prompts.
 
     No token stands twice in it. Where tokens compete (expert choice, depths), two of one id may have equal scores in exact
     arithmetic, at the start of documents and in layers of depths, and rounding would choose between them: in each layout in
@@ -261,7 +261,9 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
         own = slice(sequence * SEQ_LEN, (sequence + 1) * SEQ_LEN)
         tokens = np.where(rng.random(SEQ_LEN) < {1: 1.0, 2: 0.0}.get(sequence, 0.7), text[own], image[own])
         pieces = [] if sequence == 0 else [tokens[:cut], tokens[cut : SEQ_LEN - 1]]
-        rows.append([Segment(piece, np.zeros(len(piece), bool), len(piece)) for piece in pieces])
+        prompts = [rng.random(len(piece)) < 0.3 for piece in pieces]
+        marked = zip(pieces, prompts, strict=True)
+        rows.append([Segment(piece, np.zeros(len(piece), bool), len(piece), prompt) for piece, prompt in marked])
     return maker.make(rows)
 
 
