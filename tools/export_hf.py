@@ -22,6 +22,7 @@ def main(
         str | None, typer.Option(help="model_type to write; by default that of the import, else one that fits.")
     ] = None,
     like: Annotated[Path | None, typer.Option(help="Folder with the config.json and tokenizer to copy.")] = None,
+    adapters: Annotated[bool, typer.Option("--adapters", help="Write the adapters alone, in PEFT's form.")] = False,
     shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a file of weights, in MB.")] = 2000,
 ) -> None:
     """Export a checkpoint, and verify its weights by their fingerprints."""
@@ -30,6 +31,15 @@ def main(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype={dtype}: must be {', '.join(DTYPES)}")
+    if adapters:
+        from moe_dist.hf.adapters import export_adapters
+
+        unused = {"--dtype": dtype, "--family": family}
+        if given := [option for option, value in unused.items() if value is not None]:
+            raise ConfigError(f"{', '.join(given)}: does not apply with --adapters; leave it out")
+        print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
+        print(f"{out} is made")
+        return
     with shown_progress() as report:
         done = export_model(
             checkpoint,

@@ -16,20 +16,33 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
 
-DEFAULT_OUT = Path(".cache/data/openmoji")
+DEFAULT_OUT = Path(".cache/data")
 
 
 @reports_errors("prepare_data")
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to make; a finished one is kept as it is.")] = DEFAULT_OUT,
-    text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' in each line.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to make; a finished one is kept. Default: openmoji or messages in .cache/data."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Your texts: a folder, or a JSONL, parquet or datasets folder with 'text' in each row."),
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(help="Your conversations: a JSONL, parquet or datasets folder with 'messages' in each row."),
+    ] = None,
     images: Annotated[str | None, typer.Option(help="Your PNG and JPEG files; x.txt is the caption of x.png.")] = None,
     extra_text: Annotated[list[str], typer.Option(help="NAME=PATH: a further text source; may be repeated.")] = [],  # noqa: B006
     instructions: Annotated[
         list[str], typer.Option(help="NAME=FILE.jsonl: prompts, and answers to learn; may be repeated.")
     ] = [],  # noqa: B006
     licence: Annotated[str, typer.Option(help="Licence of your own contents, for the manifest.")] = "not stated",
-    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer.json instead of fitting one.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A Hugging Face folder, or a tokenizer.json of prepare-data, instead of fitting one.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="File with the chat template for --messages.")] = None,
     codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy instead of fitting one.")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = Recipe.vocab_size,
     codes: Annotated[int, typer.Option(min=1, max=65536, help="Number of codes of the image codebook.")] = Recipe.codes,
@@ -51,6 +64,7 @@ def main(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
+    out = out or DEFAULT_OUT / ("openmoji" if messages is None else "messages")
     varied = _listed(vary)
     if unknown := [each for each in varied if each not in VARIATIONS]:
         raise ConfigError(f"--vary {unknown[0]}: renders differ in some of {','.join(VARIATIONS)}")
@@ -60,6 +74,7 @@ def main(
         extra_text=dict(_named("--extra-text", entry) for entry in extra_text),
         licence=licence,
         instructions=dict(_named("--instructions", entry) for entry in instructions),
+        messages=messages,
         languages=_listed(languages),
     )
     recipe = Recipe(
@@ -70,6 +85,7 @@ def main(
         vocab_size=vocab_size,
         codes=codes,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         codebook=codebook,
         hold_out=hold_out,
         vary=tuple(each for each in VARIATIONS if each in varied),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index, StateFile
-from moe_dist.placement.roles import EXPERT_NAME, ROUTERS, Role, role_of_name
+from moe_dist.placement.roles import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
@@ -72,10 +72,10 @@ def placement_lines(state: StateFile) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    if match := EXPERT_NAME.fullmatch(name):
-        return f"experts of {match['group']}"
     role = role_of_name(name)
-    return "routers" if role in ROUTERS else "adapters" if role is Role.ADAPTER else "dense"
+    if role not in ADAPTERS and (match := EXPERT_NAME.fullmatch(name)):
+        return f"experts of {match['group']}"
+    return "routers" if role in ROUTERS else "adapters" if role in ADAPTERS else "dense"
 
 
 def _family(kind: str, entries: Mapping[str, Entry]) -> Family:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from moe_dist.optim.optimizer import MOMENTS, is_empty_here, materialise_moments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import Role, logical_name, named_parameters
+from moe_dist.placement.roles import EXPERTS, logical_name, named_parameters
 
 OPTIMIZER_PREFIX = "optimizer."
 Part = Literal["all", "trained", "frozen"]
@@ -147,7 +147,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _expert_stacks(model: nn.Module) -> set[str]:
     """Returns the names of parameters that are stacks of experts [e, ...]; a checkpoint has a tensor per expert instead."""
-    return {each.name for each in named_parameters(model) if each.role is Role.EXPERT}
+    return {each.name for each in named_parameters(model) if each.role in EXPERTS}
 
 
 def _logical(

@@ -242,8 +242,9 @@ class ModelSection(Section):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether there are adapters on a frozen base: LoRA experts, or LoRA on the attention."""
-        return self.moe.experts.over_frozen_ffn or self.attention_lora is not None
+        """Whether there are adapters on a frozen base: LoRA experts, or LoRA on experts or attention."""
+        experts = self.moe.experts
+        return experts.over_frozen_ffn or experts.adapts_ffns or self.attention_lora is not None
 
     @property
     def largest_dropout(self) -> float:

@@ -77,7 +77,9 @@ class Recipe:
     val_fraction: float = 0.1  # held-out share of the pictures, and of each text source's characters
     vocab_size: int = 4096  # number of tokens of the BPE, special tokens included
     codes: int = 512  # entries of the codebook
-    tokenizer: str | None = None  # path of a tokenizer.json to use; None fits a tokenizer
+    # path of a tokenizer.json of `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
+    tokenizer: str | None = None
+    chat_template: str | None = None  # path of a chat template to use; None takes the one of the Hugging Face folder
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ

@@ -3,7 +3,7 @@
 Tokenizer and codebook are fitted on the training side only, because held-out data must not influence them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,29 +232,47 @@ class _Writer:
         return manifest, self._figures
 
     def _write(self, source: str, side: str, documents: list[Document], *, with_filler: bool) -> SplitSection | None:
-        if not documents:
-            return None
-        path, filler = f"{source}_{side}", f"{source}_{side}_filler.npy" if with_filler else None
-        prefix = self._folder / path
-        write_indexed(prefix, (document.tokens for document in documents), vocab_size=self._text_vocab + self._codes)
-        if filler:
-            np.save(self._folder / filler, np.packbits(np.concatenate([document.filler for document in documents])))
-        prompts = [document.prompt for document in documents if document.prompt is not None]
-        prompt = f"{path}_prompt.npy" if prompts else None
-        if prompt:
-            np.save(self._folder / prompt, np.packbits(np.concatenate(prompts)))
-        return SplitSection(
-            path=path,
-            documents=len(documents),
-            tokens=sum(len(document.tokens) for document in documents),
-            tokens_by_modality=count_by_modality(prefix, self._modalities()),
-            filler=filler,
-            prompt=prompt,
-        )
+        path, modalities = f"{source}_{side}", self._modalities()
+        return write_split(self._folder, path, documents, modalities=modalities, with_filler=with_filler)
 
     def _modalities(self) -> dict[str, tuple[tuple[int, int], ...]]:
         text = {"text": ((0, self._text_vocab),)}
         return text | ({"image": ((self._text_vocab, self._text_vocab + self._codes),)} if self._codes else {})
+
+
+def write_split(
+    folder: Path,
+    path: str,
+    documents: Sequence[Document],
+    *,
+    modalities: Mapping[str, tuple[tuple[int, int], ...]],
+    with_filler: bool,
+) -> SplitSection | None:
+    """Writes <folder>/<path>.bin and .idx, and its files of filler and prompt bits; returns its section of the manifest, or
+    None if there is no document.
+
+    Args:
+        modalities: Id ranges of each modality, as in the manifest.
+    """
+    if not documents:
+        return None
+    prefix, vocab_size = folder / path, max(end for ranges in modalities.values() for _, end in ranges)
+    write_indexed(prefix, (document.tokens for document in documents), vocab_size=vocab_size)
+    filler = f"{path}_filler.npy" if with_filler else None
+    if filler:
+        np.save(folder / filler, np.packbits(np.concatenate([document.filler for document in documents])))
+    prompts = [document.prompt for document in documents if document.prompt is not None]
+    prompt = f"{path}_prompt.npy" if prompts else None
+    if prompt:
+        np.save(folder / prompt, np.packbits(np.concatenate(prompts)))
+    return SplitSection(
+        path=path,
+        documents=len(documents),
+        tokens=sum(len(document.tokens) for document in documents),
+        tokens_by_modality=count_by_modality(prefix, modalities),
+        filler=filler,
+        prompt=prompt,
+    )
 
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:

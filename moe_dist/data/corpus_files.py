@@ -1,11 +1,11 @@
 """Sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_dist.data.corpus import Instruction, Picture, Source, Text, content_family
+from moe_dist.data.tables import holds_table, objects, table_rows
 from moe_dist.errors import ConfigError, DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -13,7 +13,8 @@ INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str) -> Source[Text]:
-    """Texts from a JSONL file (each line an object with a "text"), or from all UTF-8 files under a folder.
+    """Texts from a JSONL file or a table of `table_rows` (each row an object with a "text"), or from all UTF-8 files under
+    a folder.
 
     Other files, names that begin with a dot, and captions (a .txt beside a picture of the same name) are skipped. Each file
     or line is a document; equal documents are one family.
@@ -22,8 +23,8 @@ def text_files(name: str, path: Path, licence: str) -> Source[Text]:
         ConfigError: `path` does not exist or holds no text.
         DataError: a line of the JSONL has no "text".
     """
-    if path.is_file():
-        found = list(_json_lines(path))
+    if path.exists() and (path.is_file() or holds_table(path)):
+        found = list(_text_rows(path))
     elif path.is_dir():
         found = [(str(file.relative_to(path)), _utf8(file)) for file in _visible(path) if not _is_caption(file)]
     else:
@@ -65,7 +66,7 @@ def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction
     """
     if not path.is_file():
         raise ConfigError(f"--instructions {name}={path}: no such file; it takes a JSONL file (docs/data.md)")
-    found = [_instruction(path, number, line) for number, line in _objects(path)]
+    found = [_instruction(path, number, line) for number, line in objects(path)]
     if not found:
         raise ConfigError(f"--instructions {name}={path}: holds no line")
     sides = {each.side for each in found}
@@ -97,21 +98,6 @@ def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
     return Instruction(family, line["prompt"], line["answer"], image, side)
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers."""
-    with path.open(encoding="utf-8") as stream:
-        for number, text in enumerate(stream, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: is not JSON ({error})") from error
-            if not isinstance(line, dict):
-                raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
-            yield number, line
-
-
 def _visible(folder: Path) -> list[Path]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
@@ -128,10 +114,10 @@ def _utf8(path: Path) -> str:
         return ""
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in _objects(path):
-        if "text" not in line:
-            raise DataError(f'{path}, line {number}: needs an object like {{"text": "..."}}')
-        if not isinstance(line["text"], str):
-            raise DataError(f'{path}, line {number}: "text" is {type(line["text"]).__name__}, not a string')
-        yield str(number), line["text"]
+def _text_rows(path: Path) -> Iterator[tuple[str, str]]:
+    for where, row in table_rows("text", path):
+        if "text" not in row:
+            raise DataError(f'{where}: needs an object like {{"text": "..."}}')
+        if not isinstance(row["text"], str):
+            raise DataError(f'{where}: "text" is {type(row["text"]).__name__}, not a string')
+        yield where.rpartition(" ")[2], row["text"]

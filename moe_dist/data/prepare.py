@@ -32,6 +32,7 @@ class Inputs:
     extra_text: Mapping[str, str] = field(default_factory=dict)  # more text sources by name, each a folder or JSONL
     licence: str = "not stated"  # licence of the user's own texts, pictures and instructions
     instructions: Mapping[str, str] = field(default_factory=dict)  # sources of instructions by name, each a JSONL file
+    messages: str | None = None  # JSONL, parquet file or datasets folder of conversations
     languages: tuple[str, ...] = ()  # languages of the captions of the default corpus; empty for all
 
 
@@ -59,10 +60,9 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     with held:
         if done := _finished(out, asked):
             return done, False
-        from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder does not need it
-
+        build = _build_chat if recipe.tokenizer and Path(recipe.tokenizer).is_dir() else _build
         with renamed_when_complete(out) as folder:
-            manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
+            manifest, figures = build(folder, out.name, inputs, recipe, report)
             (folder / RECIPE_FILE).write_text(json.dumps({**asked, "figures": figures}, indent=1) + "\n")
     return manifest, True
 
@@ -117,6 +117,49 @@ def renamed_when_complete(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _build(folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, dict[str, float]]:
+    from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder does not need it
+
+    for option, value in (("--messages", inputs.messages), ("--chat-template", recipe.chat_template)):
+        if value is not None:
+            raise ConfigError(
+                f"{option} {value}: needs --tokenizer FOLDER, the Hugging Face folder of the model to train; "
+                f"it is {recipe.tokenizer or 'not given'}"
+            )
+    return build(folder, name, _sources(inputs), recipe, report)
+
+
+def _build_chat(
+    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report
+) -> tuple[Manifest, dict[str, float]]:
+    from moe_dist.data.chat_build import build_chat
+
+    tokenizer = Path(recipe.tokenizer or "")
+    texts = {**({} if inputs.text is None else {"text": inputs.text}), **inputs.extra_text}
+    used = Inputs(text=inputs.text, extra_text=inputs.extra_text, licence=inputs.licence, messages=inputs.messages)
+    kept = {key: getattr(recipe, key) for key in ("seed", "val_fraction", "tokenizer", "chat_template")}
+    asked, known = _as_json(inputs, recipe), _as_json(used, Recipe(**kept))
+    unused = [f"--{key.replace('_', '-')}" for part in asked for key in asked[part] if asked[part][key] != known[part][key]]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)}: does not apply with --tokenizer {tokenizer}, a Hugging Face folder, which encodes only "
+            "--messages, --text and --extra-text; leave it out"
+        )
+    if inputs.messages is None and not texts:
+        raise ConfigError(f"--tokenizer {tokenizer}: there is nothing to encode; add --messages or --text")
+    _check_names(inputs)
+    return build_chat(
+        folder,
+        name,
+        messages=inputs.messages,
+        texts=texts,
+        licence=inputs.licence,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        report=report,
+    )
+
+
 def _sources(inputs: Inputs) -> Corpus:
     """Reads the sources of the data set. Imports only the modules that these inputs need."""
     from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
@@ -145,7 +188,7 @@ def _sources(inputs: Inputs) -> Corpus:
 
 
 def _check_names(inputs: Inputs) -> None:
-    taken = {"text", "images", "openmoji", "python"}
+    taken = {"text", "images", "openmoji", "python", "messages"}
     for option, name in (
         *(("--extra-text", name) for name in inputs.extra_text),
         *(("--instructions", name) for name in inputs.instructions),

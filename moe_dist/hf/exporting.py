@@ -90,8 +90,8 @@ def export_model(
     if merged := BASE in contents.state.values:
         contents, read = _merged(contents)
     else:
-        read = _reader(contents)
-    config = _config(contents)
+        read = tensor_reader(contents)
+    config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
     dtypes = {} if merged else dtypes  # no dtypes of an import, because a merged matrix needs more bits than its base
     section = _plain_section(config.model, read)
@@ -100,7 +100,7 @@ def export_model(
     like = like or _like(contents.folder, config)
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
     fields = _fields(section, chosen, like, list(wanted.values()))
-    with _made(out) as folder:
+    with new_folder(out) as folder:
         num_shards = _write(folder, read, found, wanted, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
         for name in COMPANIONS if like else ():
@@ -117,13 +117,14 @@ def _merged(adapters: Contents) -> tuple[Contents, Read]:
         ConfigError: the adapters cannot be merged.
         DataError: the base is missing or damaged, or is not the base on which the adapters were trained.
     """
-    model = _config(adapters).model
+    model = checked_config(adapters).model
     check_mergeable(model)
     base = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
-    return base, merged_reader(_reader(base), _reader(adapters), base.index, adapters.index, model)
+    return base, merged_reader(tensor_reader(base), tensor_reader(adapters), base.index, adapters.index, model)
 
 
-def _config(contents: Contents) -> Config:
+def checked_config(contents: Contents) -> Config:
+    """Returns the configuration of a checkpoint. Raises DataError if this version cannot read it."""
     saved = contents.state.values.get("config")
     try:
         return Config.model_validate_json(json.dumps(saved))
@@ -279,7 +280,7 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
     }
 
 
-def _reader(contents: Contents) -> Read:
+def tensor_reader(contents: Contents) -> Read:
     """Makes a function that reads a whole logical tensor of a checkpoint and compares it with its fingerprint.
 
     The function raises DataError if the tensor is missing or damaged.
@@ -330,7 +331,7 @@ def _write(
 
 
 @contextmanager
-def _made(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Makes a temporary folder beside `out`. At the end of the `with` block syncs the folder and renames it to `out`; after
     an error removes it."""
     folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"

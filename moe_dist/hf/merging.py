@@ -1,6 +1,7 @@
 """Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
 
-All tokens must use the same adapters with the same weights. In attention they do. In an FFN this requires
+All tokens must use the same adapters with the same weights. In attention and on the experts of an MoE base they do. With
+LoRA experts on an FFN this requires
 
 - one expert group, because tokens of another group use other adapters,
 - no null experts, because a token that chooses a null expert uses the FFN without an adapter, and
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, base_names
 from moe_dist.checkpoint.index import Index
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.experts.lora import LoRAExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
+from moe_dist.placement.roles import EXPERT_NAME
 
 Read = Callable[[str], Tensor]
 
 _ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[qkvo])\.weight")
+_TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # adapter of a matrix of an FFN expert
 _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
@@ -67,7 +71,10 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
         whole = base(name)
         for a, b, scale in _pairs(name, ffn_names, model):
             if a in adapter_index.tensors:
-                whole = whole + scale * _product(adapters(b), adapters(a)).to(whole.dtype)
+                rows = adapters(b)
+                if len(rows) == 2 * len(whole):  # of gate and up together
+                    rows = rows.chunk(2)[name.endswith(".up")]
+                whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
         return whole
 
     return read
@@ -78,6 +85,10 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
+    if (match := EXPERT_NAME.fullmatch(name)) and isinstance(experts := model.moe.experts, AdaptedFFNExpertsSection):
+        target, stem = _TARGETS[match["tensor"]], f"{match['layer']}.moe.experts.{match['group']}"
+        prefix = f"{stem}.adapters.{target}." if experts.shared else f"{stem}.{match['expert']}.{target}_"
+        return [(f"{prefix}a", f"{prefix}b", experts.alpha / experts.rank)]
     match, experts = _FFN.fullmatch(ffn_names.get(name, "")), model.moe.experts
     if match is None or not isinstance(experts, LoRAExpertsSection):
         return []

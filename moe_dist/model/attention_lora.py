@@ -5,30 +5,13 @@ Shape letters: I inputs and O outputs of a projection, r rank.
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.draws import dropped
-from moe_dist.moe.lora import adapter_draw
+from moe_dist.moe.lora import Adapter, adapter_draw
 from moe_dist.moe.routing import GlobalBatchInfo
-from moe_dist.placement.roles import Role
 
 PROJECTIONS = ("q", "k", "v", "o")
-
-
-class Adapter(nn.Module):
-    """The adapter of one projection: computes B A x, with A as `a` [r, I] and B as `b` [O, r]."""
-
-    role = Role.ADAPTER
-
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, inputs))
-        self.b = nn.Parameter(torch.empty(outputs, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
 class AttentionLoRA(nn.Module):

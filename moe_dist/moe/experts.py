@@ -54,16 +54,24 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
     """Computes all experts by three grouped matrix products. Call it only if `why_not_grouped` returns None."""
     if not sum(counts):
         return loop_swiglu(x_QD, gate, up, down, counts)  # without rows no kernel is called
-    x_QD = x_QD[: sum(counts)]
-    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)  # does not sync
+    x_QD, product = x_QD[: sum(counts)], grouped_product(counts, x_QD.device)
+    return product(F.silu(product(x_QD, gate)) * product(x_QD, up), down)
+
+
+def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O] that multiplies each expert's rows with the expert's
+    matrix, by one grouped product. There must be a row."""
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(device, non_blocking=True)  # does not sync
     empty = [expert for expert, count in enumerate(counts) if not count]
-    if empty:
-        gate, up, down = (_zero_gradient_of(weight, empty) for weight in (gate, up, down))
-    hidden_QF = F.silu(_product(x_QD, gate, offsets)) * _product(x_QD, up, offsets)
-    y_QD = _product(hidden_QF, down, offsets)
-    if y_QD.requires_grad:
-        y_QD.register_hook(Tensor.contiguous)  # grouped_mm refuses gradients of stride 0, which `expand` makes
-    return y_QD
+
+    def product(x_QI: Tensor, weight_eOI: Tensor) -> Tensor:
+        weight_eOI = _zero_gradient_of(weight_eOI, empty) if empty else weight_eOI
+        y_QO = F.grouped_mm(x_QI, weight_eOI.transpose(-2, -1), offs=offsets)
+        if y_QO.requires_grad:
+            y_QO.register_hook(Tensor.contiguous)  # grouped_mm refuses gradients of stride 0, which `expand` makes
+        return y_QO
+
+    return product
 
 
 def choose_gemm(
@@ -101,10 +109,6 @@ def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[i
         step = ALIGNMENT // dtype.itemsize
         return f"hidden_dim and ffn_dim must be multiples of {step} in {dtype}, not {', '.join(map(str, odd))}"
     return None
-
-
-def _product(x_QI: Tensor, weight_eOI: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(x_QI, weight_eOI.transpose(-2, -1), offs=offsets)
 
 
 def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
@@ -191,6 +195,7 @@ class Experts(nn.Module):
         pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
             chunks, which backward recomputes, so that unbalanced routing costs time but no memory.
         gemm: See `choose_gemm`.
+        stack: Makes the stack of a group, with the arguments of `ExpertStack`.
     """
 
     def __init__(
@@ -201,12 +206,13 @@ class Experts(nn.Module):
         *,
         pair_budget: int | None = None,
         gemm: ExpertGemm = "loop",
+        stack: Callable[..., ExpertStack] = ExpertStack,
     ) -> None:
         super().__init__()
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.pair_budget = pair_budget
         for group, count in zip(groups, num_local, strict=True):
-            self.add_module(group_module(group.name), ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
+            self.add_module(group_module(group.name), stack(hidden_dim, group.ffn_dim, count, gemm=gemm))
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in

@@ -70,6 +70,20 @@ def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
     return safe_N / safe_N.detach()
 
 
+class Adapter(nn.Module):
+    """The adapter of one projection: computes B A x, with A as `a` [r, I] and B as `b` [O, r]."""
+
+    role = Role.ADAPTER
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.empty(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
 class LoRAStack(nn.Module):
     """The LoRA experts of one group: per target projection A [n, r, I] as `<target>_a` and B [n, O, r] as `<target>_b`."""
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_dist.model.transformer import Transformer
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import NamedParameter, Role, named_parameters
+from moe_dist.placement.roles import ADAPTERS, EXPERTS, NamedParameter, Role, named_parameters
 
 
 def initialise(
@@ -58,11 +58,11 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    if named.role is Role.ADAPTER:
+    if named.role in ADAPTERS:
         if name.endswith("b"):  # B = 0: outputs start equal to the base model's
             return torch.zeros(shape)
         scale = (3 * shape[-1]) ** -0.5
-    if named.role is Role.EXPERT:
+    if named.role in EXPERTS:
         names = logical_expert_names(name, placement, ep_rank)
         experts = [normal_tensor(each, shape[1:], seed=seed, std=scale) for each in names]
         return torch.stack(experts) if experts else torch.empty(shape)

@@ -27,9 +27,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.moe.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
+from moe_dist.placement.roles import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
 
-_NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # `reduce_gradients` sums the gradients of these roles
+_NOT_IN_DDP = ROUTERS | EXPERTS  # `reduce_gradients` sums the gradients of these roles
 
 
 class ParallelModel:
@@ -66,7 +66,7 @@ class ParallelModel:
         it."""
         if isinstance(named.parameter, DTensor):
             return 1
-        return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
+        return self.mesh.edp_size if named.role in EXPERTS else self.mesh.world_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -110,7 +110,7 @@ class ParallelModel:
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
-            experts = [info.parameter for info in self.parameters if info.role is Role.EXPERT]
+            experts = [info.parameter for info in self.parameters if info.role in EXPERTS]
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
             sum_gradients(experts, self.mesh.edp, flat=False, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
@@ -163,7 +163,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     Raises:
         ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
     """
-    experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
+    experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:
         return None
     try:  # here, so that an older torch can import this file

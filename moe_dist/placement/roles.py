@@ -1,8 +1,9 @@
 """Determines the role and the logical name of each parameter. Checkpoints store parameters by logical names, and initial
 values are drawn from logical names.
 
-A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. The
-role is not an attribute of parameters, because FSDP2 and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. A dict
+`roles` of a module sets the roles of some of its own parameters. The role is not an attribute of parameters, because FSDP2
+and `Module.to_empty` replace parameters.
 
 This file imports no torch, so that commands without torch can describe checkpoints.
 """
@@ -29,13 +30,18 @@ class Role(Enum):
     DEPTH_ROUTER = "depth_router"
     AUXILIARY_ROUTER = "auxiliary_router"
     ADAPTER = "adapter"
+    EXPERT_ADAPTER = "expert_adapter"  # on one expert, and stacked and placed like the experts
 
 
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
+EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...], on the ranks of their experts
+ADAPTERS = frozenset({Role.ADAPTER, Role.EXPERT_ADAPTER})
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute name contains a colon
 _ROLES_OF_NAMES = (  # special names first, because the first match counts
+    (re.compile(r"layers\.\d+\.moe\.experts\.[^.]+\.adapters\..+"), Role.ADAPTER),
+    (re.compile(r"layers\.\d+\.moe\.experts\..+_[ab]"), Role.EXPERT_ADAPTER),
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),
@@ -87,6 +93,7 @@ def named_parameters(model: "nn.Module") -> Iterator[NamedParameter]:
 
 def _add_roles(module: "nn.Module", prefix: str, inherited: Role, roles: dict[str, Role]) -> None:
     role = getattr(module, "role", inherited)
-    roles.update((prefix + name, role) for name, _ in module.named_parameters(recurse=False))
+    own = getattr(module, "roles", {})
+    roles.update((prefix + name, own.get(name, role)) for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
         _add_roles(child, f"{prefix}{name}.", role, roles)

@@ -35,6 +35,15 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
     )
 
 
+def expert_adapters(model: ModelSection, held: Mapping[str, float]) -> float:
+    """Returns the number of parameters of the adapters on the experts of one layer, of `held` experts of each group."""
+    dim, section = model.hidden_dim, model.moe.experts
+    if not section.adapts_ffns:
+        return 0
+    widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
+    return sum(adapter_parameters(section, each) * (1 if section.shared else held[name]) for name, each in widths.items())
+
+
 def ffn_dim_for_all(model: ModelSection) -> int:
     """Returns the width of the FFN that computes all tokens of an MoE layer: the shared expert, or the FFN under LoRA
     experts."""
@@ -112,7 +121,8 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
         dense_ffn=model.num_dense_layers * 3 * dim * (model.dense_ffn_dim or 0),
         norms=dim * (2 * model.num_layers + 1),
         output=0 if model.tie_embeddings else model.vocab_size * dim,
-        adapters=model.num_layers * adapter_parameters(model.attention_lora, widths) + (experts if lora else 0),
+        adapters=model.num_layers * adapter_parameters(model.attention_lora, widths)
+        + (experts if lora else num_moe_layers * expert_adapters(model, held)),
     )
 
 
@@ -178,7 +188,8 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
     """Returns forward FLOPs per token of products with frozen weights, which get no weight gradient; 0 without adapters."""
     if not model.has_adapters:
         return 0.0
-    return forward.total - forward.adapters - forward.router - model.num_layers * _score_flops(model, seq_len)
+    router = 0 if model.moe.experts.adapts_ffns else forward.router
+    return forward.total - forward.adapters - router - model.num_layers * _score_flops(model, seq_len)
 
 
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:

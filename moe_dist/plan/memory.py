@@ -25,6 +25,7 @@ layer. If only routers are trained, autograd keeps no inputs of frozen weights, 
 RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held = held_parameters(config, placement, rank=rank)
-    trained = trained_parameters(config) if config.model.has_adapters or config.router_tuning else held
+    partly = config.model.has_adapters or config.router_tuning
+    trained = trained_parameters(config, _local(placement, rank)) if partly else held
     exchange_rows = 2 * (parallel.ep - 1) * tokens
     if parallel.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (parallel.ep - 1) * tokens + parallel.max_receive_rows)
@@ -91,11 +93,15 @@ def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) ->
     return parts.router + (dense / (parallel.ep * parallel.edp) + parts.experts / parallel.edp)
 
 
-def trained_parameters(config: Config) -> float:
-    """Returns the number of trained parameters on a rank if a run trains only adapters and routers, or some routers."""
+def trained_parameters(config: Config, experts_held: Mapping[str, float]) -> float:
+    """Returns the number of trained parameters on a rank if a run trains only adapters and routers, or some routers. The
+    rank holds `experts_held` experts of each group, and their adapters."""
     if config.router_tuning is not None:
         return tuned_parameters(config)
-    parts, parallel = parameters(config.model), config.parallel
+    on_experts, parallel = config.model.moe.experts.adapts_ffns, config.parallel
+    parts = parameters(config.model, experts_held=experts_held if on_experts else None)
+    if on_experts:
+        return parts.adapters / (parallel.edp if parallel.data == "fsdp2" else 1)
     return parts.router + parts.adapters / (parallel.ep * parallel.edp if parallel.data == "fsdp2" else 1)
 
 
@@ -110,7 +116,8 @@ def checkpoint_bytes(config: Config) -> float:
     parts = parameters(config.model)
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
-    return (parts.adapters + parts.router if config.model.has_adapters else parts.total) * CHECKPOINT_BYTES
+    router = 0 if config.model.moe.experts.adapts_ffns else parts.router
+    return (parts.adapters + router if config.model.has_adapters else parts.total) * CHECKPOINT_BYTES
 
 
 def folder_bytes(config: Config) -> int:

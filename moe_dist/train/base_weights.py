@@ -22,7 +22,7 @@ from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import Role, role_of_name
+from moe_dist.placement.roles import ADAPTERS, Role, role_of_name
 
 # Keys of `model` that must equal the base's, so that the function is the same. `base_sources` compares the shapes.
 _FUNCTION = (
@@ -108,7 +108,8 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
         if getattr(model, name) != getattr(there, name)
     ]
     if not model.moe.experts.over_frozen_ffn:
-        here, base = (each.moe.model_dump(mode="json", exclude={"capacity", "balance"}) for each in (model, there))
+        own = {"capacity", "balance", *(["experts"] if model.moe.experts.adapts_ffns else [])}
+        here, base = (each.moe.model_dump(mode="json", exclude=own) for each in (model, there))
         return [*problems, *(f"model.moe.{key}={value!r}, the base's is {base[key]!r}" for key, value in here.items()
                            if value != base[key])]  # fmt: skip
     return [*problems, *_not_dense(there)]
@@ -136,4 +137,4 @@ def _not_dense(base: ModelSection) -> list[str]:
 def _of_base(name: str, model: ModelSection) -> bool:
     """Returns True if a parameter is loaded from the base. Only adapters, and the routers of LoRA experts, are not."""
     role = role_of_name(name)
-    return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)
+    return role not in ADAPTERS and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

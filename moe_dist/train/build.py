@@ -28,7 +28,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import ROUTERS, Role
+from moe_dist.placement.roles import ADAPTERS, ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
@@ -42,7 +42,7 @@ from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
 
-TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | {Role.ADAPTER}}
+TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | ADAPTERS}
 ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
     "linear": LinearScaling,
     "dynamic": DynamicScaling,
@@ -118,7 +118,8 @@ def freeze(model: Transformer, config: Config) -> None:
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
-        freeze_all_but(model, TRAINED_ROLES[config.train.only])
+        frozen = ROUTERS if config.model.moe.experts.adapts_ffns else frozenset()
+        freeze_all_but(model, TRAINED_ROLES[config.train.only] - frozen)
 
 
 def saved_part(config: Config) -> Part:

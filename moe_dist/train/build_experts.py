@@ -8,6 +8,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
+from moe_dist.moe.adapted_experts import AdaptedExperts
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
@@ -98,6 +99,7 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
 
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
     "ffn": ffn_layers,
+    "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
     "lora": lora_layers,
 }
 

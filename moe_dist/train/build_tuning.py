@@ -12,7 +12,7 @@ from moe_dist.config.schema import Config
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.placement.roles import Role
+from moe_dist.placement.roles import EXPERTS
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader
@@ -85,7 +85,7 @@ def savings(parallel: ParallelModel) -> Savings:
     for info in parallel.parameters:
         parameter, itemsize = info.parameter, info.parameter.element_size()
         here = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
-        shared = parallel.mesh.edp_size if info.role is Role.EXPERT else parallel.mesh.world_size
+        shared = parallel.mesh.edp_size if info.role in EXPERTS else parallel.mesh.world_size
         counts = (here, len(MOMENTS) * here * itemsize, parameter.numel() * itemsize if shared > 1 else 0)
         for total, count in zip(sums, counts, strict=True):
             total[0] += count * parameter.requires_grad

@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import Role, named_parameters
+from moe_dist.placement.roles import EXPERTS, named_parameters
 from moe_dist.plan import flops, memory
 from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
@@ -170,7 +170,7 @@ def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts)
     for held, ranks in Counter(held_R).items():  # ranks with the same numbers of experts share a model
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
-        experts = _numel([each.parameter for each in named_parameters(model) if each.role is Role.EXPERT])
+        experts = _numel([each.parameter for each in named_parameters(model) if each.role in EXPERTS])
         total += ranks * experts + (0 if total else _numel(list(model.parameters())) - experts)
     if total != parts.total:
         raise AssertionError(f"the model has {total} parameters, the count by parts says {parts.total}")

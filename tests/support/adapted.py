@@ -25,7 +25,8 @@ class Adapted:
 
     Args:
         group: Of its one group, what differs from the base's.
-        experts: Fields of LoRA experts; None for LoRA on the attention alone.
+        experts: Fields of LoRA experts; None for none.
+        ffn: Fields of LoRA on the base's own experts; None for none.
         attention: Fields of LoRA on the attention; None for none.
     """
 
@@ -36,6 +37,7 @@ class Adapted:
         *,
         group: dict[str, Any] | None = None,
         experts: dict[str, Any] | None = None,
+        ffn: dict[str, Any] | None = None,
         attention: dict[str, Any] | None = None,
     ) -> None:
         values = yaml.safe_load((imported / "config.yaml").read_text())
@@ -47,6 +49,8 @@ class Adapted:
             moe["experts"] = {"kind": "lora", **experts}
             moe["router"] = {"kind": "top_k", "normalise": "none"}
             moe["groups"]["all"] |= group or {}
+        if ffn is not None:
+            moe["experts"] = {"kind": "ffn_lora", **ffn}
         self.config = Config.model_validate(values, strict=False)
         layout_without_data(self.config)  # as a run would
         placement = replicated_placement(expert_groups(self.config.model.moe))
@@ -63,7 +67,7 @@ class Adapted:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                if ".adapters." in name and name.endswith("b"):
+                if name.endswith((".b", "_b")):
                     parameter.normal_(0.0, 0.2, generator=generator)
 
     def save(self) -> Path:

@@ -74,6 +74,8 @@ class Layout:
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
+    ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: each (one for each expert) or shared
+    attention_lora: bool = False  # LoRA on the attention, beside ffn_lora
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     fsdp_gather: str = "micro_batch"
@@ -104,6 +106,7 @@ class Layout:
         budget += "-fixed" if self.fixed else ""
         budget += "-limited" if self.limited else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
+        budget += f"-ffn_lora-{self.ffn_lora}" if self.ffn_lora else ""
         budget += f"-depths-{self.mixture_of_depths}-{self.depth_causal}" if self.mixture_of_depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
@@ -173,11 +176,13 @@ def config_of(layout: Layout) -> Config:
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
     router["null_logit"] = layout.null_logit
     experts: dict[str, Any] = {"kind": "ffn"}
-    only: dict[str, str] = {"only": "adapters"} if layout.lora else {}
+    only: dict[str, str] = {"only": "adapters"} if layout.lora or layout.ffn_lora else {}
     controllers = ({**CONTROLLERS[0], "per": layout.balance_per}, *CONTROLLERS[1:]) if layout.balance else ()
     if layout.lora:
         router["normalise"] = "none"
         experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
+    if layout.ffn_lora:
+        experts = {"kind": "ffn_lora", "rank": 2, "alpha": 3.0, "shared": layout.ffn_lora == "shared"}
     if layout.choice:
         router = {"kind": "expert_choice", "scope": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
         router["threshold_decay"] = 0.5
@@ -206,7 +211,7 @@ def config_of(layout: Layout) -> Config:
                     "causal": layout.depth_causal,
                     "threshold_decay": 0.5,
                 },
-                "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora else None,
+                "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora or layout.attention_lora else None,
                 "moe": {
                     "shared_ffn_dim": 0 if layout.lora else 4,
                     "experts": experts,
@@ -245,7 +250,7 @@ def config_of(layout: Layout) -> Config:
 
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     """Sequences [first, first + count) of one micro-batch. Sequence 0 is all padding, 1 all text, 2 all image, the rest are
-    mixed; with 8 ranks that is a rank without a token, and ranks of one modality.
+    mixed; with 8 ranks that is a rank without a token, and ranks of one modality. A third of the tokens belong to prompts.
 
     No token stands twice in it. Where tokens compete (expert choice, depths), two of one id may have equal scores in exact
     arithmetic, at the start of documents and in layers of depths, and rounding would choose between them: in each layout in
@@ -261,7 +266,9 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
         own = slice(sequence * SEQ_LEN, (sequence + 1) * SEQ_LEN)
         tokens = np.where(rng.random(SEQ_LEN) < {1: 1.0, 2: 0.0}.get(sequence, 0.7), text[own], image[own])
         pieces = [] if sequence == 0 else [tokens[:cut], tokens[cut : SEQ_LEN - 1]]
-        rows.append([Segment(piece, np.zeros(len(piece), bool), len(piece)) for piece in pieces])
+        prompts = [rng.random(len(piece)) < 0.3 for piece in pieces]
+        marked = zip(pieces, prompts, strict=True)
+        rows.append([Segment(piece, np.zeros(len(piece), bool), len(piece), prompt) for piece, prompt in marked])
     return maker.make(rows)
 
 
@@ -304,7 +311,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
 def draw_second_matrices(model: nn.Module) -> None:
     """Adapters' B, which begin at 0 and would leave A without a gradient."""
     for _, name, _, parameter in named_parameters(model):
-        if ".adapters." in name and name.endswith("b"):
+        if name.endswith((".b", "_b")):
             set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
 
 

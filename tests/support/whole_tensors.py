@@ -12,7 +12,7 @@ from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import Role
+from moe_dist.placement.roles import EXPERTS
 
 
 def carry(
@@ -45,7 +45,7 @@ def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, 
             continue  # an empty stack, or frozen
         assert tensor is not None, f"{info.name} has no gradient"
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
-        if info.role is Role.EXPERT:
+        if info.role in EXPERTS:
             named.update(zip(logical_expert_names(info.name, placement, mesh.ep_rank), whole, strict=True))
         else:
             named[info.name] = whole

@@ -1,0 +1,30 @@
+"""FFN experts of a frozen base, each with LoRA adapters."""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.lora import AdapterSection
+from moe_dist.config.section import Violation, WholeConfig
+
+
+class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
+    """Each true expert is a SwiGLU FFN of the frozen base in run.init_from, with LoRA on its matrices. Routers are frozen,
+    too (PEFT's target_parameters)."""
+
+    adapts_ffns: ClassVar[bool] = True
+
+    kind: Literal["ffn_lora"] = "ffn_lora"
+    targets: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
+    """Matrices with an adapter. gate and up together have one, as they are one matrix in transformers."""
+    shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if self.dropout:
+            problem = (
+                f"model.moe.experts.dropout={self.dropout:g}: experts are not on the ranks of their tokens, and PEFT has "
+                "no dropout on experts; set it to 0"
+            )
+            yield Violation(("model.moe.experts.dropout",), problem)

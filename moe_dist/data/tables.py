@@ -1,0 +1,95 @@
+"""Rows of a user's tables: JSONL files, parquet files, and folders that Hugging Face datasets saved."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import ConfigError, DataError
+
+JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
+
+
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers.
+
+    Raises:
+        DataError: a line is not a JSON object in UTF-8.
+    """
+    with path.open("rb") as stream:
+        for number, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: is not JSON ({error})") from error
+            if not isinstance(line, dict):
+                raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
+            yield number, line
+
+
+def holds_table(path: Path) -> bool:
+    """True if `path` is a parquet file, or a folder with parquet or arrow files below it."""
+    if path.is_file():
+        return path.suffix == ".parquet"
+    return any(file.suffix in DATASET_SUFFIXES for file in path.rglob("*"))
+
+
+def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
+    `Dataset.save_to_disk` wrote; before each row its place, for error texts.
+
+    A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of its rows.
+
+    Args:
+        option: Option of the command line that names `path`, for error texts.
+
+    Raises:
+        ConfigError: `path` does not exist or has several splits; or the package datasets is missing.
+        DataError: a file cannot be read.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"{option} {path}: no such file or folder; give a JSONL file, a parquet file or a datasets folder"
+        )
+    if not holds_table(path):
+        if path.is_dir():
+            raise ConfigError(f"{option} {path}: the folder has no {' or '.join(DATASET_SUFFIXES)} file; give a JSONL file")
+        yield from ((f"{path}, line {number}", row) for number, row in objects(path))
+        return
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{option} {path}: needs the package datasets; install moe_dist[hf]") from error
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir()))
+        raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
+    try:
+        if (path / "state.json").is_file():
+            table: Any = datasets.load_from_disk(str(path))
+        else:
+            files = [str(path)] if path.is_file() else _parquet_files(option, path)
+            # Streaming copies nothing into a cache.
+            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        for number, row in enumerate(table, 1):
+            yield f"{path}, row {number}", _without_nulls(row, table.features)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{option} {path}: datasets cannot read it: {error}; copy or save it again") from error
+
+
+def _parquet_files(option: str, folder: Path) -> list[str]:
+    """Parquet files below a folder. The hub's names are SPLIT-00000-of-00002.parquet."""
+    files = sorted(file for file in folder.rglob("*.parquet"))
+    splits = sorted({file.stem.partition("-")[0] for file in files})
+    if len(splits) != 1:
+        found = f"parquet files of {', '.join(splits)}" if splits else "arrow files without state.json"
+        raise ConfigError(f"{option} {folder}: has {found}; give a folder with the parquet files of one split, or one file")
+    return [str(file) for file in files]
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _without_nulls(each, feature[key]) for key, each in value.items() if each is not None}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return [_without_nulls(each, inner) for each in value] if inner is not None and isinstance(value, list) else value

@@ -1,0 +1,124 @@
+"""Writes a checkpoint of adapters in PEFT's form: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT joins the adapters of the n experts of a layer, with A_e [r, I] and B_e [O, r], in two matrices:
+
+    lora_A [n r, I]   A_e in the rows e r to (e + 1) r
+    lora_B [O, r n]   column j of B_e in the column j n + e
+
+It wraps the parameters of a module in their order, so that the module of `down_proj` holds that of `gate_up_proj`, as
+`base_layer`. A shared adapter is written once for each expert.
+
+Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.storage import sync, write_durably
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.errors import ConfigError
+from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MODEL = "base_model.model.model.layers"
+_PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+
+def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
+    """Writes the adapters of a checkpoint as the new folder `out`, which PEFT loads; returns the number of tensors.
+
+    Args:
+        checkpoint: Folder of a checkpoint of adapters, or of its run.
+        base_name: Name or folder of the base in Hugging Face's form, for `base_model_name_or_path`.
+
+    Raises:
+        ConfigError: `out` exists, or the checkpoint's adapters have no form in PEFT; gives the reason.
+        DataError: the checkpoint is damaged, or its base is missing or another one.
+        CheckpointError: `out` cannot be written.
+    """
+    contents = open_checkpoint(find_checkpoint(checkpoint))
+    if KEY not in contents.state.values:
+        raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
+    find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses another base
+    model = checked_config(contents).model
+    _check(model)
+    tensors = dict(peft_tensors(model, tensor_reader(contents)))
+    with new_folder(out) as folder:
+        write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+        sync(folder / WEIGHTS_FILE)
+    return len(tensors)
+
+
+def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
+    """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, the attention's are in
+    the patterns."""
+    experts, attention = model.moe.experts, model.attention_lora
+    main: Any = experts if experts.adapts_ffns else attention
+    parts = [f"{target}_proj" for target in attention.targets] if attention else []
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": main.rank,
+        "lora_alpha": main.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": parts,
+        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if experts.adapts_ffns else None,
+        "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
+        "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
+    }
+
+
+def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name; a linear
+    function of the tensors, such as their gradients, may take their place."""
+    experts, attention = model.moe.experts, model.attention_lora
+    for layer in range(model.num_layers):
+        for target in attention.targets if attention else ():
+            for matrix in "ab":
+                name = f"{_MODEL}.{layer}.self_attn.{target}_proj.lora_{matrix.upper()}.weight"
+                yield name, read(f"layers.{layer}.attention.adapters.{target}.{matrix}")
+        if experts.adapts_ffns and layer in model.moe_layers:
+            for target in experts.targets:
+                inner = ".base_layer" if target == "gate_up" and "down" in experts.targets else ""
+                prefix = f"{_MODEL}.{layer}.mlp.experts{inner}"
+                a, b = (torch.stack([read(name) for name in names]) for names in adapter_names(model, layer, target))
+                yield f"{prefix}.lora_A.weight", a.flatten(0, 1)
+                yield f"{prefix}.lora_B.weight", b.permute(1, 2, 0).flatten(1)
+
+
+def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
+    """Returns the logical names of A, and of B, of each expert in a layer of a model with one group of experts."""
+    ((group, section),) = model.moe.groups.items()
+    prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
+    if model.moe.experts.shared:
+        return [[f"{prefix}.adapters.{target}.{matrix}"] * section.num_experts for matrix in "ab"]
+    return [[f"{prefix}.{expert}.{target}_{matrix}" for expert in experts] for matrix in "ab"]
+
+
+def _check(model: ModelSection) -> None:
+    problems = []
+    if model.moe.experts.over_frozen_ffn:
+        problems.append(f"model.moe.experts.kind={model.moe.experts.kind}: PEFT has no router for LoRA experts")
+    elif not model.moe.experts.adapts_ffns and any(group.num_experts > 1 for group in model.moe.groups.values()):
+        problems.append(
+            "model.moe.experts.kind=ffn: with LoRA on the attention alone the routers of a mixture are trained, too, and "
+            "they are no adapters"
+        )
+    if len(model.moe.groups) > 1 or any(group.num_null for group in model.moe.groups.values()):
+        problems.append("model.moe.groups: null experts or several groups, which no family of transformers has")
+    if problems:
+        fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
+        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)

@@ -1,0 +1,110 @@
+"""FFN experts of a frozen base with LoRA adapters, as PEFT's `target_parameters` has them (LoRA, arXiv 2106.09685).
+
+    [gate; up]' x = [gate; up] x + (alpha / r) B A x        A [r, D], B [2 F, r]
+    down' h       = down h       + (alpha / r) B A h        A [r, F], B [D, r]
+
+Each expert has its own A and B, on its rank; or all experts of a group share one A and B, which every rank holds. Backward
+computes no product for the gradient of a frozen matrix.
+
+Shape letters: Q (token, expert) pairs computed here, D hidden size, F hidden width, e experts of a group on this rank, r
+rank, I inputs and O outputs of a matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.experts import Experts, ExpertStack, choose_gemm, grouped_product, grouped_swiglu
+from moe_dist.moe.lora import Adapter
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import Role
+
+TARGETS = ("gate_up", "down")
+Product = Callable[[Tensor, Tensor], Tensor]  # x [Q, I] and weights -> y [Q, O]: one matrix, or each row with its expert's
+
+
+class AdaptedStack(ExpertStack):
+    """The experts of one group on this rank, with adapters. The adapters of all experts are stacked, `<target>_a` [e, r, I]
+    and `<target>_b` [e, O, r]. A shared adapter is `adapters.<target>.a` [r, I] and `.b` [O, r]."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        ffn_dim: int,
+        num_local: int,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] = TARGETS,
+        shared: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_dim, ffn_dim, num_local, **options)
+        widths = {"gate_up": (hidden_dim, 2 * ffn_dim), "down": (ffn_dim, hidden_dim)}
+        self._scale, self._rank, self._targets = alpha / rank, rank, tuple(targets)
+        self.adapters = nn.ModuleDict({each: Adapter(*widths[each], rank) for each in targets}) if shared else None
+        self.roles: dict[str, Role] = {}  # of parameters with another role than the stack
+        for target in () if shared else targets:
+            inputs, outputs = widths[target]
+            self.register_parameter(f"{target}_a", nn.Parameter(torch.empty(num_local, rank, inputs)))
+            self.register_parameter(f"{target}_b", nn.Parameter(torch.empty(num_local, outputs, rank)))
+            self.roles |= {f"{target}_a": Role.EXPERT_ADAPTER, f"{target}_b": Role.EXPERT_ADAPTER}
+
+    def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
+        """Applies each adapted expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
+        if not counts:  # as in `ExpertStack`; but every rank holds a shared adapter, whose gradient must be zero, not None
+            return x_QD[:0] + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else x_QD[:0]
+        x_QD = x_QD[: sum(counts)]
+        widths = (*self.widths, self._rank)
+        gemm = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=widths, num_experts=len(counts))
+        names = ("gate", "up", "down", *self.roles)
+        stacks = {name: self.weight(name, x_QD.dtype) for name in names}
+        if gemm is grouped_swiglu and sum(counts):
+            return self._swiglu(x_QD, stacks, grouped_product(counts, x_QD.device))
+        each = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
+        runs = zip(x_QD.split(list(counts)), each, strict=True)
+        return torch.cat([self._swiglu(run, dict(zip(names, one, strict=True)), F.linear) for run, one in runs])
+
+    def _swiglu(self, x_QD: Tensor, weights: Mapping[str, Tensor], product: Product) -> Tensor:
+        gate_QF, up_QF = product(x_QD, weights["gate"]), product(x_QD, weights["up"])
+        if "gate_up" in self._targets:
+            gate_delta_QF, up_delta_QF = self._delta("gate_up", x_QD, weights, product).chunk(2, dim=-1)
+            gate_QF, up_QF = gate_QF + gate_delta_QF, up_QF + up_delta_QF
+        hidden_QF = F.silu(gate_QF) * up_QF
+        y_QD = product(hidden_QF, weights["down"])
+        return y_QD + self._delta("down", hidden_QF, weights, product) if "down" in self._targets else y_QD
+
+    def _delta(self, target: str, x_QI: Tensor, weights: Mapping[str, Tensor], product: Product) -> Tensor:
+        if self.adapters is not None:
+            return self._scale * self.adapters[target](x_QI)
+        return self._scale * product(product(x_QI, weights[f"{target}_a"]), weights[f"{target}_b"])
+
+
+class AdaptedExperts(Experts):
+    """All true (not null) experts of this rank, one `AdaptedStack` per group. For arguments see `Experts`.
+
+    Args:
+        adapter: Keywords of `AdaptedStack`: rank, alpha, targets, shared.
+    """
+
+    def __init__(
+        self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,
+        gemm: Any = "loop", dropout: float = 0.0, **adapter: Any,
+    ) -> None:  # fmt: skip
+        assert not dropout, "the configuration refuses dropout on experts"
+        stack = partial(AdaptedStack, **adapter)
+        super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack)
+
+    def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
+        """As `Experts.forward`. Rows of a frozen layer below need no gradient; here they require one, so that all ranks,
+        those without experts too, issue the exchange of combine's backward."""
+        rows_RD = dispatched.rows_RD
+        if torch.is_grad_enabled() and not rows_RD.requires_grad:
+            dispatched = replace(dispatched, rows_RD=rows_RD.detach().requires_grad_())
+        return super().forward(dispatched, plan, recompute=recompute)

@@ -1,0 +1,308 @@
+"""prepare_data on conversations: tokens and labels are those of transformers, from every form of file, and bad input is
+refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.data.batch import IGNORED
+from moe_dist.data.chat import HubTokenizer
+from moe_dist.data.corpus import Recipe
+from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.loader import TrainLoader
+from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.errors import ConfigError, DataError
+from tests.support.chat_folders import CHATML, KINDS, TOOLS, chat_folder, conversations, write_lines
+from tests.support.messages import refused
+from tools.prepare_data import main
+
+ROWS = conversations(1000)
+MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+SHORT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "runs"}]
+Pairs = list[tuple[list[int], list[int]]]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def made(folder: Path, tokenizer: Path, *, recipe: dict[str, Any] | None = None, **inputs: Any) -> Manifest:
+    settings = Recipe(tokenizer=str(tokenizer), **{"val_fraction": 0.0, **(recipe or {})})
+    return prepare(folder, Inputs(**inputs), settings, silent)[0]
+
+
+def stored(folder: Path, manifest: Manifest, source: str = "messages", side: str = "train") -> Pairs:
+    """Token ids and mask of the labels of each document."""
+    data = IndexedSplit(folder, getattr(manifest.sources[source], side))
+    places = list(zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True))
+    return [(data.tokens(*place).tolist(), (~data.prompt(*place)).astype(int).tolist()) for place in places]
+
+
+def theirs(tokenizer: Path, rows: list[dict[str, Any]]) -> Pairs:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(tokenizer)
+    pairs = []
+    for row in rows:
+        tools = row.get("tools")
+        encoded = found.apply_chat_template(
+            row["messages"],
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        pairs.append((encoded["input_ids"], encoded["assistant_masks"]))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: chat_folder(root / kind, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_conversations_are_transformers_own(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", ROWS)
+    found = stored(tmp_path / "set", made(tmp_path / "set", folders[kind], messages=str(lines)))
+    assert found == theirs(folders[kind], ROWS)
+    shares = [sum(mask) / len(mask) for _, mask in found]
+    assert 0.0 < min(shares) < max(shares) < 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    (tmp_path / "bare.jinja").write_text(MARKS.sub("", KINDS[kind][2]))
+    marked, turns = HubTokenizer(folders[kind]), HubTokenizer(folders[kind], str(tmp_path / "bare.jinja"))
+    for row in ROWS[:100]:
+        one, other = marked.conversation(row, ""), turns.conversation(row, "")
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.prompt is not None
+        assert other.prompt is not None
+        assert one.prompt.tolist() == other.prompt.tolist()
+
+
+def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """In a table each message has every key, with None where it was missing."""
+    import datasets
+
+    rows = [{**row, "tools": row.get("tools") and json.dumps(TOOLS)} for row in conversations(40)]
+    expected = theirs(folders["headers"], rows)
+    table = datasets.Dataset.from_list(rows)
+    assert "tool_calls" in table[0]["messages"][0]
+    table.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")  # as `map` leaves it
+    (tmp_path / "hub").mkdir()
+    for shard in range(2):
+        table.shard(2, shard, contiguous=True).to_parquet(str(tmp_path / f"hub/train-0000{shard}-of-00002.parquet"))
+    for form in ("saved", "hub"):
+        manifest = made(tmp_path / f"set {form}", folders["headers"], messages=str(tmp_path / form))
+        assert stored(tmp_path / f"set {form}", manifest) == expected
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "both"))
+    table.to_parquet(str(tmp_path / "hub/test-00000-of-00001.parquet"))
+    for form in ("both", "hub"):
+        with refused(ConfigError, "--messages", "test, train"):
+            made(tmp_path / "none", folders["headers"], messages=str(tmp_path / form))
+    one = tmp_path / "hub/train-00000-of-00002.parquet"
+    assert stored(tmp_path / "half", made(tmp_path / "half", folders["headers"], messages=str(one))) == expected[:20]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+    rows = [{"text": message["content"]} for row in ROWS[:50] for message in row["messages"] if message["content"].strip()]
+    write_lines(tmp_path / "lines.jsonl", rows)
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    expected = [(ids := [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id], [1] * len(ids)) for row in rows]
+    for form in ("lines.jsonl", "rows.parquet"):
+        manifest = made(tmp_path / f"set {form}", folders[kind], text=str(tmp_path / form))
+        assert stored(tmp_path / f"set {form}", manifest, "text") == expected
+    special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b").tokens.tolist()
+    # A Unigram model has its special tokens among its pieces.
+    assert special.count(tokenizer.eos_token_id) == (2 if kind == "instruct" else 1)
+
+
+def test_labels_of_packed_batches_are_the_assistants_tokens(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """On any number of ranks: each token of an assistant is a label once in an epoch, and no other token is."""
+    lines = write_lines(tmp_path / "lines.jsonl", ROWS[:60])
+    manifest = made(tmp_path / "set", folders["chatml"], messages=str(lines))
+    pairs = stored(tmp_path / "set", manifest)
+    expected = sorted(token for ids, mask in pairs for token, label in zip(ids[1:], mask[1:], strict=True) if label)
+    for world in (1, 2, 4):
+        labels = []
+        for rank in range(world):
+            loader = TrainLoader(
+                tmp_path / "set",
+                manifest,
+                seq_len=64,
+                weights={},
+                pack_window=64,
+                seed=0,
+                global_batch=world,
+                micro_batch=1,
+                rank=rank,
+                world_size=world,
+            )
+            (count,) = loader.sequences_per_epoch.values()
+            for position in range(-(-count // world)):
+                if position * world + rank < count:
+                    (batch,) = loader.batches(position * world)
+                    labels += batch.labels_BS[batch.labels_BS != IGNORED].tolist()
+        assert sorted(labels) == expected
+
+
+def test_equal_questions_are_on_one_side(tmp_path: Path, folders: dict[str, Path]) -> None:
+    rows = [{"messages": [SHORT[0] | {"content": f"the {n % 20}"}, SHORT[1] | {"content": f"a {n}"}]} for n in range(200)]
+    lines = write_lines(tmp_path / "lines.jsonl", rows)
+    manifest = made(tmp_path / "set", folders["chatml"], messages=str(lines), recipe={"val_fraction": 0.2})
+    sides = [stored(tmp_path / "set", manifest, side=side) for side in ("train", "valid")]
+    asked = [{tuple(np.array(ids)[: mask.index(1)].tolist()) for ids, mask in side} for side in sides]
+    assert [len(each) for each in asked] == [16, 4]
+    assert not asked[0] & asked[1]
+    assert set(manifest.baselines) == {"text/unigram", "text/left_bigram"}
+
+
+def test_the_command_needs_no_manifest_by_hand(tmp_path: Path, folders: dict[str, Path], monkeypatch) -> None:
+    write_lines(tmp_path / "lines.jsonl", ROWS[:20])
+    monkeypatch.chdir(tmp_path)
+    app = Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, ["--tokenizer", str(folders["plain"]), "--messages", "lines.jsonl"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / ".cache/data/messages/manifest.json").is_file()
+
+
+ESCAPES = {
+    "attribute": "{{ messages.__class__.__mro__ }}",
+    "method": "{{ ''.__class__.__base__.__subclasses__() }}",
+    "mutation": "{% set _ = messages.append(1) %}",
+    "format": "{{ '{0.__class__}'.format(messages) }}{{ cycler.__init__.__globals__ }}",
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_template_that_leaves_its_sandbox_is_refused(tmp_path: Path, folders: dict[str, Path], escape: str) -> None:
+    for marks in ("", "{% generation %}a{% endgeneration %}"):
+        (tmp_path / "template.jinja").write_text(ESCAPES[escape] + marks)
+        hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
+        with refused(ConfigError, "--tokenizer", "sandbox", "--chat-template", golden=False):
+            hub.conversation({"messages": SHORT}, "lines.jsonl, line 1")
+
+
+TEMPLATES = {
+    "no template": ("{% generation %}{% if %}", ConfigError, "is no valid jinja template"),
+    "raises": ("{{ raise_exception('roles must alternate') }}", DataError, "roles must alternate"),
+    "wrong type": ("{{ messages[0].content + 1 }}", DataError, "TypeError"),
+    "endless": ("{% for _ in range(10 ** 9) %}{% endfor %}", DataError, "OverflowError"),
+    "earlier answers cut": (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}",
+        DataError, "messages.1",
+    ),
+    "answers left out": ("{% generation %}{% endgeneration %}{{ messages[0].content }}", DataError, "no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_fails_is_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
+    template, error, said = TEMPLATES[case]
+    (tmp_path / "template.jinja").write_text(template)
+    hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
+    with refused(error, said, "--chat-template" if case != "answers left out" else "remove the row"):
+        hub.conversation({"messages": SHORT + SHORT}, "lines.jsonl, line 7")
+
+
+CONVERSATIONS: dict[str, Any] = {
+    "no messages": {"text": "a"},
+    "no list": {"messages": "a"},
+    "empty": {"messages": []},
+    "no role": {"messages": [{"content": "a"}]},
+    "no assistant": {"messages": SHORT[:1]},
+    "picture": {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SHORT[1]]},
+    "tools": {"messages": SHORT, "tools": "[1"},
+    "tools of no objects": {"messages": SHORT, "tools": "[1]"},
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_a_malformed_conversation_is_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}, CONVERSATIONS[case]])
+    with refused(DataError, "lines.jsonl, line 2", "tools" if "tools" in case else "messages"):
+        made(tmp_path / "set", folders["chatml"], messages=str(lines))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    lines = str(write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}]))
+    small = chat_folder(tmp_path / "small", "chatml")
+    (small / "config.json").write_text('{"vocab_size": 100}')
+    with refused(DataError, "vocab_size=100", "another model's"):
+        made(tmp_path / "set", small, messages=lines)
+    (small / "config.json").write_text('{"vocab_size": 4096}')  # more rows than ids are usual
+    assert made(tmp_path / "set", small, messages=lines).vocab_size < 4096
+    endless = AutoTokenizer.from_pretrained(folders["chatml"])
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path / "endless")
+    with refused(ConfigError, "eos_token is null"):
+        made(tmp_path / "other", tmp_path / "endless", messages=lines)
+    silent_one = AutoTokenizer.from_pretrained(folders["chatml"])
+    silent_one.chat_template = None
+    silent_one.save_pretrained(tmp_path / "silent")
+    with refused(ConfigError, "no chat template", "--chat-template"):
+        made(tmp_path / "other", tmp_path / "silent", messages=lines)
+    (tmp_path / "empty").mkdir()
+    with refused(DataError, "--tokenizer", golden=False):
+        made(tmp_path / "other", tmp_path / "empty", messages=lines)
+
+
+def test_a_tokenizer_with_code_is_not_run(tmp_path: Path) -> None:
+    folder = chat_folder(tmp_path / "coded", "chatml")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    values |= {"auto_map": {"AutoTokenizer": [None, "planted.Planted"]}, "tokenizer_class": "Planted"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    (folder / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Planted: pass\n")
+    with refused(DataError, "--tokenizer", golden=False):
+        HubTokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "said"),
+    [
+        ({"tokenizer": None}, {"messages": "lines.jsonl"}, "--tokenizer FOLDER"),
+        ({"tokenizer": None, "chat_template": "t"}, {"text": "lines.jsonl"}, "--chat-template t"),
+        ({"codes": 3}, {"messages": "lines.jsonl", "images": "x"}, "--images, --codes"),
+        ({}, {}, "--messages or --text"),
+        ({}, {"messages": "lines.jsonl", "extra_text": {"messages": "x"}}, "reserved"),
+        ({}, {"messages": "missing.jsonl"}, "no such file"),
+        ({}, {"messages": "empty.jsonl"}, "holds no row"),
+        ({"chat_template": "missing"}, {"messages": "lines.jsonl"}, "--chat-template missing"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch, options: dict[str, Any], inputs: dict[str, Any], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("lines.jsonl"), [{"messages": SHORT}])
+    Path("empty.jsonl").touch()
+    with refused(ConfigError, said):
+        prepare(Path("set"), Inputs(**inputs), Recipe(**{"tokenizer": str(folders["chatml"]), **options}), silent)
+    assert not Path("set").exists()
+
+
+def test_the_template_of_a_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
+    bare = chat_folder(tmp_path / "bare", "chatml", template="{{ raise_exception('not this one') }}")
+    (tmp_path / "template.jinja").write_text(CHATML)
+    found = HubTokenizer(bare, str(tmp_path / "template.jinja")).conversation({"messages": SHORT}, "")
+    assert found.tokens.tolist() == theirs(chat_folder(tmp_path / "own", "chatml"), [{"messages": SHORT}])[0][0]

@@ -1,0 +1,160 @@
+"""LoRA on the experts of an imported MoE: PEFT loads what is saved, and has the same logits and gradients; merged it is the
+same model. The frozen base has no gradient, and backward no product for one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.adapters import export_adapters, peft_tensors
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from moe_dist.parallel.initialise import logical_expert_names
+from moe_dist.placement.roles import EXPERTS, named_parameters
+from tests.support.adapted import Adapted
+from tests.support.agreement import arrays, assert_agree
+from tests.support.imported import load_imported, logits_of
+from tests.support.messages import refused
+from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
+
+LORA, SMALLER = {"rank": 3, "alpha": 5.0}, {"rank": 2, "alpha": 3.0, "targets": ["q", "o"]}
+TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH)))
+CASES: dict[str, dict[str, Any]] = {
+    "each": {"ffn": LORA, "attention": SMALLER},
+    "shared": {"ffn": {**LORA, "shared": True}},
+    "down": {"ffn": {**LORA, "targets": ["down"]}},
+}
+
+
+def imported(folder: Path, kind: str = "mixtral", seed: int = 1) -> Path:
+    import_model(save(tiny_model(kind, seed=seed), folder / "theirs"), folder / "ours", shard_bytes=50_000)
+    return folder / "ours"
+
+
+def loss_of(adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+    zeros = torch.zeros_like(TOKENS)
+    logits, _ = adapted.model(TOKENS, torch.arange(LENGTH).expand(len(TOKENS), -1), zeros, zeros)
+    return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
+    """Gradients by logical name."""
+    found: dict[str, torch.Tensor] = {}
+    for each in named_parameters(adapted.model):
+        if each.parameter.grad is None:
+            continue
+        if each.role in EXPERTS:
+            names = logical_expert_names(each.name, adapted.layout.placement, 0)
+            found |= dict(zip(names, each.parameter.grad, strict=True))
+        else:
+            found[each.name] = each.parameter.grad
+    return found
+
+
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", CASES)
+def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
+    """Logits and every gradient to 1e-5 of the largest entry."""
+    import transformers
+    from peft import PeftModel
+
+    base = imported(tmp_path, kind)
+    expected, _ = logits_of(load_imported(base)[0], TOKENS)
+    adapted = Adapted(base, tmp_path / "run", **CASES[case])
+    assert torch.equal(logits_of(adapted.model, TOKENS)[0], expected), "new adapters change nothing"
+    adapted.draw()
+    adapted.save()
+    export_adapters(tmp_path / "run", tmp_path / "adapter", base_name="theirs")
+    theirs: Any = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "adapter"), is_trainable=True)
+    logits = theirs(TOKENS, use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    mine, loss = loss_of(adapted)
+    loss.backward()
+    assert_agree({"logits": mine.detach().numpy()}, {"logits": logits.detach().numpy()})
+    assert (mine - expected).abs().max() > 1e-2
+    gradients = by_name(adapted)
+    wanted = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
+    model = adapted.config.model
+    got = dict(peft_tensors(model, gradients.__getitem__))
+    if model.moe.experts.shared:  # PEFT has a copy for each expert, and the gradients of the copies
+        wanted = {name: summed(name, gradient, model.moe.groups["all"].num_experts) for name, gradient in wanted.items()}
+    assert all(gradient.any() for gradient in wanted.values())
+    assert_agree(arrays(got), arrays(wanted))
+    assert {each.name for each in named_parameters(adapted.model) if each.parameter.requires_grad} == {
+        each.name for each in named_parameters(adapted.model) if each.parameter.grad is not None
+    }
+    export_model(tmp_path / "run", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        assert_agree({"logits": merged(TOKENS).logits.numpy()}, {"logits": mine.detach().numpy()})
+
+
+def summed(name: str, gradient: torch.Tensor, experts: int) -> torch.Tensor:
+    """The sum over the experts of a gradient in PEFT's form, in the place of each expert."""
+    rows, columns = gradient.shape
+    each = gradient.view((experts, -1, columns) if "lora_A" in name else (rows, -1, experts))
+    return each.sum(0 if "lora_A" in name else 2, keepdim=True).expand_as(each).reshape(gradient.shape)
+
+
+class WeightProducts(TorchDispatchMode):
+    """Shapes of the matrix products of which no factor is a parameter: gradients of parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and not self.parameters & {x.untyped_storage().data_ptr() for x in args}:
+            self.shapes.append(tuple(found.shape))
+        return found
+
+
+def test_backward_has_no_product_for_a_frozen_matrix(tmp_path: Path) -> None:
+    adapted = Adapted(imported(tmp_path), tmp_path / "run", **CASES["each"])
+    adapted.draw()
+    _, loss = loss_of(adapted)
+    with WeightProducts(adapted.model) as products:
+        loss.backward()
+    assert len(products.shapes) == 2 * (8 * 4 + 2 * 2)  # of every A and B
+    assert all(min(shape) in (2, 3) for shape in products.shapes)
+    for each in named_parameters(adapted.model):
+        each.parameter.requires_grad_()
+    _, loss = loss_of(adapted)
+    with WeightProducts(adapted.model) as products:
+        loss.backward()
+    assert sum(min(shape) > 3 for shape in products.shapes) > 2 * 8 * 3
+
+
+def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path) -> None:
+    adapted = Adapted(imported(tmp_path), tmp_path / "run", **CASES["each"])
+    folder = adapted.save()
+    names = json.loads((folder / "index.json").read_text())["tensors"]
+    assert len(names) == 2 * (8 * 4 + 4)
+    assert all(name.endswith((".a", ".b", "_a", "_b")) for name in names)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    base = imported(tmp_path)
+    with refused(ConfigError, "model.moe.experts.dropout=0.1"):
+        Adapted(base, tmp_path / "other", ffn={**LORA, "dropout": 0.1})
+    with refused(ConfigError, "holds no adapters"):
+        export_adapters(base, tmp_path / "adapter")
+    Adapted(base, tmp_path / "run", ffn=LORA).save()
+    base.rename(tmp_path / "away")
+    (tmp_path / "second").mkdir()
+    imported(tmp_path / "second", seed=3).rename(base)
+    for export in (export_adapters, export_model):
+        with refused(DataError, "its content hash is"):
+            export(tmp_path / "run", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
