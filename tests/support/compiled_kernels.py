@@ -22,7 +22,7 @@ from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 WIDTH = {"BLOCK": 1024}
 WIDE = {"D": 2048, **WIDTH}
 FFN = {"F": 1536, **WIDTH}  # not a multiple of the block
-KERNELS = {
+KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
     "sum of pairs": (
         row_sum_kernel,
@@ -73,4 +73,4 @@ WORDS = {
 
 if __name__ == "__main__":
     for each in sys.argv[1:]:
-        print(json.dumps({name: report(*kernel, int(each)) for name, kernel in KERNELS.items()}))
+        print(json.dumps({name: report(*kernel, architecture=int(each)) for name, kernel in KERNELS.items()}))

@@ -135,7 +135,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
 
 
 def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """Does `rows.runs_in_order` on the host: concatenates start, start + 1, ..., start + length - 1 of all blocks."""
+    """Concatenates start, start + 1, ..., start + length - 1 of all blocks."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
 

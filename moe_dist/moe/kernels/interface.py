@@ -27,7 +27,8 @@ class RowIndex:
 
         The items of a row keep their order, so a sum over them always adds in the same order. Costs a sort but no sync.
         """
-        sorted_N, order_N = torch.sort(torch.cat(self.parts).to(torch.int32), stable=True)
+        row_N = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        sorted_N, order_N = torch.sort(row_N.to(torch.int32), stable=True)
         rows = torch.arange(self.num_rows + 1, dtype=torch.int32, device=sorted_N.device)
         return order_N, torch.searchsorted(sorted_N, rows, out_int32=True)
 
