@@ -47,6 +47,7 @@ EXTRAS = {
         "pytest-timeout>=2.2",
         "pytest-xdist>=3.7",
         "setuptools>=77",
+        'triton>=3.6; platform_system == "Linux"',
     ],
     "check": ["pyright>=1.1.350", "ruff>=0.8"],
 }

@@ -16,6 +16,8 @@ from tests.support.worlds import Worlds
 # A time says nothing on a machine that does other work as well; a test that hangs ends by its timeout.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+# Triton reads this when it is imported: its interpreter then runs kernels on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).parents[1]
 NEXT_MEGATRON = ROOT / ".cache" / "megatron-0.19"
 

@@ -154,5 +154,6 @@ def sum_gradients(
             sum_over(gradient, group, name=name, tracker=tracker)
     elif group is not None and gradients:
         summed = sum_over(torch.cat([gradient.reshape(-1) for gradient in gradients]), group, name=name, tracker=tracker)
-        for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        parts = summed.split([each.numel() for each in gradients])
+        copies = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(gradients, copies)  # pyright: ignore[reportPrivateImportUsage]

@@ -28,6 +28,13 @@ else:
 GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes: grouped GEMM needs row strides that are multiples of 16 bytes
 
 
+class KernelsSection(Section):
+    """Kernels that gather, weight and sum rows around the experts' matrix products. torch: operations of torch. triton:
+    this project's Triton kernels, on CUDA. auto: triton on CUDA where the package triton is installed, else torch."""
+
+    kind: Literal["auto", "torch", "triton"] = "auto"
+
+
 class ParallelSection(Section):
     """Distribution of the work over ranks, and precision."""
 
@@ -50,6 +57,8 @@ class ParallelSection(Section):
     expert_gemm: Literal["auto", "grouped", "loop"] = "auto"
     """Matrix products of the experts: torch's grouped GEMM, or a loop over experts. auto takes grouped where the widths
     allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
+    kernels: KernelsSection = KernelsSection()
+    """Kernels around the experts' matrix products."""
     max_receive_rows: PositiveInt | None = None
     """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""

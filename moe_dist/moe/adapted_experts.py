@@ -20,7 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.experts import Experts, ExpertStack, choose_gemm, grouped_product, grouped_swiglu
+from moe_dist.moe.experts import (
+    Activation,
+    Experts,
+    ExpertStack,
+    Inputs,
+    choose_gemm,
+    grouped_product,
+    grouped_swiglu,
+    inputs_between,
+    row_slices,
+    silu_product,
+)
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.lora import Adapter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role
@@ -56,27 +69,42 @@ class AdaptedStack(ExpertStack):
             self.register_parameter(f"{target}_b", nn.Parameter(torch.empty(num_local, outputs, rank)))
             self.roles |= {f"{target}_a": Role.EXPERT_ADAPTER, f"{target}_b": Role.EXPERT_ADAPTER}
 
-    def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
         """Applies each adapted expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
+        for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
         if not counts:  # as in `ExpertStack`; but every rank holds a shared adapter, whose gradient must be zero, not None
-            return x_QD[:0] + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else x_QD[:0]
-        x_QD = x_QD[: sum(counts)]
-        widths = (*self.widths, self._rank)
-        gemm = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=widths, num_experts=len(counts))
+            return (
+                for_gate_QD + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else for_gate_QD
+            )
+        device, dtype, widths = for_gate_QD.device, for_gate_QD.dtype, (*self.widths, self._rank)
+        gemm = choose_gemm(self.gemm, dtype=dtype, device=device, widths=widths, num_experts=len(counts))
         names = ("gate", "up", "down", *self.roles)
-        stacks = {name: self.weight(name, x_QD.dtype) for name in names}
+        stacks = {name: self.weight(name, dtype) for name in names}
         if gemm is grouped_swiglu and sum(counts):
-            return self._swiglu(x_QD, stacks, grouped_product(counts, x_QD.device))
+            places = partial(activate, rows=slice(0, sum(counts)))
+            return self._swiglu(for_gate_QD, for_up_QD, stacks, grouped_product(counts, device), places)
         each = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
-        runs = zip(x_QD.split(list(counts)), each, strict=True)
-        return torch.cat([self._swiglu(run, dict(zip(names, one, strict=True)), F.linear) for run, one in runs])
+        runs = zip(for_gate_QD.split(list(counts)), for_up_QD.split(list(counts)), row_slices(counts), each, strict=True)
+        return torch.cat(
+            [
+                self._swiglu(gate, up, dict(zip(names, one, strict=True)), F.linear, partial(activate, rows=rows))
+                for gate, up, rows, one in runs
+            ]
+        )
 
-    def _swiglu(self, x_QD: Tensor, weights: Mapping[str, Tensor], product: Product) -> Tensor:
-        gate_QF, up_QF = product(x_QD, weights["gate"]), product(x_QD, weights["up"])
+    def _swiglu(
+        self,
+        for_gate_QD: Tensor,
+        for_up_QD: Tensor,
+        weights: Mapping[str, Tensor],
+        product: Product,
+        activate: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        gate_QF, up_QF = product(for_gate_QD, weights["gate"]), product(for_up_QD, weights["up"])
         if "gate_up" in self._targets:
-            gate_delta_QF, up_delta_QF = self._delta("gate_up", x_QD, weights, product).chunk(2, dim=-1)
+            gate_delta_QF, up_delta_QF = self._delta("gate_up", for_gate_QD, weights, product).chunk(2, dim=-1)
             gate_QF, up_QF = gate_QF + gate_delta_QF, up_QF + up_delta_QF
-        hidden_QF = F.silu(gate_QF) * up_QF
+        hidden_QF = activate(gate_QF, up_QF)
         y_QD = product(hidden_QF, weights["down"])
         return y_QD + self._delta("down", hidden_QF, weights, product) if "down" in self._targets else y_QD
 
@@ -95,11 +123,11 @@ class AdaptedExperts(Experts):
 
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,
-        gemm: Any = "loop", dropout: float = 0.0, **adapter: Any,
+        gemm: Any = "loop", kernels: RowKernels = TORCH, dropout: float = 0.0, **adapter: Any,
     ) -> None:  # fmt: skip
         assert not dropout, "the configuration refuses dropout on experts"
         stack = partial(AdaptedStack, **adapter)
-        super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack)
+        super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack, kernels=kernels)
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
         """As `Experts.forward`. Rows of a frozen layer below need no gradient; here they require one, so that all ranks,

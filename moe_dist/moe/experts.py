@@ -6,11 +6,13 @@ of a group's experts on this rank.
 
 Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`, with the same contract:
 
-    swiglu(x_QD, gate, up, down, counts)  ->  y_QD
+    swiglu(x_QD, gate, up, down, counts, activate)  ->  y_QD
 
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
 order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
-of an expert without rows get a zero gradient, not None.
+of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
+slice of rows, by default silu(gate) * up. x may be a pair of tensors with equal values, one for the product with gate and
+one for the product with up, so that the gradients of the two are apart.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
@@ -19,6 +21,8 @@ takes bf16 on compute capability 8.0 and up.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -26,36 +30,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.draws import recomputed
+from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
-StackedSwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]  # see the top of this file
+Activation = Callable[[Tensor, Tensor, slice], Tensor]  # see the top of this file, as for the next line
+Inputs = Tensor | tuple[Tensor, Tensor]
+StackedSwiGLU = Callable[[Inputs, Tensor, Tensor, Tensor, Sequence[int], Activation], Tensor]
 ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
 
 
-def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
+def silu_product(gate_QF: Tensor, up_QF: Tensor, rows: slice) -> Tensor:
+    return F.silu(gate_QF) * up_QF
+
+
+def rows_between(x: Tensor, start: int, end: int) -> Tensor:
+    """Returns x[start:end]; x itself if these are all rows, because the gradient of a slice is a copy."""
+    return x if (start, end) == (0, x.shape[0]) else x[start:end]
+
+
+def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Returns the rows for gate and for up: the same tensor twice if x is one tensor, whose gradient is then one sum."""
+    first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
+    cut = rows_between(first, start, end)
+    return cut, cut if second is first else rows_between(second, start, end)
+
+
+def row_slices(counts: Sequence[int]) -> list[slice]:
+    """Returns the slice of each expert's rows."""
+    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
+
+
+def loop_swiglu(
+    x_QD: Inputs, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
+) -> Tensor:
     """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed too, so that
     the gradient of its weights is zero and not None."""
     # unbind, because the backward of an index would fill a whole stack with zeros per expert
     stacks = [weight.unbind() for weight in (gate, up, down)]
-    runs = x_QD[: sum(counts)].split(list(counts))
+    gate_runs, up_runs = (each.split(list(counts)) for each in inputs_between(x_QD, 0, sum(counts)))
     outputs = [
-        F.linear(F.silu(F.linear(run, gate)) * F.linear(run, up), down)
-        for run, gate, up, down in zip(runs, *stacks, strict=True)
+        F.linear(activate(F.linear(for_gate, gate), F.linear(for_up, up), place), down)
+        for for_gate, for_up, place, gate, up, down in zip(gate_runs, up_runs, row_slices(counts), *stacks, strict=True)
     ]
     return torch.cat(outputs)
 
 
-def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_swiglu(
+    x_QD: Inputs, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
+) -> Tensor:
     """Computes all experts by three grouped matrix products. Call it only if `why_not_grouped` returns None."""
     if not sum(counts):
-        return loop_swiglu(x_QD, gate, up, down, counts)  # without rows no kernel is called
-    x_QD, product = x_QD[: sum(counts)], grouped_product(counts, x_QD.device)
-    return product(F.silu(product(x_QD, gate)) * product(x_QD, up), down)
+        return loop_swiglu(x_QD, gate, up, down, counts, activate)  # without rows no kernel is called
+    for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
+    product = grouped_product(counts, for_gate_QD.device)
+    return product(activate(product(for_gate_QD, gate), product(for_up_QD, up), slice(0, sum(counts))), down)
 
 
 def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -171,15 +204,16 @@ class ExpertStack(nn.Module):
             copy = self._copies[name] = weight.detach().to(dtype)
         return _WorkingCopy.apply(weight, copy)  # pyright: ignore[reportReturnType]
 
-    def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
             # without a gradient. The ranks that share this stack hold no expert of this group either, so all skip it.
-            return x_QD[:0]
-        swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
-        gate, up, down = (self.weight(name, x_QD.dtype) for name in ("gate", "up", "down"))
-        return swiglu(x_QD, gate, up, down, counts)
+            return inputs_between(x_QD, 0, 0)[0]
+        like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
+        swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
+        gate, up, down = (self.weight(name, like.dtype) for name in ("gate", "up", "down"))
+        return swiglu(x_QD, gate, up, down, counts, activate)
 
 
 class Experts(nn.Module):
@@ -196,6 +230,7 @@ class Experts(nn.Module):
             chunks, which backward recomputes, so that unbalanced routing costs time but no memory.
         gemm: See `choose_gemm`.
         stack: Makes the stack of a group, with the arguments of `ExpertStack`.
+        kernels: Gather rows, multiply gate and up, and sum pairs.
     """
 
     def __init__(
@@ -207,8 +242,10 @@ class Experts(nn.Module):
         pair_budget: int | None = None,
         gemm: ExpertGemm = "loop",
         stack: Callable[..., ExpertStack] = ExpertStack,
+        kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.pair_budget = pair_budget
         for group, count in zip(groups, num_local, strict=True):
@@ -222,31 +259,39 @@ class Experts(nn.Module):
         out_RD: Tensor | None = None
         chunks = slot_chunks(plan.slot_counts, budget)
         recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
+        dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
         at = 0
         for counts in chunks:
-            row_Q = plan.row_of_pair_Q[at : at + sum(counts)]
-            weights = weight_Q[at : at + sum(counts)]
+            end = at + sum(counts)
+            row_Q, weights = (rows_between(each, at, end) for each in (plan.row_of_pair_Q, weight_Q))
             if recompute:
-                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts)
+                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype)
             else:
-                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts)
+                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype)
             # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
-            at += sum(counts)
+            at = end
         assert out_RD is not None, "there is always one chunk"
-        return out_RD.to(rows_RD.dtype)  # the only rounding
+        return out_RD.to(rows_RD.dtype)  # several chunks are rounded only here
 
-    def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
-        """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in the weights' dtype."""
-        x_QD = gather_rows(rows_RD, row_Q)  # one copy of a row per pair
+    def _weighted_sum(
+        self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in `dtype`."""
+        index = RowIndex((row_Q,), rows_RD.shape[0])
+        inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
         outputs, at, slot = [], 0, 0
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
-            rows = x_QD[at : at + sum(group_counts)]
-            outputs.append(self.get_submodule(group_module(name))(rows, group_counts))
-            at, slot = at + sum(group_counts), slot + num_local
+            end = at + sum(group_counts)
+            activate = partial(self._activate, rows_between(weight_Q, at, end))
+            outputs.append(self.get_submodule(group_module(name))(inputs_between(inputs, at, end), group_counts, activate))
+            at, slot = end, slot + num_local
         y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
-        return weighted_row_sum(y_QD, weight_Q, row_Q, rows_RD.shape[0])
+        return self.kernels.sum_pairs(y_QD, weight_Q, index, dtype)
+
+    def _activate(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor, rows: slice) -> Tensor:
+        return self.kernels.swiglu(rows_between(weight_Q, rows.start, rows.stop), gate_QF, up_QF)
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from moe_dist.runtime.secrets import secrets_of
 
 def host_violations(config: Config) -> list[Violation]:
     """Returns the rules that the configuration violates on this machine."""
-    checks = (apex_violations, _dispatch_violations, group_violations, _secret_violations)
+    checks = (apex_violations, _dispatch_violations, _kernel_violations, group_violations, _secret_violations)
     return [violation for check in checks for violation in check(config)]
 
 
@@ -61,6 +61,27 @@ def _dispatch_violations(config: Config) -> list[Violation]:
         "parallel.dispatch.kind=all_to_all"
     )
     return [Violation(("parallel.dispatch.kind",), problem)]
+
+
+def _kernel_violations(config: Config) -> list[Violation]:
+    """Checks for parallel.kernels.kind=triton: a device, and the package triton, unless torch is missing here too."""
+    key = "parallel.kernels.kind"
+    if config.parallel.kernels.kind != "triton":
+        return []
+    found = [
+        (
+            config.parallel.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+            (key, "parallel.device"),
+            "Triton kernels need CUDA, but parallel.device=cpu; set parallel.kernels.kind=auto, or another device",
+        ),
+        (
+            importlib.util.find_spec("torch") is not None and importlib.util.find_spec("triton") is None,
+            (key,),
+            "the package triton is not installed here; install it (torch for CUDA brings it), or set "
+            "parallel.kernels.kind=auto",
+        ),
+    ]
+    return [Violation(keys, f"{key}=triton: {problem}") for holds, keys, problem in found if holds]
 
 
 def group_violations(config: Config) -> list[Violation]:

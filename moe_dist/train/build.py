@@ -1,5 +1,6 @@
 """Makes model, optimizer, data loader and evaluator from the configuration, together with the other `build_*` files."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -21,6 +22,9 @@ from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, Ro
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.experts import choose_gemm
+from moe_dist.moe.kernels.choice import choose_kernels
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
@@ -41,6 +45,8 @@ from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
+
+logger = logging.getLogger(__name__)
 
 TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | ADAPTERS}
 ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
@@ -74,6 +80,7 @@ def build_model(
     compute_dtype: torch.dtype | None = None,
     choice_scope: SelectionScope | None = None,
     depth_scope: SelectionScope | None = None,
+    kernels: RowKernels = TORCH,
 ) -> Transformer:
     """Makes the transformer with this rank's experts, on torch's default device (meta in a dry run and before sharding).
 
@@ -85,11 +92,12 @@ def build_model(
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
         choice_scope: With expert choice, the ranks whose tokens compete for an expert; None for this rank alone.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
+        kernels: Arithmetic on rows around the experts' matrix products.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     all_to_all = build_all_to_all(config.parallel, ep_group, stats, tracker)
-    parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope)
+    parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope, kernels)
 
     def make_depths(layer: int) -> DepthRouter:
         assert section.mixture_of_depths is not None
@@ -170,6 +178,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             tracker=mesh.tracker,
             choice_scope=choice_scope,
             depth_scope=depth_scope,
+            kernels=row_kernels(config, mesh.device),
         )
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.data == "fsdp2":
@@ -214,6 +223,22 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def row_kernels(config: Config, device: torch.device) -> RowKernels:
+    """Returns the kernels of `parallel.kernels`. If `auto` cannot take Triton's on CUDA, the log says why.
+
+    Raises:
+        ConfigError: the kind is triton, which cannot be used here.
+    """
+    dtype = COMPUTE_DTYPES[config.parallel.precision]
+    try:
+        kernels, reason = choose_kernels(config.parallel.kernels.kind, device=device, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if reason is not None:
+        logger.warning("parallel.kernels.kind=auto takes torch: %s (docs/gpu.md)", reason)
+    return kernels
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:

@@ -18,6 +18,8 @@ from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.placement.placement import ExpertPlacement
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside this node
@@ -45,10 +47,16 @@ class DispatchParts:
     all_to_all: AllToAll  # all-to-all of the EP group
     hidden_dim: int
     node_groups: NodeGroups = (None, None)
+    kernels: RowKernels = TORCH
 
     @property
     def fields(self) -> dict[str, Any]:
         return self.parallel.dispatch.keywords()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of the dispatchers that exchange rows by all-to-alls."""
+        return {"max_receive_rows": self.parallel.max_receive_rows, "kernels": self.kernels}
 
 
 def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
@@ -60,13 +68,12 @@ def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
     """Makes the pipelined dispatcher if `overlap` or `chunks` is set. Otherwise makes the dispatcher with known counts if
     each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may serve several pairs."""
     if parts.fields != {"overlap": False, "chunks": 1}:
-        bound = parts.parallel.max_receive_rows
-        return PipelinedDispatcher(parts.placement, parts.all_to_all, max_receive_rows=bound, **parts.fields)
+        return PipelinedDispatcher(parts.placement, parts.all_to_all, **parts.options, **parts.fields)
     return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)
 
 
 def _general(parts: DispatchParts) -> AllToAllDispatcher:
-    return AllToAllDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
+    return AllToAllDispatcher(parts.placement, parts.all_to_all, **parts.options)
 
 
 def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
@@ -75,15 +82,14 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
         build_all_to_all(parts.parallel, group, comm_stats, tracker, between_nodes=i == 0)
         for i, group in enumerate(parts.node_groups)
     )
-    bound = parts.parallel.max_receive_rows
-    return HierarchicalDispatcher(parts.placement, between, inside, max_receive_rows=bound, **parts.fields)
+    return HierarchicalDispatcher(parts.placement, between, inside, **parts.options, **parts.fields)
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
     """Makes the dispatcher with known counts. It serves batches for which the router knows the number of (token, expert)
     pairs per rank and expert without an exchange. All other batches (as in evaluation, where tokens choose experts) use the
     plain dispatcher. With `always`, known counts are used even if a rank holds several experts of a group."""
-    known = KnownCountsDispatcher(parts.placement, parts.all_to_all, max_receive_rows=parts.parallel.max_receive_rows)
+    known = KnownCountsDispatcher(parts.placement, parts.all_to_all, **parts.options)
     return KnownCountsFirst(known, _general(parts), always=always)
 
 

@@ -10,6 +10,8 @@ from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.moe.adapted_experts import AdaptedExperts
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.routers.capacity import Capacity
@@ -30,6 +32,7 @@ class LayerParts:
     all_to_all: AllToAll  # all-to-all of the EP group
     node_groups: NodeGroups
     choice_scope: SelectionScope | None  # with expert choice: ranks whose tokens compete for an expert
+    kernels: RowKernels = TORCH
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
@@ -39,7 +42,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # In a dry run the placement has many ranks, but there is no process group: the layers are made and never run.
     dispatcher = build_dispatcher(  # one for all layers, because a dispatcher may allocate large buffers
-        DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups)
+        DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups, parts.kernels)
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
@@ -65,6 +68,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
                 [len(parts.placement.local_experts(parts.ep_rank, group)) for group in groups],
                 pair_budget=config.parallel.expert_pair_budget,
                 gemm=config.parallel.expert_gemm,
+                kernels=parts.kernels,
                 **moe.experts.model_dump(exclude={"kind"}),
             ),
             dispatcher=dispatcher,

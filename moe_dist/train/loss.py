@@ -65,9 +65,20 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
     """Returns the sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
-    member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=values_BS.device)
-    member &= (labels_BS != IGNORED).flatten()[:, None]
+    member = _labels_of_modalities(labels_BS, modality_BS, num_modalities)
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
+
+
+def labels_by_modality(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
+    """Returns the number of labels that are not IGNORED by modality of the label: float64 [M]."""
+    return _labels_of_modalities(labels_BS, modality_BS, num_modalities).sum(0, dtype=torch.float64)
+
+
+def _labels_of_modalities(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
+    """Returns a bool [B S, M]: whether a position has a label of the modality."""
+    member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=labels_BS.device)
+    member &= (labels_BS != IGNORED).flatten()[:, None]
+    return member
 
 
 def forward(
@@ -77,7 +88,7 @@ def forward(
     request: RoutingRequest = NO_REQUEST,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V] and one report per MoE layer."""
-    group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+    group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
 
 

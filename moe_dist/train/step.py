@@ -34,9 +34,9 @@ from moe_dist.train.loss import (
     counts_from,
     depth_statistics,
     forward,
+    labels_by_modality,
     micro_loss,
     step_counts,
-    sums_by_modality,
 )
 from moe_dist.train.router_tuning.tuning import RouterTuning
 from moe_dist.train.tracing import StepTracer
@@ -115,10 +115,7 @@ class TrainingStep:
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = torch.stack(  # [micro-batches, M]: number of labels on this rank
-            [
-                sums_by_modality(torch.ones_like(each.labels_BS), each.labels_BS, each.label_modality_BS, num_modalities)
-                for each in batches
-            ]
+            [labels_by_modality(each.labels_BS, each.label_modality_BS, num_modalities) for each in batches]
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)

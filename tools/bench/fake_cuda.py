@@ -118,7 +118,8 @@ class Recorder(TorchDispatchMode):
             self.order.append(name)
             return out
         question = func._schema.returns and not made
-        if func.is_view or question or name in FREE:
+        empty = not any(each.numel() for each in on_device)  # torch launches nothing for empty tensors
+        if func.is_view or question or name in FREE or empty:
             return out
         on_host = [each for each in tensors if each.device.type == "cpu" and (each.dim() or name in COPIES)]
         if on_host and name in COPIES:

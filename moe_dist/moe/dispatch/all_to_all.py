@@ -23,6 +23,8 @@ the S and O rows, and 16 for each of the Q pairs.
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -35,11 +37,19 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
             - 1) x T rows: all tokens of the other ranks of the EP group.
+        kernels: Sum the rows of a token.
     """
 
-    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        wire: AllToAll,
+        *,
+        max_receive_rows: int | None = None,
+        kernels: RowKernels = TORCH,
+    ) -> None:
         self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows)
-        self.exchange = Exchange(wire)
+        self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
         """Makes the plan by two metadata collectives and the layer's one host sync.

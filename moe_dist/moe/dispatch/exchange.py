@@ -16,6 +16,7 @@ ranks, then own), S rows sent to other ranks, O own rows (which stay here), R = 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
 from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
-from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows
+from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class ExchangePlan:
     def num_own_rows(self) -> int:
         return self.row_O.shape[0]
 
+    @cached_property
+    def table_index(self) -> RowIndex:
+        """The table rows to which the own rows and the rows from other ranks return."""
+        return RowIndex((self.row_O, self.row_S), self.table_rows)
+
     @property
     def sent(self) -> SentCounts:
         return SentCounts(self.num_remote_rows, self.pair_P.shape[0], self.num_remote_pairs)
@@ -87,10 +94,11 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. `keep_buffers` keeps the send buffers [S, D] for the next layer."""
+    """Exchanges rows over one process group. `keep_buffers` keeps the send buffers [S, D] for the next layer; `kernels` sum
+    returned rows."""
 
-    def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True) -> None:
-        self.all_to_all = all_to_all
+    def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
+        self.all_to_all, self.kernels = all_to_all, kernels
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
@@ -186,15 +194,10 @@ class CombineReceive:
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
         """Returns the sums [M, D] of returned and own rows, plus `base_MD` if given, rounded once to the rows' dtype."""
-        rows_RD, plan, dtype = self.rows_RD, self.plan, accumulation_dtype(self.rows_RD.dtype)
-        if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
-            sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
-        else:
-            sum_MD = base_MD.to(dtype, copy=True)  # copied, because the caller keeps its tensor
-        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])  # while remote rows are in flight
-        add_rows(sum_MD, plan.row_S, self.rows.wait())
+        own_OD = self.rows_RD[: self.plan.num_own_rows]
+        sum_MD = self.exchange.kernels.sum_rows(own_OD, self.rows.wait, self.plan.table_index, base_MD)
         self.exchange.buffers.give(self.back_SD)
-        return sum_MD.to(rows_RD.dtype)
+        return sum_MD
 
 
 class _Dispatch(torch.autograd.Function):

@@ -27,6 +27,8 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import Exchange
 from moe_dist.moe.dispatch.hierarchical_planning import HierarchicalPlan, NodePlanner
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -41,6 +43,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never
             hold more than (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
+        kernels: Sum the rows of a token.
     """
 
     def __init__(
@@ -51,12 +54,13 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         *,
         ranks_per_node: int,
         max_receive_rows: int | None = None,
+        kernels: RowKernels = TORCH,
     ) -> None:
         self.planner = NodePlanner(
             placement, inter, intra, ranks_per_node=ranks_per_node, max_receive_rows=max_receive_rows
         )
         # Send buffers are freed after use, so that the buffer of one hop takes no memory during the other hop.
-        self.inter, self.intra = Exchange(inter, keep_buffers=False), Exchange(intra, keep_buffers=False)
+        self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=kernels) for each in (inter, intra))
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
         """Makes the plan of both hops by four metadata collectives and the layer's one host sync.

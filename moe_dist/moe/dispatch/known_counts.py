@@ -29,6 +29,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -55,9 +57,16 @@ class _Order:
 class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
     """Dispatches and combines over one EP group, with known counts. See `AllToAllDispatcher` for the arguments."""
 
-    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        wire: AllToAll,
+        *,
+        max_receive_rows: int | None = None,
+        kernels: RowKernels = TORCH,
+    ) -> None:
         self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
-        self.exchange = Exchange(wire)
+        self.exchange = Exchange(wire, kernels=kernels)
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
@@ -126,7 +135,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
 
 
 def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """Does `rows.runs_in_order` on the host: concatenates start, start + 1, ..., start + length - 1 of all blocks."""
+    """Concatenates start, start + 1, ..., start + length - 1 of all blocks."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
 

@@ -37,6 +37,8 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -58,7 +60,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
     """Sends the same rows as `AllToAllDispatcher`, and meanwhile runs the experts on other rows.
 
     Args:
-        placement, wire, max_receive_rows: See `AllToAllDispatcher`.
+        placement, wire, max_receive_rows, kernels: See `AllToAllDispatcher`.
         overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. Experts
             then run once more, on fewer rows each time.
         chunks: Number of ranges of tokens. Each range is sent while the experts compute the range before it.
@@ -72,9 +74,10 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         max_receive_rows: int | None = None,
         overlap: bool = False,
         chunks: int = 1,
+        kernels: RowKernels = TORCH,
     ) -> None:
         self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows, chunks=chunks, own_apart=overlap)
-        self.exchange = Exchange(wire)
+        self.exchange = Exchange(wire, kernels=kernels)
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, split_sizes
+from moe_dist.comm.collectives import from_host
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
-from moe_dist.moe.dispatch.rows import counting_order, runs_in_order, spread
+from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -55,19 +56,19 @@ def check_receive_rows(rows: int, limit: int | None, position: int, place: str) 
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors on one device.
+    """The placement as tensors on one device. The last entry of the first two is for absent pairs, whose expert is -1.
 
     Attributes:
-        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank.
-        bin_E: Position of each expert in the order of (place of its rank, slot).
+        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W if absent.
+        bin_E: Position of each expert in the order of (place of its rank, slot); E if absent.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
-        holder_H: The ranks H: the own rank (left out if its pairs are computed apart), then the other ranks in order.
+        one: The number 1.
     """
 
     place_E: Tensor
     bin_E: Tensor
     message_M: Tensor
-    holder_H: Tensor
+    one: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class _Counts:
     sizes: list[ExchangeSizes]  # sizes of each chunk
     slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
     own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all own pairs if `own_apart`
+    arriving_WCX: np.ndarray  # rows and pairs of each slot that come from each rank
 
     @property
     def num_remote_pairs(self) -> int:
@@ -144,7 +146,7 @@ class Planner:
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
         order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the host sync
-        counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the layer's host sync
+        counts = self._exchange_counts(cells, tables, layer)  # the layer's host sync
         arriving = sum(sum(each.rows.receive) for each in counts.sizes)
         check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
 
@@ -152,12 +154,13 @@ class Planner:
         pair_P = order_N[: num_remote + sum(each.own_pairs for each in counts.sizes)]
         index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
         indices = self._start_indices(index_P[:num_remote], counts, layer)
-        tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, cells.row_counts, counts, num_tokens)
+        first, runs = self._runs(counts, pair_P.device)
+        tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, first, counts, num_tokens)
         pairs, indices = self._by_chunk(pair_P, index_P, indices.wait(), counts)
         mine = slice(0, 0) if self.own_apart else slice(None)
         plans = []
         for chunk, length in enumerate(self.chunk_lengths(num_tokens)):
-            order_Q, row_Q = self._by_slot(indices[chunk], received_WCX[tables.holder_H, chunk])
+            order_Q, row_Q = _by_slot(indices[chunk], runs[chunk])
             plans.append(
                 AllToAllPlan(
                     layer=layer,
@@ -191,9 +194,8 @@ class Planner:
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
-        taken_N = assignments.expert_N != ABSENT
-        expert_N = assignments.expert_N.clamp_min(0)  # absent pairs get a valid index too, and are masked below
-        bin_N, place_N, token_N = tables.bin_E[expert_N], tables.place_E[expert_N], assignments.token_N
+        expert_N, token_N = assignments.expert_N, assignments.token_N
+        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # the index -1 of absent pairs means the last
         run_N = place_N
         if chunks > 1:
             chunk_N, own_N = token_N // length, place_N == size - 1
@@ -202,27 +204,28 @@ class Planner:
             own_chunk_N = 0 if self.own_apart else chunk_N
             own_bin_N = (chunks - 1) * num_remote + own_chunk_N * num_own + bin_N
             bin_N = torch.where(own_N, own_bin_N, chunk_N * num_remote + bin_N)
-        bin_N = torch.where(taken_N, bin_N, chunks * self.placement.num_experts)
-        cell_N = torch.where(taken_N, run_N * length + token_N, chunks * size * length)
-        present = torch.zeros(chunks * size * length + 1, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
-        index = present[:-1].view(chunks * size, length).cumsum(1, dtype=torch.int32)
+            absent_N = expert_N == ABSENT
+            bin_N = bin_N.masked_fill(absent_N, chunks * self.placement.num_experts)
+            run_N = run_N.masked_fill(absent_N, chunks * size)
+        cell_N = torch.add(token_N, run_N, alpha=length)
+        # the last run has the cells of absent pairs, whose numbers nobody reads
+        present = torch.zeros((chunks * size + 1) * length, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
+        index = present.view(-1, length).cumsum(1, dtype=torch.int32)
         pair_counts = torch.zeros(chunks * self.placement.num_experts + 1, dtype=torch.int64, device=cell_N.device)
-        pair_counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+        pair_counts.scatter_add_(0, bin_N, tables.one.expand_as(bin_N))
         return _Cells(
             bin_N=bin_N,
             run_N=run_N,
-            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,  # the running count includes the row itself
-            row_counts=index[:, -1].to(torch.int64),
+            index_N=index.view(-1)[cell_N] - 1,  # the running count includes the row itself
+            row_counts=index[:-1, -1].to(torch.int64),
             pair_counts=pair_counts[:-1],
         )
 
-    def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> tuple[_Counts, Tensor]:
-        """Exchanges the counts, and reads the sizes of all chunks in the layer's one host sync. Also returns the received
-        counts [W, C, X] on the device."""
+    def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> _Counts:
+        """Exchanges the counts, and reads the sizes of all chunks in the layer's one host sync."""
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
-        received = message
         if self.wire.group is None:  # a single rank receives its own counts
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
@@ -234,7 +237,7 @@ class Planner:
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
-        counts = _Counts(
+        return _Counts(
             [
                 ExchangeSizes.of(
                     own,
@@ -245,8 +248,25 @@ class Planner:
             ],
             [tuple(row[1:].tolist()) for row in computed_CX],
             tuple(arriving_WCX[own, 0, 1:].tolist()),
+            arriving_WCX,
         )
-        return counts, received.view(size, chunks, -1)
+
+    def _runs(self, counts: _Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
+        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival less
+        that in the order of slots, and the place of the source rank's first row. All come from the host by one copy."""
+        own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
+        holders += [rank for rank in self._ranks if rank != own]
+        row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
+        tables = [_starts(np.array(row_counts + [each.own_rows for each in counts.sizes], dtype=np.int64))]
+        for chunk in range(self.chunks):
+            arriving_HX = counts.arriving_WCX[holders, chunk]
+            pairs_HX, row_H = arriving_HX[:, 1:], _starts(arriving_HX[:, 0])
+            first_HX, length_X = _starts(pairs_HX.reshape(-1)).reshape(pairs_HX.shape), pairs_HX.T.reshape(-1)
+            shift_X = first_HX.T.reshape(-1) - _starts(length_X)
+            tables.append(np.concatenate([length_X, shift_X, np.tile(row_H, pairs_HX.shape[1])]))
+        first, *runs = from_host(np.concatenate(tables), torch.int64, device).split([len(each) for each in tables])
+        return first, [each.view(3, len(each) // 3) for each in runs]
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
         """Starts sending each pair's row index to the rank of the pair's expert, by one collective for all chunks."""
@@ -269,32 +289,22 @@ class Planner:
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
-        pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
+        whole = self.chunks == 1 and not self.own_apart  # then the pairs are in this order already
+        pairs = [pair_P] if whole else [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
         return pairs, [each.to(torch.int64) for each in indices]  # sent as int32
 
     def _tokens_of_rows(
-        self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
+        self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
         """Returns a list with the token of each row: for each chunk the rows to other ranks, then for each chunk the own
         rows. Tokens are numbered from the first token of the chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
-        first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
         if self.chunks > 1:
             token_P = token_P % self._chunk_length(num_tokens)
         # The pairs of a row all write the same token, so the order of writes does not matter.
         return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
-
-    def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` is
-        the row index of each pair among the rows of its source rank."""
-        rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
-        total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
-        first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
-        row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
-        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # ordered by slot, then by rank
-        return order_Q, row_Q[order_Q]
 
     def _make_tables(self, device: torch.device) -> _Tables:
         """Makes the tables of the placement, once for each device."""
@@ -314,11 +324,25 @@ class Planner:
                 message += [row, *(chunks * size + shift + bin_of[expert] for expert in slots[rank])]
         ranks = self.placement.rank_of_expert
         return _Tables(
-            place_E=torch.tensor([place_of[ranks[expert]] for expert in range(len(ranks))], device=device),
-            bin_E=torch.tensor([bin_of[expert] for expert in range(len(ranks))], device=device),
+            place_E=torch.tensor([*(place_of[rank] for rank in ranks), size], device=device),
+            bin_E=torch.tensor([*(bin_of[expert] for expert in range(len(ranks))), len(ranks)], device=device),
             message_M=torch.tensor(message, device=device),
-            holder_H=torch.tensor([*([] if self.own_apart else [own]), *order[:-1]], dtype=torch.int64, device=device),
+            one=torch.ones((), dtype=torch.int64, device=device),
         )
+
+
+def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` is the
+    row index of each pair among the rows of its source rank, `runs` is from `Planner._runs`."""
+    length_X, shift_X, row_X = runs
+    run_Q = torch.repeat_interleave(length_X, output_size=index_Q.shape[0])
+    order_Q = shift_X.index_select(0, run_Q) + torch.arange(len(run_Q), device=run_Q.device)
+    return order_Q, index_Q.index_select(0, order_Q) + row_X.index_select(0, run_Q)
+
+
+def _starts(length_X: np.ndarray) -> np.ndarray:
+    """Returns the sums of the lengths before each."""
+    return length_X.cumsum() - length_X
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:

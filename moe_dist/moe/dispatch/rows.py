@@ -2,7 +2,7 @@
 
 Sums are fp32 in forward and backward. Autograd saves no index tensor, because the dispatch plan keeps the indices until
 backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
-(token, expert) pairs, R rows of the pairs, D hidden size, N items, X runs (blocks of consecutive items).
+(token, expert) pairs, R rows of the pairs, D hidden size, N items.
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
@@ -104,20 +104,6 @@ def _host_order(short_N: Tensor) -> Tensor:
 
 def _device_order(short_N: Tensor) -> Tensor:
     return torch.sort(short_N, stable=True).indices
-
-
-def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Returns int64 indices [total], the runs one after the other: start, start + 1, ..., start + length - 1 for each run.
-
-    `total` is the sum of the lengths. It is an argument, because reading the sum on CUDA would cost a sync.
-    """
-    shift_X = start_X - (length_X.cumsum(0) - length_X)  # index minus position in the result, per run
-    return spread(shift_X, length_X, total) + torch.arange(total, device=start_X.device)
-
-
-def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Returns `value_X[x]` repeated `length_X[x]` times, for all x: [total]. Does not sync, because `total` is given."""
-    return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:

@@ -143,9 +143,10 @@ class TopKRouter(nn.Module):
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
-            inside_TC = self.group_of_column_C == group_T[:, None]  # a temporary bool [T, C]
-            # Padding keeps finite logits, because a softmax over -inf alone is NaN; all sums leave padding out.
-            masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
+            # A temporary bool [T, C]. Padding keeps finite logits, because a softmax over -inf alone is NaN; all sums leave
+            # padding out.
+            outside_TC = (self.group_of_column_C != group_T[:, None]) & routed_T[:, None]
+            masked_TC = logits_TC.masked_fill(outside_TC, float("-inf"))
             probs_TC = self._probs(masked_TC)
             chosen = self._choose(masked_TC, probs_TC, group_T, cache)
             sums = self._sums(masked_TC, probs_TC, chosen, group_T)
@@ -154,13 +155,16 @@ class TopKRouter(nn.Module):
             if self.capacity is not None and self.training:
                 dropped_TK = self._dropped(probs_TC, chosen, sums.tokens_G, cache)
                 taken_TK = taken_TK & ~dropped_TK
-                sums = sums._replace(dropped_E=self._count(chosen.column_TK, dropped_TK, self.num_experts))
+                dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
+                sums = sums._replace(dropped_E=dropped_C[: self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
+        # Without capacity and zero-computation experts, `_weights` has set the weights of all other choices to 0.
+        whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
             token_N=token_T.repeat_interleave(self.num_choices),
             expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
-            weight_N=torch.where(taken_TK, weight_TK, 0.0).flatten(),
+            weight_N=(weight_TK if whole else torch.where(taken_TK, weight_TK, 0.0)).flatten(),
         )
         prob_AC = None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A]
         recorded = _recorded(chosen, taken_TK, weight_TK) if cache.keep_choices else None
@@ -175,10 +179,12 @@ class TopKRouter(nn.Module):
                 count = column_counts(group)[kind]
                 if count:
                     rows = self._gate(group, kind).to(h_TD.dtype)
-                    products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
+                    num_rows = group.num_experts
+                    slices = [rows] if rows.shape[0] == num_rows else rows.split(num_rows)  # backward of a split copies
+                    products = [F.linear(h_TD, slice_nD) for slice_nD in slices]
                     single = (kind, self.null_logit) == ("null", "single")  # one logit for all null columns
                     parts += [products[0].expand(-1, count)] if single else products
-        return torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def gate(self, group: ExpertGroup) -> nn.Module:
         return self.get_submodule(group_module(group.name))
@@ -214,12 +220,14 @@ class TopKRouter(nn.Module):
         column_TK = cache.choice_TK
         valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
         true_TK = valid_TK & (column_TK < self.num_experts)
-        null_TK = valid_TK & (column_TK >= self.num_experts) & (column_TK < self.first_zero_computation)
+        null_TK = valid_TK ^ true_TK  # all other valid choices
+        if self.num_zero_computation:
+            null_TK = null_TK & (column_TK < self.first_zero_computation)
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
         """Returns the weight of each choice [T, K]; 0 for null and for invalid choices."""
-        kept_TK = chosen.valid_TK & ~chosen.null_TK
+        kept_TK = chosen.valid_TK ^ chosen.null_TK  # null choices are valid
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
         elif self.normalise == "true_all":
@@ -227,7 +235,8 @@ class TopKRouter(nn.Module):
         else:
             among_TK = kept_TK if self.normalise == "true_chosen" else chosen.valid_TK
             weight_TK = _softmax_among(masked_TC.gather(1, chosen.column_TK), among_TK)
-        return self.scale * torch.where(kept_TK, weight_TK, 0.0)
+        weight_TK = torch.where(kept_TK, weight_TK, 0.0)
+        return weight_TK if self.scale == 1.0 else self.scale * weight_TK
 
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
         """Returns the softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
@@ -260,12 +269,10 @@ class TopKRouter(nn.Module):
         return cache.dropped_TK
 
     @staticmethod
-    def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """Counts the marked choices of each of the first `num_bins` columns, int64. No choice of a later column is
-        marked."""
-        bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
-        counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
-        return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]
+    def _count(column_TK: Tensor, marked_TK: Tensor, num_columns: int) -> Tensor:
+        """Counts the marked choices of each column, int64."""
+        counts = torch.zeros(num_columns, dtype=torch.int64, device=column_TK.device)
+        return counts.scatter_add_(0, column_TK.flatten(), marked_TK.flatten().to(torch.int64))
 
     def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
         routed_T = group_T >= 0

@@ -1,6 +1,7 @@
 """What a configuration asks of the machine: Apex and a Unix group, found out without torch."""
 
 import grp
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.plan.host import apex_violations, group_violations
+from moe_dist.plan.host import apex_violations, group_violations, host_violations
 from moe_dist.plan.preflight import check_file
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
@@ -73,3 +74,19 @@ def test_a_group_one_is_not_in_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert "you are not in that group" in relation.problem
     monkeypatch.setattr(os, "getgroups", lambda: [other.gr_gid])
     assert group_violations(config) == []
+
+
+def test_triton_kernels_need_triton_and_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    real = importlib.util.find_spec
+    for device in ("cpu", "cuda"):
+        config = tiny_config(tmp_path, tmp_path, {"parallel.kernels.kind": "triton", "parallel.device": device})
+        kinds = [relation.problem for relation in host_violations(config)]
+        assert kinds == ([] if device == "cuda" else [kinds[0]])
+        assert not kinds or "parallel.device=cpu; set parallel.kernels.kind=auto" in kinds[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else real(name))
+    (missing,) = host_violations(config)
+    assert missing.keys == ("parallel.kernels.kind",)
+    assert "the package triton is not installed here" in missing.problem
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # torch runs elsewhere, and so may Triton
+    assert host_violations(config) == []

@@ -10,7 +10,8 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
-from moe_dist.moe.dispatch.rows import counting_order, runs_in_order
+from moe_dist.moe.dispatch.planning import _by_slot
+from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routers.capacity import over_capacity
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -24,8 +25,11 @@ def test_counting_order_is_a_stable_sort(num_keys: int, count: int) -> None:
 
 
 def test_runs_drawn_by_hand() -> None:
-    starts, lengths = torch.tensor([7, 0, 3]), torch.tensor([2, 0, 3])
-    assert runs_in_order(starts, lengths, 5).tolist() == [7, 8, 3, 4, 5]
+    """Runs of two, no and three pairs, as (length, shift, row): their order of arrival, and their rows."""
+    runs = torch.tensor([[2, 0, 3], [3, 0, -2], [10, 0, 20]])
+    order_Q, row_Q = _by_slot(torch.tensor([5, 6, 7, 8, 9]), runs)
+    assert order_Q.tolist() == [3, 4, 0, 1, 2]
+    assert row_Q.tolist() == [18, 19, 25, 26, 27]
 
 
 class Sorted(TorchDispatchMode):

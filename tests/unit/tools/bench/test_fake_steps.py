@@ -119,6 +119,17 @@ def test_both_hops_of_a_layer_need_one_read() -> None:
 
 
 @pytest.mark.full
+def test_triton_kernels_move_fewer_bytes() -> None:
+    options = ["model.num_layers=2", "parallel.kernels.kind="]
+    torchs, tritons = (
+        count("configs/olmoe_1b7b_8gpu.yaml", 8, [options[0], options[1] + kind]) for kind in ("torch", "triton")
+    )
+    for phase in ("moe forward", "moe backward"):
+        assert tritons.num_bytes[phase] < torchs.num_bytes[phase] / 2
+        assert tritons.kernels[phase] < torchs.kernels[phase]
+
+
+@pytest.mark.full
 def test_parameters_gathered_once_per_step() -> None:
     """The experts' ranks are on different nodes, so each gather and each sum of gradients crosses the network."""
     options = ["model.num_layers=2", "parallel.recompute=none"]

@@ -1,0 +1,1 @@
+"""Arithmetic on rows: by torch on any device, and by Triton kernels on CUDA."""

@@ -1,0 +1,69 @@
+"""A Triton kernel that sums rows in fp32 registers: each program owns a part of a row of the result, so nothing is added
+atomically, and each row of the input is read once.
+
+Shape letters: M rows of the result, D hidden size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_dist.moe.kernels.operation import block_of, launch, operation
+
+
+@triton.jit(do_not_specialize=["num_own"])  # else some values would each compile a kernel
+def row_sum_kernel(
+    own,
+    received,
+    base,
+    order,
+    first,
+    out,
+    num_own,
+    D: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        total += tl.load(base + m * D + column, mask=mask).to(tl.float32)
+    place = tl.load(first + m)
+    end = tl.load(first + m + 1)
+    while place < end:
+        item = tl.load(order + place).to(tl.int64)
+        if BOTH:
+            total += tl.load(own + item * D + column, mask=mask).to(tl.float32)
+            total += tl.load(received + item * D + column, mask=mask).to(tl.float32)
+        elif item < num_own:
+            total += tl.load(own + item * D + column, mask=mask).to(tl.float32)
+        else:
+            total += tl.load(received + (item - num_own) * D + column, mask=mask).to(tl.float32)
+        place += 1
+    tl.store(out + m * D + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+@operation(
+    "row_sum(Tensor own, Tensor received, Tensor? base, Tensor order, Tensor first, bool both, ScalarType dtype) -> Tensor"
+)
+def row_sum(
+    own: Tensor, received: Tensor, base: Tensor | None, order: Tensor, first: Tensor, both: bool, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Returns `base`, or 0, plus the sums of rows, [M, D] in `dtype`.
+
+    The items of row m are `order[first[m] : first[m + 1]]` and are added in this order. An item below the number of own
+    rows is an own row, any other item a received row. With `both`, each item is an own row and a received row.
+    """
+    num_rows, width = first.shape[0] - 1, own.shape[1]
+    out = own.new_empty((num_rows, width), dtype=dtype)
+    yield out
+    block = block_of(width)
+    constants = {"D": width, "HAS_BASE": base is not None, "BOTH": both, "BLOCK": block}
+    inputs = (own, received, own if base is None else base, order, first)
+    launch(row_sum_kernel, (num_rows, triton.cdiv(width, block)), *inputs, out, own.shape[0], **constants)

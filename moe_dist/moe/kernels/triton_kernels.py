@@ -1,0 +1,78 @@
+"""The arithmetic on rows by Triton kernels. `interface.py` documents the methods and the shape letters.
+
+Each sum adds in a fixed order, in fp32 registers. Gathering and summing are each other's gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.moe.kernels.gather import gather_rows
+from moe_dist.moe.kernels.interface import RowIndex
+from moe_dist.moe.kernels.row_sum import row_sum
+from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
+
+
+class TritonKernels:
+    """Weights are applied by `swiglu`, so that backward needs neither the experts' outputs nor a pass over them."""
+
+    def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
+        return _Gather.apply(rows_RD, index)  # pyright: ignore[reportReturnType]
+
+    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+        return _SwiGLU.apply(weight_Q, gate_QF, up_QF)  # pyright: ignore[reportReturnType]
+
+    def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
+        return _SumPairs.apply(y_QD, index, dtype)  # pyright: ignore[reportReturnType]
+
+    def sum_rows(
+        self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
+    ) -> Tensor:
+        received_SD = wait()  # first, because one kernel adds both kinds of rows
+        base_MD = None if base_MD is None else base_MD.contiguous()
+        return row_sum(own_OD, received_SD, base_MD, *index.items_of_rows, False, own_OD.dtype)
+
+
+TRITON = TritonKernels()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
+        ctx.index = index  # not save_for_backward: the plan keeps the index
+        x_QD = gather_rows(rows_RD, index.parts[0], rows_RD.dtype)
+        return x_QD, x_QD.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        first_QD, second_QD = (each.contiguous() for each in grads)
+        return row_sum(first_QD, second_QD, None, *ctx.index.items_of_rows, True, first_QD.dtype), None
+
+
+class _SumPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_QD: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
+        ctx.index, ctx.dtype = index, y_QD.dtype
+        return row_sum(y_QD.contiguous(), y_QD[:0], None, *index.items_of_rows, False, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gather_rows(grads[0].contiguous(), ctx.index.parts[0], ctx.dtype), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_Q, gate_QF, up_QF)
+        return swiglu(weight_Q.contiguous(), gate_QF.contiguous(), up_QF.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight_Q, gate_QF, up_QF = (each.contiguous() for each in ctx.saved_tensors)
+        return swiglu_backward(grads[0].contiguous(), weight_Q, gate_QF, up_QF)

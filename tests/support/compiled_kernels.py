@@ -1,0 +1,76 @@
+"""Compiles each Triton kernel for the GPU of an architecture, and prints what ptxas reports, as JSON.
+
+Usage: python -m tests.support.compiled_kernels 80 90 100. It needs no GPU.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from moe_dist.moe.kernels.gather import gather_rows_kernel
+from moe_dist.moe.kernels.row_sum import row_sum_kernel
+from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
+
+WIDTH = {"BLOCK": 1024}
+WIDE = {"D": 2048, **WIDTH}
+FFN = {"F": 1536, **WIDTH}  # not a multiple of the block
+KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
+    "sum of pairs": (
+        row_sum_kernel,
+        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
+        {**WIDE, "HAS_BASE": False, "BOTH": True},
+    ),
+    "sum of rows": (
+        row_sum_kernel,
+        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
+        {**WIDE, "HAS_BASE": True, "BOTH": False},
+    ),
+    "swiglu": (swiglu_kernel, "weight:*fp32 gate:*bf16 up:*bf16 out:*bf16", FFN),
+    "swiglu backward": (
+        swiglu_backward_kernel,
+        "grad:*bf16 weight:*fp32 gate:*bf16 up:*bf16 grad_weight:*fp32 grad_gate:*bf16 grad_up:*bf16",
+        FFN,
+    ),
+}
+
+
+def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:
+    """Registers of a thread, bytes that are spilled, and bytes of shared memory of a block."""
+    signature = dict(each.split(":") for each in arguments.split())
+    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        target = re.search(r"\.target (\S+?)[,\s]", made.asm["ptx"])
+        assert target is not None
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = {name: re.search(rf"(\d+) {words}", text) for name, words in WORDS.items()}
+    return {name: int(match[1]) if match else 0 for name, match in found.items()} | {
+        "vectors": len(re.findall(r"(?:ld|st)\.global\.\S*v4", made.asm["ptx"])),
+        "shared": made.metadata.shared,
+    }
+
+
+WORDS = {
+    "registers": "registers",
+    "stores": "bytes spill stores",
+    "loads": "bytes spill loads",
+    "stack": "bytes stack frame",
+}
+
+if __name__ == "__main__":
+    for each in sys.argv[1:]:
+        print(json.dumps({name: report(*kernel, architecture=int(each)) for name, kernel in KERNELS.items()}))

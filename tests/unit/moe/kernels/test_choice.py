@@ -1,0 +1,63 @@
+"""Which kernels run: Triton's on CUDA where they can, else torch's, with a reason."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.errors import ConfigError
+from moe_dist.moe.kernels.choice import choose_kernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.kernels.triton_kernels import TRITON
+from moe_dist.train.build import row_kernels
+from tests.support.messages import refused
+from tests.support.tiny import tiny_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_takes_triton_on_cuda_alone(dtype: torch.dtype) -> None:
+    assert choose_kernels("auto", device=CUDA, dtype=dtype) == (TRITON, None)
+    assert choose_kernels("auto", device=CPU, dtype=dtype) == (TORCH, None)
+    assert choose_kernels("torch", device=CUDA, dtype=dtype) == (TORCH, None)
+    assert choose_kernels("triton", device=CUDA, dtype=dtype) == (TRITON, None)
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else object())
+
+
+def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+@pytest.mark.parametrize(("lack", "reason"), [(without_triton, "not installed"), (old_card, "this GPU has 7.5")])
+def test_a_fallback_has_a_reason_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack, reason: str
+) -> None:
+    config = {kind: tiny_config(tmp_path, tmp_path, {"parallel.kernels.kind": kind}) for kind in ("auto", "triton")}
+    lack(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert row_kernels(config["auto"], CUDA) is TORCH
+        assert row_kernels(config["auto"], CPU) is TORCH
+    (record,) = caplog.records
+    assert reason in record.getMessage()
+    with refused(ConfigError, reason):
+        row_kernels(config["triton"], CUDA)
+
+
+def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refused(ValueError, "need CUDA, and this rank computes on cpu"):
+        choose_kernels("triton", device=CPU, dtype=torch.float32)
+    with refused(ValueError, "not enough for a float64 model"):
+        choose_kernels("triton", device=CUDA, dtype=torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_kernels("triton", device=CPU, dtype=torch.float32) == (TRITON, None)

@@ -1,0 +1,30 @@
+"""What NVIDIA's assembler reports of the Triton kernels, compiled here for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {"swiglu backward": 16}  # bytes for the sum of 4 warps; all other kernels need no shared memory
+MOST_REGISTERS = 64  # of a thread: 8 blocks of 128 threads fit on a multiprocessor
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_registers() -> None:
+    architectures = ["80", "90", "100"]
+    command = [sys.executable, "-m", "tests.support.compiled_kernels", *architectures]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == len(architectures)
+    for kernels in reports:
+        assert len(kernels) == 5
+        for name, report in kernels.items():
+            assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
+            assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
+            assert report["shared"] == SHARED.get(name, 0), f"{name}: {report}"
+            assert report["vectors"], f"{name} reads or writes no 16 bytes at once: {report}"
