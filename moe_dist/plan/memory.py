@@ -12,6 +12,8 @@ micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp3
                 + 4 D bytes in fp32 where a < 4                 router input; the same for zero-computation experts
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
+                or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
+                                                                sequence v, and 8 v bytes in fp32
 
 `recompute: experts` does not keep the tensors of (token, expert) pairs. `recompute: block` keeps the inputs of a layer's
 attention and of its MoE layer or FFN, and the returned rows. `experts` and `block` need the other tensors once, for one
@@ -154,7 +156,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
     dim, groups, widths = model.hidden_dim, expert_groups(model.moe), model.attention_widths
     heads, ffn_for_all, ffn = widths["q"][1] + widths["k"][1], ffn_dim_for_all(model), model.dense_ffn_dim or 0
     columns, mean_ffn = sum(group.num_columns for group in groups), _mean_ffn(model)
-    output = a * dim + model.vocab_size * (a + 2 * FP32)
+    output = _output_bytes_per_token(config)
     if tuned := tuned_layers(config):
         attention, dense = a * (dim + 2 * heads), a * (dim + 3 * ffn)
         moe = a * (2 * dim + rows * dim + 3 * ffn_for_all) + FP32 * 3 * columns
@@ -183,6 +185,14 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
     return (
         (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense + once + output
     )
+
+
+def _output_bytes_per_token(config: Config) -> float:
+    model, a = config.model, ITEMSIZE[config.parallel.precision]
+    words = config.parallel.loss_words_of(model.vocab_size)
+    if words is None:
+        return a * model.hidden_dim + model.vocab_size * (a + 2 * FP32)
+    return (a + FP32) * model.hidden_dim + words * (a + 2 * FP32) / config.train.micro_batch
 
 
 def _mean_ffn(model: ModelSection) -> float:

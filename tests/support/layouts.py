@@ -77,6 +77,8 @@ class Layout:
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     fsdp_gather: str = "micro_batch"
+    loss_words: int | None = None
+    tied: bool = False  # the output weight is the embedding's
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
     @property
@@ -109,6 +111,7 @@ class Layout:
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
+        budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
@@ -198,6 +201,7 @@ def config_of(layout: Layout) -> Config:
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
                 "init_std": 0.3,
+                "tie_embeddings": layout.tied,
                 "mixture_of_depths": None
                 if layout.mixture_of_depths is None
                 else {
@@ -236,6 +240,7 @@ def config_of(layout: Layout) -> Config:
                 "recompute": layout.recompute,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
                 "expert_pair_budget": layout.pair_budget,
+                "loss_words": layout.loss_words,
                 "dispatch": dispatch,
             },
             "evaluation": {"every": 1},
