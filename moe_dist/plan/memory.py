@@ -1,8 +1,9 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
 The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters.
-Frozen parameters have only weights. The memory of activations is an estimate: the tensors that autograd keeps for one
-micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
+Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only weights. The memory of
+activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements per token, of `a` bytes
+each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
@@ -76,7 +77,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     return RankMemory(
         parameters=held * FP32,
         gradients=(trained + summed) * FP32,
-        optimizer=2 * trained * FP32,
+        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, _local(placement, rank)))) * FP32,
         casts=_casts(config, placement, rank) * itemsize,
         activations=tokens * _activation_bytes_per_token(config, rows, pairs),
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
@@ -87,10 +88,24 @@ def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) ->
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
     over all ranks, and experts over the edp ranks, which hold the same experts. Routers are not sharded."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
-    dense, parallel = parts.total - parts.router - parts.experts, config.parallel
+    return parts.router + _sharded(config, parts.total - parts.router - parts.experts, parts.experts)
+
+
+def _sharded(config: Config, dense: float, experts: float) -> float:
+    parallel = config.parallel
     if parallel.data != "fsdp2":
-        return parts.router + (dense + parts.experts)
-    return parts.router + (dense / (parallel.ep * parallel.edp) + parts.experts / parallel.edp)
+        return dense + experts
+    return dense / (parallel.ep * parallel.edp) + experts / parallel.edp
+
+
+def _with_one_moment(config: Config, experts_held: dict[str, float] | None = None) -> tuple[float, float]:
+    """Returns the numbers of dense and of expert parameters of which the optimizer keeps one moment instead of two."""
+    if not config.optimizer.orthogonal:
+        return 0.0, 0.0
+    model, parts = config.model, parameters(config.model, experts_held=experts_held)
+    attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
+    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # whose gate is a vector
+    return attention + shared + parts.dense_ffn, parts.experts
 
 
 def trained_parameters(config: Config) -> float:
@@ -112,7 +127,8 @@ def checkpoint_bytes(config: Config) -> float:
     parts = parameters(config.model)
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
-    return (parts.adapters + parts.router if config.model.has_adapters else parts.total) * CHECKPOINT_BYTES
+    saved = parts.adapters + parts.router if config.model.has_adapters else parts.total
+    return saved * CHECKPOINT_BYTES - sum(_with_one_moment(config)) * FP32
 
 
 def folder_bytes(config: Config) -> int:

@@ -236,7 +236,7 @@ class TrainingStep:
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
-            with record_function("optimizer"):
+            with record_function("optimizer"), self.parallel.mesh.tracker.among("the optimizer's step"):
                 self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
