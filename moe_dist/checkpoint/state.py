@@ -2,7 +2,7 @@
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
-    optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments
+    optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; of Muon's matrices only exp_avg
 
 Every tensor shares the memory of its parameter or moment, so a load into the tensors changes the model and the optimizer.
 """
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from moe_dist.optim.optimizer import MOMENTS, is_empty_here, materialise_moments
+from moe_dist.optim.optimizer import MOMENTS, is_empty_here, materialise_moments, moments_of
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import EXPERTS, logical_name, named_parameters
 
@@ -119,20 +119,32 @@ def capture(
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         # A parameter without elements on this rank has no moments here, but may have some on other ranks.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
-        for moment in MOMENTS:
-            known = {name: optimizer.state[p][moment] for name, p in trained.items() if p in optimizer.state}
-            moments, moment_specs = _logical(trained, known, layout, stacks)
+        for moment, named in _by_moment(model, orthogonal=getattr(optimizer, "orthogonal", False)).items():
+            like = {name: p for name, p in trained.items() if name in named}
+            known = {name: optimizer.state[p][moment] for name, p in like.items() if p in optimizer.state}
+            moments, moment_specs = _logical(like, known, layout, stacks)
             prefix = f"{OPTIMIZER_PREFIX}{moment}."
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
 
 
-def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
-    """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name."""
+def moment_specs(model: nn.Module, layout: RankLayout, *, orthogonal: bool) -> dict[str, TensorSpec]:
+    """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
+    `orthogonal` as in `moments_of`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
-    _, specs = _logical(parameters, {}, layout, _expert_stacks(model))
-    return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
+    found: dict[str, TensorSpec] = {}
+    for moment, named in _by_moment(model, orthogonal=orthogonal).items():
+        like = {name: parameter for name, parameter in parameters.items() if name in named}
+        specs = _logical(like, {}, layout, _expert_stacks(model))[1]
+        found |= {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for name, spec in specs.items()}
+    return found
+
+
+def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
+    """Names of the parameters that have each moment."""
+    moments = {each.name: moments_of(each, orthogonal=orthogonal) for each in named_parameters(model)}
+    return {moment: {name for name, has in moments.items() if moment in has} for moment in MOMENTS}
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -28,15 +28,14 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
 
     Args:
         specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
-            (by the names of the parameters) are checked for completeness.
+            (AdamW's, by the names of the parameters) are checked for completeness.
     """
     examined = examine(folder)
     problems = list(examined.file_problems)
     index = examined.index
     if index is None:
         return examined, problems
-    problems += _missing(index, specs) if specs is not None else []
-    problems += _missing_moments(index)
+    problems += _missing(index, specs) if specs is not None else _missing_moments(index)
     if examined.state is not None:
         problems += _missing_experts(index, examined.state)
     sums: dict[str, int] = defaultdict(int)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)
+LOSS_WORDS = 8192  # words whose logits the loss computes at once, for a vocabulary of more than WHOLE_VOCABULARY words
+WHOLE_VOCABULARY = 65_536
 GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes: grouped GEMM needs row strides that are multiples of 16 bytes
 
 
@@ -59,6 +61,10 @@ class ParallelSection(Section):
     allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
     kernels: KernelsSection = KernelsSection()
     """Kernels around the experts' matrix products."""
+    loss_words: PositiveInt | None = None
+    """Words of the vocabulary whose logits the loss computes at once. If the vocabulary has more, backward computes all
+    logits again, and a word's logits take memory only for the tokens of one sequence (docs/parallelism.md). null: all words
+    up to 65,536, else 8,192."""
     max_receive_rows: PositiveInt | None = None
     """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
@@ -82,6 +88,11 @@ class ParallelSection(Section):
     @property
     def resolved_watchdog_seconds(self) -> float:
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
+
+    def loss_words_of(self, vocab_size: int) -> int | None:
+        """Returns the number of words whose logits the loss computes at once; None if these are all."""
+        words = self.loss_words or (LOSS_WORDS if vocab_size > WHOLE_VOCABULARY else vocab_size)
+        return words if words < vocab_size else None
 
     def violations(self) -> Iterator[Violation]:
         if self.resolved_watchdog_seconds > WATCHDOG_SHARE * self.timeout_seconds:

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config import sinks
+from moe_dist.config import optimizers, sinks
 from moe_dist.config.experts.lora import adapter_violations
 from moe_dist.config.init_rules import init_violations
 from moe_dist.config.kinds import kinds_in
 from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.optimizers.base import OptimizerSection
 from moe_dist.config.parallel_schema import InterleavedSection, ParallelSection, PlacementSection
 from moe_dist.config.section import (
     UNIX_GROUP_PATTERN,
     Count,
-    Decay,
-    Fraction,
     GroupName,
     Name,
     NonNegative,
@@ -27,6 +26,7 @@ from moe_dist.config.section import (
     Section,
     Violation,
     WholeConfig,
+    default_kind,
     unknown_name,
 )
 from moe_dist.config.sinks.base import SinkSection
@@ -83,50 +83,6 @@ class DataSection(Section):
                 f"data.seq_len={self.seq_len}: longer than model.max_seq_len={longest}; lower it, or raise max_seq_len"
             )
             yield Violation(("data.seq_len", "model.max_seq_len"), problem)
-
-
-class ConstantSchedule(Section):
-    """Linear warm-up, then a constant learning rate."""
-
-    kind: Literal["constant"] = "constant"
-    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
-
-
-class CosineSchedule(Section):
-    """Linear warm-up, then half a cosine down to min_ratio x lr at the last step."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
-    min_ratio: Fraction = Field(default=0.1, description="Learning rate of the last step, divided by lr.")
-
-
-class WsdSchedule(Section):
-    """Warm-up, stable, decay: linear warm-up, then constant, then linear down to min_ratio x lr in the last decay_steps."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
-    decay_steps: PositiveInt = Field(description="Steps of the final decay.")
-    min_ratio: Fraction = Field(default=0.0, description="Learning rate of the last step, divided by lr.")
-
-
-ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
-
-
-class OptimizerSection(Section):
-    """AdamW, its learning rate and the bound of the gradient norm."""
-
-    kind: Literal["adamw"] = "adamw"
-    backend: Literal["auto", "torch", "apex"] = "auto"
-    """torch is torch's fused AdamW. apex is NVIDIA Apex's FusedAdam. auto takes apex if it is installed, else torch."""
-    lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
-    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
-    weight_decay: NonNegative = 0.1
-    """Decoupled weight decay. Norms, embeddings and routers have none."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm: larger gradients are scaled down to it. null disables clipping."""
-    schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
-    """Learning rate as a function of the step."""
 
 
 class BalanceSection(Section):
@@ -232,9 +188,9 @@ class CheckpointSection(Section):
 
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
-    AnySink = SinkSection
+    AnyOptimizer, AnySink = OptimizerSection, SinkSection
 else:
-    AnySink = kinds_in(sinks, SinkSection)
+    AnyOptimizer, AnySink = kinds_in(optimizers, OptimizerSection), kinds_in(sinks, SinkSection)
 
 
 class MonitorSection(Section):
@@ -257,7 +213,7 @@ class Config(Section):
     model: ModelSection
     data: DataSection
     train: TrainSection
-    optimizer: OptimizerSection
+    optimizer: Annotated[AnyOptimizer, default_kind("adamw")]
     loss: LossSection = Field(default_factory=LossSection)
     router_tuning: RouterTuningSection | None = None
     """Router tuning (RoMA). null: no router tuning."""

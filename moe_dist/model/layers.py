@@ -34,6 +34,7 @@ class ModelArgs:
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
+        loss_words: Words of the vocabulary whose logits the loss computes at once; None: all.
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class ModelArgs:
     tie_embeddings: bool = False
     compute_dtype: torch.dtype = torch.float32
     recompute_blocks: bool = False
+    loss_words: int | None = None
 
 
 class RMSNorm(nn.Module):

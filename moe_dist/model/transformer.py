@@ -14,6 +14,7 @@ from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
+from moe_dist.model.token_loss import tiled_token_losses, token_losses
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor,
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
+        labels_BS: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Returns logits [B, S, V] in the compute dtype, and the report of each MoE layer.
 
@@ -102,6 +104,8 @@ class Transformer(nn.Module):
             documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
             group_BS: int64 expert group of each token, -1 for padding.
             request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
+            labels_BS: int64. With labels, the cross entropies [B, S] in fp32 take the place of the logits: FSDP2 has the
+                output weight gathered only inside forward.
         """
         # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
@@ -120,7 +124,7 @@ class Transformer(nn.Module):
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
-        return self._logits(x_BSD), reports
+        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS)), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
@@ -217,10 +221,18 @@ class Transformer(nn.Module):
         y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), request)
         return y_TD.view_as(x_BSD), report
 
+    @property
+    def _output(self) -> Tensor:
+        return self.embedding.weight if self.args.tie_embeddings else self.output.weight
+
     def _logits(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.norm(x_BSD)  # the logits [B, S, V] below are the largest activation
-        output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
-        return F.linear(x_BSD, output.to(x_BSD.dtype))
+        return F.linear(x_BSD, self._output.to(x_BSD.dtype))
+
+    def _losses(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        if self.args.loss_words is None:
+            return token_losses(self._logits(x_BSD), labels_BS)
+        return tiled_token_losses(self.norm(x_BSD), self._output, labels_BS, self.args.loss_words)
 
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """Returns the MoE layers, in order."""

@@ -1,5 +1,5 @@
-"""Makes parameter groups and a fused AdamW (of torch, or of NVIDIA Apex if installed), sets its state, and computes the
-global gradient norm and schedules.
+"""Makes parameter groups and a fused AdamW (of torch, or of NVIDIA Apex if installed), sets an optimizer's state, and
+computes the global gradient norm and schedules.
 
 This file issues no collective: the training step sums the ranks' shares of the squared norm. The arguments of a schedule
 have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import ROUTERS, Role, named_parameters
+from moe_dist.placement.roles import OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MATRIX_MOMENTS = MOMENTS[:1]  # of matrices under an optimizer that orthogonalises them
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
 
 
@@ -29,25 +31,36 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
     return local.numel() == 0
 
 
-def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order.
+def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
+    """Returns the names of a parameter's moments. If `orthogonal`, the optimizer keeps one moment of the matrices of
+    attention, FFNs and experts, and orthogonalises it; embedding, output, routers, adapters and vectors keep both."""
+    shape = named.parameter.shape
+    stacked = named.role is Role.EXPERT and len(shape) == 3
+    dense = named.role is Role.DENSE and named.name != OUTPUT_NAME and len(shape) == 2 and min(shape) > 1
+    return MATRIX_MOMENTS if orthogonal and (stacked or dense) else MOMENTS
+
+
+def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool = False) -> list[dict[str, Any]]:
+    """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order. Groups whose parameters
+    have only MATRIX_MOMENTS (see `moments_of`) also have the key "moments".
 
     A fused kernel needs parameters of one kind. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
     the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters, and
-    parameters that are empty on this rank, are left out.
+    parameters that are empty on this rank, are left out; but not shards of matrices, which all ranks must gather.
     """
-    groups: dict[tuple[bool, object], dict[str, Any]] = {}
-    for _, _, role, parameter in named_parameters(model):
-        if not parameter.requires_grad or is_empty_here(parameter):
+    groups: dict[tuple[bool, object, object], dict[str, Any]] = {}
+    for named in named_parameters(model):
+        parameter, moments = named.parameter, moments_of(named, orthogonal=orthogonal)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        gathered = moments != MOMENTS and mesh is not None
+        if not parameter.requires_grad or (is_empty_here(parameter) and not gathered):
             continue
-        decay = parameter.ndim >= 2 and role not in NO_DECAY
-        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
-        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
+        decay = parameter.ndim >= 2 and named.role not in NO_DECAY
+        more = {} if moments == MOMENTS else {"moments": moments}
+        group = {"params": [], "weight_decay": weight_decay if decay else 0.0, **more}
+        group = groups.setdefault((decay, moments, mesh), group)
         group["params"].append(parameter)
     return list(groups.values())
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(
@@ -110,10 +123,10 @@ def materialise_moments(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            for moment in MOMENTS:
+            for moment in group.get("moments", MOMENTS):
                 if moment not in state:
                     state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if not _counts_by_group(optimizer) and "step" not in state:
+            if "moments" not in group and not _counts_by_group(optimizer) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
@@ -135,7 +148,8 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
             group["step"] = count
     else:
         for state in optimizer.state.values():
-            state["step"].fill_(count)  # in place, because the fused kernel reads this tensor
+            if "step" in state:  # an orthogonalised matrix has no bias correction
+                state["step"].fill_(count)  # in place, because the fused kernel reads this tensor
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:

@@ -24,7 +24,7 @@ def apex_violations(config: Config) -> list[Violation]:
 
     Does not import Apex. If torch is missing here, does not look for Apex, because the ranks then run on other machines.
     """
-    if config.optimizer.backend != "apex":
+    if not config.optimizer.needs_apex:
         return []
     found = [
         (

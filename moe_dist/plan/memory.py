@@ -1,8 +1,9 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
 The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters.
-Frozen parameters have only weights. The memory of activations is an estimate: the tensors that autograd keeps for one
-micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
+Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only weights. The memory of
+activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements per token, of `a` bytes
+each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
@@ -12,6 +13,8 @@ micro-batch, below in elements per token, of `a` bytes each (2 in bf16, 4 in fp3
                 + 4 D bytes in fp32 where a < 4                 router input; the same for zero-computation experts
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
+                or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
+                                                                sequence v, and 8 v bytes in fp32
 
 `recompute: experts` does not keep the tensors of (token, expert) pairs. `recompute: block` keeps the inputs of a layer's
 attention and of its MoE layer or FFN, and the returned rows. `experts` and `block` need the other tensors once, for one
@@ -76,7 +79,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     return RankMemory(
         parameters=held * FP32,
         gradients=(trained + summed) * FP32,
-        optimizer=2 * trained * FP32,
+        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, _local(placement, rank)))) * FP32,
         casts=_casts(config, placement, rank) * itemsize,
         activations=tokens * _activation_bytes_per_token(config, rows, pairs),
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
@@ -87,10 +90,24 @@ def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) ->
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
     over all ranks, and experts over the edp ranks, which hold the same experts. Routers are not sharded."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
-    dense, parallel = parts.total - parts.router - parts.experts, config.parallel
+    return parts.router + _sharded(config, parts.total - parts.router - parts.experts, parts.experts)
+
+
+def _sharded(config: Config, dense: float, experts: float) -> float:
+    parallel = config.parallel
     if parallel.data != "fsdp2":
-        return parts.router + (dense + parts.experts)
-    return parts.router + (dense / (parallel.ep * parallel.edp) + parts.experts / parallel.edp)
+        return dense + experts
+    return dense / (parallel.ep * parallel.edp) + experts / parallel.edp
+
+
+def _with_one_moment(config: Config, experts_held: dict[str, float] | None = None) -> tuple[float, float]:
+    """Returns the numbers of dense and of expert parameters of which the optimizer keeps one moment instead of two."""
+    if not config.optimizer.orthogonal:
+        return 0.0, 0.0
+    model, parts = config.model, parameters(config.model, experts_held=experts_held)
+    attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
+    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # whose gate is a vector
+    return attention + shared + parts.dense_ffn, parts.experts
 
 
 def trained_parameters(config: Config, experts_held: Mapping[str, float]) -> float:
@@ -117,7 +134,8 @@ def checkpoint_bytes(config: Config) -> float:
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
     router = 0 if config.model.moe.experts.adapts_ffns else parts.router
-    return (parts.adapters + router if config.model.has_adapters else parts.total) * CHECKPOINT_BYTES
+    saved = parts.adapters + router if config.model.has_adapters else parts.total
+    return saved * CHECKPOINT_BYTES - sum(_with_one_moment(config)) * FP32
 
 
 def folder_bytes(config: Config) -> int:
@@ -161,7 +179,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
     dim, groups, widths = model.hidden_dim, expert_groups(model.moe), model.attention_widths
     heads, ffn_for_all, ffn = widths["q"][1] + widths["k"][1], ffn_dim_for_all(model), model.dense_ffn_dim or 0
     columns, mean_ffn = sum(group.num_columns for group in groups), _mean_ffn(model)
-    output = a * dim + model.vocab_size * (a + 2 * FP32)
+    output = _output_bytes_per_token(config)
     if tuned := tuned_layers(config):
         attention, dense = a * (dim + 2 * heads), a * (dim + 3 * ffn)
         moe = a * (2 * dim + rows * dim + 3 * ffn_for_all) + FP32 * 3 * columns
@@ -190,6 +208,14 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
     return (
         (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense + once + output
     )
+
+
+def _output_bytes_per_token(config: Config) -> float:
+    model, a = config.model, ITEMSIZE[config.parallel.precision]
+    words = config.parallel.loss_words_of(model.vocab_size)
+    if words is None:
+        return a * model.hidden_dim + model.vocab_size * (a + 2 * FP32)
+    return (a + FP32) * model.hidden_dim + words * (a + 2 * FP32) / config.train.micro_batch
 
 
 def _mean_ffn(model: ModelSection) -> float:

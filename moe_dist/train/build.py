@@ -27,6 +27,7 @@ from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
+from moe_dist.optim.muon import Muon
 from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
@@ -55,6 +56,10 @@ ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
     "yarn": YarnScaling,
     "llama3": Llama3Scaling,
 }
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": lambda groups, dtype, **fields: make_optimizer(groups, **fields),
+    "muon": lambda groups, dtype, **fields: Muon(groups, dtype=dtype, **fields),
+}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,6 +70,7 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
     named["head_dim"] = section.resolved_head_dim
     if (scaling := section.rope_scaling) is not None:
         named["rope_scaling"] = ROPE_SCALINGS[scaling.kind](**scaling.model_dump(exclude={"kind"}))
+    named["loss_words"] = config.parallel.loss_words_of(section.vocab_size)
     return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
 
 
@@ -118,7 +124,8 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     freeze(model, config)
     layout = RankLayout(everything)
-    return {**capture(model, None, layout, part=saved_part(config)).specs, **moment_specs(model, layout)}
+    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal)
+    return {**capture(model, None, layout, part=saved_part(config)).specs, **moments}
 
 
 def freeze(model: Transformer, config: Config) -> None:
@@ -185,14 +192,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
     parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
-    section = config.optimizer
-    optimizer = make_optimizer(
-        split_parameters(model, weight_decay=section.weight_decay),
-        backend=section.backend,
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-    )
+    optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
     whole = config.train.only is None  # if False, the MoE routers are frozen, so their thresholds must not change
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
@@ -203,13 +203,21 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         optimizer,
         placement=placement,
         group_of_modality=groups,
-        clip_norm=section.clip_norm,
+        clip_norm=config.optimizer.clip_norm,
         comm_stats=comm_stats,
         controllers=[each for each in (balance, *thresholds) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
     return Training(parallel, optimizer, step, balance, tuning)
+
+
+def build_optimizer(config: Config, model: Transformer) -> Optimizer:
+    """Makes the optimizer of the model's trained parameters, after sharding."""
+    section = config.optimizer
+    groups = split_parameters(model, weight_decay=section.weight_decay, orthogonal=section.orthogonal)
+    fields = section.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
+    return OPTIMIZERS[section.kind](groups, COMPUTE_DTYPES[config.parallel.precision], **fields)
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
@@ -54,15 +53,6 @@ class MicroLoss(NamedTuple):
     counts: StepCounts[Tensor]  # routing counts of the micro-batch over all ranks
 
 
-def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
-    losses = F.cross_entropy(
-        logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view_as(labels_BS)
-
-
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
     """Returns the sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
     member = _labels_of_modalities(labels_BS, modality_BS, num_modalities)
@@ -86,10 +76,14 @@ def forward(
     batch: Batch,
     group_of_modality: Tensor,
     request: RoutingRequest = NO_REQUEST,
+    *,
+    losses: bool = False,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V] and one report per MoE layer."""
+    """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V], or with `losses` the cross entropy of each
+    label [B, S], and one report per MoE layer."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
+    labels_BS = batch.labels_BS if losses else None
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
 
 
 def global_counts(
@@ -182,7 +176,7 @@ def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
 
 
 def micro_loss(
-    logits_BSV: Tensor,
+    losses_BS: Tensor,
     reports: Sequence[LayerReport],
     labels_BS: Tensor,
     label_modality_BS: Tensor,
@@ -201,12 +195,12 @@ def micro_loss(
                                                               + sum_layers,groups auxiliary)
 
     Args:
+        losses_BS: Cross entropy of each label, 0 where the label is IGNORED.
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
         share: This micro-batch's labels on all ranks divided by `labels_in_step`: the weight of the auxiliary terms, which
             are computed per micro-batch over all ranks.
         world: Process group of all ranks, over which counts are summed.
     """
-    losses_BS = token_losses(logits_BSV, labels_BS)
     counts = global_counts(reports, world, tracker)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])

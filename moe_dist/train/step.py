@@ -134,9 +134,9 @@ class TrainingStep:
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
                 request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=tracer is not None)
                 with record_function("forward"):  # these four ranges cost microseconds
-                    logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
+                    losses_BS, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True)
                 loss = micro_loss(
-                    logits,
+                    losses_BS,
                     reports,
                     batch.labels_BS,
                     batch.label_modality_BS,
@@ -150,7 +150,7 @@ class TrainingStep:
                 )
                 if tracer is not None:
                     tracer.add(batch, reports)
-                del logits  # frees B x S x V numbers, which backward does not need
+                del losses_BS  # else its autograd graph would outlive backward
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 with record_function("backward"):
@@ -233,7 +233,7 @@ class TrainingStep:
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
-            with record_function("optimizer"):
+            with record_function("optimizer"), self.parallel.mesh.tracker.among("the optimizer's step"):
                 self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)

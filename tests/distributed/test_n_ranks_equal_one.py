@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
-from tests.support.cover import others_full
+from tests.support.cover import full, others_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
@@ -53,6 +53,7 @@ NODES = [
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)]
+EXTRA += [Layout(2, 2, "interleaved", "ddp", loss_words=50), Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50)]
 EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
 
 
@@ -183,6 +184,36 @@ def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
             [expected.grad_norm, expected.balance, expected.z, *expected.nll_M],
             rtol=1e-9,
         )
+    assert_same_tensors(outcomes, oracle)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(2, 1, "pinned", data, "block", loss_words=50, tied=True) for data in ("ddp", "fsdp2")], ids=str
+)
+def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
+    oracle: Outcome = run_in_world(1, train, Layout(tied=True), tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
+        np.testing.assert_allclose([step.grad_norm, *step.nll_M], [expected.grad_norm, *expected.nll_M], rtol=1e-9)
+    assert_same_tensors(outcomes, oracle)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),  # stacks by whole experts, and cut inside each expert
+        Layout(2, 1, "pinned", "ddp", "block", optimizer="muon"),
+        full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
+        full(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
+        full(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # ranks without a row of a matrix
+    ],
+    ids=str,
+)
+def test_muon_on_ranks_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
+    oracle: Outcome = run_in_world(1, train, Layout(optimizer="muon"), tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
+        np.testing.assert_allclose([step.grad_norm, *step.nll_M], [expected.grad_norm, *expected.nll_M], rtol=1e-9)
     assert_same_tensors(outcomes, oracle)
 
 

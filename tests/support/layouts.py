@@ -15,14 +15,13 @@ from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.monitor.statistics import StepResult
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
-from moe_dist.train.build import build_model, freeze
+from moe_dist.train.build import build_model, build_optimizer, freeze
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
@@ -79,6 +78,9 @@ class Layout:
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     fsdp_gather: str = "micro_batch"
+    loss_words: int | None = None
+    optimizer: str = "adamw"
+    tied: bool = False  # the output weight is the embedding's
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
     @property
@@ -112,6 +114,8 @@ class Layout:
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
+        budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
+        budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
@@ -203,6 +207,7 @@ def config_of(layout: Layout) -> Config:
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
                 "init_std": 0.3,
+                "tie_embeddings": layout.tied,
                 "mixture_of_depths": None
                 if layout.mixture_of_depths is None
                 else {
@@ -233,7 +238,7 @@ def config_of(layout: Layout) -> Config:
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
             "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1, **only},
-            "optimizer": {"lr": 1e-2},
+            "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
             "parallel": {
                 "ep": layout.ep,
                 "edp": layout.edp,
@@ -241,6 +246,7 @@ def config_of(layout: Layout) -> Config:
                 "recompute": layout.recompute,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
                 "expert_pair_budget": layout.pair_budget,
+                "loss_words": layout.loss_words,
                 "dispatch": dispatch,
             },
             "evaluation": {"every": 1},
@@ -325,8 +331,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)
-    groups = split_parameters(parallel.model, weight_decay=0.1)
-    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(config_of(layout), parallel.model)
     controllers = [
         build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
         ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,

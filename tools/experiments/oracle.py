@@ -23,7 +23,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.model.transformer import Transformer
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.loss import forward, token_losses
+from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
@@ -90,8 +90,7 @@ class Oracle:
         """Returns the mean cross entropy of each answer's tokens [B]."""
         scored_BS = batch.labels_BS != IGNORED
         with self._moved(scored_BS, offset_BLC):
-            logits_BSV, _ = forward(self.model, batch, self.group_of_modality)
-        losses_BS = token_losses(logits_BSV, batch.labels_BS)
+            losses_BS, _ = forward(self.model, batch, self.group_of_modality, losses=True)
         return torch.where(scored_BS, losses_BS, 0.0).sum(1) / scored_BS.sum(1)
 
     @contextmanager

@@ -24,7 +24,7 @@ from moe_dist.moe.dispatch.ledger import compare
 from moe_dist.moe.routing import Routing
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import make_placement
-from moe_dist.train.loss import forward, token_losses
+from moe_dist.train.loss import forward
 
 ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped")
 
@@ -82,8 +82,7 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
     with recorded_routers(model) as seen:
         for batch in batches:
             seen.clear()
-            logits_BSV, _ = forward(model, batch, group_of_modality)
-            losses_BS = token_losses(logits_BSV, batch.labels_BS)
+            losses_BS, _ = forward(model, batch, group_of_modality, losses=True)
             load_TL = torch.stack([_load(each, batch.tokens_BS.numel()) for each in seen], dim=1)
             scored_T = (batch.labels_BS != IGNORED).flatten()
             columns = (

@@ -14,7 +14,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport, RoutingRequest
-from moe_dist.train.loss import forward, sums_by_modality, token_losses
+from moe_dist.train.loss import forward, sums_by_modality
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def heldout_losses(
     model.eval()
     for batch in batches:
         on_device = batch.to(device)
-        logits, reports = forward(model, on_device, group_of_modality, request)
-        sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
+        losses_BS, reports = forward(model, on_device, group_of_modality, request, losses=True)
+        sums_4M += _sums(losses_BS, on_device, len(modalities))
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))

@@ -14,8 +14,8 @@ from moe_dist.config.load import (
     read_draft,
     resolved_yaml,
 )
+from moe_dist.config.optimizers.base import ConstantSchedule, WsdSchedule
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
-from moe_dist.config.schema import ConstantSchedule, WsdSchedule
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.errors import ConfigError

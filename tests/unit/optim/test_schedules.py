@@ -1,6 +1,6 @@
 import pytest
 
-from moe_dist.config.schema import CosineSchedule, WsdSchedule
+from moe_dist.config.optimizers.base import CosineSchedule, WsdSchedule
 from moe_dist.optim.optimizer import coefficient_at, lr_factor
 from tests.support.messages import refused
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moe_dist.config.schema import Config
+from moe_dist.model.token_loss import token_losses
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.memory import checkpoint_bytes, held_parameters, rank_memory
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
-from moe_dist.train.loss import token_losses
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 
 

@@ -15,7 +15,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
-from moe_dist.train.loss import MicroLoss, forward, token_losses
+from moe_dist.train.loss import MicroLoss, forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
@@ -79,8 +79,8 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def cross_entropy(model: Transformer, batch: SampleBatch) -> Tensor:
-    logits, _ = forward(model, batch, GROUPS)
-    return token_losses(logits, batch.labels_BS).sum()
+    losses_BS, _ = forward(model, batch, GROUPS, losses=True)
+    return losses_BS.sum()
 
 
 def test_cross_entropy_reaches_the_chosen_routers_and_nothing_else(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""The kinds of optimizers. Each kind has a file with its keys and rules."""

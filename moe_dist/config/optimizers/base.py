@@ -1,0 +1,58 @@
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from moe_dist.config.section import Count, Decay, Fraction, NonNegative, Section
+
+
+class ConstantSchedule(Section):
+    """Linear warm-up, then a constant learning rate."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
+
+
+class CosineSchedule(Section):
+    """Linear warm-up, then half a cosine down to min_ratio x lr at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
+    min_ratio: Fraction = Field(default=0.1, description="Learning rate of the last step, divided by lr.")
+
+
+class WsdSchedule(Section):
+    """Warm-up, stable, decay: linear warm-up, then constant, then linear down to min_ratio x lr in the last decay_steps."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
+    decay_steps: PositiveInt = Field(description="Steps of the final decay.")
+    min_ratio: Fraction = Field(default=0.0, description="Learning rate of the last step, divided by lr.")
+
+
+ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
+
+
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple
+
+
+class OptimizerSection(Section):
+    """The optimizer, its learning rate and the bound of the gradient norm."""
+
+    kind: Any
+
+    orthogonal: ClassVar[bool] = False  # true if matrices have one moment (AdamW's first), and all other parameters two
+
+    lr: PositiveFloat = Field(description="Peak learning rate.")
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
+    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay. Norms, embeddings and routers have none."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm: larger gradients are scaled down to it. null disables clipping."""
+    schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
+    """Learning rate as a function of the step."""
+
+    @property
+    def needs_apex(self) -> bool:
+        """True if a machine without NVIDIA Apex cannot run this optimizer."""
+        return False

@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_dist.config.optimizers.base import OptimizerSection
+from moe_dist.config.section import Decay, Violation, WholeConfig
+
+
+class MuonSection(OptimizerSection):
+    """Muon for the matrices of attention, FFNs and experts. AdamW for embedding, output, norms, routers and vectors."""
+
+    orthogonal: ClassVar[bool] = True
+
+    kind: Literal["muon"] = "muon"
+    momentum: Decay = Field(default=0.95, description="Decay rate of the mean gradient of a matrix (Nesterov).")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.train.only is not None:
+            problem = (
+                f"optimizer.kind=muon: train.only={config.train.only} trains none of the matrices that Muon is for; set "
+                "optimizer.kind=adamw, or train.only to null"
+            )
+            yield Violation(("optimizer.kind", "train.only"), problem)

@@ -1,0 +1,100 @@
+"""Cross entropy of each token: from logits, or from hidden states and the output weight without holding all logits.
+
+Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, N tokens and v words of one tile, P parts
+of v words.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE_TOKENS = 4096  # most tokens of a tile. With 8,192 words a tile takes 134 MB in fp32, and at most four are held at once
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED (-100)."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
+    losses = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), reduction="none")
+    return losses.view_as(labels_BS)
+
+
+def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
+    """Returns `token_losses(x W^T, labels)`, computed tile by tile: `words` words for at most TILE_TOKENS tokens of one
+    sequence. Backward computes the logits again.
+
+    The size of a tile depends neither on the number of sequences nor on the ranks. So a token has the same loss and
+    gradient in a batch of any number of sequences, to the last bit. Sums over tiles are fp32, whatever the dtype of x.
+
+    Args:
+        weight_VD: Output weight; may have another dtype than x, in which it is then multiplied.
+        labels_BS: int64, below V; a negative label is ignored.
+    """
+    return _TiledLosses.apply(x_BSD, weight_VD, labels_BS, words)  # pyright: ignore[reportReturnType]
+
+
+class _TiledLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
+        dtype = torch.promote_types(x_BSD.dtype, torch.float32)
+        chosen_BS = torch.zeros(labels_BS.shape, dtype=dtype, device=x_BSD.device)  # the logit of each label
+        log_z_PBS = []
+        for first, part_vD in _parts(weight_VD, words):
+            part_vD = part_vD.to(x_BSD.dtype)
+            log_z_PBS.append(torch.empty_like(chosen_BS))
+            for tile in _tiles(labels_BS):
+                logits_Nv = F.linear(x_BSD[tile], part_vD).to(dtype)
+                column_N1, inside_N1 = _columns(labels_BS[tile], first, len(part_vD))
+                log_z_PBS[-1][tile] = logits_Nv.logsumexp(1)
+                chosen_BS[tile] += torch.where(inside_N1, logits_Nv.gather(1, column_N1), 0.0)[:, 0]
+        log_z_BS = torch.stack(log_z_PBS).logsumexp(0)
+        ctx.save_for_backward(x_BSD, weight_VD, labels_BS, log_z_BS)
+        ctx.words = words
+        return torch.where(labels_BS < 0, 0.0, log_z_BS - chosen_BS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BS: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_BSD, weight_VD, labels_BS, log_z_BS = ctx.saved_tensors
+        dtype = log_z_BS.dtype
+        scale_BS = torch.where(labels_BS < 0, 0.0, gradient_BS)
+        x_gradient = torch.zeros_like(x_BSD, dtype=dtype)
+        weight_gradient = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        for first, part_vD in _parts(weight_VD, ctx.words):
+            part_vD = part_vD.to(x_BSD.dtype)
+            part_gradient = torch.zeros_like(part_vD, dtype=dtype)
+            for tile in _tiles(labels_BS):
+                column_N1, inside_N1 = _columns(labels_BS[tile], first, len(part_vD))
+                error_Nv = F.linear(x_BSD[tile], part_vD).to(dtype).sub_(log_z_BS[tile][:, None]).exp_()  # probabilities
+                error_Nv.scatter_(
+                    1, column_N1, error_Nv.gather(1, column_N1) - inside_N1.to(dtype)
+                )  # adds nothing in place
+                error_Nv = error_Nv.mul_(scale_BS[tile][:, None]).to(x_BSD.dtype)
+                x_gradient[tile] += error_Nv @ part_vD
+                if weight_gradient is not None:
+                    part_gradient += error_Nv.t() @ x_BSD[tile]
+            if weight_gradient is not None:
+                weight_gradient[first : first + len(part_vD)] = part_gradient  # rounds once
+        return x_gradient.to(x_BSD.dtype), weight_gradient, None, None
+
+
+def _parts(weight_VD: Tensor, words: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields the first word of each part of the vocabulary, and the part's rows of the weight."""
+    yield from ((first, weight_VD[first : first + words]) for first in range(0, len(weight_VD), words))
+
+
+def _tiles(labels_BS: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields indices that cut [B, S] into at most TILE_TOKENS tokens of one sequence each."""
+    num_sequences, length = labels_BS.shape
+    for sequence in range(num_sequences):
+        yield from ((sequence, slice(first, first + TILE_TOKENS)) for first in range(0, length, TILE_TOKENS))
+
+
+def _columns(labels_N: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
+    """Returns the labels' columns among `words` words from `first` on, and whether they are there: [N, 1] each."""
+    column_N = labels_N - first
+    inside_N = (column_N >= 0) & (column_N < words) & (labels_N >= 0)
+    return column_N.clamp(0, words - 1)[:, None], inside_N[:, None]

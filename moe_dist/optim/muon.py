@@ -1,0 +1,107 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): orthogonalised momentum for matrices. All other
+parameters get AdamW.
+
+    m <- mu m + (1 - mu) g;   u = mu m + (1 - mu) g;   W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) NS(u)
+
+NS is a Newton-Schulz iteration, which sends each singular value to about 1. The factor 0.2 sqrt(max(rows, columns)) gives
+updates the size of AdamW's, so that AdamW's learning rate and weight decay fit (Liu et al., arXiv 2502.16982, eq. 4).
+torch.optim.Muon computes the same for single matrices in bf16; it takes neither stacks of experts nor shards.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moe_dist.optim.optimizer import MATRIX_MOMENTS
+
+A, B, C = 3.4445, -4.7750, 2.0315  # of one iteration s -> A s + B s^3 + C s^5 of a singular value s
+ITERATIONS = 5
+LEAST_NORM = 1e-7  # a smaller matrix is treated as nearly zero, and its update stays small
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns Newton-Schulz iterations of a matrix, or of each matrix of a stack, [..., rows, columns]. Singular values of
+    at least 0.002 of the Frobenius norm end between 0.68 and 1.21. Computes in `dtype`."""
+    x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(LEAST_NORM)).to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the product below then has the smaller side
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """Takes parameter groups from `split_parameters(..., orthogonal=True)`.
+
+    A matrix that FSDP2 has cut is gathered: each of its ranks computes the whole matrix and keeps its own rows. Under DDP
+    each rank computes all dense matrices. A stack whose experts are whole costs no collective. Every rank must call `step`,
+    and with gradients of the same parameters.
+
+    Args:
+        dtype: Dtype of the Newton-Schulz iterations; float64 parameters use float64.
+    """
+
+    orthogonal = True
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        *,
+        momentum: float,
+        dtype: torch.dtype,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        super().__init__(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, fused=True)  # pyright: ignore
+        self.momentum, self.dtype = momentum, dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "moments" not in group]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for parameter in group["params"] if "moments" in group else ():
+                if parameter.grad is not None:
+                    self._update(parameter, lr=group["lr"], weight_decay=group["weight_decay"])
+        return loss
+
+    def _update(self, parameter: Tensor, *, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state[MATRIX_MOMENTS[0]] = torch.zeros_like(parameter)
+        weight, gradient, mean = (_local(each) for each in (parameter, parameter.grad, state[MATRIX_MOMENTS[0]]))
+        mean.lerp_(gradient, 1.0 - self.momentum)
+        dtype = torch.float64 if weight.dtype == torch.float64 else self.dtype
+        direction = _for_whole_matrices(gradient.lerp(mean, self.momentum), parameter, dtype)
+        weight.mul_(1.0 - lr * weight_decay)
+        weight.add_(direction.to(weight.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+
+
+def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthogonalises this rank's part of an update of `parameter`. Costs an all-gather if the matrices are cut."""
+    if not isinstance(parameter, DTensor) or all(
+        isinstance(each, Shard) and each.dim == 0 and parameter.ndim == 3 for each in parameter.placements
+    ):
+        return orthogonalise(update, dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    whole = DTensor.from_local(
+        update, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    rows = tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
+    return orthogonalise(whole, dtype)[rows]
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
