@@ -8,13 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.config.trace_schema import untraceable
-from moe_dist.errors import ConfigError, DataError
-from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained, placement_for_use
+from moe_dist.errors import ConfigError
+from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained, placement_for_use, trained_placement
 from moe_dist.parallel.mesh import one_group
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
@@ -43,7 +41,7 @@ def main(options: TraceOptions) -> None:
         raise ConfigError(f"{trained.config.data.path}: no source of its manifest has a held-out split (valid); add one")
     folder = _folder(options, trained)
     groups = placement_for_use(trained.config, 1).groups
-    placement = _trained_placement(trained, groups)
+    placement = trained_placement(trained.folder, groups)
     with one_group(env, device) as (mesh, device):  # every rank has seen that the folder is new
         tokens = trace_heldout(
             trained.load(device, mesh),
@@ -76,18 +74,6 @@ def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
         raise ConfigError(f"--out {folder}: it exists, and a trace is never overwritten; give a new folder, or remove it")
     make_writable(folder.parent, option=f"--out {folder}")
     return folder
-
-
-def _trained_placement(trained: LoadedRun, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Returns the placement of the ranks that saved the checkpoint."""
-    slots = open_checkpoint(trained.folder).state.placement.get("slots")
-    try:
-        return ExpertPlacement(groups, tuple(tuple(rank) for rank in slots))  # pyright: ignore
-    except (TypeError, ConfigError) as error:
-        raise DataError(
-            f"{trained.folder}/state.json: placement.slots={slots!r:.80} does not place the experts of its configuration "
-            f"({error}); restore the file"
-        ) from error
 
 
 if __name__ == "__main__":
