@@ -25,6 +25,8 @@ COMMANDS = (
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ("evaluate", "tools.evaluate:main", "Test a trained run with multiple-choice questions."),
+    ("trace", "tools.trace:main", "Write down which experts held-out tokens take in a trained run."),
+    ("report", "tools.report:main", "Draw the routing of a run or a trace into one HTML file."),
     ("generate", "tools.generate:main", "Continue text and pictures with a trained run."),
     ("import-hf", "tools.import_hf:main", "Convert a Hugging Face model into starting weights."),
     ("export-hf", "tools.export_hf:main", "Convert a checkpoint into a Hugging Face model."),

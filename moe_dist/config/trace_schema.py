@@ -43,27 +43,28 @@ class TraceSection(Section):
     weights: bool = Field(default=True, description="Also store the weight of each choice.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        moe = config.model.moe
-        if moe.router.experts_choose:
-            problem = (
-                f"monitor.trace: needs a router in which tokens choose, and with {moe.router.name} experts choose; set "
-                "monitor.trace to null"
-            )
-            yield Violation(("monitor.trace", "model.moe.router.kind"), problem)
-        if config.model.mixture_of_depths is not None:
-            problem = (
-                "monitor.trace: the layers of model.mixture_of_depths route only some tokens, which a trace cannot store; "
-                "set monitor.trace or model.mixture_of_depths to null"
-            )
-            yield Violation(("monitor.trace", "model.mixture_of_depths"), problem)
+        for key, problem in untraceable(config):
+            yield Violation(("monitor.trace", key), f"monitor.trace: {problem}; set monitor.trace to null")
         if config.router_tuning is not None:
             problem = "monitor.trace: router_tuning reads samples, not the stream of sequences; set monitor.trace to null"
             yield Violation(("monitor.trace", "router_tuning"), problem)
-        groups = moe.groups.values()
-        columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in groups)
-        if columns > MAX_TRACE_ID:
-            problem = (
-                f"monitor.trace: ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity "
-                f"and constant experts); at most {MAX_TRACE_ID} can be traced: set monitor.trace to null"
-            )
-            yield Violation(("monitor.trace", "model.moe.groups"), problem)
+
+
+def untraceable(config: WholeConfig) -> Iterator[tuple[str, str]]:
+    """Yields (key, reason) for each property of a model whose choices a trace cannot store."""
+    moe = config.model.moe
+    if moe.router.experts_choose:
+        yield (
+            "model.moe.router.kind",
+            f"a trace needs a router in which tokens choose, and with {moe.router.name} experts choose",
+        )
+    if config.model.mixture_of_depths is not None:
+        problem = "the layers of model.mixture_of_depths route only some tokens, which a trace cannot store"
+        yield "model.mixture_of_depths", problem
+    columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in moe.groups.values())
+    if columns > MAX_TRACE_ID:
+        problem = (
+            f"ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity and constant experts)"
+            f"; at most {MAX_TRACE_ID} can be traced"
+        )
+        yield "model.moe.groups", problem

@@ -20,7 +20,7 @@ from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.train.base_weights import load_base
 from moe_dist.train.build import build_model, freeze, group_of_modality, rank_layout, saved_part
@@ -71,6 +71,22 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
     if config.model.moe.experts.replicated:
         return replicated_placement(groups)
     return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
+
+
+def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
+    """Returns the placement of the ranks that saved the checkpoint in `folder`.
+
+    Raises:
+        DataError: state.json places other experts than those of `groups`.
+    """
+    slots = open_checkpoint(folder).state.placement.get("slots")
+    try:
+        return ExpertPlacement(groups, tuple(tuple(rank) for rank in slots))  # pyright: ignore
+    except (TypeError, ConfigError) as error:
+        raise DataError(
+            f"{folder}/state.json: placement.slots={slots!r:.80} does not place the experts of its configuration ("
+            f"{error}); restore the file"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,28 @@ Shape letters: T tokens, L MoE layers, K choices.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_dist.config.manifest import Manifest as DataManifest
+from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
+from moe_dist.data.loader import heldout_batches
 from moe_dist.data.order import micro_batches
-from moe_dist.moe.routing import LayerReport
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.train.loss import forward
 
 
 class StepTracer:
@@ -92,20 +100,17 @@ def traced_steps(
     place = folder.trace / f"from_step_{step}_{attempt_id}"
     place.mkdir(parents=True, exist_ok=True)
     if env.rank == 0:
-        manifest = Manifest(
+        manifest = _manifest(
+            config,
+            plan.manifest,
+            plan.placement.groups,
+            plan.placement.rank_of_expert,
             attempt=1 + len(list(folder.trace.glob(f"*/{MANIFEST}"))),
             from_step=step,
             ranks=env.world_size,
-            layers=config.model.moe_layers,
-            choices=max(group.top_k for group in plan.placement.groups),
             weights=section.weights,
-            groups=plan.placement.groups,
-            rank_of_expert=plan.placement.rank_of_expert,
-            modalities=tuple(plan.manifest.modalities),
             every=section.every,
             tokens=section.tokens,
-            tokenizer=plan.manifest.tokenizer,
-            configuration=config.model_dump(mode="json"),
         )
         write_atomically(place / MANIFEST, manifest.to_json())
     writer = TraceWriter(place, env.rank, weights=section.weights)
@@ -119,6 +124,78 @@ def traced_steps(
         yield StepTracer(writer, every=section.every, tokens=section.tokens, weights=section.weights, sequences=sequences)
     finally:
         writer.close()
+
+
+@torch.no_grad()
+def trace_heldout(
+    model: Transformer,
+    place: Path,
+    env: RankEnv,
+    *,
+    config: Config,
+    data: DataManifest,
+    groups: Sequence[ExpertGroup],
+    rank_of_expert: Sequence[int],
+    group_of_modality: Tensor,
+    step: int,
+    sequences: int,
+    weights: bool,
+) -> int:
+    """Writes the choices of held-out tokens as step `step` of a new trace whose attempt is the folder `place`. Collective.
+
+    Args:
+        model: The model in evaluation mode, on the device of `group_of_modality`.
+        rank_of_expert: EP rank of each true expert in training, for readers.
+        sequences: Largest number of held-out sequences of each source.
+
+    Returns:
+        The number of tokens that this rank wrote.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    if env.rank == 0:
+        fields = {"attempt": 1, "from_step": step, "ranks": env.world_size, "weights": weights, "split": "held-out"}
+        write_atomically(place / MANIFEST, _manifest(config, data, groups, rank_of_expert, **fields).to_json())
+    share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
+    batches = [
+        batch
+        for source in data.sources
+        for batch in heldout_batches(
+            config.data.path, data, source=source, seq_len=config.data.seq_len, sequences=sequences, **share
+        )
+    ]
+    every = len(batches) * env.world_size * config.train.micro_batch
+    writer = TraceWriter(place, env.rank, weights=weights)
+    tracer = StepTracer(
+        writer,
+        every=1,
+        tokens=None,
+        weights=weights,
+        sequences=lambda _: micro_batches(0, global_batch=every, **share),
+    )
+    try:
+        for batch in batches:
+            on_device = batch.to(group_of_modality.device)
+            tracer.add(on_device, forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True))[1])
+        tracer.finish(step - 1)
+    finally:
+        writer.close()
+    return sum(int((~batch.padding_BS).sum()) for batch in batches)
+
+
+def _manifest(
+    config: Config, data: DataManifest, groups: Sequence[ExpertGroup], rank_of_expert: Sequence[int], **fields: Any
+) -> Manifest:
+    """The manifest of a trace of this model; `fields` are those of `Manifest` that differ between traces."""
+    return Manifest(
+        layers=config.model.moe_layers,
+        choices=max(group.top_k for group in groups),
+        groups=tuple(groups),
+        rank_of_expert=tuple(rank_of_expert),
+        modalities=tuple(data.modalities),
+        tokenizer=data.tokenizer,
+        configuration=config.model_dump(mode="json"),
+        **fields,
+    )
 
 
 def _host(tensor: Tensor) -> np.ndarray:

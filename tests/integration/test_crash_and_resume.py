@@ -10,13 +10,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launchers.local import launch
+from moe_dist.monitor.report.numbers import traffic
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.monitor.trace.reader import read_trace
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
+ROW_BYTES = 4 * 32 * 4  # a row of 32 fp32 numbers, in dispatch, combine, and backward of both
 SETTINGS = {"train.steps": STEPS, "checkpoint.every": 2, "evaluation.every": 2, "evaluation.balance_efficiency": False}
 
 
@@ -90,9 +93,17 @@ def test_the_run_goes_on_to_the_same_bits(
         assert [event.step for event in text.Scalars("eval/modality")] == [2, 4, 6]
         trace = read_trace(run.path)
         assert len(trace.attempts) > 1
+        manifest = trace.attempts[0].manifest
+        slots = [[e for e, rank in enumerate(manifest.rank_of_expert) if rank == each] for each in (0, 1)]
+        placement = ExpertPlacement(manifest.groups, tuple(map(tuple, slots)))
         counted = [line for line in seen if line["kind"] == "step"]
         assert trace.steps == tuple(line["step"] for line in counted)
         for line in counted:
-            assert trace.step(line["step"]).choices().tolist() == line["arrays"]["choices_LC"]
+            step = trace.step(line["step"])
+            assert step.choices().tolist() == line["arrays"]["choices_LC"]
+            sent = traffic(step.ids, step.tokens["sequence"] // 2 % 2, placement, (1,))
+            names = ("pairs", "pairs_remote", "rows_remote", "payload_bytes")
+            assert [line["ledger"][name] for name in names] == [*sent[:3], sent.rows * ROW_BYTES]
+            assert sent.between == sent.between_hierarchical == {1: sent.rows}
         assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     shutil.rmtree(run.path)

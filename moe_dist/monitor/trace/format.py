@@ -48,6 +48,7 @@ class Manifest:
         every, tokens: Steps between traced steps, and the largest number of tokens of a rank and step (None: all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         configuration: The run's configuration.
+        split: `training`, or `held-out` for the trace of a trained run, whose only step is that of the checkpoint.
     """
 
     attempt: int
@@ -63,6 +64,7 @@ class Manifest:
     tokens: int | None = None
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
+    split: str = "training"
 
     @property
     def num_columns(self) -> int:

@@ -1,0 +1,132 @@
+"""The first lines of a report: what is wrong, by the rules of the hints, and the extremes in words.
+
+Shape letters as in `metrics.py`.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_dist.monitor.hints import busy_rank
+from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
+from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.routing_hints import ENOUGH, WindowSums, routing_hints
+
+NAMED = 6  # dead experts that a line names
+
+
+def problems(routing: Routing) -> list[str]:
+    """What the rules of the hints find in the last recorded steps; empty for a healthy run."""
+    window = routing.window
+    sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
+    found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
+    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # the places in TensorBoard
+    if math.isnan(routing.balance_coefficient):
+        texts = [text.replace(" (now nan)", "") for text in texts]
+    return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
+
+
+def facts(routing: Routing) -> list[str]:
+    """The busiest expert, layer and rank, overflow, dead experts and null choices, in a sentence each."""
+    return [*_busiest(routing), *_capacity(routing), *_dead(routing), *_nulls(routing)]
+
+
+def work_of_ranks(routing: Routing) -> np.ndarray:
+    """Work of each rank of an EP group in the window: pairs x FFN width, float64 [L, R]."""
+    window, placement = routing.window, routing.placement
+    choices_LC = window.choices_LC.astype(np.float64)
+    for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):
+        kept_L = 1 - np.nan_to_num(divide(window.dropped_LG[:, g], part.true_Ln.sum(1)))  # spread over the group's experts
+        choices_LC[:, routing.groups[g].experts] *= kept_L[:, None]
+    return weighted_rows(choices_LC, rows_by_rank(choices_LC, placement), placement)
+
+
+def dead_experts(routing: Routing) -> list[tuple[int, int]]:
+    """(index of the layer, logical expert) of each expert that no token of the window chose, if choices were enough."""
+    found = []
+    for group, part in zip(routing.groups, group_choices(routing.window.choices_LC, routing.groups), strict=True):
+        dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
+        found += [(layer, group.first_expert + expert) for layer, expert in dead.tolist()]
+    return sorted(found)
+
+
+def _busiest(routing: Routing) -> Iterator[str]:
+    window = routing.window
+    best, evenness_L = (0.0, ""), np.zeros(len(routing.layers))
+    for g, (group, part) in enumerate(zip(routing.groups, group_choices(window.choices_LC, routing.groups), strict=True)):
+        over_Ln = np.nan_to_num(divide(part.true_Ln, part.true_Ln.mean(1, keepdims=True)))
+        evenness_L = np.maximum(evenness_L, over_Ln.max(1))
+        layer, expert = np.unravel_index(over_Ln.argmax(), over_Ln.shape)
+        if over_Ln[layer, expert] > best[0]:
+            tokens = window.tokens_LG[layer, g]
+            share, even = part.true_Ln[layer, expert] / tokens, part.true_Ln[layer].mean() / tokens
+            text = (
+                f"Busiest expert: layer {routing.layers[layer]}, {group.name} expert {expert} takes {share:.0%} of the "
+                f"tokens of its group ({over_Ln[layer, expert]:.2f} x the mean expert, which takes {even:.0%})."
+            )
+            best = (float(over_Ln[layer, expert]), text)
+    if not best[1]:
+        yield "No token took a true expert in these steps."
+        return
+    yield best[1]
+    layer = int(evenness_L.argmax())
+    yield (
+        f"Least even layer: layer {routing.layers[layer]}, whose busiest expert has {evenness_L[layer]:.2f} x the mean "
+        f"load (mean over layers: {evenness_L.mean():.2f} x)."
+    )
+    work_R = work_of_ranks(routing).sum(0)
+    if len(work_R) > 1 and work_R.any():
+        rank = int(work_R.argmax())
+        over = work_R[rank] / work_R.mean()
+        yield f"Busiest rank: rank {rank} of {len(work_R)} computes {over:.2f} x the mean rank's pairs x FFN width."
+    elif work_R.any():
+        yield "Busiest rank: one rank holds all experts."
+
+
+def _capacity(routing: Routing) -> Iterator[str]:
+    window = routing.window
+    metrics = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)
+    used_LG = np.nan_to_num(metrics["capacity_used"])
+    pairs_L = window.choices_LC[:, : routing.placement.num_experts].sum(1)
+    layer, group = (int(i) for i in np.unravel_index(used_LG.argmax(), used_LG.shape))
+    most = (
+        f"the fullest expert (layer {routing.layers[layer]}, {routing.groups[group].name}) needs factor {used_LG.max():.2f}"
+    )
+    dropped, pairs = int(window.dropped_LG.sum()), int(pairs_L.sum())
+    if dropped:
+        share_L = divide(window.dropped_LG.sum(1), pairs_L)
+        worst = int(np.nan_to_num(share_L).argmax())
+        yield (
+            f"Capacity overflow: {dropped / pairs:.0%} of the (token, expert) pairs were dropped, {share_L[worst]:.0%} in "
+            f"layer {routing.layers[worst]}; {most} to drop nothing."
+        )
+    else:
+        yield f"Capacity overflow: no pair was dropped; {most}."
+
+
+def _dead(routing: Routing) -> Iterator[str]:
+    dead, cells = dead_experts(routing), len(routing.layers) * routing.placement.num_experts
+    if not dead:
+        yield f"Dead experts: none of {cells} (layer, expert) pairs."
+        return
+    names = [f"layer {routing.layers[layer]} {routing.placement.name_of(expert)}" for layer, expert in dead[:NAMED]]
+    more = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
+    yield f"Dead experts: no token took {len(dead)} of {cells} (layer, expert) pairs: {', '.join(names)}{more}."
+
+
+def _nulls(routing: Routing) -> Iterator[str]:
+    window = routing.window
+    parts = group_choices(window.choices_LC, routing.groups)
+    for g, (group, part) in enumerate(zip(routing.groups, parts, strict=True)):
+        tokens, choices = int(window.tokens_LG[:, g].sum()), int(part.total.sum())
+        if not tokens:
+            yield f"Group {group.name}: no token."
+            continue
+        experts = (part.true_Ln.sum() - window.dropped_LG[:, g].sum()) / tokens
+        text = f"Group {group.name}: a token takes {experts:.2f} true experts a layer"
+        if group.num_null:
+            even = group.num_null / group.num_columns
+            text += f"; {part.null_Lm.sum() / choices:.0%} of its choices are null (even: {even:.0%})"
+        yield f"{text}."

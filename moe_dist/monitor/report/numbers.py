@@ -1,0 +1,159 @@
+"""The numbers of a report. All functions are pure.
+
+Shape letters: L MoE layers, T tokens, K choices of a token, n true experts of a group, E true experts of all groups, R
+ranks of an EP group, V token ids, X any.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+def lorenz(load_Xn: np.ndarray) -> np.ndarray:
+    """Share of the load that the p least loaded experts have, for p = 0 ... n, float64 [X, n + 1] (Lorenz 1905). Rows
+    without load are nan."""
+    rising_Xn = np.sort(load_Xn, axis=1).cumsum(1)
+    with np.errstate(invalid="ignore"):
+        return np.pad(rising_Xn / rising_Xn[:, -1:], ((0, 0), (1, 0)))
+
+
+def gini(load_Xn: np.ndarray) -> np.ndarray:
+    """Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all (Gini 1912). It is
+    the part of the triangle below the diagonal that the Lorenz curve cuts off."""
+    curve = lorenz(load_Xn)
+    return 1 - (curve[:, 1:] + curve[:, :-1]).sum(1) / load_Xn.shape[1]
+
+
+def distance(first_XC: np.ndarray, second_XC: np.ndarray) -> np.ndarray:
+    """Total variation distance of the choices of each row: the share of choices that would have to move, from 0 to 1. nan
+    without choices."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = [counts / counts.sum(1, keepdims=True) for counts in (first_XC, second_XC)]
+    return np.abs(shares[0] - shares[1]).sum(1) / 2
+
+
+def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
+    """Whether each token takes each true expert of the group, bool [T, n]. Dropped pairs are not taken."""
+    taken_Tn = np.zeros((len(ids_TK), group.num_experts), bool)
+    rows, places = np.nonzero((ids_TK >= group.first_expert) & (ids_TK < group.first_expert + group.num_experts))
+    taken_Tn[rows, ids_TK[rows, places] - group.first_expert] = True
+    return taken_Tn
+
+
+def together(taken_Tn: np.ndarray) -> np.ndarray:
+    """Lift of each pair of experts: how much more often a token takes both than if experts were independent, float64 [n,
+    n]. nan on the diagonal, and for experts without tokens."""
+    share_n = taken_Tn.mean(0)
+    both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lift_nn = both_nn / np.outer(share_n, share_n)
+    np.fill_diagonal(lift_nn, np.nan)
+    return lift_nn.astype(np.float64)
+
+
+class Special(NamedTuple):
+    """A token id that an expert takes much more often than other token ids."""
+
+    token: int
+    times: int  # how often the expert takes it
+    share: float  # of the token's occurrences
+    lift: float  # that share over the expert's share of all tokens
+    row: int  # one occurrence that the expert takes
+
+
+def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
+    """For each expert the token ids that tell most of it: count x log(lift), as in the log-likelihood of its tokens. Ids
+    that it takes fewer than `least_count` times are left out."""
+    ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
+    found = []
+    for taken_T in taken_Tn.T:
+        rows = np.flatnonzero(taken_T)
+        mine_V = np.bincount(at_T[rows], minlength=len(ids_V))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift_V = mine_V / count_V / (len(rows) / len(token_T))
+            score_V = np.where((mine_V >= least_count) & (lift_V > 1), mine_V * np.log(lift_V), 0.0)
+        best = [int(v) for v in np.argsort(-score_V, kind="stable")[:most] if score_V[v] > 0]
+        found.append(
+            [
+                Special(
+                    int(ids_V[v]),
+                    int(mine_V[v]),
+                    float(mine_V[v] / count_V[v]),
+                    float(lift_V[v]),
+                    int(rows[(at_T[rows] == v).argmax()]),
+                )
+                for v in best
+            ]
+        )
+    return found
+
+
+class Traffic(NamedTuple):
+    """Rows that dispatch sends in forward, summed over tokens and layers, and the work of the ranks.
+
+    Attributes:
+        pairs: Pairs that an expert computes.
+        pairs_remote: Pairs whose expert is on another rank: the rows without deduplication.
+        rows: Rows to other ranks, one for each (token, rank).
+        between: By node size, the rows that leave the node: one for each (token, rank on another node).
+        between_hierarchical: By node size, the rows that leave the node if a node gets each token once.
+        imbalance: Work of the busiest rank of a layer (pairs x FFN width) over the mean rank, mean over layers.
+    """
+
+    pairs: int
+    pairs_remote: int
+    rows: int
+    between: Mapping[int, int]
+    between_hierarchical: Mapping[int, int]
+    imbalance: float
+
+
+def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement, node_sizes: tuple[int, ...]) -> Traffic:
+    """Counts the rows for another placement of the same choices.
+
+    Args:
+        home_T: EP rank of each token.
+        node_sizes: Ranks of a node; consecutive ranks share a node.
+    """
+    ranks, experts = placement.num_ranks, placement.num_experts
+    rank_E = np.array(placement.rank_of_expert)
+    width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], np.float64)
+    pairs = pairs_remote = rows = 0
+    between, hierarchical = dict.fromkeys(node_sizes, 0), dict.fromkeys(node_sizes, 0)
+    ratios = []
+    for ids_TK in ids_TLK.transpose(1, 0, 2):
+        token, place = np.nonzero((ids_TK >= 0) & (ids_TK < experts))
+        expert = ids_TK[token, place]
+        goes_TR = np.zeros((len(ids_TK), ranks), bool)
+        goes_TR[token, rank_E[expert]] = True
+        pairs += len(token)
+        pairs_remote += int((rank_E[expert] != home_T[token]).sum())
+        goes_TR[np.arange(len(home_T)), home_T] = False
+        rows += int(goes_TR.sum())
+        for size in node_sizes:
+            node_R = np.arange(ranks) // size
+            away_TR = goes_TR & (node_R != (home_T // size)[:, None])
+            between[size] += int(away_TR.sum())
+            starts = np.arange(0, ranks, size)
+            hierarchical[size] += int(np.logical_or.reduceat(away_TR, starts, axis=1).sum())
+        work_R = np.bincount(rank_E[expert], weights=width_E[expert], minlength=ranks)
+        if work_R.any():
+            ratios.append(work_R.max() / work_R.mean())
+    return Traffic(pairs, pairs_remote, rows, between, hierarchical, float(np.mean(ratios)) if ratios else float("nan"))
+
+
+def same_experts(first_TLK: np.ndarray, second_TLK: np.ndarray, num_experts: int) -> np.ndarray:
+    """Share of the true experts that two routings of the same tokens have in common, of those that either has, float64
+    [L] (Jaccard 1901)."""
+    shares = []
+    for one_TK, other_TK in zip(first_TLK.transpose(1, 0, 2), second_TLK.transpose(1, 0, 2), strict=True):
+        sets = []
+        for ids_TK in (one_TK, other_TK):
+            token, place = np.nonzero((ids_TK >= 0) & (ids_TK < num_experts))
+            sets.append(token * num_experts + ids_TK[token, place])
+        either = len(np.union1d(*sets))
+        shares.append(len(np.intersect1d(*sets)) / either if either else np.nan)
+    return np.array(shares)

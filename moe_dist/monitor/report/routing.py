@@ -1,0 +1,213 @@
+"""What a report draws: counts over steps, from the records of a run or from a trace, and single tokens, from a trace.
+
+Shape letters as in `metrics.py`; F frames, T tokens, K choices of a token.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_dist.errors import DataError
+from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.monitor.trace.reader import Trace, TracedStep
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+FRAMES = 60  # most points of a curve over steps
+WINDOW = 50  # last recorded steps that the first lines judge, as the hints of a run do
+MOST_TOKENS = 50_000  # tokens of a trace that a report reads, from the last step backwards
+
+
+class Frame(NamedTuple):
+    """Counts of consecutive steps, int64: see `Record.arrays`."""
+
+    first: int
+    last: int
+    choices_LC: np.ndarray
+    tokens_LG: np.ndarray
+    dropped_LG: np.ndarray
+
+    @property
+    def label(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Single tokens of a trace.
+
+    Attributes:
+        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, and place.
+        ids_TLK: Columns; -2 - c is a dropped pair of column c, -1 no choice.
+        steps: Numbers of the traced steps, and `of` the number of all traced steps.
+        split: `training` or `held-out`.
+        name_of: Gives a token's text, or None if it has none.
+        picture_of: Gives the pixels of a picture token, uint8 [height, width, 3], or None.
+    """
+
+    token_T: np.ndarray
+    modality_T: np.ndarray
+    sequence_T: np.ndarray
+    position_T: np.ndarray
+    ids_TLK: np.ndarray
+    steps: tuple[int, ...]
+    of: int
+    split: str
+    name_of: Callable[[int], str | None] = lambda _: None
+    picture_of: Callable[[int], np.ndarray | None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of one run or trace.
+
+    Attributes:
+        name: Path that the user gave.
+        source: Where the counts come from, in words.
+        placement: Rank of each expert in the run.
+        layers: Layer index of each MoE layer (L).
+        frames: At most `FRAMES`, in the order of the steps.
+        window: Sums over the last `WINDOW` recorded steps, and their number.
+        configuration: The run's configuration.
+        balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
+        tokens: None without a trace.
+    """
+
+    name: str
+    source: str
+    placement: ExpertPlacement
+    layers: tuple[int, ...]
+    modalities: tuple[str, ...]
+    frames: tuple[Frame, ...]
+    window: Frame
+    window_steps: int
+    configuration: Mapping[str, Any]
+    balance_coefficient: float
+    tokens: Tokens | None
+
+    @property
+    def groups(self) -> tuple[ExpertGroup, ...]:
+        return self.placement.groups
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [self.placement.name_of(expert) for expert in range(self.placement.num_experts)]
+
+
+def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
+    """Adds up neighbours until at most `most` frames are left."""
+    if len(frames) <= most:
+        return tuple(frames)
+    return tuple(total([frames[i] for i in part]) for part in np.array_split(np.arange(len(frames)), most))
+
+
+def total(frames: Sequence[Frame]) -> Frame:
+    """The sum of frames, which must be consecutive."""
+    choices, tokens, dropped = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
+    return Frame(frames[0].first, frames[-1].last, np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0))
+
+
+def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Frame], list[Frame], float]:
+    """Reads metrics.jsonl.
+
+    Args:
+        shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
+
+    Returns:
+        At most 2 x FRAMES frames, the last WINDOW steps, and the last balance coefficient.
+
+    Raises:
+        DataError: a line is damaged or has arrays of another model, or no line has arrays.
+    """
+    frames: list[Frame] = []
+    window: deque[Frame] = deque(maxlen=WINDOW)
+    width, inside, coefficient = 1, 1, float("nan")  # records in a full frame, and in the last frame
+    for frame, coefficient in _recorded(path, shape):  # noqa: B007  # the last one is returned
+        window.append(frame)
+        if inside < width:
+            frames[-1], inside = total([frames[-1], frame]), inside + 1
+        else:
+            frames, inside = [*frames, frame], 1
+        if len(frames) > 2 * FRAMES:  # joins pairs: the file may be larger than the memory
+            frames, width = [total(frames[i : i + 2]) for i in range(0, len(frames), 2)], 2 * width
+    if not frames:
+        raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")
+    return frames, list(window), coefficient
+
+
+def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, float]]:
+    num_layers, columns, groups = shape
+    shapes = {"choices_LC": (num_layers, columns), "tokens_LG": (num_layers, groups), "dropped_LG": (num_layers, groups)}
+    try:
+        for line in read_lines(path):
+            if line.get("kind") == "step" and "arrays" in line:
+                arrays = {name: np.array(line["arrays"][name], np.int64) for name in shapes}
+                for name, array in arrays.items():
+                    if array.shape != shapes[name]:
+                        raise DataError(
+                            f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but config.yaml describes "
+                            f"a model with {shapes[name]}; put back the files of one run"
+                        )
+                yield Frame(line["step"], line["step"], **arrays), float(line["balance_coefficient"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
+
+
+def frames_of_trace(trace: Trace, groups: Sequence[ExpertGroup], layers: int) -> list[Frame]:
+    """Counts at most FRAMES evenly spaced steps of a trace."""
+    steps = [trace.steps[i] for i in np.unique(np.linspace(0, len(trace.steps) - 1, FRAMES).astype(int))]
+    frames = []
+    for number in steps:
+        step = trace.step(number)
+        group_T = group_of_modality(groups, step.manifest.modalities)[step.tokens["modality"]]
+        tokens_G = np.bincount(group_T, minlength=len(groups))
+        dropped_LC = step.dropped()
+        dropped_LG = np.stack([dropped_LC[:, group.experts].sum(1) for group in groups], axis=1)
+        frames.append(Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG))
+    return frames
+
+
+def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:
+    """Index of the expert group of each modality, int64 [M].
+
+    Raises:
+        DataError: a modality has no group.
+    """
+    found = [[g for g, group in enumerate(groups) if name in group.modalities] for name in modalities]
+    if lost := [name for name, owners in zip(modalities, found, strict=True) if not owners]:
+        raise DataError(f"modalities={list(modalities)}: {lost} in no group's modalities; take the manifest of this trace")
+    return np.array([owners[0] for owners in found], np.int64)
+
+
+def last_tokens(trace: Trace, **names: Any) -> Tokens:
+    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of` and `picture_of`."""
+    steps: list[TracedStep] = []
+    for number in reversed(trace.steps):
+        if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:
+            break
+        steps.insert(0, trace.step(number))
+        if steps[0].ids.shape[1:] != steps[-1].ids.shape[1:]:
+            steps.pop(0)
+            break
+    tokens = np.concatenate([step.tokens for step in steps])[-MOST_TOKENS:]
+    ids = np.concatenate([step.ids for step in steps])[-MOST_TOKENS:]
+    manifest = steps[-1].manifest
+    if len(tokens) and (outside := int(tokens["modality"].max())) >= len(manifest.modalities):
+        raise DataError(
+            f"trace, step {trace.steps[-1]}: modality={outside} is outside the manifest's {list(manifest.modalities)}; "
+            "take the manifest that belongs to these files"
+        )
+    return Tokens(
+        tokens["token"],
+        tokens["modality"],
+        tokens["sequence"],
+        tokens["position"],
+        ids,
+        trace.steps[-len(steps) :],
+        len(trace.steps),
+        manifest.split,
+        **names,
+    )

@@ -1,0 +1,269 @@
+"""The command: what it reads of a run or a trace, and the bad input that it refuses before anything is written."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from moe_dist.config.load import resolved_yaml
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.report.panels import PANELS
+from moe_dist.monitor.report.routing import FRAMES, frames_of_records
+from moe_dist.monitor.trace.format import TOKEN, Manifest
+from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.plan.policies import expert_groups
+from tests.support.messages import refused
+from tests.support.tiny import tiny_config
+from tools.report import main, open_routing
+
+VOID = {"meta", "link", "input", "img"}
+
+
+def call(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order; collects the attributes that load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open += [tag] if tag not in VOID else []
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        assert tag != "script"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name == "href"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
+    """Writes a trace of random choices by one rank; returns the arrays that the records of its steps have."""
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text(manifest.to_json())
+    writer, rng, arrays = TraceWriter(place, 0, weights=False), np.random.default_rng(0), []
+    for step in steps:
+        rows = np.zeros(tokens, TOKEN)
+        rows["sequence"], rows["position"] = np.arange(tokens) // 8, np.arange(tokens) % 8
+        rows["modality"] = rng.integers(0, 2, tokens)
+        rows["token"] = rng.integers(0, 48, tokens) + 48 * rows["modality"]
+        columns = np.array([[0, 1, 2, 5], [3, 4, 6, 7]])[rows["modality"]]  # 3 + 2 true experts, then 1 + 2 null ones
+        chosen = [[rng.permutation(row)[:2] for row in columns] for _ in manifest.layers]
+        ids = np.array(chosen, np.int16).transpose(1, 0, 2)
+        writer.add(step, rows, np.ascontiguousarray(ids), None)
+        counts = [np.bincount(layer.ravel(), minlength=8).tolist() for layer in ids.transpose(1, 0, 2)]
+        tokens_G = np.bincount(rows["modality"], minlength=2).tolist()
+        none = [[0, 0] for _ in counts]
+        arrays.append({"choices_LC": counts, "tokens_LG": [tokens_G for _ in counts], "dropped_LG": none})
+    writer.close()
+    return arrays
+
+
+@pytest.fixture
+def manifest(tiny_data: Path, tmp_path: Path) -> Manifest:
+    config = tiny_config(tiny_data, tmp_path)
+    return Manifest(
+        attempt=1,
+        from_step=0,
+        ranks=1,
+        layers=config.model.moe_layers,
+        choices=2,
+        weights=False,
+        groups=expert_groups(config.model.moe),
+        rank_of_expert=(0, 0, 0, 1, 1),
+        modalities=("text", "image"),
+        configuration=config.model_dump(mode="json"),
+    )
+
+
+@pytest.fixture
+def run(tiny_data: Path, tmp_path: Path, manifest: Manifest) -> Path:
+    """A run folder of five traced steps."""
+    folder = tmp_path / "run"
+    lines = write_trace(folder / "trace" / "a", manifest, range(1, 6))
+    (folder / "config.yaml").write_text(resolved_yaml(tiny_config(tiny_data, tmp_path)))
+    records = [
+        {"step": step, "kind": "step", "balance_coefficient": 0.02, "scalars": {}, "arrays": arrays}
+        for step, arrays in enumerate(lines, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in records))
+    return folder
+
+
+def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
+    one, other = open_routing(run), open_routing(run / "trace")
+    assert [frame.label for frame in one.frames] == ["1", "2", "3", "4", "5"]
+    for a, b in zip([*one.frames, one.window], [*other.frames, other.window], strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert one.placement == other.placement
+    assert (one.balance_coefficient, one.window_steps) == (0.02, 5)
+    assert one.tokens is not None
+    assert other.tokens is not None
+    assert len(one.tokens.token_T) == 200
+    assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
+
+
+def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "report.html"
+    done = call(run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2")
+    assert done.exit_code == 0, done.output
+    text = out.read_text()
+    page = Tags(text)
+    assert page.open == []
+    assert all(place.startswith(("data:", "#")) for place in page.loads)
+    assert re.search(r"url\(|@import|https?:", text) is None
+    assert text.count("<section ") == len(PANELS)
+    assert "The same tokens." in text
+    assert re.findall(r'<td class="e">(\d+)</td><td>(pinned|interleaved|as in the run)', text) == [
+        ("2", "as in the run"),
+        ("2", "interleaved"),
+        ("3", "pinned"),
+        ("3", "interleaved"),
+        ("4", "pinned"),
+        ("4", "interleaved"),
+        ("5", "pinned"),
+    ]
+    assert len(out.read_bytes()) < 5_000_000
+
+
+def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> None:
+    arrays = {"choices_LC": [[1, 2]], "tokens_LG": [[3]], "dropped_LG": [[0]]}
+    line = {"kind": "step", "balance_coefficient": 0.5, "scalars": {}, "arrays": arrays}
+    lines = [json.dumps({"step": step, **line}) for step in range(1, 1001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    frames, window, coefficient = frames_of_records(tmp_path / "metrics.jsonl", (1, 2, 1))
+    assert FRAMES / 2 < len(frames) <= 2 * FRAMES
+    assert [frame.first for frame in frames] == [1, *(frame.last + 1 for frame in frames[:-1])]
+    assert all(frame.choices_LC.tolist() == [[n, 2 * n]] for frame in frames for n in [frame.last - frame.first + 1])
+    assert ([frame.first for frame in window], coefficient) == ([*range(951, 1001)], 0.5)
+
+
+def cut(run: Path) -> Path:
+    path = run / "trace" / "a" / "rank_0.ids"
+    path.write_bytes(path.read_bytes()[:-3])
+    return run
+
+
+def another_model(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["groups"][1] |= {"num_experts": 1, "num_null": 3}
+    path.write_text(json.dumps(content))
+    return run
+
+
+def ids_outside(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["groups"][1]["num_null"] = 1
+    path.write_text(json.dumps(content))
+    return run / "trace"
+
+
+def unplaced(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_of_expert": [0, 1]}))
+    return run
+
+
+def unknown_format(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
+    return run / "trace"
+
+
+def unnamed_modality(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modalities": ["text", "sound"]}))
+    return run / "trace"
+
+
+def no_records(run: Path) -> Path:
+    (run / "metrics.jsonl").write_text("")
+    return run
+
+
+def no_steps(run: Path) -> Path:
+    (run / "trace" / "a" / "rank_0.index").write_bytes(b"")
+    return run / "trace"
+
+
+def other_records(run: Path) -> Path:
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"dropped_LG":[[0,0],[0,0]]', '"dropped_LG":[[0],[0]]'))
+    return run
+
+
+def torn_records(run: Path) -> Path:
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace("choices_LC", "choices", 1))
+    return run
+
+
+def neither(run: Path) -> Path:
+    (run / "config.yaml").unlink()
+    return run / "trace" / "a"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "key"),
+    [
+        (cut, DataError, "rank_0.ids"),
+        (another_model, DataError, "trace/*/manifest.json: groups and layers"),
+        (ids_outside, DataError, "id 7 is outside the model"),
+        (unplaced, DataError, "rank_of_expert"),
+        (unknown_format, DataError, "version=7"),
+        (unnamed_modality, DataError, "['sound']"),
+        (no_records, DataError, "metrics.jsonl: no line has the arrays"),
+        (no_steps, DataError, "no step that all ranks wrote"),
+        (other_records, DataError, "metrics.jsonl, step 1: arrays.dropped_LG"),
+        (torn_records, DataError, "metrics.jsonl"),
+        (neither, ConfigError, "neither a run"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_bad_input_is_named(run: Path, spoil: Callable[[Path], Path], error: type[Exception], key: str) -> None:
+    with refused(error, key):
+        open_routing(spoil(run))
+
+
+def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifest: Manifest) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    other = replace(manifest, groups=(replace(manifest.groups[0], top_k=1), manifest.groups[1]))
+    write_trace(tmp_path / "other" / "a", other, range(1, 2))
+    for options, message in (
+        ((run, "--against", tmp_path / "other"), "2 MoE layers of text 3 + 1, top 1, image 2 + 2, top 2"),
+        ((run, "--against", tmp_path / "nowhere"), "nowhere: neither a run"),
+        ((run, "--ep", "2,x"), "--ep 2,x: 'x' is no whole number"),
+        ((run, "--data", tmp_path), f"--data {tmp_path}: "),
+    ):
+        done = call(*options, "-o", out)
+        assert (done.exit_code, message in done.stderr) == (78, True), done.output
+    assert out.read_text() == "old"
+    assert "must end with .html" in call(run, "-o", run / "config.yaml").stderr
+
+
+def test_a_run_without_trace_and_checkpoint(run: Path, manifest: Manifest) -> None:
+    for path in (run / "trace" / "a").iterdir():
+        path.unlink()
+    with refused(DataError, "neither a checkpoint nor a trace"):
+        open_routing(run)
+    assert asdict(manifest)["split"] == "training"

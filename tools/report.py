@@ -1,0 +1,247 @@
+"""Draws the routing of a run or of a trace into one HTML file. See docs/monitoring.md."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from tokenizers import Tokenizer
+
+from moe_dist.checkpoint.directory import CheckpointDirectory
+from moe_dist.config.load import load_stored_config
+from moe_dist.config.manifest import load_manifest
+from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
+from moe_dist.data.codebook import load_codebook
+from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.inference.loaded_run import trained_placement
+from moe_dist.monitor.report.page import render
+from moe_dist.monitor.report.panels import Layout, Subject
+from moe_dist.monitor.report.routing import (
+    FRAMES,
+    WINDOW,
+    Routing,
+    frames_of_records,
+    frames_of_trace,
+    last_tokens,
+    merged,
+    total,
+)
+from moe_dist.monitor.trace.format import MANIFEST, Manifest
+from moe_dist.monitor.trace.reader import Trace, read_trace
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
+from moe_dist.runtime.files import make_writable, write_atomically
+from moe_dist.runtime.run_folder import RunFolder
+
+MOST_BYTES = 5_000_000
+MOST_RANKS = 4096
+LARGEST_EP = 64  # of the EP sizes that the byte ledger has without --ep
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    path: Annotated[Path, typer.Argument(help="A run, or the folder of a trace.")]
+    against: Annotated[Path | None, typer.Option(help="Another run or trace of the same model, for the drift.")] = None
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file of the report.")] = Path("report.html")
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved: names of tokens.")] = (
+        None
+    )
+    ep: Annotated[str, typer.Option(help="Further EP sizes of the byte ledger, separated by commas.")] = ""
+    node_sizes: Annotated[str, typer.Option(help="Ranks of a node in the byte ledger, separated by commas.")] = "2,4,8"
+
+
+@reports_errors("report")
+@takes(ReportOptions)
+def main(options: ReportOptions) -> None:
+    """Draw the routing of a run or a trace."""
+    if options.out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--out {options.out}: the name must end with .html, because an existing file is replaced")
+    make_writable(options.out.parent, option=f"--out {options.out}")
+    sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
+    routing = open_routing(options.path, options.data)
+    against = None if options.against is None else open_routing(options.against, options.data)
+    if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
+        raise ConfigError(
+            f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
+            f"{_shape(routing.groups, routing.layers)}; compare runs of the same model"
+        )
+    page = render(Subject(routing, against, list(_layouts(routing, sizes)), node_sizes)).encode()
+    assert len(page) <= MOST_BYTES, len(page)
+    write_atomically(options.out, page)
+    print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
+
+
+def _sizes(option: str, text: str) -> tuple[int, ...]:
+    """The whole numbers in an option, each once."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
+        raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def open_routing(path: Path, data: Path | None = None) -> Routing:
+    """Reads the routing of a run or trace.
+
+    Args:
+        data: Folder of the data set, if it has moved since the training.
+
+    Raises:
+        ConfigError: `path` is neither a run nor a trace.
+        DataError: files are damaged, empty, or of different models.
+    """
+    if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
+        return _of_run(path, data)
+    if not any(path.glob(f"*/{MANIFEST}")) and not any(path.glob(f"trace/*/{MANIFEST}")):
+        raise ConfigError(
+            f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give "
+            "one of both"
+        )
+    trace, manifest = _open_trace(path)
+    frames = frames_of_trace(trace, manifest.groups, len(manifest.layers))
+    window = frames[-WINDOW:]
+    part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
+    return Routing(
+        name=str(path),
+        source=f"counted in the trace{part}",
+        placement=_placement(path, manifest),
+        layers=manifest.layers,
+        modalities=manifest.modalities,
+        frames=merged(frames, FRAMES),
+        window=total(window),
+        window_steps=len(window),
+        configuration=manifest.configuration,
+        balance_coefficient=math.nan,
+        tokens=last_tokens(trace, **_names(manifest.configuration, data)),
+    )
+
+
+def _of_run(path: Path, data: Path | None) -> Routing:
+    folder = RunFolder(path)
+    config = load_stored_config(folder.config_yaml)
+    groups, layers = expert_groups(config.model.moe), config.model.moe_layers
+    columns = sum(group.num_columns for group in groups)
+    frames, window, coefficient = frames_of_records(folder.metrics_jsonl, (len(layers), columns, len(groups)))
+    made = sorted((path / "traces").glob(f"*/*/{MANIFEST}"), key=lambda found: found.stat().st_mtime)
+    trained = any(folder.trace.glob(f"*/{MANIFEST}"))
+    trace = manifest = None
+    if made or trained:
+        place = made[-1].parents[1] if made else folder.trace
+        trace, manifest = _open_trace(place)
+        if (manifest.groups, manifest.layers) != (groups, layers):
+            raise DataError(
+                f"{place}/*/{MANIFEST}: groups and layers are {_shape(manifest.groups, manifest.layers)}, but "
+                f"{folder.config_yaml} describes {_shape(groups, layers)}; remove the trace of the other model"
+            )
+    modalities = tuple(name for group in groups for name in group.modalities)
+    routing = Routing(
+        name=str(path),
+        source="from metrics.jsonl",
+        placement=_placement(path, manifest) if manifest else _placement_of_run(path, groups, config.parallel.ep),
+        layers=layers,
+        modalities=manifest.modalities if manifest else modalities,
+        frames=merged(frames, FRAMES),
+        window=total(window),
+        window_steps=len(window),
+        configuration=config.model_dump(mode="json"),
+        balance_coefficient=coefficient,
+        tokens=None,
+    )
+    return routing if trace is None else replace(routing, tokens=last_tokens(trace, **_names(routing.configuration, data)))
+
+
+def _open_trace(path: Path) -> tuple[Trace, Manifest]:
+    """Reads a trace with at least one step, and the manifest of its last step; all attempts have the same model."""
+    trace = read_trace(path)
+    if not trace.steps:
+        raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")
+    manifest = trace.attempts[-1].manifest
+    for attempt in trace.attempts:
+        if (attempt.manifest.groups, attempt.manifest.layers) != (manifest.groups, manifest.layers):
+            raise DataError(
+                f"{attempt.folder}/{MANIFEST}: groups and layers differ from those of {trace.attempts[-1].folder}; keep "
+                "the attempts of one model in a folder"
+            )
+    return trace, manifest
+
+
+def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
+    ranks, experts = manifest.rank_of_expert, sum(group.num_experts for group in manifest.groups)
+    if len(ranks) != experts or min(ranks) < 0:
+        raise DataError(
+            f"{path}, {MANIFEST}: rank_of_expert has {len(ranks)} ranks from {min(ranks, default=0)}, but groups have "
+            f"{experts} experts, each on a rank from 0; take the manifest that belongs to this trace"
+        )
+    slots = tuple(tuple(e for e in range(experts) if ranks[e] == rank) for rank in range(max(ranks) + 1))
+    return ExpertPlacement(manifest.groups, slots)
+
+
+def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
+    """The placement of a run without trace: from its last checkpoint."""
+    directory = CheckpointDirectory(RunFolder(path).checkpoints)
+    steps = directory.steps()
+    if not steps:
+        raise DataError(
+            f"{path}: neither a checkpoint nor a trace tells which of the {ep} ranks holds which expert; save one "
+            "(checkpoint.every), or set monitor.trace"
+        )
+    return trained_placement(directory.path_of(max(steps)), groups)
+
+
+def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
+    """The run's own placement, then pinned and interleaved at powers of two and at `sizes`, where they are possible."""
+    own, tokens = routing.placement, routing.tokens
+    known = {1, *(2**i for i in range(1, 20) if 2**i <= min(own.num_experts, LARGEST_EP))}
+    counts = np.zeros(0) if tokens is None else tokens.modality_T
+    mix = {name: int((counts == m).sum()) for m, name in enumerate(routing.modalities)}
+    seen = {own.slots}
+    for size in sorted({*known, *sizes, own.num_ranks} - {1}):
+        if size == own.num_ranks:
+            yield Layout("as in the run", own)
+        for section in (PinnedSection(), InterleavedSection()):
+            try:
+                placement = make_placement(section, routing.groups, num_ranks=size, token_mix=mix)
+            except ConfigError:
+                continue  # pinned needs a rank for each group
+            if placement.slots not in seen:
+                yield Layout(section.policy, placement)
+            seen.add(placement.slots)
+
+
+def _names(configuration: Any, data: Path | None) -> dict[str, Callable[[int], Any]]:
+    """`Tokens.name_of` and `picture_of` from the data set; empty if the data set is not there."""
+    try:
+        folder = data or Path(configuration["data"]["path"])
+        manifest = load_manifest(folder)
+        tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer)) if manifest.tokenizer else None
+        codes = None
+        if manifest.image is not None and manifest.image.codebook is not None:
+            codes = load_codebook(folder / manifest.image.codebook)
+    except (KeyError, TypeError, MoeDistError) as error:
+        if data is not None:
+            raise ConfigError(f"--data {data}: {error}") from error
+        return {}
+    first, end = manifest.modalities.get("image", ((0, 0),))[0]
+
+    @cache
+    def name_of(token: int) -> str | None:
+        inside = tokenizer is not None and not (codes is not None and first <= token < end)
+        return (tokenizer.decode([token], skip_special_tokens=False) or None) if inside else None  # pyright: ignore
+
+    def picture_of(token: int) -> np.ndarray | None:
+        return codes[token - first] if codes is not None and first <= token < min(end, first + len(codes)) else None
+
+    return {"name_of": name_of, "picture_of": picture_of}
+
+
+def _shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
+    names = ", ".join(f"{g.name} {g.num_experts} + {g.num_columns - g.num_experts}, top {g.top_k}" for g in groups)
+    return f"{len(layers)} MoE layers of {names}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,80 @@
+"""Writes a trace of a trained run: the experts that each held-out token takes. See docs/monitoring.md."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from moe_dist.config.schema import Config
+from moe_dist.config.trace_schema import untraceable
+from moe_dist.errors import ConfigError
+from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained, placement_for_use, trained_placement
+from moe_dist.parallel.mesh import one_group
+from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.files import make_writable
+from moe_dist.train.tracing import trace_heldout
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences of each source.")] = 64
+    weights: Annotated[bool, typer.Option(help="Also store the weight of each choice.")] = True
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
+    out: Annotated[Path | None, typer.Option(help="New folder; by default `traces/step_N` in the run.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+
+
+@reports_errors("trace")
+@takes(TraceOptions)
+def main(options: TraceOptions) -> None:
+    """Trace held-out tokens of a trained run, on one rank, or under torchrun on several ranks that share the experts."""
+    env = RankEnv.from_environment(os.environ)
+    device = choose_device(options.device)
+    trained = find_trained(options.run, step=options.step, data=options.data, allow=_untraceable)
+    if not any(source.valid for source in trained.manifest.sources.values()):
+        raise ConfigError(f"{trained.config.data.path}: no source of its manifest has a held-out split (valid); add one")
+    folder = _folder(options, trained)
+    groups = placement_for_use(trained.config, 1).groups
+    placement = trained_placement(trained.folder, groups)
+    with one_group(env, device) as (mesh, device):  # every rank has seen that the folder is new
+        tokens = trace_heldout(
+            trained.load(device, mesh),
+            folder / "heldout",
+            env,
+            config=trained.config,
+            data=trained.manifest,
+            groups=groups,
+            rank_of_expert=placement.rank_of_expert,
+            group_of_modality=torch.tensor(trained.group_of_modality, device=device),
+            step=trained.step,
+            sequences=options.sequences,
+            weights=options.weights,
+        )
+    if env.rank == 0:
+        ranks = f" on each of {env.world_size} ranks" if env.world_size > 1 else ""
+        print_done(f"{folder}: {tokens:,} held-out tokens{ranks}; show them with moe-dist report {folder}")
+
+
+def _untraceable(config: Config) -> list[str]:
+    return [f"{key}: {reason}; trace another run" for key, reason in untraceable(config)]
+
+
+def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
+    """Returns the folder of the trace, which must not exist, and makes its parent before the model is loaded."""
+    directory = trained.folder.parent
+    run = directory.parent if directory.name == "checkpoints" else directory
+    folder = options.out or run / "traces" / f"step_{trained.step}"
+    if folder.exists():
+        raise ConfigError(f"--out {folder}: it exists, and a trace is never overwritten; give a new folder, or remove it")
+    make_writable(folder.parent, option=f"--out {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    run_command(main)
