@@ -33,7 +33,7 @@ from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
-from moe_dist.config.trace_schema import ProfileSection, TraceSection
+from moe_dist.config.trace_schema import ComputeMapSection, ProfileSection, TraceSection
 from moe_dist.config.tuning_schema import RouterTuningSection
 
 
@@ -248,6 +248,7 @@ class MonitorSection(Section):
     """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: perf/mfu is not reported."""
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
+    compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
 
 
 class Config(Section):

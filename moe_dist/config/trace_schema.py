@@ -1,10 +1,10 @@
-"""The sections `monitor.profile` and `monitor.trace`: detailed files about some steps."""
+"""The sections `monitor.profile`, `monitor.trace` and `monitor.compute_map`: details about single steps and tokens."""
 
 from collections.abc import Iterator
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.section import Section, Violation, WholeConfig
+from moe_dist.config.section import Count, Section, Violation, WholeConfig
 
 MAX_TRACE_ID = 2**15 - 3  # ids are int16, and a dropped pair of column c is stored as -2 - c
 
@@ -43,27 +43,40 @@ class TraceSection(Section):
     weights: bool = Field(default=True, description="Also store the weight of each choice.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        moe = config.model.moe
-        if moe.router.experts_choose:
-            problem = (
-                f"monitor.trace: needs a router in which tokens choose, and with {moe.router.name} experts choose; set "
-                "monitor.trace to null"
-            )
-            yield Violation(("monitor.trace", "model.moe.router.kind"), problem)
-        if config.model.mixture_of_depths is not None:
-            problem = (
-                "monitor.trace: the layers of model.mixture_of_depths route only some tokens, which a trace cannot store; "
-                "set monitor.trace or model.mixture_of_depths to null"
-            )
-            yield Violation(("monitor.trace", "model.mixture_of_depths"), problem)
+        yield from needs_chosen_experts("monitor.trace", config)
         if config.router_tuning is not None:
             problem = "monitor.trace: router_tuning reads samples, not the stream of sequences; set monitor.trace to null"
             yield Violation(("monitor.trace", "router_tuning"), problem)
-        groups = moe.groups.values()
-        columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in groups)
-        if columns > MAX_TRACE_ID:
-            problem = (
-                f"monitor.trace: ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity "
-                f"and constant experts); at most {MAX_TRACE_ID} can be traced: set monitor.trace to null"
-            )
-            yield Violation(("monitor.trace", "model.moe.groups"), problem)
+
+
+class ComputeMapSection(Section):
+    """A picture of how many true experts single held-out tokens take, at each evaluation and at the end."""
+
+    sequences: PositiveInt = Field(default=32, description="Held-out sequences of each source that are routed for it.")
+    pictures: Count = Field(default=8, description="Pictures that are drawn, if the data have pictures.")
+    lines: Count = Field(default=10, description="Lines of text that are drawn.")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from needs_chosen_experts("monitor.compute_map", config)
+
+
+def needs_chosen_experts(key: str, config: WholeConfig) -> Iterator[Violation]:
+    """Yields the violations of a section `key` that needs the chosen experts of every token in every layer."""
+    router = config.model.moe.router
+    if router.experts_choose:
+        problem = f"{key}: needs a router in which tokens choose, and with {router.name} experts choose; set {key} to null"
+        yield Violation((key, "model.moe.router.kind"), problem)
+    if config.model.mixture_of_depths is not None:
+        problem = (
+            f"{key}: the layers of model.mixture_of_depths route only some tokens, and {key} needs all; set {key} or "
+            "model.mixture_of_depths to null"
+        )
+        yield Violation((key, "model.mixture_of_depths"), problem)
+    groups = config.model.moe.groups.values()
+    columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in groups)
+    if columns > MAX_TRACE_ID:
+        problem = (
+            f"{key}: ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity and constant "
+            f"experts); at most {MAX_TRACE_ID} can be recorded: set {key} to null"
+        )
+        yield Violation((key, "model.moe.groups"), problem)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
+from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
 from moe_dist.train.router_tuning.loader import SampleLoader
@@ -240,11 +242,13 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
     """Makes the held-out evaluation of the model in training."""
+    section = config.monitor.compute_map
+    folder = Path(config.data.path)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
         placement,
-        folder=config.data.path,
+        folder=folder,
         manifest=manifest,
         seq_len=config.data.seq_len,
         sequences=config.evaluation.sequences,
@@ -253,6 +257,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
+        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
         calibration=config.evaluation.calibration,
     )
 
