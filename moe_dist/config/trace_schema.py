@@ -60,16 +60,17 @@ class ComputeMapSection(Section):
         yield from needs_chosen_experts("monitor.compute_map", config)
 
 
-def needs_chosen_experts(key: str, config: WholeConfig) -> Iterator[Violation]:
-    """Yields the violations of a section `key` that needs the chosen experts of every token in every layer."""
+def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
+    """Yields the violations of a section `key` that needs the chosen experts of every token in every layer. `off` is the
+    value without it."""
     router = config.model.moe.router
     if router.experts_choose:
-        problem = f"{key}: needs a router in which tokens choose, and with {router.name} experts choose; set {key} to null"
+        problem = f"{key}: needs a router in which tokens choose, and with {router.name} experts choose; set {key} to {off}"
         yield Violation((key, "model.moe.router.kind"), problem)
     if config.model.mixture_of_depths is not None:
         problem = (
-            f"{key}: the layers of model.mixture_of_depths route only some tokens, and {key} needs all; set {key} or "
-            "model.mixture_of_depths to null"
+            f"{key}: the layers of model.mixture_of_depths route only some tokens, and {key} needs all; set {key} to {off} "
+            "or model.mixture_of_depths to null"
         )
         yield Violation((key, "model.mixture_of_depths"), problem)
     groups = config.model.moe.groups.values()
@@ -77,6 +78,6 @@ def needs_chosen_experts(key: str, config: WholeConfig) -> Iterator[Violation]:
     if columns > MAX_TRACE_ID:
         problem = (
             f"{key}: ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity and constant "
-            f"experts); at most {MAX_TRACE_ID} can be recorded: set {key} to null"
+            f"experts); at most {MAX_TRACE_ID} can be recorded: set {key} to {off}"
         )
         yield Violation((key, "model.moe.groups"), problem)

@@ -32,6 +32,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.preflight import Preflight
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
@@ -39,6 +40,7 @@ from moe_dist.train.build_tuning import build_tuning
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
+from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
@@ -262,6 +264,18 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
     )
 
 
+def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
+    """Makes the counter of the rows that this run and other placement policies send in the `last` steps of the run; None
+    without `monitor.cost_table`."""
+    if not config.monitor.cost_table:
+        return None
+    own = config.placement.policy
+    others = {each.name: each.placement for each in plan.comparison.plans if each.name != own}
+    placements = {own: plan.placement} | {name: each for name, each in others.items() if each.slots != plan.placement.slots}
+    first = max(0, config.train.steps - last)
+    return PlacementRows(placements, ep_rank=mesh.ep_rank, first=first, device=mesh.device)
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """Settings of the training loop, as plain values.
@@ -275,6 +289,7 @@ class TrainingPlan:
     """
 
     placement: ExpertPlacement
+    policy: str  # name of the placement policy
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
     steps: int  # number of steps of the run
@@ -298,6 +313,7 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
     return TrainingPlan(
         placement=placement,
+        policy=config.placement.policy,
         modalities=tuple(manifest.modalities),
         baselines=manifest.baselines,
         steps=config.train.steps,

@@ -18,6 +18,7 @@ from moe_dist.config.schema import Config
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ResourceError
 from moe_dist.monitor.compute_map import console_text, draw_map
+from moe_dist.monitor.costs import render_costs
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
@@ -227,6 +228,8 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
     for line in choice_lines(finished.evaluation):
         console.print(line)
+    if finished.costs is not None:
+        console.print(render_costs(finished.costs))
     if (found := finished.evaluation.compute_map) is not None:
         picture = draw_map(found, title=f"Compute map of run {plan.config.run.name} after step {finished.evaluation.step}")
         Image.fromarray(picture).save(folder.compute_map_png)

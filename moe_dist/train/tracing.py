@@ -5,6 +5,7 @@ Shape letters: T tokens, L MoE layers, K choices.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,26 @@ from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
+
+
+class StepWatcher(Protocol):
+    """Sees the choices of every token of the steps that are due."""
+
+    def due(self, number: int) -> bool:
+        """Whether it watches step `number` (0-based)."""
+        ...
+
+    def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
+        """Takes a micro-batch of the step."""
+        ...
+
+    def finish(self, number: int) -> None:
+        """Is called at the end of the step."""
+        ...
+
+    def flush(self) -> None:
+        """Makes all steps so far durable, before a checkpoint."""
+        ...
 
 
 class StepTracer:
