@@ -33,7 +33,7 @@ from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
-from moe_dist.config.trace_schema import ProfileSection, TraceSection
+from moe_dist.config.trace_schema import ComputeMapSection, ProfileSection, TraceSection, needs_chosen_experts
 from moe_dist.config.tuning_schema import RouterTuningSection
 
 
@@ -204,6 +204,18 @@ class MonitorSection(Section):
     """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: perf/mfu is not reported."""
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
+    cost_table: bool = False
+    """At the end, show what the last 100 steps sent, and what other placements and methods would have sent for the same
+    choices."""
+    compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if not self.cost_table:
+            return
+        yield from needs_chosen_experts("monitor.cost_table", config, off="false")
+        if config.model.moe.experts.replicated:
+            problem = "monitor.cost_table: every rank holds all LoRA experts, so nothing is sent; set it to false"
+            yield Violation(("monitor.cost_table", "model.moe.experts.kind"), problem)
 
 
 class Config(Section):

@@ -1,10 +1,10 @@
-"""The sections `monitor.profile` and `monitor.trace`: detailed files about some steps."""
+"""The sections `monitor.profile`, `monitor.trace` and `monitor.compute_map`: details about single steps and tokens."""
 
 from collections.abc import Iterator
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.section import Section, Violation, WholeConfig
+from moe_dist.config.section import Count, Section, Violation, WholeConfig
 
 MAX_TRACE_ID = 2**15 - 3  # ids are int16, and a dropped pair of column c is stored as -2 - c
 
@@ -43,28 +43,43 @@ class TraceSection(Section):
     weights: bool = Field(default=True, description="Also store the weight of each choice.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        for key, problem in untraceable(config):
-            yield Violation(("monitor.trace", key), f"monitor.trace: {problem}; set monitor.trace to null")
+        yield from needs_chosen_experts("monitor.trace", config)
         if config.router_tuning is not None:
             problem = "monitor.trace: router_tuning reads samples, not the stream of sequences; set monitor.trace to null"
             yield Violation(("monitor.trace", "router_tuning"), problem)
 
 
+class ComputeMapSection(Section):
+    """A picture of how many true experts single held-out tokens take, at each evaluation and at the end."""
+
+    sequences: PositiveInt = Field(default=32, description="Held-out sequences of each source that are routed for it.")
+    pictures: Count = Field(default=8, description="Pictures that are drawn, if the data have pictures.")
+    lines: Count = Field(default=10, description="Lines of text that are drawn.")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from needs_chosen_experts("monitor.compute_map", config)
+
+
+def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
+    """Yields the violations of a section `key` that needs the chosen experts of every token in every layer. `off` is the
+    value without it."""
+    for other, problem in untraceable(config):
+        yield Violation((key, other), f"{key}: {problem}; set {key} to {off}")
+
+
 def untraceable(config: WholeConfig) -> Iterator[tuple[str, str]]:
-    """Yields (key, reason) for each property of a model whose choices a trace cannot store."""
+    """Yields (key, reason) for each property of a model whose choices cannot be recorded token by token."""
     moe = config.model.moe
     if moe.router.experts_choose:
-        yield (
-            "model.moe.router.kind",
-            f"a trace needs a router in which tokens choose, and with {moe.router.name} experts choose",
-        )
+        problem = f"needs a router in which tokens choose, and with {moe.router.name} experts choose"
+        yield "model.moe.router.kind", problem
     if config.model.mixture_of_depths is not None:
-        problem = "the layers of model.mixture_of_depths route only some tokens, which a trace cannot store"
+        problem = "needs the choices of all tokens, and the layers of model.mixture_of_depths route only some"
         yield "model.mixture_of_depths", problem
     columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in moe.groups.values())
     if columns > MAX_TRACE_ID:
         problem = (
             f"ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity and constant experts)"
-            f"; at most {MAX_TRACE_ID} can be traced"
+            f"; at most {MAX_TRACE_ID} can be recorded"
         )
         yield "model.moe.groups", problem

@@ -42,14 +42,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: the file is missing, damaged, or lacks one of the special tokens.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"tokenizer {str(path)!r} cannot be read: {error}") from error
+    tokenizer = read_tokenizer(path)
     missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
     if missing:
         raise DataError(f"tokenizer {str(path)!r} lacks {', '.join(missing)}; use one written by prepare-data")
     return _plain_specials(tokenizer)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing or damaged."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"tokenizer {str(path)!r} cannot be read: {error}") from error
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:

@@ -91,11 +91,11 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     small = width_cell < TEXT_WIDTH or height_cell < TEXT_HEIGHT
     words = f"; {extremes(values, rows, columns, scale)}" if small and not np.isnan(values).all() else ""
     caption = f"{scale.caption}{words}"
-    header_width = max(_font(19).getlength(title), _font(14).getlength(caption)) + 2 * MARGIN
+    header_width = max(font(19).getlength(title), font(14).getlength(caption)) + 2 * MARGIN
     body = max(num_rows * height_cell, 120)  # the numbers of the colour bar need 120 pixels
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
-    image, canvas = _page(width, head + body + foot, title, caption)
-    canvas.text((MARGIN, head - 22), rows.name, fill=GREY, font=_font(13))
+    image, canvas = page(width, head + body + foot, title, caption)
+    canvas.text((MARGIN, head - 22), rows.name, fill=GREY, font=font(13))
 
     left, bottom = row_gutter, head + num_rows * height_cell
     rgb = colour(values, scale)
@@ -105,11 +105,11 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
             _cell(canvas, box, (width_cell, height_cell), values[r, c], tuple(rgb[r, c].tolist()), scale)
     for r in _labelled(num_rows, height_cell, 18):
         at = (left - 8, head + r * height_cell + height_cell // 2)
-        canvas.text(at, rows.labels[r], fill=INK, font=_font(13), anchor="rm")
+        canvas.text(at, rows.labels[r], fill=INK, font=font(13), anchor="rm")
     _column_labels(canvas, columns, (left, bottom), width_cell, label_width)
     middle = left + num_columns * width_cell // 2
-    canvas.text((middle, bottom + foot - 24), columns.name, fill=GREY, font=_font(13), anchor="ma")
-    _colour_bar(canvas, (left + num_columns * width_cell + 22, head), min(body, 320), scale)
+    canvas.text((middle, bottom + foot - 24), columns.name, fill=GREY, font=font(13), anchor="ma")
+    colour_bar(canvas, (left + num_columns * width_cell + 22, head), min(body, 320), scale)
     return np.asarray(image)
 
 
@@ -136,6 +136,11 @@ def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
     return np.rint(rgb).astype(np.uint8)
 
 
+def ink_on(fill: Colour) -> Colour:
+    """The colour of text that is readable on `fill`."""
+    return INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140 else PAPER
+
+
 def _cell(
     canvas: ImageDraw.ImageDraw, at: tuple[int, int], size: tuple[int, int], value: float, fill: Colour, scale: Scale
 ) -> None:
@@ -143,21 +148,20 @@ def _cell(
     (x, y), (width, height) = at, size
     canvas.rectangle((x, y, x + width - 1 - gap, y + height - 1 - gap), fill=fill)
     if width >= TEXT_WIDTH and height >= TEXT_HEIGHT and not np.isnan(value):
-        bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
         centre = (x + width // 2, y + height // 2)
-        canvas.text(centre, scale.write(float(value)), fill=INK if bright else PAPER, font=_font(13), anchor="mm")
+        canvas.text(centre, scale.write(float(value)), fill=ink_on(fill), font=font(13), anchor="mm")
 
 
 def _column_labels(canvas: ImageDraw.ImageDraw, columns: Axis, at: tuple[int, int], cell: int, needed: int) -> None:
     left, bottom = at
     for c in _labelled(len(columns.labels), cell, needed):
         x = left + c * cell + cell // 2
-        canvas.text((x, bottom + 4), columns.labels[c], fill=INK, font=_font(13), anchor="ma")
+        canvas.text((x, bottom + 4), columns.labels[c], fill=INK, font=font(13), anchor="ma")
         if columns.sublabels:
-            canvas.text((x, bottom + 20), columns.sublabels[c], fill=GREY, font=_font(11), anchor="ma")
+            canvas.text((x, bottom + 20), columns.sublabels[c], fill=GREY, font=font(11), anchor="ma")
 
 
-def _colour_bar(canvas: ImageDraw.ImageDraw, at: tuple[int, int], height: int, scale: Scale) -> None:
+def colour_bar(canvas: ImageDraw.ImageDraw, at: tuple[int, int], height: int, scale: Scale) -> None:
     x, y = at
     low, high = scale.ticks[0], scale.ticks[-1]
     unit_low, unit_high = scale.to_unit(np.array([low, high]))
@@ -170,7 +174,7 @@ def _colour_bar(canvas: ImageDraw.ImageDraw, at: tuple[int, int], height: int, s
         unit = float(scale.to_unit(np.array([tick]))[0])
         tick_y = y + (unit_high - unit) / (unit_high - unit_low) * (height - 1)
         canvas.line((x + BAR_WIDTH, tick_y, x + BAR_WIDTH + 4, tick_y), fill=INK)
-        canvas.text((x + BAR_WIDTH + 8, tick_y), scale.write(float(tick)), fill=INK, font=_font(12), anchor="lm")
+        canvas.text((x + BAR_WIDTH + 8, tick_y), scale.write(float(tick)), fill=INK, font=font(12), anchor="lm")
 
 
 def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
@@ -186,7 +190,7 @@ def _labelled(count: int, cell: int, needed: int) -> range:
 
 
 def _widest(labels: Sequence[str], size: int) -> int:
-    return max((round(_font(size).getlength(label)) for label in labels), default=0)
+    return max((round(font(size).getlength(label)) for label in labels), default=0)
 
 
 def _short(value: float) -> str:
@@ -198,15 +202,15 @@ def _short(value: float) -> str:
 
 
 @lru_cache(maxsize=8)  # cached, because a picture writes thousands of labels in a few sizes
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)  # Pillow contains this font, so no font file of the system is needed
 
 
-def _page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (width, height), PAPER)
     canvas = ImageDraw.Draw(image)
-    canvas.text((MARGIN, 12), title, fill=INK, font=_font(19))
-    canvas.text((MARGIN, 40), caption, fill=GREY, font=_font(14))
+    canvas.text((MARGIN, 12), title, fill=INK, font=font(19))
+    canvas.text((MARGIN, 40), caption, fill=GREY, font=font(14))
     return image, canvas
 
 
@@ -215,7 +219,7 @@ def draw_against_targets(
 ) -> np.ndarray:
     """Draws for each name of `targets` its values over `steps` as a curve, and its target as a dashed line. A nan leaves a
     gap. `steps` are at least one, in rising order."""
-    image, canvas = _page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
+    image, canvas = page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
     margin = 0.08 * (high - low) or 0.5  # the margin must not be 0 if all values are equal
@@ -229,10 +233,10 @@ def draw_against_targets(
     for tick in np.linspace(low + margin, high - margin, 5):
         y = at(first, float(tick))[1]
         canvas.line((LEFT - 5, y, LEFT, y), fill=GREY)
-        canvas.text((LEFT - 9, y), f"{tick:.3g}", fill=INK, font=_font(13), anchor="rm")
+        canvas.text((LEFT - 9, y), f"{tick:.3g}", fill=INK, font=font(13), anchor="rm")
     canvas.line((LEFT, TOP, LEFT, TOP + HEIGHT, WIDTH - 170, TOP + HEIGHT), fill=GREY)
     for step in dict.fromkeys((first, steps[-1])):
-        canvas.text((at(step, low)[0], TOP + HEIGHT + 8), f"step {step}", fill=INK, font=_font(13), anchor="ma")
+        canvas.text((at(step, low)[0], TOP + HEIGHT + 8), f"step {step}", fill=INK, font=font(13), anchor="ma")
     for index, (name, target) in enumerate(targets.items()):
         shade = COLOURS[index % len(COLOURS)]
         for x in range(LEFT, WIDTH - 170, 12):
@@ -244,5 +248,5 @@ def draw_against_targets(
                 canvas.line((*here, *end), fill=shade, width=2)
                 canvas.ellipse((here[0] - 1, here[1] - 1, here[0] + 1, here[1] + 1), fill=shade)
         label = f"{name}, target {target:g}"
-        canvas.text((WIDTH - 160, TOP + 20 * index), label, fill=shade, font=_font(13))
+        canvas.text((WIDTH - 160, TOP + 20 * index), label, fill=shade, font=font(13))
     return np.asarray(image)

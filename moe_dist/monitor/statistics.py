@@ -4,8 +4,9 @@ Pure functions (`metrics.py`) compute all scalars and pictures from these sums, 
 letters: L = MoE layers, G = expert groups, M = modalities in the order of the data set's manifest, W = ranks of the world.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,36 @@ class StepStatistics:
     active_target: Mapping[str, float] = field(default_factory=dict)
 
 
+class MappedPicture(NamedTuple):
+    """A picture of a `ComputeMap`.
+
+    Attributes:
+        experts: float64 [rows, columns], true experts of each cell.
+        empty: bool [rows, columns], true if the data mark the cell as background.
+        pixels: RGB values, uint8 [height, width, 3]; None if the data have no codebook.
+    """
+
+    experts: np.ndarray
+    empty: np.ndarray
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ComputeMap:
+    """True experts per token, mean over MoE layers, of some held-out tokens.
+
+    Attributes:
+        mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background of image'.
+        most: Largest possible number of true experts per token.
+        lines: Lines of text: the text and the true experts of each token.
+    """
+
+    mean: Mapping[str, float]
+    most: int
+    pictures: Sequence[MappedPicture] = ()
+    lines: Sequence[Sequence[tuple[str, float]]] = ()
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """Held-out losses after one step. Optional mappings are empty if not measured.
@@ -115,6 +146,7 @@ class EvaluationResult:
         experts_per_token: True experts per token in this evaluation, by group.
         choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
         mixture_of_depths: Sums under causal decisions; None if the model has no mixture-of-depths layers.
+        compute_map: None without `monitor.compute_map`, and on ranks other than 0.
     """
 
     step: int
@@ -128,3 +160,4 @@ class EvaluationResult:
     experts_per_token: Mapping[str, float] = field(default_factory=dict)
     choice_experts_per_token: Mapping[str, float] = field(default_factory=dict)
     mixture_of_depths: DepthStatistics | None = None
+    compute_map: ComputeMap | None = None

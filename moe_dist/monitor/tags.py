@@ -76,6 +76,7 @@ PICTURE_MEANING: dict[str, str] = {
     "moe/load_over_target": "True experts per token over the target of the load controller, by layer and group.",
     "moe/load_against_target": "True experts per token at each step, and the target of the load controller.",
     "moe/relative_entropy": "The router's entropy over the entropy of equal probabilities, by layer and group.",
+    "moe/compute_map": "True experts that single held-out tokens take, mean over layers: picture cells and text tokens.",
     "mixture_of_depths/layers": "Share of tokens that each mixture-of-depths layer computes, agreement and gate weight.",
 }
 
@@ -85,6 +86,7 @@ EVALUATION_TAGS: tuple[str, ...] = (
     "moe/balance_efficiency_by_count",
     "perf/balance_efficiency",
     "mixture_of_depths/load_over_target",
+    "moe/compute_map",
 )
 
 # Single scalars: loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.

@@ -62,6 +62,7 @@ class RunFolder:
         self.status_json = self.path / "status.json"
         self.lease_json = self.path / "lease.json"
         self.summary_txt = self.path / "summary.txt"
+        self.compute_map_png = self.path / "compute_map.png"
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":

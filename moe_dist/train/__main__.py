@@ -73,7 +73,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
     from moe_dist.train.tracing import traced_steps
-    from moe_dist.train.trainer import Trainer
+    from moe_dist.train.trainer import WINDOW, Trainer
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
@@ -111,6 +111,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
         collected_by_steps(),
     ):
+        placement_rows = build.build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
             build.build_plan(config, manifest, placement),
             training.step,
@@ -122,7 +123,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             stop=stop,
             progress=progress,
             profile=profile,
-            tracer=tracer,
+            watchers=[each for each in (tracer, placement_rows) if each is not None],
+            placement_rows=placement_rows,
         )
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks

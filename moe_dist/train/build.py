@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,15 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import ADAPTERS, ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.preflight import Preflight
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
+from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
+from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
@@ -274,11 +278,13 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
     """Makes the held-out evaluation of the model in training."""
+    section = config.monitor.compute_map
+    folder = Path(config.data.path)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
         placement,
-        folder=config.data.path,
+        folder=folder,
         manifest=manifest,
         seq_len=config.data.seq_len,
         sequences=config.evaluation.sequences,
@@ -287,8 +293,21 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
+        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
         calibration=config.evaluation.calibration,
     )
+
+
+def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
+    """Makes the counter of the rows that this run and other placement policies send in the `last` steps of the run; None
+    without `monitor.cost_table`."""
+    if not config.monitor.cost_table:
+        return None
+    own = config.placement.policy
+    others = {each.name: each.placement for each in plan.comparison.plans if each.name != own}
+    placements = {own: plan.placement} | {name: each for name, each in others.items() if each.slots != plan.placement.slots}
+    first = max(0, config.train.steps - last)
+    return PlacementRows(placements, ep_rank=mesh.ep_rank, first=first, device=mesh.device)
 
 
 @dataclass(frozen=True)
@@ -304,6 +323,7 @@ class TrainingPlan:
     """
 
     placement: ExpertPlacement
+    policy: str  # name of the placement policy
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
     steps: int  # number of steps of the run
@@ -327,6 +347,7 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
     return TrainingPlan(
         placement=placement,
+        policy=config.placement.policy,
         modalities=tuple(manifest.modalities),
         baselines=manifest.baselines,
         steps=config.train.steps,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from rich.console import Console
 
 from moe_dist.comm.tracker import CollectiveTracker
@@ -16,6 +17,8 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ResourceError
+from moe_dist.monitor.compute_map import console_text, draw_map
+from moe_dist.monitor.costs import render_costs
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
@@ -225,6 +228,12 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
     for line in choice_lines(finished.evaluation):
         console.print(line)
+    if finished.costs is not None:
+        console.print(render_costs(finished.costs))
+    if (found := finished.evaluation.compute_map) is not None:
+        picture = draw_map(found, title=f"Compute map of run {plan.config.run.name} after step {finished.evaluation.step}")
+        Image.fromarray(picture).save(folder.compute_map_png)
+        console.print(*console_text(found), f"the same with more pictures: {folder.compute_map_png}", sep="\n")
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")

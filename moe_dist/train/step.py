@@ -39,7 +39,7 @@ from moe_dist.train.loss import (
     step_counts,
 )
 from moe_dist.train.router_tuning.tuning import RouterTuning
-from moe_dist.train.tracing import StepTracer
+from moe_dist.train.tracing import StepWatcher
 
 
 class AfterStep(Protocol):
@@ -97,7 +97,7 @@ class TrainingStep:
         stop_requested: bool = False,
         began: float | None = None,
         number: int = 0,
-        tracer: StepTracer | None = None,
+        watchers: Sequence[StepWatcher] = (),
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
@@ -107,7 +107,7 @@ class TrainingStep:
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
             number: Number of the step (0-based), which is part of the seed of random draws.
-            tracer: Traces the step; None for a step that is not traced.
+            watchers: See the choices of every token of the step.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -132,7 +132,7 @@ class TrainingStep:
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=tracer is not None)
+                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers))
                 with record_function("forward"):  # these four ranges cost microseconds
                     losses_BS, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True)
                 loss = micro_loss(
@@ -148,8 +148,8 @@ class TrainingStep:
                     world=mesh.world,
                     tracker=mesh.tracker,
                 )
-                if tracer is not None:
-                    tracer.add(batch, reports)
+                for watcher in watchers:
+                    watcher.add(batch, reports)
                 del losses_BS  # else its autograd graph would outlive backward
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
@@ -171,8 +171,8 @@ class TrainingStep:
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, traffic, host)
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
         result = self._update(summed, losses, lr, times_W)
-        if tracer is not None:
-            tracer.finish(number)
+        for watcher in watchers:
+            watcher.finish(number)
         return result
 
     def _pack(

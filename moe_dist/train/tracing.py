@@ -6,7 +6,7 @@ Shape letters: T tokens, L MoE layers, K choices.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,26 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.loss import forward
+
+
+class StepWatcher(Protocol):
+    """Sees the choices of every token of the steps that are due."""
+
+    def due(self, number: int) -> bool:
+        """Whether it watches step `number` (0-based)."""
+        ...
+
+    def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
+        """Takes a micro-batch of the step."""
+        ...
+
+    def finish(self, number: int) -> None:
+        """Is called at the end of the step."""
+        ...
+
+    def flush(self) -> None:
+        """Makes all steps so far durable, before a checkpoint."""
+        ...
 
 
 class StepTracer:

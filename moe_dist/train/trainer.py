@@ -11,6 +11,7 @@ import numpy as np
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.monitor.costs import CostTable, cost_table
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.metrics import build_record, evaluation_scalars
 from moe_dist.monitor.sinks.sink import Sink
@@ -19,13 +20,15 @@ from moe_dist.placement.counts import StepCounts
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
+from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.garbage import collect
 from moe_dist.train.loss import AuxSettings
+from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
-from moe_dist.train.tracing import StepTracer
+from moe_dist.train.tracing import StepWatcher
 
 WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
 Loader = TrainLoader | SampleLoader
@@ -38,6 +41,7 @@ class Finished:
     took_steps: bool  # False if an earlier attempt took the last step
     evaluation: EvaluationResult
     checks: list[Check]
+    costs: CostTable | None = None  # None without `monitor.cost_table`, or if this attempt took no step
 
 
 @dataclass(eq=False, repr=False)  # a repr would print the model
@@ -52,7 +56,8 @@ class Trainer:
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
         profile: Surrounds each step, whose number it takes (the first step is 1).
-        tracer: Traces the steps that are due on this rank; None in a run without trace.
+        watchers: See every token's choices in the steps that are due.
+        placement_rows: One of `watchers`; None without `monitor.cost_table`.
     """
 
     plan: TrainingPlan
@@ -66,7 +71,8 @@ class Trainer:
     stop: StopRequest
     progress: Progress
     profile: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
-    tracer: StepTracer | None = None
+    watchers: Sequence[StepWatcher] = ()
+    placement_rows: PlacementRows | None = None
     _reader: ReadAhead = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
@@ -100,7 +106,7 @@ class Trainer:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
         if evaluation is None:  # the loaded checkpoint is of the last step
             evaluation = self._evaluate(final=True)
-        return Finished(bool(self._recent), evaluation, self._checks(evaluation))
+        return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
 
     def _owes_evaluation(self) -> bool:
         return self.progress.owes_evaluation(self.plan.evaluate_every, self.plan.steps)
@@ -119,7 +125,7 @@ class Trainer:
                 stop_requested=self.stop.requested,
                 began=begin,
                 number=progress.step,
-                tracer=self.tracer if self.tracer is not None and self.tracer.due(progress.step) else None,
+                watchers=[each for each in self.watchers if each.due(progress.step)],
             )
         progress.step += 1
         progress.position += plan.global_batch
@@ -188,8 +194,8 @@ class Trainer:
         """Saves the run's state. With `must` it waits for the write, else a thread may write during the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
-        if self.tracer is not None:
-            self.tracer.flush()
+        for watcher in self.watchers:
+            watcher.flush()
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
@@ -207,6 +213,14 @@ class Trainer:
             window=len(counts),
             even_active=self.plan.even_active,
         )
+
+    def _costs(self) -> CostTable | None:
+        """Returns what the last steps sent, beside what other placements and methods would have sent. Collective."""
+        if self.placement_rows is None or not self._recent:
+            return None
+        mesh, plan = self.evaluator.mesh, self.plan
+        rows = self.placement_rows.total(mesh.world, mesh.tracker)
+        return cost_table(self._recent, plan.placement, plan.policy, rows, untimed=ranks_outnumber_cores(mesh))
 
     def _divergence(self) -> str:
         """Returns the error text of a diverged run."""

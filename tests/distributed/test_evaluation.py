@@ -12,9 +12,11 @@ from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT
+from moe_dist.monitor.statistics import ComputeMap
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.evaluation.balance import EvenRouter, balance_efficiency
+from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.loss import AuxSettings
@@ -75,10 +77,8 @@ def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callabl
             np.testing.assert_array_equal(got, expected)
 
 
-def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
-    parallel = build(Layout(2), mesh, CommStats())
-    manifest = Manifest(
+def train_only_manifest() -> Manifest:
+    return Manifest(
         name="no held-out side",
         vocab_size=IMAGE[1],
         modalities={"text": (TEXT,), "image": (IMAGE,)},
@@ -86,12 +86,37 @@ def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]
         eos_id=1,
         sources={"all": SourceSection(train=SplitSection(path="none", documents=1, tokens=1), licence="CC0-1.0")},
     )
+
+
+def mapped(rank: RankContext, layout: Layout) -> ComputeMap | None:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    parallel, each = build(layout, mesh, CommStats()), SEQUENCES // rank.world_size
+    mapper = Mapper(rank.folder, train_only_manifest(), GROUPS, sequences=each, pictures=0, lines=0)
+    batches = [with_filler(batch_of(0, 0, rank.rank * each, each))]
+    return mapper(parallel.model, batches, group_of_modality=GROUP_OF_MODALITY, mesh=mesh)
+
+
+def test_a_compute_map_counts_the_tokens_of_all_ranks(run_in_world: Callable[..., list[Any]]) -> None:
+    (alone,) = run_in_world(1, mapped, Layout())
+    assert alone.mean.keys() == {"text", "drawn cells of image", "background of image"}
+    for layout in (Layout(2, 1, "pinned"), Layout(2, 2, "interleaved", "fsdp2")):
+        shown, *others = run_in_world(layout.world_size, mapped, layout)
+        assert shown.mean == pytest.approx(alone.mean, rel=1e-12)
+        assert others == [None] * (layout.world_size - 1)
+
+
+def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
+    parallel = build(Layout(2), mesh, CommStats())
+    manifest = train_only_manifest()
     evaluate = Evaluator(
         parallel.model, mesh, placement_of("interleaved", 2),
         folder=rank.folder, manifest=manifest, seq_len=12, sequences=4, final_sequences=4, micro_batch=2,
         group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True,
+        mapper=Mapper(rank.folder, manifest, GROUPS, sequences=4, pictures=1, lines=1),
     )  # fmt: skip
     result = evaluate(3, final=True)
+    assert result.compute_map is None
     return dict(result.loss), result.balance_efficiency_by_count
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from moe_dist.monitor.compute_map import loads_text
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.sinks.sink import Sink
@@ -83,6 +84,8 @@ class ConsoleSink(Sink):
         self._print(evaluation_line(result, self._previous), style="bold")
         for line in choice_lines(result):
             self._print(line)
+        if result.compute_map is not None:
+            self._print(f"compute map: {loads_text(result.compute_map)}; the picture is in TensorBoard under Images")
         if result.mixture_of_depths is not None and result.mixture_of_depths.tokens_LG.any():
             self._print(depth_text(result.mixture_of_depths))
         self._previous = result

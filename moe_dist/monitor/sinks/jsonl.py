@@ -83,6 +83,7 @@ class JsonlSink(Sink):
                 "experts_per_token": result.experts_per_token,
                 "choice_experts_per_token": result.choice_experts_per_token,
                 "balance_note": result.balance_note,
+                **({} if result.compute_map is None else {"experts_by_kind_of_token": result.compute_map.mean}),
                 **({} if result.mixture_of_depths is None else {"mixture_of_depths": depth_line(result.mixture_of_depths)}),
             }
         )

@@ -14,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, summary
 
+from moe_dist.monitor.compute_map import draw_map
 from moe_dist.monitor.heatmaps import Axis, draw, draw_against_targets, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, loads
@@ -86,6 +87,9 @@ class TensorBoardSink(Sink):
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._add(scalars, result.step)
+        if result.compute_map is not None:
+            picture = draw_map(result.compute_map, title=f"Compute map after step {result.step}")
+            self._add_picture(summary.image("moe/compute_map", picture, dataformats="HWC"), result.step)
 
     def text(self, tag: str, markdown: str) -> None:
         # A text has the attempt's first step, so that a later resume from before that step removes it too.
@@ -132,9 +136,9 @@ class TensorBoardSink(Sink):
             self._described.add((sub_run, value.tag))
         return value
 
-    def _add_picture(self, shown: Any) -> None:
+    def _add_picture(self, shown: Any, step: int | None = None) -> None:
         self._with_meaning(shown.value[0], "", picture_meaning(shown.value[0].tag))
-        self._writer("").add_summary(shown, self._last_step)
+        self._writer("").add_summary(shown, self._last_step if step is None else step)
 
     def _add_pictures(self) -> None:
         pictures = {

@@ -68,10 +68,8 @@ def balance_efficiency(
     Collective. On a CPU with more ranks than cores it measures nothing, because the times would depend on the operating
     system's scheduler.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
-    cores = len(os.sched_getaffinity(0))
-    if mesh.device.type == "cpu" and ranks_here > cores:
-        return BalanceEfficiency(None, f"not timed: {ranks_here} ranks share {cores} cores")
+    if note := ranks_outnumber_cores(mesh):
+        return BalanceEfficiency(None, note)
     if not batches:
         return BalanceEfficiency(None, "not timed: there are no held-out batches")
     real: list[float] = []
@@ -83,6 +81,14 @@ def balance_efficiency(
                 times.append(seconds)
     ratio = statistics.median(even) / statistics.median(real)
     return BalanceEfficiency(ratio, f"forward of {len(batches)} held-out batches, median of {REPEATS}, slowest rank")
+
+
+def ranks_outnumber_cores(mesh: Mesh) -> str:
+    """Says why times mean nothing on a CPU with more ranks than cores; empty elsewhere."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+    cores = len(os.sched_getaffinity(0))
+    outnumbered = mesh.device.type == "cpu" and ranks_here > cores
+    return f"not timed: {ranks_here} ranks share {cores} cores" if outnumbered else ""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.evaluation.balance import BalanceEfficiency, balance_efficiency
 from moe_dist.train.evaluation.calibration import by_threshold, calibrate
+from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.heldout import Heldout, heldout_losses
 from moe_dist.train.loss import depth_statistics
 
@@ -35,6 +36,7 @@ class Evaluator:
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
+        mapper: Makes the compute map; None without `monitor.compute_map`.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
             thresholds.
     """
@@ -52,8 +54,9 @@ class Evaluator:
     group_of_modality: Tensor
     measure_balance: bool
     ablate: bool
+    mapper: Mapper | None = None
     calibration: int = 0
-    _cached: tuple[int, list[Batch]] = field(default=(0, []), init=False)  # the last argument of `_batches`, and its result
+    _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches` by its argument
 
     def __post_init__(self) -> None:
         if not by_threshold(self.model):
@@ -82,6 +85,11 @@ class Evaluator:
         if self.measure_balance:
             some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # from every source
             balance = balance_efficiency(self.model, some, group_of_modality=groups, placement=self.placement, mesh=mesh)
+        compute_map = None
+        if self.mapper is not None:
+            with mesh.tracker.among("compute map"):
+                mapped = self._batches(self.mapper.sequences)
+                compute_map = self.mapper(self.model, mapped, group_of_modality=groups, mesh=mesh)
         depth = heldout.depth_2LG
         return EvaluationResult(
             step=step,
@@ -95,6 +103,7 @@ class Evaluator:
             balance_efficiency_by_count=self._by_count(heldout.choices_LC),
             balance_note=balance.note,
             mixture_of_depths=None if depth is None else depth_statistics(self.model, self.placement, *depth),
+            compute_map=compute_map,
         )
 
     def _losses(self, batches: Sequence[Batch], *, experts_off: bool = False) -> Heldout:
@@ -131,8 +140,8 @@ class Evaluator:
 
     def _batches(self, sequences: int) -> list[Batch]:
         """Returns this rank's held-out batches of all sources, on the host."""
-        if self._cached[0] != sequences:
-            batches = [
+        if sequences not in self._cached:
+            self._cached[sequences] = [
                 batch
                 for source in self.manifest.sources
                 for batch in heldout_batches(
@@ -146,5 +155,4 @@ class Evaluator:
                     world_size=self.mesh.world_size,
                 )
             ]
-            self._cached = (sequences, batches)
-        return self._cached[1]
+        return self._cached[sequences]

@@ -14,7 +14,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, heat_maps
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
 from moe_dist.monitor.sinks.tensorboard import Window
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.monitor.tags import MEANING
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
@@ -38,7 +38,8 @@ def test_every_picture_is_explained(make_record: Callable[..., Record], subject:
 def test_every_field_of_a_line_is_explained(tmp_path: Path, make_record: Callable[..., Record]) -> None:
     sink = JsonlSink(path=tmp_path / "m.jsonl")
     sink.step(make_record(1, grad_norm=float("inf")))
-    sink.evaluation(EvaluationResult(1, {"text": 1.0}, {"text": 2}), {"eval/text": 1.0})
+    result = EvaluationResult(1, {"text": 1.0}, {"text": 2}, compute_map=ComputeMap({"text": 1.5}, 2))
+    sink.evaluation(result, {"eval/text": 1.0})
     section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]
     for line in read_lines(tmp_path / "m.jsonl"):
         for name in [*line, *line.get("ledger", ()), *line.get("arrays", ())]:
@@ -47,9 +48,10 @@ def test_every_field_of_a_line_is_explained(tmp_path: Path, make_record: Callabl
 
 def test_the_examples_are_valid() -> None:
     examples = re.findall(r"```yaml\n(monitor:.*?)```", GUIDE, re.DOTALL)
-    parsed, traced, profiled = (
+    parsed, traced, mapped, profiled = (
         MonitorSection.model_validate_json(json.dumps(yaml.safe_load(example)["monitor"])) for example in examples
     )
     assert traced.trace is not None
+    assert mapped.compute_map is not None
     assert profiled.profile is not None
     assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb", "mlflow"]

@@ -42,7 +42,9 @@ def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Trac
             for number in range(3):
                 batches = loader.batches(number * config.train.global_batch)
                 due = tracer if tracer.due(number) else None
-                steps.append((batches, one.training.step(batches, lr=1e-3, aux=aux, number=number, tracer=due)))
+                steps.append(
+                    (batches, one.training.step(batches, lr=1e-3, aux=aux, number=number, watchers=[due] if due else []))
+                )
     return Traced(read_trace(folder.path), plan.placement.num_experts, config.train.global_batch, steps)
 
 

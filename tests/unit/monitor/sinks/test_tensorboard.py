@@ -14,11 +14,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.monitor.tags import MAX_SCALARS, curve_of
 from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
+MAP = ComputeMap({"text": 1.5}, 2)
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -87,9 +88,10 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
     sink = TensorBoardSink(folder=tmp_path, subject=replace(subject, active_target={"text": 1.5}), modalities=("text",))
     for step in (1, 2):
         sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
-    result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6)
+    result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6, compute_map=MAP)
     sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
     sink.close()
+    assert "moe/compute_map" in read(tmp_path).Tags()["images"]
     for folder in (tmp_path, tmp_path / "text", tmp_path / "image"):
         accumulator = read(folder)
         tags = accumulator.Tags()
@@ -145,13 +147,14 @@ def test_an_evaluation_that_is_owed_is_there_once(
             sink.step(make_record(1))
             sink.step(make_record(2))
         else:
-            result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None)
+            result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None, compute_map=MAP)
             sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
             sink.step(make_record(3))
         sink.close()
     accumulator, evaluations = read(tmp_path), [(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)]
     assert points(read(tmp_path / "text"), "eval/modality") == evaluations
     assert len(points(accumulator, "perf/balance_efficiency")) == len(evaluations)
+    assert [event.step for event in accumulator.Images("moe/compute_map")] == [2] * len(evaluations)
     assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2, 3], "the steps themselves stay"
 
 

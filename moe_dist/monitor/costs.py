@@ -1,0 +1,94 @@
+"""Compares what a step sends with what other placements and methods would send for the same choices. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.placement.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method sends in a step: rows and payload bytes, forward and backward, over all ranks; None if the method
+    cannot take these choices."""
+
+    method: str
+    rows: float | None
+    bytes: float | None
+    seconds: str = "not run"  # measured seconds in dispatch and combine, or why there are none
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The costs of the last steps, mean over `steps`; the first line is the run's own."""
+
+    costs: Sequence[Cost]
+    steps: int
+    tokens: float  # tokens of a step
+
+
+def cost_table(
+    results: Sequence[StepResult],
+    placement: ExpertPlacement,
+    policy: str,
+    by_placement: Mapping[str, int],
+    *,
+    untimed: str,
+) -> CostTable:
+    """Compares methods on the choices of the steps `results`.
+
+    A method's bytes are its rows times the bytes of a row of this run (forward, backward and what is recomputed). All rows
+    are those of the ledger (`moe_dist.moe.dispatch.ledger`), except those of other placements. Megatron-Core's all-to-all
+    dispatcher sends one row for each pair with an expert on another rank (docs/benchmarks.md counts the same at its
+    collectives), and needs equally many experts on each rank.
+
+    Args:
+        policy: Placement policy of the run.
+        by_placement: Rows of the same steps under this and other placements, by policy (`moe_dist.train.placement_rows`).
+            They count one row per token and rank; if this run counts otherwise (dispatch `hierarchical`), the others are
+            left out.
+        untimed: Why seconds mean nothing here; empty if they do.
+    """
+    steps = len(results)
+    ledger = {key: sum(each.ledger[key] for each in results) / steps for key in results[0].ledger}
+    row_bytes = ledger["payload_bytes"] / ledger["rows_remote"] if ledger["rows_remote"] else 0.0
+    choices = "/".join(dict.fromkeys(str(min(group.top_k, group.num_experts)) for group in placement.groups))
+    even = len({len(slots) for slots in placement.slots}) == 1
+    comparable = by_placement[policy] == sum(each.ledger["rows_remote"] for each in results)
+    elsewhere = {name: count for name, count in by_placement.items() if comparable and name != policy}
+    rows: dict[str, float | None] = {f"the same, experts {name}": count / steps for name, count in elsewhere.items()}
+    rows |= {
+        "Megatron-Core's dispatcher, the same choices": ledger["rows_per_pair"] if even else None,
+        "fixed top-k with as many true experts": ledger["rows_same_active"],
+        f"top-{choices} without null experts": ledger["rows_topk"],
+    }
+    seconds = f"{sum(each.comm_seconds for each in results) / steps:.3f}"
+    own = Cost(f"this run, experts {policy}", ledger["rows_remote"], ledger["payload_bytes"], untimed or seconds)
+    others = [Cost(name, count, None if count is None else count * row_bytes) for name, count in rows.items()]
+    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps)
+
+
+def render_costs(found: CostTable) -> Table:
+    """The table for console and summary."""
+    own = found.costs[0]
+    caption = (
+        f"mean of the last {found.steps} steps of {found.tokens:,.0f} tokens, all ranks and layers, forward and backward. "
+        "This run sends one row for each token and rank, the last three lines one row for each token and expert. A null "
+        "expert gets no row."
+    )
+    table = Table(title="Sent in a step", caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("method")
+    for name in ("rows", "MB", "x this run", "seconds"):
+        table.add_column(name, justify="right")
+    for cost in found.costs:
+        sent = ("-", "-", "not possible") if cost.rows is None or cost.bytes is None else _sent(cost.rows, cost.bytes, own)
+        table.add_row(escape(cost.method), *sent, escape(cost.seconds))
+    return table
+
+
+def _sent(rows: float, num_bytes: float, own: Cost) -> tuple[str, str, str]:
+    ratio = f"{rows / own.rows:.2f}" if own.rows else "-"
+    return f"{rows:,.0f}", f"{num_bytes / 1e6:.2f}", ratio

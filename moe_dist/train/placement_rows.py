@@ -1,0 +1,69 @@
+"""Counts the rows that dispatch would send under other placements of the experts, for the same choices.
+
+Shape letters: T tokens, K choices, E true experts, P placements.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import PLACEMENT_ROWS
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.data.batch import Batch
+from moe_dist.moe.routing import LayerReport
+from moe_dist.placement.placement import ExpertPlacement
+
+
+class PlacementRows:
+    """Counts the steps from number `first` (0-based) on: one row for each distinct (token, other rank), in forward.
+
+    Args:
+        placements: Placement by name; all have the same groups.
+        ep_rank: Position of this rank in its EP group.
+    """
+
+    def __init__(
+        self, placements: Mapping[str, ExpertPlacement], *, ep_rank: int, first: int, device: torch.device
+    ) -> None:
+        self._names, self._ep_rank, self._first = tuple(placements), ep_rank, first
+        self._ranks = next(iter(placements.values())).num_ranks
+        tables = [torch.tensor(placement.rank_of_expert) for placement in placements.values()]
+        self._rank_PE = torch.stack(tables).to(device)
+        self._rows_P = torch.zeros(len(tables), dtype=torch.int64, device=device)
+
+    def due(self, number: int) -> bool:
+        """Whether step `number` (0-based) is counted."""
+        return number >= self._first
+
+    def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
+        """Takes a micro-batch. Stays on the device, without a sync."""
+        for report in reports:
+            if report.chosen is not None:
+                self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
+
+    def finish(self, number: int) -> None:
+        """Nothing is left to do at the end of a step."""
+
+    def flush(self) -> None:
+        """Nothing is kept on disk."""
+
+    def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
+        """Returns the rows of all ranks by placement. Collective."""
+        rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)
+        return dict(zip(self._names, rows_P.tolist(), strict=True))
+
+
+def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int) -> Tensor:
+    """Returns the number of distinct (token, other rank) under each placement, int64 [P]. Columns from E on (null experts)
+    and negative ones (no choice, dropped pairs) send nothing."""
+    column_TK = column_TK.to(torch.int64)
+    taken_TK = (column_TK >= 0) & (column_TK < rank_PE.shape[1])
+    rank_PTK = rank_PE[:, torch.where(taken_TK, column_TK, 0)]
+    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # as if the token stayed at home
+    reached_PTR = torch.zeros(*rank_PTK.shape[:2], num_ranks, dtype=torch.bool, device=column_TK.device)
+    reached_PTR.scatter_(2, rank_PTK, True)
+    reached_PTR[:, :, ep_rank] = False
+    return reached_PTR.sum((1, 2))

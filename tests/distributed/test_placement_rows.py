@@ -1,0 +1,48 @@
+"""Rows counted for another placement are those that a run with that placement sends; this placement's are the ledger's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.placement_rows import PlacementRows
+from moe_dist.train.step import TrainingStep
+from tests.support.layouts import SEQUENCES, Layout, batch_of, build, placement_of
+from tests.support.worlds import RankContext
+
+POLICIES = ("pinned", "interleaved", "uneven")
+
+
+def one_step(rank: RankContext, layout: Layout) -> tuple[int, dict[str, int]]:
+    """Rows that the ledger has, and those counted for each placement."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    comm_stats = CommStats()
+    parallel = build(layout, mesh, comm_stats)
+    optimizer = make_optimizer(
+        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
+    )
+    step = TrainingStep(
+        parallel, optimizer, placement=placement_of(layout.placement, layout.ep), group_of_modality=[0, 1],
+        clip_norm=None, comm_stats=comm_stats,
+    )  # fmt: skip
+    placements = {policy: placement_of(policy, layout.ep) for policy in POLICIES}
+    counter = PlacementRows(placements, ep_rank=mesh.ep_rank, first=3, device=mesh.device)
+    assert [counter.due(number) for number in (2, 3)] == [False, True]
+    each = SEQUENCES // rank.world_size
+    batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
+    result = step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), number=3, watchers=[counter])
+    return result.ledger["rows_remote"], counter.total(mesh.world, mesh.tracker)
+
+
+def test_counted_rows_are_sent_rows(run_in_world: Callable[..., list[Any]]) -> None:
+    sent, counted = {}, []
+    for policy in POLICIES:
+        for rows, by_placement in run_in_world(2, one_step, Layout(2, 1, policy, recompute="block")):
+            sent[policy] = rows
+            counted.append(by_placement)
+    assert len(set(sent.values())) > 1, "the placements send different numbers of rows"
+    assert all(each == sent for each in counted)

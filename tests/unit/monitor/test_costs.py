@@ -1,0 +1,66 @@
+"""The table of costs: each method's rows by hand, and what is left out."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moe_dist.moe.dispatch.ledger import LEDGER_KEYS
+from moe_dist.monitor.costs import CostTable, cost_table, render_costs
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+GROUPS = (ExpertGroup("text", 4, 4, 2, 8), ExpertGroup("image", 4, 4, 2, 8, first_expert=4))
+PINNED = ExpertPlacement(GROUPS, ((0, 1, 2, 3), (4, 5, 6, 7)))
+UNEVEN = ExpertPlacement(GROUPS, ((0, 1, 2), (3, 4, 5, 6, 7)))
+
+
+def result(rows: int) -> StepResult:
+    ledger: dict[str, int] = dict.fromkeys(LEDGER_KEYS, 0)
+    ledger |= {"rows_remote": rows, "payload_bytes": 40 * rows, "rows_per_pair": 2 * rows}
+    ledger |= {"rows_same_active": 3 * rows, "rows_topk": 4 * rows}
+    unused: Any = np.zeros(0)
+    return StepResult(
+        nll_M=unused, labels_M=unused, balance=0.0, z=0.0, auxiliary=0.0, grad_norm=0.0, skipped=False, tokens=50,
+        counts=unused, ledger=ledger, comm_seconds=0.25, busy_seconds_W=unused,
+    )  # fmt: skip
+
+
+def table(placement: ExpertPlacement = PINNED, own: int = 400, untimed: str = "") -> CostTable:
+    counted = {"pinned": own, "interleaved": 600}
+    return cost_table([result(100), result(300)], placement, "pinned", counted, untimed=untimed)
+
+
+def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
+    found = table()
+    assert (found.steps, found.tokens) == (2, 50)
+    assert [(cost.method, cost.rows, cost.bytes) for cost in found.costs] == [
+        ("this run, experts pinned", 200, 8000),
+        ("the same, experts interleaved", 300, 12000),
+        ("Megatron-Core's dispatcher, the same choices", 400, 16000),
+        ("fixed top-k with as many true experts", 600, 24000),
+        ("top-2 without null experts", 800, 32000),
+    ]
+    assert [cost.seconds for cost in found.costs] == ["0.250", *["not run"] * 4]
+    assert table(untimed="not timed: 4 ranks share 2 cores").costs[0].seconds == "not timed: 4 ranks share 2 cores"
+
+
+def test_what_does_not_compare_is_left_out() -> None:
+    """Rows over two hops are no rows per token and rank, and Megatron-Core wants equally many experts on each rank."""
+    assert "the same, experts interleaved" not in [cost.method for cost in table(own=399).costs]
+    assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
+    alone = cost_table([result(0)], PINNED, "pinned", {"pinned": 0}, untimed="")
+    assert {cost.bytes for cost in alone.costs} == {0.0}
+
+
+@pytest.mark.parametrize("placement", [PINNED, UNEVEN], ids=["pinned", "uneven"])
+def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: ExpertPlacement) -> None:
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(render_costs(table(placement)))
+    shown = console.export_text()
+    assert "1.50" in shown
+    assert "4.00" in shown
+    assert ("not possible" in shown) == (placement is UNEVEN)
+    assert "mean of the last 2 steps of 50 tokens" in shown

@@ -1,0 +1,122 @@
+"""The compute map of a model equals counts by hand, token by token, and making it changes nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.data.batch import Batch
+from moe_dist.data.loader import heldout_batches
+from moe_dist.errors import ConfigError
+from moe_dist.moe.routing import RoutingRequest
+from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
+from moe_dist.train.build import build_evaluator
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.loss import forward
+from tests.support.messages import refused
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.tiny import BEGIN_IMAGE, FILLER_CODE, GRID, IMAGE_IDS, tiny_config
+
+MAP: dict[str, Any] = {"monitor.compute_map": {"sequences": 6, "pictures": 5, "lines": 7}}
+
+
+class Case(NamedTuple):
+    evaluator: Evaluator
+    evaluation: EvaluationResult
+    without: EvaluationResult
+    random_state: tuple[torch.Tensor, torch.Tensor]
+    by_hand: list[tuple[Batch, np.ndarray]]  # batches with the true experts of each token [B, S]
+
+    @property
+    def map(self) -> ComputeMap:
+        assert self.evaluation.compute_map is not None
+        return self.evaluation.compute_map
+
+    def tokens(self) -> Iterator[tuple[int, float]]:
+        """Id and true experts of every token that is not padding."""
+        for batch, experts in self.by_hand:
+            for row, column in (~batch.padding_BS).nonzero().tolist():
+                yield int(batch.tokens_BS[row, column]), float(experts[row, column])
+
+
+@pytest.fixture(scope="module")
+def case(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    changes = {"evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path_factory.mktemp("runs"), **changes, **MAP)
+        plan = one.plan
+        evaluator = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)
+        before = torch.get_rng_state()
+        evaluation = evaluator(0)
+        states = before, torch.get_rng_state()
+        evaluator.mapper, mapper = None, evaluator.mapper
+        without = evaluator(0)
+        evaluator.mapper = mapper
+        yield Case(evaluator, evaluation, without, states, list(by_hand(one)))
+
+
+@torch.no_grad()
+def by_hand(one: OneRank) -> Iterator[tuple[Batch, np.ndarray]]:
+    plan, model, groups = one.plan, one.training.parallel.model, one.training.step.group_of_modality
+    for source in plan.manifest.sources:
+        share: dict[str, int] = {"seq_len": 64, "sequences": 6, "micro_batch": 2, "rank": 0, "world_size": 1}
+        for batch in heldout_batches(plan.config.data.path, plan.manifest, source=source, **share):
+            _, reports = forward(model.eval(), batch, groups, RoutingRequest(keep_choices=True))
+            experts = np.zeros(batch.tokens_BS.numel())
+            for report in reports:
+                assert report.chosen is not None
+                for token, columns in enumerate(report.chosen.column_TK.tolist()):
+                    experts[token] += sum(0 <= column < plan.placement.num_experts for column in columns)
+            yield batch, (experts / len(reports)).reshape(tuple(batch.tokens_BS.shape))
+
+
+def test_means_by_kind_of_token_equal_a_count_by_hand(case: Case) -> None:
+    kinds: dict[str, list[float]] = {"text": [], "drawn cells of image": [], "background of image": []}
+    for token, experts in case.tokens():
+        image = "background of image" if token == FILLER_CODE else "drawn cells of image"
+        kinds[image if token >= IMAGE_IDS[0] else "text"].append(experts)
+    assert case.map.mean == pytest.approx({kind: np.mean(found) for kind, found in kinds.items()}, rel=1e-12)
+    assert case.map.most == 2
+
+
+def test_a_picture_has_the_experts_and_the_background_of_its_own_cells(case: Case) -> None:
+    wanted = []
+    for batch, experts in case.by_hand:
+        for row, column in (batch.tokens_BS == BEGIN_IMAGE).nonzero().tolist():
+            at = slice(column + 1, column + 17)
+            if len(batch.tokens_BS[row, at]) == 16:
+                wanted.append((experts[row, at].tolist(), (batch.tokens_BS[row, at] == FILLER_CODE).tolist()))
+    assert len(case.map.pictures) == 5
+    for picture in case.map.pictures:
+        assert picture.experts.shape == GRID
+        assert (picture.experts.ravel().tolist(), picture.empty.ravel().tolist()) in wanted
+        assert picture.pixels is None, "the data have no codebook"
+
+
+def test_lines_are_consecutive_tokens_with_their_experts(case: Case) -> None:
+    everything = list(case.tokens())
+    assert 0 < len(case.map.lines) <= 7
+    for line in case.map.lines:
+        found = [(int(text), experts) for text, experts in line]
+        assert any(found == everything[at : at + len(found)] for at in range(len(everything)))
+        assert all(token < IMAGE_IDS[0] for token, _ in found)
+
+
+def test_the_map_changes_nothing_else_and_is_the_same_again(case: Case) -> None:
+    assert vars(case.evaluation) | {"compute_map": None} == vars(case.without)
+    assert torch.equal(*case.random_state)
+    again = case.evaluator(0).compute_map
+    assert again is not None
+    assert (again.mean, again.lines) == (case.map.mean, case.map.lines)
+
+
+def test_a_model_whose_experts_choose_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
+    changes = {"model.moe.router": {"kind": "expert_choice", "causal": "threshold"}, **MAP}
+    changes["model.moe.groups"] = {"all": {**group, "modalities": ["text", "image"]}}
+    with refused(ConfigError, "monitor.compute_map"):
+        OneRank(tiny_data, tmp_path, **changes)
+    assert tiny_config(tiny_data, tmp_path).monitor.compute_map is None
