@@ -188,7 +188,8 @@ class CheckpointSection(Section):
 
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
-    AnyOptimizer, AnySink = OptimizerSection, SinkSection
+    AnyOptimizer = OptimizerSection
+    AnySink = SinkSection
 else:
     AnyOptimizer, AnySink = kinds_in(optimizers, OptimizerSection), kinds_in(sinks, SinkSection)
 

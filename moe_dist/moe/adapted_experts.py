@@ -81,13 +81,13 @@ class AdaptedStack(ExpertStack):
         names = ("gate", "up", "down", *self.roles)
         stacks = {name: self.weight(name, dtype) for name in names}
         if gemm is grouped_swiglu and sum(counts):
-            places = partial(activate, rows=slice(0, sum(counts)))
-            return self._swiglu(for_gate_QD, for_up_QD, stacks, grouped_product(counts, device), places)
+            inputs = for_gate_QD, for_up_QD, slice(0, sum(counts))
+            return self._swiglu(*inputs, stacks, grouped_product(counts, device), activate)
         each = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
         runs = zip(for_gate_QD.split(list(counts)), for_up_QD.split(list(counts)), row_slices(counts), each, strict=True)
         return torch.cat(
             [
-                self._swiglu(gate, up, dict(zip(names, one, strict=True)), F.linear, partial(activate, rows=rows))
+                self._swiglu(gate, up, rows, dict(zip(names, one, strict=True)), F.linear, activate)
                 for gate, up, rows, one in runs
             ]
         )
@@ -96,15 +96,16 @@ class AdaptedStack(ExpertStack):
         self,
         for_gate_QD: Tensor,
         for_up_QD: Tensor,
+        rows: slice,
         weights: Mapping[str, Tensor],
         product: Product,
-        activate: Callable[[Tensor, Tensor], Tensor],
+        activate: Activation,
     ) -> Tensor:
         gate_QF, up_QF = product(for_gate_QD, weights["gate"]), product(for_up_QD, weights["up"])
         if "gate_up" in self._targets:
             gate_delta_QF, up_delta_QF = self._delta("gate_up", for_gate_QD, weights, product).chunk(2, dim=-1)
             gate_QF, up_QF = gate_QF + gate_delta_QF, up_QF + up_delta_QF
-        hidden_QF = activate(gate_QF, up_QF)
+        hidden_QF = activate(gate_QF, up_QF, rows)
         y_QD = product(hidden_QF, weights["down"])
         return y_QD + self._delta("down", hidden_QF, weights, product) if "down" in self._targets else y_QD
 

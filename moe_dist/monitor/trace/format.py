@@ -88,7 +88,7 @@ def content_check(*arrays: np.ndarray | None) -> int:
     total = 0
     for array in arrays:
         if array is not None:
-            total = zlib.crc32(np.ascontiguousarray(array), total)
+            total = zlib.crc32(np.ascontiguousarray(array).data, total)
     return total
 
 

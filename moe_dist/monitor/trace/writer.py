@@ -71,7 +71,7 @@ class TraceWriter:
     def _write(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
         parts = {"tokens": tokens, "ids": ids, **({"weights": weights} if "weights" in self._files else {})}
         for name, array in parts.items():
-            self._files[name].write(np.ascontiguousarray(array))
+            self._files[name].write(np.ascontiguousarray(array).data)
             self._files[name].flush()  # the index entry must not reach the file before the content
         entry = np.array([(step, self._rows, len(tokens), content_check(*parts.values()), 0)], ENTRY)
         entry["check"] = entry_check(entry)
