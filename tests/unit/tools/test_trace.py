@@ -78,4 +78,4 @@ def test_what_cannot_be_is_refused(run: Path, options: tuple[str, ...], code: in
 def test_a_model_whose_choices_do_not_fit_is_refused(own_run: Path) -> None:
     done = call(own_run)
     assert done.exit_code == 78
-    assert "model.mixture_of_depths: the layers of model.mixture_of_depths route only some tokens" in done.stderr
+    assert "model.mixture_of_depths: needs the choices of all tokens" in done.stderr
