@@ -181,7 +181,7 @@ def save(model: nn.Module, folder: Path, **options: Any) -> Path:
 
 
 def main(
-    kind: Annotated[str, typer.Argument(help="mixtral, olmoe, qwen3_moe, qwen2_moe or llama.")],
+    kind: Annotated[str, typer.Argument(help="mixtral, olmoe, qwen3_moe, qwen2_moe, llama, ernie4_5_moe or glm4_moe.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     vocab_size: Annotated[int, typer.Option(min=1)] = VOCAB,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to put beside the weights.")] = None,
