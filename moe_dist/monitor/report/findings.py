@@ -23,6 +23,7 @@ def problems(routing: Routing) -> list[str]:
     sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
     texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # the places in TensorBoard
+    texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
         texts = [text.replace(" (now nan)", "") for text in texts]
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are

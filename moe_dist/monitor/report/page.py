@@ -5,8 +5,8 @@ from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
 from moe_dist.monitor.report.findings import facts, problems
-from moe_dist.monitor.report.panels import PANELS, Subject
-from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.report.panels import PANELS
+from moe_dist.monitor.report.routing import Routing, Subject
 
 # Each colour by its name in the style sheet: in light mode and print, and in dark mode. c0, c1 ... are those of curves.
 COLOURS = {
