@@ -128,4 +128,6 @@ def test_it_prints_and_fits_a_phone(page: Browser, tmp_path: Path) -> None:
     page("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.value("document.querySelector('.slider input').checkVisibility()")
+    sizes = "['figcaption', 'li', 'h2'].map(s => parseFloat(getComputedStyle(document.querySelector(s)).fontSize))"
+    assert page.value(sizes) == sorted(page.value(sizes))
     page("Emulation.setEmulatedMedia", media="")

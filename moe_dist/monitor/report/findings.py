@@ -110,11 +110,11 @@ def _capacity(routing: Routing) -> Iterator[str]:
 def _dead(routing: Routing) -> Iterator[str]:
     dead, cells = dead_experts(routing), len(routing.layers) * routing.placement.num_experts
     if not dead:
-        yield f"Dead experts: none of {cells} (layer, expert) pairs."
+        yield f"Dead experts: none of {cells:,} (layer, expert) pairs."
         return
     names = [f"layer {routing.layers[layer]} {routing.placement.name_of(expert)}" for layer, expert in dead[:NAMED]]
     more = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
-    yield f"Dead experts: no token took {len(dead)} of {cells} (layer, expert) pairs: {', '.join(names)}{more}."
+    yield f"Dead experts: no token took {len(dead):,} of {cells:,} (layer, expert) pairs: {', '.join(names)}{more}."
 
 
 def _nulls(routing: Routing) -> Iterator[str]:
