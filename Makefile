@@ -26,7 +26,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser chaos bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -70,12 +70,21 @@ test-clusters: $(INSTALLED) data cluster-packages  ## Start a real Slurm and a r
 # Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux
 cluster-packages:
-	@missing=$$(for package in $(CLUSTER_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || echo $$package; done); \
-	  test -z "$$missing" && exit 0; \
-	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	    echo "test-clusters needs root and Debian's packages: apt-get install --no-install-recommends" $$missing >&2; exit 1; fi; \
-	  echo "installing" $$missing; \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+	@$(call DEBIAN,test-clusters,$(CLUSTER_PACKAGES))
+
+# Installs those of the packages $(2) that the target $(1) needs and that are not there.
+DEBIAN = missing=$$(for package in $(2); do dpkg -s $$package >/dev/null 2>&1 || echo $$package; done); \
+  test -z "$$missing" && exit 0; \
+  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+    echo "$(1) needs root and Debian's packages: apt-get install --no-install-recommends" $$missing >&2; exit 1; fi; \
+  echo "installing" $$missing; \
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+
+# Any Chromium does: Debian's is installed where there is none.
+test-browser: $(INSTALLED)  ## Open reports in a headless Chromium
+	@for name in chromium-headless-shell chromium google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  $(call DEBIAN,test-browser,chromium-headless-shell)
+	@$(TEST) -m "" tests/browser
 
 ROUNDS ?= 200
 chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on

@@ -1,4 +1,4 @@
-"""Draws the routing of a run or of a trace into one HTML file. See docs/monitoring.md."""
+"""Draws the routing of a run, or of a trace, also another system's, into one HTML file. See docs/monitoring.md."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +16,22 @@ from moe_dist.config.load import load_stored_config
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
 from moe_dist.data.codebook import load_codebook
-from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.page import render
-from moe_dist.monitor.report.panels import Layout, Subject
 from moe_dist.monitor.report.routing import (
     FRAMES,
     WINDOW,
+    Layout,
     Routing,
+    Subject,
     frames_of_records,
     frames_of_trace,
     last_tokens,
     merged,
     total,
 )
+from moe_dist.monitor.trace.foreign import READERS, read_foreign
 from moe_dist.monitor.trace.format import MANIFEST, Manifest
 from moe_dist.monitor.trace.reader import Trace, read_trace
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -52,6 +54,7 @@ class ReportOptions:
         None
     )
     ep: Annotated[str, typer.Option(help="Further EP sizes of the byte ledger, separated by commas.")] = ""
+    experts: Annotated[int, typer.Option(min=0, help="Experts of a layer, for another system's trace.")] = 0
     node_sizes: Annotated[str, typer.Option(help="Ranks of a node in the byte ledger, separated by commas.")] = "2,4,8"
 
 
@@ -63,15 +66,17 @@ def main(options: ReportOptions) -> None:
         raise ConfigError(f"--out {options.out}: the name must end with .html, because an existing file is replaced")
     make_writable(options.out.parent, option=f"--out {options.out}")
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
-    routing = open_routing(options.path, options.data)
-    against = None if options.against is None else open_routing(options.against, options.data)
+    routing = open_routing(options.path, options.data, options.experts)
+    against = None if options.against is None else open_routing(options.against, options.data, options.experts)
     if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
         raise ConfigError(
             f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
             f"{_shape(routing.groups, routing.layers)}; compare runs of the same model"
         )
-    page = render(Subject(routing, against, list(_layouts(routing, sizes)), node_sizes)).encode()
-    assert len(page) <= MOST_BYTES, len(page)
+    subject = Subject(routing, against, list(_layouts(routing, sizes)), node_sizes)
+    page = render(subject).encode()
+    if len(page) > MOST_BYTES:  # many groups: one picture instead of the slider's twelve
+        page = render(replace(subject, slides=1)).encode()
     write_atomically(options.out, page)
     print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
 
@@ -84,11 +89,12 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def open_routing(path: Path, data: Path | None = None) -> Routing:
+def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Routing:
     """Reads the routing of a run or trace.
 
     Args:
         data: Folder of the data set, if it has moved since the training.
+        experts: Experts of a layer if `path` is the trace of another system; 0 otherwise.
 
     Raises:
         ConfigError: `path` is neither a run nor a trace.
@@ -96,12 +102,16 @@ def open_routing(path: Path, data: Path | None = None) -> Routing:
     """
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
-    if not any(path.glob(f"*/{MANIFEST}")) and not any(path.glob(f"trace/*/{MANIFEST}")):
+    if experts:
+        trace = read_foreign(path, experts)
+        manifest = trace.step(trace.steps[0]).manifest
+    elif any(path.glob(f"*/{MANIFEST}")) or any(path.glob(f"trace/*/{MANIFEST}")):
+        trace, manifest = _open_trace(path)
+    else:
         raise ConfigError(
-            f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give "
-            "one of both"
+            f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give one of "
+            f"both, or the trace of another system ({', '.join(READERS)}) and --experts, its number of experts"
         )
-    trace, manifest = _open_trace(path)
     frames = frames_of_trace(trace, manifest.groups, len(manifest.layers))
     window = frames[-WINDOW:]
     part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
@@ -126,12 +136,13 @@ def _of_run(path: Path, data: Path | None) -> Routing:
     groups, layers = expert_groups(config.model.moe), config.model.moe_layers
     columns = sum(group.num_columns for group in groups)
     frames, window, coefficient = frames_of_records(folder.metrics_jsonl, (len(layers), columns, len(groups)))
-    made = sorted((path / "traces").glob(f"*/*/{MANIFEST}"), key=lambda found: found.stat().st_mtime)
-    trained = any(folder.trace.glob(f"*/{MANIFEST}"))
+    made = {found.parents[1] for found in (path / "traces").glob(f"*/*/{MANIFEST}")}
+    places = made or ({folder.trace} if any(folder.trace.glob(f"*/{MANIFEST}")) else set())
     trace = manifest = None
-    if made or trained:
-        place = made[-1].parents[1] if made else folder.trace
-        trace, manifest = _open_trace(place)
+    if places:
+        opened = {place: _open_trace(place) for place in sorted(places)}
+        place = max(opened, key=lambda each: opened[each][0].steps[-1])
+        trace, manifest = opened[place]
         if (manifest.groups, manifest.layers) != (groups, layers):
             raise DataError(
                 f"{place}/*/{MANIFEST}: groups and layers are {_shape(manifest.groups, manifest.layers)}, but "
@@ -221,7 +232,7 @@ def _names(configuration: Any, data: Path | None) -> dict[str, Callable[[int], A
         codes = None
         if manifest.image is not None and manifest.image.codebook is not None:
             codes = load_codebook(folder / manifest.image.codebook)
-    except (KeyError, TypeError, MoeDistError) as error:
+    except Exception as error:  # tokenizers raises bare Exception; a report needs no names
         if data is not None:
             raise ConfigError(f"--data {data}: {error}") from error
         return {}

@@ -17,6 +17,7 @@ from moe_dist.monitor.heatmaps import Axis, Scale, colour, extremes
 
 WIDTH, MARK = 860, 7  # user units: width of the cells of a wide picture, and of a character
 MOST_FRAMES = 12
+WRITTEN = 400  # largest number of cells with written numbers, which need 80 bytes each
 CURVES = 6  # colours of curves
 _numbers = count()
 
@@ -34,7 +35,7 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
         f'<image href="{png(rgb)}" x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" '
         'preserveAspectRatio="none"/>'
     ]
-    if width >= 28 and height >= 14:
+    if width >= 28 and height >= 14 and values_RC.size <= WRITTEN:
         for r, c in np.argwhere(~np.isnan(values_RC)).tolist():
             ink = "#202124" if rgb[r, c] @ (0.299, 0.587, 0.114) > 140 else "#fff"
             at = f'x="{left + c * width + width // 2}" y="{top + r * height + height / 2 + 4:g}"'

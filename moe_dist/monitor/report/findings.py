@@ -23,6 +23,7 @@ def problems(routing: Routing) -> list[str]:
     sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
     texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # the places in TensorBoard
+    texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
         texts = [text.replace(" (now nan)", "") for text in texts]
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
@@ -109,11 +110,11 @@ def _capacity(routing: Routing) -> Iterator[str]:
 def _dead(routing: Routing) -> Iterator[str]:
     dead, cells = dead_experts(routing), len(routing.layers) * routing.placement.num_experts
     if not dead:
-        yield f"Dead experts: none of {cells} (layer, expert) pairs."
+        yield f"Dead experts: none of {cells:,} (layer, expert) pairs."
         return
     names = [f"layer {routing.layers[layer]} {routing.placement.name_of(expert)}" for layer, expert in dead[:NAMED]]
     more = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
-    yield f"Dead experts: no token took {len(dead)} of {cells} (layer, expert) pairs: {', '.join(names)}{more}."
+    yield f"Dead experts: no token took {len(dead):,} of {cells:,} (layer, expert) pairs: {', '.join(names)}{more}."
 
 
 def _nulls(routing: Routing) -> Iterator[str]:

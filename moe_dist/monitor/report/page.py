@@ -5,8 +5,8 @@ from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
 from moe_dist.monitor.report.findings import facts, problems
-from moe_dist.monitor.report.panels import PANELS, Subject
-from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.report.panels import PANELS
+from moe_dist.monitor.report.routing import Routing, Subject
 
 # Each colour by its name in the style sheet: in light mode and print, and in dark mode. c0, c1 ... are those of curves.
 COLOURS = {
@@ -27,8 +27,8 @@ COLOURS = {
 }
 POLICY = "default-src 'none';img-src data:;style-src 'unsafe-inline'"  # neither scripts nor requests
 STYLE = """
-*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;padding:1.5rem;max-width:72rem}
+*{box-sizing:border-box}html{font-size:93.75%}
+body{font:1rem/1.5 system-ui,sans-serif;margin:0 auto;padding:1.5rem;max-width:72rem}
 body{color:var(--ink);background:var(--page)}a{color:inherit}
 h1{font-size:1.5rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
 section{border-top:1px solid var(--line);padding:1.25rem 0}section>h2+p{margin:.1rem 0 .75rem;color:var(--quiet)}
@@ -51,7 +51,7 @@ details{margin:.4rem 0}summary{cursor:pointer;padding:.2rem 0}
 .slider input:checked{background:var(--c0)}.slider label{display:none;order:1;width:100%;font-weight:600}
 .slider input:checked+label{display:block;padding:.3rem 0}.frames{order:2;width:100%}.frames>div{display:none}
 footer{font-size:.87rem;border-top:1px solid var(--line);padding-top:1rem}
-@media print{body{max-width:none;padding:0;font-size:11px}nav,.slider input{display:none}
+@media print{html{font-size:8.5pt}body{max-width:none;padding:0}nav,.slider input{display:none}
 figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}*{print-color-adjust:exact}}
 """
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.errors import DataError
+from moe_dist.monitor.heatmaps import Axis
+from moe_dist.monitor.report.drawing import MOST_FRAMES
 from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.monitor.trace.foreign import NO_ID, ForeignTrace
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -59,6 +62,11 @@ class Tokens:
     name_of: Callable[[int], str | None] = lambda _: None
     picture_of: Callable[[int], np.ndarray | None] = lambda _: None
 
+    @property
+    def named(self) -> bool:
+        """Whether the trace has token ids; another system's trace has none."""
+        return bool((self.token_T != NO_ID).any())
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -93,8 +101,32 @@ class Routing:
         return self.placement.groups
 
     @property
-    def expert_names(self) -> list[str]:
-        return [self.placement.name_of(expert) for expert in range(self.placement.num_experts)]
+    def layer_axis(self) -> Axis:
+        return Axis("layer", [str(layer) for layer in self.layers])
+
+    @property
+    def group_axis(self) -> Axis:
+        return Axis("group", [group.name for group in self.groups])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A placement of the experts on the ranks of an EP group for the byte ledger."""
+
+    policy: str
+    placement: ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about: a routing, another one to compare with, the layouts and node sizes of the ledger, and the
+    largest number of positions of a slider."""
+
+    routing: Routing
+    against: Routing | None
+    layouts: Sequence[Layout]
+    node_sizes: tuple[int, ...]
+    slides: int = MOST_FRAMES
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
@@ -156,7 +188,7 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
 
-def frames_of_trace(trace: Trace, groups: Sequence[ExpertGroup], layers: int) -> list[Frame]:
+def frames_of_trace(trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int) -> list[Frame]:
     """Counts at most FRAMES evenly spaced steps of a trace."""
     steps = [trace.steps[i] for i in np.unique(np.linspace(0, len(trace.steps) - 1, FRAMES).astype(int))]
     frames = []
@@ -182,7 +214,7 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
     return np.array([owners[0] for owners in found], np.int64)
 
 
-def last_tokens(trace: Trace, **names: Any) -> Tokens:
+def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
     """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of` and `picture_of`."""
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
@@ -118,6 +117,14 @@ def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
     assert other.tokens is not None
     assert len(one.tokens.token_T) == 200
     assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
+
+
+def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest: Manifest) -> None:
+    for step in (5, 3):  # the earlier step was traced later
+        write_trace(run / "traces" / f"step_{step}" / "heldout", replace(manifest, split="held-out"), range(step, step + 1))
+    tokens = open_routing(run).tokens
+    assert tokens is not None
+    assert (tokens.steps, tokens.split) == ((5,), "held-out")
 
 
 def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:

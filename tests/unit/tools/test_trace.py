@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from moe_dist.data.loader import heldout_batches
 from moe_dist.inference.loaded_run import find_trained
@@ -52,6 +51,7 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         group_of_modality=torch.tensor(trained.group_of_modality),
         world=None,
     )
+    assert heldout.choices_LC is not None
     assert np.array_equal(found.choices(), heldout.choices_LC)
     assert np.array_equal(found.tokens["token"], np.concatenate([b.tokens_BS[~b.padding_BS].numpy() for b in batches]))
     assert len(np.unique(found.tokens["sequence"])) == sum(int((~b.padding_BS).any(1).sum()) for b in batches)

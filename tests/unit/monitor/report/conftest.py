@@ -29,7 +29,7 @@ def draw_routing(
     modality_T = rng.integers(0, len(groups), tokens)
     token_T = rng.integers(0, 50, tokens) + 100 * modality_T
     first_null = np.cumsum([placement.num_experts, *(group.num_null for group in groups)])
-    frames = []
+    frames, ids_TLK = [], np.zeros((0, layers, 1), np.int16)
     for step in range(1, steps + 1):
         ids_TLK = np.full((tokens, layers, max(group.top_k for group in groups)), -1, np.int16)
         for g, group in enumerate(groups):

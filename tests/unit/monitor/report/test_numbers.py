@@ -65,6 +65,7 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool) -> None:
     if pinned:
         placement = ExpertPlacement(routing.groups, tuple(tuple(range(4 * rank, 4 * rank + 4)) for rank in range(4)))
     home_T = tokens.sequence_T // 2 % ranks
+    home = home_T.tolist()
     found = numbers.traffic(tokens.ids_TLK, home_T, placement, (1, 2, 3))
     pairs = remote = rows = 0
     between, once = {1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0}
@@ -72,11 +73,11 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool) -> None:
     for t, layer in np.ndindex(120, 2):
         experts = [int(e) for e in tokens.ids_TLK[t, layer] if 0 <= e < 16]
         goes = [placement.rank_of_expert[e] for e in experts]
-        away = [rank for rank in goes if rank != home_T[t]]
+        away = [rank for rank in goes if rank != home[t]]
         pairs, remote, rows = pairs + len(goes), remote + len(away), rows + len(set(away))
         for size in between:
-            between[size] += len({rank for rank in away if rank // size != home_T[t] // size})
-            once[size] += len({rank // size for rank in away} - {home_T[t] // size})
+            between[size] += len({rank for rank in away if rank // size != home[t] // size})
+            once[size] += len({rank // size for rank in away} - {home[t] // size})
         for expert in experts:
             work[layer, placement.rank_of_expert[expert]] += routing.groups[expert // 8].ffn_dim
     assert found[:5] == (pairs, remote, rows, between, once)

@@ -1,0 +1,134 @@
+"""Reads other systems' records of routing as steps of a trace. They name neither token ids nor modalities, so each token
+has the id -1, and all experts are one group.
+
+A format is a pattern of file names and a reader, in READERS. Shape letters as in `format.py`.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.config.regular_file import open_regular
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.trace.format import TOKEN, Manifest
+from moe_dist.monitor.trace.reader import TracedStep
+from moe_dist.placement.placement import ExpertGroup
+
+NO_ID = -1
+Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
+
+
+class ForeignTrace:
+    """Steps of another system, with the two members of `Trace` that a report reads."""
+
+    def __init__(self, steps: dict[int, TracedStep]) -> None:
+        self._steps, self.steps = steps, tuple(sorted(steps))
+
+    def step(self, number: int) -> TracedStep:
+        return self._steps[number]
+
+
+def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
+    """Reads the file `path`, or all files of one format in the folder `path`.
+
+    Args:
+        num_experts: Experts of a layer, which no format tells.
+
+    Raises:
+        ConfigError: no file has a known name.
+        DataError: a file is damaged, has an id outside the model, or has other layers than the first one.
+    """
+    for pattern, reader in READERS.items():
+        files = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.match(pattern)
+        if files:
+            return _trace(path, reader(files), num_experts)
+    raise ConfigError(f"{path}: no file named like {' or '.join(READERS)}; give a file or folder of such files")
+
+
+def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
+    found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    shape: tuple[object, ...] = ()
+    for sequence, (step, layers, ids) in enumerate(parts):
+        shape = shape or (layers, ids.shape[2])
+        if (layers, ids.shape[2]) != shape:
+            raise DataError(
+                f"{path}, step {step}: layers and choices of a token are {(layers, ids.shape[2])}, but {shape} before; "
+                "give the files of one model"
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
+            raise DataError(
+                f"{path}, step {step}: ids from {ids.min()} to {ids.max()}, but --experts {num_experts} allows 0 to "
+                f"{num_experts - 1}; give the number of experts of the model"
+            )
+        tokens = np.zeros(len(ids), TOKEN)
+        tokens["sequence"], tokens["position"], tokens["token"] = sequence, np.arange(len(ids)), NO_ID
+        found[step].append((tokens, ids.astype(np.int16)))
+    if not shape:
+        raise DataError(f"{path}: no routed token; give another file")
+    layers, choices = shape
+    assert isinstance(layers, tuple)
+    assert isinstance(choices, int)
+    group = ExpertGroup("routed", num_experts, 0, choices, 1, 0, ("tokens",))
+    manifest = Manifest(1, 0, 1, layers, choices, False, (group,), (0,) * num_experts, ("tokens",), split="recorded")
+    joined = {step: [np.concatenate(arrays) for arrays in zip(*each, strict=True)] for step, each in found.items()}
+    return ForeignTrace({step: TracedStep(tokens, ids, None, manifest) for step, (tokens, ids) in joined.items()})
+
+
+def _megatron(files: Sequence[Path]) -> Parts:
+    """The router trace of Megatron-Core (`--moe-routing-trace-path`): a JSON line for each step, block and layer. A layer
+    that fires again in a step has another micro-batch. Blocks of multi-token prediction are left out."""
+    for file in files:
+        lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+        with _open(file) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    record = json.loads(line)
+                    if record["block"] == "decoder":
+                        ids = np.array(record["top_indices"], np.int64).reshape(record["num_tokens"], record["topk"])
+                        lines[record["step"]][record["layer"]].append(ids)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{file}, line {number}: not a record of Megatron-Core's router trace ({error!r:.100}); cut the "
+                        "file before this line, or restore it"
+                    ) from error
+        for step, by_layer in sorted(lines.items()):
+            layers = tuple(sorted(by_layer))
+            joined = [np.concatenate(by_layer[layer]) for layer in layers]
+            if len({len(ids) for ids in joined}) > 1:
+                counts = {layer: len(ids) for layer, ids in zip(layers, joined, strict=True)}
+                raise DataError(
+                    f"{file}, step {step}: num_tokens={counts} by layer, but each token passes each layer; cut the file "
+                    "before this step"
+                )
+            yield step, layers, np.stack(joined, axis=1)
+
+
+def _arrays(files: Sequence[Path]) -> Parts:
+    """Arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy: a file for each sequence."""
+    for file in files:
+        try:
+            with _open(file) as stream:
+                ids = np.load(stream, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{file}: not an array saved by numpy ({error!r:.100}); restore the file") from error
+        if ids.ndim != 3 or ids.dtype.kind not in "iu":
+            raise DataError(
+                f"{file}: {ids.dtype} of shape {ids.shape}, but routed_experts are whole numbers [tokens, layers, k]; "
+                "reshape the array"
+            )
+        yield 1, tuple(range(ids.shape[1])), ids
+
+
+def _open(path: Path) -> BufferedReader:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; restore the file") from error
+
+
+# Pattern of the file names -> reader of those files.
+READERS: dict[str, Callable[[Sequence[Path]], Parts]] = {"router_trace_rank*.jsonl": _megatron, "*.npy": _arrays}

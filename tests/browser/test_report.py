@@ -1,0 +1,133 @@
+"""Reports in a headless Chromium: every panel is drawn without scripts, in light and dark; the keyboard reaches all."""
+
+import base64
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_dist.monitor.report.page import render
+from moe_dist.monitor.report.panels import PANELS
+from moe_dist.monitor.report.routing import Layout, Routing, Subject
+from tests.support.browser import Browser, browser
+from tests.unit.monitor.conftest import draw_groups
+from tests.unit.monitor.report.conftest import draw_routing
+
+LARGE = draw_groups(1, num_experts=256, num_null=0, top_k=8)
+
+
+def collapse(preference_LC: np.ndarray, group: int) -> None:
+    preference_LC[2, 4] += 50 * group
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+def write(folder: Path, routing: Routing, against: Routing | None = None) -> Path:
+    path = folder / "report.html"
+    path.write_text(render(Subject(routing, against, [Layout("as in the run", routing.placement)], (2, 4))))
+    return path
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("case", ["healthy", "sick", "large", "without tokens"])
+def test_every_panel_is_drawn(page: Browser, tmp_path: Path, case: str, dark: bool) -> None:
+    routing = {
+        "healthy": lambda: draw_routing(steps=20),
+        "sick": lambda: draw_routing(bias=collapse),
+        "large": lambda: draw_routing(LARGE, layers=48, ranks=64, tokens=300),
+        "without tokens": lambda: replace(draw_routing(), tokens=None),
+    }[case]()
+    page.errors.clear()
+    page.requests.clear()
+    path = write(tmp_path, routing, draw_routing(seed=1) if case == "healthy" else None)
+    page.open(path, dark=dark, script=False)
+    assert page.errors == []
+    assert page.requests == [path.as_uri()]
+    assert path.stat().st_size < 2_000_000
+    sizes = page.value("[...document.querySelectorAll('section')].map(s => [s.innerText.length, s.offsetHeight])")
+    assert len(sizes) == len(PANELS)
+    assert all(letters > 40 and height > 60 for letters, height in sizes), sizes
+    broken = page.value("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+    assert broken == 0
+    # A picture is drawn if its pixels are not those of the page alone.
+    boxes = page.value(
+        "[...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect())"
+        ".map(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])"
+    )
+    image = np.asarray(Image.open(page.picture(tmp_path / "page.png")).convert("RGB"))
+    assert len(boxes) >= (5 if case == "without tokens" else 12)
+    for x, y, width, height in (np.array(box).astype(int) for box in boxes):
+        assert len(np.unique(image[y : y + height, x : x + width].reshape(-1, 3), axis=0)) > 3, (x, y, width, height)
+    assert (image[3, 3].max() < 60) == dark
+    cells = page.value(
+        "[...document.querySelectorAll('svg image')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect())"
+        ".flatMap(b => [[b.left, b.top], [b.right - 3, b.bottom - 3]]).map(([x, y]) => [x + scrollX + 1, y + scrollY + 1])"
+    )
+    if dark:  # the cells of a heat map fill its whole box
+        assert all((image[int(y), int(x)] != image[3, 3]).any() for x, y in cells)
+    assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    first = page.value("document.querySelector('main').innerText.split('\\n')[0]")
+    assert first.startswith("What is wrong" if case == "sick" else "No rule finds a fault"), first
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_has_contrast(page: Browser, tmp_path: Path, dark: bool) -> None:
+    """At least 4.5 to 1 between text and page (WCAG 2.2, 1.4.3)."""
+    page.open(write(tmp_path, draw_routing(bias=collapse)), dark=dark)
+    colours = page.value(
+        "[[document.body, 'backgroundColor'], [document.body, 'color'], [document.querySelector('figcaption'), 'color'],"
+        " [document.querySelector('.found h2'), 'color']].map(([e, p]) => getComputedStyle(e)[p].match(/[0-9]+/g))"
+    )
+
+    def light(rgb: list[str]) -> float:
+        parts = [int(part) / 255 for part in rgb[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    back, *texts = map(light, colours)
+    assert all(max(text, back) / min(text, back) >= 4.5 for text in texts), colours
+
+
+def test_the_keyboard_moves_the_slider_and_opens_details(page: Browser, tmp_path: Path) -> None:
+    page.open(write(tmp_path, draw_routing(steps=5)), script=False)
+    shown = "document.querySelector('.slider input:checked').ariaLabel"
+    visible = "[...document.querySelectorAll('.frames > div')].map(f => f.checkVisibility())"
+    assert page.value(shown) == "Steps 5"
+    reached = set()
+    for _ in range(200):
+        page.press("Tab")
+        reached.add(page.value("document.activeElement.tagName"))
+        if page.value("document.activeElement.type") == "radio":
+            page.press("ArrowLeft")
+            assert page.value(shown) == "Steps 4"
+            assert page.value(visible) == [False, False, False, True, False]
+            page.press("ArrowRight")
+        closed = "document.activeElement.tagName === 'SUMMARY' && !document.activeElement.parentElement.open"
+        if page.value(closed):
+            page.press("Enter")
+            assert page.value("document.activeElement.parentElement.open")
+        if page.value("document.activeElement === document.body"):  # past the last one
+            break
+    assert {"A", "INPUT", "SUMMARY", "DIV"} <= reached
+    assert page.value("[...document.querySelectorAll('details')].every(d => d.open)")
+
+
+def test_it_prints_and_fits_a_phone(page: Browser, tmp_path: Path) -> None:
+    page.open(write(tmp_path, draw_routing(steps=5)), width=400)
+    assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    pdf = base64.b64decode(page("Page.printToPDF", printBackground=False)["data"])
+    assert pdf.startswith(b"%PDF")
+    assert 2 <= pdf.count(b"/Type /Page\n") <= 12
+    page("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.value("document.querySelector('.slider input').checkVisibility()")
+    sizes = "['figcaption', 'li', 'h2'].map(s => parseFloat(getComputedStyle(document.querySelector(s)).fontSize))"
+    assert page.value(sizes) == sorted(page.value(sizes))
+    page("Emulation.setEmulatedMedia", media="")

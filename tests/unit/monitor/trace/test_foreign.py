@@ -1,0 +1,117 @@
+"""Other systems' traces: Megatron-Core's router trace by its documented format, and arrays of vLLM and SGLang."""
+
+import base64
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.trace.foreign import read_foreign
+from tests.conftest import NEXT_MEGATRON
+from tests.support.messages import refused
+from tools.report import main, open_routing
+
+IDS = np.random.default_rng(0).integers(0, 8, (12, 3, 2))  # tokens, layers, k
+
+
+def megatron(folder: Path, ids: np.ndarray = IDS, layers: tuple[int, ...] = (1, 2, 4)) -> Path:
+    """Two ranks and two steps of two micro-batches, six tokens each, with a block that predicts further tokens."""
+    folder.mkdir(exist_ok=True)
+    for rank in (0, 1):
+        lines = []
+        for step in (10, 11):
+            for part in (ids[:6], ids[6:]):
+                for place, layer in enumerate(layers):
+                    about = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": rank}
+                    top = part[:, place].tolist()
+                    lines.append({**about, "num_tokens": len(top), "topk": 2, "top_indices": top})
+            lines.append({**lines[-1], "block": "mtp", "mtp_idx": 0})
+        (folder / f"router_trace_rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_megatron_router_trace(tmp_path: Path) -> None:
+    trace = read_foreign(megatron(tmp_path / "trace"), 8)
+    assert trace.steps == (10, 11)
+    step = trace.step(11)
+    assert np.array_equal(step.ids, np.concatenate([IDS, IDS]))
+    assert step.manifest.layers == (1, 2, 4)
+    expected = [2 * np.bincount(IDS[:, layer].ravel(), minlength=8) for layer in range(3)]
+    assert np.array_equal(step.choices(), expected)
+
+
+@pytest.mark.full
+def test_a_trace_that_megatron_wrote(tmp_path: Path) -> None:
+    spec = spec_from_file_location("router_trace", NEXT_MEGATRON / "megatron/core/transformer/moe/router_trace.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tracer = module.RouterTracer(str(tmp_path), max_steps=9, rank=0, training_mode=True)
+    for step in (10, 11):
+        tracer.record_indices(torch.tensor(IDS), layer_ids=[1, 2, 4])
+        tracer.record_indices(torch.tensor(IDS), block="mtp", mtp_idx=0)
+        tracer.advance_step(step)
+    tracer.flush()
+    trace = read_foreign(tmp_path, 8)
+    assert (trace.steps, trace.step(11).manifest.layers) == ((10, 11), (1, 2, 4))
+    assert np.array_equal(trace.step(11).ids, IDS)
+
+
+def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IDS[:5].astype(np.int16))  # as vLLM returns it
+    answer = base64.b64encode(IDS[5:].astype(np.int32).tobytes())  # as SGLang returns it
+    np.save(tmp_path / "b.npy", np.frombuffer(base64.b64decode(answer), np.int32).reshape(-1, 3, 2))
+    step = read_foreign(tmp_path, 8).step(1)
+    assert np.array_equal(step.ids, IDS)
+    assert step.tokens["sequence"].tolist() == [0] * 5 + [1] * 7
+    assert np.array_equal(read_foreign(tmp_path / "b.npy", 8).step(1).ids, IDS[5:])
+
+
+def test_the_report_of_another_system(tmp_path: Path) -> None:
+    one = open_routing(megatron(tmp_path / "trace"), experts=8)
+    assert [frame.label for frame in one.frames] == ["10", "11"]
+    assert one.tokens is not None
+    assert not one.tokens.named
+    app, out = typer.Typer(), tmp_path / "report.html"
+    app.command()(main)
+    collapsed = np.tile([3, 5], (400, 3, 1))
+    np.save(tmp_path / "sick.npy", collapsed)
+    done = CliRunner().invoke(app, [str(tmp_path / "sick.npy"), "--experts", "8", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "Routed expert 3 takes 100% of its group&#x27;s tokens in layer 0" in out.read_text()
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    folder = megatron(tmp_path / "trace")
+    with refused(DataError, "--experts 7"):
+        read_foreign(folder, 7)
+    file = folder / "router_trace_rank1.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    with refused(DataError, "router_trace_rank1.jsonl, line 14"):
+        read_foreign(folder, 8)
+    file.write_text("".join(line + "\n" for line in whole.splitlines()[1:]))
+    with refused(DataError, "step 10: num_tokens={1: 6, 2: 12, 4: 12}"):
+        read_foreign(folder, 8)
+    megatron(folder, layers=(1, 2))
+    file.write_text(whole)
+    with refused(DataError, "give the files of one model"):
+        read_foreign(folder, 8)
+    with refused(ConfigError, "router_trace_rank*.jsonl or *.npy"):
+        read_foreign(tmp_path, 8)
+
+
+@pytest.mark.parametrize("content", [IDS[0], IDS * 0.5, None, np.zeros((0, 0, 0))], ids=["2-d", "float", "cut", "empty"])
+def test_bad_arrays_are_named(tmp_path: Path, content: np.ndarray | None) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, IDS if content is None else content)
+    path.write_bytes(path.read_bytes()[: -9 if content is None else None])
+    with refused(DataError, "a.npy", golden=content is not None):
+        read_foreign(path, 8)
