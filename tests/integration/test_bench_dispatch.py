@@ -27,6 +27,7 @@ def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     sent = rows["skew/95%:4"]["sent"]
     assert sent["floor"]["payload_bytes"] == sent["ours at rank"]["payload_bytes"] == sent["ours"]["payload_bytes"]
     assert sent["ours"]["rows"] <= sent["per pair"]["rows"] == sent["megatron, capacity"]["rows"] < sent["naive"]["rows"]
+    assert sent["megatron"]["rows"] == sent["megatron, capacity"]["rows"], "no row for a null choice"
     assert sent["naive"]["rows"] == sent["megatron, remapped"]["rows"]
 
     second = bench("--json", str(path))

@@ -18,7 +18,7 @@ from tools.bench.measure import (
     paired_ratio,
     time_interleaved,
 )
-from tools.bench.megatron_core import megatron_dispatch
+from tools.bench.megatron_core import megatron_dispatch, variants
 from tools.bench.points import Point
 
 
@@ -46,13 +46,10 @@ def _by_expert(case: Case) -> dict[str, Run]:
     """Makes the contenders that lay rows out by expert, and bring weighted sums back to the tokens."""
     runs: dict[str, Run] = {
         "ours": ours(case, case.taken),
-        "megatron, capacity": megatron_dispatch(case, capacity=True),
+        **{name: megatron_dispatch(case, each) for name, each in variants(nulls=case.point.null > 0.0).items()},
         "naive": naive(case, nulls=True),
     }
-    if case.point.null == 0.0:
-        runs["megatron"] = megatron_dispatch(case, capacity=False)
-    else:
-        runs["megatron, remapped"] = megatron_dispatch(case, capacity=False)
+    if case.point.null > 0.0:
         runs["per pair"] = naive(case, nulls=False)
         runs["equal active"] = ours(case, case.equal_active)
     return runs

@@ -31,7 +31,7 @@ from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tools.bench.measure import Effort, measured_row
-from tools.bench.megatron_core import MegatronMoE, copy_experts
+from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts, variants
 from tools.bench.points import Point, slots
 
 DEFAULT_JOB = source_root() / "configs" / "adamoe_moma_tiny_cpu.yaml"
@@ -62,17 +62,14 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of one layer. Both branches of Megatron-Core's dispatcher are timed. For its default
-    branch each null choice is replaced by an unused expert."""
+    """Measures forward and backward of one layer, ours and each variant of Megatron-Core's."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
     generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that they draw the same router
     ours = _our_layer(group, placement, size.hidden, mesh, generator)
     rivals = {
-        name: MegatronMoE(
-            nn.Identity(), ours.router, placement, hidden=size.hidden, ep_rank=mesh.ep_rank, capacity=capacity
-        )
-        for name, capacity in (("megatron, capacity", True), ("megatron, remapped" if size.null else "megatron", False))
+        name: MegatronMoE(nn.Identity(), ours.router, placement, variant, hidden=size.hidden, ep_rank=mesh.ep_rank)
+        for name, variant in variants(nulls=size.null).items()
     }
     for rival in rivals.values():
         copy_experts(ours.experts, rival.experts)
@@ -129,8 +126,7 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     batches = _random_batches(config, mesh, effort.seed)
     steps = {
         "ours": _training_step(config, mesh, None),
-        "megatron, capacity": _training_step(config, mesh, True),
-        "megatron, remapped": _training_step(config, mesh, False),
+        **{name: _training_step(config, mesh, variant) for name, variant in variants(nulls=True).items()},
     }
     aux = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
     contenders = {name: (lambda step=step: step(batches, lr=LEARNING_RATE, aux=aux)) for name, step in steps.items()}
@@ -158,19 +154,18 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
     return [maker.make(rows[at : at + size]) for at in range(0, count, size)]
 
 
-def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """Makes a training step over a new model. Its MoE layers are ours if `capacity` is None, else Megatron-Core's, with or
-    without the capacity branch."""
+def _training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
+    """Makes a training step over a new model. Its MoE layers are ours if `variant` is None, else Megatron-Core's."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, comm_stats=comm_stats)
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
-    if capacity is not None:
+    if variant is not None:
         for layer in model.layers:
             moe: Any = layer.moe
             theirs = MegatronMoE(
-                moe.norm, moe.router, placement, hidden=config.model.hidden_dim, ep_rank=mesh.ep_rank, capacity=capacity
+                moe.norm, moe.router, placement, variant, hidden=config.model.hidden_dim, ep_rank=mesh.ep_rank
             )
             copy_experts(moe.experts, theirs.experts)
             layer.moe = theirs

@@ -1,16 +1,17 @@
 """Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `megatron_cpu`
 replaces its names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
 
-    default     takes K experts for each token, so null choices are remapped to unused experts
-    capacity    counts the rows to send, so it skips null choices; its capacity factor is so large that nothing is dropped
+    default     expects K experts for each token
+    capacity    counts the rows to send; its capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, which its fused permutation needs. The plain permutation, used here, would also
-take a map without null choices; that contender is not measured.
+The default branch announces T x K rows, which its fused permutation needs. The plain permutation, used here, sends the
+pairs of the map. So neither branch sends a row for a null choice whose column is cleared in the map.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,25 @@ from moe_dist.moe.layer import Router
 from moe_dist.moe.routing import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.contenders import Case, Run
+
+
+class Variant(NamedTuple):
+    """A way to use Megatron's dispatcher."""
+
+    capacity: bool = False  # use the capacity branch
+    remapped: bool = False  # a null choice goes, with weight 0, to an expert that the token did not choose
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "megatron": Variant(),
+    "megatron, capacity": Variant(capacity=True),
+    "megatron, remapped": Variant(remapped=True),
+}
+
+
+def variants(*, nulls: bool) -> Mapping[str, Variant]:
+    """Returns the variants for a routing with or without null choices; without them none can be remapped."""
+    return {name: variant for name, variant in VARIANTS.items() if nulls or not variant.remapped}
 
 
 def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, capacity: bool) -> Any:
@@ -85,9 +105,9 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
     return weights[:, :-1], taken[:, :-1].contiguous()
 
 
-def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
-    """Makes Megatron's dispatch to rows laid out by expert, and back. Without `capacity` a null choice goes to the expert
-    that was drawn for it before it became null."""
+def megatron_dispatch(case: Case, variant: Variant) -> Run:
+    """Makes Megatron's dispatch to rows laid out by expert, and back. A remapped null choice goes to the expert that was
+    drawn for it before it became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,
@@ -95,11 +115,11 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
         top_k=point.top_k,
         ffn=point.hidden,
         ep=case.mesh.ep_size,
-        capacity=capacity,
+        capacity=variant.capacity,
     )
     dispatcher = dispatcher_of(config, case.mesh.ep_rank)
     weight_TK = torch.where(case.taken_TK == ABSENT, 0.0, case.weight_TK)
-    chosen_TK = case.taken_TK if capacity else case.drawn_TK
+    chosen_TK = case.drawn_TK if variant.remapped else case.taken_TK
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
@@ -109,15 +129,17 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
 
 
 class MegatronMoE(nn.Module):
-    """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s.
-
-    Args:
-        capacity: Use the dispatcher's capacity branch. Without it a null choice goes, with weight 0, to an expert that the
-            token did not choose.
-    """
+    """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s."""
 
     def __init__(
-        self, norm: nn.Module, router: nn.Module, placement: ExpertPlacement, *, hidden: int, ep_rank: int, capacity: bool
+        self,
+        norm: nn.Module,
+        router: nn.Module,
+        placement: ExpertPlacement,
+        variant: Variant,
+        *,
+        hidden: int,
+        ep_rank: int,
     ) -> None:
         super().__init__()
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -130,14 +152,14 @@ class MegatronMoE(nn.Module):
             top_k=max(group.top_k for group in groups),
             ffn=groups[0].ffn_dim,
             ep=placement.num_ranks,
-            capacity=capacity,
+            capacity=variant.capacity,
         )
         # get_moe_module_spec returns a ModuleSpec in 0.16 and a functools.partial in 0.19.
         spec: Any = get_moe_module_spec(use_te=False, num_experts=placement.num_experts, moe_grouped_gemm=False)
         submodules = spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
         layer: Any = MoELayer(config, submodules=submodules, layer_number=1)
         self.norm, self.router, self.experts = norm, router, layer.experts
-        self.capacity = capacity
+        self.remapped = variant.remapped
         self._dispatcher = layer.token_dispatcher
         self._column_E = column_of_expert(placement)
         self._group_of_E = torch.tensor([i for i, group in enumerate(groups) for _ in range(group.num_experts)])
@@ -149,7 +171,7 @@ class MegatronMoE(nn.Module):
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
         pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync, but here all is on the CPU
-        if not self.capacity:
+        if self.remapped:
             expert_TK = self._remapped(expert_TK, group_T)
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
         y_TD = run_experts(self._dispatcher, self.experts, h_TD, probs_TE, map_TE)

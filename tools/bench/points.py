@@ -57,8 +57,7 @@ IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns the points of each sweep: sweep -> (label, point). Megatron-Core's default branch runs without
-    remapped choices only in the sweeps `..., no nulls`."""
+    """Returns the points of each sweep: sweep -> (label, point)."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         for field, values in SIZES.items():

@@ -126,7 +126,7 @@ def text(results: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Returns the tables of docs/benchmarks.md."""
+    """Returns the judgement and the tables of docs/benchmark_tables.md."""
     comparisons = judge(results["rows"])
     holds = sum(comparison.met for comparison in comparisons)
     parts = ["### Judgement", "", f"{holds} of {len(comparisons)} comparisons hold. Those that do not:", ""]
