@@ -32,7 +32,7 @@ SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Says the mean of each kind of token: 'text 1.9, drawn cells of image 1.8, ... true experts a token'."""
+    """Says the mean of each kind of token: 'text 1.9, drawn cells 1.8, ... true experts a token'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 

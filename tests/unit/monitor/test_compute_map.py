@@ -14,7 +14,7 @@ LINES = [[("def ", 4.0), ("f", 0.0), ("():", 2.0)]]
 
 
 def mapped(pixels: np.ndarray | None = PIXELS) -> ComputeMap:
-    mean = {"text": 1.94, "drawn cells of image": 1.81, "background of image": 0.42}
+    mean = {"text": 1.94, "drawn cells": 1.81, "background": 0.42}
     return ComputeMap(mean, 4, [MappedPicture(EXPERTS, EMPTY, pixels)], LINES)
 
 
@@ -33,7 +33,7 @@ def test_cells_have_the_colours_of_their_experts(pixels: np.ndarray | None) -> N
 
 def test_a_log_shows_drawn_cells_shades_and_numbers() -> None:
     assert [text.plain.rstrip() for text in console_text(mapped())] == [
-        "Compute map of held-out tokens: text 1.9, drawn cells of image 1.8, background of image 0.4 true experts a token",
+        "Compute map of held-out tokens: text 1.9, drawn cells 1.8, background 0.4 true experts a token",
         "pictures ([] is a drawn cell), each beside the true experts of its cells (' ' 0 to '@' 4):",
         "    [][]   ::==",
         "  []  [] @@..##",
