@@ -32,7 +32,7 @@ SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Says the mean of each kind of token: 'text 1.9, drawn cells of image 1.8, ... true experts a token'."""
+    """Says the mean of each kind of token: 'text 1.9, drawn cells 1.8, ... true experts a token'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 
@@ -89,14 +89,16 @@ def _line(canvas: ImageDraw.ImageDraw, at: tuple[float, int], line: Sequence[tup
         x += width
 
 
-def console_text(found: ComputeMap) -> list[Text]:
-    """Rows of some pictures beside their maps, then lines of text above the numbers of their tokens' experts.
+def console_text(found: ComputeMap, width: int) -> list[Text]:
+    """Rows of as many pictures as `width` columns hold, beside their maps, then lines of text above the numbers of their
+    tokens' experts. A line that is too long is cut.
 
     A darker character means more experts, so that a log without colours shows the map, too.
     """
     scale = linear_scale("", float(found.most))
     texts = [Text(f"Compute map of held-out tokens: {loads_text(found)}", style="bold")]
-    some = found.pictures[:SHOWN]
+    of_one = 4 * found.pictures[0].experts.shape[1] + 4 if found.pictures else 1  # columns of a picture and its map
+    some = found.pictures[: min(SHOWN, max(1, (width - 2) // of_one))]
     if some:
         shades = f"'{SHADES[0]}' 0 to '{SHADES[-1]}' {found.most}"
         texts.append(Text(f"pictures ([] is a drawn cell), each beside the true experts of its cells ({shades}):"))
@@ -107,6 +109,9 @@ def console_text(found: ComputeMap) -> list[Text]:
     for line in found.lines[:SHOWN_LINES]:
         texts.append(Text("  ").append_text(Text.assemble(*((t, _style(_colour_of(n, scale))) for t, n in line))))
         texts.append(Text("  " + "".join(f"{load:.0f}".ljust(len(text))[: len(text)] for text, load in line), style="dim"))
+    for text in texts:
+        if text.plain.startswith("  "):  # a wrapped row would tear the columns; sentences may wrap
+            text.truncate(width)
     return texts
 
 

@@ -118,7 +118,7 @@ class ComputeMap:
     """True experts per token, mean over MoE layers, of some held-out tokens.
 
     Attributes:
-        mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background of image'.
+        mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background'.
         most: Largest possible number of true experts per token.
         lines: Lines of text: the text and the true experts of each token.
     """

@@ -85,7 +85,7 @@ class Mapper:
             return None
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
-            mean=_mean(sums_2MF, names),
+            mean=mean_by_kind(sums_2MF, names),
             most=max(min(group.top_k, group.num_experts) for group in self.groups),
             pictures=[MappedPicture(experts, empty, self._pixels(codes)) for codes, experts, empty in drawn],
             lines=self._lines(seen),
@@ -153,14 +153,14 @@ def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
     return (values_2T @ member).view(2, num_modalities, 2)
 
 
-def _mean(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for index, name in enumerate(names):
-        background = sums_2MF[1, index, 1] > 0
-        for filler, kind in enumerate((f"drawn cells of {name}" if background else name, f"background of {name}")):
-            experts, tokens = sums_2MF[:, index, filler]
-            if tokens:
-                found[kind] = float(experts / tokens)
+def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Names the kinds of tokens. Cells are of a named modality only if several modalities have background."""
+    experts_MF, tokens_MF = sums_2MF
+    several, found = (tokens_MF[:, 1] > 0).sum() > 1, {}
+    for name, experts_F, tokens_F in zip(names, experts_MF, tokens_MF, strict=True):
+        of = f" of {name}" if several else ""
+        kinds = (f"drawn cells{of}" if tokens_F[1] else name, f"background{of}")
+        found |= {kind: float(e / t) for kind, e, t in zip(kinds, experts_F, tokens_F, strict=True) if t}
     return found
 
 

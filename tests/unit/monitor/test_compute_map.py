@@ -14,7 +14,7 @@ LINES = [[("def ", 4.0), ("f", 0.0), ("():", 2.0)]]
 
 
 def mapped(pixels: np.ndarray | None = PIXELS) -> ComputeMap:
-    mean = {"text": 1.94, "drawn cells of image": 1.81, "background of image": 0.42}
+    mean = {"text": 1.94, "drawn cells": 1.81, "background": 0.42}
     return ComputeMap(mean, 4, [MappedPicture(EXPERTS, EMPTY, pixels)], LINES)
 
 
@@ -32,8 +32,8 @@ def test_cells_have_the_colours_of_their_experts(pixels: np.ndarray | None) -> N
 
 
 def test_a_log_shows_drawn_cells_shades_and_numbers() -> None:
-    assert [text.plain.rstrip() for text in console_text(mapped())] == [
-        "Compute map of held-out tokens: text 1.9, drawn cells of image 1.8, background of image 0.4 true experts a token",
+    assert [text.plain.rstrip() for text in console_text(mapped(), 110)] == [
+        "Compute map of held-out tokens: text 1.9, drawn cells 1.8, background 0.4 true experts a token",
         "pictures ([] is a drawn cell), each beside the true experts of its cells (' ' 0 to '@' 4):",
         "    [][]   ::==",
         "  []  [] @@..##",
@@ -46,5 +46,15 @@ def test_a_log_shows_drawn_cells_shades_and_numbers() -> None:
 def test_data_without_pictures_and_text_leave_the_means() -> None:
     bare = ComputeMap({"sound": 0.5}, 2)
     assert loads_text(bare) == "sound 0.5 true experts a token"
-    assert len(console_text(bare)) == 1
+    assert len(console_text(bare, 110)) == 1
     assert draw_map(bare, title="Compute map").ndim == 3
+
+
+def test_a_narrow_console_shows_fewer_pictures_and_cuts_lines() -> None:
+    picture = mapped().pictures[0]
+    found = ComputeMap({"text": 1.0}, 4, [picture] * 3, [[("word " * 20, 2.0)]])
+    for width, pictures in ((50, 3), (40, 2), (20, 1), (5, 1)):
+        texts = [text.plain for text in console_text(found, width)]
+        assert max(len(text) for text in texts if text.startswith("  ")) <= width
+        assert texts[0].endswith("a token")
+        assert texts[2].count("::==") == (pictures if width > 5 else 0)

@@ -14,6 +14,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.routing import RoutingRequest
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.train.build import build_evaluator
+from moe_dist.train.evaluation.compute_map import mean_by_kind
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import forward
 from tests.support.messages import refused
@@ -74,9 +75,9 @@ def by_hand(one: OneRank) -> Iterator[tuple[Batch, np.ndarray]]:
 
 
 def test_means_by_kind_of_token_equal_a_count_by_hand(case: Case) -> None:
-    kinds: dict[str, list[float]] = {"text": [], "drawn cells of image": [], "background of image": []}
+    kinds: dict[str, list[float]] = {"text": [], "drawn cells": [], "background": []}
     for token, experts in case.tokens():
-        image = "background of image" if token == FILLER_CODE else "drawn cells of image"
+        image = "background" if token == FILLER_CODE else "drawn cells"
         kinds[image if token >= IMAGE_IDS[0] else "text"].append(experts)
     assert case.map.mean == pytest.approx({kind: np.mean(found) for kind, found in kinds.items()}, rel=1e-12)
     assert case.map.most == 2
@@ -120,3 +121,11 @@ def test_a_model_whose_experts_choose_is_refused(tiny_data: Path, tmp_path: Path
     with refused(ConfigError, "monitor.compute_map"):
         OneRank(tiny_data, tmp_path, **changes)
     assert tiny_config(tiny_data, tmp_path).monitor.compute_map is None
+
+
+def test_kinds_name_the_modality_only_where_several_have_background() -> None:
+    one, two = np.zeros((2, 2, 2)), np.ones((2, 2, 2))  # experts and tokens by modality and filler
+    one[:, 0, 0], one[:, 1] = 1, 1
+    assert mean_by_kind(one, ("text", "image")) == {"text": 1.0, "drawn cells": 1.0, "background": 1.0}
+    kinds = ["drawn cells of a", "background of a", "drawn cells of b", "background of b"]
+    assert list(mean_by_kind(two, ("a", "b"))) == kinds
