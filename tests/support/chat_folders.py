@@ -1,4 +1,7 @@
-"""Folders of four tiny tokenizers with chat templates of different kinds, and conversations for them."""
+"""Folders of four tiny tokenizers with chat templates of different kinds, and conversations for them.
+
+python -m tests.support.chat_folders OUT    makes a tiny Mixtral with a tokenizer, and OUT/messages.jsonl with conversations
+"""
 
 import json
 from collections.abc import Callable
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 WORDS = ["the", "a", "cat", "Dog", "runs", "über", "naïve", "東京", "42", "3.14", "(x)", "don't\n", "tab\t", "", "two"]
@@ -131,3 +135,19 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def main(out: Path) -> None:
+    """Make a tiny Mixtral with random weights and a chat template, and conversations."""
+    from transformers import AutoTokenizer
+
+    from tests.support.tiny_hf import save, tiny_model
+
+    save(tiny_model("mixtral", vocab_size=512), out)
+    chat_folder(out, "chatml")
+    assert len(AutoTokenizer.from_pretrained(out)) <= 512
+    write_lines(out / "messages.jsonl", conversations(400))
+
+
+if __name__ == "__main__":
+    typer.run(main)
