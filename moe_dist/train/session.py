@@ -233,9 +233,8 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     if (found := finished.evaluation.compute_map) is not None:
         picture = draw_map(found, title=f"Compute map of run {plan.config.run.name} after step {finished.evaluation.step}")
         Image.fromarray(picture).save(folder.compute_map_png)
-        console.print(
-            *console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}", sep="\n"
-        )
+        for line in (*console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}"):
+            console.print(line)
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")

@@ -91,7 +91,8 @@ def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
 def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, str]:
     """A run of 4 steps, its configuration file, and what its launcher printed."""
     root = tmp_path_factory.mktemp("first")
-    config = tiny_config(tiny_data, root / "runs", {**QUIET, "run.name": "first"})
+    shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True}
+    config = tiny_config(tiny_data, root / "runs", {**QUIET, **shown, "run.name": "first"})
     path = write_config(config, root / "x.yaml")
     done = launched(path)
     assert done.returncode == 0, done.stderr
@@ -106,6 +107,11 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4]
     assert (run.checkpoints / "latest").read_text().strip() == "step_4"
     assert run.read_summary().strip() in printed
+    assert run.compute_map_png.read_bytes().startswith(b"\x89PNG")
+    means = [line["experts_by_kind_of_token"] for line in lines(run, "evaluation")]
+    assert [set(mean) for mean in means] == [{"text", "drawn cells", "background"}]
+    for words in ("the same, experts interleaved", "Compute map of held-out tokens: text "):
+        assert words in run.read_summary()
     assert not run.lease_json.exists()
     assert "\x1b" not in printed  # no terminal, no bar
 
