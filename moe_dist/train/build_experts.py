@@ -55,6 +55,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
         selection_scope=selection_scope,
         seed=config.run.seed,
         known_counts=known_counts,
+        kernels=parts.kernels,
     )
     make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
 

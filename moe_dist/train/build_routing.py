@@ -41,7 +41,8 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
 
     Args:
         known: Further values by name: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among
-            the MoE layers), `selection_scope`, `known_counts`. The constructor gets those for which it has a parameter.
+            the MoE layers), `selection_scope`, `known_counts`, `kernels`. The constructor gets those for which it has a
+            parameter.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
 from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
 from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
@@ -22,6 +23,17 @@ from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 WIDTH = {"BLOCK": 1024}
 WIDE = {"D": 2048, **WIDTH}
 FFN = {"F": 1536, **WIDTH}  # not a multiple of the block
+TOP_8 = {"C": 64, "E": 64, "K": 8, "AMONG": 0, "ROWS": 16, "COLUMNS": 64, "CHOICES": 8}
+NULLS = {"C": 16, "E": 8, "K": 3, "AMONG": 1, "ROWS": 64, "COLUMNS": 16, "CHOICES": 4}
+MANY = {"C": 300, "E": 256, "K": 8, "AMONG": 1, "ROWS": 2, "COLUMNS": 512, "CHOICES": 8}
+CHOOSE = (
+    "logits:*fp32 group_T:*i64 group_of_column:*i64 top_k:*i64 scale:fp32 choice:*i64 token:*i64 expert:*i64 weight:*fp32 "
+    "sums:*fp32 T:i32"
+)
+CHOOSE_BACKWARD = (
+    "logits:*fp32 group_T:*i64 group_of_column:*i64 top_k:*i64 scale:fp32 choice:*i64 grad_weight:*fp32 grad_prob:*fp32 "
+    "grad_square:*fp32 out:*fp32 T:i32"
+)
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
     "sum of pairs": (
@@ -41,6 +53,9 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         FFN,
     ),
 }
+for words, sizes in (("top 8 of 64", TOP_8), ("null columns", NULLS), ("many columns", MANY)):
+    KERNELS[f"choose, {words}"] = (choose_kernel, CHOOSE, {**sizes, "G": 2, "CHOSEN": False})
+    KERNELS[f"choose backward, {words}"] = (choose_backward_kernel, CHOOSE_BACKWARD, sizes)
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:

@@ -1,14 +1,15 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
 `torch_kernels.py` implements it by operations of torch, on any device. It is the reference of `triton_kernels.py`, which
-implements it by Triton kernels. Shape letters: N items with a row each, M rows, R rows for this rank's experts, Q (token,
-expert) pairs computed here, D hidden size, F hidden width of experts, O own rows and S received rows of a table.
+implements it by Triton kernels. Shape letters: T tokens, C columns of the router, K choices, G expert groups, N items with
+a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden size, F hidden width of
+experts, O own rows and S received rows of a table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,11 +34,54 @@ class RowIndex:
         return order_N, torch.searchsorted(sorted_N, rows, out_int32=True)
 
 
+@dataclass(frozen=True)
+class TopK:
+    """How tokens choose columns: the first `num_true` are true experts, all others null.
+
+    Attributes:
+        group_of_column_C: int64, group of each column.
+        top_k_G: int64, k of each group, then 0 for padding (group -1).
+        num_choices: K, the largest k.
+        scale: Factor of every weight.
+        normalise: Columns over which weights are a softmax: `none` (all), `true_chosen` or `all_chosen`.
+    """
+
+    group_of_column_C: Tensor
+    top_k_G: Tensor
+    num_true: int
+    num_choices: int
+    scale: float
+    normalise: str
+
+
+class Choice(NamedTuple):
+    """Choices of T tokens, and sums over the tokens. The fields without a comment are those of `Assignments` and
+    `RouterSums` (moe/routing.py)."""
+
+    choice_TK: Tensor  # chosen columns, the best first
+    token_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+    counts: Tensor  # int64 [C + G]: choices of each column, then tokens of each group
+    prob_C: Tensor
+    log_z_squared_G: Tensor
+    entropy_G: Tensor
+
+
 class RowKernels(Protocol):
     """`swiglu` and `sum_pairs` together multiply the output of each pair by its weight; which one does so is their choice.
 
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
+
+    Attributes:
+        has_choose: True if `choose` exists. Otherwise the router chooses by operations of torch.
     """
+
+    has_choose: bool
+
+    def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
+        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or takes the columns that they chose before."""
+        ...
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         """Returns the row of each pair [Q, D], for the products with gate and with up: two tensors with the same memory, so

@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows, gather_rows, weighted_row_sum
-from moe_dist.moe.kernels.interface import RowIndex
+from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
 
 
 class TorchKernels:
-    """Weights are applied by `sum_pairs`."""
+    """Weights are applied by `sum_pairs`. The choice of experts is `moe_dist.moe.routers.top_k`."""
+
+    has_choose = False
+
+    def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
+        raise AssertionError("the router chooses by operations of torch")
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         x_QD = gather_rows(rows_RD, index.parts[0])

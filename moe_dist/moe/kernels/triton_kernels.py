@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
 from moe_dist.moe.kernels.gather import gather_rows
-from moe_dist.moe.kernels.interface import RowIndex
+from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
 from moe_dist.moe.kernels.row_sum import row_sum
 from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
     """Weights are applied by `swiglu`, so that backward needs neither the experts' outputs nor a pass over them."""
+
+    has_choose = True
+
+    def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
+        return Choice(*_Choose.apply(logits_TC, group_T, top_k, choice_TK))  # pyright: ignore[reportGeneralTypeIssues]
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         return _Gather.apply(rows_RD, index)  # pyright: ignore[reportReturnType]
@@ -37,6 +43,37 @@ class TritonKernels:
 
 
 TRITON = TritonKernels()
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Any:
+        logits_TC, among = logits_TC.contiguous(), AMONG[top_k.normalise]
+        tables = (group_T.contiguous(), top_k.group_of_column_C, top_k.top_k_G)
+        numbers = (top_k.num_true, top_k.num_choices, top_k.scale, among)
+        chosen_TK, token_TK, expert_TK, weight_TK, sums = choose(logits_TC, *tables, choice_TK, *numbers)
+        ctx.save_for_backward(logits_TC, *tables, chosen_TK)
+        ctx.numbers = (top_k.num_true, top_k.scale, among)
+        num_columns, num_groups = logits_TC.shape[1], len(top_k.top_k_G) - 1
+        sizes = [num_columns + num_groups, num_columns, num_groups, num_groups]
+        counts, prob_C, square_G, entropy_G = sums.sum(0).split(sizes)
+        counts = counts.to(torch.int64)  # exact, because fp32 has all integers to 2^24
+        token_N, expert_N = token_TK.flatten(), expert_TK.flatten()
+        ctx.mark_non_differentiable(chosen_TK, token_N, expert_N, counts, entropy_G)
+        ctx.set_materialize_grads(False)  # else backward would make zeros for each integer tensor
+        # copies, because FSDP2 warns of a module that returns views with gradients
+        return chosen_TK, token_N, expert_N, weight_TK.flatten(), counts, prob_C.clone(), square_G.clone(), entropy_G
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_TC, group_T, group_of_column_C, top_k_G, chosen_TK = ctx.saved_tensors
+        # contiguous, because the gradient of a sum has stride 0; None without a loss that uses this sum
+        shapes = ((chosen_TK.numel(),), (logits_TC.shape[1],), (len(top_k_G) - 1,))
+        found = zip((grads[3], grads[5], grads[6]), shapes, strict=True)
+        given = [logits_TC.new_zeros(shape) if each is None else each.contiguous() for each, shape in found]
+        out = choose_backward(logits_TC, group_T, group_of_column_C, top_k_G, chosen_TK, *given, *ctx.numbers)
+        return out, None, None, None
 
 
 class _Gather(torch.autograd.Function):

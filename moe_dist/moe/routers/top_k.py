@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.rows import accumulation_dtype
+from moe_dist.moe.kernels.interface import RowKernels, TopK
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
 from moe_dist.moe.routing import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
@@ -83,6 +85,8 @@ class TopKRouter(nn.Module):
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases
             of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
+        kernels: If they have `choose`, they compute all that follows the logits, unless the router has a selection bias,
+            capacity, zero-computation experts or `true_all`, or the caller asks for probabilities or choices of tokens.
     """
 
     group_of_column_C: Tensor
@@ -101,8 +105,10 @@ class TopKRouter(nn.Module):
         null_logit: NullLogit = "each",
         selection_bias: bool = False,
         capacity: Capacity | None = None,
+        kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.groups = tuple(groups)
         self.normalise: Normalise = normalise
         self.scale = scale
@@ -142,6 +148,8 @@ class TopKRouter(nn.Module):
         cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
+            if self._one_kernel(logits_TC, cache):
+                return self._choose_at_once(logits_TC, group_T, cache)
             routed_T = group_T >= 0
             # A temporary bool [T, C]. Padding keeps finite logits, because a softmax over -inf alone is NaN; all sums leave
             # padding out.
@@ -169,6 +177,22 @@ class TopKRouter(nn.Module):
         prob_AC = None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A]
         recorded = _recorded(chosen, taken_TK, weight_TK) if cache.keep_choices else None
         return Routing(assignments, sums, free_TF, prob_AC, recorded)
+
+    def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
+        """Returns whether `kernels.choose` computes what this router and caller want."""
+        rare = self.selection_bias or self.num_zero_computation or self.normalise == "true_all"
+        limited = self.capacity is not None and self.training
+        shown = cache.probe_tokens_A is not None or cache.keep_choices
+        return self.kernels.has_choose and not (rare or limited or shown) and logits_TC.dtype == torch.float32
+
+    def _choose_at_once(self, logits_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> Routing:
+        tables = (self.group_of_column_C, self.top_k_G, self.num_experts, self.num_choices)
+        made = self.kernels.choose(logits_TC, group_T, TopK(*tables, self.scale, self.normalise), cache.choice_TK)
+        cache.choice_TK = made.choice_TK
+        choices_C, tokens_G = made.counts.split([logits_TC.shape[1], len(self.groups)])
+        dropped_E = torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device)
+        sums = RouterSums(choices_C, made.prob_C, tokens_G, made.log_z_squared_G, made.entropy_G, dropped_E)
+        return Routing(Assignments(made.token_N, made.expert_N, made.weight_N), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of

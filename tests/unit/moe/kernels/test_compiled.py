@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {"swiglu backward": 16}  # bytes for the sum of 4 warps; all other kernels need no shared memory
-MOST_REGISTERS = 64  # of a thread: 8 blocks of 128 threads fit on a multiprocessor
+SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}  # most bytes; others need no shared memory
+MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiprocessor
 
 
 @pytest.mark.slow
@@ -22,9 +22,9 @@ def test_no_kernel_spills_registers() -> None:
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reports) == len(architectures)
     for kernels in reports:
-        assert len(kernels) == 5
+        assert len(kernels) == 11
         for name, report in kernels.items():
             assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
             assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
-            assert report["shared"] == SHARED.get(name, 0), f"{name}: {report}"
+            assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
             assert report["vectors"], f"{name} reads or writes no 16 bytes at once: {report}"

@@ -110,7 +110,7 @@ def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
     assert not torch.equal(add_rows(torch.zeros(3, 9), index.parts[0].flip(0), rows.flip(0)), in_order)
 
 
-GROUPS = (ExpertGroup("text", 4, 2, 2, 16, 3, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
+GROUPS = (ExpertGroup("text", 4, 2, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 BATCHES = {
     "both groups": [0, 1, -1, 0, 0, 1, 0, 1, 1, 0, 0],
     "one group": [0] * 7,  # no pair for the experts of the other group

@@ -23,10 +23,10 @@ SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
 TOKENS = {"step tokens of each rank and group": 1}  # for expert choice, and for the draws of dropout
 PRESETS: dict[str, dict[str, Any]] = {
     # the named reads with their numbers in a step, and the most kernels of an MoE layer, forward and backward
-    "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (170, 143)},
-    "olmoe_1b7b_8gpu": {"reads": SPLIT_SIZES, "kernels": (156, 112)},
-    "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (156, 112)},
-    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (112, 70)},
+    "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (84, 70)},
+    "olmoe_1b7b_8gpu": {"reads": SPLIT_SIZES, "kernels": (72, 36)},
+    "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (76, 46)},
+    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (116, 46)},
     "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (132, 172)},
 }
 SHORT = ("adamoe_moma_small_1gpu", 8)

@@ -1,0 +1,96 @@
+"""The router's choice in one Triton kernel against the router of torch: choices, weights, sums and gradients."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.kernels.triton_kernels import TRITON
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+D = 5
+ONE = (ExpertGroup("all", 6, 0, 3, 8, 0, ("text",)),)
+NULLS = (ExpertGroup("text", 4, 2, 3, 8, 0, ("text",)), ExpertGroup("image", 3, 1, 2, 8, 4, ("image",)))
+WIDE = (ExpertGroup("all", 70, 8, 10, 8, 0, ("text",)),)
+TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 0] * 19}  # 76 tokens: more than one block
+
+
+def route(router: TopKRouter, h_TD: torch.Tensor, group_T: torch.Tensor, cache: RoutingCache | None = None) -> Routing:
+    routing = router(h_TD, group_T, cache)
+    assert isinstance(routing, Routing)
+    return routing
+
+
+def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Integers, and numbers with their gradients for some direction."""
+    sums, pairs = routing.sums, routing.assignments
+    floats = [pairs.weight_N, sums.prob_C, sums.log_z_squared_G]
+    directions = [torch.linspace(-1, 2, each.numel()).view_as(each).cos() for each in floats]
+    gradients = torch.autograd.grad(floats, inputs, directions)
+    return [pairs.token_N, pairs.expert_N, sums.choices_C, sums.tokens_G, sums.dropped_E], [
+        *floats,
+        sums.entropy_G,
+        *gradients,
+    ]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("groups", "normalise"), [*product((ONE, NULLS), ("none", "true_chosen", "all_chosen")), (WIDE, "none")]
+)
+def test_one_kernel_routes_as_torch(groups: tuple[ExpertGroup, ...], normalise: str, tokens: str) -> None:
+    group_T = torch.tensor(TOKENS[tokens], dtype=torch.int64)
+    if len(groups) > 1 and len(group_T) > 3:
+        group_T[1::3] = 1
+    torch.manual_seed(0)
+    routers = [TopKRouter(D, groups, normalise=normalise, scale=1.5, kernels=each) for each in (TRITON, TORCH)]  # pyright: ignore
+    for parameter in routers[0].parameters():
+        torch.nn.init.normal_(parameter)
+    routers[1].load_state_dict(routers[0].state_dict())
+    h_TD = torch.randn(len(group_T), D, requires_grad=True)
+    cache = RoutingCache()
+    ours, theirs = route(routers[0], h_TD, group_T, cache), route(routers[1], h_TD, group_T)
+    got = results(ours, [h_TD, *routers[0].parameters()])
+    wanted = results(theirs, [h_TD, *routers[1].parameters()])
+    for mine, other in zip(got[0], wanted[0], strict=True):
+        assert torch.equal(mine, other)
+        assert mine.dtype == other.dtype
+    for mine, other in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    again = results(route(routers[0], h_TD, group_T, cache), [h_TD, *routers[0].parameters()])
+    for mine, other in zip([*got[0], *got[1]], [*again[0], *again[1]], strict=True):
+        assert torch.equal(mine, other), "a recomputation keeps choices and bits"
+
+
+def test_of_equal_logits_true_experts_win() -> None:
+    router = TopKRouter(D, NULLS, kernels=TRITON)
+    for parameter in router.parameters():
+        torch.nn.init.ones_(parameter)
+    routing = route(router, torch.ones(2, D), torch.tensor([0, 1]))
+    assert routing.assignments.expert_N.tolist() == [0, 1, 2, 4, 5, -1]
+
+
+def test_a_sum_without_a_loss_needs_no_gradient() -> None:
+    gradients = []
+    for kernels in (TRITON, TORCH):
+        torch.manual_seed(0)
+        router, h_TD = TopKRouter(D, NULLS, kernels=kernels), torch.randn(7, D, requires_grad=True)
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        route(router, h_TD, torch.tensor([0, 0, 1, 0, -1, 1, 0])).assignments.weight_N.square().sum().backward()
+        gradients.append(h_TD.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_rare_options_use_torch() -> None:
+    biased = TopKRouter(D, NULLS, selection_bias=True, kernels=TRITON)
+    cache = RoutingCache(keep_choices=True)
+    for router, kept in ((biased, None), (TopKRouter(D, NULLS, kernels=TRITON), cache)):
+        torch.manual_seed(0)
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        routing = route(router, torch.randn(4, D), torch.zeros(4, dtype=torch.int64), kept)
+        assert (routing.chosen is not None) == (kept is not None)
