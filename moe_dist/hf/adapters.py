@@ -24,9 +24,11 @@ from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import sync, write_durably
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
+from moe_dist.moe.lora import PROJECTIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
@@ -65,6 +67,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     experts, attention = model.moe.experts, model.attention_lora
     main: Any = experts if experts.adapts_ffns else attention
     parts = [f"{target}_proj" for target in attention.targets] if attention else []
+    shared = [f"shared_expert.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,7 +77,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
         "lora_alpha": main.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": parts,
+        "target_modules": parts + shared,
         "target_parameters": [_PARAMETERS[target] for target in experts.targets] if experts.adapts_ffns else None,
         "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
         "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
@@ -90,6 +93,10 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
             for matrix in "ab":
                 name = f"{_MODEL}.{layer}.self_attn.{target}_proj.lora_{matrix.upper()}.weight"
                 yield name, read(f"layers.{layer}.attention.adapters.{target}.{matrix}")
+        for part in PROJECTIONS if _on_shared_expert(model) and layer in model.moe_layers else ():
+            for matrix in "ab":
+                name = f"{_MODEL}.{layer}.mlp.shared_expert.{part}_proj.lora_{matrix.upper()}.weight"
+                yield name, read(f"layers.{layer}.moe.shared.{part}.adapter.{matrix}")
         if experts.adapts_ffns and layer in model.moe_layers:
             for target in experts.targets:
                 inner = ".base_layer" if target == "gate_up" and "down" in experts.targets else ""
@@ -106,6 +113,10 @@ def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str
     if model.moe.experts.shared:
         return [[f"{prefix}.adapters.{target}.{matrix}"] * section.num_experts for matrix in "ab"]
     return [[f"{prefix}.{expert}.{target}_{matrix}" for expert in experts] for matrix in "ab"]
+
+
+def _on_shared_expert(model: ModelSection) -> bool:
+    return isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared_expert
 
 
 def _check(model: ModelSection) -> None:

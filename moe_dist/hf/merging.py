@@ -27,6 +27,7 @@ from moe_dist.placement.roles import EXPERT_NAME
 Read = Callable[[str], Tensor]
 
 _ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[qkvo])\.weight")
+_SHARED = re.compile(r"(layers\.\d+\.moe\.shared\.(?:gate|up|down))\.weight")
 _TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # adapter of a matrix of an FFN expert
 _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
@@ -89,6 +90,8 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
         target, stem = _TARGETS[match["tensor"]], f"{match['layer']}.moe.experts.{match['group']}"
         prefix = f"{stem}.adapters.{target}." if experts.shared else f"{stem}.{match['expert']}.{target}_"
         return [(f"{prefix}a", f"{prefix}b", experts.alpha / experts.rank)]
+    if (match := _SHARED.fullmatch(name)) and isinstance(experts := model.moe.experts, AdaptedFFNExpertsSection):
+        return [(f"{match[1]}.adapter.a", f"{match[1]}.adapter.b", experts.alpha / experts.rank)]
     match, experts = _FFN.fullmatch(ffn_names.get(name, "")), model.moe.experts
     if match is None or not isinstance(experts, LoRAExpertsSection):
         return []

@@ -48,7 +48,7 @@ _ROLES_OF_NAMES = (  # special names first, because the first match counts
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),
     (re.compile(r"layers\.\d+\.depths\..+"), Role.DEPTH_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.free\..+"), Role.ZERO_COMPUTATION),
-    (re.compile(r"layers\.\d+\.(attention|moe)\.adapters\..+"), Role.ADAPTER),
+    (re.compile(r"layers\.\d+\.((attention|moe)\.adapters|moe\.shared\.[a-z]+\.adapter)\..+"), Role.ADAPTER),
     (re.compile(r"embedding\.weight"), Role.EMBEDDING),
     (re.compile(r"(.+[._])?norm\.weight"), Role.NORM),
 )

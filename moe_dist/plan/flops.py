@@ -36,12 +36,14 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def expert_adapters(model: ModelSection, held: Mapping[str, float]) -> float:
-    """Returns the number of parameters of the adapters on the experts of one layer, of `held` experts of each group."""
+    """Returns the number of parameters of the adapters on the experts of one layer, the shared expert included. `held` is
+    the number of experts of each group."""
     dim, section = model.hidden_dim, model.moe.experts
     if not section.adapts_ffns:
         return 0
     widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
-    return sum(adapter_parameters(section, each) * (1 if section.shared else held[name]) for name, each in widths.items())
+    routed = [adapter_parameters(section, each) * (1 if section.shared else held[name]) for name, each in widths.items()]
+    return sum(routed) + (3 * section.rank * (dim + model.moe.shared_ffn_dim) if section.shared_expert else 0)
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
+from moe_dist.model.shared_lora import adapted
 from moe_dist.moe.adapted_experts import AdaptedExperts
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels.interface import RowKernels
@@ -57,7 +60,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
         known_counts=known_counts,
         kernels=parts.kernels,
     )
-    make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
+    fields = moe.experts.model_dump(exclude={"kind", "shared_expert"})
 
     def make(layer: int) -> MoELayer:
         return MoELayer(
@@ -70,16 +73,24 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
                 pair_budget=config.parallel.expert_pair_budget,
                 gemm=config.parallel.expert_gemm,
                 kernels=parts.kernels,
-                **moe.experts.model_dump(exclude={"kind"}),
+                **fields,
             ),
             dispatcher=dispatcher,
-            shared=make_shared(hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
+            shared=_shared_expert(section) if moe.shared_ffn_dim else None,
             free=ZeroComputationExperts(hidden_dim, groups) if has_zero_computation_experts(groups) else None,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",
         )
 
     return make
+
+
+def _shared_expert(section: ModelSection) -> SwiGLU:
+    moe = section.moe
+    shared = (GatedSwiGLU if moe.shared_gate else SwiGLU)(section.hidden_dim, moe.shared_ffn_dim)
+    if not (isinstance(moe.experts, AdaptedFFNExpertsSection) and moe.experts.shared_expert):
+        return shared
+    return adapted(shared, rank=moe.experts.rank, alpha=moe.experts.alpha)
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:

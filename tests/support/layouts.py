@@ -74,7 +74,7 @@ class Layout:
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
     ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: each (one for each expert) or shared
-    attention_lora: bool = False  # LoRA on the attention, beside ffn_lora
+    attention_lora: bool = False  # LoRA on attention and shared expert, beside ffn_lora
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     fsdp_gather: str = "micro_batch"
@@ -187,6 +187,7 @@ def config_of(layout: Layout) -> Config:
         experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
     if layout.ffn_lora:
         experts = {"kind": "ffn_lora", "rank": 2, "alpha": 3.0, "shared": layout.ffn_lora == "shared"}
+        experts["shared_expert"] = layout.attention_lora
     if layout.choice:
         router = {"kind": "expert_choice", "scope": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
         router["threshold_decay"] = 0.5

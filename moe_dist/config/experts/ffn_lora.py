@@ -20,6 +20,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     targets: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
     """Matrices with an adapter. gate and up together have one, as they are one matrix in transformers."""
     shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
+    shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if self.dropout:
@@ -28,3 +29,6 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
                 "no dropout on experts; set it to 0"
             )
             yield Violation(("model.moe.experts.dropout",), problem)
+        if self.shared_expert and not config.model.moe.shared_ffn_dim:
+            problem = "model.moe.experts.shared_expert=true: model.moe.shared_ffn_dim=0, no shared expert; set it to false"
+            yield Violation(("model.moe.experts.shared_expert", "model.moe.shared_ffn_dim"), problem)

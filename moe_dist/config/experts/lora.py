@@ -117,8 +117,8 @@ def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
     only, rules, there = config.train.only, config.run.init_rules, config.model.has_adapters
     if there and only != "adapters":
         problem = (
-            f"train.only={only or 'null'}: the weights under adapters (model.moe.experts.kind=lora, model.attention_lora) "
-            "are frozen, and only the adapters are saved; set train.only=adapters"
+            f"train.only={only or 'null'}: the weights under adapters (model.moe.experts.kind=lora or ffn_lora, "
+            "model.attention_lora) are frozen, and only the adapters are saved; set train.only=adapters"
         )
         yield Violation(("train.only", EXPERTS, "model.attention_lora"), problem)
     if only == "adapters" and not there:

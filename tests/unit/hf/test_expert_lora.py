@@ -20,6 +20,7 @@ from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.roles import EXPERTS, named_parameters
 from tests.support.adapted import Adapted
 from tests.support.agreement import arrays, assert_agree
+from tests.support.cover import full
 from tests.support.imported import load_imported, logits_of
 from tests.support.messages import refused
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "each": {"ffn": LORA, "attention": SMALLER},
     "shared": {"ffn": {**LORA, "shared": True}},
     "down": {"ffn": {**LORA, "targets": ["down"]}},
+    "shared expert": {"ffn": {**LORA, "shared_expert": True}, "attention": SMALLER},
 }
 
 
@@ -58,8 +60,15 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.full)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        ("mixtral", "each"),
+        ("mixtral", "shared"),
+        ("qwen2_moe", "shared expert"),
+        *(full("qwen2_moe", case) for case in ("each", "shared", "down")),
+    ],
+)
 def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
     """Logits and every gradient to 1e-5 of the largest entry."""
     import transformers
@@ -148,6 +157,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = imported(tmp_path)
     with refused(ConfigError, "model.moe.experts.dropout=0.1"):
         Adapted(base, tmp_path / "other", ffn={**LORA, "dropout": 0.1})
+    with refused(ConfigError, "model.moe.experts.shared_expert=true"):
+        Adapted(base, tmp_path / "other", ffn={**LORA, "shared_expert": True})
     with refused(ConfigError, "holds no adapters"):
         export_adapters(base, tmp_path / "adapter")
     Adapted(base, tmp_path / "run", ffn=LORA).save()
