@@ -5,8 +5,8 @@ dense model becomes a model with one expert per layer, whose routing weight is a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.routers.top_k import TopKRouterSection
@@ -23,6 +23,10 @@ from moe_dist.hf.attention_fields import (
 from moe_dist.hf.fields import Fields
 
 GROUP = "all"  # name of the only expert group of an imported model
+# `zce_types` of Qwen3-MoE++ (ZEDA, arXiv 2605.18643), in the order of our columns, by the key of a group with their number.
+ZERO_COMPUTATION = {"num_null": "zero", "num_identity": "copy", "num_constant": "constant"}
+# Where the tensors of MoE layers are (`moe_dist.hf.names`).
+Layout = Literal["plain", "zero_computation", "moe_dist"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class ModelFamily:
     kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null
     rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
     windows: Windows = "none"  # how config.json says sliding windows
+    layout: Layout = "plain"
     must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
 
 
@@ -86,6 +91,16 @@ FAMILIES: Mapping[str, ModelFamily] = {
     )
 }  # fmt: skip
 
+# The published form of models with null, copy and constant experts. transformers has no class for it.
+PLUS_PLUS = replace(
+    FAMILIES["qwen3_moe"],
+    name="qwen3_moe_plus_plus",
+    architecture="Qwen3MoePlusPlusForCausalLM",
+    normalise={"none": {"norm_topk_prob": False}, "all_chosen": {"norm_topk_prob": True}},
+    layout="zero_computation",
+)
+KNOWN = {**FAMILIES, PLUS_PLUS.name: PLUS_PLUS}
+
 _MLA = "its attention (multi-head latent attention, MLA) is not in the model"
 REFUSED = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "longcat_flash"), _MLA),
@@ -102,10 +117,10 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
         ConfigError: the family is not supported, the model is quantised, or it brings its own code.
     """
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in KNOWN:
         reason = REFUSED.get(name, "this family is not known here") if isinstance(name, str) else "it must name a family"
-        raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+        raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(KNOWN)}")
+    family = KNOWN[name]
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise ConfigError(f"config.json: {key}={config[key]!r:.80}: quantised weights are not read; take the originals")
@@ -160,6 +175,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
                     "num_experts": experts,
                     "top_k": read.whole("num_experts_per_tok") if family.experts else 1,
                     "ffn_dim": read.whole(family.ffn),
+                    **(_zero_computation(read) if family.layout == "zero_computation" else {}),
                 }
             },
             "router": {"normalise": _said(family.normalise, read)},
@@ -209,6 +225,23 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
     return sparse[0], every if len(sparse) > 1 else max(1, layers - sparse[0]), len(sparse) < layers
 
 
+def _zero_computation(read: Fields) -> dict[str, int]:
+    """Returns the numbers of null, identity and constant experts."""
+    kinds, counts = read.many("zce_types"), read.many("zce_nums")
+    ordered = [kind for kind in ZERO_COMPUTATION.values() if kind in kinds]
+    if kinds != ordered or len(kinds) != len(counts) or not all(type(count) is int and count > 0 for count in counts):
+        raise ConfigError(
+            f"config.json: zce_types={kinds!r:.80}, zce_nums={counts!r:.80}: supported is each type at most once, in the "
+            f"order {', '.join(ZERO_COMPUTATION.values())}, with a number above 0"
+        )
+    if read.flag("use_zce_mask", True):
+        raise ConfigError(
+            "config.json: use_zce_mask is true or absent: such a model never chooses its zero-computation experts; set it "
+            "to false, or take these experts' rows away and set model_type to qwen3_moe"
+        )
+    return {name: counts[kinds.index(kind)] for name, kind in ZERO_COMPUTATION.items() if kind in kinds}
+
+
 def top_k_router(section: ModelSection) -> TopKRouterSection:
     """Returns the section of the model's top-k router, the only kind of router that the families have.
 
@@ -222,7 +255,7 @@ def top_k_router(section: ModelSection) -> TopKRouterSection:
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model without null experts that a family does not support."""
+    """Returns the settings of a model with one group that a family does not support, zero-computation experts apart."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
@@ -245,7 +278,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of config.json, for transformers 4 and 5, of a model without null experts."""
+    """Returns the fields of config.json, for transformers 4 and 5, of a model that `misfits` has accepted."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -275,4 +308,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         fields |= {"intermediate_size": section.dense_ffn_dim or group.ffn_dim}
     if family.shared:
         fields["shared_expert_intermediate_size"] = moe.shared_ffn_dim
+    if family.layout == "zero_computation":
+        counts = {kind: count for name, kind in ZERO_COMPUTATION.items() if (count := getattr(group, name))}
+        fields |= {"zce_types": list(counts), "zce_nums": list(counts.values()), "use_zce_mask": False}
     return fields | {family.ffn: group.ffn_dim}
