@@ -76,9 +76,8 @@ def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool
             reasons = error.problems
     if not must:
         return replace(_served(model), reasons=reasons)
-    other = (
-        [] if served_problems(model) else [f"--family={name}: leave it out, and the export takes the form {SERVED.name}"]
-    )
+    leave = f"--family={name}: leave it out, and the export takes the form {SERVED.name}"
+    other = served_problems(model) or [leave]
     raise ConfigError([*reasons, *other], see=GUIDE)
 
 
