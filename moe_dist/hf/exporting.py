@@ -210,8 +210,9 @@ def _said_fields(
         ids = token_ids(section, data.manifest)
     else:
         base = read_json(like / CONFIG_FILE, "model") if like else {}
-        ids = {group["name"]: group["token_ids"] for group in base.get("expert_groups", ())}
-        if len(groups) > 1 and ids.keys() != groups.keys():
+        said = base.get("expert_groups") if base.get("model_type") == SERVED.name else None
+        ids = {group.get("name"): group.get("token_ids") for group in said or ()}
+        if len(groups) > 1 and not all(ids.get(name) for name in groups):
             problem = (
                 f"model.moe.groups: {', '.join(groups)}: the group of a token follows from its id, which the data set says"
             )

@@ -11,6 +11,7 @@ from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.split_files import data_digest
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from tests.support.causal_models import evaluated_model
@@ -21,10 +22,17 @@ GROUP: dict[str, Any] = {"num_experts": 4, "num_null": 3, "top_k": 3, "ffn_dim":
 ONE = {"model.moe.groups": {"all": GROUP}}  # one group, and null rows that are no copies
 
 
-def saved_model(folder: Path, data: Path, changes: Mapping[str, Any]) -> Transformer:
-    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would, and returns the model."""
+def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies: bool = False) -> Transformer:
+    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would, and returns the model.
+
+    Args:
+        copies: Whether null rows of routers are copies of true rows, as at the start of a run.
+    """
     config = tiny_config(data, folder, changes)
     model = evaluated_model(config)
+    for module in model.modules() if copies else ():
+        if isinstance(module, GroupGate):
+            module.copy_true_rows()
     groups = expert_groups(config.model.moe)
     placement = ExpertPlacement(groups, (tuple(range(sum(group.num_experts for group in groups))),))
     values = {"config": config.model_dump(mode="json"), "data": data_digest(data, load_manifest(data))}

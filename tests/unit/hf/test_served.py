@@ -110,6 +110,17 @@ def test_logits_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> No
 
 
 @torch.no_grad()
+def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -> None:
+    """Every choice is a tie, to the last bit of the products."""
+    ours = saved_model(tmp_path / "run", data, one(num_null=8, top_k=4), copies=True)
+    assert export_model(tmp_path / "run", tmp_path / "plain").folded == 8
+    export_model(tmp_path / "run", tmp_path / "hf", family="moe_dist")
+    tokens = prompts()
+    for folder in ("plain", "hf"):
+        torch.testing.assert_close(theirs(tmp_path / folder)(tokens).logits, logits(ours, tokens), rtol=BOUND, atol=BOUND)
+
+
+@torch.no_grad()
 def test_padding_changes_no_token(tmp_path: Path, data: Path) -> None:
     depths = {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}}
     ours = saved_model(tmp_path / "run", data, {"model.sliding_window": 4} | depths | rope("dynamic", **LENGTHS))
