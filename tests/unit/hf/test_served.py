@@ -20,6 +20,7 @@ from tests.support.messages import refused
 from tests.support.pictured import VOCAB
 from tests.support.served import GROUP, ONE, continued, logits, saved_model, theirs
 from tests.support.tiny import tiny_dataset
+from tests.support.tiny_hf import save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
 
 BOUND = 1e-5
@@ -78,6 +79,9 @@ COVER = (
 )  # fmt: skip
 
 
+VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -118,6 +122,19 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
     tokens = prompts()
     for folder in ("plain", "hf"):
         torch.testing.assert_close(theirs(tmp_path / folder)(tokens).logits, logits(ours, tokens), rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ernie4_5_moe", "glm4_moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
+)
+@torch.no_grad()
+def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
+    """Softmax and sigmoid with selection bias, groups of experts, shared experts without a gate, parts of heads, pairs."""
+    model, tokens = tiny_model(kind).eval(), prompts()
+    import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "hf", family="moe_dist")
+    torch.testing.assert_close(theirs(tmp_path / "hf")(tokens).logits, model(tokens).logits, rtol=BOUND, atol=BOUND)
 
 
 @torch.no_grad()
