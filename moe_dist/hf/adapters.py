@@ -24,6 +24,7 @@ from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import sync, write_durably
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
@@ -63,7 +64,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, the attention's are in
     the patterns."""
     experts, attention = model.moe.experts, model.attention_lora
-    main: Any = experts if experts.adapts_ffns else attention
+    adapted = isinstance(experts, AdaptedFFNExpertsSection)
+    main: Any = experts if adapted else attention
     parts = [f"{target}_proj" for target in attention.targets] if attention else []
     return {
         "peft_type": "LORA",
@@ -75,7 +77,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": parts,
-        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if experts.adapts_ffns else None,
+        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if adapted else None,
         "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
         "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
     }
@@ -90,7 +92,7 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
             for matrix in "ab":
                 name = f"{_MODEL}.{layer}.self_attn.{target}_proj.lora_{matrix.upper()}.weight"
                 yield name, read(f"layers.{layer}.attention.adapters.{target}.{matrix}")
-        if experts.adapts_ffns and layer in model.moe_layers:
+        if isinstance(experts, AdaptedFFNExpertsSection) and layer in model.moe_layers:
             for target in experts.targets:
                 inner = ".base_layer" if target == "gate_up" and "down" in experts.targets else ""
                 prefix = f"{_MODEL}.{layer}.mlp.experts{inner}"
@@ -103,7 +105,7 @@ def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str
     """Returns the logical names of A, and of B, of each expert in a layer of a model with one group of experts."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
-    if model.moe.experts.shared:
+    if isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared:
         return [[f"{prefix}.adapters.{target}.{matrix}"] * section.num_experts for matrix in "ab"]
     return [[f"{prefix}.{expert}.{target}_{matrix}" for expert in experts] for matrix in "ab"]
 
