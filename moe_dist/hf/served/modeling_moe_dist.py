@@ -34,13 +34,12 @@ class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
     def forward(self, x, position_ids):
         if self.rope_type != "dynamic":
             return super().forward(x, position_ids)
-        parameters, dim = self.config.rope_parameters, 2 * len(self.inv_freq)
+        parameters, dim = dict(self.config.rope_parameters or {}), 2 * len(self.inv_freq)
         length = position_ids.amax(-1, keepdim=True).float() + 1
         growth = parameters["factor"] * (length / self.config.max_position_embeddings - 1) + 1
         base = parameters["rope_theta"] * growth.clamp(min=1.0) ** (dim / (dim - 2))
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float) / dim
-        angles = position_ids[..., None].float() * base[..., None] ** -exponents
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = (position_ids[..., None].float() * base[..., None] ** -exponents).repeat(1, 1, 2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
@@ -274,6 +273,7 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
             self.depth_router = MoeDistDepthRouter(config)
 
     def forward(self, hidden_states, group_ids, **kwargs):
+        weight = 1.0
         if self.has_depths:
             kwargs["taken"], weight = self.depth_router(hidden_states)
             group_ids = group_ids.masked_fill(~kwargs["taken"], -1)
@@ -281,7 +281,7 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
         added, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normed = self.post_attention_layernorm(hidden_states + added)
         added = added + (self.mlp(normed, group_ids) if self.is_sparse else self.mlp(normed))
-        return hidden_states + (added if not self.has_depths else (weight * added).to(added.dtype))
+        return hidden_states + (weight * added).to(added.dtype)
 
 
 class MoeDistPreTrainedModel(PreTrainedModel):
