@@ -23,6 +23,9 @@ def main(
     ] = None,
     like: Annotated[Path | None, typer.Option(help="Folder with the config.json and tokenizer to copy.")] = None,
     adapters: Annotated[bool, typer.Option("--adapters", help="Write the adapters alone, in PEFT's form.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Where the data set is that the run was trained on; by default its data.path.")
+    ] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a file of weights, in MB.")] = 2000,
 ) -> None:
     """Export a checkpoint, and verify its weights by their fingerprints."""
@@ -47,6 +50,7 @@ def main(
             dtype=DTYPES[dtype] if dtype else None,
             family=family,
             like=like,
+            data=data,
             shard_bytes=shard_mb * 10**6,
             report=report,
         )
@@ -54,6 +58,9 @@ def main(
         print("adapters merged into their base")
     if done.folded:
         print(f"{done.folded} null experts a layer left out: they were copies of true rows, so nothing changes")
+    if done.reasons:
+        print("no plain family of transformers can express this model:", *done.reasons, sep="\n  - ")
+        print("the folder brings its own code, so load it with trust_remote_code=True")
     print(
         f"{done.family}: {done.tensors} tensors in {done.shards} files; config.json after {done.like or 'the model alone'}"
     )

@@ -65,7 +65,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, the attention's are in
     the patterns."""
     experts, attention = model.moe.experts, model.attention_lora
-    main: Any = experts if experts.adapts_ffns else attention
+    adapted = isinstance(experts, AdaptedFFNExpertsSection)
+    main: Any = experts if adapted else attention
     parts = [f"{target}_proj" for target in attention.targets] if attention else []
     shared = [f"shared_expert.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
     return {
@@ -78,7 +79,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": parts + shared,
-        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if experts.adapts_ffns else None,
+        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if adapted else None,
         "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
         "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
     }
@@ -97,7 +98,7 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
             for matrix in "ab":
                 name = f"{_MODEL}.{layer}.mlp.shared_expert.{part}_proj.lora_{matrix.upper()}.weight"
                 yield name, read(f"layers.{layer}.moe.shared.{part}.adapter.{matrix}")
-        if experts.adapts_ffns and layer in model.moe_layers:
+        if isinstance(experts, AdaptedFFNExpertsSection) and layer in model.moe_layers:
             for target in experts.targets:
                 inner = ".base_layer" if target == "gate_up" and "down" in experts.targets else ""
                 prefix = f"{_MODEL}.{layer}.mlp.experts{inner}"
@@ -110,7 +111,7 @@ def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str
     """Returns the logical names of A, and of B, of each expert in a layer of a model with one group of experts."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
-    if model.moe.experts.shared:
+    if isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared:
         return [[f"{prefix}.adapters.{target}.{matrix}"] * section.num_experts for matrix in "ab"]
     return [[f"{prefix}.{expert}.{target}_{matrix}" for expert in experts] for matrix in "ab"]
 

@@ -2,7 +2,7 @@
 classes (version 5) understand them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moe_dist.config.model_schema import ModelSection
@@ -130,10 +130,17 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
                 f"{types!r:.80}; correct one of these fields"
             )
         types = said
+    return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
+
+
+def sliding_layers(types: Sequence[str]) -> dict[str, tuple[int, ...] | None]:
+    """Returns the value of `model.sliding_layers` from that of `layer_types`."""
     sliding = tuple(layer for layer, kind in enumerate(types) if kind == _SLIDING)
-    if not sliding:
-        return {}
-    return {"sliding_window": window, "sliding_layers": sliding if len(sliding) < num_layers else None}
+    return {"sliding_layers": sliding if 0 < len(sliding) < len(types) else None}
+
+
+def layer_types(section: ModelSection) -> list[str]:
+    return [_FULL if window is None else _SLIDING for window in section.windows]
 
 
 def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
         "layers": {
             "use_sliding_window": section.sliding_window is not None,
             "sliding_window": section.sliding_window or DEFAULT_WINDOW,
-            "layer_types": [_FULL if window is None else _SLIDING for window in section.windows],
+            "layer_types": layer_types(section),
         },
     }
     return fields[windows]

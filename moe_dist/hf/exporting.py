@@ -1,18 +1,16 @@
-"""Exports a checkpoint as a Hugging Face folder for transformers 4 and 5, with one tensor per expert and matrix.
+"""Exports a checkpoint as a Hugging Face folder for transformers, with one tensor per expert and matrix.
 
-Hugging Face models have no null experts. An export can leave out null experts only if the router rows of the null experts
-are bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them: the model then computes the
-same as a model without null experts and with a smaller top_k. If training has changed these rows, the number of true
-experts differs between tokens, and no Hugging Face family can compute that.
+`moe_dist.hf.forms` chooses the form: a plain family of transformers, or a form that brings its own modelling code.
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,19 @@ from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_fil
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
-from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.hf.attention_fields import max_positions
-from moe_dist.hf.families import FAMILIES, misfits, read_section, write_fields
+from moe_dist.hf.data_files import README, TOKENIZER_FILE, DataFiles, find_data, readme
+from moe_dist.hf.families import FAMILIES, write_fields
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT, read_json
+from moe_dist.hf.forms import choose_form, parsed_section, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, router_name, shards, slots
+from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
-from moe_dist.moe.routers.copy_init import folded_choices, uneven_twins
 from moe_dist.runtime.progress import Report
 
 SHARD_BYTES = 2 << 30
@@ -58,6 +57,7 @@ class Exported:
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which fields of config.json and tokenizer files were taken
     merged: bool = False  # LoRA adapters were merged into their base
+    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the form was asked for
 
 
 def export_model(
@@ -67,6 +67,7 @@ def export_model(
     dtype: str | None = None,
     family: str | None = None,
     like: Path | None = None,
+    data: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
@@ -75,12 +76,15 @@ def export_model(
     Args:
         checkpoint: Folder of a checkpoint, or of a run or an import with a checkpoint.
         dtype: Dtype of all tensors, a key of `source.DTYPES`. None: the dtypes before the import, else the checkpoint's.
-        family: `model_type` to write. None: the family before the import, else the first family that fits the model.
+        family: `model_type` to write. None: the family before the import, else the first plain family that fits the model,
+            else `moe_dist`, with its modelling code beside the weights.
         like: Folder with a config.json and tokenizer files to take over. None: the folder `huggingface` of the import that
             the checkpoint is in, or of `run.init_from`, if it exists.
+        data: Folder of the run's data set, which says the token ids of each modality; needed for several expert groups.
+            None: `data.path` of the run.
 
     Raises:
-        ConfigError: `out` exists, or no family fits the model; gives the reasons.
+        ConfigError: `out` exists, no form fits the model, or the data set is missing; gives the reasons.
         DataError: the checkpoint is damaged or incomplete.
         CheckpointError: `out` cannot be written.
     """
@@ -94,20 +98,30 @@ def export_model(
     config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
     dtypes = {} if merged else dtypes  # no dtypes of an import, because a merged matrix needs more bits than its base
-    section = _plain_section(config.model, read)
-    chosen = _family(section, family or noted, must=family is not None)
-    found = _account(contents, config.model, section, chosen)
+    form = choose_form(config.model, read, family or noted, must=family is not None)
+    found = _account(contents, config.model, form.section, form.family)
     like = like or _like(contents.folder, config)
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
-    fields = _fields(section, chosen, like, list(wanted.values()))
+    about = _data(contents, config, data, must=data is not None)
+    said = _said_fields(form.family, form.section, like, about)
+    fields = _fields(form.section, form.family, said, like, list(wanted.values()))
+    stored = _stored_tensors(found, wanted)
     with new_folder(out) as folder:
-        num_shards = _write(folder, read, found, wanted, shard_bytes, report)
+        num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
-        for name in COMPANIONS if like else ():
-            if like and (like / name).is_file():
-                write_durably(folder / name, (like / name).read_bytes())
-    nulls = sum(group.num_null for group in config.model.moe.groups.values())
-    return Exported(chosen.name, len(found), num_shards, nulls, like, merged)
+        files = about.tokenizer_files() if isinstance(about, DataFiles) and like is None else {}
+        files |= {name: (like / name).read_bytes() for name in COMPANIONS if like and (like / name).is_file()}
+        files |= {name: (CODE / name).read_bytes() for name in CODE_FILES if form.family is SERVED}
+        files[README] = readme(
+            form.family.name,
+            brings_code=form.family is SERVED,
+            tokenizer=TOKENIZER_FILE in files,
+            in_transformers=form.family is SERVED or form.family.name in FAMILIES,
+        )
+        for name, content in files.items():
+            write_durably(folder / name, content)
+    nulls = [sum(group.num_null for group in model.moe.groups.values()) for model in (config.model, form.section)]
+    return Exported(form.family.name, len(stored), num_shards, nulls[0] - nulls[1], like, merged, form.reasons)
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
@@ -134,74 +148,6 @@ def checked_config(contents: Contents) -> Config:
         ) from error
 
 
-def _plain_section(model: ModelSection, read: Read) -> ModelSection:
-    """Returns the section of the equal model without null experts.
-
-    Raises:
-        ConfigError: no such model exists, or no family has a feature of the model; gives the reasons.
-    """
-    moe, problems = model.moe, []
-    if len(moe.groups) > 1:
-        raise ConfigError(
-            f"model.moe.groups: {', '.join(moe.groups)}: families have one group of experts, not one a modality"
-        )
-    ((name, group),) = moe.groups.items()
-    if group.num_identity or group.num_constant:
-        free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
-        problems.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
-    if model.mixture_of_depths:
-        problems.append("model.mixture_of_depths: no known family leaves tokens out of its layers")
-    if problems:
-        raise ConfigError(problems, see="docs/huggingface.md")
-    top_k, router = group.top_k, moe.router
-    if group.num_null:
-        top_k = _folded(model, read)
-    if isinstance(router, TopKRouterSection) and (router.normalise == "true_all" or group.num_experts == 1):
-        normalise = "none" if group.num_experts > 1 else "true_chosen"
-        router = router.model_copy(update={"normalise": normalise})
-    plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
-    return model.model_copy(update={"moe": moe.model_copy(update={"groups": plain, "router": router})})
-
-
-def _folded(model: ModelSection, read: Read) -> int:
-    """Returns the top_k with which the router without null rows chooses the same true experts with the same weights.
-
-    Raises:
-        ConfigError: there is none; names the layer or the option that prevents it.
-    """
-    ((name, group),) = model.moe.groups.items()
-    key = f"model.moe.groups.{name}.num_null={group.num_null}"
-    out = "no family has null experts; they can be left out only where they are copies of true rows, as after an import"
-    router = model.moe.router
-    if not isinstance(router, TopKRouterSection) or router.selection_bias:
-        raise ConfigError(f"{key}: {out}; copies change the choices of a router with {router.said}")
-    if router.normalise not in ("true_chosen", "true_all"):
-        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={router.normalise}")
-    if problem := uneven_twins(group.num_experts, group.num_null):
-        raise ConfigError(f"{key}: {out}: {problem}")
-    for layer in model.moe_layers:
-        true, null = (read(router_name(model, layer, kind)) for kind in ("true", "null"))
-        if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
-            raise ConfigError(
-                f"{key}: {out}; in layer {layer} they are not. The number of experts that a token takes is learned there, "
-                "and would be lost; export a model that was trained with num_null=0"
-            )
-    return folded_choices(group.num_experts, group.num_null, group.top_k)
-
-
-def _family(section: ModelSection, name: str | None, *, must: bool) -> ModelFamily:
-    if name is not None and name not in FAMILIES:
-        raise ConfigError(f"--family={name}: known are {', '.join(FAMILIES)}")
-    order = [FAMILIES[name]] if name and must else sorted(FAMILIES.values(), key=lambda each: each.name != name)
-    reasons = {family.name: misfits(section, family) for family in order}
-    for family in order:
-        if not reasons[family.name]:
-            return family
-    raise ConfigError(
-        [f"{family}: cannot have {', '.join(what)}" for family, what in reasons.items()], see="docs/huggingface.md"
-    )
-
-
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Returns the tensors to write. Checks that they are all parameters of the checkpoint that have an effect.
 
@@ -210,11 +156,11 @@ def _account(contents: Contents, model: ModelSection, section: ModelSection, fam
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
-    nulls = {router_name(model, layer, "null") for layer in model.moe_layers}
+    plain = family.layout == "plain"
+    nulls = {router_name(model, layer, "null") for layer in model.moe_layers} if plain else set()
     problems = [f"{slot.name}: is missing" for slot in needed if slot.name not in there]
-    problems += [
-        f"{name}: is left over: {family.name} has no place for it" for name in there - nulls - {s.name for s in needed}
-    ]
+    without_place = there - nulls - {slot.name for slot in needed}
+    problems += [f"{name}: is left over: {family.name} has no place for it" for name in without_place]
     problems += [
         f"{slot.name}: shape {contents.index.tensors[slot.name].shape}, its configuration calls for {slot.shape}"
         for slot in needed
@@ -238,16 +184,54 @@ def _like(folder: Path, config: Config) -> Path | None:
     return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
 
 
-def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of config.json: those of `like` if they describe the model; else the fields of `write_fields`, and
-    all other fields of `like`."""
+def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool) -> DataFiles | MoeDistError:
+    """Returns the run's data set, or the reason why it is not there. Raises the reason with `must`."""
+    try:
+        return find_data(contents.state.values, config.data.path, asked)
+    except (ConfigError, DataError) as error:
+        if must:
+            raise
+        return error
+
+
+def _said_fields(
+    family: ModelFamily, section: ModelSection, like: Path | None, data: DataFiles | MoeDistError
+) -> dict[str, Any]:
+    """Returns the fields of config.json that the model says.
+
+    Raises:
+        ConfigError: the model has several groups, and neither `like` nor the data set says the ids of their tokens.
+    """
+    marks = data.marks if isinstance(data, DataFiles) and like is None else {}
+    if family is not SERVED:
+        return {**write_fields(section, family), **marks}
+    groups = section.moe.groups
+    if isinstance(data, DataFiles):
+        ids = token_ids(section, data.manifest)
+    else:
+        base = read_json(like / CONFIG_FILE, "model") if like else {}
+        said = base.get("expert_groups") if base.get("model_type") == SERVED.name else None
+        ids = {group.get("name"): group.get("token_ids") for group in said or ()}
+        if len(groups) > 1 and not all(ids.get(name) for name in groups):
+            problem = (
+                f"model.moe.groups: {', '.join(groups)}: the group of a token follows from its id, which the data set says"
+            )
+            raise ConfigError([problem, *data.problems], see="docs/huggingface.md")
+    return {**write_served(section, ids), **marks}
+
+
+def _fields(
+    section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the fields of config.json: those of `like` if they describe the model; else the fields that the section says,
+    and all other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
-    said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
     of_family = base if base.get("model_type") == family.name else inert
     for fields in (base, {**of_family, **said}, {**inert, **said}):
-        if _says(fields, section, family):
+        # The ids of the tokens of a group are not part of the section.
+        if _says(fields, section, family) and fields.get("expert_groups") == said.get("expert_groups"):
             keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype", "dtype"]
             return {**fields, **dict.fromkeys(keys, dtype)}
     raise AssertionError(f"config.json of {family.name} does not read back as the model: {said}")
@@ -255,15 +239,14 @@ def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtype
 
 def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily) -> bool:
     try:
-        found, values, _ = read_section(fields)
-        return found is family and _canonical(ModelSection.model_validate(values)) == _canonical(section)
+        found, values, _ = read_config(fields)
+        return found is family and _canonical(parsed_section(values)) == _canonical(section)
     except (ConfigError, ValidationError):
         return False
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
     """Returns the values of a section that determine what the model computes, in one form for all equivalent sections."""
-    (group,) = section.moe.groups.values()
     dense = len(section.moe_layers) < section.num_layers
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
     return {
@@ -274,8 +257,8 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
         "sliding_layers": section.windows,
         "dense_ffn_dim": section.dense_ffn_dim if dense else None,
         "layers": section.moe_layers,
-        "experts": (group.num_experts, group.top_k, group.ffn_dim),
-        "router": section.moe.router.model_dump(exclude={"null_logit"}),
+        "groups": [group.model_dump(exclude={"modalities"}) for group in section.moe.groups.values()],
+        "router": section.moe.router.model_dump(),
         "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate),
     }
 
@@ -305,27 +288,56 @@ def tensor_reader(contents: Contents) -> Read:
     return read
 
 
-def _write(
-    folder: Path, read: Read, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
-) -> int:
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, first element)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[tuple[str, slice, int]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def make(self, read: Read) -> Tensor:
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for name, rows, begin in self.parts:
+            part = read(name)[rows]
+            whole.view(-1)[begin : begin + part.numel()] = part.flatten()
+        return whole
+
+
+def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:
+    """Lists the tensors of the folder. One with parts of several dtypes has the dtype that represents all of them."""
+    stored: dict[str, StoredTensor] = {}
+    for slot in found:
+        for place, rows in slot.pieces():
+            dtype, part = DTYPES[dtypes[slot.name]], (slot.name, rows, place.begin)
+            before = stored.get(place.name, StoredTensor(place.name, place.shape, dtype, []))
+            dtype = torch.promote_types(before.dtype, dtype)
+            stored[place.name] = replace(before, dtype=dtype, parts=[*before.parts, part])
+    return list(stored.values())
+
+
+def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes: int, report: Report) -> int:
     """Writes the safetensors files, and an index if there are several; returns the number of files."""
-    sizes = [slot.numel * DTYPES[dtypes[slot.name]].itemsize for slot in found]
-    parts = list(shards(zip(found, sizes, strict=True), shard_bytes))
+    parts = list(shards(((each, each.nbytes) for each in stored), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     names = [WEIGHTS_FILE] if len(parts) == 1 else names
     done = 0
     for name, shard in zip(names, parts, strict=True):
         tensors: dict[str, Tensor] = {}
-        for slot in shard:
-            place = slot.places[0]
-            tensors[place.name] = read(slot.name).to(DTYPES[dtypes[slot.name]]).view(place.shape)
+        for each in shard:
+            tensors[each.name] = each.make(read)
             done += 1
-            report("export", done, len(found))
+            report("export", done, len(stored))
         save_file(tensors, folder / name, metadata={"format": "pt"})
         sync(folder / name)
     if len(parts) > 1:
-        weight_map = {slot.places[0].name: name for name, shard in zip(names, parts, strict=True) for slot in shard}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        weight_map = {each.name: name for name, shard in zip(names, parts, strict=True) for each in shard}
+        index = {"metadata": {"total_size": sum(each.nbytes for each in stored)}, "weight_map": weight_map}
         write_durably(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
     return len(parts)
 

@@ -51,6 +51,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
         glm4_moe.FAMILY,
     )
 }  # fmt: skip
+KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for the last
 
 _MLA = "its attention (multi-head latent attention, MLA) is not in the model"
 REFUSED = {
@@ -72,10 +73,10 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
         ConfigError: the family is not supported, the model is quantised, or it brings its own code.
     """
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in KNOWN:
         reason = REFUSED.get(name, "this family is not known here") if isinstance(name, str) else "it must name a family"
-        raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+        raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(KNOWN)}")
+    family = KNOWN[name]
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise ConfigError(f"config.json: {key}={config[key]!r:.80}: quantised weights are not read; take the originals")
@@ -132,6 +133,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
                     "num_experts": experts,
                     "top_k": read.one_of(family.top_k) if family.experts else 1,
                     "ffn_dim": ffn_dim,
+                    **(family.zero_computation.read(read) if family.zero_computation else {}),
                 }
             },
             "router": family.router.read(read),
@@ -173,7 +175,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model without null experts that a family does not support."""
+    """Returns the settings of a model with one group that a family does not support, zero-computation experts apart."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     width = section.hidden_dim // section.num_heads
     held = {
@@ -198,7 +200,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of config.json, for transformers 4 and 5, of a model without null experts."""
+    """Returns the fields of config.json, for transformers 4 and 5, of a model that `misfits` has accepted."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -228,4 +230,6 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         fields["intermediate_size"] = section.dense_ffn_dim or group.ffn_dim
     if family.shared:
         fields |= family.shared.write(moe, group.ffn_dim)
+    if family.zero_computation:
+        fields |= family.zero_computation.write(group)
     return fields | {family.ffn: group.ffn_dim}

@@ -6,9 +6,9 @@ can say the values of a section.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from moe_dist.config.model_schema import ModelSection, MoESection
+from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.hf.attention_fields import Windows
@@ -16,6 +16,7 @@ from moe_dist.hf.fields import Choices, Fields
 
 NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
+Layout = Literal["plain", "zero_computation", "moe_dist"]  # where the tensors of MoE layers are (`moe_dist.hf.names`)
 
 
 class RouterFields(Protocol):
@@ -47,6 +48,16 @@ class LayerFields(Protocol):
     def write(self, section: ModelSection) -> dict[str, Any]: ...
 
     def fit(self, section: ModelSection) -> bool: ...
+
+
+class ZeroComputationFields(Protocol):
+    """The fields with the numbers of null, identity and constant experts."""
+
+    def read(self, read: Fields) -> dict[str, int]:
+        """Returns values of a group of `model.moe.groups`."""
+        ...
+
+    def write(self, group: GroupSection) -> dict[str, Any]: ...
 
 
 def setting(name: str, value: object) -> str:
@@ -131,6 +142,8 @@ class ModelFamily:
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
     layers: LayerFields = AllLayers()
     shared: SharedExpert | None = None
+    zero_computation: ZeroComputationFields | None = None
+    layout: Layout = "plain"
     head_dim: bool = True  # config.json has the field head_dim
     null_head_dim: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null

@@ -34,7 +34,8 @@ from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durab
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
-from moe_dist.hf.families import read_section
+from moe_dist.hf.data_files import TOKENIZER_FILE
+from moe_dist.hf.forms import read_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, check_copies, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.placement.placement import ExpertPlacement
@@ -43,7 +44,6 @@ from moe_dist.runtime.progress import Report
 
 HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and key in state.json of the import's family and dtypes
 SHARD_BYTES = 512 << 20
-TOKENIZER_FILE = "tokenizer.json"
 
 _PLAN_FILE, _TREE = "plan.json", "tree"
 
@@ -82,7 +82,7 @@ def import_model(
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     source = open_source(folder)
-    family, plain, unread = read_section(source.config)
+    family, plain, unread = read_config(source.config)
     section = changed_section(plain, family, options)
     check_tokenizer(source, vocab_size=section.vocab_size)
     plan = make_plan(source, family, section, shard_bytes=shard_bytes)

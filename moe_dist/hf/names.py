@@ -5,13 +5,12 @@ the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 
 down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element.
 """
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from moe_dist.config.model_schema import ModelSection
-from moe_dist.hf.family import ModelFamily
+from moe_dist.config.model_schema import GroupSection, ModelSection
+from moe_dist.hf.family import Layout, ModelFamily
 
 Item = TypeVar("Item")
 
@@ -51,14 +50,18 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     places: tuple[TensorPlace, ...]  # an export uses the first place; empty if the family has no such tensor
+    next_rows: tuple[TensorPlace, ...] = ()  # places of the second and later rows if each row is a tensor of its own
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def pieces(self) -> list[tuple[TensorPlace, slice]]:
+        """Returns the places to which an export writes, each with the rows of the tensor that it gets."""
+        if not self.next_rows:
+            return [(place, slice(None)) for place in self.places[:1]]
+        return [(place, slice(row, row + 1)) for row, place in enumerate((self.places[0], *self.next_rows))]
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Lists every tensor of a model, except the router rows of null experts, with its places in the family's tensors."""
+    """Lists every parameter of a model with its places in the family's tensors. Plain families have no place for the router
+    rows of null experts, which are left out."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -66,7 +69,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
         found += _attention(section, ours, theirs)
         if layer in section.moe_layers:
             found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
-            found += _moe(section, family, ours + ".moe", theirs)
+            found += _LAYOUTS[family.layout](section, family, ours, theirs)
         else:
             found.append(_whole(f"{ours}.ffn.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
             found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
@@ -106,23 +109,94 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
         yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", *shape)
 
 
-def _moe(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+def _plain(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     ((name, group),) = section.moe.groups.items()
-    dim, num = section.hidden_dim, group.num_experts
+    dim, num, ours = section.hidden_dim, group.num_experts, f"{ours}.moe"
     router = f"{ours}.router.{name}"
     gates = family.gates if family.experts else ()
     yield Slot(f"{router}.true", (num, dim), tuple(TensorPlace(f"{theirs}.{gate}", (num, dim)) for gate in gates))
     if section.moe.router.has_selection_bias:
         shape = (*[1] * (family.selection_bias_dims - 1), num)
         yield Slot(f"{router}.bias", (num,), tuple(TensorPlace(f"{theirs}.{b}", shape) for b in family.selection_bias))
-    for expert in range(num):
-        for part, shape in _matrices(dim, group.ffn_dim).items():
-            places = tuple(_expert_places(family, theirs, expert, part, num, shape))
-            yield Slot(f"{ours}.experts.{name}.{expert}.{part}", shape, places)
+    yield from _experts(section, family, f"{ours}.experts.{name}", theirs)
     if family.shared and section.moe.shared_ffn_dim:
         yield from _swiglu(f"{ours}.shared", f"{theirs}.{family.shared.module}", dim, section.moe.shared_ffn_dim)
     if family.shared and section.moe.shared_gate:
         yield _whole(f"{ours}.shared.scale.weight", f"{theirs}.{family.shared.module}_gate.weight", 1, dim)
+
+
+def _experts(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    (group,) = section.moe.groups.values()
+    for expert in range(group.num_experts):
+        for part, shape in _matrices(section.hidden_dim, group.ffn_dim).items():
+            places = tuple(_expert_places(family, theirs, expert, part, group.num_experts, shape))
+            yield Slot(f"{ours}.{expert}.{part}", shape, places)
+
+
+def _router_rows(section: ModelSection, group: GroupSection, ours: str, theirs: str) -> Iterator[Slot]:
+    """Yields the rows of each kind of column, which follow each other in the tensor `theirs`."""
+    nulls = min(group.num_null, 1) if section.moe.router.single_null_row else group.num_null
+    kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
+    dim, begin = section.hidden_dim, 0
+    for kind, count in kinds.items():
+        if count:
+            whole = (sum(kinds.values()), dim)
+            yield Slot(f"{ours}.{kind}", (count, dim), (TensorPlace(theirs, whole, begin * dim),))
+            begin += count
+
+
+def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """Qwen3-MoE++: the zero-computation experts stand behind the others, in the router and in the list of experts."""
+    ((name, group),) = section.moe.groups.items()
+    dim = section.hidden_dim
+    yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{theirs}.mlp.gate.weight")
+    yield from _experts(section, family, f"{ours}.moe.experts.{name}", theirs)
+    first, count = group.num_experts + group.num_null + group.num_identity, group.num_constant
+    for ours_part, theirs_part, box in (("vector", "constant", (dim,)), ("gate", "wg.weight", (2, dim))) if count else ():
+        places = [TensorPlace(f"{theirs}.mlp.experts.{first + each}.{theirs_part}", box) for each in range(count)]
+        yield Slot(f"{ours}.moe.free.{name}.{ours_part}", (count, *box), (places[0],), tuple(places[1:]))
+
+
+def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """`modeling_moe_dist.py`: every part of every group, and the router of mixture of depths."""
+    dim, router = section.hidden_dim, section.moe.router
+    for index, (name, group) in enumerate(section.moe.groups.items()):
+        to = f"{theirs}.mlp.groups.{index}"
+        yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{to}.router.weight")
+        if router.has_selection_bias:
+            columns = group.num_experts + group.num_null + group.num_zero_computation
+            yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
+        for expert in range(group.num_experts):
+            for part, shape in _matrices(dim, group.ffn_dim).items():
+                place = f"{to}.experts.{expert}.{part}_proj.weight"
+                yield _whole(f"{ours}.moe.experts.{name}.{expert}.{part}", place, *shape)
+        if group.num_constant:
+            yield _whole(f"{ours}.moe.free.{name}.vector", f"{to}.constant_vectors", group.num_constant, dim)
+            yield _whole(f"{ours}.moe.free.{name}.gate", f"{to}.constant_gates", group.num_constant, 2, dim)
+    if section.moe.shared_ffn_dim:
+        yield from _swiglu(f"{ours}.moe.shared", f"{theirs}.mlp.shared_expert", dim, section.moe.shared_ffn_dim)
+    if section.moe.shared_gate:
+        yield _whole(f"{ours}.moe.shared.scale.weight", f"{theirs}.mlp.shared_expert_gate.weight", 1, dim)
+    if int(ours.split(".")[1]) in section.depth_layers:
+        yield from _depth_router(section, f"{ours}.depths", f"{theirs}.depth_router")
+
+
+def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    dim, inner = section.hidden_dim, max(1, section.hidden_dim // 2)
+    assert section.mixture_of_depths is not None
+    yield _whole(f"{ours}.router", f"{theirs}.weight", 1, dim)
+    if section.mixture_of_depths.causal == "auxiliary":
+        yield _whole(f"{ours}.auxiliary.inner", f"{theirs}.inner", inner, dim)
+        yield _whole(f"{ours}.auxiliary.outer", f"{theirs}.outer", 1, inner)
+    else:
+        yield from (_whole(f"{ours}.{name}", f"{theirs}.{name}", 1) for name in ("threshold", "mean", "steps"))
+
+
+_LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterator[Slot]]] = {
+    "plain": _plain,
+    "zero_computation": _zero_computation,
+    "moe_dist": _served,
+}
 
 
 def _expert_places(

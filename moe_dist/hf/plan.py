@@ -5,7 +5,7 @@ A plan depends only on the headers of the files and on the options, so a killed 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
+from moe_dist.hf.forms import parsed_section
 from moe_dist.hf.names import EMBEDDING, HEAD, Slot, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -45,7 +46,8 @@ class ImportOptions:
 @dataclass(frozen=True)
 class TensorPart:
     """Some rows of a logical tensor, and the origin of their values (`kind`): the stored tensor `source` from element
-    `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name."""
+    `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name. With `others`
+    each row is a stored tensor of its own: `source` is the first."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
@@ -55,6 +57,7 @@ class TensorPart:
     source: str = ""
     begin: int = 0
     std: float = 0.0
+    others: tuple[str, ...] = ()
 
     @property
     def box(self) -> tuple[int, ...]:
@@ -80,6 +83,8 @@ class TensorPart:
         return Piece(values, offsets, self.shape)
 
     def _tensor(self, source: Source, seed: int) -> Tensor:
+        if self.others:
+            return torch.stack([source.read(name, 0, self.shape[1:]) for name in (self.source, *self.others)])
         if self.kind == "stored":
             return source.read(self.source, self.begin, self.box)
         if self.kind == "tiled":
@@ -115,6 +120,8 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     Raises:
         ConfigError: an option does not fit the model; gives the reason and valid values.
     """
+    if family.layout != "plain":
+        return _unchanged_section(section, family, options)
     group = dict(section["moe"]["groups"][GROUP])
     router = dict(section["moe"]["router"])
     if options.experts != 1 or options.experts_top_k != 1:
@@ -137,9 +144,26 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     group["modalities"] = options.modalities
     moe = {**section["moe"], "groups": {GROUP: group}, "router": router}
     try:
-        return ModelSection.model_validate({**section, "moe": moe})
+        return parsed_section({**section, "moe": moe})
     except ValidationError as error:
         raise refused("config.json and the options say a model that cannot be", error) from error
+
+
+def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
+    """Returns the section of a model that has its own zero-computation experts, so that no option may add some."""
+    if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
+        raise ConfigError(
+            f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
+            "model has experts and null experts of its own, which are imported as they are; leave these options out"
+        )
+    groups = {
+        name: {**group, "modalities": group.get("modalities", options.modalities)}
+        for name, group in section["moe"]["groups"].items()
+    }
+    try:
+        return parsed_section({**section, "moe": {**section["moe"], "groups": groups}})
+    except ValidationError as error:
+        raise refused("config.json says a model that cannot be", error) from error
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
@@ -183,18 +207,23 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
     dtypes: dict[str, str] = {}
     for slot in slots(section, family):
         place = next((place for place in slot.places if place.name in source.tensors), None)
-        if place is not None:
-            stored = source.tensors[place.name]
-            used.add(place.name)
-            dtypes[slot.name] = stored.dtype
-            if stored.shape != place.shape:
-                problems.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}; {_TOGETHER}")
-            parts.append(TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin))
-        elif slot.places:
-            problems.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
-        else:
+        if place is None and not slot.places:
             parts.append(_drawn(slot, section))
-    parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
+            continue
+        place = place or slot.places[0]
+        for each in (place, *slot.next_rows):
+            stored = source.tensors.get(each.name)
+            if stored is None:
+                problems.append(f"{each.name}: is missing; {_TOGETHER}")
+                continue
+            used.add(each.name)
+            dtypes[slot.name] = stored.dtype
+            if stored.shape != each.shape:
+                problems.append(f"{each.name}: shape {stored.shape}, config.json calls for {each.shape}; {_TOGETHER}")
+        others = tuple(each.name for each in slot.next_rows)
+        parts.append(TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin, others=others))
+    if family.layout == "plain":  # the other layouts have rows of null experts
+        parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
     left_out = sorted(name for name in source.tensors if name not in used and name.startswith(prefixes))
@@ -253,7 +282,7 @@ def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
 
 def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:
     """Divides a part by rows into parts of at most `shard_bytes`."""
-    if part.kind != "stored" or part.nbytes <= shard_bytes:
+    if part.kind != "stored" or part.others or part.nbytes <= shard_bytes:
         yield part
         return
     row = math.prod(part.shape[1:])

@@ -11,6 +11,8 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests.support.served import saved_model
+from tests.support.tiny import tiny_dataset
 from tests.support.tiny_hf import save, tiny_model
 from tools.export_hf import main as export_hf
 from tools.import_hf import main as import_hf
@@ -59,6 +61,15 @@ def test_an_export_says_what_it_did(
     assert got.keys() == original.keys()
     for name, value in original.items():
         assert torch.equal(got[name], value.to(expected)), name
+
+
+def test_an_export_says_why_it_brings_its_code(tmp_path: Path) -> None:
+    tiny_dataset(tmp_path / "data")
+    saved_model(tmp_path / "run", tmp_path / "data", {})
+    done = call(export_hf, tmp_path / "run", "--out", tmp_path / "out", "--data", tmp_path / "data")
+    assert done.exit_code == 0, done.output
+    assert "no plain family of transformers can express this model:\n  - model.moe.groups: text, image: " in done.stdout
+    assert "load it with trust_remote_code=True\nmoe_dist: " in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """lm-evaluation-harness measures the same through our model class as through its own class for Hugging Face models.
 
-A run with random weights is exported, gets a tokenizer in Hugging Face's form beside it, and is loaded by `HFLM`.
+A run with random weights is exported, gets a tokenizer in Hugging Face's form beside it, and is loaded by `HFLM`: in the
+form of a plain family, and in the form that brings its own code.
 """
 
 import json
@@ -44,19 +45,30 @@ class Both:
     unmarked: Any
 
 
-@pytest.fixture(scope="module")
-def both(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
+ONE = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}}
+# Groups with null, identity and constant experts, chosen by a bias.
+GROUPS = {
+    "text": {"num_experts": 4, "num_null": 3, "num_identity": 1, "num_constant": 1, "top_k": 3, "ffn_dim": 16},
+    "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(ONE, id="mixtral"), pytest.param(GROUPS, id="moe_dist", marks=pytest.mark.full)]
+)
+def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("exported")
-    group = {"num_experts": 4, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
     shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
+    if request.param is GROUPS:
+        shape["model__moe__router"] = {"kind": "top_k", "selection_bias": True}
     with world_of_one():  # weights so large that log-likelihoods differ by whole nats
-        made = OneRank(own_data, root / "runs", model__moe__groups={"all": group}, model__init_std=0.3, **shape)
+        made = OneRank(own_data, root / "runs", model__moe__groups=request.param, model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
-    export_model(run, root / "hf")
+    assert export_model(run, root / "hf").family == ("mixtral" if request.param is ONE else "moe_dist")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
@@ -67,7 +79,7 @@ def both(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     vocabulary = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
     likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, vocabulary.grammar, **options)
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4}
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
     theirs, unmarked = (HFLM(str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False))
     return Both(run, HarnessModel(likelihood, generator, vocabulary, max_seq_len=LONGEST), theirs, unmarked)
 

@@ -1,0 +1,86 @@
+"""What the data set of a run says about its model: the modality of each token id, the end mark, and the tokenizer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config.manifest import Manifest, load_manifest
+from moe_dist.config.split_files import data_digest, digest_problems
+from moe_dist.errors import ConfigError, DataError
+
+TOKENIZER_FILE, README = "tokenizer.json", "README.md"
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The data set on which a checkpoint was trained."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """Fields of config.json."""
+        return {"eos_token_id": self.manifest.eos_id, "pad_token_id": self.manifest.pad_id}
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Returns the contents of the tokenizer's files for transformers; none if the data set has no tokenizer."""
+        if self.manifest.tokenizer is None:
+            return {}
+        content = (self.folder / self.manifest.tokenizer).read_bytes()
+        tokens = {token["id"]: token["content"] for token in json.loads(content).get("added_tokens", ())}
+        named = {name.removesuffix("_id"): tokens[token] for name, token in self.marks.items() if token in tokens}
+        options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        return {
+            TOKENIZER_FILE: content,
+            "tokenizer_config.json": (json.dumps({**options, **named}, indent=2) + "\n").encode(),
+        }
+
+
+def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) -> DataFiles:
+    """Finds the data set of a checkpoint.
+
+    Args:
+        values: Values of the checkpoint's state.json.
+        trained_on: `data.path` of the run.
+        asked: Folder where the data set is now; None for `trained_on`.
+
+    Raises:
+        ConfigError: there is no manifest in the folder, or the checkpoint is of no run.
+        DataError: these are not the data on which the run was trained.
+    """
+    saved, folder = values.get("data"), asked or Path(trained_on)
+    if not isinstance(saved, dict) and asked is None:
+        raise ConfigError(
+            f"data.path={trained_on!r}: the checkpoint is of no run, so this need not be its data; give --data"
+        )
+    manifest = load_manifest(folder)
+    if isinstance(saved, dict) and (problems := digest_problems(saved, data_digest(folder, manifest))):
+        raise DataError([f"{folder}: these are not the data that the model was trained on; give --data", *problems])
+    return DataFiles(folder, manifest)
+
+
+def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: bool) -> bytes:
+    """Returns README.md of an exported folder: how to run the model."""
+    folder = '".", trust_remote_code=True' if brings_code else '"."'
+    model = f"AutoModelForCausalLM.from_pretrained({folder})"
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'tokenizer, model = AutoTokenizer.from_pretrained("."), {model}',
+        'print(tokenizer.decode(model.generate(tokenizer("The", return_tensors="pt").input_ids, max_new_tokens=20)[0]))',
+    ]
+    if not tokenizer:
+        lines = [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            f"model = {model}",
+            "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
+        ]
+    told = f"A language model of the type `{family}`, exported by moe_dist."
+    if brings_code:
+        told += " Its code is in this folder, needs transformers 5, and nothing of moe_dist."
+    if not in_transformers:
+        return f"{told} transformers has no class for it; ZEDA's transformers and SGLang do.\n".encode()
+    return "\n".join([told, "", "```python", *lines, "```", ""]).encode()

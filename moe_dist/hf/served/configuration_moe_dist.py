@@ -1,0 +1,76 @@
+"""Configuration of a model that moe_dist trained. It needs transformers only."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class MoeDistConfig(PreTrainedConfig):
+    """Sizes and kinds of a decoder with groups of experts.
+
+    Attributes:
+        intermediate_size: Width of the FFN in layers without experts.
+        first_moe_layer, moe_layer_step: Every `moe_layer_step`-th layer from the first one on has experts.
+        sliding_window: Number of tokens that a token sees, itself included, in layers of the type `sliding_attention`.
+        rope_pairs: Values of a head that rotate together, of n: `halves` i and i + n / 2, or `adjacent` 2 i and 2 i + 1.
+        projection_bias: Attention projections that have a bias: `none`, `qkv` or `qkvo`.
+        qk_norm: RMSNorm of queries and keys: `none`, over each `head`, or over the `full` projection.
+        expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of the tokens that it computes; null
+            if it is the only group), `num_experts`, `num_null`, `num_identity`, `num_constant`, `top_k` and `ffn_dim`.
+        router: `kind` (`top_k` scores by a softmax, `group_limited` by sigmoids), `normalise`, `scale`, `selection_bias`,
+            and `null_logit` or `n_group` and `topk_group`.
+        shared_expert_intermediate_size: Width of the expert that computes every token; 0 if there is none.
+        shared_expert_gate: Whether a sigmoid gate scales the output of the shared expert.
+        mixture_of_depths: `first`, `every` and `causal` of the layers that compute some of the tokens; null if none does.
+    """
+
+    model_type = "moe_dist"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
+
+    vocab_size: int = 1024
+    hidden_size: int = 64
+    intermediate_size: Any = None
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    head_dim: Any = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: Any = None
+    rope_pairs: str = "halves"
+    layer_types: Any = None
+    sliding_window: int | None = None
+    projection_bias: str = "none"
+    qk_norm: str = "none"
+    first_moe_layer: int = 0
+    moe_layer_step: int = 1
+    expert_groups: Any = None
+    router: Any = None
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    mixture_of_depths: Any = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def moe_layers(self):
+        return range(self.first_moe_layer, self.num_hidden_layers, self.moe_layer_step)
+
+    @property
+    def depth_layers(self):
+        depths = self.mixture_of_depths
+        return range(depths["first"], self.num_hidden_layers, depths["every"]) if depths else ()
+
+
+__all__ = ["MoeDistConfig"]

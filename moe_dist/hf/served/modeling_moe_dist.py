@@ -1,0 +1,400 @@
+"""A decoder with groups of experts, as moe_dist trains it, for transformers. It needs transformers only.
+
+A token takes the `top_k` best columns of its group's router. The columns are, in this order, FFN experts, null experts
+(which add nothing and cost nothing), identity experts (which add the token's normed input) and constant experts (which mix
+the input with a learned vector). The group follows from the token id.
+"""
+# ruff: noqa: RUF012
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_moe_dist import MoeDistConfig
+
+# Added (times the scale of attention) to the score of a token that skipped the layer: its probability is exactly 0.
+SKIPPED = -1e4
+
+
+class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
+    """Rotary positions of heads or of parts. The base of `dynamic` scaling grows with each sequence, not with the batch."""
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        if self.rope_type != "dynamic":
+            return super().forward(x, position_ids)
+        parameters, dim = dict(self.config.rope_parameters or {}), 2 * len(self.inv_freq)
+        length = position_ids.amax(-1, keepdim=True).float() + 1
+        growth = parameters["factor"] * (length / self.config.max_position_embeddings - 1) + 1
+        base = parameters["rope_theta"] * growth.clamp(min=1.0) ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float) / dim
+        angles = (position_ids[..., None].float() * base[..., None] ** -exponents).repeat(1, 1, 2)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def in_halves(x, rotated):
+    """Moves the values 2 i and 2 i + 1 of the first `rotated` of a head to i and i + `rotated` / 2."""
+    return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
+
+
+class MoeDistMLP(nn.Module):
+    def __init__(self, config: MoeDistConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoeDistAttention(nn.Module):
+    def __init__(self, config: MoeDistConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        bias = config.projection_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias != "none")
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias != "none")
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias != "none")
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=bias == "qkvo")
+        if config.qk_norm != "none":
+            per_head = config.qk_norm == "head"
+            self.q_norm = LlamaRMSNorm(self.head_dim if per_head else heads, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim if per_head else kv_heads, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, taken=None, **kwargs):
+        """`taken` [batch, tokens]: in a mixture-of-depths layer, true for the tokens that the layer computes."""
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(hidden_shape), key.view(hidden_shape)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if self.config.rope_pairs == "adjacent":  # in another order, queries and keys have the same products
+            query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+
+        if taken is not None:
+            # One more channel of queries and keys hides the tokens that skip the layer, in any cache and attention.
+            query = F.pad(query, (0, 1), value=1.0)
+            hidden = torch.where(taken, 0.0, SKIPPED).to(key.dtype)[:, None, :, None]
+            key = torch.cat([key, hidden.expand(*key.shape[:-1], 1)], dim=-1)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # pyright: ignore
+        options = {"dropout": 0.0, "scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
+        output, weights = attend(self, query, key, value, attention_mask, **options)
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class MoeDistRouter(nn.Module):
+    """Chooses `top_k` columns for each token, and weighs them. Computes in fp32."""
+
+    def __init__(self, config: MoeDistConfig, group: dict):
+        super().__init__()
+        self.options = config.router
+        self.sigmoid = config.router["kind"] == "group_limited"
+        self.top_k = group["top_k"]
+        self.num_experts, self.num_null = group["num_experts"], group["num_null"]
+        # Rows are multiplied in parts of `num_experts` rows, as in training: the bits of a product depend on its shape, and
+        # a null row that copies an expert's row must give the same logit, because the expert wins a tie.
+        self.parts = []  # (rows, columns): one row may be the logit of all null columns
+        for name in ("num_experts", "num_null", "num_identity", "num_constant"):
+            count = group[name]
+            if name == "num_null" and count and config.router.get("null_logit") == "single":
+                self.parts.append((1, count))
+            else:
+                starts = range(0, count, self.num_experts)
+                self.parts += [(min(self.num_experts, count - start),) * 2 for start in starts]
+        self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), config.hidden_size))
+        if config.router["selection_bias"]:
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(sum(columns for _, columns in self.parts)))
+
+    def forward(self, x):
+        """Takes [tokens, hidden_size]; returns the chosen columns and their weights [tokens, top_k]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = self.weight.to(dtype).split([rows for rows, _ in self.parts])
+        products = [F.linear(x.to(dtype), each).expand(-1, part[1]) for each, part in zip(rows, self.parts, strict=True)]
+        logits = torch.cat(products, dim=-1)
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+
+        ranking = scores if self.sigmoid else logits
+        if self.options["selection_bias"]:
+            bias = self.e_score_correction_bias.to(dtype)
+            ranking = scores + bias if self.sigmoid else torch.where(bias.any(), scores + bias, logits)
+        if self.sigmoid and self.options["topk_group"] < self.options["n_group"]:
+            ranking = self._within_best_groups(ranking)
+        # A stable sort gives ties to the first columns, the experts.
+        chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        is_null = (chosen >= self.num_experts) & (chosen < self.num_experts + self.num_null)
+        weights = self._weights(logits, scores, chosen, is_null)
+        return chosen, self.options["scale"] * weights.masked_fill(is_null, 0.0)
+
+    def _within_best_groups(self, ranking):
+        """Leaves the experts of the `topk_group` node groups with the largest sums of their two best scores."""
+        experts, others = ranking.split([self.num_experts, ranking.shape[1] - self.num_experts], dim=1)
+        experts = experts.unflatten(1, (self.options["n_group"], -1))
+        best = experts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        order = best.sort(dim=-1, descending=True, stable=True).indices[:, : self.options["topk_group"]]
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, order, False)
+        return torch.cat([experts.masked_fill(outside[..., None], float("-inf")).flatten(1), others], dim=1)
+
+    def _weights(self, logits, scores, chosen, is_null):
+        normalise = self.options["normalise"]
+        if self.sigmoid:
+            weights = scores.gather(1, chosen).masked_fill(is_null, 0.0)
+            return weights if normalise == "none" else weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if normalise == "none":
+            return scores.gather(1, chosen)
+        if normalise == "true_all":
+            null = slice(self.num_experts, self.num_experts + self.num_null)
+            logits = logits.clone()
+            logits[:, null] = float("-inf")
+            return logits.softmax(-1).gather(1, chosen)
+        logits = logits.gather(1, chosen)
+        if normalise == "true_chosen":
+            logits = logits.masked_fill(is_null, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1)
+
+
+class MoeDistExpertGroup(nn.Module):
+    """The router and the experts of some modalities."""
+
+    def __init__(self, config: MoeDistConfig, group: dict):
+        super().__init__()
+        self.num_identity, self.num_constant = group["num_identity"], group["num_constant"]
+        self.router = MoeDistRouter(config, group)
+        self.experts = nn.ModuleList(MoeDistMLP(config, group["ffn_dim"]) for _ in range(group["num_experts"]))
+        if self.num_constant:
+            self.constant_vectors = nn.Parameter(torch.empty(self.num_constant, config.hidden_size))
+            self.constant_gates = nn.Parameter(torch.empty(self.num_constant, 2, config.hidden_size))
+
+    def forward(self, x):
+        """Takes and returns [tokens, hidden_size]."""
+        columns, weights = self.router(x)
+        output = torch.zeros_like(x, dtype=weights.dtype)
+        for expert in columns[columns < len(self.experts)].unique().tolist():  # no other expert runs
+            tokens, choices = torch.where(columns == expert)
+            output.index_add_(0, tokens, self.experts[expert](x[tokens]) * weights[tokens, choices, None])
+        first = len(self.experts) + self.router.num_null
+        if self.num_identity:
+            identity = (columns >= first) & (columns < first + self.num_identity)
+            output += x * weights.masked_fill(~identity, 0.0).sum(-1, keepdim=True)
+        for constant in range(self.num_constant):
+            tokens, choices = torch.where(columns == first + self.num_identity + constant)
+            inputs = x[tokens].to(weights.dtype)
+            shares = F.linear(inputs, self.constant_gates[constant].to(weights.dtype)).softmax(-1)
+            mixed = shares[:, :1] * inputs + shares[:, 1:] * self.constant_vectors[constant].to(weights.dtype)
+            output.index_add_(0, tokens, mixed * weights[tokens, choices, None])
+        return output.to(x.dtype)
+
+
+class MoeDistSparseMoeBlock(nn.Module):
+    def __init__(self, config: MoeDistConfig):
+        super().__init__()
+        self.groups = nn.ModuleList(MoeDistExpertGroup(config, group) for group in config.expert_groups)
+        self.has_shared_expert, self.has_shared_gate = config.shared_expert_intermediate_size > 0, config.shared_expert_gate
+        if self.has_shared_expert:
+            self.shared_expert = MoeDistMLP(config, config.shared_expert_intermediate_size)
+        if self.has_shared_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states, group_ids):
+        """`group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1."""
+        x, output = hidden_states.flatten(0, 1), torch.zeros_like(hidden_states).flatten(0, 1)
+        for index, group in enumerate(self.groups):
+            (tokens,) = torch.where(group_ids.flatten() == index)
+            output[tokens] = group(x[tokens])
+        if self.has_shared_expert:
+            shared = self.shared_expert(x)
+            output = output + (self.shared_expert_gate(x).sigmoid() * shared if self.has_shared_gate else shared)
+        return output.view_as(hidden_states)
+
+
+class MoeDistDepthRouter(nn.Module):
+    """Decides for each token alone whether a mixture-of-depths layer computes it. Computes in fp32."""
+
+    def __init__(self, config: MoeDistConfig):
+        super().__init__()
+        self.auxiliary = config.mixture_of_depths["causal"] == "auxiliary"
+        self.weight = nn.Parameter(torch.empty(1, config.hidden_size))
+        if self.auxiliary:
+            inner_size = max(1, config.hidden_size // 2)
+            self.inner = nn.Parameter(torch.empty(inner_size, config.hidden_size))
+            self.outer = nn.Parameter(torch.empty(1, inner_size))
+        else:
+            self.threshold = nn.Buffer(torch.zeros(1))
+            self.mean, self.steps = nn.Buffer(torch.zeros(1)), nn.Buffer(torch.zeros(1))  # only training reads these
+
+    def forward(self, hidden_states):
+        """Returns which tokens the layer computes, and the weight of the layer's output for each token."""
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+        weight = (x * self.weight.to(x.dtype)).sum(-1).sigmoid()
+        if self.auxiliary:
+            inner = F.silu(F.linear(x, self.inner.to(x.dtype)))
+            return F.linear(inner, self.outer.to(x.dtype)).squeeze(-1) > 0, weight
+        return weight - self.threshold.to(x.dtype) > 0, weight
+
+
+class MoeDistDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MoeDistConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MoeDistAttention(config, layer_idx)
+        self.is_sparse, self.has_depths = layer_idx in config.moe_layers, layer_idx in config.depth_layers
+        self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else MoeDistMLP(config, config.intermediate_size)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.has_depths:
+            self.depth_router = MoeDistDepthRouter(config)
+
+    def forward(self, hidden_states, group_ids, **kwargs):
+        weight = 1.0
+        if self.has_depths:
+            kwargs["taken"], weight = self.depth_router(hidden_states)
+            group_ids = group_ids.masked_fill(~kwargs["taken"], -1)
+            weight = weight.masked_fill(~kwargs["taken"], 0.0)[..., None]
+        added, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        normed = self.post_attention_layernorm(hidden_states + added)
+        added = added + (self.mlp(normed, group_ids) if self.is_sparse else self.mlp(normed))
+        return hidden_states + (weight * added).to(added.dtype)
+
+
+class MoeDistPreTrainedModel(PreTrainedModel):
+    config: MoeDistConfig
+    config_class = MoeDistConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoeDistDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["router", "depth_router"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MoeDistDecoderLayer, "attentions": MoeDistAttention}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (MoeDistRouter, MoeDistExpertGroup, MoeDistDepthRouter)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
+
+
+class MoeDistModel(MoeDistPreTrainedModel):
+    def __init__(self, config: MoeDistConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoeDistDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MoeDistRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def group_ids(self, input_ids, inputs_embeds, attention_mask):
+        """Returns the index of each token's group [batch, tokens]; -1 for padding, which no expert computes."""
+        groups = self.config.expert_groups
+        if len(groups) == 1:
+            groups_of_tokens = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        elif input_ids is None:
+            raise ValueError("A model with several groups of experts needs input_ids: a token's group follows from its id")
+        else:
+            groups_of_tokens = torch.full_like(input_ids, -1)
+            for index, group in enumerate(groups):
+                for first, end in group["token_ids"]:
+                    groups_of_tokens.masked_fill_((input_ids >= first) & (input_ids < end), index)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            groups_of_tokens.masked_fill_(attention_mask[:, -groups_of_tokens.shape[1] :] == 0, -1)
+        return groups_of_tokens
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+
+        group_ids = self.group_ids(input_ids, inputs_embeds, attention_mask)
+        given = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache}
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
+        hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
+        kwargs |= {"position_embeddings": rotary, "cache": cache}
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+            hidden_states = layer(hidden_states, group_ids, attention_mask=masks[kind], **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
+
+
+class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoeDistConfig):
+        super().__init__(config)
+        self.model = MoeDistModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """With `labels`, the loss is the cross entropy alone, without a balance loss."""
+        given = {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache, **kwargs}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **given)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        states, attentions = outputs.hidden_states, outputs.attentions
+        return CausalLMOutputWithPast(loss, logits, cache=outputs.cache, hidden_states=states, attentions=attentions)
+
+
+__all__ = ["MoeDistForCausalLM", "MoeDistModel", "MoeDistPreTrainedModel"]

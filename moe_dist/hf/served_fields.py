@@ -1,0 +1,112 @@
+"""The config.json of `served/modeling_moe_dist.py`: the form of models that no family of transformers can express.
+
+Its numbers have the names that are usual in transformers. Expert groups, router and mixture of depths are the sections of
+`model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and the ids of its tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.errors import ConfigError
+from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, sliding_layers, write_rope
+from moe_dist.hf.family import ModelFamily, SoftmaxRouter
+from moe_dist.hf.fields import Fields
+
+SERVED = ModelFamily(
+    "moe_dist", "MoeDistForCausalLM", SoftmaxRouter({}), (), "intermediate_size", layout="moe_dist"
+)  # `read_served` and `write_served` take the place of its fields
+CODE = Path(__file__).parent / "served"
+CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_moe_dist.MoeDistConfig",
+    "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
+}
+
+_FIELDS = {  # by key of the section `model`
+    "hidden_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "dense_ffn_dim": "intermediate_size",
+    "rope_pairs": "rope_pairs",
+    "norm_eps": "rms_norm_eps",
+    "qk_norm": "qk_norm",
+    "attention_bias": "projection_bias",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "sliding_window": "sliding_window",
+    "mixture_of_depths": "mixture_of_depths",
+}
+_MOE_FIELDS = {  # by key of the section `model.moe`
+    "first": "first_moe_layer",
+    "every": "moe_layer_step",
+    "shared_ffn_dim": "shared_expert_intermediate_size",
+    "shared_gate": "shared_expert_gate",
+    "router": "router",
+}
+
+
+def served_problems(section: ModelSection) -> list[str]:
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model; none for a router by which tokens choose."""
+    router = section.moe.router
+    if router.experts_choose:
+        return [f"{router.name}: an export needs tokens that choose their experts; train with router.kind=top_k"]
+    return [problem] if (problem := router.not_causal()) else []
+
+
+TokenIds = list[list[int]]  # ranges [first, last + 1]
+
+
+def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
+    """Returns the ids of the tokens of each group."""
+    return {
+        name: [list(ids) for each in group.modalities or (name,) for ids in manifest.modalities.get(each, ())]
+        for name, group in section.moe.groups.items()
+    }
+
+
+def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str, Any]:
+    """Returns the fields of config.json. A single group may be without `ids`."""
+    values = section.model_dump(mode="json")
+    fields = {theirs: values[ours] for ours, theirs in _FIELDS.items()}
+    fields |= {theirs: values["moe"][ours] for ours, theirs in _MOE_FIELDS.items()}
+    groups = [
+        {"name": name, **group.model_dump(mode="json"), "token_ids": ids.get(name)}
+        for name, group in section.moe.groups.items()
+    ]
+    return {
+        "architectures": [SERVED.architecture],
+        "auto_map": AUTO_MAP,
+        "model_type": SERVED.name,
+        **fields,
+        "head_dim": section.resolved_head_dim,
+        "max_position_embeddings": max_positions(section),
+        **write_rope(section, partial=section.rope_dim is not None),
+        "layer_types": layer_types(section),
+        "expert_groups": groups,
+    }
+
+
+def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
+    """Returns the family, the values of the section `model`, and the fields of config.json that were not read.
+
+    Raises:
+        ConfigError: a field is missing or has a value that no export writes.
+    """
+    read = Fields(config, SERVED.name)
+    read.must_be("auto_map", (AUTO_MAP,), "the code beside the weights is never run, and must be that of an export")
+    read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
+    section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
+    moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
+    groups = read.many("expert_groups")
+    if not all(isinstance(group, dict) and "name" in group for group in groups):
+        raise ConfigError(f"config.json: expert_groups={groups!r:.80} must be objects, each with a name")
+    by_name = {group["name"]: {k: v for k, v in group.items() if k not in ("name", "token_ids")} for group in groups}
+    section |= read_rope(read, 10000.0, 1.0, read.whole("head_dim"), read.whole("max_position_embeddings"))
+    section |= {"max_seq_len": read.whole("max_position_embeddings"), "moe": {**moe, "groups": by_name}}
+    return SERVED, section | sliding_layers(read.many("layer_types")), read.unread()

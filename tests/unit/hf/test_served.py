@@ -1,0 +1,287 @@
+"""Models that no family of transformers can express leave with their code, and compute the same in transformers."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import ImportOptions
+from moe_dist.hf.served_fields import CODE, CODE_FILES
+from tests.support.imported import load_imported
+from tests.support.messages import refused
+from tests.support.pictured import VOCAB
+from tests.support.served import GROUP, ONE, continued, logits, saved_model, theirs
+from tests.support.tiny import tiny_dataset
+from tests.support.tiny_hf import save, tiny_model
+from tests.unit.hf.test_round_trip import assert_same, tensors_of
+
+BOUND = 1e-5
+
+
+def one(**changes: Any) -> dict[str, Any]:
+    return {"model.moe.groups": {"all": {**GROUP, **changes}}}
+
+
+def router(kind: str = "top_k", **fields: Any) -> dict[str, Any]:
+    return {"model.moe.router": {"kind": kind, **fields}, "loss.balance.schedule": [[0, 0.0]]}
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"model.rope_scaling": {"kind": kind, "factor": 4.0, **fields}}
+
+
+FREE = {"num_identity": 2, "num_constant": 2, "top_k": 4}
+LENGTHS = {"original_max_position_embeddings": 8}
+DEPTHS = {"every": 2, "first": 0, "capacity": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "groups": {},
+    "moved nulls": ONE,
+    **{f"normalise {each}": ONE | router(normalise=each) for each in ("all_chosen", "true_all", "none")},
+    "scale": ONE | router(scale=1.5),
+    "single null row": ONE | router(null_logit="single"),
+    "many nulls": one(num_null=11, top_k=8),
+    "bias": router(selection_bias=True),
+    "free": one(**FREE),
+    "free all_chosen bias": one(**FREE) | router(normalise="all_chosen", selection_bias=True),
+    "free without nulls": one(**FREE, num_null=0) | router(normalise="true_all"),
+    "sigmoid": one(**FREE) | router("group_limited", scale=2.5),
+    "sigmoid groups": one(num_experts=8, top_k=4) | router("group_limited", n_group=4, topk_group=2, normalise="none"),
+    "shared": {"model.moe.shared_ffn_dim": 20},
+    "shared gate": {"model.moe.shared_ffn_dim": 20, "model.moe.shared_gate": True},
+    "dense first": {"model.moe.first": 1, "model.num_layers": 3, "model.moe.every": 2, "model.dense_ffn_dim": 40},
+    "window": {"model.sliding_window": 4},
+    "window layers": {"model.sliding_window": 4, "model.sliding_layers": [1]},
+    "linear": rope("linear"),
+    "dynamic": rope("dynamic", **LENGTHS),
+    "yarn": rope("yarn", **LENGTHS),
+    "llama3": rope("llama3", **LENGTHS, low_freq_factor=1.0, high_freq_factor=4.0),
+    "partial rope": {"model.rope_dim": 4},
+    "partial dynamic adjacent": {"model.rope_dim": 6, "model.rope_pairs": "adjacent", **rope("dynamic", **LENGTHS)},
+    "attention": {"model.qk_norm": "head", "model.attention_bias": "qkvo", "model.head_dim": 12,
+                  "model.tie_embeddings": True},
+    "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
+    "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
+    "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
+    "depths sigmoid": ONE | router("group_limited") | {"model.mixture_of_depths": {**DEPTHS, "every": 1}},
+}  # fmt: skip
+
+COVER = (
+    "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "shared gate",
+    "dense first", "dynamic", "partial dynamic adjacent", "attention", "depths", "depths window",
+)  # fmt: skip
+
+
+VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_dataset(folder)
+    return folder
+
+
+def prompts() -> torch.Tensor:
+    """Text and pictures, longer than the windows and the original lengths."""
+    return torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in COVER else pytest.mark.full) for case in CASES], ids=list(CASES)
+)
+@torch.no_grad()
+def test_logits_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> None:
+    ours = saved_model(tmp_path / "run", data, CASES[case])
+    done = export_model(tmp_path / "run", tmp_path / "hf")
+    assert done.family == "moe_dist"
+    assert done.reasons
+    model, tokens = theirs(tmp_path / "hf"), prompts()
+    expected = logits(ours, tokens)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=BOUND, atol=BOUND)
+    model.generation_config.eos_token_id = None  # so that all of them go on  # pyright: ignore
+    for cache in (True, False):
+        made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
+        assert torch.equal(made, continued(ours, tokens, 8, cached=cache)), cache
+
+
+@torch.no_grad()
+def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -> None:
+    """Every choice is a tie, to the last bit of the products."""
+    ours = saved_model(tmp_path / "run", data, one(num_null=8, top_k=4), copies=True)
+    assert export_model(tmp_path / "run", tmp_path / "plain").folded == 8
+    export_model(tmp_path / "run", tmp_path / "hf", family="moe_dist")
+    tokens = prompts()
+    for folder in ("plain", "hf"):
+        torch.testing.assert_close(theirs(tmp_path / folder)(tokens).logits, logits(ours, tokens), rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ernie4_5_moe", "glm4_moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
+)
+@torch.no_grad()
+def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
+    """Softmax and sigmoid with selection bias, groups of experts, shared experts without a gate, parts of heads, pairs."""
+    model, tokens = tiny_model(kind).eval(), prompts()
+    import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "hf", family="moe_dist")
+    torch.testing.assert_close(theirs(tmp_path / "hf")(tokens).logits, model(tokens).logits, rtol=BOUND, atol=BOUND)
+
+
+@torch.no_grad()
+def test_padding_changes_no_token(tmp_path: Path, data: Path) -> None:
+    depths = {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}}
+    ours = saved_model(tmp_path / "run", data, {"model.sliding_window": 4} | depths | rope("dynamic", **LENGTHS))
+    export_model(tmp_path / "run", tmp_path / "hf")
+    model, tokens = theirs(tmp_path / "hf", attn_implementation="eager"), prompts()[:2]
+    model.generation_config.eos_token_id = None  # pyright: ignore
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), tokens], dim=1)
+    padded[1] = torch.cat([tokens[1], tokens[1, :5]])  # a longer one beside it
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    made = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)  # pyright: ignore
+    for row, prompt in ((made[0, 5:], tokens[:1]), (made[1], padded[1:])):
+        assert torch.equal(row[None], continued(ours, prompt, 6, cached=True))
+
+
+@torch.no_grad()
+def test_routers_stay_in_fp32_in_a_bfloat16_model(tmp_path: Path, data: Path) -> None:
+    ours = saved_model(tmp_path / "run", data, CASES["depths window"] | router(selection_bias=True))
+    export_model(tmp_path / "run", tmp_path / "hf")
+    model, tokens = theirs(tmp_path / "hf", dtype=torch.bfloat16), prompts()
+    kept = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in model.state_dict() if "router" in name}
+    assert (model(tokens).logits.float() - logits(ours, tokens)).abs().mean() < 0.1
+
+
+@torch.no_grad()
+def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
+    """Experts see the rows that took them, and no other."""
+    ours = saved_model(tmp_path / "run", data, ONE)
+    export_model(tmp_path / "run", tmp_path / "hf")
+    model, tokens, rows = theirs(tmp_path / "hf"), prompts(), []
+    for layer in model.model.layers:  # pyright: ignore
+        for expert in layer.mlp.groups[0].experts:
+            expert.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    model(tokens)
+    positions, zeros = torch.arange(14).expand(3, 14), torch.zeros_like(tokens)
+    pairs = sum(report.pairs for report in ours(tokens, positions, zeros, zeros)[1])
+    assert sum(rows) == pairs < 2 * tokens.numel() * GROUP["top_k"]
+    assert min(rows) > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["free all_chosen bias", "depths window", "dense first", "dynamic", "sigmoid groups", "partial dynamic adjacent"],
+)
+def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:
+    ours = saved_model(tmp_path / "run", data, CASES[case])
+    export_model(tmp_path / "run", tmp_path / "hf", shard_bytes=9000)
+    import_model(tmp_path / "hf", tmp_path / "ours", shard_bytes=5000)
+    again, _ = load_imported(tmp_path / "ours")
+    for (name, wanted), (_, found) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(found, wanted), name
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    for file in ("config.json", *CODE_FILES):
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
+
+
+def test_an_import_of_the_form_takes_no_options_and_no_other_code(tmp_path: Path, data: Path) -> None:
+    saved_model(tmp_path / "run", data, {})
+    export_model(tmp_path / "run", tmp_path / "hf")
+    with refused(ConfigError, "--null-experts=4"):
+        import_model(tmp_path / "hf", tmp_path / "ours", ImportOptions(null_experts=4, top_k=4))
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    for name, value in (("auto_map", {"AutoConfig": "other.Config"}), ("expert_groups", [{}]), ("qk_norm", "both")):
+        (tmp_path / "hf/config.json").write_text(json.dumps(config | {name: value}))
+        with refused(ConfigError, name):
+            import_model(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_several_groups_need_the_ids_of_their_tokens(tmp_path: Path, data: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    saved_model(tmp_path / "run", tmp_path / "data", {})
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with refused(ConfigError, "model.moe.groups: text, image", "data.path"):
+        export_model(tmp_path / "run", tmp_path / "hf")
+    export_model(tmp_path / "run", tmp_path / "hf", data=tmp_path / "moved")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert [group["token_ids"] for group in config["expert_groups"]] == [[[0, 48]], [[48, 64]]]
+    assert (config["eos_token_id"], config["pad_token_id"]) == (1, 0)
+    tiny_dataset(tmp_path / "other", seed=1)
+    with refused(DataError, "--data"):
+        export_model(tmp_path / "run", tmp_path / "not", data=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kind": "expert_choice", "causal": "threshold"}, {"kind": "scheduled_top_k", "active_experts": {"all": [2, 1]}}],
+)
+def test_tokens_must_choose_and_alone(tmp_path: Path, data: Path, fields: dict[str, Any]) -> None:
+    saved_model(tmp_path / "run", data, one(num_null=0) | router(**fields))
+    with refused(ConfigError, fields["kind"]):
+        export_model(tmp_path / "run", tmp_path / "hf")
+
+
+def test_a_plain_family_comes_first(tmp_path: Path, data: Path) -> None:
+    saved_model(tmp_path / "run", data, one(num_null=0) | router(normalise="all_chosen"))
+    done = export_model(tmp_path / "run", tmp_path / "plain")
+    assert (done.family, done.reasons, done.folded) == ("mixtral", (), 0)
+    assert export_model(tmp_path / "run", tmp_path / "own", family="moe_dist").family == "moe_dist"
+    with refused(ConfigError, "num_null=3"):
+        saved_model(tmp_path / "nulls", data, ONE)
+        export_model(tmp_path / "nulls", tmp_path / "not", family="mixtral")
+
+
+def test_the_readme_runs(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_model(tmp_path / "run", data, {})
+    export_model(tmp_path / "run", tmp_path / "hf")
+    run_readme(tmp_path / "hf", monkeypatch, lines=4)  # three, and torch in place of a tokenizer
+    assert "tensor([[ 1,  2,  3," in capsys.readouterr().out
+
+
+def test_the_tokenizer_of_the_data_comes_along(
+    tmp_path: Path, own_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    saved_model(tmp_path / "run", own_data, {"model.vocab_size": VOCAB})
+    export_model(tmp_path / "run", tmp_path / "hf")
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "text 12, naïve ☂"
+    assert tokenizer(text).input_ids == Tokenizer.from_file(str(own_data / "tokenizer.json")).encode(text).ids
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
+    run_readme(tmp_path / "hf", monkeypatch, lines=3)
+    assert capsys.readouterr().out.startswith("The")
+
+
+def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *, lines: int) -> None:
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == lines
+    monkeypatch.chdir(folder)
+    exec(code, {})
+
+
+@pytest.mark.parametrize("file", CODE_FILES)
+def test_the_code_needs_transformers_only(file: str) -> None:
+    tree = ast.parse((CODE / file).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {str(name).partition(".")[0] for name in imported} <= {
+        "torch",
+        "typing",
+        "transformers",
+        "configuration_moe_dist",
+    }
