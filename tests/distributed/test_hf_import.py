@@ -90,7 +90,7 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    cache = transformers.DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         parts = [model(part, cache=cache, use_cache=True).logits for part in ids.split(PARTS, dim=1)]
     return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
