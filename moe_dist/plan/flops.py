@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
@@ -39,7 +40,7 @@ def expert_adapters(model: ModelSection, held: Mapping[str, float]) -> float:
     """Returns the number of parameters of the adapters on the experts of one layer, the shared expert included. `held` is
     the number of experts of each group."""
     dim, section = model.hidden_dim, model.moe.experts
-    if not section.adapts_ffns:
+    if not isinstance(section, AdaptedFFNExpertsSection):
         return 0
     widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
     routed = [adapter_parameters(section, each) * (1 if section.shared else held[name]) for name, each in widths.items()]
