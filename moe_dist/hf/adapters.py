@@ -64,7 +64,8 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, the attention's are in
     the patterns."""
-    experts, attention = model.moe.experts, model.attention_lora
+    attention = model.attention_lora
+    experts: Any = model.moe.experts
     main: Any = experts if experts.adapts_ffns else attention
     parts = [f"{target}_proj" for target in attention.targets] if attention else []
     shared = [f"shared_expert.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
@@ -87,7 +88,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name; a linear
     function of the tensors, such as their gradients, may take their place."""
-    experts, attention = model.moe.experts, model.attention_lora
+    attention = model.attention_lora
+    experts: Any = model.moe.experts
     for layer in range(model.num_layers):
         for target in attention.targets if attention else ():
             for matrix in "ab":
@@ -110,7 +112,8 @@ def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str
     """Returns the logical names of A, and of B, of each expert in a layer of a model with one group of experts."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
-    if model.moe.experts.shared:
+    kind: Any = model.moe.experts
+    if kind.shared:
         return [[f"{prefix}.adapters.{target}.{matrix}"] * section.num_experts for matrix in "ab"]
     return [[f"{prefix}.{expert}.{target}_{matrix}" for expert in experts] for matrix in "ab"]
 

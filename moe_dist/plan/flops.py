@@ -38,7 +38,8 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 def expert_adapters(model: ModelSection, held: Mapping[str, float]) -> float:
     """Returns the number of parameters of the adapters on the experts of one layer, the shared expert included. `held` is
     the number of experts of each group."""
-    dim, section = model.hidden_dim, model.moe.experts
+    dim = model.hidden_dim
+    section: Any = model.moe.experts
     if not section.adapts_ffns:
         return 0
     widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
