@@ -88,7 +88,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name; a linear
     function of the tensors, such as their gradients, may take their place."""
-    experts, attention = model.moe.experts, model.attention_lora
+    attention = model.attention_lora
+    experts: Any = model.moe.experts
     for layer in range(model.num_layers):
         for target in attention.targets if attention else ():
             for matrix in "ab":
