@@ -84,8 +84,10 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 
 
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
-    """The time limit comes a minute before its signal: at slurmctld's next look."""
-    job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=1")
+    """The time limit ends within a minute and a half, so that its signal comes at one of slurmctld's next looks."""
+    hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # minutes: what is left suffices for a save
+    job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
     return job
