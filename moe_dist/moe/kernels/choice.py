@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from moe_dist.moe.kernels import trial
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 
@@ -13,7 +14,7 @@ KernelKind = Literal["auto", "torch", "triton"]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and for `auto` on CUDA the reason if these are not Triton's.
+    """Returns the kernels, and for `auto` on CUDA the reason if these are not Triton's. `auto` tries them first (`trial`).
 
     Raises:
         ValueError: kind is `triton`, and `why_not_triton` returns a reason.
@@ -24,7 +25,9 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
     if reason is None:
         from moe_dist.moe.kernels.triton_kernels import TRITON  # imports Triton, which a CPU need not have
 
-        return TRITON, None
+        reason = trial.why_not(TRITON, device, dtype) if kind == "auto" else None
+        if reason is None:
+            return TRITON, None
     if kind == "triton":
         raise ValueError(f"parallel.kernels.kind=triton: {reason}; take auto or torch (docs/gpu.md)")
     return TORCH, reason

@@ -1,0 +1,56 @@
+"""The trial lets good kernels pass, in Triton's interpreter, and names what is wrong with others."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.moe.kernels.trial import why_not
+from moe_dist.moe.kernels.triton_kernels import TRITON, TritonKernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_good_kernels_pass(dtype: torch.dtype) -> None:
+    assert why_not(TRITON, CPU, dtype) is None
+
+
+def double_sum(*args: Any) -> torch.Tensor:
+    return 2.0 * TRITON.sum_pairs(*args)
+
+
+def forgotten_row(own: torch.Tensor, *args: Any) -> torch.Tensor:
+    return TRITON.sum_rows(torch.cat([torch.full_like(own[:1], float("nan")), own[1:]]), *args)
+
+
+def wrong_gradient(rows: torch.Tensor, index: Any) -> Any:
+    return TRITON.gather(rows * 2.0 - rows.detach(), index)
+
+
+def late_choice(logits: torch.Tensor, *args: Any) -> Any:
+    return TRITON.choose(logits.roll(1, 0), *args)
+
+
+def no_compiler(*args: Any) -> Any:
+    raise RuntimeError("PassManager::run failed\nsee above")
+
+
+@pytest.mark.parametrize(
+    ("method", "fault", "words"),
+    [
+        ("sum_pairs", double_sum, "the output of experts of the Triton kernels differs from torch's by 1"),
+        ("sum_rows", forgotten_row, "the sum of rows of the Triton kernels differs from torch's by nan"),
+        ("gather", wrong_gradient, "the gradient of rows of the Triton kernels differs from torch's by 1"),
+        ("choose", late_choice, "the choice of the Triton kernels differs from torch's by"),
+        ("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
+    ],
+)
+def test_a_fault_is_named(method: str, fault: Any, words: str) -> None:
+    kernels = TritonKernels()
+    setattr(kernels, method, fault)
+    reason = why_not(kernels, CPU, torch.float32)
+    assert reason is not None
+    assert reason.startswith("in a trial on cpu the")
+    assert words in reason
+    assert "see above" not in reason
