@@ -136,3 +136,10 @@ def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "hal
     first, second = x_BHSd.chunk(2, dim=-1) if pairs == "halves" else (x_BHSd[..., 0::2], x_BHSd[..., 1::2])
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned, dim=-1) if pairs == "halves" else torch.stack(turned, dim=-1).flatten(-2)
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED (-100)."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
+    losses = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), reduction="none")
+    return losses.view_as(labels_BS)

@@ -1,4 +1,4 @@
-"""Cross entropy of each token: from logits, or from hidden states and the output weight without holding all logits.
+"""Cross entropy of each token from hidden states and the output weight, without holding all logits.
 
 Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, N tokens and v words of one tile, P parts
 of v words.
@@ -15,15 +15,8 @@ from torch.autograd.function import once_differentiable
 TILE_TOKENS = 4096  # most tokens of a tile. With 8,192 words a tile takes 134 MB in fp32, and at most four are held at once
 
 
-def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED (-100)."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
-    losses = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), reduction="none")
-    return losses.view_as(labels_BS)
-
-
 def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
-    """Returns `token_losses(x W^T, labels)`, computed tile by tile: `words` words for at most TILE_TOKENS tokens of one
+    """Returns `layers.token_losses(x W^T, labels)`, computed by tiles of `words` words for at most TILE_TOKENS tokens of one
     sequence. Backward computes the logits again.
 
     The size of a tile depends neither on the number of sequences nor on the ranks. So a token has the same loss and

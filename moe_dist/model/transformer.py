@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
-from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table
+from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table, token_losses
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
-from moe_dist.model.token_loss import tiled_token_losses, token_losses
+from moe_dist.model.token_loss import tiled_token_losses
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest

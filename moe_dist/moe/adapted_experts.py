@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import (
     Activation,
     Experts,
@@ -33,7 +34,6 @@ from moe_dist.moe.experts import (
     silu_product,
 )
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.lora import Adapter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 

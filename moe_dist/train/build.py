@@ -22,10 +22,10 @@ from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import choose_gemm
 from moe_dist.moe.kernels.choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.optim.muon import Muon

@@ -12,9 +12,9 @@ from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
 from moe_dist.moe.adapted_experts import AdaptedExperts
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.routers.capacity import Capacity

@@ -7,13 +7,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EVERY = 50  # steps
+COLLECT_EVERY = 50  # steps; `Trainer` collects
 
 
 @contextmanager
 def collected_by_steps() -> Iterator[None]:
     """Turns automatic collections off. Objects that exist now, such as modules and the plan, are left out of later
-    collections, so that a collection takes a few milliseconds. Call `collect` after each step."""
+    collections, so that a collection takes a few milliseconds."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -22,9 +22,3 @@ def collected_by_steps() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def collect(step: int) -> None:
-    """Collects garbage after every 50th step, unless Python does so automatically."""
-    if step % EVERY == 0 and not gc.isenabled():
-        gc.collect()

@@ -1,5 +1,6 @@
 """The training loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
-from moe_dist.train.garbage import collect
+from moe_dist.train.garbage import COLLECT_EVERY
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.resume import Progress, Resumable
@@ -133,7 +134,7 @@ class Trainer:
         progress.skipped_steps += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._recent.append(result)
-        collect(progress.step)
+        _collect(progress.step)
         if self.sinks:
             self._show(result, lr, aux, time.perf_counter() - begin)
         return result
@@ -231,3 +232,9 @@ class Trainer:
             f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
             "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
         )
+
+
+def _collect(step: int) -> None:
+    """Collects Python's garbage after some steps, if automatic collections are off (`garbage.collected_by_steps`)."""
+    if step % COLLECT_EVERY == 0 and not gc.isenabled():
+        gc.collect()

@@ -7,12 +7,16 @@ backward anyway. The time of sorting is linear in the number of items. Shape let
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
 
 SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
@@ -111,3 +115,36 @@ def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     kept = items_N.new_empty(num_kept + 1)  # one element more, which takes the items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
+
+
+class TorchKernels:
+    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. The router chooses by itself."""
+
+    has_choose = False
+
+    def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
+        raise AssertionError("the router chooses by operations of torch")
+
+    def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
+        x_QD = gather_rows(rows_RD, index.parts[0])
+        return x_QD, x_QD
+
+    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+        return F.silu(gate_QF) * up_QF
+
+    def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
+        return weighted_row_sum(y_QD, weight_Q, index.parts[0], index.num_rows).to(dtype)
+
+    def sum_rows(
+        self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
+    ) -> Tensor:
+        dtype, (row_O, row_S) = accumulation_dtype(own_OD.dtype), index.parts
+        if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
+            sum_MD = own_OD.new_zeros((index.num_rows, own_OD.shape[1]), dtype=dtype)
+        else:
+            sum_MD = base_MD.to(dtype, copy=True)  # copied, because the caller keeps its tensor
+        add_rows(sum_MD, row_O, own_OD)  # while remote rows are in flight
+        return add_rows(sum_MD, row_S, wait()).to(own_OD.dtype)
+
+
+TORCH = TorchKernels()

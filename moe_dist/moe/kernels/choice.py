@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels import trial
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 
 KernelKind = Literal["auto", "torch", "triton"]
 

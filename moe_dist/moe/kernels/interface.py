@@ -1,6 +1,6 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
-`torch_kernels.py` implements it by operations of torch, on any device. It is the reference of `triton_kernels.py`, which
+`dispatch/rows.py` implements it by operations of torch, on any device. It is the reference of `triton_kernels.py`, which
 implements it by Triton kernels. Shape letters: T tokens, C columns of the router, K choices, G expert groups, N items with
 a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden size, F hidden width of
 experts, O own rows and S received rows of a table.

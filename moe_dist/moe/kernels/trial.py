@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels, TopK
-from moe_dist.moe.kernels.torch_kernels import TORCH
 
 ROWS, PAIRS, HIDDEN, WIDTH, COLUMNS, CHOICES = 40, 100, 64, 96, 16, 3
 MOST = 0.02  # norm of a difference over the norm of the result; bf16 rounds a value by up to 0.004 of it

@@ -14,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moe_dist.config.load import load_config
 from moe_dist.data.batch import IGNORED
 from moe_dist.model import token_loss
-from moe_dist.model.token_loss import tiled_token_losses, token_losses
+from moe_dist.model.layers import token_losses
+from moe_dist.model.token_loss import tiled_token_losses
 from moe_dist.train.build import model_args
 
 SEQUENCES, LENGTH, DIM, VOCABULARY = 3, 7, 5, 37

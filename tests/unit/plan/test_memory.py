@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_dist.config.schema import Config
-from moe_dist.model.token_loss import token_losses
+from moe_dist.model.layers import token_losses
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.memory import checkpoint_bytes, held_parameters, rank_memory
 from moe_dist.plan.policies import expert_groups, make_placement

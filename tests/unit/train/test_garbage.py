@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.train import garbage
+from moe_dist.train import trainer
 from moe_dist.train.build import build_loader, build_plan
 from moe_dist.train.garbage import collected_by_steps
 from tests.support.one_rank import OneRank, world_of_one
@@ -38,13 +38,13 @@ def test_steps_leave_no_tensor_to_the_collector(tiny_data: Path, tmp_path: Path)
 
 def test_a_collection_comes_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(garbage.gc, "collect", lambda: taken.append(1))
-    garbage.collect(50)
+    monkeypatch.setattr(gc, "collect", lambda: taken.append(1))
+    trainer._collect(50)
     assert not taken, "automatic collections are on"
     with collected_by_steps():
         begun = len(taken)
         for step in (49, 50, 51, 100):
-            garbage.collect(step)
+            trainer._collect(step)
         assert len(taken) - begun == 2
         assert not gc.isenabled()
     assert gc.isenabled()
