@@ -16,7 +16,7 @@ TILE_TOKENS = 4096  # most tokens of a tile. With 8,192 words a tile takes 134 M
 
 
 def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
-    """Returns `layers.token_losses(x W^T, labels)`, computed by tiles of `words` words for at most TILE_TOKENS tokens of one
+    """Returns `layers.token_losses(x W^T, labels)`, by tiles of `words` words for at most TILE_TOKENS tokens of one
     sequence. Backward computes the logits again.
 
     The size of a tile depends neither on the number of sequences nor on the ranks. So a token has the same loss and
