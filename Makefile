@@ -65,7 +65,7 @@ test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to 
 	@$(TEST) -m "" tests/faults
 
 test-clusters: $(INSTALLED) data cluster-packages  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
-	@$(TEST) -m "" -n 2 --dist loadgroup tests/clusters
+	@$(TEST) -m "" tests/clusters
 
 # Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux

@@ -23,7 +23,7 @@ from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
-ANSWER_SECONDS = 60.0  # timeout for an actor to start and answer; a Ray worker starts in seconds
+ANSWER_SECONDS = 300.0  # for an actor to start and answer: a worker starts in seconds, but from a slow disk in minutes
 READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended

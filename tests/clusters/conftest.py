@@ -1,6 +1,5 @@
 """Real clusters, started once, and the default model as the jobs on them train it."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,19 +7,6 @@ import pytest
 
 from tests.support.shape import SEED, drawn
 from tests.support.slurm import SlurmCluster
-
-BESIDE_SLURM = ("ray", "torchrun")  # in the names of files whose tests need no Slurm
-
-
-def pytest_configure() -> None:
-    os.environ[SEED] = str(drawn().seed)  # pytest's workers inherit it, and so have the same shape
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # each group runs on one worker, so that Slurm is started once
-        group = "beside" if any(name in item.path.name for name in BESIDE_SLURM) else "slurm"
-        item.add_marker(pytest.mark.xdist_group(group))
-
 
 def pytest_report_header() -> str:
     return f"{SEED}={drawn().seed} gives this cluster again: {drawn()}"

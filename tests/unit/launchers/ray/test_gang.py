@@ -189,7 +189,7 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
         ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([])
     assert raised.value.faults == {
         "2": "the actor of rank 1 did not start on 10.0.0.2 (no labels): ModuleNotFoundError: No module named 'x1'",
-        "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 60 s",
+        "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 300 s",
     }
 
 
