@@ -8,6 +8,7 @@ import pytest
 from tests.support.shape import SEED, drawn
 from tests.support.slurm import SlurmCluster
 
+
 def pytest_report_header() -> str:
     return f"{SEED}={drawn().seed} gives this cluster again: {drawn()}"
 
