@@ -70,12 +70,13 @@ class Gang:
         """Host names in the order of the plan."""
         return tuple(node.host for node in self._nodes)
 
-    def gather(self, paths: Sequence[str]) -> None:
+    def gather(self, paths: Sequence[str], signals: StopSignals) -> None:
         """Starts the actors and waits until each one has answered.
 
         Raises:
             LostError: another job uses a node, or an actor did not start.
             ConfigError: one of the `paths` does not exist on a node.
+            StoppedError: a stop signal came before all actors had answered.
         """
         if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
             raise LostError("another job has taken the chosen nodes")
@@ -85,8 +86,10 @@ class Gang:
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
         faults: dict[str, str] = {}
-        for rank, (worker, error) in enumerate(_answers([each.worker.remote(paths) for each in self._actors])):
+        calls = [each.worker.remote(paths) for each in self._actors]
+        for rank, (worker, error) in enumerate(_answers(calls, signals)):
             if error:
+                _refuse_stop(signals)
                 node = self.node(rank)
                 faults.setdefault(node.node_id, f"the actor of rank {rank} did not start on {node}: {error}")
             else:
@@ -111,10 +114,10 @@ class Gang:
             actor.start.remote(command.argv, command.env, str(log), command.rank == 0)
             for actor, command, log in zip(self._actors, commands, logs, strict=True)
         ]
-        for rank, (_, error) in enumerate(_answers(started)):
-            if error:
-                lost = f"it did not start on {self.node(rank)}: {error}"
-                tracker.end(rank, -signal.SIGKILL, time.monotonic(), frozen=tuple, lost=lost)
+        for rank, (_, error) in enumerate(_answers(started, signals)):
+            if error:  # after a stop signal the rank counts as ended by that signal
+                lost = "" if signals.first else f"it did not start on {self.node(rank)}: {error}"
+                tracker.end(rank, -(signals.first or signal.SIGKILL), time.monotonic(), frozen=tuple, lost=lost)
         running = {
             actor.wait.options(concurrency_group=WAIT).remote(): rank
             for rank, actor in enumerate(self._actors)
@@ -175,17 +178,24 @@ class Gang:
         running.clear()
 
 
-def _answers(calls: Sequence[Any]) -> list[tuple[Any, str]]:
+def _answers(calls: Sequence[Any], signals: StopSignals) -> list[tuple[Any, str]]:
     """Returns for each call of an actor's method (its result, ''), or (None, error) if it failed, or gave no answer within
-    ANSWER_SECONDS."""
-    answered = set(ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_SECONDS)[0])
+    ANSWER_SECONDS. A stop signal ends the wait."""
+    deadline, waiting = time.monotonic() + ANSWER_SECONDS, list(calls)
+    while waiting and signals.first is None and time.monotonic() < deadline:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_SECONDS)
     found: list[tuple[Any, str]] = []
     for call in calls:
         try:
-            found.append((ray.get(call), "") if call in answered else (None, f"no answer in {ANSWER_SECONDS:g} s"))
+            found.append((None, f"no answer in {ANSWER_SECONDS:g} s") if call in waiting else (ray.get(call), ""))
         except RayError as error:
             found.append((None, last_line(error)))
     return found
+
+
+def _refuse_stop(signals: StopSignals) -> None:
+    if signals.first is not None:
+        raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start the run again")
 
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
@@ -237,8 +247,7 @@ def gather_gang(
     request: PlacementGroup | None = None
     try:
         while True:
-            if signals.first is not None:
-                raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start the run again")
+            _refuse_stop(signals)
             over = time.monotonic() - began >= wait_seconds
             live = live_nodes(exclude)
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
@@ -260,7 +269,7 @@ def gather_gang(
             else:
                 gang = Gang(assignment.job, assignment.nodes, bundle)
                 try:
-                    gang.gather(paths)
+                    gang.gather(paths, signals)
                     return gang
                 except LostError as error:
                     gang.close()

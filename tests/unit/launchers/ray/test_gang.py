@@ -1,5 +1,7 @@
 """The choice of nodes and the start of actors by the Ray driver: waiting, failed starts, autoscalers. Ray is a stand-in."""
 
+import itertools
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +12,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from launchers.command import JobPlan, NodePlan, RankCommand
+from launchers.command import JobPlan, NodePlan, RankCommand, one_node
 from launchers.rank_tracker import ShutdownTimeouts
 from launchers.ray import gang as ray_gang
 from launchers.ray.gang import Gang, LostError, gather_gang, last_line, live_nodes
 from launchers.ray.nodes import RayNode
 from launchers.ray.rank import WorkerInfo
-from moe_dist.errors import ResourceError
+from moe_dist.errors import ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
 TWO = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1,))))
@@ -80,7 +82,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         def __init__(self, job: JobPlan, nodes: Sequence[RayNode], bundle: object) -> None:
             self.job, self._nodes = job, nodes
 
-        def gather(self, paths: Sequence[str]) -> None:
+        def gather(self, paths: Sequence[str], signals: StopSignals) -> None:
             assert not cluster.requests, "a request holds the resources that the actors need"
             cluster.tried.append([each.node_id for each in self._nodes])
             cluster.now += 1.0
@@ -167,7 +169,7 @@ def test_uneven_nodes_exceed_the_sites_limit_only_when_the_wait_is_over(
 
 
 def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 answers, rank 1 dies, rank 2 does not answer; ranks 1 and 3 share a node."""
+    """Rank 0 answers, rank 1 dies, rank 2 does not answer; ranks 1 and 3 share a node. A stop signal ends the wait."""
 
     class Actor:
         def __init__(self, rank: int) -> None:
@@ -184,13 +186,18 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
     monkeypatch.setattr(ray_gang.ray, "remote", lambda **_: lambda cls: made)
     monkeypatch.setattr(ray_gang.ray, "wait", lambda answers, **_: ([each for each in answers if each != 2], [2]))
     monkeypatch.setattr(ray_gang.ray, "get", get)
+    monkeypatch.setattr(ray_gang.time, "monotonic", itertools.count(0.0, 100.0).__next__)
     job = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1, 3)), NodePlan(2, (2,))))
-    with pytest.raises(LostError) as raised:
-        ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([])
+    with StopSignals() as signals, pytest.raises(LostError) as raised:
+        ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([], signals)
     assert raised.value.faults == {
         "2": "the actor of rank 1 did not start on 10.0.0.2 (no labels): ModuleNotFoundError: No module named 'x1'",
         "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 300 s",
     }
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            ray_gang.Gang(TWO, [node("1"), node("2")], CPU).gather([], signals)
 
 
 def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +230,22 @@ def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkey
     assert (outcome.codes, outcome.first_failed) == ((-15, -9), 1)
     why = "it did not start on 10.0.0.2 (no labels): RuntimeError: n2: /opt/python could not be started"
     assert outcome.lost == {1: why}
+
+
+def test_a_stop_ends_the_wait_for_the_start_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(calls: list[str], **_: object) -> tuple[list[str], list[str]]:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return [], calls
+
+    start = SimpleNamespace(remote=lambda *_: "start")
+    monkeypatch.setattr(ray_gang, "placement_group", lambda *_, **__: None)
+    monkeypatch.setattr(ray_gang.ray, "wait", wait)
+    gang = Gang(one_node(1), [node("1")], CPU)
+    gang._actors = [SimpleNamespace(start=start)]
+    command = RankCommand(0, 0, ("/opt/python",), {})
+    with StopSignals() as signals:
+        outcome = gang.run([command], [Path("0")], signals, ShutdownTimeouts(stop=9.0))
+    assert (outcome.codes, outcome.stop, outcome.lost) == ((-signal.SIGUSR2,), signal.SIGUSR2, {})
 
 
 def test_the_cause_is_the_last_line_of_rays_error() -> None:
