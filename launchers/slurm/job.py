@@ -145,7 +145,7 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
     exports |= {PROGRAM: env[PROGRAM]} if PROGRAM in env else {}
     output = output_pattern(place.parent)
     snapshot.script.write_text(script(plan, cluster, name=config.run.name, output=output, exports=exports))
-    pointer = job.submitted / ".moe_dist" / f"job_{job.id}"
+    pointer = job.submitted / ".moe_dist" / f"job_{env.get('SLURM_CLUSTER_NAME', '')}_{job.id}"
     try:
         pointer.parent.mkdir(exist_ok=True)
         write_atomically(pointer, str(place))

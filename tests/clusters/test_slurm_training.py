@@ -272,5 +272,6 @@ def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
         assert committed_step(run.checkpoints) >= 2
     finally:
         job.output.unlink(missing_ok=True)
-        (ROOT / ".moe_dist" / f"job_{number}").unlink(missing_ok=True)
+        for pointer in (ROOT / ".moe_dist").glob(f"job_*_{number}"):
+            pointer.unlink()
         shutil.rmtree(run.path, ignore_errors=True)

@@ -97,23 +97,28 @@ def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
     assert "submit it: sbatch slurm/train.sbatch CONFIG" in done.stderr
 
 
-@pytest.mark.parametrize(("restarts", "code"), [("0", "clone"), ("1", "first")])
-def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_path: Path, restarts: str, code: str) -> None:
-    """Another job may have left its SLURM_RESTART_COUNT, and an earlier job with this number a pointer."""
+@pytest.mark.parametrize(("answer", "code"), [("Restarts=0", "clone"), ("Restarts=1", "first"), ("", "first")])
+def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_path: Path, answer: str, code: str) -> None:
+    """Another job may have left its SLURM_RESTART_COUNT, and an earlier job with this number a pointer. The count is
+    believed if slurmctld does not answer."""
     for name in ("clone", "first/code"):
         (tmp_path / name / "slurm").mkdir(parents=True)
         (tmp_path / name / "slurm" / "node_env.sh").touch()
     (tmp_path / "clone/.moe_dist").mkdir()
-    (tmp_path / "clone/.moe_dist/job_7").write_text(str(tmp_path / "first"))
-    record = f"JobId=7 ArrayJobId=6 JobName=x Requeue=1 Restarts={restarts} BatchFlag=1"
-    for name, body in (("scontrol", f"echo JobId=6 Restarts=4; echo '{record}'"), ("python", "pwd")):
+    pointer = tmp_path / "clone/.moe_dist/job_c1_7"
+    pointer.write_text(str(tmp_path / "first"))
+    record = f"JobId=7 ArrayJobId=6 JobName=x Requeue=1 {answer} BatchFlag=1"
+    scontrol = f"echo JobId=6 Restarts=4; echo '{record}'" if answer else "echo Unable to contact slurm >&2; exit 1"
+    for name, body in (("scontrol", scontrol), ("python", "pwd")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    own = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
+    own = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c1", "SLURM_RESTART_COUNT": "3"}
+    own |= {"SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | own
     env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MOE_DIST_PYTHON": str(tmp_path / "python")}
     done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(tmp_path / {"clone": "clone", "first": "first/code"}[code]), done.stderr
+    assert pointer.exists() == (code == "first")
 
 
 def test_a_percent_sign_in_the_run_folder_is_escaped_for_slurm() -> None:
