@@ -36,15 +36,33 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
     )
 
 
-def expert_adapters(model: ModelSection, held: Mapping[str, float]) -> float:
-    """Returns the number of parameters of the adapters on the experts of one layer, the shared expert included. `held` is
-    the number of experts of each group."""
+def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
+    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without
+    those on the shared expert. An adapter that experts share counts for each of them."""
     dim, section = model.hidden_dim, model.moe.experts
     if not isinstance(section, AdaptedFFNExpertsSection):
         return 0
     widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
-    routed = [adapter_parameters(section, each) * (1 if section.shared else held[name]) for name, each in widths.items()]
-    return sum(routed) + (3 * section.rank * (dim + model.moe.shared_ffn_dim) if section.shared_expert else 0)
+    each_layer = sum(adapter_parameters(section, each) * experts[name] for name, each in widths.items())
+    return len(model.moe_layers) * each_layer
+
+
+def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
+    """Returns the number of parameters in `expert_adapters` that are on the ranks of their experts; every rank holds a
+    shared adapter."""
+    section = model.moe.experts
+    shared = isinstance(section, AdaptedFFNExpertsSection) and section.shared
+    return 0 if shared else expert_adapters(model, experts)
+
+
+def _replicated_adapters(model: ModelSection) -> float:
+    """Returns the number of parameters of adapters on attention and shared expert, and of those that experts share."""
+    section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
+    if isinstance(section, AdaptedFFNExpertsSection):
+        found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.shared else 0
+        width = model.hidden_dim + model.moe.shared_ffn_dim
+        found += len(model.moe_layers) * 3 * section.rank * width if section.shared_expert else 0
+    return found
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
@@ -87,7 +105,7 @@ class Parts:
     dense_ffn: float = 0
     norms: float = 0
     output: float = 0  # output projection; if tied, it has FLOPs but no parameters of its own
-    adapters: float = 0  # LoRA experts, and LoRA on the attention
+    adapters: float = 0  # LoRA experts, and LoRA on attention and experts
 
     @property
     def total(self) -> float:
@@ -124,8 +142,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
         dense_ffn=model.num_dense_layers * 3 * dim * (model.dense_ffn_dim or 0),
         norms=dim * (2 * model.num_layers + 1),
         output=0 if model.tie_embeddings else model.vocab_size * dim,
-        adapters=model.num_layers * adapter_parameters(model.attention_lora, widths)
-        + (experts if lora else num_moe_layers * expert_adapters(model, held)),
+        adapters=_replicated_adapters(model) + (experts if lora else own_adapters(model, held)),
     )
 
 
@@ -164,6 +181,10 @@ def forward_flops(
     the values. Every token uses the router rows and the constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
+    taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
+    # Each expert that a token takes multiplies by a shared adapter, whose parameters `weights` has once.
+    beyond_one = {name: each - 1 for name, each in taken.items()}
+    repeated = expert_adapters(model, beyond_one) - own_adapters(model, beyond_one)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
     # In a mixture-of-depths layer a share c of the tokens attends to a share c of the positions: c^2 of all scores.
     share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
@@ -176,7 +197,7 @@ def forward_flops(
         shared=2 * weights.shared,
         dense_ffn=2 * weights.dense_ffn,
         output=2 * model.vocab_size * model.hidden_dim,
-        adapters=2 * weights.adapters,
+        adapters=2 * (weights.adapters + repeated),
     )
 
 

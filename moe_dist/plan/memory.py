@@ -35,7 +35,7 @@ from typing import Literal
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.flops import ffn_dim_for_all, layers_passed_by, parameters, tuned_layers
+from moe_dist.plan.flops import ffn_dim_for_all, layers_passed_by, own_adapters, parameters, tuned_layers
 from moe_dist.plan.policies import expert_groups
 
 FP32 = 4
@@ -88,9 +88,11 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
-    over all ranks, and experts over the edp ranks, which hold the same experts. Routers are not sharded."""
+    over all ranks, and experts with their own adapters over the edp ranks, which hold the same experts. Routers are not
+    sharded."""
     parts = parameters(config.model, experts_held=_local(placement, rank))
-    return parts.router + _sharded(config, parts.total - parts.router - parts.experts, parts.experts)
+    experts = parts.experts + own_adapters(config.model, _local(placement, rank))
+    return parts.router + _sharded(config, parts.total - parts.router - experts, experts)
 
 
 def _sharded(config: Config, dense: float, experts: float) -> float:
@@ -115,11 +117,9 @@ def trained_parameters(config: Config, experts_held: Mapping[str, float]) -> flo
     rank holds `experts_held` experts of each group, and their adapters."""
     if config.router_tuning is not None:
         return tuned_parameters(config)
-    on_experts, parallel = config.model.moe.experts.adapts_ffns, config.parallel
-    parts = parameters(config.model, experts_held=experts_held if on_experts else None)
-    if on_experts:
-        return parts.adapters / (parallel.edp if parallel.data == "fsdp2" else 1)
-    return parts.router + parts.adapters / (parallel.ep * parallel.edp if parallel.data == "fsdp2" else 1)
+    parts, own = parameters(config.model, experts_held=experts_held), own_adapters(config.model, experts_held)
+    router = 0 if config.model.moe.experts.adapts_ffns else parts.router
+    return router + _sharded(config, parts.adapters - own, own)
 
 
 def tuned_parameters(config: Config) -> float:
@@ -153,22 +153,25 @@ def _gathers_once(config: Config) -> bool:
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
     """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
-    parts = parameters(config.model, experts_held=_local(placement, rank))
-    if config.model.has_adapters or config.router_tuning:
-        return parts.adapters
-    return parts.total - parts.router - (parts.experts if config.parallel.edp == 1 else 0.0)
+    model, held = config.model, _local(placement, rank)
+    parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # FSDP2 does not shard experts then
+    if model.has_adapters or config.router_tuning:
+        return parts.adapters - (own_adapters(model, held) if alone else 0.0)
+    return parts.total - parts.router - (parts.experts if alone else 0.0)
 
 
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    model, parts = config.model, parameters(config.model, experts_held=_local(placement, rank))
-    plain = parts.experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
+    model, held = config.model, _local(placement, rank)
+    parts = parameters(model, experts_held=held)
+    experts = parts.experts + own_adapters(model, held)
+    plain = experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
     kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     if _gathers_once(config):
         return parts.total - parts.router - plain + kept
     if config.parallel.data != "fsdp2":
         return parts.total - parts.router if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     attention = parts.attention / model.num_layers
-    moe = (parts.experts - plain + parts.free + parts.shared + parts.adapters) / len(model.moe_layers)
+    moe = (parts.experts + parts.adapters - plain + parts.free + parts.shared) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
     # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept

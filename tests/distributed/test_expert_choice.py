@@ -36,9 +36,9 @@ from tests.support.layouts import (
     Outcome,
     batch_of,
     build,
-    merged,
     train,
 )
+from tests.support.outcomes import assert_same_tensors
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -111,11 +111,7 @@ def test_ranks_equal_one_process_over_the_same_sets(
         for name, buffer in oracle.buffers.items():
             np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name])
-    for field in ("gradients", "parameters"):
-        got, expected = merged(outcomes, field), getattr(oracle, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    assert_same_tensors(outcomes, oracle)
     # In evaluation, by thresholds; the oracle's last batch is cut otherwise, which must not matter.
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)

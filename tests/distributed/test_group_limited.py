@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.support.cover import others_full
-from tests.support.layouts import Layout, Outcome, merged, train
+from tests.support.layouts import Layout, Outcome, train
+from tests.support.outcomes import assert_same_tensors
 
 LAYOUTS = [
     Layout(2, 1, "pinned", limited=True, balance=True),
@@ -45,11 +46,7 @@ def test_ranks_equal_one_rank(
         for name, bias in one_rank.biases.items():
             np.testing.assert_array_equal(outcome.biases[name], bias, err_msg=name)
         assert outcome.events == outcomes[0].events
-    for field in ("gradients", "parameters"):
-        got, expected = merged(outcomes, field), getattr(one_rank, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    assert_same_tensors(outcomes, one_rank)
 
 
 def test_null_and_constant_experts_are_chosen_and_biases_move(one_rank: Outcome) -> None:

@@ -35,10 +35,10 @@ from tests.support.layouts import (
     batch_of,
     build,
     config_of,
-    merged,
     placement_of,
     train,
 )
+from tests.support.outcomes import merged_outcomes
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
@@ -108,7 +108,7 @@ def test_layout_equals_one_rank(
                 rtol=1e-9,
             )
         assert outcome.events == outcomes[0].events
-    for name, value in merged(outcomes, "parameters").items():
+    for name, value in merged_outcomes(outcomes, "parameters").items():
         np.testing.assert_allclose(value, one_rank.parameters[name], rtol=0, atol=1e-9, err_msg=name)
 
 

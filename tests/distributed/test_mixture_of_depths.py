@@ -9,7 +9,8 @@ import pytest
 
 from moe_dist.comm.names import DEPTH_SCORES
 from tests.support.cover import others_full
-from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
+from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, train
+from tests.support.outcomes import assert_same_tensors
 
 LAYOUTS = [
     Layout(2, 1, "interleaved", mixture_of_depths="rank"),
@@ -72,11 +73,7 @@ def test_layout_equals_one_process_over_the_same_sets(
         scores = 0 if layout.mixture_of_depths == "rank" else STEPS * MICRO_BATCHES + 1
         assert outcome.events.count(DEPTH_SCORES) == scores
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
-    for field in ("gradients", "parameters"):
-        got, expected = merged(outcomes, field), getattr(oracle, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    assert_same_tensors(outcomes, oracle)
     mixture_of_depths = {name for name in oracle.parameters if ".depths." in name}
     last = "threshold" if layout.depth_causal == "threshold" else "auxiliary.outer"
     assert {"layers.0.depths.router", f"layers.0.depths.{last}"} <= mixture_of_depths

@@ -17,7 +17,8 @@ import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
 from tests.support.cover import full, others_full
-from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
+from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
+from tests.support.outcomes import assert_same_tensors, merged_outcomes
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
 LAYOUTS = [
@@ -107,15 +108,6 @@ def test_layout_equals_one_rank(
         assert first.count(f"{hop}counts") == first.count(f"{hop}{ids}") == plans
     for outcome in outcomes[1:]:
         assert outcome.events == first, "the recorded order of collectives differs between ranks"
-
-
-def assert_same_tensors(outcomes: list[Outcome], one_rank: Outcome) -> None:
-    """Gradients and parameters, in float64."""
-    for field in ("gradients", "parameters"):
-        got, expected = merged(outcomes, field), getattr(one_rank, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
 
 
 def hops_of(layout: Layout) -> list[str]:
@@ -228,6 +220,6 @@ def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[A
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
         np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-5)
         np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-5)
-    for name, value in merged(outcomes, "gradients").items():
+    for name, value in merged_outcomes(outcomes, "gradients").items():
         expected = oracle.gradients[name]
         assert np.abs(value - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-8, name

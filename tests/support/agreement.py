@@ -30,9 +30,9 @@ def arrays(named: Mapping[str, Tensor]) -> Arrays:
 
 
 def merged(ranks: Sequence[Arrays]) -> Arrays:
-    """All ranks' gradients; copies that several ranks hold are the same."""
+    """All ranks' tensors by name; copies that several ranks hold must be equal to the last bit."""
     together: Arrays = {}
     for rank in ranks:
         for name, value in rank.items():
-            np.testing.assert_array_equal(together.setdefault(name, value), value)
+            np.testing.assert_array_equal(together.setdefault(name, value), value, err_msg=f"copies of {name} differ")
     return together

@@ -1,6 +1,5 @@
 """The same training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from moe_dist.train.build_routing import build_balance, build_scopes, depth_thre
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
+from tests.support.agreement import smallest_gap
 from tests.support.parted_set import PartedSet
 from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
@@ -354,7 +354,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     gaps: list[float] = []
     if not (layout.choice or layout.fixed):
         for layer in parallel.model.moe_modules():
-            layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_gap(router, *inputs[:2])))
+            layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(gap_of_choices(router, *inputs[:2])))
 
     def keep_gradients(*_: Any) -> None:
         if not gradients:
@@ -391,23 +391,9 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
 
 
 @torch.no_grad()
-def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
+def gap_of_choices(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
     """Smallest difference between a token's k-th and next best logit inside its group."""
     logits_TC = router._logits(h_TD)
-    smallest = float("inf")
-    for index, group in enumerate(router.groups):
-        best = logits_TC[group_T == index][:, router.group_of_column_C == index].sort(-1, descending=True).values
-        if len(best):
-            smallest = min(smallest, float((best[:, group.top_k - 1] - best[:, group.top_k]).min()))
-    return smallest
-
-
-def merged(outcomes: list[Outcome], field: str) -> Mapping[str, np.ndarray]:
-    """All ranks' tensors under their logical names; copies must be equal to the last bit."""
-    together: dict[str, np.ndarray] = {}
-    for outcome in outcomes:
-        for name, value in getattr(outcome, field).items():
-            if name in together:
-                np.testing.assert_array_equal(together[name], value, err_msg=f"copies of {name} differ between ranks")
-            together[name] = value
-    return together
+    in_group = [logits_TC[group_T == index][:, router.group_of_column_C == index] for index in range(len(router.groups))]
+    pairs = zip(in_group, router.groups, strict=True)
+    return min((smallest_gap(each, group.top_k) for each, group in pairs if len(each)), default=float("inf"))

@@ -244,6 +244,20 @@ def test_lora_by_hand() -> None:
     assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.shared + forward.adapters
 
 
+def test_a_shared_adapter_is_stored_once_and_multiplied_by_each_expert_of_a_token() -> None:
+    groups = {"text": group(3, 1, 1, 5), "image": group(2, 1, 1, 5)}
+    own, shared = (
+        shape(moe={"groups": groups, "experts": {"kind": "ffn_lora", "rank": 2, "alpha": 2.0, "shared": shared}})
+        for shared in (False, True)
+    )
+    of_one = 2 * 2 * (8 + 2 * 5 + 5 + 8)  # in two MoE layers
+    assert (parameters(own).adapters, parameters(shared).adapters) == (5 * of_one, 2 * of_one)
+    share = {"text": 0.5, "image": 0.5}
+    for model in (own, shared):
+        forward = forward_flops(model, seq_len=16, experts_per_token={"text": 2.0, "image": 1.0}, token_share=share)
+        assert forward.adapters == 2 * 1.5 * of_one
+
+
 def test_lora_agrees_with_torchs_counter() -> None:
     """The forward exactly; the whole up to what has no gradient below the first adapter, which is counted here by hand."""
     cfg = lora_config()

@@ -160,3 +160,25 @@ def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
         assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)
         once = config(parallel={**section, "edp": edp, "fsdp_gather": "step", "precision": "fp32"})
         assert rank_memory(once, placement, rank=0, rows=1.0, pairs=1.0).casts == 4 * gathered  # no copies of fp32 experts
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_adapters_of_experts_are_with_their_experts_and_all_others_on_all_ranks(shared: bool) -> None:
+    lora = {"kind": "ffn_lora", "rank": 2, "alpha": 4.0, "shared": shared, "shared_expert": True}
+    groups = {"text": {"num_experts": 6, "top_k": 2, "ffn_dim": 96}}
+    moe = {"shared_ffn_dim": 32, "groups": groups, "experts": lora}
+    each = 3 * 2 * (64 + 2 * 96 + 96 + 64)  # of one expert, or of all if they share it, in three layers
+    others = 3 * (3 * 2 * (64 + 32) + 4 * (64 + 64))  # on the shared expert, and on q and o
+
+    def memory(**parallel: Any) -> tuple[float, float]:
+        cfg = config(parallel=parallel, moe=moe, attention_lora={"rank": 4, "alpha": 4.0, "targets": ["q"]})
+        placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=2, token_mix={})
+        found = rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0)
+        frozen = held_parameters(cfg, placement, rank=0) - found.gradients / 4
+        plain = config(parallel=parallel, moe={**moe, "experts": {"kind": "ffn"}})
+        assert frozen == pytest.approx(held_parameters(plain, placement, rank=0))
+        return found.gradients / 4, found.optimizer / 8
+
+    own, on_all = (0, each + others) if shared else (3 * each, others)
+    assert memory(ep=2, edp=2) == (own + on_all, own + on_all)
+    assert memory(ep=2, edp=2, data="fsdp2") == (own / 2 + on_all / 4, own / 2 + on_all / 4)
