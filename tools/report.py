@@ -9,19 +9,18 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from tokenizers import Tokenizer
 
 from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.config.load import load_stored_config
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
 from moe_dist.data.codebook import load_codebook
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.data.tokenizer import read_tokenizer
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.page import render
 from moe_dist.monitor.report.routing import (
     FRAMES,
-    WINDOW,
     Layout,
     Routing,
     Subject,
@@ -112,8 +111,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
             f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give one of "
             f"both, or the trace of another system ({', '.join(READERS)}) and --experts, its number of experts"
         )
-    frames = frames_of_trace(trace, manifest.groups, len(manifest.layers))
-    window = frames[-WINDOW:]
+    frames, window = frames_of_trace(trace, manifest.groups, len(manifest.layers))
     part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
     return Routing(
         name=str(path),
@@ -121,7 +119,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
         placement=_placement(path, manifest),
         layers=manifest.layers,
         modalities=manifest.modalities,
-        frames=merged(frames, FRAMES),
+        frames=tuple(frames),
         window=total(window),
         window_steps=len(window),
         configuration=manifest.configuration,
@@ -228,11 +226,11 @@ def _names(configuration: Any, data: Path | None) -> dict[str, Callable[[int], A
     try:
         folder = data or Path(configuration["data"]["path"])
         manifest = load_manifest(folder)
-        tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer)) if manifest.tokenizer else None
+        tokenizer = read_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
         codes = None
         if manifest.image is not None and manifest.image.codebook is not None:
             codes = load_codebook(folder / manifest.image.codebook)
-    except Exception as error:  # tokenizers raises bare Exception; a report needs no names
+    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system names no data; a report needs no names
         if data is not None:
             raise ConfigError(f"--data {data}: {error}") from error
         return {}

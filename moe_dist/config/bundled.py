@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def source_root() -> Path:
-    """Returns the folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
-    package."""
+    """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone it is the clone itself. An
+    installed package has copies of them in its folder `bundled`."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent

@@ -12,8 +12,8 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method sends in a step: rows and payload bytes, forward and backward, over all ranks; None if the method
-    cannot take these choices."""
+    """What a method sends in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes of forward
+    and backward. Both are None if the method cannot take these choices."""
 
     method: str
     rows: float | None
@@ -23,11 +23,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The costs of the last steps, mean over `steps`; the first line is the run's own."""
+    """The costs of the last steps, mean over `steps`; the first line is the run's own.
+
+    Attributes:
+        tokens: Tokens of a step.
+        row_per_rank: Whether the run sends one row for each token and rank; dispatch over two hops sends other rows.
+    """
 
     costs: Sequence[Cost]
     steps: int
-    tokens: float  # tokens of a step
+    tokens: float
+    row_per_rank: bool
 
 
 def cost_table(
@@ -68,16 +74,17 @@ def cost_table(
     seconds = f"{sum(each.comm_seconds for each in results) / steps:.3f}"
     own = Cost(f"this run, experts {policy}", ledger["rows_remote"], ledger["payload_bytes"], untimed or seconds)
     others = [Cost(name, count, None if count is None else count * row_bytes) for name, count in rows.items()]
-    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps)
+    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, comparable)
 
 
 def render_costs(found: CostTable) -> Table:
     """The table for console and summary."""
     own = found.costs[0]
+    run = "This run sends one row for each token and rank, the" if found.row_per_rank else "The"
     caption = (
-        f"mean of the last {found.steps} steps of {found.tokens:,.0f} tokens, all ranks and layers, forward and backward. "
-        "This run sends one row for each token and rank, the last three lines one row for each token and expert. A null "
-        "expert gets no row."
+        f"mean of the last {found.steps} steps of {found.tokens:,.0f} tokens, all ranks and layers: rows of dispatch in "
+        f"forward, MB of forward and backward. {run} last three lines one row for each token and expert. A null expert "
+        "gets no row."
     )
     table = Table(title="Sent in a step", caption=caption, title_justify="left", caption_justify="left")
     table.add_column("method")

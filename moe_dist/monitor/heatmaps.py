@@ -103,7 +103,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
         for c in range(num_columns):
             box = (left + c * width_cell, head + r * height_cell)
             _cell(canvas, box, (width_cell, height_cell), values[r, c], tuple(rgb[r, c].tolist()), scale)
-    for r in _labelled(num_rows, height_cell, 18):
+    for r in labelled(num_rows, height_cell, 18):
         at = (left - 8, head + r * height_cell + height_cell // 2)
         canvas.text(at, rows.labels[r], fill=INK, font=font(13), anchor="rm")
     _column_labels(canvas, columns, (left, bottom), width_cell, label_width)
@@ -154,7 +154,7 @@ def _cell(
 
 def _column_labels(canvas: ImageDraw.ImageDraw, columns: Axis, at: tuple[int, int], cell: int, needed: int) -> None:
     left, bottom = at
-    for c in _labelled(len(columns.labels), cell, needed):
+    for c in labelled(len(columns.labels), cell, needed):
         x = left + c * cell + cell // 2
         canvas.text((x, bottom + 4), columns.labels[c], fill=INK, font=font(13), anchor="ma")
         if columns.sublabels:
@@ -181,7 +181,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
     return max(MIN_CELL, min(top, space // count))
 
 
-def _labelled(count: int, cell: int, needed: int) -> range:
+def labelled(count: int, cell: int, needed: int) -> range:
     """Indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:

@@ -57,7 +57,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
         rows_LR = sums["weighted_rows_LR"]
         ranks = Axis("rank of the EP group", [str(rank) for rank in range(rows_LR.shape[1])])
         scale = ratio_scale(f"rows x FFN width over the mean rank's, {steps}")
-        yield "moe/rank_load", draw(_over_mean(rows_LR), layers, ranks, scale=scale, title="Load of the ranks")
+        yield "moe/rank_load", draw(over_mean(rows_LR), layers, ranks, scale=scale, title="Load of the ranks")
     for name, values_LG, top, title, caption in _per_group_maps(sums, subject):
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(values_LG, layers, by_group, scale=scale, title=title)
@@ -77,7 +77,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
     """Yields each group, and its true experts' choices over the mean of the group's experts in a layer, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        yield group, _over_mean(true_Ln)
+        yield group, over_mean(true_Ln)
 
 
 def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
@@ -125,5 +125,6 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
         yield "idle_fraction", divide(sums["idle_LG"], tokens_LG), 1.0, "Tokens without an expert", caption
 
 
-def _over_mean(load_LX: np.ndarray) -> np.ndarray:
+def over_mean(load_LX: np.ndarray) -> np.ndarray:
+    """The load of each column over the mean of its layer, float64 [L, X]; nan for a layer without load."""
     return divide(load_LX, load_LX.mean(1, keepdims=True))

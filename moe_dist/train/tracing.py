@@ -17,6 +17,7 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.data.order import micro_batches
+from moe_dist.errors import MoeDistError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
@@ -170,6 +171,9 @@ def trace_heldout(
 
     Returns:
         The number of tokens that this rank wrote.
+
+    Raises:
+        MoeDistError: this rank could not write its files.
     """
     place.mkdir(parents=True, exist_ok=True)
     if env.rank == 0:
@@ -199,6 +203,8 @@ def trace_heldout(
         tracer.finish(step - 1)
     finally:
         writer.close()
+    if writer.incomplete:
+        raise MoeDistError(f"{place}: the trace is incomplete, see the error above; remove the folder and trace again")
     return sum(int((~batch.padding_BS).sum()) for batch in batches)
 
 

@@ -56,7 +56,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, case: str, dark: bo
     assert all(letters > 40 and height > 60 for letters, height in sizes), sizes
     broken = page.value("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0
-    # A picture is drawn if its pixels are not those of the page alone.
+    # An SVG that the browser did not draw shows only the colour of the page.
     boxes = page.value(
         "[...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect())"
         ".map(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])"

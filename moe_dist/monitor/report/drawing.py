@@ -13,7 +13,7 @@ from itertools import count
 import numpy as np
 from PIL import Image
 
-from moe_dist.monitor.heatmaps import Axis, Scale, colour, extremes
+from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on, labelled
 
 WIDTH, MARK = 860, 7  # user units: width of the cells of a wide picture, and of a character
 MOST_FRAMES = 12
@@ -37,15 +37,15 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
     ]
     if width >= 28 and height >= 14 and values_RC.size <= WRITTEN:
         for r, c in np.argwhere(~np.isnan(values_RC)).tolist():
-            ink = "#202124" if rgb[r, c] @ (0.299, 0.587, 0.114) > 140 else "#fff"
+            ink = "#202124" if ink_on(rgb[r, c].tolist()) == INK else "#fff"
             at = f'x="{left + c * width + width // 2}" y="{top + r * height + height / 2 + 4:g}"'
             parts.append(f'<text {at} style="fill:{ink}" class="m">{scale.write(float(values_RC[r, c]))}</text>')
-    for r in _spaced(num_rows, height, 14):
+    for r in labelled(num_rows, height, 14):
         parts.append(
             f'<text x="{left - 6}" y="{top + r * height + height / 2 + 4:g}" class="e">{escape(rows.labels[r])}</text>'
         )
     for labels, y in ((columns.labels, bottom + 14), (columns.sublabels, bottom + 28)):
-        for c in _spaced(len(labels), width, MARK * max(map(len, labels), default=1) + 4):
+        for c in labelled(len(labels), width, MARK * max(map(len, labels), default=1) + 4):
             parts.append(f'<text x="{left + c * width + width // 2}" y="{y}" class="m">{escape(labels[c])}</text>')
     foot = bottom + (44 if columns.sublabels else 30)
     parts.append(f'<text x="{left - 6}" y="14" class="e">{escape(rows.name)}</text>')
@@ -153,14 +153,6 @@ def short(value: float) -> str:
     if not np.isfinite(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def _spaced(number: int, size: int, needed: int) -> range:
-    """Indices of the rows or columns that have room for a label: all, every 2nd, every 4th ..."""
-    stride = 1
-    while stride * size < needed:
-        stride *= 2
-    return range(0, number, stride)
 
 
 def _figure(content: str, size: tuple[float, float], title: str, caption: str) -> str:

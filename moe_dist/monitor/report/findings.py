@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_dist.monitor.hints import busy_rank
 from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
+from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
 from moe_dist.monitor.routing_hints import ENOUGH, WindowSums, routing_hints
 
@@ -45,7 +46,8 @@ def work_of_ranks(routing: Routing) -> np.ndarray:
 
 
 def dead_experts(routing: Routing) -> list[tuple[int, int]]:
-    """(index of the layer, logical expert) of each expert that no token of the window chose, if choices were enough."""
+    """Returns (index of the layer, logical expert) of each expert that no token chose in the window. In a layer whose
+    experts have fewer than ENOUGH choices in the mean, none counts as dead, because chance may leave one out."""
     found = []
     for group, part in zip(routing.groups, group_choices(routing.window.choices_LC, routing.groups), strict=True):
         dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
@@ -57,7 +59,7 @@ def _busiest(routing: Routing) -> Iterator[str]:
     window = routing.window
     best, evenness_L = (0.0, ""), np.zeros(len(routing.layers))
     for g, (group, part) in enumerate(zip(routing.groups, group_choices(window.choices_LC, routing.groups), strict=True)):
-        over_Ln = np.nan_to_num(divide(part.true_Ln, part.true_Ln.mean(1, keepdims=True)))
+        over_Ln = np.nan_to_num(over_mean(part.true_Ln))
         evenness_L = np.maximum(evenness_L, over_Ln.max(1))
         layer, expert = np.unravel_index(over_Ln.argmax(), over_Ln.shape)
         if over_Ln[layer, expert] > best[0]:

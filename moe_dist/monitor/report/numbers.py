@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_dist.monitor.metrics import divide
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
@@ -16,8 +17,7 @@ def lorenz(load_Xn: np.ndarray) -> np.ndarray:
     """Share of the load that the p least loaded experts have, for p = 0 ... n, float64 [X, n + 1] (Lorenz 1905). Rows
     without load are nan."""
     rising_Xn = np.sort(load_Xn, axis=1).cumsum(1)
-    with np.errstate(invalid="ignore"):
-        return np.pad(rising_Xn / rising_Xn[:, -1:], ((0, 0), (1, 0)))
+    return np.pad(divide(rising_Xn, rising_Xn[:, -1:]), ((0, 0), (1, 0)))
 
 
 def gini(load_Xn: np.ndarray) -> np.ndarray:
@@ -30,9 +30,8 @@ def gini(load_Xn: np.ndarray) -> np.ndarray:
 def distance(first_XC: np.ndarray, second_XC: np.ndarray) -> np.ndarray:
     """Total variation distance of the choices of each row: the share of choices that would have to move, from 0 to 1. nan
     without choices."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = [counts / counts.sum(1, keepdims=True) for counts in (first_XC, second_XC)]
-    return np.abs(shares[0] - shares[1]).sum(1) / 2
+    first_share_XC, second_share_XC = (divide(counts, counts.sum(1, keepdims=True)) for counts in (first_XC, second_XC))
+    return np.abs(first_share_XC - second_share_XC).sum(1) / 2
 
 
 def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
@@ -48,10 +47,9 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
     n]. nan on the diagonal, and for experts without tokens."""
     share_n = taken_Tn.mean(0)
     both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        lift_nn = both_nn / np.outer(share_n, share_n)
+    lift_nn = divide(both_nn, np.outer(share_n, share_n))
     np.fill_diagonal(lift_nn, np.nan)
-    return lift_nn.astype(np.float64)
+    return lift_nn
 
 
 class Special(NamedTuple):

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_dist.monitor.heatmaps import Axis, linear_scale, ratio_scale
-from moe_dist.monitor.metrics import divide, group_choices, group_metrics
+from moe_dist.monitor.metrics import group_choices, group_metrics
+from moe_dist.monitor.pictures import loads, over_mean
 from moe_dist.monitor.report import numbers
 from moe_dist.monitor.report.drawing import bars, curves, details, heat, slider, table
 from moe_dist.monitor.report.findings import dead_experts, work_of_ranks
@@ -24,11 +25,10 @@ def load(subject: Subject) -> str:
 
     def frame(frame: Frame) -> str:
         maps = []
-        for group, part in zip(routing.groups, group_choices(frame.choices_LC, routing.groups), strict=True):
-            values_Ln = divide(part.true_Ln, part.true_Ln.mean(1, keepdims=True))
+        for group, load_Ln in loads(frame.choices_LC, routing.groups):
             ranks = tuple(f"r{routing.placement.rank_of_expert[e]}" for e in group.experts)
             columns = Axis("expert, and the rank that holds it", [str(i) for i in range(group.num_experts)], ranks)
-            maps.append(heat(values_Ln, routing.layer_axis, columns, scale=scale, title=f"Group {group.name}."))
+            maps.append(heat(load_Ln, routing.layer_axis, columns, scale=scale, title=f"Group {group.name}."))
         return "".join(maps)
 
     return slider([(each.label, frame(each)) for each in merged(routing.frames, subject.slides)], legend="Steps")
@@ -39,17 +39,15 @@ def ranks(subject: Subject) -> str:
     work_LR = work_of_ranks(subject.routing)
     columns = Axis("rank of the EP group", [str(rank) for rank in range(work_LR.shape[1])])
     scale = ratio_scale("pairs x FFN width of a rank / mean of the ranks: the others wait for the busiest rank")
-    values_LR = divide(work_LR, work_LR.mean(1, keepdims=True))
-    return heat(values_LR, subject.routing.layer_axis, columns, scale=scale, title="Work of the ranks.")
+    return heat(over_mean(work_LR), subject.routing.layer_axis, columns, scale=scale, title="Work of the ranks.")
 
 
 def percentiles(subject: Subject) -> str:
     """Curves of percentiles of load / mean load over all layers and experts."""
     routing, pictures = subject.routing, []
-    for g, group in enumerate(routing.groups):
-        loads = [group_choices(frame.choices_LC, routing.groups)[g].true_Ln for frame in routing.frames]
-        over = [divide(load_Ln, load_Ln.mean(1, keepdims=True)).ravel() for load_Ln in loads]
-        lines = {f"p{p}": [_percentile(values, p) for values in over] for p in (50, 75, 90, 99)}
+    by_frame = [dict(loads(frame.choices_LC, routing.groups)) for frame in routing.frames]
+    for group in routing.groups:
+        lines = {f"p{p}": [_percentile(load_Ln[group], p) for load_Ln in by_frame] for p in (50, 75, 90, 99)}
         pictures.append(
             curves(
                 lines,
@@ -164,16 +162,17 @@ def drift(subject: Subject) -> str:
 
 
 def _same_tokens(routing: Routing, against: Routing) -> str:
-    """Compares the experts of single tokens, if both traces have the same tokens."""
+    """Compares the experts of single tokens, in the sequences whose tokens are the same in both traces."""
     one, two = routing.tokens, against.tokens
-    if one is None or two is None:
-        return "<p>Single tokens are compared if both have a trace of the same tokens.</p>"
+    if one is None or two is None or not (one.named and two.named):
+        return "<p>Single tokens are compared if both have a trace of the same tokens with their ids.</p>"
     first, second = (tokens.sequence_T * 2**31 + tokens.position_T for tokens in (one, two))
     _, mine, other = np.intersect1d(first, second, return_indices=True)
-    equal = one.token_T[mine] == two.token_T[other]
-    mine, other = mine[equal], other[equal]
+    differ = one.token_T[mine] != two.token_T[other]
+    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # a token equal by chance has another text
+    mine, other = mine[same], other[same]
     if not len(mine):
-        return "<p>The two traces have no token in common.</p>"
+        return "<p>The two traces have no sequence in common.</p>"
     share_L = numbers.same_experts(one.ids_TLK[mine], two.ids_TLK[other], routing.placement.num_experts)
     values = {f"layer {layer}": (float(v), "") for layer, v in zip(routing.layers, np.nan_to_num(share_L), strict=True)}
     words = f"Share of the true experts that both choose for the same {len(mine):,} tokens, of those that either chooses."

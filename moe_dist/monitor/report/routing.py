@@ -188,18 +188,23 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
 
-def frames_of_trace(trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int) -> list[Frame]:
-    """Counts at most FRAMES evenly spaced steps of a trace."""
-    steps = [trace.steps[i] for i in np.unique(np.linspace(0, len(trace.steps) - 1, FRAMES).astype(int))]
-    frames = []
-    for number in steps:
+def frames_of_trace(
+    trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int
+) -> tuple[list[Frame], list[Frame]]:
+    """Counts at most FRAMES evenly spaced steps of a trace, and its last WINDOW steps."""
+    last = len(trace.steps) - 1
+    spaced = np.unique(np.linspace(0, last, FRAMES).astype(int)).tolist()
+    window = range(max(0, last + 1 - WINDOW), last + 1)
+    frames = {}
+    for place in {*spaced, *window}:
+        number = trace.steps[place]
         step = trace.step(number)
         group_T = group_of_modality(groups, step.manifest.modalities)[step.tokens["modality"]]
         tokens_G = np.bincount(group_T, minlength=len(groups))
         dropped_LC = step.dropped()
         dropped_LG = np.stack([dropped_LC[:, group.experts].sum(1) for group in groups], axis=1)
-        frames.append(Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG))
-    return frames
+        frames[place] = Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG)
+    return [frames[place] for place in spaced], [frames[place] for place in window]
 
 
 def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:

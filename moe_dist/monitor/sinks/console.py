@@ -85,7 +85,7 @@ class ConsoleSink(Sink):
         for line in choice_lines(result):
             self._print(line)
         if result.compute_map is not None:
-            self._print(f"compute map: {loads_text(result.compute_map)}; the picture is in TensorBoard under Images")
+            self._print(f"compute map: {loads_text(result.compute_map)}")
         if result.mixture_of_depths is not None and result.mixture_of_depths.tokens_LG.any():
             self._print(depth_text(result.mixture_of_depths))
         self._previous = result

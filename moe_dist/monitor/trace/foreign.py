@@ -7,15 +7,13 @@ A format is a pattern of file names and a reader, in READERS. Shape letters as i
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.trace.format import TOKEN, Manifest
-from moe_dist.monitor.trace.reader import TracedStep
+from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
@@ -83,7 +81,7 @@ def _megatron(files: Sequence[Path]) -> Parts:
     that fires again in a step has another micro-batch. Blocks of multi-token prediction are left out."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-        with _open(file) as stream:
+        with open_file(file) as stream:
             for number, line in enumerate(stream, 1):
                 try:
                     record = json.loads(line)
@@ -111,7 +109,7 @@ def _arrays(files: Sequence[Path]) -> Parts:
     """Arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy: a file for each sequence."""
     for file in files:
         try:
-            with _open(file) as stream:
+            with open_file(file) as stream:
                 ids = np.load(stream, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise DataError(f"{file}: not an array saved by numpy ({error!r:.100}); restore the file") from error
@@ -121,13 +119,6 @@ def _arrays(files: Sequence[Path]) -> Parts:
                 "reshape the array"
             )
         yield 1, tuple(range(ids.shape[1])), ids
-
-
-def _open(path: Path) -> BufferedReader:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; restore the file") from error
 
 
 # Pattern of the file names -> reader of those files.

@@ -122,7 +122,7 @@ def read_trace(folder: str | Path) -> Trace:
 def _attempt(folder: Path) -> Attempt:
     path = folder / MANIFEST
     try:
-        with _open(path) as stream:
+        with open_file(path) as stream:
             content = json.loads(stream.read())
         known = (content["format"], content["version"]) == (FORMAT, VERSION)
         manifest = Manifest.from_json(content) if known else None
@@ -144,7 +144,7 @@ def _index(path: Path) -> dict[int, np.ndarray]:
     """The entries of an index by step; ends at the first incomplete entry, which a killed writer may leave."""
     if not path.exists():
         return {}
-    with _open(path) as stream:
+    with open_file(path) as stream:
         content = stream.read()
     entries = np.frombuffer(content, ENTRY, count=len(content) // ENTRY.itemsize)
     found = {}
@@ -176,7 +176,7 @@ def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
     """Reads the rows of a step, each of `shape`."""
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
-    with _open(path) as stream:
+    with open_file(path) as stream:
         found = np.fromfile(stream, dtype, count=rows * numbers, offset=first * width)
         size = os.fstat(stream.fileno()).st_size
     if len(found) < rows * numbers:
@@ -188,7 +188,7 @@ def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BufferedReader]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Opens a file of the trace. An OSError becomes a DataError."""
     try:
         with open_regular(path) as stream:

@@ -58,6 +58,11 @@ class TraceWriter:
         if self._thread.is_alive():
             logger.error("%s: not written within %g s: the last steps of the trace are missing", self._stem, CLOSE_SECONDS)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether, after `close`, steps are missing on disk. The log has the reason."""
+        return self._failed or self._thread.is_alive()
+
     def _work(self) -> None:
         while (step := self._queue.get()) is not None:
             self._guarded(lambda step=step: self._write(*step))

@@ -49,7 +49,9 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
 
 def test_what_does_not_compare_is_left_out() -> None:
     """Rows over two hops are no rows per token and rank, and Megatron-Core wants equally many experts on each rank."""
-    assert "the same, experts interleaved" not in [cost.method for cost in table(own=399).costs]
+    hierarchical = table(own=399)
+    assert "the same, experts interleaved" not in [cost.method for cost in hierarchical.costs]
+    assert (hierarchical.row_per_rank, table().row_per_rank) == (False, True)
     assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
     alone = cost_table([result(0)], PINNED, "pinned", {"pinned": 0}, untimed="")
     assert {cost.bytes for cost in alone.costs} == {0.0}

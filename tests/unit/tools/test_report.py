@@ -119,6 +119,14 @@ def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
     assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
 
 
+def test_a_long_trace_is_judged_by_its_last_steps(run: Path, manifest: Manifest) -> None:
+    write_trace(run / "long" / "a", manifest, range(1, 201), tokens=8)
+    found = open_routing(run / "long")
+    assert (len(found.frames), found.frames[0].first, found.frames[-1].last) == (FRAMES, 1, 200)
+    assert (found.window.first, found.window.last, found.window_steps) == (151, 200, 50)
+    assert found.window.tokens_LG.sum(1).tolist() == [8 * 50] * len(found.layers)
+
+
 def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest: Manifest) -> None:
     for step in (5, 3):  # the earlier step was traced later
         write_trace(run / "traces" / f"step_{step}" / "heldout", replace(manifest, split="held-out"), range(step, step + 1))

@@ -75,6 +75,15 @@ def test_what_cannot_be_is_refused(run: Path, options: tuple[str, ...], code: in
     assert (done.exit_code, message in done.stderr) == (code, True), done.output
 
 
+def test_a_trace_that_could_not_be_written_is_no_success(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_dist.monitor.trace.writer.content_check", lambda *_: 1 / 0)
+    done = call(run, "--sequences", 1, "--out", tmp_path / "broken")
+    assert done.exit_code == 1
+    assert "broken/heldout: the trace is incomplete" in done.stderr
+
+
 def test_a_model_whose_choices_do_not_fit_is_refused(own_run: Path) -> None:
     done = call(own_run)
     assert done.exit_code == 78

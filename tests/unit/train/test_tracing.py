@@ -23,7 +23,8 @@ ENV = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
 
 
 class Traced(NamedTuple):
-    """Three steps with a trace: the numbers of the config, and of each step the batches and the result."""
+    """The trace of three training steps, and what it is compared with: two numbers of the configuration, and the batches
+    and the result of each step."""
 
     trace: Trace
     num_experts: int
