@@ -26,10 +26,12 @@ def main(
     data: Annotated[
         Path | None, typer.Option(help="Where the data set is that the run was trained on; by default its data.path.")
     ] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a file of weights, in MB.")] = 2000,
+    shard_mb: Annotated[
+        int | None, typer.Option(min=1, help="Largest size of a file of weights, in MB; by default 2000.")
+    ] = None,
 ) -> None:
     """Export a checkpoint, and verify its weights by their fingerprints."""
-    from moe_dist.hf.exporting import export_model
+    from moe_dist.hf.exporting import SHARD_BYTES, export_model
     from moe_dist.runtime.progress import shown_progress
 
     if dtype is not None and dtype not in DTYPES:
@@ -37,7 +39,7 @@ def main(
     if adapters:
         from moe_dist.hf.adapters import export_adapters
 
-        unused = {"--dtype": dtype, "--family": family}
+        unused = {"--dtype": dtype, "--family": family, "--data": data, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply with --adapters; leave it out")
         print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
@@ -51,7 +53,7 @@ def main(
             family=family,
             like=like,
             data=data,
-            shard_bytes=shard_mb * 10**6,
+            shard_bytes=shard_mb * 10**6 if shard_mb else SHARD_BYTES,
             report=report,
         )
     if done.merged:

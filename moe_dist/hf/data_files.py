@@ -80,7 +80,7 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
         ]
     told = f"A language model of the type `{family}`, exported by moe_dist."
     if brings_code:
-        told += " Its code is in this folder, needs transformers 5, and nothing of moe_dist."
+        told += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
     if not in_transformers:
         return f"{told} transformers has no class for it; ZEDA's transformers and SGLang do.\n".encode()
     return "\n".join([told, "", "```python", *lines, "```", ""]).encode()

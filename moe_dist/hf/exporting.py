@@ -44,7 +44,7 @@ from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.runtime.progress import Report
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)

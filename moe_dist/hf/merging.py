@@ -73,8 +73,8 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
         for a, b, scale in _pairs(name, ffn_names, model):
             if a in adapter_index.tensors:
                 rows = adapters(b)
-                if len(rows) == 2 * len(whole):  # of gate and up together
-                    rows = rows.chunk(2)[name.endswith(".up")]
+                if rows.shape[-2] == 2 * len(whole):  # of gate and up together
+                    rows = rows.chunk(2, dim=-2)[name.endswith(".up")]
                 whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
         return whole
 

@@ -70,6 +70,9 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
         if layer in section.moe_layers:
             found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
             found += _LAYOUTS[family.layout](section, family, ours, theirs)
+            found += _shared_expert(section, family, f"{ours}.moe.shared", theirs)
+            if layer in section.depth_layers:
+                found += _depth_router(section, f"{ours}.depths", f"{theirs}.depth_router")
         else:
             found.append(_whole(f"{ours}.ffn.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
             found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
@@ -118,15 +121,17 @@ def _plain(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -
     if section.moe.router.has_selection_bias:
         shape = (*[1] * (family.selection_bias_dims - 1), num)
         yield Slot(f"{router}.bias", (num,), tuple(TensorPlace(f"{theirs}.{b}", shape) for b in family.selection_bias))
-    yield from _experts(section, family, f"{ours}.experts.{name}", theirs)
+    yield from _experts(section, group, family, f"{ours}.experts.{name}", theirs)
+
+
+def _shared_expert(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     if family.shared and section.moe.shared_ffn_dim:
-        yield from _swiglu(f"{ours}.shared", f"{theirs}.{family.shared.module}", dim, section.moe.shared_ffn_dim)
+        yield from _swiglu(ours, f"{theirs}.{family.shared.module}", section.hidden_dim, section.moe.shared_ffn_dim)
     if family.shared and section.moe.shared_gate:
-        yield _whole(f"{ours}.shared.scale.weight", f"{theirs}.{family.shared.module}_gate.weight", 1, dim)
+        yield _whole(f"{ours}.scale.weight", f"{theirs}.{family.shared.module}_gate.weight", 1, section.hidden_dim)
 
 
-def _experts(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    (group,) = section.moe.groups.values()
+def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     for expert in range(group.num_experts):
         for part, shape in _matrices(section.hidden_dim, group.ffn_dim).items():
             places = tuple(_expert_places(family, theirs, expert, part, group.num_experts, shape))
@@ -150,7 +155,7 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
     ((name, group),) = section.moe.groups.items()
     dim = section.hidden_dim
     yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{theirs}.mlp.gate.weight")
-    yield from _experts(section, family, f"{ours}.moe.experts.{name}", theirs)
+    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
     first, count = group.num_experts + group.num_null + group.num_identity, group.num_constant
     for ours_part, theirs_part, box in (("vector", "constant", (dim,)), ("gate", "wg.weight", (2, dim))) if count else ():
         places = [TensorPlace(f"{theirs}.mlp.experts.{first + each}.{theirs_part}", box) for each in range(count)]
@@ -158,7 +163,7 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
 
 
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """`modeling_moe_dist.py`: every part of every group, and the router of mixture of depths."""
+    """`modeling_moe_dist.py`: every part of every group."""
     dim, router = section.hidden_dim, section.moe.router
     for index, (name, group) in enumerate(section.moe.groups.items()):
         to = f"{theirs}.mlp.groups.{index}"
@@ -166,19 +171,10 @@ def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) 
         if router.has_selection_bias:
             columns = group.num_experts + group.num_null + group.num_zero_computation
             yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
-        for expert in range(group.num_experts):
-            for part, shape in _matrices(dim, group.ffn_dim).items():
-                place = f"{to}.experts.{expert}.{part}_proj.weight"
-                yield _whole(f"{ours}.moe.experts.{name}.{expert}.{part}", place, *shape)
+        yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", to)
         if group.num_constant:
             yield _whole(f"{ours}.moe.free.{name}.vector", f"{to}.constant_vectors", group.num_constant, dim)
             yield _whole(f"{ours}.moe.free.{name}.gate", f"{to}.constant_gates", group.num_constant, 2, dim)
-    if section.moe.shared_ffn_dim:
-        yield from _swiglu(f"{ours}.moe.shared", f"{theirs}.mlp.shared_expert", dim, section.moe.shared_ffn_dim)
-    if section.moe.shared_gate:
-        yield _whole(f"{ours}.moe.shared.scale.weight", f"{theirs}.mlp.shared_expert_gate.weight", 1, dim)
-    if int(ours.split(".")[1]) in section.depth_layers:
-        yield from _depth_router(section, f"{ours}.depths", f"{theirs}.depth_router")
 
 
 def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
@@ -204,7 +200,7 @@ def _expert_places(
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
-    if not family.experts:  # the experts of a dense model's import are copies of its FFN
+    if not family.experts:  # a dense FFN, of which an import makes copies, or the form `moe_dist`
         return
     rows, columns = shape
     if part == "down":

@@ -12,12 +12,14 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, sliding_layers, write_rope
-from moe_dist.hf.family import ModelFamily, SoftmaxRouter
+from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
 
-SERVED = ModelFamily(
-    "moe_dist", "MoeDistForCausalLM", SoftmaxRouter({}), (), "intermediate_size", layout="moe_dist"
-)  # `read_served` and `write_served` take the place of its fields
+SERVED = ModelFamily(  # `read_served` and `write_served` read and write its fields
+    "moe_dist", "MoeDistForCausalLM", SoftmaxRouter({}), (), "intermediate_size", layout="moe_dist",
+    shared=SharedExpert("shared_expert_intermediate_size", "mlp.shared_expert"),
+    expert="experts.{expert}.{part}_proj.weight",
+)  # fmt: skip
 CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
@@ -63,10 +65,21 @@ TokenIds = list[list[int]]  # ranges [first, last + 1]
 
 
 def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
-    """Returns the ids of the tokens of each group."""
+    """Returns the ids of the tokens of each group.
+
+    Raises:
+        ConfigError: the model has several groups, and their modalities are not those of the data set.
+    """
+    routed = {name: group.modalities or (name,) for name, group in section.moe.groups.items()}
+    known = {modality for modalities in routed.values() for modality in modalities}
+    if len(routed) > 1 and known != set(manifest.modalities):
+        raise ConfigError(
+            f"model.moe.groups: their modalities are {', '.join(sorted(known))}, those of the data set {manifest.name} are "
+            f"{', '.join(sorted(manifest.modalities))}; give the data set of the model with --data"
+        )
     return {
-        name: [list(ids) for each in group.modalities or (name,) for ids in manifest.modalities.get(each, ())]
-        for name, group in section.moe.groups.items()
+        name: [list(ids) for each in modalities for ids in manifest.modalities.get(each, ())]
+        for name, modalities in routed.items()
     }
 
 

@@ -25,7 +25,7 @@ class MoeDistConfig(PreTrainedConfig):
     """
 
     model_type = "moe_dist"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 1024
     hidden_size: int = 64

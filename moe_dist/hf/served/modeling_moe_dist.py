@@ -25,6 +25,8 @@ from .configuration_moe_dist import MoeDistConfig
 
 # Added (times the scale of attention) to the score of a token that skipped the layer: its probability is exactly 0.
 SKIPPED = -1e4
+# What transformers calls the cache of keys and values: `past_key_values` before version 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
@@ -344,6 +346,7 @@ class MoeDistModel(MoeDistPreTrainedModel):
         use_cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        cache = kwargs.pop("past_key_values", cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -355,14 +358,14 @@ class MoeDistModel(MoeDistPreTrainedModel):
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
         group_ids = self.group_ids(input_ids, inputs_embeds, attention_mask)
-        given = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache}
+        given = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
         hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         kwargs |= {"position_embeddings": rotary, "cache": cache}
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             hidden_states = layer(hidden_states, group_ids, attention_mask=masks[kind], **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
@@ -393,8 +396,8 @@ class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        states, attentions = outputs.hidden_states, outputs.attentions
-        return CausalLMOutputWithPast(loss, logits, cache=outputs.cache, hidden_states=states, attentions=attentions)
+        states, attentions, cache = outputs.hidden_states, outputs.attentions, getattr(outputs, CACHE)
+        return CausalLMOutputWithPast(loss, logits, hidden_states=states, attentions=attentions, **{CACHE: cache})
 
 
 __all__ = ["MoeDistForCausalLM", "MoeDistModel", "MoeDistPreTrainedModel"]

@@ -101,6 +101,7 @@ def test_folders_that_are_no_models_are_65(tmp_path: Path) -> None:
         (("--dtype", "float8"), "export_hf: --dtype=float8: must be float32, "),
         (("--family", "gpt2"), "gpt2"),
         (("--out", "."), "exists"),
+        (("--adapters", "--data", ".", "--shard-mb", 1), "--data, --shard-mb: does not apply with --adapters"),
     ],
     ids=str,
 )

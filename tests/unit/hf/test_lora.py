@@ -17,7 +17,7 @@ from tests.support.adapted import MOLE, ONE, Adapted
 from tests.support.agreement import arrays, assert_agree
 from tests.support.imported import load_imported, logits_of
 from tests.support.messages import refused
-from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
+from tests.support.tiny_hf import HIDDEN_DIM, LENGTH, VOCAB, save, tiny_model
 
 LORA = {"rank": 3, "alpha": 5.0}
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH)))
@@ -130,6 +130,10 @@ MERGEABLE: dict[str, dict[str, Any]] = {
         "group": {"num_experts": 3, "top_k": 3},
         "experts": {**LORA, "weight": "straight_through"},
         "attention": LORA,
+    },
+    "twice as many experts as rows of down": {
+        "group": {"num_experts": 2 * HIDDEN_DIM, "top_k": 2 * HIDDEN_DIM},
+        "experts": {**LORA, "targets": ["down"], "weight": "straight_through"},
     },
 }
 

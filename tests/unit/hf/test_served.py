@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from moe_dist.hf.served_fields import CODE, CODE_FILES
+from moe_dist.hf.served_fields import CODE, CODE_FILES, token_ids
 from tests.support.imported import load_imported
 from tests.support.messages import refused
 from tests.support.pictured import VOCAB
 from tests.support.served import GROUP, ONE, continued, logits, saved_model, theirs
-from tests.support.tiny import tiny_dataset
+from tests.support.tiny import tiny_config, tiny_dataset
 from tests.support.tiny_hf import save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
 
@@ -111,6 +112,16 @@ def test_logits_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> No
     for cache in (True, False):
         made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
         assert torch.equal(made, continued(ours, tokens, 8, cached=cache)), cache
+
+
+@torch.no_grad()
+def test_a_cache_may_have_its_older_name(tmp_path: Path, data: Path) -> None:
+    ours = saved_model(tmp_path / "run", data, {})
+    export_model(tmp_path / "run", tmp_path / "hf")
+    model, tokens = theirs(tmp_path / "hf"), prompts()
+    begun = model(tokens[:, :9], use_cache=True)
+    rest = model(tokens[:, 9:], past_key_values=begun.cache).logits
+    torch.testing.assert_close(rest, logits(ours, tokens)[:, 9:], rtol=BOUND, atol=BOUND)
 
 
 @torch.no_grad()
@@ -221,6 +232,13 @@ def test_several_groups_need_the_ids_of_their_tokens(tmp_path: Path, data: Path)
     tiny_dataset(tmp_path / "other", seed=1)
     with refused(DataError, "--data"):
         export_model(tmp_path / "run", tmp_path / "not", data=tmp_path / "other")
+
+
+def test_a_data_set_of_other_modalities_is_refused(tmp_path: Path, data: Path) -> None:
+    """Otherwise no expert would compute the tokens of a group."""
+    manifest = load_manifest(data).model_copy(update={"modalities": {"text": ((0, 64),)}})
+    with refused(ConfigError, "model.moe.groups: their modalities are image, text, those of the data set tiny are text"):
+        token_ids(tiny_config(data, tmp_path).model, manifest)
 
 
 @pytest.mark.parametrize(
