@@ -21,17 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
-from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import sync, write_durably
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
+from moe_dist.hf.forms import choose_form
+from moe_dist.hf.importing import imported_values
 from moe_dist.moe.lora import PROJECTIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
+_SHARED = "mlp.shared_expert"  # of Qwen2-MoE
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
@@ -43,16 +46,18 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
         base_name: Name or folder of the base in Hugging Face's form, for `base_model_name_or_path`.
 
     Raises:
-        ConfigError: `out` exists, or the checkpoint's adapters have no form in PEFT; gives the reason.
+        ConfigError: `out` exists, or the adapters have no form in PEFT, or the base none in transformers; gives the reason.
         DataError: the checkpoint is damaged, or its base is missing or another one.
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
-    find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses another base
+    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses another base
     model = checked_config(contents).model
-    _check(model)
+    if problems := _problems(model) or _problems_of_base(model, base):
+        fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
+        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
     tensors = dict(peft_tensors(model, tensor_reader(contents)))
     with new_folder(out) as folder:
         write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
@@ -68,7 +73,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
     parts = [f"{target}_proj" for target in attention.targets] if attention else []
-    shared = [f"shared_expert.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
+    shared = [f"{_SHARED}.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -97,7 +102,7 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
                 yield name, read(f"layers.{layer}.attention.adapters.{target}.{matrix}")
         for part in PROJECTIONS if _on_shared_expert(model) and layer in model.moe_layers else ():
             for matrix in "ab":
-                name = f"{_MODEL}.{layer}.mlp.shared_expert.{part}_proj.lora_{matrix.upper()}.weight"
+                name = f"{_MODEL}.{layer}.{_SHARED}.{part}_proj.lora_{matrix.upper()}.weight"
                 yield name, read(f"layers.{layer}.moe.shared.{part}.adapter.{matrix}")
         if isinstance(experts, AdaptedFFNExpertsSection) and layer in model.moe_layers:
             for target in experts.targets:
@@ -121,8 +126,8 @@ def _on_shared_expert(model: ModelSection) -> bool:
     return isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared_expert
 
 
-def _check(model: ModelSection) -> None:
-    problems = []
+def _problems(model: ModelSection) -> list[str]:
+    problems: list[str] = []
     if model.moe.experts.over_frozen_ffn:
         problems.append(f"model.moe.experts.kind={model.moe.experts.kind}: PEFT has no router for LoRA experts")
     elif not model.moe.experts.adapts_ffns and any(group.num_experts > 1 for group in model.moe.groups.values()):
@@ -132,6 +137,17 @@ def _check(model: ModelSection) -> None:
         )
     if len(model.moe.groups) > 1 or any(group.num_null for group in model.moe.groups.values()):
         problems.append("model.moe.groups: null experts or several groups, which no family of transformers has")
-    if problems:
-        fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
-        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
+    return problems
+
+
+def _problems_of_base(model: ModelSection, base: Contents) -> list[str]:
+    noted, _ = imported_values(base.state.values)
+    form = choose_form(checked_config(base).model, tensor_reader(base), noted, must=False)
+    if form.family.layout != "plain":
+        return [f"{base.folder}: this base is no model of transformers: {each}" for each in form.reasons or ["it has code"]]
+    if _on_shared_expert(model) and form.family.shared and form.family.shared.module != _SHARED:
+        return [
+            f"model.moe.experts.shared_expert=true: PEFT takes {form.family.shared.module}.gate_proj of {form.family.name} "
+            "for a routed expert"
+        ]
+    return []

@@ -66,6 +66,7 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
         ("mixtral", "each"),
         ("mixtral", "shared"),
         ("qwen2_moe", "shared expert"),
+        full("ernie4_5_moe", "each"),
         *(full("qwen2_moe", case) for case in ("each", "shared", "down")),
     ],
 )
@@ -169,3 +170,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         with refused(DataError, "its content hash is"):
             export(tmp_path / "run", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_adapters_that_peft_would_put_elsewhere_are_refused(tmp_path: Path) -> None:
+    base = imported(tmp_path, "ernie4_5_moe")
+    Adapted(base, tmp_path / "run", ffn={**LORA, "shared_expert": True}).save()
+    with refused(ConfigError, "PEFT takes mlp.shared_experts.gate_proj of ernie4_5_moe for a routed expert"):
+        export_adapters(tmp_path / "run", tmp_path / "adapter")

@@ -121,3 +121,38 @@ def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
     monkeypatch.setattr(resume, "saved_config", lambda values, folder: tuned)
     with refused(ConfigError, "run.keep_position"):
         kept_position(found.folder, found.config, digest)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_adapters_on_experts_are_resumed_sampled_and_evaluated(
+    trained: tuple[Path, OneRank], tmp_path: Path, shared: bool
+) -> None:
+    data = Path(find_trained(trained[0]).config.data.path)
+    mixture = {"model__moe__groups": {"all": {**DENSE["all"], "num_experts": 3, "top_k": 2}}, **SIZES}
+    experts = {"kind": "ffn_lora", "rank": 2, "alpha": 4.0, "shared": shared}
+    only = {"model__moe__experts": experts, "train__only": "adapters", "run__init_rules": ["adapt"]}
+    adapted = {**mixture, **only, "run__name": "adapted", "run__init_from": str(tmp_path / "base")}
+    with world_of_one():
+        OneRank(data, tmp_path, run__name="base", **mixture).train_and_save()
+        run = OneRank(data, tmp_path, **adapted)
+        progress = run.train_and_save()
+        again = OneRank(data, tmp_path, **adapted)
+        assert again.resumable.restore() == progress
+    assert torch.equal(again.weights(), run.weights())
+    moments, resumed = (
+        [tensor for state in each.training.optimizer.state.values() for tensor in state.values()] for each in (run, again)
+    )
+    assert moments
+    assert all(torch.equal(one, other) for one, other in zip(moments, resumed, strict=True))
+    folder, tokens = run.folder.parent, torch.arange(40).view(2, 20)
+    model = find_trained(folder).load(torch.device("cpu"))
+    expected = logits_of(run.training.parallel.model.eval(), tokens)[0]
+    assert torch.equal(logits_of(model, tokens)[0], expected)
+    base = find_trained(tmp_path / "base").load(torch.device("cpu"))
+    assert not torch.allclose(logits_of(base, tokens)[0], expected)
+    done = call(generate, folder, "--prompt", "text 1", "--tokens", 5)
+    assert done.exit_code == 0, done.output
+    done = call(evaluate, folder, "--tasks", "pictures", "--split", "train", "--limit", 4, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    done = call(verify_checkpoint, folder)
+    assert done.exit_code == 0, done.output
