@@ -178,6 +178,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
     choice_scope, depth_scope = build_scopes(config, mesh, comm_stats)
+    kernels = row_kernels(config, mesh.device)
     with torch.device("meta"):
         model = build_model(
             config,
@@ -189,7 +190,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             tracker=mesh.tracker,
             choice_scope=choice_scope,
             depth_scope=depth_scope,
-            kernels=row_kernels(config, mesh.device),
+            kernels=kernels,
         )
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.data == "fsdp2":

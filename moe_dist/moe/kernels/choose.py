@@ -196,7 +196,7 @@ def choose(
     [T, K]; and the sums of each block, [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z, entropies.
 
     Args:
-        logits: fp32 [T, C], contiguous.
+        logits: fp32 [T, C].
         group: int64 [T], -1 for padding.
         top_k: int64 [G + 1], k of each group.
         choice: Columns that were chosen before, [T, K]; None to choose.

@@ -18,7 +18,8 @@ LARGEST_BLOCK = 1024  # elements of a row that one program of 4 warps has in reg
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
     """Decorates a generator function, which yields the result, not yet filled, and then launches the kernel that fills it.
 
-    Returns the operation `moe_dist::NAME` with this schema. It has no gradient.
+    Returns a function that calls the operation `moe_dist::NAME` with this schema. It makes its tensors contiguous first,
+    because the kernels read no strides: the gradient of a sum, for example, has stride 0. It has no gradient.
     """
 
     def decorate(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
@@ -34,7 +35,8 @@ def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[
         for device in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
             LIBRARY.impl(name, run, device)
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: next(function(*args)), lib=LIBRARY)
-        return getattr(getattr(torch.ops, NAMESPACE), name)
+        call = getattr(getattr(torch.ops, NAMESPACE), name)
+        return lambda *args: call(*(each.contiguous() if isinstance(each, torch.Tensor) else each for each in args))
 
     return decorate
 

@@ -57,7 +57,7 @@ def swiglu_backward_kernel(
 
 @operation("swiglu(Tensor weight, Tensor gate, Tensor up) -> Tensor")
 def swiglu(weight: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
-    """Returns h [Q, F] for weights [Q] and contiguous g and u [Q, F]."""
+    """Returns h [Q, F] for weights [Q], g and u [Q, F]."""
     out, (num_rows, width) = gate.new_empty(gate.shape), gate.shape
     yield out
     block = block_of(width)
@@ -66,7 +66,7 @@ def swiglu(weight: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
 
 @operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)")
 def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Returns dw [Q], dg and du [Q, F] for a contiguous dh [Q, F]. One program has a row, so dw needs no atomic sum."""
+    """Returns dw [Q], dg and du [Q, F] for dh [Q, F]. One program has a row, so dw needs no atomic sum."""
     out = weight.new_empty(weight.shape), gate.new_empty(gate.shape), up.new_empty(up.shape)
     yield out
     num_rows, width = gate.shape

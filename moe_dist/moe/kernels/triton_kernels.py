@@ -37,9 +37,9 @@ class TritonKernels:
     def sum_rows(
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
-        received_SD = wait()  # first, because one kernel adds both kinds of rows
-        base_MD = None if base_MD is None else base_MD.contiguous()
-        return row_sum(own_OD, received_SD, base_MD, *index.items_of_rows, False, own_OD.dtype)
+        items = index.items_of_rows  # sorts while the other rows are in flight
+        # Own rows wait, too: a pass of their own would write and read M more rows than one kernel for both kinds.
+        return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 
 TRITON = TritonKernels()
@@ -48,8 +48,7 @@ TRITON = TritonKernels()
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Any:
-        logits_TC, among = logits_TC.contiguous(), AMONG[top_k.normalise]
-        tables = (group_T.contiguous(), top_k.group_of_column_C, top_k.top_k_G)
+        among, tables = AMONG[top_k.normalise], (group_T, top_k.group_of_column_C, top_k.top_k_G)
         numbers = (top_k.num_true, top_k.num_choices, top_k.scale, among)
         chosen_TK, token_TK, expert_TK, weight_TK, sums = choose(logits_TC, *tables, choice_TK, *numbers)
         ctx.save_for_backward(logits_TC, *tables, chosen_TK)
@@ -68,10 +67,10 @@ class _Choose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits_TC, group_T, group_of_column_C, top_k_G, chosen_TK = ctx.saved_tensors
-        # contiguous, because the gradient of a sum has stride 0; None without a loss that uses this sum
+        # a gradient is None without a loss that uses the weights or the sum
         shapes = ((chosen_TK.numel(),), (logits_TC.shape[1],), (len(top_k_G) - 1,))
         found = zip((grads[3], grads[5], grads[6]), shapes, strict=True)
-        given = [logits_TC.new_zeros(shape) if each is None else each.contiguous() for each, shape in found]
+        given = [logits_TC.new_zeros(shape) if each is None else each for each, shape in found]
         out = choose_backward(logits_TC, group_T, group_of_column_C, top_k_G, chosen_TK, *given, *ctx.numbers)
         return out, None, None, None
 
@@ -86,30 +85,28 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        first_QD, second_QD = (each.contiguous() for each in grads)
-        return row_sum(first_QD, second_QD, None, *ctx.index.items_of_rows, True, first_QD.dtype), None
+        return row_sum(*grads, None, *ctx.index.items_of_rows, True, grads[0].dtype), None
 
 
 class _SumPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_QD: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
         ctx.index, ctx.dtype = index, y_QD.dtype
-        return row_sum(y_QD.contiguous(), y_QD[:0], None, *index.items_of_rows, False, dtype)
+        return row_sum(y_QD, y_QD[:0], None, *index.items_of_rows, False, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gather_rows(grads[0].contiguous(), ctx.index.parts[0], ctx.dtype), None, None
+        return gather_rows(grads[0], ctx.index.parts[0], ctx.dtype), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
         ctx.save_for_backward(weight_Q, gate_QF, up_QF)
-        return swiglu(weight_Q.contiguous(), gate_QF.contiguous(), up_QF.contiguous())
+        return swiglu(weight_Q, gate_QF, up_QF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight_Q, gate_QF, up_QF = (each.contiguous() for each in ctx.saved_tensors)
-        return swiglu_backward(grads[0].contiguous(), weight_Q, gate_QF, up_QF)
+        return swiglu_backward(grads[0], *ctx.saved_tensors)

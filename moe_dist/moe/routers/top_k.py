@@ -85,7 +85,7 @@ class TopKRouter(nn.Module):
             of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
         kernels: If they have `choose`, they compute all that follows the logits, unless the router has a selection bias,
-            capacity, zero-computation experts or `true_all`, or the caller asks for probabilities or choices of tokens.
+            capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
     """
 
     group_of_column_C: Tensor
@@ -181,8 +181,8 @@ class TopKRouter(nn.Module):
         """Returns whether `kernels.choose` computes what this router and caller want."""
         rare = self.selection_bias or self.num_zero_computation or self.normalise == "true_all"
         limited = self.capacity is not None and self.training
-        shown = cache.probe_tokens_A is not None or cache.keep_choices
-        return self.kernels.has_choose and not (rare or limited or shown) and logits_TC.dtype == torch.float32
+        probed = cache.probe_tokens_A is not None
+        return self.kernels.has_choose and not (rare or limited or probed) and logits_TC.dtype == torch.float32
 
     def _choose_at_once(self, logits_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> Routing:
         tables = (self.group_of_column_C, self.top_k_G, self.num_experts, self.num_choices)
@@ -191,7 +191,12 @@ class TopKRouter(nn.Module):
         choices_C, tokens_G = made.counts.split([logits_TC.shape[1], len(self.groups)])
         dropped_E = torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device)
         sums = RouterSums(choices_C, made.prob_C, tokens_G, made.log_z_squared_G, made.entropy_G, dropped_E)
-        return Routing(Assignments(made.token_N, made.expert_N, made.weight_N), sums)
+        recorded = None
+        if cache.keep_choices:
+            true_TK, valid_TK = (made.expert_N != ABSENT).view_as(made.choice_TK), self._valid(group_T)
+            chosen = _Chosen(made.choice_TK, valid_TK, true_TK, valid_TK ^ true_TK)
+            recorded = _recorded(chosen, true_TK, made.weight_N.view_as(true_TK))
+        return Routing(Assignments(made.token_N, made.expert_N, made.weight_N), sums, chosen=recorded)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of
@@ -241,12 +246,16 @@ class TopKRouter(nn.Module):
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep [T, C] in memory
         column_TK = cache.choice_TK
-        valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
+        valid_TK = self._valid(group_T)
         true_TK = valid_TK & (column_TK < self.num_experts)
         null_TK = valid_TK ^ true_TK  # all other valid choices
         if self.num_zero_computation:
             null_TK = null_TK & (column_TK < self.first_zero_computation)
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
+
+    def _valid(self, group_T: Tensor) -> Tensor:
+        """Returns a bool [T, K], false for choices beyond the group's own k and for padding."""
+        return torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
         """Returns the weight of each choice [T, K]; 0 for null and for invalid choices."""

@@ -85,12 +85,26 @@ def test_a_sum_without_a_loss_needs_no_gradient() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_rare_options_use_torch() -> None:
+def test_a_selection_bias_uses_torch() -> None:
     biased = TopKRouter(D, NULLS, selection_bias=True, kernels=TRITON)
-    cache = RoutingCache(keep_choices=True)
-    for router, kept in ((biased, None), (TopKRouter(D, NULLS, kernels=TRITON), cache)):
+    torch.manual_seed(0)
+    for parameter in biased.parameters():
+        torch.nn.init.normal_(parameter)
+    assert route(biased, torch.randn(4, D), torch.zeros(4, dtype=torch.int64)).chosen is None
+
+
+def test_the_choices_that_a_trace_keeps_change_no_bit() -> None:
+    found = []
+    for kernels, keep in ((TRITON, True), (TRITON, False), (TORCH, True)):
         torch.manual_seed(0)
+        router = TopKRouter(D, NULLS, kernels=kernels)
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
-        routing = route(router, torch.randn(4, D), torch.zeros(4, dtype=torch.int64), kept)
-        assert (routing.chosen is not None) == (kept is not None)
+        found.append(route(router, torch.randn(6, D), torch.tensor([0, 1, -1, 0, 0, 1]), RoutingCache(keep_choices=keep)))
+    kept, plain, torchs = found
+    assert torch.equal(kept.assignments.weight_N, plain.assignments.weight_N)
+    assert kept.chosen is not None
+    assert torchs.chosen is not None
+    assert plain.chosen is None
+    assert torch.equal(kept.chosen.column_TK, torchs.chosen.column_TK)
+    torch.testing.assert_close(kept.chosen.weight_TK, torchs.chosen.weight_TK, rtol=2e-3, atol=0)  # float16

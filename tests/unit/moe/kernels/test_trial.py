@@ -5,15 +5,18 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.moe.kernels.operation import LARGEST_BLOCK
 from moe_dist.moe.kernels.trial import why_not
 from moe_dist.moe.kernels.triton_kernels import TRITON, TritonKernels
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_good_kernels_pass(dtype: torch.dtype) -> None:
-    assert why_not(TRITON, CPU, dtype) is None
+@pytest.mark.parametrize(("dtype", "default"), [(torch.float32, "meta"), (torch.bfloat16, "cpu")])
+def test_good_kernels_pass(dtype: torch.dtype, default: str) -> None:
+    """On their device, whatever the default device is."""
+    with torch.device(default):
+        assert why_not(TRITON, CPU, dtype) is None
 
 
 def double_sum(*args: Any) -> torch.Tensor:
@@ -32,6 +35,16 @@ def late_choice(logits: torch.Tensor, *args: Any) -> Any:
     return TRITON.choose(logits.roll(1, 0), *args)
 
 
+def double_probabilities(*args: Any) -> Any:
+    made = TRITON.choose(*args)
+    return made._replace(prob_C=2.0 * made.prob_C)
+
+
+def first_block_alone(*args: Any) -> torch.Tensor:
+    hidden = TRITON.swiglu(*args)
+    return torch.where(torch.arange(hidden.shape[1]) < LARGEST_BLOCK, hidden, 0.0)
+
+
 def no_compiler(*args: Any) -> Any:
     raise RuntimeError("PassManager::run failed\nsee above")
 
@@ -43,6 +56,8 @@ def no_compiler(*args: Any) -> Any:
         ("sum_rows", forgotten_row, "the sum of rows of the Triton kernels differs from torch's by nan"),
         ("gather", wrong_gradient, "the gradient of rows of the Triton kernels differs from torch's by 1"),
         ("choose", late_choice, "the choice of the Triton kernels differs from torch's by"),
+        ("choose", double_probabilities, "the probabilities of the Triton kernels differs from torch's by 1"),
+        ("swiglu", first_block_alone, "the output of experts of the Triton kernels differs from torch's by"),
         ("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
     ],
 )
