@@ -232,11 +232,6 @@ def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
     tokens = np.concatenate([step.tokens for step in steps])[-MOST_TOKENS:]
     ids = np.concatenate([step.ids for step in steps])[-MOST_TOKENS:]
     manifest = steps[-1].manifest
-    if len(tokens) and (outside := int(tokens["modality"].max())) >= len(manifest.modalities):
-        raise DataError(
-            f"trace, step {trace.steps[-1]}: modality={outside} is outside the manifest's {list(manifest.modalities)}; "
-            "take the manifest that belongs to these files"
-        )
     return Tokens(
         tokens["token"],
         tokens["modality"],

@@ -169,6 +169,11 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray
             f"{stem}.ids, step {step}: id {column.max()} is outside the model, which has {manifest.num_columns} columns "
             f"({MANIFEST}, groups); take the manifest that belongs to these files"
         )
+    if len(tokens) and (modality := int(tokens["modality"].max())) >= len(manifest.modalities):
+        raise DataError(
+            f"{stem}.tokens, step {step}: modality={modality} is outside the {len(manifest.modalities)} modalities of "
+            f"{MANIFEST}; take the manifest that belongs to these files"
+        )
     return tokens, ids, weights
 
 

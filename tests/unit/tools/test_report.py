@@ -210,6 +210,12 @@ def unnamed_modality(run: Path) -> Path:
     return run / "trace"
 
 
+def fewer_modalities(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modalities": ["text"]}))
+    return run / "trace"
+
+
 def no_records(run: Path) -> Path:
     (run / "metrics.jsonl").write_text("")
     return run
@@ -246,6 +252,7 @@ def neither(run: Path) -> Path:
         (unplaced, DataError, "rank_of_expert"),
         (unknown_format, DataError, "version=7"),
         (unnamed_modality, DataError, "['sound']"),
+        (fewer_modalities, DataError, "rank_0.tokens, step 1: modality=1 is outside the 1 modalities"),
         (no_records, DataError, "metrics.jsonl: no line has the arrays"),
         (no_steps, DataError, "no step that all ranks wrote"),
         (other_records, DataError, "metrics.jsonl, step 1: arrays.dropped_LG"),
