@@ -86,15 +86,13 @@ def measure(folder: Path, device_type: str) -> None:
     env = RankEnv.from_environment({**os.environ, **start})
     import torch  # takes seconds, and only the measuring tasks need it
 
-    from moe_dist.parallel.mesh import destroy_world, init_world
+    from moe_dist.parallel.mesh import destroy_world, init_world, own_gpu
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
     from moe_dist.parallel.rendezvous import meeting
 
     torch.set_num_threads(1)  # compute threads would disturb the measurement on CPU
     cuda = device_type == "cuda"
-    device = torch.device("cuda", env.local_rank if torch.cuda.device_count() > 1 else 0) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = own_gpu(env) if cuda else torch.device("cpu")
     with meeting(env, folder, StartWait(env.rank, TIMEOUT_SECONDS)) as (store, _):
         init_world(PUBLISHED, store, rank=env.rank, world_size=env.world_size, device=device, timeout=TIMEOUT_SECONDS)
     per_node = env.local_world_size

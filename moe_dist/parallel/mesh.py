@@ -184,7 +184,7 @@ def own_gpu(env: RankEnv) -> torch.device:
     GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:
-        ResourceError: the node has more ranks than it shows GPUs.
+        ResourceError: the node shows no GPU, or several but fewer than it has ranks.
     """
     index = 0 if torch.cuda.device_count() == 1 else env.local_rank
     if index >= torch.cuda.device_count():

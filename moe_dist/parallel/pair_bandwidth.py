@@ -15,7 +15,9 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-LOOKS = 10  # further measurements of a pair that looks slow: it is slow only if all of them find it slow
+# Further measurements of a pair that looks slow: it is slow only if all of them find it slow. A slow node makes all its
+# pairs slow, so the number of pairs limits the looks at each; otherwise a large cluster would exceed the job's time limit.
+FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,18 @@ def measure_pairs(
     reference = usual_pair(measured)
     # All ranks create these groups, because with `alone` torch would reuse the name of the pair's destroyed group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
-    return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
+    looks = _num_looks(len(doubted))
+    return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups, looks)]
+
+
+def _num_looks(num_pairs: int) -> int:
+    return max(FEWEST_LOOKS, min(MOST_LOOKS, ALL_LOOKS // num_pairs))
 
 
 def _stays_slow(
-    pair: Pair, reference: Pair, task: "PairMeasurement", groups: Mapping[Pair, dist.ProcessGroup | None]
+    pair: Pair, reference: Pair, task: "PairMeasurement", groups: Mapping[Pair, dist.ProcessGroup | None], looks: int
 ) -> bool:
-    for _ in range(LOOKS):
+    for _ in range(looks):
         own, usual = task.measure([pair], groups)[pair], task.measure([reference], groups)[reference]
         if not is_slow(own, than=usual):
             return False

@@ -26,6 +26,7 @@ from moe_dist.errors import ConfigError, MoeDistError, ResourceError, StoppedErr
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import user_name
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file; an NFS cli
 MOST_BYTES = 1 << 12  # largest size of the file with the address
 POLL_SECONDS = 0.1
 SAY_SECONDS = 30.0
-TELL_SECONDS = 15.0  # how long a rank that got a stop signal waits for rank 0 to make all ranks stop
+TELL_SECONDS = 15.0  # longest time that a rank with a stop signal waits for rank 0, which makes all ranks stop
 _SHOWN = 8  # ranks in one line
 
 
@@ -64,11 +65,20 @@ class StartWait:
     Args:
         seconds: The longest wait, counted from now.
         stopped: Returns True after a stop signal, which ends the wait: on rank 0 at once, on other ranks after
-            TELL_SECONDS.
+            TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
+        grace_seconds: Time from a stop signal until the process ends itself.
     """
 
-    def __init__(self, rank: int, seconds: float, *, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        rank: int,
+        seconds: float,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        grace_seconds: float = DEFAULT_GRACE_SECONDS,
+    ) -> None:
         self.stopped, self._rank, self._seconds = stopped, rank, seconds
+        self._tell_seconds = min(TELL_SECONDS, grace_seconds / 2) if rank else 0.0
         self._began = self._said = time.monotonic()
         self._stop_at = float("inf")
 
@@ -81,7 +91,7 @@ class StartWait:
         """
         now = time.monotonic()
         if self.stopped():
-            self._stop_at = min(self._stop_at, now + (TELL_SECONDS if self._rank else 0.0))
+            self._stop_at = min(self._stop_at, now + self._tell_seconds)
         if now >= self._stop_at:
             raise StoppedError(self.stop_text(whom))
         if now - self._began >= self._seconds:

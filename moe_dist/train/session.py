@@ -75,7 +75,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
         MoeDistError: a check of this node fails; the ranks did not meet; or their run folders or starts differ.
     """
     section, device = config.parallel, choose_device(config, env)
-    wait = StartWait(env.rank, section.start_seconds, stopped=stopped)
+    wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))

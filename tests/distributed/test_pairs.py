@@ -50,5 +50,6 @@ def test_a_pair_is_slow_only_if_it_is_at_every_look() -> None:
         def measure(self, wanted: list[tuple[int, int]], groups: object) -> dict[tuple[int, int], PairExchange]:
             return {pair: PairExchange(1.0, self._own.pop(0) if pair == (0, 1) else 1.0) for pair in wanted}
 
-    assert pairs._stays_slow((0, 1), (1, 2), Looks(*[3.0] * pairs.LOOKS), {})  # pyright: ignore
-    assert not pairs._stays_slow((0, 1), (1, 2), Looks(*[3.0] * (pairs.LOOKS - 1), 1.9), {})  # pyright: ignore
+    assert [pairs._num_looks(each) for each in (1, 10, 20, 63)] == [10, 10, 5, 3]
+    assert pairs._stays_slow((0, 1), (1, 2), Looks(*[3.0] * 10), {}, 10)  # pyright: ignore
+    assert not pairs._stays_slow((0, 1), (1, 2), Looks(*[3.0] * 9, 1.9), {}, 10)  # pyright: ignore
