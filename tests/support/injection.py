@@ -86,10 +86,10 @@ class Injection:
             os.truncate(f"{self._data}.bin", 2)
         return self._injector.around_files(fault, ".bin", lambda: original(*args))
 
-    def _forward(self, original: Callable[..., Any], *args: Any) -> Any:
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         fault = self._strike_if_due("forward")
-        logits, reports = original(*args)
-        return (logits * float("nan") if _spoils(fault) else logits), reports
+        losses_BS, reports = original(*args, **kwargs)
+        return (losses_BS * float("nan") if _spoils(fault) else losses_BS), reports
 
     def _micro_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         import torch
