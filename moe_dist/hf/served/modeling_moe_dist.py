@@ -365,7 +365,7 @@ class MoeDistModel(MoeDistPreTrainedModel):
         kwargs |= {"position_embeddings": rotary, "cache": cache}
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             hidden_states = layer(hidden_states, group_ids, attention_mask=masks[kind], **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})  # pyright: ignore
 
 
 class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
