@@ -58,5 +58,5 @@ class OneRank:
 
     def moments(self) -> torch.Tensor:
         states = self.training.optimizer.state
-        parameters = self.training.parallel.model.parameters()
+        parameters = [each for each in self.training.parallel.model.parameters() if each in states]  # a frozen one has none
         return torch.cat([states[each][name].flatten() for each in parameters for name in ("exp_avg", "exp_avg_sq")])
