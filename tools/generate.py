@@ -74,7 +74,7 @@ def main(options: GenerateOptions) -> None:
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # raises if the data does not fit, so it is read before the weights are loaded
+    grammar = vocabulary.grammar  # read before the weights, which take long: it raises if the data set is unfit
     generator = Generator(
         trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )

@@ -319,7 +319,7 @@ class CheckpointManager:
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
         """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
         tensor by the sum of its shards' fingerprints over the ranks. `sources` maps each loaded tensor to its name in the
-        checkpoint. Costs two all-reduces: of one number per tensor, and of the status."""
+        checkpoint. Costs two all-reduces: one of a number per tensor, one that tells all ranks of an error."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that the order is equal on all ranks
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}

@@ -19,7 +19,7 @@ from moe_dist.data.picture_coding import Document
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/data.md"
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers looks for the blocks
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as the library transformers finds {% generation %}
 _WAY_OUT = "put {% generation %} and {% endgeneration %} around what an assistant writes, and pass it with --chat-template"
 
 

@@ -31,8 +31,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 def read_rope(
     read: Fields, default_base: float, default_share: float | None, head_dim: int, max_seq_len: int
 ) -> dict[str, Any]:
-    """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share` is
-    partial_rotary_factor if it is absent, None for a family whose rotary positions turn whole heads.
+    """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share`
+    stands in for an absent partial_rotary_factor; it is None for a family whose rotary positions turn whole heads.
 
     transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
     them overrides the field of the same name beside them, except the original length.

@@ -99,8 +99,8 @@ class ParallelModel:
         return self.model
 
     def _keep_gathered(self, *, until_next: bool) -> None:
-        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. FSDP2 then adds up
-        the gradients of this rank in fp32 without a collective."""
+        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. With
+        `until_next` FSDP2 reduces no gradients: it adds up those of this rank in fp32."""
         self._root.set_reshard_after_forward(False)
         self._root.set_reshard_after_backward(not until_next)
         self._root.set_requires_gradient_sync(not until_next)

@@ -75,7 +75,7 @@ def group_module(name: str) -> str:
 
 
 def logical_name(path: str) -> str:
-    """Returns the logical name of a parameter or buffer from its name in the state dict."""
+    """Returns the logical name of a parameter or buffer: its name in the state dict without the prefixes of groups."""
     return path.replace(_GROUP, "")
 
 

@@ -151,7 +151,7 @@ class CurveSection(Part):
 
 
 class WireSection(Part):
-    """The assumed EP group, for which rows that leave their rank are counted."""
+    """The EP group that is assumed when the token rows sent to other ranks are counted."""
 
     ep: PositiveInt = 4
     placement: Literal["interleaved"] = "interleaved"

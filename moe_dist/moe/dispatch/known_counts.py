@@ -35,7 +35,7 @@ from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
-KEPT_ORDERS = 16  # number of cached orders: one per micro-batch, for all its layers and recomputations
+KEPT_ORDERS = 16  # number of cached orders of pairs; all layers of a micro-batch, and their recomputations, use one
 
 
 class KnownCountsPlan(AllToAllPlan):

@@ -33,7 +33,7 @@ COUNTS = (1, 10, 100, 1000)  # classes of frequency begin at these numbers of oc
 
 
 def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], str]:
-    """A panel that needs single tokens."""
+    """Returns the panel, or NO_TOKENS in its place if the subject has no trace of single tokens."""
 
     def draw(subject: Subject) -> str:
         tokens = subject.routing.tokens
