@@ -127,8 +127,8 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
             if wrong_TK.any():
                 token = int(wrong_TK.any(1).argmax())
                 raise DataError(
-                    f"{source}: ids {ids_TLK[token, layer].tolist()} of token {token} in MoE layer {layer} (both counted from "
-                    f"0), but {rule}; replay the record of this batch and this model"
+                    f"{source}: ids {ids_TLK[token, layer].tolist()} of token {token} in MoE layer {layer} (from 0), "
+                    f"but {rule}; replay the record of this batch and this model"
                 )
     return ids_TLK.astype(np.int16, copy=False)
 
