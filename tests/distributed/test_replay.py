@@ -7,6 +7,7 @@ step choose for themselves.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +17,31 @@ from torch import Tensor
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.data.batch import Batch
+from moe_dist.data.order import micro_batches
 from moe_dist.moe.replay import Replay
 from moe_dist.moe.routing import LayerReport
 from moe_dist.monitor.statistics import StepResult
+from moe_dist.monitor.trace.format import MANIFEST, Manifest
+from moe_dist.monitor.trace.reader import TracedStep, read_trace
+from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.train.loss import AuxSettings
+from moe_dist.train.replay import replay_step
 from moe_dist.train.step import TrainingStep
+from moe_dist.train.tracing import StepTracer, StepWatcher
 from tests.support.cover import full, others_full
-from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_for
+from tests.support.layouts import (
+    GROUPS,
+    HIDDEN_DIM,
+    LAYERS,
+    MICRO_BATCHES,
+    SEQUENCES,
+    Layout,
+    batch_of,
+    build,
+    placement_for,
+)
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
 
@@ -68,7 +85,13 @@ def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
 
 
 def take_step(
-    layout: Layout, mesh: Mesh, batches: list[Batch], *, backwards: bool = False, replay: Callable[..., Any] | None = None
+    layout: Layout,
+    mesh: Mesh,
+    batches: list[Batch],
+    *,
+    backwards: bool = False,
+    replay: Callable[..., Any] | None = None,
+    watchers: Sequence[StepWatcher] = (),
 ) -> Step:
     """One step of a new model. `replay` makes the context of the step from the model."""
     comm_stats, placement = CommStats(), placement_for(layout)
@@ -88,7 +111,7 @@ def take_step(
         ),
         Choices(),
     )
-    take = partial(step, batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), watchers=[choices])
+    take = partial(step, batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), watchers=[choices, *watchers])
     if replay is None:
         result = take()
     else:
@@ -150,3 +173,77 @@ def test_a_replayed_step_has_the_bits_of_the_recorded_one(run_in_world: Callable
 def _among(ids_TLK: np.ndarray, wanted_TLK: np.ndarray) -> np.ndarray:
     """Whether each of a token's wanted choices is among its choices."""
     return (wanted_TLK[..., None] == ids_TLK[..., None, :]).any(-1)
+
+
+def sequences_of(rank: int, world_size: int) -> list[range]:
+    """The numbers of the sequences of `batches_of`."""
+    share = {"micro_batch": SEQUENCES // world_size, "rank": rank, "world_size": world_size}
+    return micro_batches(0, global_batch=MICRO_BATCHES * SEQUENCES, **share)
+
+
+def traced_by_one(rank: RankContext, folder: Path) -> Step:
+    """One rank alone takes the step and writes its trace."""
+    (folder / "one").mkdir()
+    placement = placement_for(Layout())
+    fields = {"layers": tuple(range(LAYERS)), "choices": 3, "weights": False, "modalities": ("text", "image")}
+    manifest = Manifest(1, 0, 1, groups=GROUPS, rank_of_expert=placement.rank_of_expert, **fields)  # pyright: ignore
+    (folder / "one" / MANIFEST).write_text(manifest.to_json())
+    writer = TraceWriter(folder / "one", 0, weights=False)
+    tracer = StepTracer(writer, every=1, tokens=None, weights=False, sequences=lambda _: sequences_of(0, 1))
+    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
+    try:
+        return take_step(Layout(), mesh, batches_of(0, 1), backwards=True, watchers=[tracer])
+    finally:
+        writer.close()
+
+
+def replayed_from(rank: RankContext, layout: Layout, folder: Path) -> Step:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    batches, sequences = batches_of(rank.rank, rank.world_size), sequences_of(rank.rank, rank.world_size)
+    traced, groups = read_trace(folder).step(1), torch.tensor([0, 1])
+    make = partial(
+        replay_step, traced=traced, batches=batches, sequences=sequences, group_of_modality=groups, source="trace"
+    )
+    return take_step(layout, mesh, batches, replay=make)
+
+
+def rows_of(traced: TracedStep, layout: Layout) -> int:
+    """Distinct (token, other rank) of all ranks, by a loop."""
+    rank_of_expert, rows = placement_for(layout).rank_of_expert, 0
+    for sequence, ids_LK in zip(traced.tokens["sequence"], traced.ids, strict=True):
+        own = sequence % SEQUENCES // (SEQUENCES // layout.world_size) % layout.ep
+        for ids in ids_LK:
+            rows += len({rank_of_expert[i] for i in ids if 0 <= i < len(rank_of_expert)} - {own})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def by_one(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Step]:
+    folder = tmp_path_factory.mktemp("trace")
+    return folder, run_in_world(1, traced_by_one, folder)[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 1, "pinned"),
+        Layout(4, 1, "uneven", "fsdp2", "block"),
+        full(Layout(2, 2, "interleaved", "fsdp2")),
+        full(Layout(4, 1, "pinned", "ddp", "experts")),
+    ],
+    ids=str,
+)
+def test_another_layout_sends_the_rows_of_the_record(
+    run_in_world: Callable[..., list[Any]], by_one: tuple[Path, Step], layout: Layout
+) -> None:
+    """A trace of one rank, replayed on several with other placements."""
+    folder, recorded = by_one
+    traced = read_trace(folder).step(1)
+    for outcome in run_in_world(layout.world_size, replayed_from, layout, folder):
+        ledger = outcome.result.ledger
+        assert ledger["rows_remote"] == rows_of(traced, layout) > 0
+        crossings = 5 if layout.recompute == "block" else 4
+        assert ledger["payload_bytes"] == crossings * ledger["rows_remote"] * HIDDEN_DIM * 8
+        assert np.array_equal(outcome.result.counts.choices_LC, traced.choices())
+        for field in ("nll_M", "balance", "z", "grad_norm"):
+            np.testing.assert_allclose(getattr(outcome.result, field), getattr(recorded.result, field), rtol=1e-9)
