@@ -85,7 +85,7 @@ class Replay:
                 f"{self._source}: {len(self.ids_TLK)} tokens, but {end} tokens reach MoE layer {layer} (counted from 0); a "
                 "replay needs the batches of the record, so give those"
             )
-        column_TK = from_host(self.ids_TLK[first:end, layer], torch.int64, h_TD.device)
+        column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
         # No choice (of padding, or beyond a group's k) may be any column, because routers leave its place out.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
