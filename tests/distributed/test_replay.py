@@ -127,7 +127,7 @@ def batches_of(rank: int, world_size: int) -> list[Batch]:
 
 
 def recorded_replayed_plain(rank: RankContext, layout: Layout) -> list[Step]:
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     take = partial(take_step, layout, mesh, batches_of(rank.rank, rank.world_size))
     recorded = take(backwards=True)
     return [recorded, take(replay=lambda model: Replay(model, recorded.ids, recorded.group)), take()]
