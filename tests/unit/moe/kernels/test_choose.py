@@ -85,6 +85,31 @@ def test_a_sum_without_a_loss_needs_no_gradient() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalise", ["none", "true_chosen", "all_chosen"])
+def test_replayed_choices_that_would_not_win(normalise: str) -> None:
+    group_T = torch.tensor(TOKENS["mixed"])
+    group_T[1::3] = 1
+    torch.manual_seed(0)
+    h_TD = 3.0 * torch.randn(len(group_T), D, requires_grad=True)
+    worst_TK = torch.zeros(len(group_T), 3, dtype=torch.int64)  # columns: text 0 to 3, 7, 8; image 4 to 6, 9
+    found = []
+    for kernels in (TORCH, TRITON):
+        torch.manual_seed(1)
+        router = TopKRouter(D, NULLS, normalise=normalise, kernels=kernels)  # pyright: ignore[reportArgumentType]
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        if kernels is TORCH:
+            outside_TC = router.group_of_column_C != group_T[:, None]
+            worst_TK = router._logits(h_TD).masked_fill(outside_TC, float("inf")).argsort(1)[:, :3]
+        routing = route(router, h_TD, group_T, RoutingCache(choice_TK=worst_TK))
+        found.append(results(routing, [h_TD, *router.parameters()]))
+        taken = routing.assignments.expert_N >= 0
+        assert torch.equal(routing.assignments.expert_N[taken], worst_TK.flatten()[taken])
+        assert (routing.assignments.weight_N[taken] > 0).all()
+    for mine, other in zip([*found[0][0], *found[0][1]], [*found[1][0], *found[1][1]], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_selection_bias_uses_torch() -> None:
     biased = TopKRouter(D, NULLS, selection_bias=True, kernels=TRITON)
     torch.manual_seed(0)

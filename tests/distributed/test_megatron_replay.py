@@ -1,0 +1,88 @@
+"""Replayed routing in Megatron's GPTModel with our layer: the loss and the reduced gradients of the recorded step, bit for
+bit, over two micro-batches that both go forward before the first goes backward, as in a pipeline."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.moe.replay import Replay
+from tests.support.cover import full
+from tests.support.megatron_model import ONE_GROUP, Layout, causal_mask, gradients_of, with_layers_of
+from tests.support.megatron_run import build, megatron, tracked
+from tests.support.worlds import RankContext
+
+
+def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
+    """The worst columns of the token's group win."""
+    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
+
+
+def three_steps(rank: RankContext, layout: Layout) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Losses and gradients of a recorded step, which chooses by reversed scores, of its replay, and of a plain step."""
+    with megatron(layout) as state:
+        from megatron.core.distributed import finalize_model_grads
+
+        model, _, mine, _ = build(layout, state)
+        half = len(mine.tokens_BS) // 2
+        parts = [mine.part(0, half), mine.part(half, half)]
+        routers = [layer.moe.router for layer in with_layers_of(model)]
+
+        def step() -> tuple[Tensor, dict[str, Tensor]]:
+            model.zero_grad_buffer()
+            losses = [
+                model(part.tokens_BS, part.positions, causal_mask(), labels=part.labels_BS, padding_mask=part.modality_BS)
+                for part in parts
+            ]
+            for hook in hooks:
+                hook.remove()  # what is recomputed is not recorded twice
+            for loss in losses:
+                loss.mean().backward()
+            finalize_model_grads([model], None)
+            tracked()
+            return torch.stack(losses).detach(), {name: grad.clone() for name, grad in gradients_of(model).items()}
+
+        ids: list[list[Tensor]] = [[] for _ in routers]
+        groups: list[Tensor] = []
+
+        def keep(router: Any, inputs: Any, _: Any) -> None:
+            _, group_T, cache = inputs
+            ids[routers.index(router)].append(torch.where(router._valid(group_T), cache.choice_TK, -1))
+            groups.extend([group_T] * (router is routers[0]))
+
+        hooks = [router.register_forward_hook(keep) for router in routers]
+        for router in routers:
+            router._selection_scores = reversed_scores
+        found = [step()]
+        for router in routers:
+            del router._selection_scores
+        ids_TLK = torch.stack([torch.cat(each) for each in ids], 1).to(torch.int16).numpy()
+        for context in (Replay(model, ids_TLK, torch.cat(groups).numpy()), nullcontext()):
+            with context:
+                found.append(step())
+        return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        Layout(ep=2, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        full(Layout(ep=1)),
+        full(Layout(ep=2, tp=2)),
+        full(Layout(ep=4, values=ONE_GROUP)),
+    ],
+    ids=str,
+)
+def test_a_replay_in_megatron_has_the_bits_of_the_record(
+    run_with_megatron: Callable[..., list[Any]], layout: Layout
+) -> None:
+    for recorded, replayed, plain in run_with_megatron(4, three_steps, layout):
+        assert torch.equal(replayed[0], recorded[0])
+        assert not torch.equal(plain[0], recorded[0])
+        for name, gradient in recorded[1].items():
+            assert torch.equal(replayed[1][name], gradient), name
+        assert all(gradient.any() for name, gradient in replayed[1].items() if "router" in name)

@@ -1,0 +1,249 @@
+"""Replayed routing: a step that takes recorded choices has the loss and the gradients of the recorded step, bit for bit.
+
+The recorded step chooses by reversed scores, so the recorded experts are those that lose when the routers of the replayed
+step choose for themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.data.batch import Batch
+from moe_dist.data.order import micro_batches
+from moe_dist.moe.replay import Replay
+from moe_dist.moe.routing import LayerReport
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.monitor.trace.format import MANIFEST, Manifest
+from moe_dist.monitor.trace.reader import TracedStep, read_trace
+from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.replay import replay_step
+from moe_dist.train.step import TrainingStep
+from moe_dist.train.tracing import StepTracer, StepWatcher
+from tests.support.cover import full, others_full
+from tests.support.layouts import (
+    GROUPS,
+    HIDDEN_DIM,
+    LAYERS,
+    MICRO_BATCHES,
+    SEQUENCES,
+    Layout,
+    batch_of,
+    build,
+    placement_for,
+)
+from tests.support.whole_tensors import logical
+from tests.support.worlds import RankContext
+
+
+class Choices:
+    """Watches a step: the choices [T, L, K], with their weights, and the group of each token."""
+
+    def __init__(self) -> None:
+        self.ids: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.group: list[Tensor] = []
+
+    def due(self, number: int) -> bool:
+        return True
+
+    def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
+        chosen = [report.chosen for report in reports if report.chosen is not None]
+        self.ids.append(torch.stack([each.column_TK for each in chosen], 1))
+        self.weights.append(torch.stack([each.weight_TK for each in chosen], 1))
+        self.group.append(torch.where(batch.padding_BS, -1, batch.modality_BS).flatten())
+
+    def finish(self, number: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+class Step(NamedTuple):
+    result: StepResult
+    gradients: dict[str, np.ndarray]
+    ids: np.ndarray
+    weights: np.ndarray
+    group: np.ndarray
+
+
+def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
+    """The worst columns of the token's group win."""
+    outside = masked_TC == float("-inf")
+    return masked_TC.detach().neg().masked_fill(outside, float("-inf"))
+
+
+def take_step(
+    layout: Layout,
+    mesh: Mesh,
+    batches: list[Batch],
+    *,
+    backwards: bool = False,
+    replay: Callable[..., Any] | None = None,
+    watchers: Sequence[StepWatcher] = (),
+) -> Step:
+    """One step of a new model. `replay` makes the context of the step from the model."""
+    comm_stats, placement = CommStats(), placement_for(layout)
+    parallel = build(layout, mesh, comm_stats)
+    for layer in parallel.model.moe_modules() if backwards else ():
+        layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
+    optimizer = make_optimizer(
+        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
+    )
+    gradients: dict[str, np.ndarray] = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(logical(parallel, placement, mesh, gradient=True))  # pyright: ignore
+    )
+    step, choices = (
+        TrainingStep(
+            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
+        ),
+        Choices(),
+    )
+    take = partial(step, batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), watchers=[choices, *watchers])
+    if replay is None:
+        result = take()
+    else:
+        with replay(parallel.model):
+            result = take()
+    arrays = (torch.cat(each).numpy() for each in (choices.ids, choices.weights, choices.group))
+    return Step(result, gradients, *arrays)
+
+
+def batches_of(rank: int, world_size: int) -> list[Batch]:
+    each = SEQUENCES // world_size
+    return [batch_of(0, micro, rank * each, each) for micro in range(MICRO_BATCHES)]
+
+
+def recorded_replayed_plain(rank: RankContext, layout: Layout) -> list[Step]:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
+    take = partial(take_step, layout, mesh, batches_of(rank.rank, rank.world_size))
+    recorded = take(backwards=True)
+    return [recorded, take(replay=lambda model: Replay(model, recorded.ids, recorded.group)), take()]
+
+
+LAYOUTS = [
+    Layout(ep, edp, "interleaved", data, recompute)
+    for (ep, edp), data, recompute in product(
+        ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2)), ("ddp", "fsdp2"), ("none", "experts", "block")
+    )
+]
+OTHERS = [
+    Layout(1, 1, data="fsdp2", recompute="block", free=True, precision="float32"),
+    Layout(4, 1, "uneven", "ddp", "experts", free=True),
+    Layout(2, 1, "pinned", "ddp", "block", capacity=1.0),
+    Layout(2, 1, recompute="block", limited=True, overlap=True, chunks=2),
+    Layout(1, 2, recompute="block", lora="probability"),
+    full(Layout(2, 2, "pinned", "fsdp2", "block", ffn_lora="each")),
+    full(Layout(4, 1, "uneven", "ddp", "block", ranks_per_node=2)),
+]
+
+
+@pytest.mark.parametrize("layout", [*others_full(LAYOUTS, pairs_of=("data", "recompute")), *OTHERS], ids=str)
+def test_a_replayed_step_has_the_bits_of_the_recorded_one(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    for recorded, replayed, plain in run_in_world(layout.world_size, recorded_replayed_plain, layout):
+        assert replayed.gradients.keys() == recorded.gradients.keys()
+        for name, gradient in recorded.gradients.items():
+            assert np.array_equal(replayed.gradients[name], gradient), name
+        one, other = (each.result for each in (recorded, replayed))
+        for field in ("nll_M", "balance", "z", "grad_norm", "ledger"):
+            assert np.array_equal(getattr(one, field), getattr(other, field)), field
+        for mine, theirs in zip(one.counts, other.counts, strict=True):
+            assert np.array_equal(mine, theirs)
+        assert np.array_equal(replayed.ids, recorded.ids)
+        assert one.counts.dropped_LE.any() == (layout.capacity is not None)
+        assert not np.array_equal(plain.result.nll_M, one.nll_M)
+        if len(recorded.ids[recorded.group >= 0]):
+            assert not np.array_equal(plain.ids, recorded.ids)
+        losing = (replayed.ids >= 0) & (replayed.ids < placement_for(layout).num_experts) & ~_among(plain.ids, replayed.ids)
+        assert (replayed.weights[losing] > 0).all()
+
+
+def _among(ids_TLK: np.ndarray, wanted_TLK: np.ndarray) -> np.ndarray:
+    """Whether each of a token's wanted choices is among its choices."""
+    return (wanted_TLK[..., None] == ids_TLK[..., None, :]).any(-1)
+
+
+def sequences_of(rank: int, world_size: int) -> list[range]:
+    """The numbers of the sequences of `batches_of`."""
+    share = {"micro_batch": SEQUENCES // world_size, "rank": rank, "world_size": world_size}
+    return micro_batches(0, global_batch=MICRO_BATCHES * SEQUENCES, **share)
+
+
+def traced_by_one(rank: RankContext, folder: Path) -> Step:
+    """One rank alone takes the step and writes its trace."""
+    (folder / "one").mkdir()
+    placement = placement_for(Layout())
+    fields = {"layers": tuple(range(LAYERS)), "choices": 3, "weights": False, "modalities": ("text", "image")}
+    manifest = Manifest(1, 0, 1, groups=GROUPS, rank_of_expert=placement.rank_of_expert, **fields)  # pyright: ignore
+    (folder / "one" / MANIFEST).write_text(manifest.to_json())
+    writer = TraceWriter(folder / "one", 0, weights=False)
+    tracer = StepTracer(writer, every=1, tokens=None, weights=False, sequences=lambda _: sequences_of(0, 1))
+    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
+    try:
+        return take_step(Layout(), mesh, batches_of(0, 1), backwards=True, watchers=[tracer])
+    finally:
+        writer.close()
+
+
+def replayed_from(rank: RankContext, layout: Layout, folder: Path) -> Step:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    batches, sequences = batches_of(rank.rank, rank.world_size), sequences_of(rank.rank, rank.world_size)
+    traced, groups = read_trace(folder).step(1), torch.tensor([0, 1])
+    make = partial(
+        replay_step, traced=traced, batches=batches, sequences=sequences, group_of_modality=groups, source="trace"
+    )
+    return take_step(layout, mesh, batches, replay=make)
+
+
+def rows_of(traced: TracedStep, layout: Layout) -> int:
+    """Distinct (token, other rank) of all ranks, by a loop."""
+    rank_of_expert, rows = placement_for(layout).rank_of_expert, 0
+    for sequence, ids_LK in zip(traced.tokens["sequence"], traced.ids, strict=True):
+        own = sequence % SEQUENCES // (SEQUENCES // layout.world_size) % layout.ep
+        for ids in ids_LK:
+            rows += len({rank_of_expert[i] for i in ids if 0 <= i < len(rank_of_expert)} - {own})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def by_one(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Step]:
+    folder = tmp_path_factory.mktemp("trace")
+    return folder, run_in_world(1, traced_by_one, folder)[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 1, "pinned"),
+        Layout(4, 1, "uneven", "fsdp2", "block"),
+        full(Layout(2, 2, "interleaved", "fsdp2")),
+        full(Layout(4, 1, "pinned", "ddp", "experts")),
+    ],
+    ids=str,
+)
+def test_another_layout_sends_the_rows_of_the_record(
+    run_in_world: Callable[..., list[Any]], by_one: tuple[Path, Step], layout: Layout
+) -> None:
+    """A trace of one rank, replayed on several with other placements."""
+    folder, recorded = by_one
+    traced = read_trace(folder).step(1)
+    for outcome in run_in_world(layout.world_size, replayed_from, layout, folder):
+        ledger = outcome.result.ledger
+        assert ledger["rows_remote"] == rows_of(traced, layout) > 0
+        crossings = 5 if layout.recompute == "block" else 4
+        assert ledger["payload_bytes"] == crossings * ledger["rows_remote"] * HIDDEN_DIM * 8
+        assert np.array_equal(outcome.result.counts.choices_LC, traced.choices())
+        for field in ("nll_M", "balance", "z", "grad_norm"):
+            np.testing.assert_allclose(getattr(outcome.result, field), getattr(recorded.result, field), rtol=1e-9)

@@ -1,0 +1,173 @@
+"""Steps of a trace on disk are replayed, misfits are named, and a counterfactual is what a forward with one choice changed
+gives."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.data.batch import Batch
+from moe_dist.data.order import micro_batches
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.moe.routing import RoutingRequest
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.monitor.trace.foreign import read_foreign
+from moe_dist.monitor.trace.reader import TracedStep, read_trace
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.train.build import build_loader, build_plan
+from moe_dist.train.loss import AuxSettings, forward
+from moe_dist.train.replay import counterfactual, replay_step
+from moe_dist.train.tracing import traced_steps
+from tests.support.messages import refused
+from tests.support.one_rank import OneRank, world_of_one
+
+ENV = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
+GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
+GROUPS = torch.tensor([0, 1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with world_of_one():
+        yield
+
+
+def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
+    """The worst columns of the token's group win."""
+    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
+
+
+class Traced(NamedTuple):
+    """The first step of a run, whose routers chose by reversed scores, and what is needed to take it again."""
+
+    folder: Path
+    batches: list[Batch]
+    aux: AuxSettings
+    result: StepResult
+    weights: Tensor
+    step: TracedStep
+
+
+def traced_run(data: Path, root: Path, **changes: Any) -> Traced:
+    one = OneRank(data, root, **{"monitor.trace": {"every": 1}}, **changes)
+    config, plan, folder = one.plan.config, one.plan, RunFolder.of(one.plan.config)
+    batches = batches_of(one, 0)
+    for layer in one.training.parallel.model.moe_modules():
+        layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
+    aux = build_plan(config, plan.manifest, plan.placement).aux(0)
+    with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0) as tracer:
+        assert tracer is not None
+        result = one.training.step(batches, lr=1e-3, aux=aux, watchers=[tracer])
+    return Traced(folder.path, batches, aux, result, one.weights(), read_trace(folder.path).step(1))
+
+
+def batches_of(one: OneRank, position: int) -> list[Batch]:
+    loader = build_loader(one.plan.config, one.plan.manifest, rank=0, world_size=1)
+    return loader.batches(position)  # pyright: ignore[reportReturnType]
+
+
+def sequences_of(position: int) -> list[range]:
+    return micro_batches(position, global_batch=8, micro_batch=2, rank=0, world_size=1)
+
+
+def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> None:
+    """By the guide's example: losses, norm of the gradients, and weights after the step, bit for bit."""
+    changes: dict[str, Any] = {"parallel.recompute": "block"}
+    traced = traced_run(tiny_data, tmp_path, **changes)
+    one = OneRank(tiny_data, tmp_path, **changes)
+    (example,) = re.findall(r"```python\n(from moe_dist.data.order.*?)```", GUIDE, re.DOTALL)
+    step = one.training.step
+    names = {"model": one.training.parallel.model, "step": step, "folder": traced.folder, "batches": traced.batches}
+    names |= {"aux": traced.aux, "group_of_modality": step.group_of_modality}
+    exec(example, names)
+    assert np.array_equal(names["result"].nll_M, traced.result.nll_M)
+    assert names["result"].grad_norm == traced.result.grad_norm
+    assert torch.equal(one.weights(), traced.weights)
+    plain = OneRank(tiny_data, tmp_path, **changes)
+    assert not np.array_equal(plain.training.step(traced.batches, lr=1e-3, aux=traced.aux).nll_M, traced.result.nll_M)
+
+
+def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) -> None:
+    """Arrays `routed_experts` [tokens, layers, k], one file for each sequence."""
+    group = {"num_experts": 6, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
+    changes: dict[str, Any] = {"model.moe.groups": {"all": group}}
+    one = OneRank(tiny_data, tmp_path, **changes)
+    model, batch = one.training.parallel.model, batches_of(one, 0)[0]
+    rng, tokens_B = np.random.default_rng(0), (~batch.padding_BS).sum(1)
+    rows = [rng.permuted(np.tile(np.arange(6), (int(n), 2, 1)), axis=2)[..., :2] for n in tokens_B]
+    for number, ids in enumerate(rows):
+        np.save(tmp_path / f"{number}.npy", ids.astype(np.int16))
+    step, groups = read_foreign(tmp_path, 6).step(1), torch.tensor([0, 0])
+    with replay_step(model, step, [batch], [range(2)], groups, source="arrays"):
+        losses, reports = forward(model, batch, groups, RoutingRequest(keep_choices=True), losses=True)
+    losses.sum().backward()
+    found = torch.stack([each.chosen.column_TK for each in reports if each.chosen is not None], 1)
+    assert np.array_equal(found[~batch.padding_BS.flatten()], np.concatenate(rows))
+    for report, layer in zip(reports, model.moe_modules(), strict=True):
+        assert report.chosen is not None
+        assert (report.chosen.weight_TK[~batch.padding_BS.flatten()] > 0).all()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())  # pyright: ignore
+
+
+def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    traced = traced_run(tiny_data, tmp_path)
+    one = OneRank(tiny_data, tmp_path)
+    good = {"batches": traced.batches, "sequences": sequences_of(0), "group_of_modality": GROUPS, "source": "runs/tiny"}
+
+    def make(step: TracedStep = traced.step, **changes: Any) -> None:
+        replay_step(one.training.parallel.model, step, **{**good, **changes})
+
+    make()
+    with refused(DataError, "runs/tiny: token="):
+        make(batches=[replace(each, tokens_BS=each.tokens_BS + 1) for each in traced.batches])
+    with refused(DataError, "monitor.trace.tokens=null"):
+        make(sequences=sequences_of(8))
+    with refused(ConfigError, "sequences="):
+        make(sequences=sequences_of(0)[:2])
+    other = replace(traced.step.manifest.groups[0], top_k=1)
+    manifest = replace(traced.step.manifest, groups=(other, traced.step.manifest.groups[1]))
+    with refused(DataError, "groups=[(3, 1, 0, 0, 1)"):
+        make(traced.step._replace(manifest=manifest))
+    with refused(DataError, "1 MoE layers"):
+        make(traced.step._replace(manifest=replace(traced.step.manifest, layers=(0,))))
+    with refused(DataError, "expert group"):
+        make(group_of_modality=torch.tensor([0, 0]))
+
+
+def test_a_counterfactual_changes_one_choice(tiny_data: Path, tmp_path: Path) -> None:
+    """Against a forward whose selection scores name the choices."""
+    one = OneRank(tiny_data, tmp_path)
+    model, batch = one.training.parallel.model, batches_of(one, 0)[0]
+    with torch.no_grad():
+        before, reports = forward(model, batch, GROUPS, RoutingRequest(keep_choices=True), losses=True)
+    (token,) = (batch.modality_BS.flatten() == 0).nonzero().flatten()[[7]].tolist()
+    chosen = [report.chosen.column_TK.long() for report in reports if report.chosen is not None]
+    for layer in (0, 1):
+        other = [column for column in (0, 1, 2, 5) if column not in chosen[layer][token]]
+        found = counterfactual(model, batch, GROUPS, token=token, layer=layer, choice=other)
+        wanted = [columns.clone() for columns in chosen]
+        wanted[layer][token] = torch.tensor(other)
+        for each, columns in zip(model.moe_modules(), wanted, strict=True):
+            each.router._selection_scores = lambda masked_TC, _, columns=columns: (  # pyright: ignore
+                torch.full_like(masked_TC, -1.0).scatter(
+                    1, columns.clamp_min(0), torch.tensor([[2.0, 1.0]]).expand_as(columns)
+                )
+            )
+        with torch.no_grad():
+            after, _ = forward(model, batch, GROUPS, losses=True)
+        for each in model.moe_modules():
+            del each.router._selection_scores
+        assert torch.equal(found, after - before)
+        assert found.flatten()[token].abs() > 1e-7
+        assert found.flatten()[:token].abs().max() < 1e-5
+    with refused(ConfigError, "token=99999"):
+        counterfactual(model, batch, GROUPS, token=99999, layer=0, choice=[0, 1])
+    with refused(DataError, "counterfactual: "):
+        counterfactual(model, batch, GROUPS, token=token, layer=0, choice=[0, 3])
