@@ -129,8 +129,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         )
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks
-        beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else None
-        for sink in sinks if beside else ():
+        beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else ""
+        for sink in sinks if beside else []:
             sink.text("fixed top-k", beside)
         attempt.finish()
     # All ranks wait for rank 0 here, because a launcher kills ranks that still run after a peer has ended.

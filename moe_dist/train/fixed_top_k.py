@@ -22,11 +22,9 @@ MAY_DIFFER = (
 )
 
 
-def beside_fixed_top_k(
-    config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES
-) -> str | None:
+def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
     """Returns a sentence with the held-out losses (nats per token) and true experts per token of this run and of the
-    fixed top-k, by modality. Returns None if all figures belong to another model, other data, steps or seeds, or if the
+    fixed top-k, by modality. Returns "" if all figures belong to another model, other data, steps or seeds, or if the
     data can no longer be read, because a finished run must not fail over a sentence."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
@@ -39,7 +37,7 @@ def beside_fixed_top_k(
                 )
     except DataError:
         pass
-    return None
+    return ""
 
 
 def _same_but_nulls(known: Mapping[str, Any], config: Config) -> bool:

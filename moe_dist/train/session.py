@@ -217,11 +217,11 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
     )
 
 
-def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str | None) -> None:
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
     """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run.
 
     Args:
-        beside: The sentence of `beside_fixed_top_k`.
+        beside: The sentence of `beside_fixed_top_k`, or nothing.
     """
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished while this one waited
         print(folder.read_summary())

@@ -49,6 +49,7 @@ class Tokens:
         split: `training` or `held-out`.
         name_of: Gives a token's text, or None if it has none.
         picture_of: Gives the pixels of a picture token, uint8 [height, width, 3], or None.
+        grid: Rows and columns of a picture's cells; (0, 0) if the data have no pictures.
     """
 
     token_T: np.ndarray
@@ -61,6 +62,7 @@ class Tokens:
     split: str
     name_of: Callable[[int], str | None] = lambda _: None
     picture_of: Callable[[int], np.ndarray | None] = lambda _: None
+    grid: tuple[int, int] = (0, 0)
 
     @property
     def named(self) -> bool:
@@ -220,7 +222,7 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of` and `picture_of`."""
+    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of`, `picture_of` and `grid`."""
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):
         if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:

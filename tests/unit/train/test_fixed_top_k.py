@@ -47,7 +47,7 @@ def _groups(num_null: int, top_k: int) -> dict[str, Any]:
     return {key: {**size, "num_null": num_null, "top_k": top_k} for key, size in sizes.items()}
 
 
-def _sentence(prepared: tuple[Path, Manifest, Path], changes: dict[str, Any]) -> str | None:
+def _sentence(prepared: tuple[Path, Manifest, Path], changes: dict[str, Any]) -> str:
     data, manifest, path = prepared
     config = tiny_config(data, Path("runs"), {**_groups(3, 2), **changes})
     return beside_fixed_top_k(config, manifest, EVALUATION, figures=path)
@@ -82,7 +82,7 @@ def test_a_run_with_the_same_data_steps_and_seed_is_compared(
     ids=lambda changes: next(iter(changes)),
 )
 def test_figures_of_another_run_are_not_shown(prepared: tuple[Path, Manifest, Path], changes: dict[str, Any]) -> None:
-    assert _sentence(prepared, changes) is None
+    assert _sentence(prepared, changes) == ""
 
 
 @pytest.mark.parametrize("present", [True, False])
@@ -91,7 +91,7 @@ def test_figures_of_other_data_are_not_shown(prepared: tuple[Path, Manifest, Pat
     if present:
         tiny_dataset(tmp_path, seed=1)
     config = tiny_config(tmp_path, Path("runs"), _groups(3, 2))
-    assert beside_fixed_top_k(config, manifest, EVALUATION, figures=path) is None
+    assert beside_fixed_top_k(config, manifest, EVALUATION, figures=path) == ""
 
 
 def test_the_summary_has_the_sentence(tmp_path: Path) -> None:
