@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,6 +32,7 @@ CLASSES = (
     ("name with _ or digits", r"\s*\w+"),
     ("punctuation", r"[^\w]+"),
 )
+LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # classes of loss begin at these numbers of nats
 COUNTS = (1, 10, 100, 1000)  # classes of frequency begin at these numbers of occurrences
 
 
@@ -46,7 +48,7 @@ def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], st
 
 @of_tokens
 def experts_a_token(subject: Subject, tokens: Tokens) -> str:
-    """Bars and a heat map of true experts per token: by modality, class of token and frequency."""
+    """Bars and a heat map of true experts per token: by modality, loss, class of token and frequency."""
     routing, count_TL = subject.routing, _true_experts(subject.routing, tokens)
     by_modality = {name: tokens.modality_T == m for m, name in enumerate(routing.modalities)}
     means_LM = np.stack([_mean(count_TL[rows]) for rows in by_modality.values()], axis=1)
@@ -58,6 +60,15 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
         ),
         heat(means_LM, routing.layer_axis, columns, scale=scale, title="By modality and layer."),
     ]
+    if tokens.loss_T is not None:
+        names = [f"{low:g} to {high:g} nats" for low, high in pairwise(LOSSES)] + [f"{LOSSES[-1]:g} nats or more"]
+        bin_T = np.where(np.isnan(tokens.loss_T), -1, np.searchsorted(LOSSES, tokens.loss_T, side="right") - 1)
+        by_loss = {
+            f"{modality}, {name}": rows & (bin_T == i)
+            for modality, rows in by_modality.items()
+            for i, name in enumerate(names)
+        }
+        parts.append(_bars(count_TL, by_loss, title="By loss.", caption="Loss of the prediction made at the token."))
     if not tokens.named:
         return "".join(parts)
     classes = _classes(tokens, routing.modalities)
