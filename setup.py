@@ -84,7 +84,7 @@ setup(
     package_data={
         "moe_dist": ["py.typed"],
         "moe_dist.bundled.tools.bench": ["*.cpp"],
-        **{f"moe_dist.bundled.{name}": ["*.yaml", "*.md", "*.sh", "*.sbatch"] for name in DATA},
+        **{f"moe_dist.bundled.{name}": ["*.yaml", "*.json", "*.md", "*.sh", "*.sbatch"] for name in DATA},
     },
     entry_points={"console_scripts": ["moe-dist = moe_dist.__main__:main"]},
     install_requires=REQUIRED,

@@ -1,7 +1,7 @@
 """Draws the routing of a run, or of a trace, also another system's, into one HTML file. See docs/monitoring.md."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -221,8 +221,8 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
             seen.add(placement.slots)
 
 
-def _names(configuration: Any, data: Path | None) -> dict[str, Callable[[int], Any]]:
-    """`Tokens.name_of` and `picture_of` from the data set; empty if the data set is not there."""
+def _names(configuration: Any, data: Path | None) -> dict[str, Any]:
+    """`Tokens.name_of`, `picture_of` and `grid` from the data set; empty if the data set is not there."""
     try:
         folder = data or Path(configuration["data"]["path"])
         manifest = load_manifest(folder)
@@ -244,7 +244,7 @@ def _names(configuration: Any, data: Path | None) -> dict[str, Callable[[int], A
     def picture_of(token: int) -> np.ndarray | None:
         return codes[token - first] if codes is not None and first <= token < min(end, first + len(codes)) else None
 
-    return {"name_of": name_of, "picture_of": picture_of}
+    return {"name_of": name_of, "picture_of": picture_of, "grid": manifest.image.grid if manifest.image else (0, 0)}
 
 
 def _shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:

@@ -69,6 +69,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train import build, session
+    from moe_dist.train.fixed_top_k import beside_fixed_top_k
     from moe_dist.train.garbage import collected_by_steps
     from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
@@ -128,9 +129,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         )
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks
+        beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else ""
+        for sink in sinks if beside else []:
+            sink.text("fixed top-k", beside)
         attempt.finish()
     # All ranks wait for rank 0 here, because a launcher kills ranks that still run after a peer has ended.
-    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan))
+    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside))
     if env.rank == 0 and stop.first is not None:
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
             print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)

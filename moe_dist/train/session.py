@@ -217,8 +217,12 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
     )
 
 
-def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
-    """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run."""
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
+    """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run.
+
+    Args:
+        beside: The sentence of `beside_fixed_top_k`, or nothing.
+    """
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished while this one waited
         print(folder.read_summary())
         return
@@ -226,7 +230,7 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     title = f"Run {plan.config.run.name}, {finished.evaluation.step} steps"
     held_out = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in finished.evaluation.loss.items())
     console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
-    for line in choice_lines(finished.evaluation):
+    for line in (*choice_lines(finished.evaluation), *([beside] if beside else [])):
         console.print(line)
     if finished.costs is not None:
         console.print(render_costs(finished.costs))

@@ -3,6 +3,7 @@
 Shape letters: T tokens, L MoE layers, K choices.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moe_dist.config.manifest import Manifest as DataManifest
 from moe_dist.config.schema import Config
-from moe_dist.data.batch import Batch
+from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.data.order import micro_batches
 from moe_dist.errors import MoeDistError
@@ -70,34 +71,40 @@ class StepTracer:
     ) -> None:
         self._writer, self._every, self._tokens, self._weights = writer, every, tokens, weights
         self._sequences = sequences
-        self._parts: list[tuple[Batch, Tensor, Tensor]] = []  # of each micro-batch: batch, ids and weights [T, L, K]
+        self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids and weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
         """Whether step `number` (0-based) is traced."""
         return number % self._every == 0
 
-    def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
+    def add(self, batch: Batch, reports: Sequence[LayerReport], losses_BS: Tensor | None = None) -> None:
         """Takes a micro-batch. Tensors stay on the device until `finish`: 4 bytes a token, layer and choice."""
         chosen = [report.chosen for report in reports if report.chosen is not None]
         ids_TLK = torch.stack([each.column_TK for each in chosen], dim=1)
-        self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1)))
+        if losses_BS is not None:
+            losses_BS = losses_BS.masked_fill(batch.labels_BS == IGNORED, math.nan).to(torch.float16)
+        self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1), losses_BS))
 
     def finish(self, number: int) -> None:
         """Copies the choices of step `number` (0-based) to the host, a sync after the step's last one, and writes them."""
         left, found = self._tokens, []
-        for numbers, (batch, ids_TLK, weights_TLK) in zip(self._sequences(number), self._parts, strict=True):
+        for numbers, (batch, ids_TLK, weights_TLK, losses_BS) in zip(self._sequences(number), self._parts, strict=True):
             rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these rows leave the device
             left = None if left is None else left - len(rows)
             tokens = np.empty(len(rows), TOKEN)
             row, tokens["position"] = np.divmod(_host(rows), batch.tokens_BS.shape[1])
             tokens["sequence"] = numbers.start + row
             tokens["token"], tokens["modality"] = (_host(x.flatten()[rows]) for x in (batch.tokens_BS, batch.modality_BS))
-            found.append((tokens, _host(ids_TLK[rows]), _host(weights_TLK[rows]) if self._weights else None))
+            weights = _host(weights_TLK[rows]) if self._weights else None
+            losses = None if losses_BS is None else _host(losses_BS.flatten()[rows])
+            found.append((tokens, _host(ids_TLK[rows]), weights, losses))
         self._parts.clear()
-        tokens, ids, weights = ([part[i] for part in found] for i in range(3))
-        self._writer.add(
-            number + 1, np.concatenate(tokens), np.concatenate(ids), np.concatenate(weights) if self._weights else None
+        tokens, ids, weights, losses = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True)
         )
+        assert tokens is not None
+        assert ids is not None
+        self._writer.add(number + 1, tokens, ids, weights, losses)
 
     def flush(self) -> None:
         """Waits until all traced steps are on disk."""
@@ -162,7 +169,8 @@ def trace_heldout(
     sequences: int,
     weights: bool,
 ) -> int:
-    """Writes the choices of held-out tokens as step `step` of a new trace whose attempt is the folder `place`. Collective.
+    """Writes choices and losses of held-out tokens as step `step` of a new trace whose attempt is the folder `place`.
+    Collective.
 
     Args:
         model: The model in evaluation mode, on the device of `group_of_modality`.
@@ -177,7 +185,8 @@ def trace_heldout(
     """
     place.mkdir(parents=True, exist_ok=True)
     if env.rank == 0:
-        fields = {"attempt": 1, "from_step": step, "ranks": env.world_size, "weights": weights, "split": "held-out"}
+        fields = {"attempt": 1, "from_step": step, "ranks": env.world_size, "weights": weights, "losses": True}
+        fields["split"] = "held-out"
         write_atomically(place / MANIFEST, _manifest(config, data, groups, rank_of_expert, **fields).to_json())
     share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
     batches = [
@@ -188,7 +197,7 @@ def trace_heldout(
         )
     ]
     every = len(batches) * env.world_size * config.train.micro_batch
-    writer = TraceWriter(place, env.rank, weights=weights)
+    writer = TraceWriter(place, env.rank, weights=weights, losses=True)
     tracer = StepTracer(
         writer,
         every=1,
@@ -199,7 +208,8 @@ def trace_heldout(
     try:
         for batch in batches:
             on_device = batch.to(group_of_modality.device)
-            tracer.add(on_device, forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True))[1])
+            losses, reports = forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True), losses=True)
+            tracer.add(on_device, reports, losses)
         tracer.finish(step - 1)
     finally:
         writer.close()

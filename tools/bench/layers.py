@@ -117,12 +117,14 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures training steps of the default job's model on random tokens, with our MoE layers and with Megatron-Core's.
-    All steps use the same attention, router, loss, gradient reduction and optimizer."""
+    """Measures training steps of the default job's model, but with 8 null experts per group, on random tokens: with our MoE
+    layers and with Megatron-Core's. All steps use the same attention, router, loss, gradient reduction and optimizer."""
     half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))
     groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"
-    config = load_config(DEFAULT_JOB, [f"parallel.ep={mesh.ep_size}", groups])
+    nulls = [f"model.moe.groups.{name}.num_null=8" for name in ("text", "image")]  # half of the choices are null
+    changes = [f"parallel.ep={mesh.ep_size}", groups, *nulls, "model.moe.router.normalise=true_chosen"]
+    config = load_config(DEFAULT_JOB, changes)
     batches = _random_batches(config, mesh, effort.seed)
     steps = {
         "ours": _training_step(config, mesh, None),

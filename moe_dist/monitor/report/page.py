@@ -41,6 +41,8 @@ svg{display:block;max-width:100%;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg .q{fill:var(--quiet)}svg image,img.p{image-rendering:pixelated}
 .m{text-anchor:middle}.e{text-anchor:end;text-align:right}.g{stroke:var(--line)}.l{fill:none;stroke-width:2}
 img.p{width:1.4rem;height:1.4rem;vertical-align:middle;border:1px solid var(--line)}
+.k mark{white-space:pre-wrap}
+.map{display:inline-block;margin-right:.9rem}.map img{display:block;width:7rem;height:auto;margin-bottom:.2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.87rem}caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}th,td:not(.e){text-align:left}
 code{background:var(--card);border:1px solid var(--line);border-radius:3px;padding:0 .2em;white-space:pre}

@@ -15,7 +15,7 @@ from moe_dist.monitor.report import numbers
 from moe_dist.monitor.report.drawing import bars, curves, details, heat, slider, table
 from moe_dist.monitor.report.findings import dead_experts, work_of_ranks
 from moe_dist.monitor.report.routing import Frame, Routing, Subject, merged
-from moe_dist.monitor.report.token_panels import coactivation, experts_a_token, ledger, specialisation
+from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token, ledger, specialisation
 
 
 def load(subject: Subject) -> str:
@@ -202,6 +202,7 @@ PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Capacity", "What does a capacity drop, and which factor would drop nothing?", capacity),
     ("Null choices", "How much do null experts save?", nulls),
     ("Experts a token", "Which tokens get many experts?", experts_a_token),
+    ("Compute maps", "Which cells of a picture and words of a text get many experts?", compute_maps),
     ("Co-activation", "Which experts work together?", coactivation),
     ("Specialisation", "Which tokens does an expert take?", specialisation),
     ("Byte ledger", "What would these choices send on other ranks, placements and nodes?", ledger),

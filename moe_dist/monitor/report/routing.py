@@ -49,6 +49,8 @@ class Tokens:
         split: `training` or `held-out`.
         name_of: Gives a token's text, or None if it has none.
         picture_of: Gives the pixels of a picture token, uint8 [height, width, 3], or None.
+        loss_T: Loss of the prediction at each token in nats, nan without a label; None if the trace has no losses.
+        grid: Rows and columns of a picture's cells; (0, 0) if the data have no pictures.
     """
 
     token_T: np.ndarray
@@ -61,6 +63,8 @@ class Tokens:
     split: str
     name_of: Callable[[int], str | None] = lambda _: None
     picture_of: Callable[[int], np.ndarray | None] = lambda _: None
+    loss_T: np.ndarray | None = None
+    grid: tuple[int, int] = (0, 0)
 
     @property
     def named(self) -> bool:
@@ -220,7 +224,7 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of` and `picture_of`."""
+    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of`, `picture_of` and `grid`."""
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):
         if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:
@@ -231,6 +235,7 @@ def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
             break
     tokens = np.concatenate([step.tokens for step in steps])[-MOST_TOKENS:]
     ids = np.concatenate([step.ids for step in steps])[-MOST_TOKENS:]
+    losses = [step.losses for step in steps if step.losses is not None]
     manifest = steps[-1].manifest
     return Tokens(
         tokens["token"],
@@ -241,5 +246,6 @@ def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
         trace.steps[-len(steps) :],
         len(trace.steps),
         manifest.split,
+        loss_T=np.concatenate(losses)[-MOST_TOKENS:] if len(losses) == len(steps) else None,
         **names,
     )

@@ -3,13 +3,15 @@
 Shape letters: L MoE layers, T tokens, n true experts of a group, V token ids.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
-from moe_dist.monitor.heatmaps import Axis, linear_scale, ratio_scale
+from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, ink_on, linear_scale, ratio_scale
 from moe_dist.monitor.report import numbers
 from moe_dist.monitor.report.drawing import bars, details, heat, png, short, table
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
@@ -17,6 +19,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
 SHOWN_MATRICES = 24  # co-activation matrices that are drawn
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # pictures and texts with a compute map, and tokens of a text
 AROUND = 5  # tokens of an example's text on each side
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
@@ -29,6 +32,7 @@ CLASSES = (
     ("name with _ or digits", r"\s*\w+"),
     ("punctuation", r"[^\w]+"),
 )
+LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # classes of loss begin at these numbers of nats
 COUNTS = (1, 10, 100, 1000)  # classes of frequency begin at these numbers of occurrences
 
 
@@ -44,9 +48,8 @@ def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], st
 
 @of_tokens
 def experts_a_token(subject: Subject, tokens: Tokens) -> str:
-    """Bars and a heat map of true experts per token: by modality, class of token and frequency."""
-    routing = subject.routing
-    count_TL = ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum(2)
+    """Bars and a heat map of true experts per token: by modality, loss, class of token and frequency."""
+    routing, count_TL = subject.routing, _true_experts(subject.routing, tokens)
     by_modality = {name: tokens.modality_T == m for m, name in enumerate(routing.modalities)}
     means_LM = np.stack([_mean(count_TL[rows]) for rows in by_modality.values()], axis=1)
     columns = Axis("modality", list(by_modality))
@@ -57,6 +60,15 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
         ),
         heat(means_LM, routing.layer_axis, columns, scale=scale, title="By modality and layer."),
     ]
+    if tokens.loss_T is not None:
+        names = [f"{low:g} to {high:g} nats" for low, high in pairwise(LOSSES)] + [f"{LOSSES[-1]:g} nats or more"]
+        bin_T = np.where(np.isnan(tokens.loss_T), -1, np.searchsorted(LOSSES, tokens.loss_T, side="right") - 1)
+        by_loss = {
+            f"{modality}, {name}": rows & (bin_T == i)
+            for modality, rows in by_modality.items()
+            for i, name in enumerate(names)
+        }
+        parts.append(_bars(count_TL, by_loss, title="By loss.", caption="Loss of the prediction made at the token."))
     if not tokens.named:
         return "".join(parts)
     classes = _classes(tokens, routing.modalities)
@@ -71,6 +83,23 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
     return "".join(
         [*parts, _bars(count_TL, by_count, title="By frequency.", caption="How often the trace has the token id.")]
     )
+
+
+@of_tokens
+def compute_maps(subject: Subject, tokens: Tokens) -> str:
+    """Pictures, each above the true experts of its cells, and texts on the colours of their tokens' true experts."""
+    if not tokens.named:
+        return "<p>The trace has no token ids.</p>"
+    experts_T = _true_experts(subject.routing, tokens).mean(1)
+    most = max(min(group.top_k, group.num_experts) for group in subject.routing.groups)
+    scale = linear_scale("true experts a token, mean over the layers", float(most))
+    legend = "".join(_coloured(tick, scale.write(tick), scale) for tick in scale.ticks)
+    pictures, texts = _runs(tokens)
+    drawn = [pictures[i] for i in np.random.default_rng(0).permutation(len(pictures))[:MAPS]]
+    texts = [rows[:LONGEST_TEXT] for rows in sorted(texts, key=len, reverse=True)[:MAPPED_TEXTS]]
+    parts = [_picture_map(tokens, rows, experts_T[rows], scale) for rows in drawn]
+    parts += [f'<p class="k">{"".join(_text_map(tokens, rows, experts_T, scale))}</p>' for rows in texts]
+    return f"<p>{scale.caption}: {legend}</p>{''.join(parts)}"
 
 
 @of_tokens
@@ -190,6 +219,44 @@ def _token(tokens: Tokens, token: int, *, plain: bool = False) -> str:
         return f"<code>{token}</code>" + (" " if plain else "")
     visible = "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() else "�" for c in name)
     return escape(visible) if plain else f'<code title="{token}">{escape(visible).replace(" ", "␣")}</code>'
+
+
+def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
+    """Number of true experts of each token in each layer, [T, L]. A dropped pair does not count."""
+    return ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum(2)
+
+
+def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The rows of whole pictures, and those of the texts between pictures."""
+    ids, at = np.unique(tokens.token_T, return_inverse=True)
+    cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
+    follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])
+    runs = np.split(np.arange(len(cell_T)), np.flatnonzero(~follows) + 1)
+    pictures = [rows for rows in runs if cell_T[rows[0]] and len(rows) == math.prod(tokens.grid)]
+    return pictures, [rows for rows in runs if not cell_T[rows[0]]]
+
+
+def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> str:
+    found = [tokens.picture_of(token) for token in tokens.token_T[rows].tolist()]
+    patches = np.stack([pixels for pixels in found if pixels is not None])  # all are cells of a picture
+    high, wide = tokens.grid
+    pixels = patches.reshape(high, wide, *patches.shape[1:]).swapaxes(1, 2)
+    pixels = pixels.reshape(high * patches.shape[1], wide * patches.shape[2], 3)
+    images = ((pixels, "picture"), (colour(experts_T.reshape(high, wide), scale), "true experts of its cells"))
+    shown = "".join(f'<img class="p" src="{png(image)}" alt="{words}">' for image, words in images)
+    return f'<figure class="map">{shown}<figcaption>{experts_T.mean():.2f} a cell</figcaption></figure>'
+
+
+def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
+    for row in rows.tolist():
+        text = _token(tokens, int(tokens.token_T[row]), plain=True)
+        yield _coloured(float(experts_T[row]), text, scale) + "<br>" * text.count("⏎")
+
+
+def _coloured(experts: float, html: str, scale: Scale) -> str:
+    fill = colour(np.array(experts), scale).tolist()
+    ink = "#202124" if ink_on(fill) == INK else "#fff"
+    return f'<mark style="background:rgb({fill[0]},{fill[1]},{fill[2]});color:{ink}" title="{experts:.2f}">{html}</mark>'
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ A format is a pattern of file names and a reader, in READERS. Shape letters as i
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
+FLAME_TOKENS = 1 << 16
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
 
 
@@ -94,15 +95,7 @@ def _megatron(files: Sequence[Path]) -> Parts:
                         "file before this line, or restore it"
                     ) from error
         for step, by_layer in sorted(lines.items()):
-            layers = tuple(sorted(by_layer))
-            joined = [np.concatenate(by_layer[layer]) for layer in layers]
-            if len({len(ids) for ids in joined}) > 1:
-                counts = {layer: len(ids) for layer, ids in zip(layers, joined, strict=True)}
-                raise DataError(
-                    f"{file}, step {step}: num_tokens={counts} by layer, but each token passes each layer; cut the file "
-                    "before this step"
-                )
-            yield step, layers, np.stack(joined, axis=1)
+            yield _step(file, step, {layer: np.concatenate(parts) for layer, parts in by_layer.items()})
 
 
 def _arrays(files: Sequence[Path]) -> Parts:
@@ -121,5 +114,46 @@ def _arrays(files: Sequence[Path]) -> Parts:
         yield 1, tuple(range(ids.shape[1])), ids
 
 
+def _flame(files: Sequence[Path]) -> Parts:
+    """FLAME-MoE-Traces: for each step a folder with a parquet file for each layer, with a row of `indices` for each token.
+    Only the first FLAME_TOKENS rows are read, because each published file has 52 million."""
+    by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+    for file in files:
+        try:
+            from pyarrow import parquet  # here, because only the extra `hf` installs it
+
+            with open_file(file) as stream:
+                batch = next(parquet.ParquetFile(stream).iter_batches(FLAME_TOKENS, columns=["indices"]))
+            ids = np.array(batch["indices"].to_pylist())
+            if ids.ndim != 2 or ids.dtype.kind != "i":
+                raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
+            by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids
+        except (ValueError, KeyError, StopIteration) as error:  # pyarrow's errors are ValueErrors
+            raise DataError(
+                f"{file}: not iter_<step>/layer_<number>.parquet with lists of k whole numbers in the column `indices` "
+                f"({error!r:.100}); restore the file"
+            ) from error
+        except ImportError as error:
+            raise ConfigError(f"{file}: reading parquet needs pyarrow; install moe_dist[hf]") from error
+    for step, by_layer in by_step.items():
+        yield _step(files[0].parent.parent, step, by_layer)
+
+
+def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[int, tuple[int, ...], np.ndarray]:
+    """Joins the ids [T, K] of each layer."""
+    layers = tuple(sorted(by_layer))
+    shapes = {layer: by_layer[layer].shape for layer in layers}
+    if len(set(shapes.values())) > 1:
+        raise DataError(
+            f"{path}, step {step}: (tokens, choices)={shapes} by layer, but each token passes each layer; leave out "
+            "this step and the later ones"
+        )
+    return step, layers, np.stack([by_layer[layer] for layer in layers], axis=1)
+
+
 # Pattern of the file names -> reader of those files.
-READERS: dict[str, Callable[[Sequence[Path]], Parts]] = {"router_trace_rank*.jsonl": _megatron, "*.npy": _arrays}
+READERS: dict[str, Callable[[Sequence[Path]], Parts]] = {
+    "router_trace_rank*.jsonl": _megatron,
+    "*.npy": _arrays,
+    "actives/iter_*/layer_*.parquet": _flame,
+}

@@ -4,6 +4,7 @@
     rank_R.tokens    one `TOKEN` for each traced token
     rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first
     rank_R.weights   float16 [tokens, L, K], the routing weights; only if the manifest says so
+    rank_R.losses    float16 [tokens], the loss of the prediction at the token in nats; nan without a label; as above
     rank_R.index     one `ENTRY` for each step, written after the step's tokens: what no entry covers does not count
 
 Column c is the logical id of a true expert, then come the null, identity and constant experts of all groups. The id of a
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 
 # Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
-# First row and number of rows of the step in the other files; crc32 of its tokens, ids and weights; crc32 of the entry.
+# First row and number of rows of the step in the other files; crc32 of its rows in them; crc32 of the entry.
 ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
 
 
@@ -48,6 +49,7 @@ class Manifest:
         every, tokens: Steps between traced steps, and the largest number of tokens of a rank and step (None: all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         configuration: The run's configuration.
+        losses: Whether losses were written.
         split: `training`, or `held-out` for the trace of a trained run, whose only step is that of the checkpoint.
     """
 
@@ -65,6 +67,7 @@ class Manifest:
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
     split: str = "training"
+    losses: bool = False
 
     @property
     def num_columns(self) -> int:

@@ -6,7 +6,7 @@ Shape letters as in `format.py`; T tokens of all ranks.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -38,12 +38,14 @@ class TracedStep(NamedTuple):
         ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 no choice.
         weights: float16 [T, L, K], or None.
         manifest: Of the attempt that took the step.
+        losses: float16 [T], loss of the prediction at each token in nats; nan without a label, or None.
     """
 
     tokens: np.ndarray
     ids: np.ndarray
     weights: np.ndarray | None
     manifest: Manifest
+    losses: np.ndarray | None = None
 
     def choices(self) -> np.ndarray:
         """Number of choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
@@ -96,10 +98,12 @@ class Trace:
         manifest, parts = attempt.manifest, []
         for rank, entry in enumerate(attempt.entries[number]):
             parts.append(_rows(attempt.folder / f"rank_{rank}", entry, manifest))
-        tokens, ids, weights = (np.concatenate(part) if part[0] is not None else None for part in zip(*parts, strict=True))
+        tokens, ids, weights, losses = (
+            np.concatenate(part) if part[0] is not None else None for part in zip(*parts, strict=True)
+        )
         assert tokens is not None
         assert ids is not None
-        return TracedStep(tokens, ids, weights, manifest)
+        return TracedStep(tokens, ids, weights, manifest, losses)
 
 
 def read_trace(folder: str | Path) -> Trace:
@@ -155,13 +159,15 @@ def _index(path: Path) -> dict[int, np.ndarray]:
     return found
 
 
-def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndarray | None]:
+    """The tokens, ids, weights and losses of a step of one rank."""
     shape = (len(manifest.layers), manifest.choices)
     tokens = _read(stem.with_suffix(".tokens"), entry, TOKEN, ())
     ids = _read(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
     weights = _read(stem.with_suffix(".weights"), entry, np.dtype("<f2"), shape) if manifest.weights else None
+    losses = _read(stem.with_suffix(".losses"), entry, np.dtype("<f2"), ()) if manifest.losses else None
     step = int(entry["step"])
-    if content_check(tokens, ids, weights) != entry["content"]:
+    if content_check(tokens, ids, weights, losses) != entry["content"]:
         raise DataError(f"{stem}.ids, step {step}: the content does not have the checksum of its index; restore the files")
     column = np.where(ids < NO_CHOICE, -2 - ids, ids)
     if ids.size and column.max() >= manifest.num_columns:
@@ -174,7 +180,7 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> tuple[np.ndarray
             f"{stem}.tokens, step {step}: modality={modality} is outside the {len(manifest.modalities)} modalities of "
             f"{MANIFEST}; take the manifest that belongs to these files"
         )
-    return tokens, ids, weights
+    return tokens, ids, weights, losses
 
 
 def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ WAITING = 4  # steps that may wait for the disk; each needs the memory of its to
 CLOSE_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
-Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
+Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class TraceWriter:
@@ -28,19 +28,22 @@ class TraceWriter:
     A killed process loses at most the steps that were waiting. A step counts only with its index entry, written last.
     """
 
-    def __init__(self, folder: Path, rank: int, *, weights: bool) -> None:
-        names = ("tokens", "ids", *(["weights"] if weights else []), "index")
+    def __init__(self, folder: Path, rank: int, *, weights: bool, losses: bool = False) -> None:
+        names = ("tokens", "ids", *(["weights"] if weights else []), *(["losses"] if losses else []), "index")
         self._files: dict[str, IO[bytes]] = {name: (folder / f"rank_{rank}.{name}").open("wb") for name in names}
         self._stem, self._rows, self._failed = folder / f"rank_{rank}", 0, False
         self._queue: queue.Queue[Step | None] = queue.Queue(maxsize=WAITING)
         self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
         self._thread.start()
 
-    def add(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
-        """Takes the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K]. The arrays must not change later."""
+    def add(
+        self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
+    ) -> None:
+        """Takes the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K] and [T]. The arrays must not change
+        later."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
-        self._queue.put((step, tokens, ids, weights))
+        self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
         """Waits until all steps so far are on disk. Call it before a checkpoint, whose resume does not repeat them."""
@@ -73,16 +76,17 @@ class TraceWriter:
                 file.close()
         self._queue.task_done()
 
-    def _write(self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None) -> None:
-        parts = {"tokens": tokens, "ids": ids, **({"weights": weights} if "weights" in self._files else {})}
+    def _write(self, step: int, *arrays: np.ndarray | None) -> None:
+        found = dict(zip(("tokens", "ids", "weights", "losses"), arrays, strict=True))
+        parts = {name: array for name, array in found.items() if name in self._files and array is not None}
         for name, array in parts.items():
             self._files[name].write(np.ascontiguousarray(array).data)
             self._files[name].flush()  # the index entry must not reach the file before the content
-        entry = np.array([(step, self._rows, len(tokens), content_check(*parts.values()), 0)], ENTRY)
+        entry = np.array([(step, self._rows, len(parts["tokens"]), content_check(*parts.values()), 0)], ENTRY)
         entry["check"] = entry_check(entry)
         self._files["index"].write(entry.tobytes())
         self._files["index"].flush()
-        self._rows += len(tokens)
+        self._rows += len(parts["tokens"])
 
     def _sync(self) -> None:
         for file in self._files.values():  # the index is last

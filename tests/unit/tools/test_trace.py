@@ -8,6 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.monitor.trace.reader import read_trace
@@ -54,6 +55,15 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
     assert heldout.choices_LC is not None
     assert np.array_equal(found.choices(), heldout.choices_LC)
     assert np.array_equal(found.tokens["token"], np.concatenate([b.tokens_BS[~b.padding_BS].numpy() for b in batches]))
+    label_T, modality_T = (
+        np.concatenate([getattr(b, name)[~b.padding_BS].numpy() for b in batches])
+        for name in ("labels_BS", "label_modality_BS")
+    )
+    assert found.losses is not None
+    assert np.array_equal(np.isnan(found.losses), label_T == IGNORED)
+    for m, name in enumerate(trained.manifest.modalities):  # float16 has 11 bits
+        of_modality = found.losses[(label_T != IGNORED) & (modality_T == m)].astype(np.float64)
+        assert of_modality.mean() == pytest.approx(heldout.loss[name], rel=2e-3)
     assert len(np.unique(found.tokens["sequence"])) == sum(int((~b.padding_BS).any(1).sum()) for b in batches)
     assert (found.manifest.split, found.manifest.rank_of_expert) == ("held-out", (0, 0, 0, 0))
     again = call(run)

@@ -1,11 +1,14 @@
-"""The panel of the drift compares single tokens only where both traces have the same text."""
+"""The drift compares single tokens only where both traces have the same text; experts a token are counted by its loss."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 
+from moe_dist.monitor.report.drawing import short
 from moe_dist.monitor.report.panels import drift
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
+from moe_dist.monitor.report.token_panels import experts_a_token
 from moe_dist.monitor.trace.foreign import NO_ID
 from tests.unit.monitor.report.conftest import draw_routing
 
@@ -33,3 +36,22 @@ def test_tokens_without_ids_are_not_compared() -> None:
     routing = draw_routing(tokens=90)
     nameless = replace(routing, tokens=replace(tokens_of(routing), token_T=np.full(90, NO_ID)))
     assert "with their ids" in drifted(nameless, {})
+
+
+def test_experts_a_token_by_its_loss() -> None:
+    routing = draw_routing(tokens=90)
+    loss_T = np.tile([0.0, 0.25, 0.5, 3.0, 8.0, np.nan], 15).astype(np.float16)
+    tokens = replace(tokens_of(routing), loss_T=loss_T)
+    page = experts_a_token(Subject(replace(routing, tokens=tokens), None, [], ()))
+    picture = page.split("By loss.</b>")[0].split("<svg")[-1]
+    count_TL = ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum(2)
+    wanted = []
+    for m, name in enumerate(routing.modalities):
+        for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 4), (4, 8), (8, np.inf)):
+            rows = (tokens.modality_T == m) & (loss_T >= low) & (loss_T < high)
+            words = f"{name}, {low:g} to {high:g} nats" if high < np.inf else f"{name}, {low} nats or more"
+            if rows.any():
+                wanted += [words, f"{short(count_TL[rows].mean())} {rows.sum()}"]
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", picture)
+    assert [re.sub("<[^>]*>", "", text) for text in texts] == wanted
+    assert "By loss." not in experts_a_token(Subject(routing, None, [], ()))

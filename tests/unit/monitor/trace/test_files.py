@@ -28,6 +28,7 @@ class Part(NamedTuple):
     tokens: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
+    losses: np.ndarray
 
 
 def part(step: int, rank: int, rows: int = 5) -> Part:
@@ -38,6 +39,7 @@ def part(step: int, rank: int, rows: int = 5) -> Part:
         tokens,
         rng.integers(-3, MANIFEST.num_columns, (rows, 3, 2)).astype(np.int16),
         rng.random((rows, 3, 2)).astype(np.float16),
+        rng.random(rows).astype(np.float16),
     )
 
 
@@ -46,7 +48,7 @@ def write(folder: Path, manifest: Manifest, steps: range, name: str) -> Path:
     place.mkdir(parents=True)
     (place / "manifest.json").write_text(manifest.to_json())
     for rank in range(manifest.ranks):
-        writer = TraceWriter(place, rank, weights=manifest.weights)
+        writer = TraceWriter(place, rank, weights=manifest.weights, losses=manifest.losses)
         for step in steps:
             writer.add(step, *part(step, rank))
         writer.close()
@@ -55,13 +57,14 @@ def write(folder: Path, manifest: Manifest, steps: range, name: str) -> Path:
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
-    write(tmp_path / "trace", MANIFEST, range(1, 4), "a")
+    manifest = replace(MANIFEST, losses=True)
+    write(tmp_path / "trace", manifest, range(1, 4), "a")
     trace = read_trace(tmp_path)
     assert trace.steps == (1, 2, 3)
     step = trace.step(2)
-    for name in ("tokens", "ids", "weights"):
+    for name in Part._fields:
         assert np.array_equal(getattr(step, name), np.concatenate([getattr(part(2, rank), name) for rank in (0, 1)]))
-    assert step.manifest == MANIFEST
+    assert step.manifest == manifest
     choices_LC, dropped_LC = np.zeros((3, 9), np.int64), np.zeros((3, 9), np.int64)
     for _, layer, k in np.ndindex(step.ids.shape):
         column = int(step.ids[_, layer, k])

@@ -1,14 +1,17 @@
-"""Other systems' traces: Megatron-Core's router trace by its documented format, and arrays of vLLM and SGLang."""
+"""Other systems' traces: those of Megatron-Core and FLAME-MoE by their described formats, and arrays of vLLM and SGLang."""
 
 import base64
 import json
+from collections.abc import Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import typer
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from moe_dist.errors import ConfigError, DataError
@@ -74,6 +77,53 @@ def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
     assert np.array_equal(read_foreign(tmp_path / "b.npy", 8).step(1).ids, IDS[5:])
 
 
+def flame(folder: Path, columns: Mapping[str, object], name: str = "iter_0540/layer_02") -> Path:
+    """A file as the README of FLAME-MoE-Traces describes it."""
+    path = folder / "actives" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(dict(columns)), path)
+    return path
+
+
+def test_flame_moe_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (540, 1080):
+        for place, layer in enumerate((2, 3, 10)):
+            indices = pyarrow.array(IDS[:, place].tolist(), pyarrow.list_(pyarrow.int16()))
+            scores = pyarrow.array([[0.5, 0.25]] * len(IDS), pyarrow.list_(pyarrow.float32()))
+            flame(tmp_path, {"scores": scores, "indices": indices}, f"iter_{step:04}/layer_{layer:02}")
+    trace = read_foreign(tmp_path, 8)
+    assert (trace.steps, trace.step(540).manifest.layers) == ((540, 1080), (2, 3, 10))
+    assert np.array_equal(trace.step(1080).ids, IDS)
+    file = tmp_path / "actives/iter_1080/layer_03.parquet"
+    assert np.array_equal(read_foreign(file, 8).step(1080).ids, IDS[:, 1:2])
+    monkeypatch.setattr("moe_dist.monitor.trace.foreign.FLAME_TOKENS", 5)
+    assert np.array_equal(read_foreign(tmp_path, 8).step(540).ids, IDS[:5])
+    flame(tmp_path, {"indices": IDS[:4, 0].tolist()}, "iter_1080/layer_03")
+    with refused(DataError, "actives, step 1080: (tokens, choices)={2: (5, 2), 3: (4, 2), 10: (5, 2)}"):
+        read_foreign(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"experts": [[1, 2]]}, "iter_0540/layer_02"),
+        ({"indices": [[1, 2], [3]]}, "iter_0540/layer_02"),
+        ({"indices": [[0.5, 2.0]]}, "iter_0540/layer_02"),
+        ({"indices": [1, 2]}, "iter_0540/layer_02"),
+        ({"indices": []}, "iter_0540/layer_02"),
+        ({"indices": [[1, 2]]}, "iter_0540/layer_02b"),
+        (None, "iter_0540/layer_02"),
+    ],
+    ids=["column", "ragged", "float", "flat", "empty", "name", "cut"],
+)
+def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, object] | None, name: str) -> None:
+    path = flame(tmp_path, columns or {"indices": [[1, 2]]}, name)
+    if columns is None:
+        path.write_bytes(path.read_bytes()[:-9])
+    with refused(DataError, "restore the file", golden=False):
+        read_foreign(tmp_path, 8)
+
+
 def test_the_report_of_another_system(tmp_path: Path) -> None:
     one = open_routing(megatron(tmp_path / "trace"), experts=8)
     assert [frame.label for frame in one.frames] == ["10", "11"]
@@ -98,13 +148,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with refused(DataError, "router_trace_rank1.jsonl, line 14"):
         read_foreign(folder, 8)
     file.write_text("".join(line + "\n" for line in whole.splitlines()[1:]))
-    with refused(DataError, "step 10: num_tokens={1: 6, 2: 12, 4: 12}"):
+    with refused(DataError, "step 10: (tokens, choices)={1: (6, 2), 2: (12, 2), 4: (12, 2)}"):
         read_foreign(folder, 8)
     megatron(folder, layers=(1, 2))
     file.write_text(whole)
     with refused(DataError, "give the files of one model"):
         read_foreign(folder, 8)
-    with refused(ConfigError, "router_trace_rank*.jsonl or *.npy"):
+    with refused(ConfigError, "router_trace_rank*.jsonl or *.npy or actives/iter_*/layer_*.parquet"):
         read_foreign(tmp_path, 8)
 
 
