@@ -27,7 +27,7 @@ def problems(routing: Routing) -> list[str]:
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
         texts = [text.replace(" (now nan)", "") for text in texts]
-    if "loss" not in routing.configuration:
+    if not routing.configuration or "attached" in routing.configuration:
         texts = [for_another_trainer(text) for text in texts]
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
 
