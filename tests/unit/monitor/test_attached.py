@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.support.messages import refused
 from tests.support.syncs import host_syncs
 from tests.support.tiny_hf import VOCAB, tiny_model
 
+GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
 EXPERTS, LAYERS = 8, 2
 
@@ -131,6 +134,25 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
         assert line["arrays"]["choices_LC"] == trace.step(line["step"]).choices().tolist()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_loops_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    loop, callback = (code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "import attach" in code)
+    model = tiny_model("mixtral").train()
+    scope: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01)}
+    exec(loop, {**scope, "batches": [{**batch_of(seed), "labels": batch_of(seed)["input_ids"]} for seed in (1, 2)]})
+    shutil.move("runs/mixtral", "first")
+    rows = [{"input_ids": row, "labels": row} for seed in range(2) for row in batch_of(seed)["input_ids"]]
+    arguments = TrainingArguments("trainer", max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, use_cpu=True)  # fmt: skip
+    exec(callback, {**scope, "trainer": Trainer(model, arguments, train_dataset=rows)})  # pyright: ignore
+    for folder, tokens in (("first", 15), ("runs/mixtral", 18)):
+        lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+        assert [line["arrays"]["tokens_LG"][0][0] for line in lines] == [tokens, tokens]
+        assert read_trace(folder).steps == (1,)
 
 
 def test_detaching_removes_every_hook_and_copies_are_not_watched(tmp_path: Path) -> None:
