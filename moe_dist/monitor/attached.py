@@ -39,21 +39,12 @@ UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped
 NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")
 
 
-def attach(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    sinks: Sequence[str | Sink] = ("hints", "jsonl", "tensorboard"),
-    trace_every: int = 100,
-    trace_tokens: int | None = 4096,
-    tokenizer: str | Path | None = None,
-    last_step: int = 0,
-    group: dist.ProcessGroup | None = None,  # pyright: ignore[reportPrivateImportUsage]
-) -> "Attached":
-    """Begins to watch the routers of `model`. With several ranks it is collective, with one small all-reduce.
+class Attached:
+    """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the start is
+    collective, with one small all-reduce.
 
     Args:
-        model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP), whose routers are in `ROUTERS`.
+        model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
         folder: Folder of the records, which `moe-dist report` reads.
         sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses them.
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
@@ -66,69 +57,56 @@ def attach(
         ConfigError: the model has no known routers or is watched already; the folder has other records; a sink cannot be
             opened; or the ranks' models differ.
     """
-    if min(trace_every, last_step) < 0 or (trace_tokens is not None and trace_tokens < 1):
-        raise ConfigError(
-            f"attach: trace_every={trace_every}, trace_tokens={trace_tokens}, last_step={last_step}: none may be negative, "
-            "and trace_tokens not 0; give larger numbers",
-            see=GUIDE,
-        )
-    if group is None and dist.is_initialized():
-        group = dist.group.WORLD
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    routers = find_routers(model)
-    placement = ExpertPlacement.interleaved([routed_group(routers.num_experts, routers.top_k)], routers.ranks)
-    manifest = Manifest(
-        attempt=1,
-        from_step=last_step,
-        ranks=ranks,
-        layers=routers.layers,
-        choices=routers.top_k,
-        weights=True,
-        groups=placement.groups,
-        rank_of_expert=placement.rank_of_expert,
-        modalities=placement.groups[0].modalities,
-        every=trace_every,
-        tokens=trace_tokens,
-        tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()),
-        configuration=_configuration(model, routers),
-    )
-    place, opened = open_together(
-        Path(folder),
-        sinks,
-        Subject(placement.groups, placement, routers.layers, 1),
-        manifest,
-        rank=rank,
-        group=group,
-        device=routers.device,
-    )
-    writer = None
-    if trace_every:
-        writer = ChoiceWriter(place, rank, manifest, sequence_first=routers.kind.sequence_first)
-    return Attached(model, routers, placement, opened, writer, last_step=last_step, group=group)
-
-
-class Attached:
-    """The handle of `attach`; as a context manager it detaches at the end."""
 
     def __init__(
         self,
         model: nn.Module,
-        routers: Routers,
-        placement: ExpertPlacement,
-        sinks: Sink | None,
-        writer: ChoiceWriter | None,
+        folder: str | Path,
         *,
-        last_step: int,
-        group: Any,
+        sinks: Sequence[str | Sink] = ("hints", "jsonl", "tensorboard"),
+        trace_every: int = 100,
+        trace_tokens: int | None = 4096,
+        tokenizer: str | Path | None = None,
+        last_step: int = 0,
+        group: dist.ProcessGroup | None = None,  # pyright: ignore[reportPrivateImportUsage]
     ) -> None:
-        self._placement, self._sinks, self._writer = placement, sinks, writer
-        self._step, self._tokens, self._group = last_step, 0, group
+        if min(trace_every, last_step) < 0 or (trace_tokens is not None and trace_tokens < 1):
+            raise ConfigError(
+                f"attach: trace_every={trace_every}, trace_tokens={trace_tokens}, last_step={last_step}: none may be "
+                "negative, and trace_tokens not 0; give larger numbers",
+                see=GUIDE,
+            )
+        self._group = group = dist.group.WORLD if group is None and dist.is_initialized() else group
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        routers, self._step, self._tokens = find_routers(model), last_step, 0
+        self._placement = ExpertPlacement.interleaved([routed_group(routers.num_experts, routers.top_k)], routers.ranks)
+        manifest = Manifest(
+            attempt=1,
+            from_step=last_step,
+            ranks=ranks,
+            layers=routers.layers,
+            choices=routers.top_k,
+            weights=True,
+            groups=self._placement.groups,
+            rank_of_expert=self._placement.rank_of_expert,
+            modalities=self._placement.groups[0].modalities,
+            every=trace_every,
+            tokens=trace_tokens,
+            tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()),
+            configuration=_configuration(model, routers),
+        )
+        subject = Subject(self._placement.groups, self._placement, routers.layers, num_modalities=1)
+        place, self._sinks = open_together(
+            Path(folder), sinks, subject, manifest, rank=rank, group=group, device=routers.device
+        )
+        sequence_first = routers.kind.sequence_first
+        self._writer = ChoiceWriter(place, rank, manifest, sequence_first=sequence_first) if trace_every else None
         counts = self._counts = Counts(routers)
         self._handles = [
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
             model.register_forward_hook(counts.forget, always_call=True),
-            *(
-                router.register_forward_hook(RouterHook(counts, routers.kind, layer))
+            *(  # first of the hooks: before FSDP2 shards the weight again, and before another one replaces the output
+                router.register_forward_hook(RouterHook(counts, routers.kind, layer), prepend=True)
                 for layer, router in enumerate(routers.modules)
             ),
         ]
@@ -205,7 +183,6 @@ class Attached:
             comm_seconds=0.0,
             busy_seconds_W=np.zeros(0),
         )
-        seconds = time.perf_counter() - self._began
         stats = StepStatistics(
             result,
             step=self._step,
@@ -213,7 +190,7 @@ class Attached:
             lr=math.nan,
             skipped_steps=0,
             tokens=self._tokens,
-            step_seconds=seconds,
+            step_seconds=time.perf_counter() - self._began,
         )
         groups = self._placement.groups
         record = build_record(stats, groups=groups, placement=self._placement, modalities=groups[0].modalities)
@@ -221,9 +198,7 @@ class Attached:
         return replace(record, ledger={}, scalars={**known, "optim/lr": lr, "optim/grad_norm": grad_norm})
 
 
-_NO_LEDGER: dict[str, int] = dict.fromkeys(
-    ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair"), 0
-)
+attach = Attached
 
 
 def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:

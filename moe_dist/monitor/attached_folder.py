@@ -78,7 +78,7 @@ def open_together(
         The attempt's folder of the trace, and on rank 0 the sinks.
 
     Raises:
-        ConfigError: see `attach`.
+        ConfigError: see `Attached`.
     """
     attempt, opened, failed = 0, None, None
     if rank == 0:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach
@@ -172,6 +174,17 @@ def summed(rank: RankContext) -> dict[str, Any]:
         output = model(tokens, output_router_logits=True)
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             record = watch.step(float(rank.rank))
+    sharded = tiny_model("mixtral").train()
+    for layer in sharded.model.layers:  # pyright: ignore
+        fully_shard(layer.mlp.gate)
+        fully_shard(layer)
+    fully_shard(sharded)
+    wrapped = {}
+    for name, each in (("fsdp", sharded), ("ddp", DistributedDataParallel(tiny_model("mixtral").train()))):
+        with attach(each, rank.folder / name, sinks=["jsonl"], trace_every=0) as watch:
+            each(tokens).logits.sum().backward()
+            one = watch.step()
+            wrapped[name] = one and one.arrays["choices_LC"]
     counts = [np.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) for logits in output.router_logits]
     with pytest.raises(ConfigError) as unopened:
         attach(model, rank.folder / "a")
@@ -182,6 +195,7 @@ def summed(rank: RankContext) -> dict[str, Any]:
         "reduced": reduced.call_count,
         "loss": record and record.scalars["loss/total"],
         "choices": record and record.arrays["choices_LC"],
+        "wrapped": wrapped,
         "errors": (str(unopened.value), str(different.value)),
         "traced": len(read_trace(rank.folder / "a").step(1).tokens) if rank.rank == 0 else None,
     }
@@ -190,6 +204,8 @@ def summed(rank: RankContext) -> dict[str, Any]:
 def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) -> None:
     first, second = run_in_world(2, summed)
     assert np.array_equal(first["choices"], first["counts"] + second["counts"])
+    for choices in first["wrapped"].values():
+        assert np.array_equal(choices, first["choices"])
     assert (first["loss"], second["loss"]) == (0.5, None)
     assert (first["reduced"], second["reduced"]) == (1, 1)
     assert first["traced"] == 15

@@ -94,7 +94,8 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
     for each in (model, twin):
         MODES[mode](each)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
-    top_k, normalised = model.config.num_experts_per_tok, getattr(model.config, "norm_topk_prob", True)
+    config: Any = model.config
+    top_k, normalised = config.num_experts_per_tok, getattr(config, "norm_topk_prob", True)
     with attach(model, tmp_path, sinks=["jsonl"], trace_every=1, trace_tokens=None) as watch:
         for seeds in ((1, 2), (3,)):
             oracle = Counted()
@@ -106,7 +107,8 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
             for got, want in zip(outputs, expected, strict=True):
                 assert torch.equal(got.logits, want.logits)
             for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-                assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+                assert (a.grad is None) == (b.grad is None)
+                assert a.grad is None or torch.equal(a.grad, b.grad)  # pyright: ignore[reportArgumentType]
             model.eval()
             with torch.no_grad():
                 model(**batch_of(9))  # an evaluation does not count
@@ -124,6 +126,7 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
     trace = read_trace(tmp_path)
     assert trace.steps == (1, 2)
     found = trace.step(2)
+    assert found.weights is not None
     assert found.ids.tolist() == oracle.ids
     assert np.allclose(found.weights, np.array(oracle.weights), atol=1e-3)
     real = batch_of(3)["attention_mask"].bool()
