@@ -89,7 +89,8 @@ def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> lis
     """Trains with and without attach; returns the oracle's counts of this rank, and rank 0's records."""
     layout, found = Layout(ep=ep, values=ONE_GROUP, options=options), []
     with megatron(layout):
-        gradients = []
+        gradients: list[Any] = []
+        losses: list[torch.Tensor] = []
         for watches in (False, True):
             torch.manual_seed(7)
             model = stock_model(layout).train()
@@ -130,7 +131,7 @@ def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> lis
 def test_counts_of_megatrons_own_router(run_with_megatron: Callable[..., list[Any]], ep: int, variant: str) -> None:
     results = run_with_megatron(2, watched_megatron, ep, VARIANTS[variant])
     for step, each in enumerate(results[0]):
-        total = sum(ranks[step]["counts"] for ranks in results)
+        total = np.sum([ranks[step]["counts"] for ranks in results], axis=0)
         assert each["arrays"]["choices_LC"] == total.tolist()
         assert each["arrays"]["tokens_LG"] == [[2 * 2 * 2 * SEQ_LEN]] * len(MOE_LAYERS)
         assert np.array(each["arrays"]["rows_LR"]).shape == (len(MOE_LAYERS), ep)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.tiny import EOS, IMAGE_IDS, tiny_dataset
