@@ -87,8 +87,9 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_run_without_trace_has_a_report_of_its_counts(tmp_path: Path) -> None:
     model = tiny_model("mixtral").train()
-    with attach(model, tmp_path, sinks=["jsonl"], trace_every=0) as watch:
+    with attach(model, tmp_path, sinks=["jsonl", "prometheus"], trace_every=0) as watch:
         model(torch.randint(0, VOCAB, (2, 12)))
         watch.step()
+    assert 'group="routed"' in (tmp_path / "metrics.prom").read_text()
     assert open_routing(tmp_path).tokens is None
     assert "Routing of" in page_of(tmp_path)
