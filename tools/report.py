@@ -105,17 +105,23 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
         trace = read_foreign(path, experts)
         manifest = trace.step(trace.steps[0]).manifest
     elif any(path.glob(f"*/{MANIFEST}")) or any(path.glob(f"trace/*/{MANIFEST}")):
-        trace, manifest = _open_trace(path)
+        trace, manifest = _open_trace(path, counted=RunFolder(path).metrics_jsonl.is_file())
     else:
         raise ConfigError(
             f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give one of "
             f"both, or the trace of another system ({', '.join(READERS)}) and --experts, its number of experts"
         )
-    frames, window = frames_of_trace(trace, manifest.groups, len(manifest.layers))
-    part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
+    if RunFolder(path).metrics_jsonl.is_file():  # of a model that another trainer trains, see `moe_dist.monitor.attach`
+        shape = (len(manifest.layers), manifest.num_columns, len(manifest.groups))
+        frames, window, _ = frames_of_records(RunFolder(path).metrics_jsonl, shape)
+        frames, source = merged(frames, FRAMES), "from metrics.jsonl"
+    else:
+        frames, window = frames_of_trace(trace, manifest.groups, len(manifest.layers))
+        part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
+        source = f"counted in the trace{part}"
     return Routing(
         name=str(path),
-        source=f"counted in the trace{part}",
+        source=source,
         placement=_placement(path, manifest),
         layers=manifest.layers,
         modalities=manifest.modalities,
@@ -124,7 +130,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
         window_steps=len(window),
         configuration=manifest.configuration,
         balance_coefficient=math.nan,
-        tokens=last_tokens(trace, **_names(manifest.configuration, data)),
+        tokens=last_tokens(trace, **_names(manifest.configuration, data, manifest.tokenizer)) if trace.steps else None,
     )
 
 
@@ -163,10 +169,11 @@ def _of_run(path: Path, data: Path | None) -> Routing:
     return routing if trace is None else replace(routing, tokens=last_tokens(trace, **_names(routing.configuration, data)))
 
 
-def _open_trace(path: Path) -> tuple[Trace, Manifest]:
-    """Reads a trace with at least one step, and the manifest of its last step; all attempts have the same model."""
+def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
+    """Reads a trace with at least one step, unless records have the counts, and the manifest of its last step; all attempts
+    have the same model."""
     trace = read_trace(path)
-    if not trace.steps:
+    if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")
     manifest = trace.attempts[-1].manifest
     for attempt in trace.attempts:
@@ -221,9 +228,13 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
             seen.add(placement.slots)
 
 
-def _names(configuration: Any, data: Path | None) -> dict[str, Any]:
-    """`Tokens.name_of`, `picture_of` and `grid` from the data set; empty if the data set is not there."""
+def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = None) -> dict[str, Any]:
+    """`Tokens.name_of`, `picture_of` and `grid` from the data set; empty if the data set is not there. A trace without data
+    set may name the file of a tokenizer."""
     try:
+        if data is None and tokenizer_json and "data" not in configuration:
+            alone = read_tokenizer(tokenizer_json)
+            return {"name_of": lambda token: alone.decode([token], skip_special_tokens=False) or None}
         folder = data or Path(configuration["data"]["path"])
         manifest = load_manifest(folder)
         tokenizer = read_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None

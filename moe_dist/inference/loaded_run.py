@@ -22,6 +22,7 @@ from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
+from moe_dist.plan.preflight import manifest_violations
 from moe_dist.train.base_weights import load_base
 from moe_dist.train.build import build_model, freeze, group_of_modality, rank_layout, saved_part
 from moe_dist.train.resume import mapping_of, saved_config
@@ -155,7 +156,8 @@ def find_trained(
         allow: Function that returns reasons not to use a run with a given configuration.
 
     Raises:
-        ConfigError: the checkpoint or the data set does not exist, or `allow` returns a reason.
+        ConfigError: the checkpoint or the data set does not exist, `allow` returns a reason, or the data set does not fit
+            an imported model.
         DataError: files are damaged, or the run was trained on other data.
     """
     folder = find_checkpoint(path) if step is None else _of_step(path, step)
@@ -166,7 +168,11 @@ def find_trained(
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if problems := digest_problems(mapping_of(state.values, "data", folder), data_digest(config.data.path, manifest)):
+    if "data" not in state.values:  # an imported model was trained elsewhere, so any data set that fits will do
+        unfit = manifest_violations(config, expert_groups(config.model.moe), manifest)
+        if problems := [violation.problem for violation in unfit]:
+            raise ConfigError([f"{config.data.path}: these data do not fit {folder}", *problems])
+    elif problems := digest_problems(mapping_of(state.values, "data", folder), data_digest(config.data.path, manifest)):
         raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
     return LoadedRun(folder, state.step, config, manifest)
 

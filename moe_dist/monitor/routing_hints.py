@@ -4,6 +4,7 @@ A token takes an expert at most once, so an expert's load is at most the number 
 min(k, m) are null. Cells with fewer than `ENOUGH` expected choices are not judged. Shape letters as in `metrics.py`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,6 +75,13 @@ class GroupWindow:
         """Share of null choices, over all layers; None without choices or without null experts."""
         total = float(self.choices.total.sum())
         return float(self.choices.null_Lm.sum()) / total if total and self.group.num_null else None
+
+
+def for_another_trainer(text: str) -> str:
+    """The text of a hint for a model that another trainer trains, whose settings have other names."""
+    coefficient = r"( first)? coefficient in loss\.balance\.schedule( \(now \S+\))?"
+    text = re.sub(coefficient, " weight of the load-balancing loss (router_aux_loss_coef, moe_aux_loss_coeff)", text)
+    return text.replace("optimizer.", "").replace("model.moe.capacity.factor", "capacity factor")
 
 
 def routing_hints(sums: WindowSums, groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:

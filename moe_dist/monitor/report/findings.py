@@ -13,7 +13,7 @@ from moe_dist.monitor.hints import busy_rank
 from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
 from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
-from moe_dist.monitor.routing_hints import ENOUGH, WindowSums, routing_hints
+from moe_dist.monitor.routing_hints import ENOUGH, WindowSums, for_another_trainer, routing_hints
 
 NAMED = 6  # dead experts that a line names
 
@@ -27,6 +27,8 @@ def problems(routing: Routing) -> list[str]:
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
         texts = [text.replace(" (now nan)", "") for text in texts]
+    if not routing.configuration or "attached" in routing.configuration:
+        texts = [for_another_trainer(text) for text in texts]
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
 
 

@@ -16,6 +16,7 @@ from moe_dist.monitor.heatmaps import Axis
 from moe_dist.monitor.report.drawing import MOST_FRAMES
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.trace.foreign import NO_ID, ForeignTrace
+from moe_dist.monitor.trace.format import MANIFEST
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -184,10 +185,11 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
                 for name, array in arrays.items():
                     if array.shape != shapes[name]:
                         raise DataError(
-                            f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but config.yaml describes "
-                            f"a model with {shapes[name]}; put back the files of one run"
+                            f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but the model has "
+                            f"{shapes[name]} by config.yaml or {MANIFEST}; put back the files of one run"
                         )
-                yield Frame(line["step"], line["step"], **arrays), float(line["balance_coefficient"])
+                coefficient = line["balance_coefficient"]  # null where another trainer has it
+                yield Frame(line["step"], line["step"], **arrays), float("nan" if coefficient is None else coefficient)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 

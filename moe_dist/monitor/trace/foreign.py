@@ -48,6 +48,11 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
     raise ConfigError(f"{path}: no file named like {' or '.join(READERS)}; give a file or folder of such files")
 
 
+def routed_group(num_experts: int, top_k: int) -> ExpertGroup:
+    """All experts of another system's model as one group, whose tokens have one modality. The FFN width is unknown: 1."""
+    return ExpertGroup("routed", num_experts, 0, top_k, 1, 0, ("tokens",))
+
+
 def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
     found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     shape: tuple[object, ...] = ()
@@ -71,7 +76,7 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
     layers, choices = shape
     assert isinstance(layers, tuple)
     assert isinstance(choices, int)
-    group = ExpertGroup("routed", num_experts, 0, choices, 1, 0, ("tokens",))
+    group = routed_group(num_experts, choices)
     manifest = Manifest(1, 0, 1, layers, choices, False, (group,), (0,) * num_experts, ("tokens",), split="recorded")
     joined = {step: [np.concatenate(arrays) for arrays in zip(*each, strict=True)] for step, each in found.items()}
     return ForeignTrace({step: TracedStep(tokens, ids, None, manifest) for step, (tokens, ids) in joined.items()})

@@ -1,0 +1,223 @@
+"""The folder of a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as a run of moe_dist has them.
+
+Shape letters as in `attached_routers.py`; T' tokens without padding.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.monitor.attached_routers import GUIDE, Traced
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.routing_hints import for_another_trainer
+from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.sinks.prometheus import PrometheusSink
+from moe_dist.monitor.sinks.sink import GuardedSinks, Sink
+from moe_dist.monitor.trace.foreign import NO_ID
+from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
+from moe_dist.monitor.trace.reader import read_trace
+from moe_dist.monitor.trace.writer import TraceWriter
+
+logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+
+
+class HintSink(Sink):
+    """Logs the hints as warnings."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._watch = HintWatch(subject.groups, subject.moe_layers)
+
+    def step(self, record: Record) -> None:
+        for hint in self._watch.update(record):
+            logger.warning("step %d: %s", record.step, for_another_trainer(hint.text))
+
+
+def _tensorboard(folder: Path, subject: Subject, step: int) -> Sink:
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # here, because the import takes seconds
+
+    modalities = subject.groups[0].modalities
+    return TensorBoardSink(folder=folder / "tensorboard", subject=subject, modalities=modalities, resume_step=step)
+
+
+# Name of a sink -> its maker, from the folder, what is shown, and the last step before.
+SINKS: dict[str, Callable[[Path, Subject, int], Sink]] = {
+    "hints": lambda folder, subject, step: HintSink(subject),
+    "jsonl": lambda folder, subject, step: JsonlSink(path=folder / METRICS, resume_step=step),
+    "tensorboard": _tensorboard,
+    "prometheus": lambda folder, subject, step: PrometheusSink(
+        path=folder / "metrics.prom", run_name=folder.name, resume_step=step
+    ),
+}
+
+
+def open_together(
+    folder: Path,
+    sinks: Sequence[str | Sink],
+    subject: Subject,
+    manifest: Manifest,
+    *,
+    rank: int,
+    group: Any,
+    device: torch.device,
+) -> tuple[Path, Sink | None]:
+    """Opens folder and sinks on rank 0. With a group, all ranks learn the number of the attempt by one all-reduce.
+
+    Returns:
+        The attempt's folder of the trace, and on rank 0 the sinks.
+
+    Raises:
+        ConfigError: see `Attached`.
+    """
+    attempt, opened, failed = 0, None, None
+    if rank == 0:
+        try:
+            attempt = _next_attempt(folder, manifest)
+            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step))
+        except ConfigError as error:
+            failed = error
+    if group is not None:
+        model = zlib.crc32(repr((manifest.groups, manifest.layers)).encode())
+        told = torch.tensor([attempt, failed is not None, model, -model], dtype=torch.int64, device=device)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+        attempt, any_failed, largest, smallest = told.tolist()
+        if largest != -smallest:
+            failed = failed or ConfigError(
+                "attach: group: its ranks have routers of different layers or shapes; give the group of the ranks that "
+                "hold the same layers",
+                see=GUIDE,
+            )
+        elif any_failed:
+            failed = failed or ConfigError("attach: rank 0 has no folder or sinks; mend what its error says", see=GUIDE)
+    if failed is not None:
+        if opened is not None:
+            opened.close()
+        raise failed
+    place = folder / "trace" / f"from_step_{manifest.from_step}_attempt_{attempt}"
+    if rank == 0:
+        place.mkdir(exist_ok=True)  # another rank may have been faster
+        (place / MANIFEST).write_text(replace(manifest, attempt=attempt).to_json())
+    return place, opened
+
+
+def _next_attempt(folder: Path, manifest: Manifest) -> int:
+    """Number of the attempt that begins after step `from_step`; makes the folder.
+
+    Raises:
+        ConfigError: the folder cannot be made, has records of another run, or those of another model.
+    """
+    path, step = folder / METRICS, manifest.from_step
+    try:
+        (folder / "trace").mkdir(parents=True, exist_ok=True)
+        recorded = max((line["step"] for line in read_lines(path)), default=0) if path.exists() else 0
+        earlier = read_trace(folder).attempts if any(folder.glob(f"trace/*/{MANIFEST}")) else ()
+    except (OSError, ValueError, DataError) as error:
+        raise ConfigError(f"attach: folder={folder}: {error}; give a new folder that can be written", see=GUIDE) from error
+    if recorded and not step:
+        raise ConfigError(
+            f"attach: folder={folder} has records up to step {recorded}; give a new folder, or last_step=N to go on "
+            "after step N: then later records are dropped",
+            see=GUIDE,
+        )
+    for attempt in earlier:
+        if (attempt.manifest.groups, attempt.manifest.layers) != (manifest.groups, manifest.layers):
+            raise ConfigError(f"attach: folder={folder} has records of another model; give a new folder", see=GUIDE)
+    return len(earlier) + 1
+
+
+def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
+    """Makes the sinks that are given by name.
+
+    Raises:
+        ConfigError: a name is unknown, or a sink cannot be opened.
+    """
+    opened: list[Sink] = []
+    for sink in sinks:
+        if isinstance(sink, str) and sink not in SINKS:
+            raise ConfigError(f"attach: sinks: {sink!r} is unknown; give {', '.join(SINKS)}, or a Sink object", see=GUIDE)
+    for sink in sinks:
+        try:
+            opened.append(SINKS[sink](folder, subject, step) if isinstance(sink, str) else sink)
+        except (OSError, MoeDistError) as error:
+            for each in opened:
+                each.close()
+            raise ConfigError(
+                f"attach: sinks: {sink!r} cannot be opened in {folder}: {error}; leave it out, or give another folder",
+                see=GUIDE,
+            ) from error
+    return opened
+
+
+class ChoiceWriter:
+    """Writes this rank's part of the trace.
+
+    Args:
+        place: Folder of the attempt.
+        tokens: Largest number of tokens of a step.
+    """
+
+    def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        self._writer = TraceWriter(place, rank, weights=True)
+        self._rank, self._manifest, self._sequence_first = rank, manifest, sequence_first
+        self._sequences = 0  # of this rank's traced steps
+
+    def due(self, step: int) -> bool:
+        """Whether `step` (from 1) is traced."""
+        return (step - 1) % self._manifest.every == 0
+
+    def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
+        """Takes the forwards of each layer. Each forward is copied to the host, which waits for the device."""
+        if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
+            logger.error("step %d is not traced, because the routers saw different tokens", step)
+            return
+        left, found = self._manifest.tokens, []
+        for forwards in zip(*parts, strict=True):
+            tokens, rows = self._tokens(forwards[0])
+            rows = rows[:left]
+            left = None if left is None else left - len(rows)
+            ids, weights = (
+                np.stack([_host(each)[rows] for each in field], axis=1)
+                for field in ([each.ids_TK for each in forwards], [each.weights_TK for each in forwards])
+            )
+            found.append((tokens[rows], ids, weights))
+        if found:
+            self._writer.add(step, *(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _tokens(self, forward: Traced) -> tuple[np.ndarray, np.ndarray]:
+        """`TOKEN` [T] in the order of the router, and the indices of those that are no padding."""
+        ids_BS, mask_BS = (
+            None if each is None or each.numel() != len(forward.ids_TK) else _host(each) for each in forward.batch
+        )
+        known_BS = ids_BS if ids_BS is not None else mask_BS
+        row_BS, position_BS = np.indices((1, len(forward.ids_TK)) if known_BS is None else known_BS.shape)
+        columns = (
+            self._sequences + row_BS,
+            position_BS,
+            np.full_like(row_BS, NO_ID) if ids_BS is None else ids_BS,
+            np.ones_like(row_BS) if mask_BS is None else mask_BS != 0,
+        )
+        sequence, position, ids, real = (each.T.flatten() if self._sequence_first else each.flatten() for each in columns)
+        tokens = np.zeros(len(sequence), TOKEN)
+        tokens["sequence"] = sequence * self._manifest.ranks + self._rank
+        tokens["position"], tokens["token"] = position, ids
+        self._sequences += len(row_BS)
+        return tokens, np.flatnonzero(real)
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

@@ -1,0 +1,216 @@
+"""`attach` on several ranks: Megatron-Core's MoE layers, and sums over the ranks of a model of transformers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_dist.errors import ConfigError
+from moe_dist.monitor import attach
+from moe_dist.monitor.trace.reader import read_trace
+from tests.support.megatron_model import (
+    MOE_LAYERS,
+    ONE_GROUP,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    Layout,
+    causal_mask,
+    gpt_model,
+    transformer_config,
+)
+from tests.support.megatron_run import megatron
+from tests.support.tiny_hf import VOCAB, tiny_model
+from tests.support.worlds import RankContext
+
+EXPERTS, TOP_K, STEPS = 8, 2, 2
+# Names of options of Megatron's TransformerConfig that change what its router does.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "aux loss": {"moe_router_load_balancing_type": "aux_loss"},
+    "sigmoid, recompute": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+    },
+}
+
+
+@contextmanager
+def router_outputs() -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
+    """The oracle: (layer number, weights, map) of each call of Megatron's router outside of a recomputation."""
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    seen: list[tuple[int, np.ndarray, np.ndarray]] = []
+    routing, backward, recomputing = TopKRouter.routing, CheckpointFunction.backward, []
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> Any:
+        probs, chosen = routing(self, *arguments, **options)
+        if self.training and not recomputing:
+            seen.append((self.layer_number, probs.detach().numpy().copy(), chosen.numpy().copy()))
+        return probs, chosen
+
+    def during(*arguments: Any) -> Any:
+        recomputing.append(True)
+        try:
+            return backward(*arguments)
+        finally:
+            recomputing.pop()
+
+    with mock.patch.object(TopKRouter, "routing", noted), mock.patch.object(CheckpointFunction, "backward", during):
+        yield seen
+
+
+def stock_model(layout: Layout) -> Any:
+    """Megatron's GPTModel with Megatron's own MoELayer."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    config = transformer_config(layout)
+    return gpt_model(config, get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm"))
+
+
+def trained(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(SEQ_LEN).expand(tokens_BS.shape)
+    loss = model(tokens_BS, positions, causal_mask(), labels=tokens_BS).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains with and without attach; returns the oracle's counts of this rank, and rank 0's records."""
+    layout, found = Layout(ep=ep, values=ONE_GROUP, options=options), []
+    with megatron(layout):
+        gradients: list[Any] = []
+        losses: list[torch.Tensor] = []
+        for watches in (False, True):
+            torch.manual_seed(7)
+            model = stock_model(layout).train()
+            generator = torch.Generator().manual_seed(rank.rank)
+            batches = torch.randint(0, VOCAB_SIZE, (STEPS, 2, 2, SEQ_LEN), generator=generator)  # two micro-batches a step
+            if not watches:
+                losses = [trained(model, tokens) for tokens in batches.flatten(0, 1)]
+                gradients = [parameter.grad for parameter in model.parameters()]
+                continue
+            with attach(model, rank.folder, sinks=["jsonl"], trace_every=1, trace_tokens=None) as watch:
+                for step in batches:
+                    with router_outputs() as seen:
+                        got = [trained(model, tokens) for tokens in step]
+                        model.eval()
+                        with torch.no_grad():
+                            model(step[0], torch.arange(SEQ_LEN).expand(2, -1), causal_mask())
+                        model.train()
+                    assert torch.equal(torch.stack(got), torch.stack(losses[:2])), "attach changes the loss"
+                    losses = losses[2:]
+                    record = watch.step(got[-1])
+                    counts = np.stack(
+                        [sum(chosen.sum(0) for n, _, chosen in seen if n == layer + 1) for layer in MOE_LAYERS]
+                    )
+                    arrays = {} if record is None else {name: array.tolist() for name, array in record.arrays.items()}
+                    found.append({"counts": counts, "seen": seen, "arrays": arrays, "tokens": step.numpy()})
+            for parameter, expected in zip(model.parameters(), gradients, strict=True):
+                assert (parameter.grad is None) == (expected is None)
+                assert expected is None or torch.equal(parameter.grad, expected), "attach changes a gradient"  # pyright: ignore
+    if rank.rank == 0:
+        trace = read_trace(rank.folder)
+        for step, each in zip(trace.steps, found, strict=True):
+            each["traced"] = trace.step(step)
+    return found
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_of_megatrons_own_router(run_with_megatron: Callable[..., list[Any]], ep: int, variant: str) -> None:
+    results = run_with_megatron(2, watched_megatron, ep, VARIANTS[variant])
+    for step, each in enumerate(results[0]):
+        total = np.sum([ranks[step]["counts"] for ranks in results], axis=0)
+        assert each["arrays"]["choices_LC"] == total.tolist()
+        assert each["arrays"]["tokens_LG"] == [[2 * 2 * 2 * SEQ_LEN]] * len(MOE_LAYERS)
+        assert np.array(each["arrays"]["rows_LR"]).shape == (len(MOE_LAYERS), ep)
+        trace = each["traced"]
+        assert trace.manifest.layers == MOE_LAYERS
+        assert np.array_equal(trace.choices(), total)
+        rows = 0
+        for ranks in results:  # the rank's tokens of both micro-batches, in the router's order
+            for micro in range(2):
+                calls = [ranks[step]["seen"][micro * len(MOE_LAYERS) + at] for at in range(len(MOE_LAYERS))]
+                part = slice(rows, rows + 2 * SEQ_LEN)
+                for at, (number, probs, chosen) in enumerate(calls):
+                    assert number == MOE_LAYERS[at] + 1
+                    ids = trace.ids[part, at]
+                    assert np.array_equal(np.sort(ids), np.nonzero(chosen)[1].reshape(-1, TOP_K))
+                    assert np.allclose(trace.weights[part, at], np.take_along_axis(probs, ids.astype(int), 1), atol=1e-3)
+                assert np.array_equal(trace.tokens["token"][part], ranks[step]["tokens"][micro].T.ravel())
+                rows += 2 * SEQ_LEN
+        assert rows == len(trace.tokens)
+        assert len(np.unique(trace.tokens[["sequence", "position"]])) == rows
+
+
+def dropping(rank: RankContext) -> str:
+    options = {"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "aux_loss"}
+    layout = Layout(values=ONE_GROUP, options=options)
+    with megatron(layout), pytest.raises(ConfigError) as refused:
+        attach(stock_model(layout), rank.folder)
+    return str(refused.value)
+
+
+def test_a_capacity_of_megatron_is_refused(run_with_megatron: Callable[..., list[Any]]) -> None:
+    (message,) = run_with_megatron(1, dropping)
+    assert "decoder.layers.1.mlp.router, moe_expert_capacity_factor=1" in message
+
+
+def summed(rank: RankContext) -> dict[str, Any]:
+    """A record over ranks with unequal batches, the collectives of a step, and errors that all ranks see."""
+    model = tiny_model("mixtral").train()
+    tokens = torch.randint(0, VOCAB, (1 + rank.rank, 5), generator=torch.Generator().manual_seed(rank.rank))
+    with attach(model, rank.folder / "a", sinks=["jsonl"], trace_every=1) as watch:
+        output = model(tokens, output_router_logits=True)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            record = watch.step(float(rank.rank))
+    sharded = tiny_model("mixtral").train()
+    for layer in sharded.model.layers:  # pyright: ignore
+        fully_shard(layer.mlp.gate)
+        fully_shard(layer)
+    fully_shard(sharded)
+    wrapped = {}
+    for name, each in (("fsdp", sharded), ("ddp", DistributedDataParallel(tiny_model("mixtral").train()))):
+        with attach(each, rank.folder / name, sinks=["jsonl"], trace_every=0) as watch:
+            each(tokens).logits.sum().backward()
+            one = watch.step()
+            wrapped[name] = one and one.arrays["choices_LC"]
+    counts = [np.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) for logits in output.router_logits]
+    with pytest.raises(ConfigError) as unopened:
+        attach(model, rank.folder / "a")
+    with pytest.raises(ConfigError) as different:
+        attach(tiny_model("mixtral", num_local_experts=4 + rank.rank), rank.folder / "b")
+    return {
+        "counts": np.stack(counts),
+        "reduced": reduced.call_count,
+        "loss": record and record.scalars["loss/total"],
+        "choices": record and record.arrays["choices_LC"],
+        "wrapped": wrapped,
+        "errors": (str(unopened.value), str(different.value)),
+        "traced": len(read_trace(rank.folder / "a").step(1).tokens) if rank.rank == 0 else None,
+    }
+
+
+def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) -> None:
+    first, second = run_in_world(2, summed)
+    assert np.array_equal(first["choices"], first["counts"] + second["counts"])
+    for choices in first["wrapped"].values():
+        assert np.array_equal(choices, first["choices"])
+    assert (first["loss"], second["loss"]) == (0.5, None)
+    assert (first["reduced"], second["reduced"]) == (1, 1)
+    assert first["traced"] == 15
+    assert "has records up to step 1" in first["errors"][0]
+    assert "rank 0 has no folder or sinks" in second["errors"][0]
+    assert "ranks have routers of different layers" in first["errors"][1]
+    assert "ranks have routers of different layers" in second["errors"][1]

@@ -1,0 +1,95 @@
+"""The report, the pictures and the hints of models that another trainer trains, watched by `attach`."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from typer.testing import CliRunner
+
+from moe_dist.monitor import attach
+from moe_dist.monitor.report.findings import problems
+from tests.support.tiny_hf import VOCAB, tiny_model
+from tools.report import main, open_routing
+
+STEPS = 60
+
+
+def trained(folder: Path, *, collapsed: int | None = None, **options: object) -> Path:
+    """A tiny Mixtral after some steps of a plain training loop; the router of layer `collapsed` prefers no expert, so that
+    all tokens take the same two."""
+    torch.manual_seed(0)
+    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.1).train()
+    if collapsed is not None:
+        model.model.layers[collapsed].mlp.gate.weight.requires_grad_(False).zero_()  # pyright: ignore
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    with attach(model, folder, trace_every=20, **options) as watch:  # pyright: ignore
+        for _ in range(STEPS):
+            tokens = torch.randint(0, VOCAB, (4, 12))
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.step(loss, lr=1e-3)
+    return folder
+
+
+def page_of(folder: Path) -> str:
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [str(folder), "-o", str(folder / "report.html")])
+    assert done.exit_code == 0, done.output
+    return (folder / "report.html").read_text()
+
+
+def test_the_report_of_a_foreign_run(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    Tokenizer(WordLevel({f"word{i}": i for i in range(VOCAB)}, unk_token="word0")).save(str(tokenizer))
+    folder = trained(tmp_path / "run", tokenizer=tokenizer)
+    routing = open_routing(folder)
+    assert (routing.source, routing.window_steps, routing.window.last) == ("from metrics.jsonl", 50, STEPS)
+    assert routing.window.tokens_LG.tolist() == [[50 * 48], [50 * 48]]
+    assert routing.tokens is not None
+    assert routing.tokens.steps == (1, 21, 41)
+    assert not problems(routing)
+    page = page_of(folder)
+    assert "No rule finds a fault" in page
+    assert "2 MoE layers (routed: 8 experts + 0 null, top 2)" in page
+    assert re.search(r"word\d+", page)
+    assert "bytes a token" in page
+
+
+def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "moe_dist"):
+        folder = trained(tmp_path, collapsed=1)
+    first, second = problems(open_routing(folder))
+    assert re.match(
+        r"Routed expert \d takes 100% of its group's tokens in layer 1 \(even: 25.0%\); try a larger weight", first
+    )
+    assert "loss.balance" not in first + second
+    assert re.match(r"Routed experts \d \(layer 1\), .* and 2 more took no token in the last 50 steps", second)
+    page = page_of(folder)
+    assert page.index("What is wrong in steps 11 to 60") < page.index(first.split(";")[0].replace("'", "&#x27;"))
+    warned = [record.message for record in caplog.records if record.name.startswith("moe_dist.monitor")]
+    routed = [text for text in warned if "routed" in text]  # a busy machine may be slow in some steps
+    assert len(routed) == 2
+    assert routed[0].startswith("step 50: routed expert")
+    events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    assert {"moe/load/routed", "moe/relative_entropy"} <= set(events.Tags()["images"])
+    assert len(events.Scalars("loss/total")) == STEPS
+    assert "comm/bytes_sent" not in events.Tags()["scalars"]
+
+
+def test_a_run_without_trace_has_a_report_of_its_counts(tmp_path: Path) -> None:
+    model = tiny_model("mixtral").train()
+    with attach(model, tmp_path, sinks=["jsonl", "prometheus"], trace_every=0) as watch:
+        model(torch.randint(0, VOCAB, (2, 12)))
+        watch.step()
+    assert 'group="routed"' in (tmp_path / "metrics.prom").read_text()
+    assert open_routing(tmp_path).tokens is None
+    assert "Routing of" in page_of(tmp_path)
