@@ -113,7 +113,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     ):
         placement_rows = build.build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
-            build.build_plan(config, manifest, placement),
+            build.build_plan(config, manifest, placement, session.card_name(config, mesh)),
             training.step,
             loader,
             evaluator,
