@@ -6,7 +6,8 @@ Every rank issues the same collectives in the same order.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,7 @@ from moe_dist.train.loss import (
     counts_from,
     depth_statistics,
     forward,
+    global_counts,
     labels_by_modality,
     micro_loss,
     step_counts,
@@ -133,7 +135,9 @@ class TrainingStep:
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers))
+                started: list[Callable[[], StepCounts[Tensor]]] = []
+                start = partial(self._start_counts, started)
+                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start)
                 with record_function("forward"):  # these four ranges cost microseconds
                     losses_BS, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True)
                 loss = micro_loss(
@@ -146,8 +150,7 @@ class TrainingStep:
                     aux=aux,
                     labels_in_step=labels_in_step,
                     share=micro_labels[i] / labels_in_step,
-                    world=mesh.world,
-                    tracker=mesh.tracker,
+                    counts=started[0](),
                 )
                 for watcher in watchers:
                     watcher.add(batch, reports)
@@ -176,6 +179,11 @@ class TrainingStep:
         for watcher in watchers:
             watcher.finish(number)
         return result
+
+    def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
+        """Adds the started sum of routing counts to `started`. While the sum waits for the slowest rank, this rank computes
+        the output layer and the cross entropy."""
+        started.append(global_counts(reports, self.parallel.mesh.world, self.parallel.mesh.tracker))
 
     def _pack(
         self,
