@@ -5,7 +5,7 @@ If the process group is None (a single rank), a reduction returns its argument. 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -120,6 +120,25 @@ def sum_over(
         with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
+
+
+def start_sum(
+    tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
+) -> Callable[[], Tensor]:
+    """Starts `sum_over` and returns a function that waits for the sum and returns it, with the same bits. What is queued on
+    the device before this wait runs beside the sum. The tracker is told at the start and at the wait."""
+    if group is None:
+        return lambda: tensor
+    with track_collective(tracker, name, device=tensor.device):
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    assert work is not None
+
+    def wait() -> Tensor:
+        with track_collective(tracker, name, device=tensor.device):
+            work.wait()  # on CUDA the stream waits, not the host
+        return tensor
+
+    return wait
 
 
 def max_over(

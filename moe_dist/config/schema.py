@@ -202,7 +202,8 @@ class MonitorSection(Section):
     device_seconds: PositiveFloat = 5.0
     """Seconds between two readings of the GPU (NVML) and the host (psutil)."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: perf/mfu is not reported."""
+    """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: the rate that is known for the GPU's name in
+    bf16 (moe_dist/monitor/card_peaks.py); for other GPUs, fp32 and CPUs perf/mfu is not reported."""
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
     cost_table: bool = False

@@ -124,6 +124,8 @@ class Transformer(nn.Module):
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
+        if request.on_reports is not None:
+            request.on_reports(reports)
         return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS)), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:

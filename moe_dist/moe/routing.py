@@ -5,7 +5,7 @@ pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reporte
 constant experts), C choice columns: the E true experts, then all groups' null, identity and constant experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -191,12 +191,15 @@ class RoutingRequest:
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
         experts_off: If true, routed experts add 0 to the output. They and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
+        on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
+            starts the sum of routing counts there.
     """
 
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     experts_off: bool = False
     keep_choices: bool = False
+    on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
 
 
 NO_REQUEST = RoutingRequest()

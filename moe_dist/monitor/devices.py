@@ -1,15 +1,29 @@
 """Reads the state of GPU and host on a background thread, so that the training loop never waits for a driver."""
 
 import logging
+import resource
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import psutil
+import torch
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+
+
+def largest_memory(device: torch.device) -> tuple[float, float, float]:
+    """Returns the most MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
+    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the largest
+    resident memory of the process. Costs no sync."""
+    if device.type != "cuda":
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+        return resident, resident, 0.0
+    stats = torch.cuda.memory_stats(device)
+    sizes = (stats.get(f"{kind}_bytes.all.peak", 0) / MIB for kind in ("allocated", "reserved"))
+    return *sizes, float(stats.get("num_alloc_retries", 0))
 
 
 class DeviceMonitor:
@@ -20,9 +34,9 @@ class DeviceMonitor:
             is on the CPU. An NVML index counts all GPUs of the machine and ignores CUDA_VISIBLE_DEVICES; prefer the UUID.
 
     Attributes:
-        latest: Latest readings. device/utilisation (percent), device/memory (MiB) and device/power (watts) are None if
-            unreadable; without a GPU the host's CPU utilisation and the memory of this process replace them. cpu_percent
-            (all cores) and resident_mib (this process) describe the host.
+        latest: Latest readings. device/utilisation (percent), device/power (watts) and gpu_used_mib (by all processes) are
+            None if unreadable; without a GPU the host's CPU utilisation is device/utilisation. cpu_percent (all cores) and
+            resident_mib (this process) describe the host.
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
@@ -53,8 +67,7 @@ class DeviceMonitor:
         host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}
         if self._gpu is not None:
             return {**self._gpu.read(), **host}
-        by_tag = {"device/utilisation": host["cpu_percent"], "device/memory": host["resident_mib"], "device/power": None}
-        return {**by_tag, **host}
+        return {"device/utilisation": host["cpu_percent"], "device/power": None, **host}
 
 
 class _Gpu:
@@ -80,7 +93,7 @@ class _Gpu:
     def read(self) -> dict[str, float | None]:
         return {
             "device/utilisation": self._value("utilisation", lambda n, h: float(n.nvmlDeviceGetUtilizationRates(h).gpu)),
-            "device/memory": self._value("memory", lambda n, h: n.nvmlDeviceGetMemoryInfo(h).used / MIB),
+            "gpu_used_mib": self._value("memory", lambda n, h: n.nvmlDeviceGetMemoryInfo(h).used / MIB),
             "device/power": self._value("power", lambda n, h: n.nvmlDeviceGetPowerUsage(h) / 1000),
         }
 
@@ -95,7 +108,7 @@ class _Gpu:
         try:
             return get(self._nvml, self._handle)
         except Exception as error:  # pynvml raises one class for 'not supported' (power on some cards) and 'GPU is lost'
-            self._say(name, f"no reading of device/{name} (NVML: {error})")
+            self._say(name, f"no reading of the GPU's {name} (NVML: {error})")
             return None
 
     def _say(self, key: str, text: str) -> None:

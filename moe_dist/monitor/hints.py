@@ -10,7 +10,8 @@ from statistics import fmean, median
 
 import numpy as np
 
-from moe_dist.monitor.metrics import Record, slowest_rank
+from moe_dist.monitor.across_ranks import slowest_rank
+from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
@@ -62,6 +63,7 @@ class HintWatch:
     def _judge(self, record: Record) -> Iterator[Hint]:
         yield from skipped_step(record)
         yield from slower(tuple(self._speeds))
+        yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
         # Only the run's first window is used, because in a later attempt the loss falls slowly anyway.
@@ -120,6 +122,20 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
             f"rank {int(found['slowest_rank'])} computes and reads data for {slow:.3f} s a step, the others for "
             f"{others:.3f} s ({slow / max(others, 1e-9):.1f} x), and they wait for it; unless moe/rank_load shows that "
             "it has more to compute, look at its machine: clock and temperature, other jobs, the disk its data come from",
+        )
+
+
+def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
+    """Warns about a rank whose allocator found no free memory and emptied its cache since the first of the records."""
+    more_W = memory[-1][:, 2] - memory[0][:, 2] if memory else np.zeros(1)
+    rank = int(more_W.argmax())
+    if more_W[rank] > 0:
+        allocated, reserved, _ = memory[-1][rank]
+        yield Hint(
+            "memory",
+            f"rank {rank} found no free GPU memory {int(more_W[rank])} times in the last {len(memory)} steps; each time it "
+            f"waited for the GPU and emptied its cache; it had at most {allocated:,.0f} MiB in use and {reserved:,.0f} MiB "
+            "reserved; see device/rank_memory in TensorBoard; a smaller train.micro_batch needs less",
         )
 
 

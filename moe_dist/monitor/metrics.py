@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.config.manifest import RESERVED_MODALITIES
+from moe_dist.monitor.across_ranks import memory_of_ranks, slowest_rank
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, StepResult, StepStatistics
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -32,8 +33,10 @@ class Record:
             weighted_rows_LR (rows x FFN width). Expert choice adds above_LE (tokens above the threshold) and idle_LG
             (tokens without expert).
         ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
-        host: CPU and memory readings of rank 0's machine, and seconds of work of the slowest and the other ranks.
+        host: CPU and memory readings of rank 0's machine, seconds of work of the slowest and the other ranks, the largest
+            memory of any rank, and the peak rate of which perf/mfu is the share.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
+        memory_W3: `devices.largest_memory` of each rank; empty in the first step.
         load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
             and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
@@ -48,8 +51,9 @@ class Record:
     balance_coefficient: float
     arrays: Mapping[str, np.ndarray]
     ledger: Mapping[str, int]
-    host: Mapping[str, float | None] = field(default_factory=dict)
+    host: Mapping[str, float | str | None] = field(default_factory=dict)
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    memory_W3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     mixture_of_depths: DepthStatistics | None = None
 
@@ -62,6 +66,7 @@ def build_record(
     modalities: Sequence[str],
     readings: Mapping[str, float | None] | None = None,
     peak_flops: float | None = None,
+    peak_source: str = "monitor.peak_tflops",
 ) -> Record:
     """Builds the record of a step.
 
@@ -71,6 +76,7 @@ def build_record(
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.
         peak_flops: Peak FLOPs per second of all devices together; without it perf/mfu is None.
+        peak_source: The card or configuration key that `peak_flops` comes from.
 
     Raises:
         ValueError: A modality has the name of a loss term.
@@ -78,7 +84,7 @@ def build_record(
     result, counts = stats.result, stats.result.counts
     depths = result.mixture_of_depths
     plan = tag_plan(len(groups), len(modalities), mixture_of_depths=depths is not None)
-    readings = readings or {}
+    readings, memory = readings or {}, memory_of_ranks(result.memory_W3)
     labels = dict(zip(modalities, result.labels_M.tolist(), strict=True))
     losses = {name: _ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
     epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
@@ -99,7 +105,9 @@ def build_record(
         "moe/router_entropy": _ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
         **comm_scalars(result.ledger, result.comm_seconds),
         **perf_scalars(stats, peak_flops),
-        **{f"device/{name}": readings.get(f"device/{name}") for name in ("utilisation", "memory", "power")},
+        "device/utilisation": readings.get("device/utilisation"),
+        "device/memory": memory.get("largest_reserved_mib"),
+        "device/power": readings.get("device/power"),
     }
     if plan.epochs_per_modality:
         scalars |= {f"data/epochs/{name}": value for name, value in epochs.items()}
@@ -128,8 +136,11 @@ def build_record(
         host={
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
             **slowest_rank(result.busy_seconds_W),
+            **memory,
+            **({} if peak_flops is None else {"mfu_peak": f"{peak_flops / 1e12:g} TFLOP/s of all ranks ({peak_source})"}),
         },
         busy_seconds_W=result.busy_seconds_W,
+        memory_W3=result.memory_W3,
         load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, stats.active_target),
         mixture_of_depths=depths,
     )
@@ -219,18 +230,6 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
     if depths.weight_L is not None:
         scalars["mixture_of_depths/gate_weight"] = _ratio(depths.weight_L.sum(), taken_G.sum())
     return scalars
-
-
-def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """The rank that worked longest, its seconds, and the median seconds of the other ranks; empty with a single rank."""
-    if busy_seconds_W.size < 2:
-        return {}
-    rank = int(busy_seconds_W.argmax())
-    return {
-        "slowest_rank": rank,
-        "slowest_rank_seconds": float(busy_seconds_W[rank]),
-        "other_ranks_seconds": float(np.median(np.delete(busy_seconds_W, rank))),
-    }
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:

@@ -51,6 +51,7 @@ class StepResult:
         comm_seconds: Time inside dispatch and combine collectives, mean over ranks.
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waiting for peers;
             empty in the first step.
+        memory_W3: `devices.largest_memory` of each rank at the end of the previous step; empty in the first step.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: None if the model has no mixture-of-depths layers.
     """
@@ -67,6 +68,7 @@ class StepResult:
     ledger: Mapping[str, int]
     comm_seconds: float
     busy_seconds_W: np.ndarray
+    memory_W3: np.ndarray
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None
 

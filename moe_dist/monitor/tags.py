@@ -52,7 +52,8 @@ MEANING: dict[str, str] = {
     "perf/balance_efficiency": "Throughput with the real routing over throughput with the same pairs spread evenly.",
     "perf/mfu": "Model FLOPs per second over the peak FLOPs per second of all devices.",
     "device/utilisation": "GPU utilisation of rank 0 in percent; CPU utilisation of its machine if the run has no GPU.",
-    "device/memory": "Used GPU memory of rank 0 in MiB; memory of its process if the run has no GPU.",
+    "device/memory": "Most GPU memory in MiB that torch's allocator has reserved so far, of the rank with the most; most "
+    "resident memory of any rank's process if the run has no GPU.",
     "device/power": "GPU power of rank 0 in watts.",
 }
 
@@ -76,6 +77,8 @@ PICTURE_MEANING: dict[str, str] = {
     "moe/load_over_target": "True experts per token over the target of the load controller, by layer and group.",
     "moe/load_against_target": "True experts per token at each step, and the target of the load controller.",
     "moe/relative_entropy": "The router's entropy over the entropy of equal probabilities, by layer and group.",
+    "perf/rank_seconds": "Seconds that a rank works in a step, without its waits for other ranks, one value for each rank.",
+    "device/rank_memory": "MiB as in device/memory, one value for each rank.",
     "moe/compute_map": "True experts that single held-out tokens take, mean over layers: picture cells and text tokens.",
     "mixture_of_depths/layers": "Share of tokens that each mixture-of-depths layer computes, agreement and gate weight.",
 }

@@ -19,6 +19,7 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.environment import RankEnv, limit_fragmentation, share_cores
 from moe_dist.runtime.log import Startup
+from moe_dist.runtime.near_cpus import bind_near_gpu
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.runtime.status import record_save_seconds
@@ -54,6 +55,8 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
         if start is not Start.FINISHED:
             if not plan.config.parallel.dispatch.needs_modules:  # other libraries share memory that must not grow
                 limit_fragmentation(os.environ)
+            if plan.config.parallel.device != "cpu":
+                bind_near_gpu(env.local_rank, os.environ)
             train(plan, env, attempt, stop)
         elif env.rank == 0:
             print(RunFolder.of(plan.config).read_summary())
@@ -114,7 +117,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     ):
         placement_rows = build.build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
-            build.build_plan(config, manifest, placement),
+            build.build_plan(config, manifest, placement, session.card_name(config, mesh)),
             training.step,
             loader,
             evaluator,

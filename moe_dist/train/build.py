@@ -28,6 +28,7 @@ from moe_dist.moe.kernels.choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
+from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.optim.muon import Muon
 from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
@@ -336,14 +337,18 @@ class TrainingPlan:
     max_skipped_in_a_row: int  # the run ends with an error after so many skipped steps in a row
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
+    peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
     active_target: Mapping[str, float]
     even_active: Mapping[str, float]
     checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
 
-def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -> TrainingPlan:
-    """Makes the settings of the training loop from the configuration."""
-    optimizer, balance, peak = config.optimizer, config.loss.balance, config.monitor.peak_tflops
+def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> TrainingPlan:
+    """Makes the settings of the training loop from the configuration. `card` is the name of the ranks' GPU."""
+    optimizer, balance = config.optimizer, config.loss.balance
+    peak, source = config.monitor.peak_tflops, "monitor.peak_tflops"
+    if peak is None and card is not None and config.parallel.precision == "bf16":
+        peak, source = peak_tflops(card), card
     names = [group.name for group in placement.groups]
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
     return TrainingPlan(
@@ -363,4 +368,5 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement) -
         even_active=config.even_active,
         checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
+        peak_source=source,
     )

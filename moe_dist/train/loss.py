@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.collectives import start_sum
 from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
@@ -88,9 +88,9 @@ def forward(
 
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
-) -> StepCounts[Tensor]:
-    """Sums the counts in `reports` over all ranks. Must be called once per micro-batch, outside recomputed code. Costs one
-    all-reduce, and a second one with mixture of depths."""
+) -> Callable[[], StepCounts[Tensor]]:
+    """Starts to sum the counts in `reports` over all ranks, and returns a function that waits for the sums. Must be called
+    once per micro-batch, outside recomputed code. Costs one all-reduce, and a second one with mixture of depths."""
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
@@ -99,9 +99,9 @@ def global_counts(
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
     # One row per layer, with all fields. Another layout would change the last bits of sums, because the order in which an
     # all-reduce adds the ranks' numbers depends on their place in the tensor.
-    packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
-    routing = packed.split([part.shape[1] for part in parts], dim=1)
-    return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
+    packed = start_sum(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
+    depth = _depth_counts(reports, parts[1], group, tracker)
+    return lambda: StepCounts(*packed().split([part.shape[1] for part in parts], dim=1), *depth())
 
 
 def _depth_counts(
@@ -109,9 +109,9 @@ def _depth_counts(
     tokens_LG: Tensor,
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
-) -> Sequence[Tensor]:
-    """Returns the fields depth_... of `StepCounts`, summed over all ranks by one all-reduce. Without mixture of depths the
-    fields are empty and there is no all-reduce."""
+) -> Callable[[], Sequence[Tensor]]:
+    """Starts to sum the fields depth_... of `StepCounts` over all ranks by one all-reduce. Returns a function that waits
+    for them. Without mixture of depths the fields are empty and there is no all-reduce."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -119,10 +119,15 @@ def _depth_counts(
             single = torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut, d.weight)])
             rows.append(torch.cat([single, report.members_G, report.sums.tokens_G]))
     if not rows:
-        return [*[tokens_LG.new_zeros(0)] * 4, *[tokens_LG[:0]] * 2]
-    summed = sum_over(torch.stack(rows), group, name=DEPTH_COUNTS, tracker=tracker)
-    tokens_P, _, agreed_P, kth_score_P, weight_P = summed[:, :5].unbind(1)
-    return [tokens_P, agreed_P, kth_score_P, weight_P, *summed[:, 5:].chunk(2, dim=1)]
+        return lambda: [*[tokens_LG.new_zeros(0)] * 4, *[tokens_LG[:0]] * 2]
+    started = start_sum(torch.stack(rows), group, name=DEPTH_COUNTS, tracker=tracker)
+
+    def fields() -> Sequence[Tensor]:
+        summed = started()
+        tokens_P, _, agreed_P, kth_score_P, weight_P = summed[:, :5].unbind(1)
+        return [tokens_P, agreed_P, kth_score_P, weight_P, *summed[:, 5:].chunk(2, dim=1)]
+
+    return fields
 
 
 def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tensor]:
@@ -186,8 +191,7 @@ def micro_loss(
     aux: AuxSettings,
     labels_in_step: Tensor,
     share: Tensor,
-    world: dist.ProcessGroup | None,
-    tracker: CollectiveTracker | None = None,
+    counts: StepCounts[Tensor],
 ) -> MicroLoss:
     """Returns what one micro-batch on this rank adds to the step's loss:
 
@@ -199,9 +203,8 @@ def micro_loss(
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
         share: This micro-batch's labels on all ranks divided by `labels_in_step`: the weight of the auxiliary terms, which
             are computed per micro-batch over all ranks.
-        world: Process group of all ranks, over which counts are summed.
+        counts: Routing counts of the micro-batch over all ranks (`global_counts`).
     """
-    counts = global_counts(reports, world, tracker)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
     balance_LG = balance_terms(

@@ -1,5 +1,6 @@
 """Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, final summary."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ResourceError
+from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.costs import render_costs
 from moe_dist.monitor.devices import DeviceMonitor
@@ -41,6 +43,8 @@ from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
 from moe_dist.train.resume import Progress
 from moe_dist.train.trainer import Finished
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
@@ -84,6 +88,22 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
         timeout = section.timeout_seconds
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
+
+
+def card_name(config: Config, mesh: Mesh) -> str | None:
+    """Returns the name of this rank's GPU; None on a CPU. Rank 0 logs how to get perf/mfu if the card's peak is unknown."""
+    if mesh.device.type != "cuda":
+        return None
+    card, precision = torch.cuda.get_device_name(mesh.device), config.parallel.precision
+    known = config.monitor.peak_tflops is not None or (precision == "bf16" and peak_tflops(card) is not None)
+    if mesh.rank == 0 and not known:
+        logger.warning(
+            "no perf/mfu: the peak rate of %r in %s is unknown; set monitor.peak_tflops to the TFLOP/s of one GPU, without "
+            "sparsity (docs/monitoring.md)",
+            card,
+            precision,
+        )
+    return card
 
 
 def start_watchdog(

@@ -6,7 +6,8 @@ Every rank issues the same collectives in the same order.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
+from moe_dist.monitor.devices import largest_memory
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.mesh import Mesh
@@ -34,6 +36,7 @@ from moe_dist.train.loss import (
     counts_from,
     depth_statistics,
     forward,
+    global_counts,
     labels_by_modality,
     micro_loss,
     step_counts,
@@ -84,8 +87,8 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info = needs_global_batch_info
-        self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=device)
-        self._times = self._no_times[:0]  # [W], this rank's busy seconds of the last step at its index; empty at first
+        # [W 4]: in this rank's row its busy seconds and memory at the end of the last step, else zeros; empty at first.
+        self._readings = torch.zeros(0, dtype=torch.float64, device=device)
         self._tables = ColumnTables.on(placement.groups, device)
 
     def __call__(
@@ -119,10 +122,10 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
-        # Also gathers the ranks' busy times of the previous step. Sums of counts are exact in any order.
-        counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
+        # Also gathers the ranks' readings of the previous step. Sums of counts are exact in any order.
+        counts = torch.cat([labels_M.sum(1), self._readings, members.flatten()])
         counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
-        micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
+        micro_labels, readings, flat = counts.split([len(batches), len(self._readings), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
         self.comm_stats.take()  # drops the bytes of evaluations since the last step
@@ -132,7 +135,9 @@ class TrainingStep:
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers))
+                started: list[Callable[[], StepCounts[Tensor]]] = []
+                start = partial(self._start_counts, started)
+                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start)
                 with record_function("forward"):  # these four ranges cost microseconds
                     losses_BS, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True)
                 loss = micro_loss(
@@ -145,8 +150,7 @@ class TrainingStep:
                     aux=aux,
                     labels_in_step=labels_in_step,
                     share=micro_labels[i] / labels_in_step,
-                    world=mesh.world,
-                    tracker=mesh.tracker,
+                    counts=started[0](),
                 )
                 for watcher in watchers:
                     watcher.add(batch, reports)
@@ -164,16 +168,22 @@ class TrainingStep:
             self.parallel.reduce_gradients()
         inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
         payload, metadata, seconds = self.comm_stats.take()  # host sync: on CUDA the seconds are known only after it
-        self._times = self._no_times.clone()
-        self._times[mesh.rank].fill_(clock.seconds(seconds))  # an assignment would copy from the host, and wait
+        readings_W4 = np.zeros((mesh.world_size, 4))
+        readings_W4[mesh.rank] = (clock.seconds(seconds), *largest_memory(mesh.device))
+        self._readings = from_host(readings_W4.flatten(), torch.float64, mesh.device)
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         host = [seconds, float(tokens), float(stop_requested)]
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, traffic, host)
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
-        result = self._update(summed, losses, lr, times_W)
+        result = self._update(summed, losses, lr, readings)
         for watcher in watchers:
             watcher.finish(number)
         return result
+
+    def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
+        """Adds the started sum of routing counts to `started`. While the sum waits for the slowest rank, this rank computes
+        the output layer and the cross entropy."""
+        started.append(global_counts(reports, self.parallel.mesh.world, self.parallel.mesh.tracker))
 
     def _pack(
         self,
@@ -214,14 +224,15 @@ class TrainingStep:
             ]
         )
 
-    def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
+    def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
         """Updates the weights if the sums over all ranks are finite, else skips the step. All ranks have the same sums, so
         all decide alike; a NaN on one rank makes the sum NaN."""
         num_modalities = len(self.group_of_modality)
         counts = step_counts([loss.counts for loss in losses])
         # One device-to-host sync for all. It is before the update, so that the host does not wait for the update.
-        read = torch.cat([summed, times_W, *(part.flatten() for part in counts)]).cpu().numpy()
-        sums, busy_seconds_W, flat = np.split(read, [len(summed), len(summed) + len(times_W)])
+        read = torch.cat([summed, readings, *(part.flatten() for part in counts)]).cpu().numpy()
+        sums, readings_W4, flat = np.split(read, [len(summed), len(summed) + len(readings)])
+        busy_seconds_W, *memory_3W = readings_W4.reshape(-1, 4).T
         shown, values = counts_from(flat, counts), sums.tolist()
         squared, balance, z, auxiliary = values[:4]
         nll_M = np.array(values[4 : 4 + num_modalities])
@@ -253,6 +264,7 @@ class TrainingStep:
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             busy_seconds_W=busy_seconds_W,
+            memory_W3=np.stack(memory_3W, axis=1),
             stop_requested=stop > 0,
             mixture_of_depths=depth_statistics(
                 self.parallel.model,

@@ -159,6 +159,7 @@ class Trainer:
             modalities=self.plan.modalities,
             readings=self.devices.latest if self.devices else None,
             peak_flops=self.plan.peak_flops,
+            peak_source=self.plan.peak_source,
         )
         for sink in self.sinks:
             sink.step(record)

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train import step as training_step
 from moe_dist.train.loss import AuxSettings, forward
 from moe_dist.train.step import TrainingStep
 from tests.support.layouts import Layout, batch_of, build, placement_of
@@ -50,15 +52,17 @@ def poisoned_training(
     for number in range(3):
         poison["on"] = rank.rank == 1 and number == 1
         batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2)]
-        results.append(
-            step(
-                batches,
-                lr=1e-2,
-                aux=AuxSettings("null_averaged", 0.02, 1e-3),
-                stop_requested=rank.rank == 1 and number == 2,
-                began=time.perf_counter() - 1000.0 * rank.rank,  # as if rank 1 had read data for so long
+        told = (10.0, 20.0 + rank.rank, 3.0 * rank.rank)
+        with mock.patch.object(training_step, "largest_memory", return_value=told):
+            results.append(
+                step(
+                    batches,
+                    lr=1e-2,
+                    aux=AuxSettings("null_averaged", 0.02, 1e-3),
+                    stop_requested=rank.rank == 1 and number == 2,
+                    began=time.perf_counter() - 1000.0 * rank.rank,  # as if rank 1 had read data for so long
+                )
             )
-        )
         parameters.append(logical(parallel, placement, mesh, gradient=False))
     return results, parameters, step_count(optimizer)
 
@@ -78,6 +82,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         for result in results[1:]:
             quick, slow = result.busy_seconds_W
             assert 0.0 <= quick < 1000.0 <= slow
+            assert result.memory_W3.tolist() == [[10.0, 20.0, 0.0], [10.0, 21.0, 3.0]]
 
 
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:

@@ -155,6 +155,9 @@ class TensorBoardSink(Sink):
                 # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is extreme.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 self._add_picture(summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins))
+        for tag, value_W in self._window.by_rank.items():
+            bins = np.linspace(0.0, max(1e-9, 1.2 * float(value_W.max())), NUM_BINS + 1)
+            self._add_picture(summary.histogram(tag, value_W, bins=bins))
 
 
 class Window:
@@ -165,6 +168,7 @@ class Window:
         self._steps: list[int] = []
         self._load: list[Mapping[str, Mapping[str, float | None]]] = []
         self._depths: DepthStatistics | None = None
+        self.by_rank: dict[str, np.ndarray] = {}  # of the last record; empty with a single rank
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
@@ -175,6 +179,8 @@ class Window:
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
         self._load.append(record.load)
+        if len(record.busy_seconds_W) > 1:
+            self.by_rank = {"perf/rank_seconds": record.busy_seconds_W, "device/rank_memory": record.memory_W3[:, 1]}
         self._depths = _sum_depths(self._depths, record.mixture_of_depths)
 
     def load_curves(self) -> np.ndarray | None:

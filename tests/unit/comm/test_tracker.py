@@ -3,12 +3,14 @@
 import itertools
 import threading
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dist.comm import tracker as watch_file
-from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.collectives import start_sum, sum_over
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 CPU = torch.device("cpu")
@@ -24,6 +26,28 @@ def test_a_rank_is_in_a_collective_until_it_leaves_it() -> None:
         assert (position.send, position.receive) == ((0, 5), (0, 7))
     assert tracker.oldest() is None
     assert tracker.entered == 1
+
+
+def test_a_sum_in_flight_is_named_at_its_start_and_at_its_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, seen = CollectiveTracker(), []
+
+    def look() -> None:
+        position = tracker.oldest()
+        seen.append(position and (position.collective, position.entered))
+
+    def all_reduce(tensor: torch.Tensor, *, async_op: bool, **_: object) -> SimpleNamespace:
+        assert async_op
+        look()
+        return SimpleNamespace(wait=lambda: (look(), tensor.mul_(2)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    group: Any = object()
+    wait = start_sum(torch.ones(2), group, name="routing counts", tracker=tracker)
+    look()  # the rank computes meanwhile
+    assert wait().tolist() == [2.0, 2.0]
+    look()
+    assert seen == [("routing counts", 1), None, ("routing counts", 2), None]
+    assert start_sum(torch.ones(2), None, name="routing counts")().tolist() == [1.0, 1.0], "a single rank"
 
 
 def test_the_oldest_of_several_counts() -> None:

@@ -166,7 +166,7 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
     """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
-    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)
+    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)()
     assert counts is not None
     mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
@@ -284,7 +284,7 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    counts = global_counts(reports, None)
+    counts = global_counts(reports, None)()
     assert counts is not None
     loss = depth_auxiliary(reports, counts.depth_tokens_P)
     loss.backward()
@@ -343,5 +343,5 @@ def test_thresholds_follow_the_last_score_taken() -> None:
 def test_counts_are_none_without_depths() -> None:
     model = make_transformer(moe_layers=(0,))
     tokens, group = draw_tokens()
-    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None).depth_tokens_P.numel()
+    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)().depth_tokens_P.numel()
     assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]

@@ -216,3 +216,8 @@ def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
         for kind in ("vanilla", "null_averaged")
     )
     assert not torch.allclose(vanilla, averaged), "rows of their own make a difference"
+
+
+def test_tables_are_made_once() -> None:
+    """Every layer of Megatron's model asks for them; to make them, the host waits for two copies to the device."""
+    assert ColumnTables.on((TEXT, IMAGE), torch.device("cpu")) is TABLES

@@ -83,6 +83,7 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
         },
         comm_seconds=0.01,
         busy_seconds_W=np.zeros(0),
+        memory_W3=np.zeros((0, 3)),
     )
     own = {field.name for field in fields(StepStatistics)}
     changed = {"tokens": changes.pop("step_tokens", 1000)}

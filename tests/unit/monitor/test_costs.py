@@ -24,7 +24,7 @@ def result(rows: int) -> StepResult:
     unused: Any = np.zeros(0)
     return StepResult(
         nll_M=unused, labels_M=unused, balance=0.0, z=0.0, auxiliary=0.0, grad_norm=0.0, skipped=False, tokens=50,
-        counts=unused, ledger=ledger, comm_seconds=0.25, busy_seconds_W=unused,
+        counts=unused, ledger=ledger, comm_seconds=0.25, busy_seconds_W=unused, memory_W3=unused,
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.devices import DeviceMonitor, largest_memory
 
 
 class FakeNvml:
@@ -66,9 +67,9 @@ def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
     install(fake)
     monitor = DeviceMonitor(seconds=0.01, gpu=2)
     first = monitor.latest
-    assert {key: first[key] for key in ("device/utilisation", "device/memory", "device/power")} == {
+    assert {key: first[key] for key in ("device/utilisation", "gpu_used_mib", "device/power")} == {
         "device/utilisation": 73.0,
-        "device/memory": 3072.0,
+        "gpu_used_mib": 3072.0,
         "device/power": 250.0,
     }
     assert first["resident_mib"] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
@@ -98,8 +99,8 @@ def test_one_reading_that_fails_is_said_once(install: Callable[[FakeNvml], None]
         wait_until(lambda: "devices" in fake.threads)
         monitor.stop()
     assert monitor.latest["device/power"] is None
-    assert monitor.latest["device/memory"] == 3072.0
-    assert [record.message for record in caplog.records] == ["no reading of device/power (NVML: Not Supported)"]
+    assert monitor.latest["gpu_used_mib"] == 3072.0
+    assert [record.message for record in caplog.records] == ["no reading of the GPU's power (NVML: Not Supported)"]
 
 
 @pytest.mark.parametrize("why", ["no package", "no driver"])
@@ -118,8 +119,25 @@ def test_without_nvml_it_says_so_once_and_goes_on(
         monitor.stop()
     assert len(caplog.records) == 1
     assert "training continues without them" in caplog.text
-    assert [readings[f"device/{name}"] for name in ("utilisation", "memory", "power")] == [None, None, None]
+    assert [readings[name] for name in ("device/utilisation", "gpu_used_mib", "device/power")] == [None, None, None]
     assert readings["cpu_percent"] is not None
+
+
+def test_the_allocator_of_a_gpu_tells_its_largest_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 4 * 2**30, "num_alloc_retries": 2}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert largest_memory(torch.device("cuda", 1)) == (3072.0, 4096.0, 2.0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})  # before the first allocation
+    assert largest_memory(torch.device("cuda", 1)) == (0.0, 0.0, 0.0)
+
+
+def test_on_the_cpu_the_largest_memory_is_that_of_the_process() -> None:
+    touched = bytearray(b"1") * (32 << 20)
+    first = largest_memory(torch.device("cpu"))
+    assert first[0] == first[1] >= psutil.Process().memory_info().rss / 2**20 - 1
+    assert first[2] == 0
+    del touched
+    assert largest_memory(torch.device("cpu"))[0] >= first[0]
 
 
 def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +147,6 @@ def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: 
     readings = monitor.latest
     monitor.stop()
     assert readings["device/utilisation"] == readings["cpu_percent"] == 42.0
-    assert readings["device/memory"] == readings["resident_mib"]
     assert readings["device/power"] is None
     assert not caplog.records, "NVML is nobody's business here"
 
@@ -149,6 +166,6 @@ def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None
     module.nvmlDeviceGetMemoryInfo = stuck
     monitor = DeviceMonitor(seconds=0.001, gpu=0)
     assert hang.wait(600)
-    assert monitor.latest["device/memory"] == 1.0
+    assert monitor.latest["gpu_used_mib"] == 1.0
     release.set()
     monitor.stop()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.hints import HintWatch, busy_rank, loss_trend, slow_rank, slower
+from moe_dist.monitor.hints import HintWatch, busy_rank, full_memory, loss_trend, slow_rank, slower
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
@@ -194,6 +194,20 @@ def busy(rank: int | None = None, *, others: float = 0.1, times: float = 1.0) ->
     if rank is not None:
         seconds_W[rank] *= times
     return seconds_W
+
+
+def memory(retries: list[float]) -> np.ndarray:
+    """Of three ranks: 60 GB in use and 70 GB reserved."""
+    return np.array([[60_000.0, 70_000.0, each] for each in retries])
+
+
+def test_a_rank_without_free_memory_is_named() -> None:
+    (hint,) = full_memory([memory([2, 0, 5]), memory([2, 0, 5]), memory([2, 3, 5])])
+    assert hint.kind == "memory"
+    assert "rank 1 found no free GPU memory 3 times in the last 3 steps" in hint.text
+    assert "at most 60,000 MiB in use and 70,000 MiB reserved" in hint.text
+    assert not list(full_memory([memory([2, 0, 5])] * 3)), "retries of earlier steps are no news"
+    assert not list(full_memory([]))
 
 
 def test_a_slow_rank_is_named_with_numbers() -> None:

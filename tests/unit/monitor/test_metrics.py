@@ -106,10 +106,17 @@ def test_a_case_by_hand() -> None:
         step_seconds=0.5,
         epochs={"text": 0.5},
         flops_per_token=1e3,
+        memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
     )
-    readings = {"device/utilisation": 50.0, "device/memory": 10.0, "device/power": None, "cpu_percent": 7.0}
+    readings = {"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0}
     record = build_record(
-        stats, groups=groups, placement=placement, modalities=("text", "image"), readings=readings, peak_flops=1e6
+        stats,
+        groups=groups,
+        placement=placement,
+        modalities=("text", "image"),
+        readings=readings,
+        peak_flops=1e6,
+        peak_source="NVIDIA X1",
     )
     assert record.scalars == {
         "loss/total": 3.75,
@@ -142,12 +149,23 @@ def test_a_case_by_hand() -> None:
         "perf/step_seconds": 0.5,
         "perf/mfu": pytest.approx(0.02),
         "device/utilisation": 50.0,
-        "device/memory": 10.0,
+        "device/memory": 40.0,
         "device/power": None,
         "data/epochs/text": 0.5,
         "data/epochs/image": 0.0,
     }
-    assert record.host == {"cpu_percent": 7.0}
+    assert record.host == {
+        "cpu_percent": 7.0,
+        "largest_allocated_mib": 30.0,
+        "largest_allocated_mib_rank": 1,
+        "largest_reserved_mib": 40.0,
+        "largest_reserved_mib_rank": 2,
+        "largest_allocator_retries": 5.0,
+        "largest_allocator_retries_rank": 0,
+        "largest_unused_mib": 20.0,
+        "largest_unused_mib_rank": 2,
+        "mfu_peak": "1e-06 TFLOP/s of all ranks (NVIDIA X1)",
+    }
     assert record.labels == {"text": 10, "image": 0}
 
 

@@ -15,7 +15,7 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
-from moe_dist.monitor.tags import MAX_SCALARS, curve_of
+from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
 from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
@@ -214,6 +214,16 @@ def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: 
     loads = sum(record.arrays["choices_LC"][:, :4] for record in records[:4])
     assert histogram.num == loads.size
     assert histogram.max == pytest.approx((loads / loads.mean(1, keepdims=True)).max())
+
+
+def test_histograms_of_the_ranks(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    memory_W3 = np.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]])
+    write(tmp_path, subject, [make_record(4, busy_seconds_W=np.array([0.1, 0.1, 0.4]), memory_W3=memory_W3)])
+    accumulator = read(tmp_path)
+    for tag, most in {"perf/rank_seconds": 0.4, "device/rank_memory": 6.0}.items():
+        histogram = accumulator.Histograms(tag)[0].histogram_value
+        assert (histogram.num, histogram.max) == (3, most)
+        assert accumulator.SummaryMetadata(tag).summary_description == picture_meaning(tag)
 
 
 def test_many_groups_turn_into_heat_maps(tmp_path: Path, wide_record: Callable[..., tuple[Record, Subject]]) -> None:

@@ -119,6 +119,17 @@ def test_both_hops_of_a_layer_need_one_read() -> None:
 
 
 @pytest.mark.full
+def test_auxiliary_routers_copy_nothing_to_the_device() -> None:
+    """They are trained alone, in a second stage, which no preset has. An index by a list is such a copy."""
+    options = ["model.num_layers=2", "train.only=auxiliary_routers", "run.init_from=runs/first"]
+    options.append("model.moe.router={kind: expert_choice, causal: auxiliary}")
+    counted = count("configs/moma_1b4_4t4i_32gpu.yaml", 8, options)
+    assert counted.copies == {}
+    assert counted.mixed == {}
+    assert sum(counted.syncs.values()) == READS_OF_A_STEP + 1, counted.syncs  # one for the tokens of each rank and group
+
+
+@pytest.mark.full
 def test_triton_kernels_move_fewer_bytes() -> None:
     options = ["model.num_layers=2", "parallel.kernels.kind="]
     torchs, tritons = (

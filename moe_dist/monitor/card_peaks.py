@@ -1,0 +1,35 @@
+"""Peak rates of GPUs in bf16, by the name that the driver gives a card, for perf/mfu."""
+
+import re
+
+# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. A card must have all words of a name;
+# the first such name counts, so a name with more words stands before one with fewer.
+PEAK_BF16_TFLOPS: dict[str, float] = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIE": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800 PCIE": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A30": 165.0,
+    "A40": 150.0,
+    "A10": 125.0,
+    "A10G": 70.0,
+    "L4": 121.0,
+    "L40": 181.0,
+    "L40S": 362.0,
+}
+PARTIAL = "MIG"  # a part of a card, whose rate is not the card's
+
+
+def peak_tflops(card: str) -> float | None:
+    """Returns the peak TFLOP/s of a card in bf16; None if the table does not have the card."""
+    words = set(re.split(r"[\s-]+", card.upper()))
+    known = (peak for name, peak in PEAK_BF16_TFLOPS.items() if words.issuperset(name.split()))
+    return None if PARTIAL in words else next(known, None)

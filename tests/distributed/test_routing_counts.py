@@ -1,0 +1,82 @@
+"""The sum of routing counts begins before the output layer, ends in the loss, and has the bits of a blocking sum."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dist.comm import collectives
+from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import ROUTING_COUNTS
+from moe_dist.model import transformer
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train import step as training_step
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
+from tests.support.layouts import Layout, batch_of, build, placement_of
+from tests.support.worlds import RankContext
+
+
+def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
+    """Events of one step with two micro-batches, the first one without tokens on rank 0; the counts; and their blocking
+    sums."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    events: list[str] = []
+    parallel, placement = build(layout, mesh, CommStats()), placement_of(layout.placement, layout.ep)
+    optimizer = make_optimizer(
+        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
+    )
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=CommStats()
+    )
+    found, expected = [], []
+    track, counts, losses = collectives.track_collective, training_step.global_counts, transformer.token_losses
+
+    def tracked(tracker: Any, name: str, **more: Any) -> Any:
+        events.append(name)
+        return track(tracker, name, **more)
+
+    def summed(reports: Any, world: Any, tracker: Any) -> Callable[[], Any]:
+        own = counts(reports, None)()  # of this rank alone
+        packed = torch.cat([part.to(torch.float64) for part in own[:4]], dim=1)
+        dist.all_reduce(packed)
+        expected.append(packed)
+        started = counts(reports, world, tracker)
+
+        def wait() -> Any:
+            found.append(started())
+            return found[-1]
+
+        return wait
+
+    def output_layer(*args: Any) -> torch.Tensor:
+        events.append("output layer")
+        return losses(*args)
+
+    with (
+        mock.patch.object(collectives, "track_collective", tracked),
+        mock.patch.object(training_step, "global_counts", summed),
+        mock.patch.object(transformer, "token_losses", output_layer),
+    ):
+        batches = [batch_of(0, 0, rank.rank, 1), batch_of(1, 0, 2 * rank.rank, 2)]
+        step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+    return events, [torch.cat(list(each[:4]), dim=1) for each in found], expected
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_the_sum_runs_beside_the_output_layer(run_in_world: Callable[..., list[Any]], data: str) -> None:
+    results = run_in_world(2, traced_step, Layout(2, 1, "pinned", data))
+    wanted = [ROUTING_COUNTS, "output layer", ROUTING_COUNTS]
+    for events, found, expected in results:
+        assert [event for event in events if event in wanted] == 2 * wanted
+        assert events == results[0][0], "another order of collectives"
+        assert len(found) == len(expected) == 2
+        for ours, blocking in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float64
+            assert torch.equal(ours, blocking)
+        for own, of_first in zip(found, results[0][1], strict=True):
+            assert torch.equal(own, of_first)

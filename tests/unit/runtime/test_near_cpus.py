@@ -1,0 +1,121 @@
+"""A rank is bound to the CPUs nearest to its GPU, with a made-up NVML, and a made-up kernel or the real one."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_dist.runtime.near_cpus import bind_near_gpu
+
+NEAR = [{0, 1, 2}, {70, 71, 72}]  # of each GPU
+UUIDS = {"GPU-a": 0, "GPU-b": 1}
+
+
+class Kernel:
+    """Stands for the kernel's binding of this process."""
+
+    def __init__(self, cgroup: Iterable[int], bound: Iterable[int] | None = None) -> None:
+        self.cgroup = set(cgroup)
+        self.bound = set(cgroup if bound is None else bound)
+
+    def bind(self, _process: int, cpus: Iterable[int]) -> None:
+        assert set(cpus) & self.cgroup, "the kernel refuses an empty set"
+        self.bound = set(cpus) & self.cgroup
+
+
+def nvml(near: list[set[int]] = NEAR) -> Any:
+    return SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(near),
+        nvmlDeviceGetHandleByIndex=lambda index: near[index],
+        nvmlDeviceGetHandleByUUID=lambda uuid: near[UUIDS[uuid]],
+        nvmlDeviceGetCpuAffinity=lambda cpus, words: [
+            sum(1 << cpu % 64 for cpu in cpus if cpu // 64 == word) for word in range(words)
+        ],
+    )
+
+
+def bound_by(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, rank: int, **variables: str
+) -> tuple[set[int], dict[str, str]]:
+    monkeypatch.setattr(os, "sched_setaffinity", kernel.bind)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(kernel.bound))
+    bind_near_gpu(rank, variables)
+    return kernel.bound, variables
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "variables", "gpu"),
+    [
+        (0, {}, 0),
+        (1, {}, 1),
+        (0, {"CUDA_VISIBLE_DEVICES": "1,0"}, 1),
+        (1, {"CUDA_VISIBLE_DEVICES": "GPU-b, GPU-a"}, 0),
+        (1, {"CUDA_VISIBLE_DEVICES": "0"}, 0),  # each rank sees its own GPU alone
+    ],
+)
+def test_the_cpus_of_the_ranks_gpu(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, variables: dict[str, str], gpu: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    assert bound_by(Kernel(range(100)), monkeypatch, local_rank, **variables)[0] == NEAR[gpu]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variables"),
+    [
+        (Kernel(range(100), bound=range(50)), {}),  # by srun or taskset
+        (Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
+        (Kernel(range(50, 60)), {}),
+        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # no such GPU
+        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": ""}),
+        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "GPU-c"}),
+    ],
+)
+def test_the_binding_stays(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, variables: dict[str, str]) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    before = set(kernel.bound)
+    assert bound_by(kernel, monkeypatch, 0, **variables, OMP_NUM_THREADS="50") == (
+        before,
+        {**variables, "OMP_NUM_THREADS": "50"},
+    )
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace(nvmlInit=lambda: 1 / 0)])
+def test_without_nvml_the_binding_stays(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert bound_by(Kernel(range(8)), monkeypatch, 0)[0] == set(range(8))
+
+
+@pytest.mark.parametrize(("threads", "left"), [("50", "3"), ("2", "2")])
+def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, threads: str, left: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    assert bound_by(Kernel(range(100)), monkeypatch, 0, OMP_NUM_THREADS=threads)[1] == {"OMP_NUM_THREADS": left}
+
+
+def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread of its own, because the kernel binds threads one by one."""
+    seen: list[set[int]] = []
+
+    def bind() -> None:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, range(4096))
+        free = os.sched_getaffinity(0) == before
+        os.sched_setaffinity(0, before)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml([{min(before)}]))
+        bind_near_gpu(0, {})
+        child = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+        child.start()
+        child.join()
+        seen.append({min(before)} if free else before)
+
+    thread, before = threading.Thread(target=bind), os.sched_getaffinity(0)
+    thread.start()
+    thread.join()
+    assert seen[0] == seen[1]
+    assert os.sched_getaffinity(0) == before
