@@ -97,7 +97,8 @@ def power(job: CheckJob) -> list[Reading]:
     if read is None:
         raise NotPossibleError("NVML gives no readings here; the log of the check has its reason")
     known = [each for each in watts if each is not None]
-    readings = [Reading("memory by NVML / by CUDA", read * MIB / (total - free), least=0.9, most=1.1)]
+    off = abs(read * MIB - (total - free)) / total
+    readings = [Reading("used memory by NVML and by CUDA: difference / all memory", off, most=0.05)]
     if known:
         readings.append(Reading("power of matrix products", max(known), "W", least=1.0))
     return [*readings, Reading("utilisation", max(each or 0.0 for each in loads), "%")]

@@ -6,7 +6,6 @@ Shape letters: T tokens, R rows, Q (token, expert) pairs, D hidden size, F hidde
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -16,6 +15,7 @@ from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import grouped_product, why_not_grouped
 from moe_dist.moe.kernels.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
+from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts
@@ -160,22 +160,34 @@ def layer_rate(job: CheckJob) -> list[Reading]:
     return readings
 
 
+def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
+    """A layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
+    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH).to(device)
+    made.experts.to(torch.bfloat16)
+    return made
+
+
 def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, float]:
     T, D, F, E, K = sizes(job)
     device, groups = mesh.device, single_group(E, 0, K, F)
-    ours = make_layer(D, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH).to(device)
+    ours = _bf16_layer(D, groups, device)
     x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
-    found = {"ours": seconds_of(job, lambda: passes(ours, x_TD, group_T))}
-    if find_spec("megatron") is None:
-        return found
-    with megatron_on_cpu() if job.rehearse else nullcontext(), model_parallel(), torch.device(device):
-        router: Any = ours.router
-        placement = ExpertPlacement.interleaved(groups, 1)
-        theirs = MegatronMoE(torch.nn.Identity(), router, placement, Variant(), hidden=D, ep_rank=0).to(device)
+    found = {"ours": seconds_of(job, lambda: passes(ours, x_TD, group_T, x_TD))}
+    try:
+        found["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
+    except ImportError as error:
+        print(f"no megatron-core: {error}")
+    return found
+
+
+def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: torch.Tensor) -> float:
+    _, D, F, E, K = sizes(job)
+    placement = ExpertPlacement.interleaved(single_group(E, 0, K, F), 1)
+    with megatron_on_cpu() if job.rehearse else nullcontext(), model_parallel(), x_TD.device:
+        theirs = MegatronMoE(torch.nn.Identity(), ours.router, placement, Variant(), hidden=D, ep_rank=0).to(x_TD.device)
         copy_experts(ours.experts, theirs.experts)
         theirs.experts.to(torch.bfloat16)
-        found["megatron"] = seconds_of(job, lambda: passes(theirs, x_TD, group_T))
-    return found
+        return seconds_of(job, lambda: passes(theirs, x_TD, group_T, x_TD))
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
@@ -186,10 +198,9 @@ def null_fraction(job: CheckJob) -> list[Reading]:
     readings, seconds = [], {}
     for fraction in (0.0, 0.25, 0.5, 0.75, 0.9):
         null = round(experts * fraction / (1 - fraction))
-        kernels = triton_or_none(device, torch.bfloat16) or TORCH
-        made = make_layer(D, single_group(experts, null, K, F), kernels=kernels).to(device)
+        made = _bf16_layer(D, single_group(experts, null, K, F), device)
         with torch.no_grad():
             taken = float((made.router(x_TD, group_T)[0].expert_N >= 0).float().mean())
-        seconds[fraction] = seconds_of(job, lambda made=made: passes(made, x_TD, group_T))
+        seconds[fraction] = seconds_of(job, lambda made=made: passes(made, x_TD, group_T, x_TD))
         readings.append(job.timed(f"null fraction {1 - taken:.2f}", seconds[fraction] * 1e3, "ms"))
     return [*readings, job.timed("seconds at 0.9 / at 0", seconds[0.9] / seconds[0.0], most=0.5)]
