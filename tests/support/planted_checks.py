@@ -19,8 +19,9 @@ def good(job: CheckJob) -> list[Reading]:
 def wrong_kernel(job: CheckJob) -> list[Reading]:
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
-    swiglu: Any = TRITON.swiglu
-    TRITON.swiglu = lambda *args: swiglu(*args) * 1.1
+    triton: Any = TRITON
+    swiglu = triton.swiglu
+    triton.swiglu = lambda *args: swiglu(*args) * 1.1
     return kernels(job)
 
 

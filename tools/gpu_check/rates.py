@@ -194,6 +194,7 @@ def null_fraction(job: CheckJob) -> list[Reading]:
     """As many null experts as make about this share of the choices null."""
     T, D, F, _, K = sizes(job)
     device, experts = torch.device(job.device), 8
+    torch.manual_seed(0)
     x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
     readings, seconds = [], {}
     for fraction in (0.0, 0.25, 0.5, 0.75, 0.9):
