@@ -26,7 +26,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser chaos bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser chaos gpu-bundle bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -89,6 +89,21 @@ test-browser: $(INSTALLED)  ## Open reports in a headless Chromium
 ROUNDS ?= 200
 chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on
 	@$(BIN)/python -m tests.support.chaos --rounds $(ROUNDS)
+
+# One folder for a machine with GPUs, torch and triton but no network: code, and wheels of what else `gpu-check` imports.
+GPU_BUNDLE := .cache/gpu-bundle
+GPU_BUNDLE_MB := 60
+DOWNLOAD = $(BIN)/python -m pip download -qq --only-binary=:all: --dest $(GPU_BUNDLE)/wheels \
+  $(foreach tag,2014 _2_17 _2_27 _2_28,--platform manylinux$(tag)_x86_64)
+gpu-bundle: $(INSTALLED)  ## Put code and wheels for gpu-check on a machine without a network into one folder
+	@rm -rf $(GPU_BUNDLE) && mkdir -p $(GPU_BUNDLE)/wheels
+	@tar --exclude=__pycache__ -c moe_dist launchers tools configs | tar -x -C $(GPU_BUNDLE)
+	@mv $(GPU_BUNDLE)/tools/gpu_check/bundle/* $(GPU_BUNDLE)
+	@for version in 3.11 3.12; do \
+	  $(DOWNLOAD) --python-version $$version -r $(GPU_BUNDLE)/requirements.txt && \
+	  $(DOWNLOAD) --python-version $$version --no-deps -r $(GPU_BUNDLE)/requirements-alone.txt || exit 1; done
+	@test $$(du -sm $(GPU_BUNDLE) | cut -f1) -lt $(GPU_BUNDLE_MB) || { du -sh $(GPU_BUNDLE) >&2; exit 1; }
+	@echo "$(GPU_BUNDLE): $$(du -sm $(GPU_BUNDLE) | cut -f1) MB; copy it, and run gpu-check.sh there (docs/gpu.md)"
 
 bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
 	@$(BIN)/python -m tools.bench $$ARGS

@@ -34,6 +34,7 @@ COMMANDS = (
     ("verify", "tools.verify_checkpoint:main", "Check every byte of a checkpoint."),
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),
     ("bench", "tools.bench.__main__:main", "Measure dispatch on this machine."),
+    ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
     ("reproduce", "tools.experiments.__main__:main", "Run an experiment of configs/reproduce, and report it."),
 )
 

@@ -70,19 +70,21 @@ def init_world(
     world_size: int,
     device: torch.device,
     timeout: float,
+    backend: str | None = None,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` limits every collective, in seconds. Ranks
-    meet in `store`, or by `init_method` if `store` is None."""
+    """Creates the default process group: NCCL on CUDA, otherwise gloo, or `backend`. `timeout` limits every collective, in
+    seconds. Ranks meet in `store`, or by `init_method` if `store` is None."""
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if store is not None:
         store.set_timeout(timedelta(seconds=timeout))
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         init_method=init_method if store is None else None,
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections now, so that errors show early
+        device_id=device if backend == "nccl" else None,  # opens NCCL's connections now, so that errors show early
     )
 
 

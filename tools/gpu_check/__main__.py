@@ -1,0 +1,82 @@
+"""Checks and measures this project on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ResourceError, StoppedError
+from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.files import make_writable
+from tools.gpu_check.checks import CHECKS
+from tools.gpu_check.outcome import CheckJob, Outcome
+from tools.gpu_check.process import run_check
+from tools.gpu_check.session import run_checks
+
+_STYLES = {"pass": "green", "fail": "bold red", "not possible": "dim", "not run": "yellow"}
+
+
+@reports_errors("gpu-check")
+def main(
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default all that torch sees.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Time for all checks; the same command goes on later.")] = 9.0,
+    json: Annotated[Path, typer.Option(help="File of the results.")] = Path("gpu_check.json"),
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run all checks on the CPU, with tiny shapes.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what the file has results of.")] = False,
+) -> None:
+    """Check results and speed on GPUs; print a table and write JSON. The exit code is 0 if no check failed, 1 if one did,
+    75 if time was over before the last check, and 69 without a GPU."""
+    # Read by the checks' processes. By NVML, torch counts GPUs without touching CUDA, which forks would not survive.
+    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    os.environ |= interpreted if rehearse else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    console = Console(highlight=False, soft_wrap=True)
+    job = CheckJob(gpus or 2, rehearse, json.with_name(f"{json.stem}_logs"))
+    make_writable(job.folder, option=f"--json {json}")
+    found: dict[str, object] = {"card": "CPU, rehearsal"}
+    if not rehearse:
+        job, found = _with_card(job, gpus)
+    console.print(f"{job.gpus} x {found['card']}: {json}, logs in {job.folder}")
+
+    def show(name: str, outcome: Outcome) -> None:
+        reason = f"  {outcome.reason}" if outcome.reason else ""
+        console.print(f"[{_STYLES[outcome.verdict]}]{outcome.verdict}[/]  {name}  {outcome.seconds:.1f} s", end="")
+        console.print(reason, markup=False)
+
+    outcomes = run_checks(CHECKS, job, json, found, minutes=minutes, fresh=fresh, show=show)
+    console.print(table(f"{job.gpus} x {found['card']}", outcomes))
+    verdicts = {each.verdict for each in outcomes.values()}
+    raise typer.Exit(EXIT_FAILED if "fail" in verdicts else StoppedError.exit_code if "not run" in verdicts else EXIT_DONE)
+
+
+def _with_card(job: CheckJob, gpus: int | None) -> tuple[CheckJob, dict[str, object]]:
+    """Asks for the card in another process, because the server of processes forks this program's own state."""
+    outcome = run_check("card", "tools.gpu_check.machine:card", replace(job, seconds=120.0))
+    if outcome.verdict != "pass":
+        raise ResourceError(f"{outcome.reason}; to run the checks on the CPU, give --rehearse")
+    count, name = int(outcome.readings[0].value), outcome.readings[0].unit
+    if (gpus or 1) > count:
+        raise ResourceError(f"--gpus {gpus}: torch sees {count} GPUs; give fewer, or look at CUDA_VISIBLE_DEVICES")
+    facts = {each.what: each.unit for each in outcome.readings[1:]}
+    return replace(job, gpus=gpus or count, card=name), {"card": name, **facts}
+
+
+def table(title: str, outcomes: dict[str, Outcome]) -> Table:
+    """All checks with their readings."""
+    made = Table(title=title)
+    for column in ("check", "result", "s", "readings"):
+        made.add_column(column, justify="right" if column == "s" else "left")
+    for name, outcome in outcomes.items():
+        lines = [str(each) for each in outcome.readings] or [outcome.reason]
+        verdict = f"[{_STYLES[outcome.verdict]}]{outcome.verdict}[/]"
+        made.add_row(
+            f"{name}: {CHECKS[name].says}", verdict, f"{outcome.seconds:.1f}", "\n".join(lines).replace("[", r"\[")
+        )
+    return made
+
+
+if __name__ == "__main__":
+    run_command(main)

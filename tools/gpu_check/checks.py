@@ -1,0 +1,24 @@
+"""The table of checks, in the order in which they run: first whether results are right, then how fast they come."""
+
+from collections.abc import Mapping
+
+from tools.gpu_check.session import Check
+
+CHECKS: Mapping[str, Check] = {
+    "modules": Check("tools.gpu_check.machine:modules", 90, "every module imports; the presets for GPUs build"),
+    "kernels": Check("tools.gpu_check.kernels:kernels", 120, "Triton kernels = torch in float64, values and gradients"),
+    "attention": Check("tools.gpu_check.layers:attention", 240, "attention inside documents = dense masks in float64"),
+    "layer": Check("tools.gpu_check.layers:layer", 90, "MoE layer on the GPU = on the CPU in float64"),
+    "dispatch": Check("tools.gpu_check.layers:dispatch", 90, "layer on N ranks = on one rank of the CPU, in float64"),
+    "steps": Check("tools.gpu_check.training:steps", 240, "training steps, DDP and FSDP2, fp32 and bf16 = fp32 on the CPU"),
+    "repeat": Check("tools.gpu_check.training:repeat", 120, "a run repeats bit for bit, also across a checkpoint"),
+    "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),
+    "syncs": Check("tools.gpu_check.layers:syncs", 60, "host syncs of an MoE layer"),
+    "ceilings": Check("tools.gpu_check.rates:ceilings", 60, "rates of copies and matrix products; launches"),
+    "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
+    "kernel rates": Check("tools.gpu_check.rates:kernel_rates", 60, "time of each kernel over bytes / copy rate"),
+    "grouped product": Check("tools.gpu_check.rates:grouped", 60, "grouped product over the dense rate"),
+    "layer rate": Check("tools.gpu_check.rates:layer_rate", 60, "time of a layer over its least time; Megatron-Core's"),
+    "null fraction": Check("tools.gpu_check.rates:null_fraction", 60, "time of a layer as choices become null"),
+    "preset": Check("tools.gpu_check.training:preset", 240, "tokens/s, MFU and memory of OLMoE, cut to fit"),
+}

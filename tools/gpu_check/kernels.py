@@ -1,0 +1,78 @@
+"""Holds each Triton kernel to operations of torch in float64, by values and gradients, and to the trial of a run's start.
+
+Shape letters: Q pairs, R rows, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels import trial
+from moe_dist.moe.kernels.choice import why_not_triton
+from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+
+SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # pairs, rows, width
+LARGE_SHAPES = ((65_536, 8192, 2048), (30_011, 4099, 1000))
+MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # rounding of one store, and the interpreter cuts off instead
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm of what is expected; 0 for empty tensors."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    if found.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30)) if found.numel() else 0.0
+
+
+def kernels(job: CheckJob) -> list[Reading]:
+    device, readings = torch.device(job.device), []
+    if reason := why_not_triton(device, torch.bfloat16):
+        raise NotPossibleError(reason)
+    from moe_dist.moe.kernels.triton_kernels import TRITON
+
+    for dtype, most in MOST.items():
+        if reason := trial.why_not(TRITON, device, dtype):
+            raise AssertionError(reason)
+        for name, run in {"gather": _gather, "weighted pairs": _weighted_pairs, "sums of rows": _sum_rows}.items():
+            shapes = SHAPES if job.rehearse else (*SHAPES, *LARGE_SHAPES)
+            worst = max(_against_torch(TRITON, run, shape, device, dtype) for shape in shapes)
+            readings.append(Reading(f"{name}, {str(dtype).removeprefix('torch.')}: difference", worst, most=most))
+    return readings
+
+
+def _against_torch(triton: RowKernels, run: Any, shape: tuple[int, int, int], device: Any, dtype: torch.dtype) -> float:
+    num_pairs, num_rows, width = shape
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, max(1, num_rows), (num_pairs,), generator=generator)
+    drawn = [torch.randn(rows, width, generator=generator).to(dtype) for rows in (num_rows, num_pairs, num_pairs)]
+    weight_Q = torch.rand(num_pairs, generator=generator)
+
+    def results(kernels: RowKernels, where: torch.device, widened: torch.dtype | None) -> list[Tensor]:
+        leaves = [each.to(where, widened or each.dtype, copy=True).requires_grad_() for each in (*drawn, weight_Q)]
+        made = run(kernels, RowIndex((index.to(where),), num_rows), *leaves)
+        directions = [torch.cos(torch.arange(each.numel())).view(each.shape).to(each) for each in made]
+        wanted = [each for each in made if each.requires_grad]
+        given = [direction for each, direction in zip(made, directions, strict=True) if each.requires_grad]
+        grads = torch.autograd.grad(wanted, leaves, given, allow_unused=True) if wanted else []
+        return [*made, *(each for each in grads if each is not None)]
+
+    exact = results(TORCH, torch.device("cpu"), torch.float64)
+    return max(map(difference, results(triton, device, None), exact))
+
+
+def _gather(kernels: RowKernels, index: RowIndex, rows_RD: Tensor, *_: Tensor) -> list[Tensor]:
+    return [each * 1 for each in kernels.gather(rows_RD, index)]
+
+
+def _weighted_pairs(kernels: RowKernels, index: RowIndex, _: Tensor, gate: Tensor, up: Tensor, w: Tensor) -> list[Tensor]:
+    hidden_QD = kernels.swiglu(w, gate, up)
+    return [kernels.sum_pairs(hidden_QD, w, index, hidden_QD.dtype)]
+
+
+def _sum_rows(kernels: RowKernels, index: RowIndex, base: Tensor, own: Tensor, other: Tensor, w: Tensor) -> list[Tensor]:
+    both = RowIndex((*index.parts, *index.parts), index.num_rows)
+    with torch.no_grad():
+        return [kernels.sum_rows(own, lambda: other, both, base)]

@@ -1,0 +1,104 @@
+"""Checks of the machine: its card, the imports, the presets, and what NVML reads."""
+
+import importlib
+import pkgutil
+import time
+
+import torch
+from torch.cuda import nccl
+
+from moe_dist.config.bundled import find_config
+from moe_dist.config.load import load_config
+from moe_dist.monitor.devices import MIB, DeviceMonitor
+from moe_dist.train.dry_run import estimate
+from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+
+OURS = ("moe_dist", "launchers", "tools")
+PRESETS = (
+    "olmoe_1b7b_8gpu",
+    "adamoe_mixtral8x7b_64gpu",
+    "moma_1b4_4t4i_32gpu",
+    "mole_llama3_8b_8gpu",
+    "adamoe_moma_small_1gpu",
+)
+POWER_SECONDS = 2.0
+
+
+def card(job: CheckJob) -> list[Reading]:
+    """The number of GPUs, and facts about the first as text."""
+    if not torch.cuda.is_available():
+        raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
+    properties = torch.cuda.get_device_properties(0)
+    facts = {
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "multiprocessors": str(properties.multi_processor_count),
+        "cuda": str(torch.version.cuda),
+        "nccl": ".".join(map(str, nccl.version())),
+        "driver": _driver(),
+    }
+    named = [Reading(name, 0.0, text) for name, text in facts.items()]
+    return [Reading("GPUs", torch.cuda.device_count(), properties.name), *named]
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception as error:  # NVML may be missing in a container
+        return f"unknown ({error})"
+
+
+def modules(job: CheckJob) -> list[Reading]:
+    """Imports all modules of moe_dist. A module may miss a package that few commands need; nothing else may fail."""
+    missing, failed, count = set[str](), list[str](), 0
+    top = "moe_dist.optim" if job.rehearse else "moe_dist"  # all modules take a minute of a busy core
+    for found in pkgutil.walk_packages(importlib.import_module(top).__path__, f"{top}."):
+        if found.name.startswith(("moe_dist.bundled", "moe_dist.hf.served")):
+            continue
+        try:
+            importlib.import_module(found.name)
+            count += 1
+        except ImportError as error:
+            name = (error.name or "").partition(".")[0]
+            if not isinstance(error, ModuleNotFoundError) or name in ("", *OURS):
+                failed.append(f"{found.name}: {error}")
+            missing.add(name)
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    presets = PRESETS[-1:] if job.rehearse else PRESETS
+    for preset in presets:
+        estimate(load_config(find_config(preset), []))
+    lacking = f" (packages that are not here: {', '.join(sorted(missing))})" if missing else ""
+    return [Reading(f"modules imported{lacking}", count, least=1), Reading("presets built", len(presets))]
+
+
+def power(job: CheckJob) -> list[Reading]:
+    """Reads the GPU while it multiplies matrices, and compares the memory with torch's."""
+    if job.rehearse:
+        raise NotPossibleError("there is no GPU to read")
+    monitor = DeviceMonitor(seconds=0.1, gpu=f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    try:
+        x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        watts, loads, end = [], [], time.monotonic() + POWER_SECONDS
+        while time.monotonic() < end:
+            for _ in range(20):
+                torch.matmul(x, x)
+            torch.cuda.synchronize()
+            latest = monitor.latest
+            watts.append(latest["device/power"])
+            loads.append(latest["device/utilisation"])
+        free, total = torch.cuda.mem_get_info()
+        read = monitor.latest["device/memory"]
+    finally:
+        monitor.stop()
+    if read is None:
+        raise NotPossibleError("NVML gives no readings here; the log of the check has its reason")
+    known = [each for each in watts if each is not None]
+    off = abs(read * MIB - (total - free)) / total
+    readings = [Reading("used memory by NVML and by CUDA: difference / all memory", off, most=0.05)]
+    if known:
+        readings.append(Reading("power of matrix products", max(known), "W", least=1.0))
+    return [*readings, Reading("utilisation", max(each or 0.0 for each in loads), "%")]

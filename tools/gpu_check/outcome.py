@@ -1,0 +1,100 @@
+"""What a check gets and gives: the job that it checks, and its readings, each with the bar that it must keep."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "not possible", "not run"]
+
+
+class NotPossibleError(Exception):
+    """The check needs something that this machine lacks. The message names it."""
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    """What is checked. It goes to each check's process.
+
+    Attributes:
+        gpus: Number of ranks, and on CUDA of GPUs.
+        rehearse: True for tiny shapes on the CPU, with Triton's interpreter. Times then have no bar.
+        folder: Folder for files of the checks.
+        card: Name of the GPU.
+        rates: Rates that the check `ceilings` measured, per second: `copy` (bytes read and written), `gemm` (FLOPs).
+        seconds: Time limit of the check.
+    """
+
+    gpus: int
+    rehearse: bool
+    folder: Path
+    card: str = ""
+    rates: dict[str, float] = field(default_factory=dict)
+    seconds: float = 600.0
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearse else "cuda"
+
+    def rate(self, name: str) -> float:
+        if name not in self.rates:
+            raise NotPossibleError(f"there is no rate {name!r} to compare with: the check `ceilings` has not measured it")
+        return self.rates[name]
+
+    def timed(
+        self, what: str, value: float, unit: str = "", *, least: float = -math.inf, most: float = math.inf
+    ) -> "Reading":
+        """A reading that depends on times. Its bars count on a GPU only."""
+        return Reading(what, value, unit) if self.rehearse else Reading(what, value, unit, least, most)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value, and the interval in which it must be. NaN is in no interval."""
+
+    what: str
+    value: float
+    unit: str = ""
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def good(self) -> bool:
+        return self.least <= self.value <= self.most
+
+    def __str__(self) -> str:
+        bars = [f"{sign} {bar:.4g}" for sign, bar in ((">=", self.least), ("<=", self.most)) if math.isfinite(bar)]
+        return f"{self.what} {self.value:.4g}{f' {self.unit}' if self.unit else ''}" + (
+            f" ({', '.join(bars)})" if bars else ""
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check. `reason` says why it did not pass."""
+
+    verdict: Verdict
+    reason: str = ""
+    seconds: float = 0.0
+    readings: tuple[Reading, ...] = ()
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading]) -> "Outcome":
+        missed = [str(each) for each in readings if not each.good]
+        return cls("fail" if missed else "pass", "; ".join(missed), readings=tuple(readings))
+
+    def as_json(self) -> dict[str, Any]:
+        """Bars without a bound, and values that JSON lacks, become text."""
+        made = asdict(self)
+        for reading in made["readings"]:
+            reading |= {name: str(x) for name, x in reading.items() if isinstance(x, float) and not math.isfinite(x)}
+        return made
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Outcome":
+        numbers = ("value", "least", "most")
+        rows: list[dict[str, Any]] = [
+            {name: float(x) if name in numbers else x for name, x in row.items()} for row in values["readings"]
+        ]
+        return cls(values["verdict"], values["reason"], values["seconds"], tuple(Reading(**row) for row in rows))

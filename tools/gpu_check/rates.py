@@ -1,0 +1,207 @@
+"""Measures rates of the card, and the times of kernels, products and layers over the least that these rates allow.
+
+Shape letters: T tokens, R rows, Q (token, expert) pairs, D hidden size, F hidden width of experts, E experts, K choices.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+
+from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.experts import grouped_product, why_not_grouped
+from moe_dist.moe.kernels.choice import why_not_triton
+from moe_dist.moe.kernels.interface import RowIndex
+from moe_dist.moe.layer import MoELayer
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertPlacement
+from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts
+from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
+from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
+from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.process import on_ranks
+
+BF16 = 2  # bytes
+ROUNDS, RUNS = 7, 5  # timed rounds, and runs in each
+SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
+TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
+H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars of an H100 with HBM3
+
+
+def seconds_of(job: CheckJob, run: Callable[[], Any]) -> float:
+    """Median seconds of a run. On CUDA several runs are queued between two events, so that launches overlap with work."""
+    rounds, runs = (1, 1) if job.rehearse else (ROUNDS, RUNS)
+    run()
+    found = []
+    for _ in range(rounds):
+        if job.rehearse:
+            began = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - began)
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(runs):
+            run()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3 / runs)
+    return median(found)
+
+
+def sizes(job: CheckJob) -> tuple[int, ...]:
+    return tuple((TINY if job.rehearse else SHAPE).values())
+
+
+def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device=job.device, dtype=dtype)
+
+
+def ceilings(job: CheckJob) -> list[Reading]:
+    count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
+    source = drawn(job, count)
+    target, x = torch.empty_like(source), drawn(job, width, width)
+    bars = H100 if "H100" in job.card and "PCIe" not in job.card else {}
+    copy = 2 * BF16 * count / seconds_of(job, lambda: target.copy_(source))
+    gemm = 2 * width**3 / seconds_of(job, lambda: x @ x)
+    small = torch.zeros(1, device=job.device)
+    launch = seconds_of(job, lambda: [small.add_(1) for _ in range(100)]) / 100
+    readings = [
+        job.timed("copy", copy, "B/s", least=bars.get("copy", 0.0)),
+        job.timed("gemm", gemm, "FLOP/s", least=bars.get("gemm", 0.0)),
+        job.timed("a launch", launch * 1e6, "us"),
+    ]
+    if not job.rehearse:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        up = host.to("cuda")
+        rate = host.numel() / seconds_of(job, lambda: up.copy_(host, non_blocking=True))
+        readings.append(job.timed("copy from the host", rate, "B/s"))
+    return readings
+
+
+def kernel_rates(job: CheckJob) -> list[Reading]:
+    """The bytes are those that a kernel must read and write; a row that several pairs use is read for each."""
+    if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
+        raise NotPossibleError(reason)
+    from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
+    from moe_dist.moe.kernels.gather import gather_rows
+    from moe_dist.moe.kernels.row_sum import row_sum
+    from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
+
+    copy, (T, D, F, E, K) = job.rate("copy"), sizes(job)
+    Q, bf16 = T * K, torch.bfloat16
+    row_Q = torch.randint(0, T, (Q,), device=job.device)
+    table, pairs, gate, up = drawn(job, T, D), drawn(job, Q, D), drawn(job, Q, F), drawn(job, Q, F)
+    weight, logits = torch.rand(Q, device=job.device), drawn(job, T, E, dtype=torch.float32)
+    order, first = RowIndex((row_Q,), T).items_of_rows
+    groups, column = (
+        torch.zeros(T, dtype=torch.int64, device=job.device),
+        torch.zeros(E, dtype=torch.int64, device=job.device),
+    )
+    top_k, among = torch.tensor([K, 0], device=job.device), AMONG["true_chosen"]
+    chosen = choose(logits, groups, column, top_k, None, E, K, 1.0, among)[0]
+    prob, square = torch.rand(E, device=job.device), torch.rand(1, device=job.device)
+    measured: dict[str, tuple[Callable[[], Any], float, float]] = {
+        "gather_rows": (lambda: gather_rows(table, row_Q, bf16), BF16 * 2 * Q * D, 0.8),
+        "row_sum": (lambda: row_sum(pairs, pairs[:0], None, order, first, False, bf16), BF16 * (Q + T) * D, 0.7),
+        "swiglu": (lambda: swiglu(weight, gate, up), BF16 * 3 * Q * F, 0.7),
+        "swiglu_backward": (lambda: swiglu_backward(gate, weight, gate, up), BF16 * 5 * Q * F, 0.7),
+        "choose": (lambda: choose(logits, groups, column, top_k, None, E, K, 1.0, among), 4 * T * E + 28 * Q, 0.0),
+        "choose_backward": (
+            lambda: choose_backward(logits, groups, column, top_k, chosen, weight.view(T, K), prob, square, E, 1.0, among),
+            8 * T * E + 12 * Q,
+            0.0,
+        ),
+    }
+    readings = []
+    for name, (run, num_bytes, least) in measured.items():
+        seconds = seconds_of(job, run)
+        readings.append(job.timed(f"{name}: rate / copy rate", num_bytes / copy / seconds, least=least))
+    return readings
+
+
+def grouped_product_rate(job: CheckJob, rows: int) -> float:
+    _, D, F, E, _ = sizes(job)
+    experts = min(E, 8)
+    x, stack = drawn(job, rows * experts, D), drawn(job, experts, F, D)
+    product = grouped_product([rows] * experts, torch.device(job.device))
+    return 2 * rows * experts * D * F / seconds_of(job, lambda: product(x, stack))
+
+
+def grouped(job: CheckJob) -> list[Reading]:
+    gemm, (_, D, F, _, _) = job.rate("gemm"), sizes(job)
+    if reason := why_not_grouped(torch.bfloat16, torch.device(job.device), (D, F)):
+        raise NotPossibleError(reason)
+    readings = []
+    for rows in (8,) if job.rehearse else (128, 1024, 8192):
+        what = f"{rows} rows of each of 8 experts: rate / dense rate"
+        readings.append(job.timed(what, grouped_product_rate(job, rows) / gemm, least=0.75 if rows >= 1024 else 0.0))
+    return readings
+
+
+def layer_rate(job: CheckJob) -> list[Reading]:
+    """Forward and backward of one OLMoE layer with all experts here. The least time is that of its matrix products at the
+    dense rate, and of the bytes at the copy rate that gathers, SwiGLU and sums must read and write."""
+    gemm, copy, (T, D, F, _, K) = job.rate("gemm"), job.rate("copy"), sizes(job)
+    Q = T * K
+    num_bytes = BF16 * (D * (T + Q) + 3 * Q * F + D * (Q + T) + D * (T + Q) + 5 * Q * F + D * (2 * Q + T))
+    least = 18 * Q * D * F / gemm + num_bytes / copy
+    found = on_ranks(_layer_seconds, job, world=1)[0]
+    readings = [
+        job.timed("forward and backward", found["ours"] * 1e3, "ms"),
+        job.timed("its least time", least * 1e3, "ms"),
+        job.timed("seconds / least", found["ours"] / least, most=1.25),
+    ]
+    if "megatron" in found:
+        readings.append(job.timed("ours / Megatron-Core's sequential experts", found["ours"] / found["megatron"], most=1.0))
+    return readings
+
+
+def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
+    """A layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
+    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH).to(device)
+    made.experts.to(torch.bfloat16)
+    return made
+
+
+def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, float]:
+    T, D, F, E, K = sizes(job)
+    device, groups = mesh.device, single_group(E, 0, K, F)
+    ours = _bf16_layer(D, groups, device)
+    x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
+    found = {"ours": seconds_of(job, lambda: passes(ours, x_TD, group_T, x_TD))}
+    try:
+        found["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
+    except ImportError as error:
+        print(f"no megatron-core: {error}")
+    return found
+
+
+def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: torch.Tensor) -> float:
+    _, D, F, E, K = sizes(job)
+    placement = ExpertPlacement.interleaved(single_group(E, 0, K, F), 1)
+    with megatron_on_cpu() if job.rehearse else nullcontext(), model_parallel(), x_TD.device:
+        theirs = MegatronMoE(torch.nn.Identity(), ours.router, placement, Variant(), hidden=D, ep_rank=0).to(x_TD.device)
+        copy_experts(ours.experts, theirs.experts)
+        theirs.experts.to(torch.bfloat16)
+        return seconds_of(job, lambda: passes(theirs, x_TD, group_T, x_TD))
+
+
+def null_fraction(job: CheckJob) -> list[Reading]:
+    """As many null experts as make about this share of the choices null."""
+    T, D, F, _, K = sizes(job)
+    device, experts = torch.device(job.device), 8
+    torch.manual_seed(0)
+    x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
+    readings, seconds = [], {}
+    for fraction in (0.0, 0.25, 0.5, 0.75, 0.9):
+        null = round(experts * fraction / (1 - fraction))
+        made = _bf16_layer(D, single_group(experts, null, K, F), device)
+        with torch.no_grad():
+            taken = float((made.router(x_TD, group_T)[0].expert_N >= 0).float().mean())
+        seconds[fraction] = seconds_of(job, lambda made=made: passes(made, x_TD, group_T, x_TD))
+        readings.append(job.timed(f"null fraction {1 - taken:.2f}", seconds[fraction] * 1e3, "ms"))
+    return [*readings, job.timed("seconds at 0.9 / at 0", seconds[0.9] / seconds[0.0], most=0.5)]

@@ -1,0 +1,103 @@
+"""Runs the checks in order within a time budget, writes results after each, and goes on with the results of a cut run."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import moe_dist
+from moe_dist.runtime.files import write_atomically
+from tools.gpu_check.outcome import CheckJob, Outcome, Reading
+from tools.gpu_check.process import run_check
+
+PACKAGES = ("torch", "triton", "numpy", "megatron-core")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table of checks.
+
+    Attributes:
+        target: Function 'module:name' that takes a `CheckJob` and returns its readings.
+        seconds: Time limit, several times what the check should take on a GPU.
+    """
+
+    target: str
+    seconds: float
+    says: str
+
+
+def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What results must share to stand in one file: code, machine and versions. `found` is what the card says."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    settings = {"gpus": job.gpus, "rehearse": job.rehearse, "code": code_hash(), "python": platform.python_version()}
+    return {**found, **settings, **versions}
+
+
+def code_hash() -> str:
+    """A hash of the source of moe_dist and tools, which a copied folder has without git."""
+    made = sha256()
+    for top in (Path(moe_dist.__file__).parent, Path(__file__).parents[1]):
+        for file in sorted(top.rglob("*.py")):
+            made.update(str(file.relative_to(top)).encode() + file.read_bytes())
+    return made.hexdigest()[:16]
+
+
+def run_checks(
+    checks: Mapping[str, Check],
+    job: CheckJob,
+    path: Path,
+    found: Mapping[str, Any],
+    *,
+    minutes: float,
+    fresh: bool = False,
+    show: Callable[[str, Outcome], None] = lambda name, outcome: None,
+) -> dict[str, Outcome]:
+    """Runs each check that the file `path` has no result of, and returns all outcomes. Results with another header are
+    dropped. A check that finds no time is `not run`, and a later call runs it."""
+    head, end = header(job, found), time.monotonic() + 60 * minutes
+    outcomes = {} if fresh else read_outcomes(path, head)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, check in checks.items():
+        if name not in outcomes:
+            outcome = Outcome("not run", f"the time of {minutes:g} minutes is over; the same command goes on")
+            if (left := end - time.monotonic()) > 0:
+                rates = dict(_rates(outcomes.values()))
+                made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
+                if made.verdict != "fail" or time.monotonic() < end:  # otherwise the end of the time may have cut it
+                    outcome = made
+            outcomes[name] = outcome
+            known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}
+            write_atomically(path, json.dumps({"header": head, "checks": known}, indent=1) + "\n")
+        show(name, outcomes[name])
+    return {name: outcomes[name] for name in checks}
+
+
+def read_outcomes(path: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Reads the results of a cut run with the same header; none if there are none."""
+    try:
+        read = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    if read.get("header") != head:
+        return {}
+    return {name: Outcome.from_json(each) for name, each in read["checks"].items()}
+
+
+def _rates(outcomes: Any) -> Iterator[tuple[str, float]]:
+    """The readings whose unit ends with '/s', by name."""
+    for outcome in outcomes:
+        for reading in outcome.readings:
+            assert isinstance(reading, Reading)
+            if reading.unit in ("B/s", "FLOP/s"):
+                yield reading.what, reading.value

@@ -1,0 +1,284 @@
+"""Checks of training steps, of checkpoints and generation from the GPU, and the speed of a preset cut to fit.
+
+Tokens are random. Step and number of a sequence determine its tokens, so any number of ranks trains on the same sequences.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import capture
+from moe_dist.config.bundled import find_config
+from moe_dist.config.load import load_config
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
+from moe_dist.data.batch import BatchMaker, Segment
+from moe_dist.errors import MoeDistError
+from moe_dist.inference.generate import Generator, Request
+from moe_dist.inference.grammar import grammar_of
+from moe_dist.inference.sampling import Sampling
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.parallel.determinism import make_deterministic
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.plan.flops import expected_experts, model_flops_per_token
+from moe_dist.plan.planner import group_shares
+from moe_dist.plan.preflight import layout_without_data
+from moe_dist.train.build import build_training, rank_layout
+from moe_dist.train.dry_run import estimate
+from moe_dist.train.loss import AuxSettings
+from tools.bench.count import count
+from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.process import on_ranks
+
+SMALL = "adamoe_moma_small_1gpu"
+VOCABULARY = 512
+SMALL_SIZES = (
+    f"model.vocab_size={VOCABULARY}",
+    "model.num_layers=2",
+    "model.hidden_dim=128",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "data.seq_len=128",
+    "train.micro_batch=1",
+    "parallel.timeout_seconds=600",
+)
+TINY_SIZES = ("model.hidden_dim=32", "data.seq_len=24")
+MODES = {
+    "DDP, fp32": ("parallel.data=ddp", "parallel.precision=fp32"),
+    "DDP, bf16": ("parallel.data=ddp", "parallel.precision=bf16"),
+    "FSDP2, fp32": ("parallel.data=fsdp2", "parallel.precision=fp32"),
+    "FSDP2, bf16": ("parallel.data=fsdp2", "parallel.precision=bf16", "parallel.fsdp_gather=step"),
+}
+MOST = {"fp32": 1e-4, "bf16": 0.02}  # of losses and gradient norms, relative
+STEPS = 3
+LEARNING_RATE = 1e-3
+# Dense bf16 FLOPs per second in NVIDIA's data sheets, by a part of the card's name; the first that fits counts.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "B300": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+class RandomRun:
+    """A configuration in training on random tokens, without data on disk."""
+
+    def __init__(self, job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, config: str = SMALL) -> None:
+        scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
+        sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if config == SMALL else []
+        micro = next((each.partition("=")[2] for each in overrides if each.startswith("train.micro_batch=")), "1")
+        # Each rank has two micro-batches, or as many sequences as all ranks of the GPU runs if it is alone.
+        self.sequences = 2 * int(micro) * max(job.gpus, mesh.world_size)
+        no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would set rules of its own
+        scale += [f"train.global_batch={self.sequences}", "placement.policy=interleaved", no_data]
+        self.config = load_config(find_config(config), [*sizes, *scale, *overrides])
+        self.mesh, self.layout = mesh, layout_without_data(self.config)
+        vocabulary = self.config.model.vocab_size
+        names = [name for group in self.layout.groups for name in group.modalities]
+        edges = [vocabulary * index // len(names) for index in range(len(names) + 1)]
+        source = SourceSection(train=SplitSection(path="none", documents=1, tokens=1), licence="none")
+        self.manifest = Manifest(
+            name="random",
+            vocab_size=vocabulary,
+            modalities={name: ((edges[i], edges[i + 1]),) for i, name in enumerate(names)},
+            pad_id=0,
+            eos_id=1,
+            sources={"random": source},
+        )
+        self.maker = BatchMaker(
+            seq_len=self.config.data.seq_len, pad_id=0, modalities=list(self.manifest.modalities.values())
+        )
+        self.training = build_training(self.config, self.manifest, self.layout.placement, mesh)
+        self.step = 0
+
+    def take(self, steps: int) -> list[StepResult]:
+        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # a balance term depends on how micro-batches are cut
+        results = []
+        for _ in range(steps):
+            results.append(self.training.step(self._batches(), lr=LEARNING_RATE, aux=aux, number=self.step))
+            self.step += 1
+        return results
+
+    def _batches(self) -> list[Any]:
+        per_rank, micro = self.sequences // self.mesh.world_size, self.config.train.micro_batch
+        own = range(self.mesh.rank * per_rank, (self.mesh.rank + 1) * per_rank)
+        rows = [self._sequence(number) for number in own]
+        return [self.maker.make(rows[at : at + micro]) for at in range(0, per_rank, micro)]
+
+    def _sequence(self, number: int) -> list[Segment]:
+        """Two documents of different lengths."""
+        rng, length = np.random.default_rng([self.step, number]), self.config.data.seq_len
+        lengths = (length // 3, length - length // 3)
+        drawn = [rng.integers(2, self.config.model.vocab_size, each) for each in lengths]
+        return [Segment(tokens, np.zeros(len(tokens), bool), len(tokens)) for tokens in drawn]
+
+    def bits(self) -> str:
+        """A hash of this rank's weights and moments."""
+        hashed = torch.zeros((), dtype=torch.int64)
+        for name, tensor in sorted(self._state().tensors().items()):
+            whole = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+            words = whole.detach().contiguous().view(torch.int32).flatten().to("cpu", torch.int64)
+            hashed = hashed * 31 + (words * torch.arange(1, len(words) + 1)).sum() + len(name)
+        return str(int(hashed))
+
+    def _state(self) -> Any:
+        layout = rank_layout(self.layout.placement, self.mesh)
+        return capture(self.training.parallel.model, self.training.optimizer, layout, values={}, rank_values={})
+
+    def _manager(self, folder: str) -> CheckpointManager:
+        return CheckpointManager(Path(folder), keep=1, lease_check=lambda: None, process_group=self.mesh.checkpoint)
+
+    def save(self, folder: str) -> None:
+        self._manager(folder).save(self.step, self._state())
+
+    def load(self, folder: str) -> None:
+        manager = self._manager(folder)
+        newest = manager.latest()
+        assert newest is not None
+        self.step = manager.load(newest, self._state()).step
+
+
+def steps(job: CheckJob) -> list[Reading]:
+    (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
+    found = on_ranks(_losses, job, list(MODES))[0]
+    readings = []
+    for mode, losses in found.items():
+        worst = float(np.abs(np.array(losses) / np.array(exact["DDP, fp32"]) - 1).max())
+        readings.append(Reading(f"{mode}: difference of losses and gradient norms", worst, most=MOST[mode[-4:]]))
+    return readings
+
+
+def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float]]:
+    made = {}
+    for mode in modes:
+        results = RandomRun(job, mesh, MODES[mode]).take(STEPS)
+        made[mode] = [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
+    return made
+
+
+def repeat(job: CheckJob) -> list[Reading]:
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        found = on_ranks(_repeated, job, folder)
+    names = found[0]
+    return [
+        Reading(f"{name}: ranks with equal bits", sum(each[name] for each in found), least=len(found)) for name in names
+    ]
+
+
+def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, bool]:
+    make_deterministic()
+    overrides = (*MODES["DDP, bf16"], "parallel.deterministic=true")
+    bits = []
+    for _ in range(2):
+        run = RandomRun(job, mesh, overrides)
+        run.take(2)
+        run.save(folder)
+        run.take(1)
+        bits.append(run.bits())
+    resumed = RandomRun(job, mesh, overrides)
+    resumed.load(folder)
+    resumed.take(1)
+    return {"the same run twice": bits[0] == bits[1], "resumed from a checkpoint": resumed.bits() == bits[1]}
+
+
+def generation(job: CheckJob) -> list[Reading]:
+    """Likeliest tokens by the cache, fp32; on the CPU by the same weights."""
+    made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
+    same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
+    return [Reading("share of equal tokens", float(same), least=1.0)]
+
+
+def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
+    run = RandomRun(job, mesh, (*MODES["DDP, fp32"], "model.init_std=0.2"))
+    model, length = run.training.parallel.model, run.config.model.max_seq_len
+    grammar = grammar_of(run.manifest, vocab_size=run.config.model.vocab_size, never=[1])
+    groups = run.training.step.group_of_modality.tolist()
+    generator = Generator(model, grammar, group_of_modality=groups, max_seq_len=length)  # pyright: ignore[reportArgumentType]
+    prompts = [[5, 6, 7], [400, 9]]
+    return generator(prompts, Request(max_new_tokens=8, sampling=Sampling(temperature=0.0)))
+
+
+def preset(job: CheckJob) -> list[Reading]:
+    """OLMoE's layers, as many as fit by the dry run; full sequences of random tokens."""
+    found = on_ranks(_timed_preset, job)[0]
+    tokens, seconds, flops = found["tokens"], found["seconds"], found["flops"]
+    rate = tokens * flops / seconds / job.gpus
+    readings = [
+        Reading("layers", found["layers"]),
+        job.timed("tokens/s on all GPUs", tokens / seconds),
+        job.timed("model FLOPs of a GPU", rate / 1e12, "TFLOP/s"),
+    ]
+    peak = next((peak for part, peak in PEAKS.items() if part in job.card), None)
+    if peak is not None:
+        readings.append(job.timed("MFU", rate / peak, least=0.4))
+    if "gemm" in job.rates:
+        readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
+    if (counted := counted_seconds(job, int(found["layers"]))) is not None:
+        readings.append(job.timed("bytes by count / copy rate / seconds", counted / seconds))
+    if not job.rehearse:
+        readings.append(Reading("memory: growth from step 3 to the last", found["growth"] / 2**20, "MiB", most=1.0))
+        readings.append(Reading("memory: reserved / allocated at the peak", found["reserved"], most=1.1))
+        readings.append(Reading("memory: peak / dry run", found["peak"] / found["estimate"], most=1.1))
+    return readings
+
+
+def preset_of(job: CheckJob) -> tuple[str, list[str]]:
+    """The name of the configuration, and what is changed in it."""
+    return (SMALL, ["train.micro_batch=1"]) if job.rehearse else ("olmoe_1b7b_8gpu", ["train.micro_batch=2"])
+
+
+def counted_seconds(job: CheckJob, layers: int) -> float | None:
+    """The bytes of a step, counted on fake tensors, at the copy rate; None without a C++ compiler or if the count fails."""
+    name, sizes = preset_of(job)
+    try:
+        counted = count(name, job.gpus, [*sizes, f"model.num_layers={layers}"])
+    except MoeDistError as error:
+        print(f"no count: {error}")
+        return None
+    return sum(counted.num_bytes.values()) / job.rate("copy")
+
+
+def _timed_preset(job: CheckJob, mesh: Mesh) -> dict[str, float]:
+    if job.rehearse:
+        budget, layers, timed = 2.0**40, range(1, 0, -1), 2
+    else:
+        budget, layers, timed = 0.85 * torch.cuda.get_device_properties(mesh.device).total_memory, range(16, 0, -1), 10
+    name, sizes = preset_of(job)
+    scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", "placement.policy=interleaved", *sizes]
+    scale.append(f"train.global_batch={64 * mesh.world_size}")
+    memory = {n: estimate(load_config(find_config(name), [*scale, f"model.num_layers={n}"])).rank_memory for n in layers}
+    number = next((n for n, needs in memory.items() if needs.total < budget), None)
+    if number is None:
+        raise NotPossibleError(f"{name} with one layer needs {memory[1].total / 2**30:.0f} GiB on each rank")
+    run = RandomRun(job, mesh, [*sizes, f"model.num_layers={number}"], config=name)
+    run.take(2)
+    held = _allocated(mesh)
+    began = time.perf_counter()
+    results = run.take(timed)  # each step ends with a read from the device
+    seconds = (time.perf_counter() - began) / timed
+    config, groups = run.config, run.layout.groups
+    share = dict(zip((group.name for group in groups), group_shares(groups, {}), strict=True))
+    on_gpu = mesh.device.type == "cuda"
+    return {
+        "layers": number,
+        "tokens": results[-1].tokens,
+        "seconds": seconds,
+        "flops": model_flops_per_token(expected_experts(groups), share, config=config),
+        "estimate": memory[number].total,
+        "growth": _allocated(mesh) - held,
+        "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "reserved": torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated() if on_gpu else 0,
+    }
+
+
+def _allocated(mesh: Mesh) -> int:
+    return torch.cuda.memory_allocated(mesh.device) if mesh.device.type == "cuda" else 0
