@@ -182,6 +182,7 @@ class Attached:
             ledger=dict.fromkeys(NO_LEDGER, 0),
             comm_seconds=0.0,
             busy_seconds_W=np.zeros(0),
+            memory_W3=np.zeros((0, 3)),
         )
         stats = StepStatistics(
             result,
