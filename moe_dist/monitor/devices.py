@@ -1,29 +1,15 @@
 """Reads the state of GPU and host on a background thread, so that the training loop never waits for a driver."""
 
 import logging
-import resource
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import psutil
-import torch
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-
-
-def largest_memory(device: torch.device) -> tuple[float, float, float]:
-    """Returns the most MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
-    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the largest
-    resident memory of the process. Costs no sync."""
-    if device.type != "cuda":
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-        return resident, resident, 0.0
-    stats = torch.cuda.memory_stats(device)
-    sizes = (stats.get(f"{kind}_bytes.all.peak", 0) / MIB for kind in ("allocated", "reserved"))
-    return *sizes, float(stats.get("num_alloc_retries", 0))
 
 
 class DeviceMonitor:

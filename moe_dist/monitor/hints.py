@@ -10,8 +10,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from moe_dist.monitor.across_ranks import slowest_rank
-from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.config.manifest import RESERVED_MODALITIES
-from moe_dist.monitor.across_ranks import memory_of_ranks, slowest_rank
-from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, StepResult, StepStatistics
+from moe_dist.monitor.statistics import DepthStatistics, StepResult, StepStatistics
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -36,7 +35,7 @@ class Record:
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest and the other ranks, the largest
             memory of any rank, and the peak rate of which perf/mfu is the share.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
-        memory_W3: `devices.largest_memory` of each rank; empty in the first step.
+        memory_W3: `train.step.largest_memory` of each rank; empty in the first step.
         load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
             and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
@@ -86,7 +85,7 @@ def build_record(
     plan = tag_plan(len(groups), len(modalities), mixture_of_depths=depths is not None)
     readings, memory = readings or {}, memory_of_ranks(result.memory_W3)
     labels = dict(zip(modalities, result.labels_M.tolist(), strict=True))
-    losses = {name: _ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
+    losses = {name: ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
     epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
     choices_LE = counts.choices_LC[:, : placement.num_experts]
     rows_LR = rows_by_rank(choices_LE - counts.dropped_LE, placement)
@@ -102,7 +101,7 @@ def build_record(
         "moe/rank_imbalance": reduce_known(busiest_over_mean(weighted_LR)),
         "moe/dropped": float(dropped_LG.sum()),
         "moe/dead_experts": float((choices_LE == 0).sum()),
-        "moe/router_entropy": _ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
+        "moe/router_entropy": ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
         **comm_scalars(result.ledger, result.comm_seconds),
         **perf_scalars(stats, peak_flops),
         "device/utilisation": readings.get("device/utilisation"),
@@ -163,29 +162,6 @@ def active_against_target(
     }
 
 
-def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
-    """Scalars of a held-out evaluation: eval/..., the balance efficiencies that were measured, and
-    mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
-
-    With too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
-    """
-    scalars: dict[str, float | None]
-    depths = result.mixture_of_depths
-    if tag_plan(num_groups, len(modalities), mixture_of_depths=depths is not None).loss_per_modality:
-        scalars = {f"eval/{name}": float(value) for name, value in result.loss.items()}
-    else:
-        named = [name for name in modalities if name in result.loss]
-        nats = sum(result.loss[name] * result.tokens[name] for name in named)
-        scalars = {"eval/mean": _ratio(nats, sum(result.tokens[name] for name in named))}
-    if result.balance_efficiency_by_count is not None:
-        scalars["moe/balance_efficiency_by_count"] = result.balance_efficiency_by_count
-    if result.balance_efficiency is not None:
-        scalars["perf/balance_efficiency"] = result.balance_efficiency
-    if depths is not None:
-        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.capacity)
-    return scalars
-
-
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
     """Metrics of each mixture-of-depths layer, float64 [L]; nan for a layer without tokens.
 
@@ -221,15 +197,39 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
     """Scalars of the mixture-of-depths layers. Each share is a sum over layers divided by a sum over layers. Without
     `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
-    shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
+    shares = {name: ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
     if not split:
         shares = {"mean": reduce_known(np.array(list(shares.values()), dtype=np.float64))}  # None becomes nan
     scalars = {f"mixture_of_depths/{DEPTH_FAMILY}/{name}": value for name, value in shares.items()}
     if depths.agreed_L is not None:
-        scalars["mixture_of_depths/agreement"] = _ratio(depths.agreed_L.sum(), tokens_G.sum())
+        scalars["mixture_of_depths/agreement"] = ratio(depths.agreed_L.sum(), tokens_G.sum())
     if depths.weight_L is not None:
-        scalars["mixture_of_depths/gate_weight"] = _ratio(depths.weight_L.sum(), taken_G.sum())
+        scalars["mixture_of_depths/gate_weight"] = ratio(depths.weight_L.sum(), taken_G.sum())
     return scalars
+
+
+def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
+    """The rank that worked longest, its seconds, and the median seconds of the other ranks; empty with a single rank."""
+    if busy_seconds_W.size < 2:
+        return {}
+    rank = int(busy_seconds_W.argmax())
+    return {
+        "slowest_rank": rank,
+        "slowest_rank_seconds": float(busy_seconds_W[rank]),
+        "other_ranks_seconds": float(np.median(np.delete(busy_seconds_W, rank))),
+    }
+
+
+def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
+    """The largest of each number in `Record.memory_W3`, the largest difference of reserved and allocated memory, and the
+    rank of each; empty in the first step."""
+    if not memory_W3.size:
+        return {}
+    allocated_W, reserved_W, retries_W = memory_W3.T
+    by_name = {"allocated_mib": allocated_W, "reserved_mib": reserved_W, "allocator_retries": retries_W}
+    by_name["unused_mib"] = reserved_W - allocated_W
+    largest = {f"largest_{name}": float(value_W.max()) for name, value_W in by_name.items()}
+    return largest | {f"largest_{name}_rank": int(value_W.argmax()) for name, value_W in by_name.items()}
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
@@ -241,7 +241,7 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
     taken = sorted(set(losses if split else ()) & set(RESERVED_MODALITIES))
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
-    nats = _ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
+    nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
     # Auxiliary routers and router tuning have no z-loss: loss/auxiliary takes the place of loss/z in the 40 scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
@@ -342,7 +342,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     The bytes of other methods are estimated as their rows times this step's bytes per row.
     """
     ours = ledger["rows_remote"]
-    row_bytes = _ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
+    row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
 
     def saved(rows: int) -> float | None:
         if row_bytes is None:  # no row was sent, so the bytes per row are unknown
@@ -353,14 +353,14 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
         "comm/bytes_sent": float(ledger["payload_bytes"]),
         "comm/bytes_saved_vs_topk": saved(ledger["rows_topk"]),
         "comm/bytes_saved_vs_same_active": saved(ledger["rows_same_active"]),
-        "comm/dedup_factor": _ratio(ledger["rows_per_pair"], ours),
+        "comm/dedup_factor": ratio(ledger["rows_per_pair"], ours),
         "comm/seconds": seconds,
     }
 
 
 def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
     """Throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
-    rate = _ratio(stats.result.tokens, stats.step_seconds)
+    rate = ratio(stats.result.tokens, stats.step_seconds)
     mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
     return {"perf/tokens_per_second": rate, "perf/step_seconds": stats.step_seconds, "perf/mfu": mfu}
 
@@ -376,7 +376,7 @@ def reduce_known(values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.me
     return float(reduce(known)) if known.size else None
 
 
-def _ratio(over: float, under: float) -> float | None:
+def ratio(over: float, under: float) -> float | None:
     return float(over) / float(under) if under else None
 
 

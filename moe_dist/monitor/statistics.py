@@ -51,7 +51,7 @@ class StepResult:
         comm_seconds: Time inside dispatch and combine collectives, mean over ranks.
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waiting for peers;
             empty in the first step.
-        memory_W3: `devices.largest_memory` of each rank at the end of the previous step; empty in the first step.
+        memory_W3: `train.step.largest_memory` of each rank at the end of the previous step; empty in the first step.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: None if the model has no mixture-of-depths layers.
     """

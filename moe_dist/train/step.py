@@ -5,6 +5,7 @@ counts of each micro-batch, the gradients, and one vector with squared gradient 
 Every rank issues the same collectives in the same order.
 """
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,6 @@ from moe_dist.data.batch import Batch
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
-from moe_dist.monitor.devices import largest_memory
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.mesh import Mesh
@@ -293,6 +293,18 @@ class _BusyClock:
     def seconds(self, in_exchanges: float) -> float:
         waited = self._watch.waited - self._waited if self._watch is not None else 0.0
         return max(0.0, time.perf_counter() - self._began - max(waited, in_exchanges))
+
+
+def largest_memory(device: torch.device) -> tuple[float, float, float]:
+    """Returns the most MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
+    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the largest
+    resident memory of the process. Costs no sync."""
+    if device.type != "cuda":
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+        return resident, resident, 0.0
+    stats = torch.cuda.memory_stats(device)
+    sizes = (stats.get(f"{kind}_bytes.all.peak", 0) / (1 << 20) for kind in ("allocated", "reserved"))
+    return *sizes, float(stats.get("num_alloc_retries", 0))
 
 
 class _OwnCounts:

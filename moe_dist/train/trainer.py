@@ -14,7 +14,8 @@ from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.costs import CostTable, cost_table
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.monitor.metrics import build_record, evaluation_scalars
+from moe_dist.monitor.evaluation_metrics import evaluation_scalars
+from moe_dist.monitor.metrics import build_record
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
 from moe_dist.placement.counts import StepCounts

@@ -30,7 +30,7 @@ class Sink:
         """Takes the record of a step. Steps arrive in order, each once."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Takes a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the record of the same step."""
+        """Takes a held-out evaluation and its scalars (`evaluation_metrics`), after the record of the same step."""
 
     def text(self, tag: str, markdown: str) -> None:
         """Takes a page of text, such as the configuration."""

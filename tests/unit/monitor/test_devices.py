@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from moe_dist.monitor.devices import DeviceMonitor, largest_memory
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.train.step import largest_memory
 
 
 class FakeNvml:

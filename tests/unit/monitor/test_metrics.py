@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars, group_choices, group_metrics
+from moe_dist.monitor.evaluation_metrics import evaluation_scalars
+from moe_dist.monitor.metrics import Record, build_record, group_choices, group_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
