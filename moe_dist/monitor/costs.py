@@ -65,14 +65,16 @@ def cost_table(
     even = len({len(slots) for slots in placement.slots}) == 1
     comparable = by_placement[policy] == sum(each.ledger["rows_remote"] for each in results)
     elsewhere = {name: count for name, count in by_placement.items() if comparable and name != policy}
-    rows: dict[str, float | None] = {f"the same, experts {name}": count / steps for name, count in elsewhere.items()}
+    rows: dict[str, float | None] = {
+        f"this run, if experts were {name}": count / steps for name, count in elsewhere.items()
+    }
     rows |= {
-        "Megatron-Core's dispatcher, the same choices": ledger["rows_per_pair"] if even else None,
-        "fixed top-k with as many true experts": ledger["rows_same_active"],
-        f"top-{choices} without null experts": ledger["rows_topk"],
+        "Megatron-Core's dispatcher": ledger["rows_per_pair"] if even else None,
+        "fixed top-k, as many true experts": ledger["rows_same_active"],
+        f"top-{choices}, no null experts": ledger["rows_topk"],
     }
     seconds = f"{sum(each.comm_seconds for each in results) / steps:.3f}"
-    own = Cost(f"this run, experts {policy}", ledger["rows_remote"], ledger["payload_bytes"], untimed or seconds)
+    own = Cost(f"this run: experts {policy}", ledger["rows_remote"], ledger["payload_bytes"], untimed or seconds)
     others = [Cost(name, count, None if count is None else count * row_bytes) for name, count in rows.items()]
     return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, comparable)
 
@@ -80,13 +82,14 @@ def cost_table(
 def render_costs(found: CostTable) -> Table:
     """The table for console and summary."""
     own = found.costs[0]
-    run = "This run sends one row for each token and rank, the" if found.row_per_rank else "The"
+    run = "This run sends one row for each token and rank, under any placement; the" if found.row_per_rank else "The"
     caption = (
-        f"mean of the last {found.steps} steps of {found.tokens:,.0f} tokens, all ranks and layers: rows of dispatch in "
-        f"forward, MB of forward and backward. {run} last three lines one row for each token and expert. A null expert "
-        "gets no row."
+        f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent in forward "
+        f"to other ranks; MB: in forward and backward. {run} last three methods send one for each token and expert; the last "
+        "two assume that choices spread evenly. A null expert gets no row. Pinned: a rank has experts of one group; "
+        "interleaved: each rank has experts of every group."
     )
-    table = Table(title="Sent in a step", caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title="What a step sends", caption=caption, title_justify="left", caption_justify="left")
     table.add_column("method")
     for name in ("rows", "MB", "x this run", "seconds"):
         table.add_column(name, justify="right")

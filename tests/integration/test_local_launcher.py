@@ -110,7 +110,7 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert run.compute_map_png.read_bytes().startswith(b"\x89PNG")
     means = [line["experts_by_kind_of_token"] for line in lines(run, "evaluation")]
     assert [set(mean) for mean in means] == [{"text", "drawn cells", "background"}]
-    for words in ("the same, experts interleaved", "Compute map of held-out tokens: text "):
+    for words in ("this run, if experts were interleaved", "Compute map of held-out tokens: text "):
         assert words in run.read_summary()
     assert not run.lease_json.exists()
     assert "\x1b" not in printed  # no terminal, no bar

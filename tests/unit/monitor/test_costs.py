@@ -37,11 +37,11 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
     found = table()
     assert (found.steps, found.tokens) == (2, 50)
     assert [(cost.method, cost.rows, cost.bytes) for cost in found.costs] == [
-        ("this run, experts pinned", 200, 8000),
-        ("the same, experts interleaved", 300, 12000),
-        ("Megatron-Core's dispatcher, the same choices", 400, 16000),
-        ("fixed top-k with as many true experts", 600, 24000),
-        ("top-2 without null experts", 800, 32000),
+        ("this run: experts pinned", 200, 8000),
+        ("this run, if experts were interleaved", 300, 12000),
+        ("Megatron-Core's dispatcher", 400, 16000),
+        ("fixed top-k, as many true experts", 600, 24000),
+        ("top-2, no null experts", 800, 32000),
     ]
     assert [cost.seconds for cost in found.costs] == ["0.250", *["not run"] * 4]
     assert table(untimed="not timed: 4 ranks share 2 cores").costs[0].seconds == "not timed: 4 ranks share 2 cores"
@@ -50,7 +50,7 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
 def test_what_does_not_compare_is_left_out() -> None:
     """Rows over two hops are no rows per token and rank, and Megatron-Core wants equally many experts on each rank."""
     hierarchical = table(own=399)
-    assert "the same, experts interleaved" not in [cost.method for cost in hierarchical.costs]
+    assert "this run, if experts were interleaved" not in [cost.method for cost in hierarchical.costs]
     assert (hierarchical.row_per_rank, table().row_per_rank) == (False, True)
     assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
     alone = cost_table([result(0)], PINNED, "pinned", {"pinned": 0}, untimed="")
@@ -65,4 +65,4 @@ def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: Exp
     assert "1.50" in shown
     assert "4.00" in shown
     assert ("not possible" in shown) == (placement is UNEVEN)
-    assert "mean of the last 2 steps of 50 tokens" in shown
+    assert "Mean of the last 2 steps of 50 tokens" in shown
