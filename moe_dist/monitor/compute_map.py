@@ -59,7 +59,9 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
     for line in found.lines:
         y += LINE
         _line(canvas, (MARGIN, y), line, scale)
-    colour_bar(canvas, (width - BAR_WIDTH - 70, HEAD), min(body - MARGIN, 320), scale)
+    bar, height = width - BAR_WIDTH - 70, min(body - MARGIN, 320)
+    colour_bar(canvas, (bar, HEAD), height, scale)
+    canvas.text((bar, HEAD + height + 8), "true experts", fill=GREY, font=font(13))
     return np.asarray(image)
 
 

@@ -85,8 +85,8 @@ def render_costs(found: CostTable) -> Table:
     run = "This run sends one row for each token and rank, under any placement; the" if found.row_per_rank else "The"
     caption = (
         f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent in forward "
-        f"to other ranks; MB: in forward and backward. {run} last three methods send one for each token and expert; the last "
-        "two assume that choices spread evenly. A null expert gets no row. Pinned: a rank has experts of one group; "
+        f"to other ranks; MB: in forward and backward. {run} last three methods send one for each token and expert; the "
+        "last two assume that choices spread evenly. A null expert gets no row. Pinned: a rank has experts of one group; "
         "interleaved: each rank has experts of every group."
     )
     table = Table(title="What a step sends", caption=caption, title_justify="left", caption_justify="left")
