@@ -54,6 +54,12 @@ def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     assert "in hang" in reason
 
 
+def test_a_rank_that_hangs_says_where(job: CheckJob) -> None:
+    reason = run(job, planted("hanging_rank"))["hanging_rank"].reason
+    assert reason.startswith("RuntimeError: rank 0 of 1 on cpu: the process ended with exit code 1")
+    assert "in _sleeps" in reason
+
+
 def test_a_cut_run_goes_on_and_another_card_begins_anew(job: CheckJob) -> None:
     runs = job.folder / "runs"
     first = run(job, planted("good"))

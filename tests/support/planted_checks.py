@@ -1,5 +1,6 @@
 """Checks for `tools.gpu_check` with planted faults; each runs in a process of its own."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from typing import Any
 
 from tools.gpu_check.kernels import kernels
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.process import on_ranks
 
 
 def good(job: CheckJob) -> list[Reading]:
@@ -37,6 +39,16 @@ def crash(job: CheckJob) -> list[Reading]:
 def hang(job: CheckJob) -> list[Reading]:
     time.sleep(600)
     return []
+
+
+def hanging_rank(job: CheckJob) -> list[Reading]:
+    on_ranks(_sleeps, job, world=1)
+    return []
+
+
+def _sleeps(job: CheckJob, mesh: Any) -> None:
+    faulthandler.dump_traceback_later(0.5, exit=True, file=2)  # instead of the end of the time limit
+    time.sleep(600)
 
 
 def lacking(job: CheckJob) -> list[Reading]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ResourceError, StoppedError
 from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.environment import limit_fragmentation
 from moe_dist.runtime.files import make_writable
 from tools.gpu_check.checks import CHECKS
 from tools.gpu_check.outcome import CheckJob, Outcome
@@ -33,6 +34,7 @@ def main(
     # Read by the checks' processes. By NVML, torch counts GPUs without touching CUDA, which forks would not survive.
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ |= interpreted if rehearse else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    limit_fragmentation(os.environ)  # as a run's launcher does
     console = Console(highlight=False, soft_wrap=True)
     job = CheckJob(gpus or 2, rehearse, json.with_name(f"{json.stem}_logs"))
     make_writable(job.folder, option=f"--json {json}")

@@ -79,7 +79,7 @@ def power(job: CheckJob) -> list[Reading]:
     """Reads the GPU while it multiplies matrices, and compares the memory with torch's."""
     if job.rehearse:
         raise NotPossibleError("there is no GPU to read")
-    monitor = DeviceMonitor(seconds=0.1, gpu=f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    monitor = DeviceMonitor(seconds=0.1, gpu=str(torch.cuda.get_device_properties(0).uuid))
     try:
         x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         watts, loads, end = [], [], time.monotonic() + POWER_SECONDS
@@ -91,7 +91,7 @@ def power(job: CheckJob) -> list[Reading]:
             watts.append(latest["device/power"])
             loads.append(latest["device/utilisation"])
         free, total = torch.cuda.mem_get_info()
-        read = monitor.latest["device/memory"]
+        read = monitor.latest["gpu_used_mib"]
     finally:
         monitor.stop()
     if read is None:

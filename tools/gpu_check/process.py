@@ -20,14 +20,17 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from moe_dist.runtime.files import write_atomically
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
 # None of these asks for a GPU when it is imported.
 PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
-GRACE = 10.0  # seconds in which a check that passed its limit writes where it hangs
+GRACE = 10.0  # seconds in which a check or a rank that passed its limit writes where it hangs
 TAIL = 400  # characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(PRELOADED)  # a check starts a server of its own for its ranks, with the check's environment
 
 
 def function_of(target: str) -> Callable[..., Any]:
@@ -38,7 +41,6 @@ def function_of(target: str) -> Callable[..., Any]:
 
 def run_check(name: str, target: str, job: CheckJob) -> Outcome:
     """Runs the check `target` for at most `job.seconds`, and returns its outcome, also if its process crashed."""
-    _CONTEXT.set_forkserver_preload(PRELOADED)
     out = job.folder / f"{name}.json"
     out.unlink(missing_ok=True)
     began = time.monotonic()
@@ -92,7 +94,7 @@ def _check(target: str, job: CheckJob, out: Path) -> None:
         outcome = Outcome("not possible", str(error))
     except Exception as error:
         traceback.print_exc()
-        outcome = Outcome("fail", f"{type(error).__name__}: {str(error).strip()[-TAIL:]}")
+        outcome = Outcome("fail", f"{type(error).__name__}: {str(error).strip()[-2 * TAIL :]}")
     write_atomically(out, json.dumps(outcome.as_json()))
     print(f"{time.process_time():.1f} s of CPU time, without those of ranks")
     sys.stdout.flush()
@@ -107,12 +109,15 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
         device: By default that of the job. Ranks beyond the number of GPUs share these, over gloo.
 
     Raises:
-        RuntimeError: a rank failed; has its error.
+        NotPossibleError: a rank raised it.
+        RuntimeError: a rank failed; has its error, or where it hung.
     """
     world, device = world or job.gpus, device or job.device
+    ends = psutil.Process().create_time() + job.seconds - GRACE  # so a rank that hangs ends before the check does
     folder = Path(tempfile.mkdtemp(dir=job.folder))
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(body, job, folder, rank, world, device, arguments)) for rank in range(world)
+        _CONTEXT.Process(target=_rank, args=(body, job, ends, folder, rank, world, device, arguments))
+        for rank in range(world)
     ]
     try:
         for each in ranks:
@@ -123,10 +128,14 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
                 ended = running.pop(sentinel)  # pyright: ignore[reportArgumentType]
                 ended.join()
                 rank = ranks.index(ended)
-                file = folder / f"{rank}.json"
-                error = json.loads(file.read_text())["error"] if file.is_file() else _end(ended.exitcode)
+                file, log = folder / f"{rank}.json", folder / f"{rank}.log"
+                if file.is_file():
+                    error = json.loads(file.read_text())["error"]
+                else:
+                    error = f"{_end(ended.exitcode)}: {_quoted(log.read_text()) if log.is_file() else ''}"
                 if error:  # its peers may wait for it
-                    raise RuntimeError(f"rank {rank} of {world} on {device}: {error}")
+                    kind = NotPossibleError if error.startswith(NotPossibleError.__name__) else RuntimeError
+                    raise kind(f"rank {rank} of {world} on {device}: {error}")
     finally:
         for each in ranks:
             if each.pid is not None:
@@ -140,12 +149,20 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
 
 
 def _rank(
-    body: Callable[..., Any], job: CheckJob, folder: Path, rank: int, world: int, device: str, arguments: tuple[Any, ...]
+    body: Callable[..., Any],
+    job: CheckJob,
+    ends: float,
+    folder: Path,
+    rank: int,
+    world: int,
+    device: str,
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch
 
     from moe_dist.parallel.mesh import init_world, make_mesh
 
+    job = replace(job, seconds=max(1.0, ends - time.time()))
     _prepare(folder / f"{rank}.log", job.seconds)
     value = error = None
     try:

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from typing import Any
 
 import moe_dist
 from moe_dist.runtime.files import write_atomically
-from tools.gpu_check.outcome import CheckJob, Outcome, Reading
+from tools.gpu_check.outcome import CheckJob, Outcome
 from tools.gpu_check.process import run_check
 
 PACKAGES = ("torch", "triton", "numpy", "megatron-core")
@@ -72,7 +72,8 @@ def run_checks(
         if name not in outcomes:
             outcome = Outcome("not run", f"the time of {minutes:g} minutes is over; the same command goes on")
             if (left := end - time.monotonic()) > 0:
-                rates = dict(_rates(outcomes.values()))
+                readings = [each for outcome in outcomes.values() for each in outcome.readings]
+                rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
                 if made.verdict != "fail" or time.monotonic() < end:  # otherwise the end of the time may have cut it
                     outcome = made
@@ -92,12 +93,3 @@ def read_outcomes(path: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
     if read.get("header") != head:
         return {}
     return {name: Outcome.from_json(each) for name, each in read["checks"].items()}
-
-
-def _rates(outcomes: Any) -> Iterator[tuple[str, float]]:
-    """The readings whose unit ends with '/s', by name."""
-    for outcome in outcomes:
-        for reading in outcome.readings:
-            assert isinstance(reading, Reading)
-            if reading.unit in ("B/s", "FLOP/s"):
-                yield reading.what, reading.value

@@ -3,6 +3,7 @@
 Tokens are random. Step and number of a sequence determine its tokens, so any number of ranks trains on the same sequences.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from moe_dist.checkpoint.state import capture
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
+from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.errors import MoeDistError
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling
+from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh
@@ -32,6 +35,7 @@ from moe_dist.train.build import build_training, rank_layout
 from moe_dist.train.dry_run import estimate
 from moe_dist.train.loss import AuxSettings
 from tools.bench.count import count
+from tools.bench.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 
@@ -57,32 +61,23 @@ MODES = {
 MOST = {"fp32": 1e-4, "bf16": 0.02}  # of losses and gradient norms, relative
 STEPS = 3
 LEARNING_RATE = 1e-3
-# Dense bf16 FLOPs per second in NVIDIA's data sheets, by a part of the card's name; the first that fits counts.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "B300": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
+
+
+def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str = SMALL, sequences: int = 2) -> Config:
+    """A configuration on this mesh. A step has `sequences` sequences for each GPU of the job, also if one rank is alone."""
+    scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
+    sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if name == SMALL else []
+    no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would set rules of its own
+    scale += [f"train.global_batch={sequences * job.gpus}", "placement.policy=interleaved", no_data]
+    return load_config(find_config(name), [*sizes, *scale, *overrides])
 
 
 class RandomRun:
     """A configuration in training on random tokens, without data on disk."""
 
-    def __init__(self, job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, config: str = SMALL) -> None:
-        scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
-        sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if config == SMALL else []
-        micro = next((each.partition("=")[2] for each in overrides if each.startswith("train.micro_batch=")), "1")
-        # Each rank has two micro-batches, or as many sequences as all ranks of the GPU runs if it is alone.
-        self.sequences = 2 * int(micro) * max(job.gpus, mesh.world_size)
-        no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would set rules of its own
-        scale += [f"train.global_batch={self.sequences}", "placement.policy=interleaved", no_data]
-        self.config = load_config(find_config(config), [*sizes, *scale, *overrides])
-        self.mesh, self.layout = mesh, layout_without_data(self.config)
-        vocabulary = self.config.model.vocab_size
+    def __init__(self, mesh: Mesh, config: Config) -> None:
+        self.config, self.mesh, self.layout = config, mesh, layout_without_data(config)
+        vocabulary = config.model.vocab_size
         names = [name for group in self.layout.groups for name in group.modalities]
         edges = [vocabulary * index // len(names) for index in range(len(names) + 1)]
         source = SourceSection(train=SplitSection(path="none", documents=1, tokens=1), licence="none")
@@ -94,10 +89,9 @@ class RandomRun:
             eos_id=1,
             sources={"random": source},
         )
-        self.maker = BatchMaker(
-            seq_len=self.config.data.seq_len, pad_id=0, modalities=list(self.manifest.modalities.values())
-        )
-        self.training = build_training(self.config, self.manifest, self.layout.placement, mesh)
+        modalities = list(self.manifest.modalities.values())
+        self.maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=modalities)
+        self.training = build_training(config, self.manifest, self.layout.placement, mesh)
         self.step = 0
 
     def take(self, steps: int) -> list[StepResult]:
@@ -109,7 +103,7 @@ class RandomRun:
         return results
 
     def _batches(self) -> list[Any]:
-        per_rank, micro = self.sequences // self.mesh.world_size, self.config.train.micro_batch
+        per_rank, micro = self.config.train.global_batch // self.mesh.world_size, self.config.train.micro_batch
         own = range(self.mesh.rank * per_rank, (self.mesh.rank + 1) * per_rank)
         rows = [self._sequence(number) for number in own]
         return [self.maker.make(rows[at : at + micro]) for at in range(0, per_rank, micro)]
@@ -160,12 +154,13 @@ def steps(job: CheckJob) -> list[Reading]:
 def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float]]:
     made = {}
     for mode in modes:
-        results = RandomRun(job, mesh, MODES[mode]).take(STEPS)
+        results = RandomRun(mesh, configure(job, mesh, MODES[mode])).take(STEPS)
         made[mode] = [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
     return made
 
 
 def repeat(job: CheckJob) -> list[Reading]:
+    make_deterministic()  # here too, because NCCL reads its variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         found = on_ranks(_repeated, job, folder)
     names = found[0]
@@ -176,15 +171,15 @@ def repeat(job: CheckJob) -> list[Reading]:
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, bool]:
     make_deterministic()
-    overrides = (*MODES["DDP, bf16"], "parallel.deterministic=true")
+    config = configure(job, mesh, (*MODES["DDP, bf16"], "parallel.deterministic=true"))
     bits = []
     for _ in range(2):
-        run = RandomRun(job, mesh, overrides)
+        run = RandomRun(mesh, config)
         run.take(2)
         run.save(folder)
         run.take(1)
         bits.append(run.bits())
-    resumed = RandomRun(job, mesh, overrides)
+    resumed = RandomRun(mesh, config)
     resumed.load(folder)
     resumed.take(1)
     return {"the same run twice": bits[0] == bits[1], "resumed from a checkpoint": resumed.bits() == bits[1]}
@@ -198,7 +193,7 @@ def generation(job: CheckJob) -> list[Reading]:
 
 
 def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
-    run = RandomRun(job, mesh, (*MODES["DDP, fp32"], "model.init_std=0.2"))
+    run = RandomRun(mesh, configure(job, mesh, (*MODES["DDP, fp32"], "model.init_std=0.2")))
     model, length = run.training.parallel.model, run.config.model.max_seq_len
     grammar = grammar_of(run.manifest, vocab_size=run.config.model.vocab_size, never=[1])
     groups = run.training.step.group_of_modality.tolist()
@@ -209,21 +204,28 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 def preset(job: CheckJob) -> list[Reading]:
     """OLMoE's layers, as many as fit by the dry run; full sequences of random tokens."""
-    found = on_ranks(_timed_preset, job)[0]
-    tokens, seconds, flops = found["tokens"], found["seconds"], found["flops"]
-    rate = tokens * flops / seconds / job.gpus
+    name, sequences, layers, timed = (SMALL, 2, 1, 2) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
+    found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
+    tokens, seconds = found["tokens"], found["seconds"]
+    rate = tokens * found["flops"] / seconds / job.gpus
     readings = [
         Reading("layers", found["layers"]),
         job.timed("tokens/s on all GPUs", tokens / seconds),
         job.timed("model FLOPs of a GPU", rate / 1e12, "TFLOP/s"),
     ]
-    peak = next((peak for part, peak in PEAKS.items() if part in job.card), None)
-    if peak is not None:
-        readings.append(job.timed("MFU", rate / peak, least=0.4))
+    if (peak := peak_tflops(job.card)) is not None:
+        readings.append(job.timed("MFU", rate / 1e12 / peak, least=0.4))
     if "gemm" in job.rates:
         readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
-    if (counted := counted_seconds(job, int(found["layers"]))) is not None:
-        readings.append(job.timed("bytes by count / copy rate / seconds", counted / seconds))
+    if "copy" in job.rates:
+        try:
+            counted = count(name, job.gpus, [f"model.num_layers={found['layers']}"]).num_bytes
+        except MoeDistError as error:  # such as: there is no C++ compiler
+            print(f"no count: {error}")
+        else:
+            times = {True: 1.0, False: found["micro_batches"] / MICRO_BATCHES}  # the count has fewer micro-batches
+            num_bytes = sum(each * times[key.endswith(" step")] for key, each in counted.items())
+            readings.append(job.timed("bytes by count / copy rate / seconds", num_bytes / job.rates["copy"] / seconds))
     if not job.rehearse:
         readings.append(Reading("memory: growth from step 3 to the last", found["growth"] / 2**20, "MiB", most=1.0))
         readings.append(Reading("memory: reserved / allocated at the peak", found["reserved"], most=1.1))
@@ -231,49 +233,31 @@ def preset(job: CheckJob) -> list[Reading]:
     return readings
 
 
-def preset_of(job: CheckJob) -> tuple[str, list[str]]:
-    """The name of the configuration, and what is changed in it."""
-    return (SMALL, ["train.micro_batch=1"]) if job.rehearse else ("olmoe_1b7b_8gpu", ["train.micro_batch=2"])
-
-
-def counted_seconds(job: CheckJob, layers: int) -> float | None:
-    """The bytes of a step, counted on fake tensors, at the copy rate; None without a C++ compiler or if the count fails."""
-    name, sizes = preset_of(job)
-    try:
-        counted = count(name, job.gpus, [*sizes, f"model.num_layers={layers}"])
-    except MoeDistError as error:
-        print(f"no count: {error}")
-        return None
-    return sum(counted.num_bytes.values()) / job.rate("copy")
-
-
-def _timed_preset(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    if job.rehearse:
-        budget, layers, timed = 2.0**40, range(1, 0, -1), 2
+def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: int, timed: int) -> dict[str, float]:
+    on_gpu = mesh.device.type == "cuda"
+    budget = 0.85 * torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else math.inf
+    for layers in range(most, 0, -1):
+        config = configure(job, mesh, [f"model.num_layers={layers}"], name=name, sequences=sequences)
+        needed = estimate(config).rank_memory.total
+        if needed < budget:
+            break
     else:
-        budget, layers, timed = 0.85 * torch.cuda.get_device_properties(mesh.device).total_memory, range(16, 0, -1), 10
-    name, sizes = preset_of(job)
-    scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", "placement.policy=interleaved", *sizes]
-    scale.append(f"train.global_batch={64 * mesh.world_size}")
-    memory = {n: estimate(load_config(find_config(name), [*scale, f"model.num_layers={n}"])).rank_memory for n in layers}
-    number = next((n for n, needs in memory.items() if needs.total < budget), None)
-    if number is None:
-        raise NotPossibleError(f"{name} with one layer needs {memory[1].total / 2**30:.0f} GiB on each rank")
-    run = RandomRun(job, mesh, [*sizes, f"model.num_layers={number}"], config=name)
+        raise NotPossibleError(f"{name} with one layer needs {needed / 2**30:.0f} GiB on each rank")
+    run = RandomRun(mesh, config)
     run.take(2)
     held = _allocated(mesh)
     began = time.perf_counter()
     results = run.take(timed)  # each step ends with a read from the device
     seconds = (time.perf_counter() - began) / timed
-    config, groups = run.config, run.layout.groups
+    groups = run.layout.groups
     share = dict(zip((group.name for group in groups), group_shares(groups, {}), strict=True))
-    on_gpu = mesh.device.type == "cuda"
     return {
-        "layers": number,
+        "layers": layers,
+        "micro_batches": sequences / config.train.micro_batch,
         "tokens": results[-1].tokens,
         "seconds": seconds,
         "flops": model_flops_per_token(expected_experts(groups), share, config=config),
-        "estimate": memory[number].total,
+        "estimate": needed,
         "growth": _allocated(mesh) - held,
         "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "reserved": torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated() if on_gpu else 0,

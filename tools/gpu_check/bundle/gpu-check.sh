@@ -7,9 +7,9 @@ python=${PYTHON:-python3}
 packages=$here/packages-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 if [ ! -e "$packages/.installed" ]; then
   rm -rf "$packages"
-  install="$python -m pip install --quiet --no-index --find-links $here/wheels --target $packages"
-  $install -r "$here/requirements.txt"
-  $install --no-deps --upgrade -r "$here/requirements-alone.txt"
+  install() { "$python" -m pip install --quiet --no-index --find-links "$here/wheels" --target "$packages" "$@"; }
+  install -r "$here/requirements.txt"
+  install --no-deps --upgrade -r "$here/requirements-alone.txt"
   touch "$packages/.installed"
 fi
 PYTHONPATH="$here:$packages${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m moe_dist gpu-check --json "$here/gpu_check.json" "$@"
