@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.attached_folder import ChoiceWriter, open_together
@@ -118,7 +119,7 @@ class Attached:
         """Ends an optimizer step, with all forwards since the last call. All ranks of the group call it together.
 
         It sums L x (E + 2) + 4 numbers over the ranks by one all-reduce, and waits once for the device; a traced step also
-        waits for its choices.
+        waits for its choices. A DTensor, as FSDP2's gradient norm, costs one more all-reduce.
 
         Args:
             loss, grad_norm: Shown as means over the ranks.
@@ -131,6 +132,7 @@ class Attached:
         values = torch.cat([sums_LX.flatten(), sums_LX.new_zeros(GIVEN)])
         for at, number in ((-4, loss), (-2, grad_norm)):
             if number is not None:
+                number = number.full_tensor() if isinstance(number, DTensor) else number
                 values[at], values[at + 1] = number.detach() if isinstance(number, Tensor) else number, 1.0
         if self._group is not None:
             dist.all_reduce(values, group=self._group)

@@ -117,14 +117,16 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
     Raises:
         ConfigError: the folder cannot be made, has records of another run, or those of another model.
     """
-    path, step = folder / METRICS, manifest.from_step
+    path, step, earlier = folder / METRICS, manifest.from_step, ()
     try:
         (folder / "trace").mkdir(parents=True, exist_ok=True)
-        recorded = max((line["step"] for line in read_lines(path)), default=0) if path.exists() else 0
-        earlier = read_trace(folder).attempts if any(folder.glob(f"trace/*/{MANIFEST}")) else ()
+        steps = [line["step"] for line in read_lines(path)] if path.exists() else []
+        if any(folder.glob(f"trace/*/{MANIFEST}")):
+            trace = read_trace(folder)
+            earlier, steps = trace.attempts, [*steps, *trace.steps]
     except (OSError, ValueError, DataError) as error:
         raise ConfigError(f"attach: folder={folder}: {error}; give a new folder that can be written", see=GUIDE) from error
-    if recorded and not step:
+    if (recorded := max(steps, default=0)) and not step:
         raise ConfigError(
             f"attach: folder={folder} has records up to step {recorded}; give a new folder, or last_step=N to go on "
             "after step N: then later records are dropped",

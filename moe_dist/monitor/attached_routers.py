@@ -163,6 +163,8 @@ class Counts:
 
     Attributes:
         keep: Whether single choices are kept for a trace: (2 + 2) x K bytes a token and layer.
+
+    A copied or pickled model has hooks without effect, because the copy is another model.
     """
 
     def __init__(self, routers: Routers) -> None:
@@ -209,12 +211,12 @@ class Counts:
         ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
         return ordered.flatten().to(ids_TK.device).bool()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
 
 class RouterHook:
-    """The forward hook of one router. It counts in training mode only, and not what a backward recomputes.
-
-    A copied or pickled model has hooks without effect, because the copy is another model.
-    """
+    """The forward hook of one router. It counts in training mode only, and not what a backward recomputes."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
         self._counts, self._kind, self._layer = counts, kind, layer
@@ -231,3 +233,5 @@ class RouterHook:
 
 class _NoHook:
     def __call__(self, *_: Any) -> None: ...
+
+    see = forget = __call__

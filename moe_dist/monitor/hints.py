@@ -132,9 +132,9 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
         allocated, reserved, _ = memory[-1][rank]
         yield Hint(
             "memory",
-            f"rank {rank} found no free GPU memory {int(more_W[rank])} times in the last {len(memory)} steps; each time it "
-            f"waited for the GPU and emptied its cache; it had at most {allocated:,.0f} MiB in use and {reserved:,.0f} MiB "
-            "reserved; see device/rank_memory in TensorBoard; a smaller train.micro_batch needs less",
+            f"rank {rank} found no free GPU memory {int(more_W[rank])} times in the last {len(memory) - 1} steps; each "
+            f"time it waited for the GPU and emptied its cache; it had at most {allocated:,.0f} MiB in use and "
+            f"{reserved:,.0f} MiB reserved; see device/rank_memory in TensorBoard; a smaller train.micro_batch needs less",
         )
 
 

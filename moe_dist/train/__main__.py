@@ -56,7 +56,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
             if not plan.config.parallel.dispatch.needs_modules:  # other libraries share memory that must not grow
                 limit_fragmentation(os.environ)
             if plan.config.parallel.device != "cpu":
-                bind_near_gpu(env.local_rank, os.environ)
+                bind_near_gpu(env.local_rank, env.local_world_size, os.environ)
             train(plan, env, attempt, stop)
         elif env.rank == 0:
             print(RunFolder.of(plan.config).read_summary())

@@ -11,7 +11,7 @@ from moe_dist.config.load import difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.config.split_files import data_digest
-from moe_dist.errors import DataError
+from moe_dist.errors import MoeDistError
 from moe_dist.monitor.statistics import EvaluationResult
 
 FIGURES = source_root() / "configs" / "fixed_top_k.json"
@@ -25,7 +25,7 @@ MAY_DIFFER = (
 def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
     """Returns a sentence with the held-out losses (nats per token) and true experts per token of this run and of the
     fixed top-k, by modality. Returns "" if all figures belong to another model, other data, steps or seeds, or if the
-    data can no longer be read, because a finished run must not fail over a sentence."""
+    figures or the data cannot be read, because a finished run must not fail over a sentence."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
             if _same_but_nulls(known, config) and data_digest(config.data.path, manifest) == known["data"]:
@@ -35,7 +35,7 @@ def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: Evaluatio
                     f"held-out loss of this run / of {known['name']} (same data, steps and seed, no null experts): "
                     f"{losses} nats; true experts a token: {experts}"
                 )
-    except DataError:
+    except (MoeDistError, OSError, ValueError, KeyError):
         pass
     return ""
 

@@ -184,7 +184,9 @@ def summed(rank: RankContext) -> dict[str, Any]:
     for name, each in (("fsdp", sharded), ("ddp", DistributedDataParallel(tiny_model("mixtral").train()))):
         with attach(each, rank.folder / name, sinks=["jsonl"], trace_every=0) as watch:
             each(tokens).logits.sum().backward()
-            one = watch.step()
+            norm = torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)
+            one = watch.step(grad_norm=norm)
+            assert one is None or one.scalars["optim/grad_norm"] == (norm.full_tensor() if name == "fsdp" else norm).item()
             wrapped[name] = one and one.arrays["choices_LC"]
     counts = [np.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) for logits in output.router_logits]
     with pytest.raises(ConfigError) as unopened:

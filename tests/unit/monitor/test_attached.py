@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -164,7 +165,8 @@ def test_detaching_removes_every_hook_and_copies_are_not_watched(tmp_path: Path)
     before = hooks()
     watch = attach(model, tmp_path, sinks=["jsonl"], trace_every=0)
     assert hooks() == before + LAYERS + 2
-    step_of(copy.deepcopy(model), (1,))
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        step_of(each, (1,))
     record = watch.step()
     assert record is not None
     assert record.arrays["choices_LC"].sum() == 0
@@ -200,6 +202,11 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         watch.step()
     with refused(ConfigError, "has records up to step 1", "last_step=N"):
         attach(model, tmp_path / "b")
+    with attach(model.train(), tmp_path / "traced", sinks=[]) as watch:  # without metrics.jsonl
+        step_of(model, (1,))
+        watch.step()
+    with refused(ConfigError, "has records up to step 1", "last_step=N"):
+        attach(model, tmp_path / "traced", sinks=["tensorboard"])
     with refused(ConfigError, "sinks: 'tensorbord' is unknown", "tensorboard"):
         attach(model, tmp_path / "d", sinks=["tensorbord"])
     (tmp_path / "e").mkdir()

@@ -204,7 +204,7 @@ def memory(retries: list[float]) -> np.ndarray:
 def test_a_rank_without_free_memory_is_named() -> None:
     (hint,) = full_memory([memory([2, 0, 5]), memory([2, 0, 5]), memory([2, 3, 5])])
     assert hint.kind == "memory"
-    assert "rank 1 found no free GPU memory 3 times in the last 3 steps" in hint.text
+    assert "rank 1 found no free GPU memory 3 times in the last 2 steps" in hint.text
     assert "at most 60,000 MiB in use and 70,000 MiB reserved" in hint.text
     assert not list(full_memory([memory([2, 0, 5])] * 3)), "retries of earlier steps are no news"
     assert not list(full_memory([]))

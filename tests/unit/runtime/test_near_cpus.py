@@ -45,7 +45,7 @@ def bound_by(
 ) -> tuple[set[int], dict[str, str]]:
     monkeypatch.setattr(os, "sched_setaffinity", kernel.bind)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(kernel.bound))
-    bind_near_gpu(rank, variables)
+    bind_near_gpu(rank, 2, variables)
     return kernel.bound, variables
 
 
@@ -98,6 +98,22 @@ def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, threads: str
     assert bound_by(Kernel(range(100)), monkeypatch, 0, OMP_NUM_THREADS=threads)[1] == {"OMP_NUM_THREADS": left}
 
 
+def test_ranks_near_the_same_cpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml([{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]))  # and two ranks
+    found = bound_by(Kernel(range(8)), monkeypatch, 1, OMP_NUM_THREADS="4")
+    assert found == ({0, 1, 2, 3}, {"OMP_NUM_THREADS": "2"})
+
+
+def test_a_kernel_that_refuses_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    kernel = Kernel(range(100))
+    monkeypatch.setattr(kernel, "bind", refuse)
+    assert bound_by(kernel, monkeypatch, 0, OMP_NUM_THREADS="50") == (set(range(100)), {"OMP_NUM_THREADS": "50"})
+
+
 def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread of its own, because the kernel binds threads one by one."""
     seen: list[set[int]] = []
@@ -108,7 +124,7 @@ def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.Mo
         free = os.sched_getaffinity(0) == before
         os.sched_setaffinity(0, before)
         monkeypatch.setitem(sys.modules, "pynvml", nvml([{min(before)}]))
-        bind_near_gpu(0, {})
+        bind_near_gpu(0, 1, {})
         child = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
         child.start()
         child.join()

@@ -94,6 +94,18 @@ def test_figures_of_other_data_are_not_shown(prepared: tuple[Path, Manifest, Pat
     assert beside_fixed_top_k(config, manifest, EVALUATION, figures=path) == ""
 
 
+@pytest.mark.parametrize("change", [{"config": {"unknown": 1}}, {"held_out": {"sound": 1.0}}, None])
+def test_figures_that_cannot_be_read_end_no_run(
+    prepared: tuple[Path, Manifest, Path], tmp_path: Path, change: dict[str, Any] | None
+) -> None:
+    data, manifest, path = prepared
+    broken = tmp_path / "figures.json"  # None: there is no such file
+    if change is not None:
+        broken.write_text(json.dumps([{**json.loads(path.read_text())[1], **change}]))
+    config = tiny_config(data, Path("runs"), _groups(3, 2))
+    assert beside_fixed_top_k(config, manifest, EVALUATION, figures=broken) == ""
+
+
 def test_the_summary_has_the_sentence(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     plan = SimpleNamespace(config=tiny_config(tmp_path, tmp_path))
