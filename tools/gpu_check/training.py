@@ -236,6 +236,7 @@ def preset(job: CheckJob) -> list[Reading]:
 def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: int, timed: int) -> dict[str, float]:
     on_gpu = mesh.device.type == "cuda"
     budget = 0.85 * torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else math.inf
+    needed = math.inf
     for layers in range(most, 0, -1):
         config = configure(job, mesh, [f"model.num_layers={layers}"], name=name, sequences=sequences)
         needed = estimate(config).rank_memory.total
