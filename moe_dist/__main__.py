@@ -25,7 +25,7 @@ COMMANDS = (
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ("evaluate", "tools.evaluate:main", "Test a trained run with multiple-choice questions."),
-    ("trace", "tools.trace:main", "Write down which experts held-out tokens take in a trained run."),
+    ("trace", "tools.trace:main", "Trace the experts of held-out tokens."),
     ("report", "tools.report:main", "Draw the routing of a run or a trace into one HTML file."),
     ("generate", "tools.generate:main", "Continue text and pictures with a trained run."),
     ("import-hf", "tools.import_hf:main", "Convert a Hugging Face model into starting weights."),
@@ -35,7 +35,7 @@ COMMANDS = (
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),
     ("bench", "tools.bench.__main__:main", "Measure dispatch on this machine."),
     ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
-    ("reproduce", "tools.experiments.__main__:main", "Run an experiment of configs/reproduce, and report it."),
+    ("reproduce", "tools.experiments.__main__:main", "Run and report an experiment."),
 )
 
 
