@@ -48,7 +48,9 @@ def main(
         console.print(f"[{_STYLES[outcome.verdict]}]{outcome.verdict}[/]  {name}  {outcome.seconds:.1f} s", end="")
         console.print(reason, markup=False)
 
-    outcomes = run_checks(CHECKS, job, json, found, minutes=minutes, fresh=fresh, show=show)
+    # The limits of the table are for a GPU; on a busy CPU a check takes longer and does not hang.
+    checks = {name: replace(each, seconds=600.0) for name, each in CHECKS.items()} if rehearse else CHECKS
+    outcomes = run_checks(checks, job, json, found, minutes=minutes, fresh=fresh, show=show)
     console.print(table(f"{job.gpus} x {found['card']}", outcomes))
     verdicts = {each.verdict for each in outcomes.values()}
     raise typer.Exit(EXIT_FAILED if "fail" in verdicts else StoppedError.exit_code if "not run" in verdicts else EXIT_DONE)
