@@ -1,5 +1,6 @@
 """Ranks meet at a start, each in a thread: under any launcher, after earlier starts, and with ranks that do not fit."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -77,16 +78,27 @@ def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # nobody waits for a late rank with this limit
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
-    published = [replace(each, init_method=PUBLISHED, attempt_id="job.1") for each in (FIRST, SECOND, THIRD)]
-    for first, second, third in (published, published[::-1]):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)  # as under mpirun, srun or Kubernetes
+    owned = [FIRST, SECOND, THIRD]
+    published = [replace(each, init_method=PUBLISHED, attempt_id="job.1") for each in owned]
+    for first, second, third in (published, published[::-1], owned, owned[::-1]):
         caplog.clear()
         ranks = [start(first), start(second)]
         time.sleep(1.0)
         assert not any(rank.done() for rank in ranks)
-        missing = "rank 2 since" if third.rank == 2 else f"rank 0, whose address must come into {tmp_path}/rendezvous.json"
+        place = (
+            f"address must come into {tmp_path}/rendezvous.json"
+            if third in published
+            else f"store must be at 127.0.0.1:{port}"
+        )
+        missing = "rank 2 since" if third.rank == 2 else f"rank 0, whose {place}"
         assert [line for line in caplog.messages if line.startswith(f"waiting for {missing}")]
         ranks.append(start(third))
-        assert {rank.result(600) for rank in ranks} == {"job.1"}
+        assert {rank.result(600) for rank in ranks} == {"job.1" if third in published else "of-rank-0"}
 
 
 @contextmanager

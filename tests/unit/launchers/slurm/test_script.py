@@ -8,6 +8,7 @@ import pytest
 
 from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, NodePlan, rank_commands
 from launchers.slurm.script import (
+    LINGER_SECONDS,
     TRAIN_SBATCH,
     output_pattern,
     part_options,
@@ -20,6 +21,8 @@ from launchers.slurm.script import (
 from launchers.slurm.step import hold_signals_prefix
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError
+from moe_dist.monitor.sinks import sink
+from moe_dist.monitor.trace import writer
 from tests.support.messages import refused
 
 ROOT = Path(__file__).parents[4]
@@ -175,6 +178,10 @@ def test_options_of_the_site_reach_srun_and_sbatch() -> None:
     assert not [each for each in srun_command(ONE_KIND, Cluster(), hosts=["n1", "n3"], **places) if "nodelist" in each]
     with refused(ConfigError, "spare_nodes=1"):
         sbatch_line(TWO_KINDS, site, ["x"])
+
+
+def test_sinks_close_before_srun_kills_the_ranks_that_outlive_others() -> None:
+    assert sink.CLOSE_SECONDS + writer.CLOSE_SECONDS <= LINGER_SECONDS
 
 
 def test_one_srun_starts_the_tasks_of_all_components_with_blocked_signals() -> None:
