@@ -1,27 +1,18 @@
 """`tools.import_hf` and `tools.export_hf` as they are called: what they print, their options, and how they refuse."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
-from click.testing import Result
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from tests.support.invoked import invoke
 from tests.support.served import saved_model
 from tests.support.tiny import tiny_dataset
 from tests.support.tiny_hf import save, tiny_model
 from tools.export_hf import main as export_hf
 from tools.import_hf import main as import_hf
-
-
-def call(command: Any, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +25,7 @@ def imported(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ours") / "ours"
     (theirs / "training_args.bin").write_bytes(b"\x80\x04.")
     options = ("--null-experts", 8, "--top-k", 3, "--modalities", "text,image", "--data", "somewhere", "--seed", 7)
-    done = call(import_hf, theirs, "--out", out, *options)
+    done = invoke(import_hf, theirs, "--out", out, *options)
     assert done.exit_code == 0, done.output
     assert "not opened, since reading them can run code: training_args.bin" in done.stdout
     assert "mixtral: " in done.stdout
@@ -53,7 +44,7 @@ def test_options_of_an_import_are_in_its_configuration(imported: Path) -> None:
 def test_an_export_says_what_it_did(
     imported: Path, theirs: Path, tmp_path: Path, dtype: str | None, expected: torch.dtype
 ) -> None:
-    done = call(export_hf, imported, "--out", tmp_path / "out", *(("--dtype", dtype) if dtype else ()))
+    done = invoke(export_hf, imported, "--out", tmp_path / "out", *(("--dtype", dtype) if dtype else ()))
     assert done.exit_code == 0, done.output
     assert "8 null experts a layer left out: they were copies of true rows" in done.stdout
     assert f"{tmp_path / 'out'} is made" in done.stdout.replace("\n", "")
@@ -66,7 +57,7 @@ def test_an_export_says_what_it_did(
 def test_an_export_says_why_it_brings_its_code(tmp_path: Path) -> None:
     tiny_dataset(tmp_path / "data")
     saved_model(tmp_path / "run", tmp_path / "data", {})
-    done = call(export_hf, tmp_path / "run", "--out", tmp_path / "out", "--data", tmp_path / "data")
+    done = invoke(export_hf, tmp_path / "run", "--out", tmp_path / "out", "--data", tmp_path / "data")
     assert done.exit_code == 0, done.output
     assert "no plain family of transformers can express this model:\n  - model.moe.groups: text, image: " in done.stdout
     assert "load it with trust_remote_code=True\nmoe_dist: " in done.stdout
@@ -84,13 +75,13 @@ def test_an_export_says_why_it_brings_its_code(tmp_path: Path) -> None:
 def test_imports_that_are_refused(
     theirs: Path, tmp_path: Path, arguments: tuple[object, ...], code: int, message: str
 ) -> None:
-    done = call(import_hf, theirs, "--out", tmp_path / "ours", *arguments)
+    done = invoke(import_hf, theirs, "--out", tmp_path / "ours", *arguments)
     assert (done.exit_code, message in done.stderr) == (code, True), done.output
     assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_are_no_models_are_65(tmp_path: Path) -> None:
-    done = call(import_hf, tmp_path / "nowhere", "--out", tmp_path / "ours")
+    done = invoke(import_hf, tmp_path / "nowhere", "--out", tmp_path / "ours")
     assert done.exit_code == 65, done.output
     assert "no such folder" in done.stderr
 
@@ -106,7 +97,7 @@ def test_folders_that_are_no_models_are_65(tmp_path: Path) -> None:
     ids=str,
 )
 def test_exports_that_are_refused(imported: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
-    done = call(export_hf, imported, "--out", tmp_path / "out", *arguments)
+    done = invoke(export_hf, imported, "--out", tmp_path / "out", *arguments)
     assert done.exit_code == 78, done.output
     assert message in done.stderr
     assert not list(tmp_path.iterdir())

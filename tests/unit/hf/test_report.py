@@ -6,21 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
 
 from moe_dist.monitor.trace.reader import read_trace
+from tests.support.invoked import invoke
 from tests.support.tiny import EOS, IMAGE_IDS, tiny_dataset
 from tests.support.tiny_hf import save, tiny_model
 from tools.import_hf import main as import_hf
 from tools.report import main as report
 from tools.trace import main as trace
-
-
-def call(command: Any, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +26,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_of_an_imported_model(data: Path, tmp_path: Path) -> None:
     model = tiny_model("mixtral", vocab_size=IMAGE_IDS[1])
     save(model, tmp_path / "theirs")
-    done = call(import_hf, tmp_path / "theirs", "--out", tmp_path / "ours", "--modalities", "text,image")
+    done = invoke(import_hf, tmp_path / "theirs", "--out", tmp_path / "ours", "--modalities", "text,image")
     assert done.exit_code == 0, done.output
-    done = call(trace, tmp_path / "ours", "--data", data, "--sequences", 3)
+    done = invoke(trace, tmp_path / "ours", "--data", data, "--sequences", 3)
     assert done.exit_code == 0, done.output
     out = tmp_path / "ours" / "traces" / "step_0"
-    done = call(report, out, "--data", data, "-o", tmp_path / "report.html")
+    done = invoke(report, out, "--data", data, "-o", tmp_path / "report.html")
     assert done.exit_code == 0, done.output
     page = (tmp_path / "report.html").read_text()
     assert "2 MoE layers (all: 8 experts + 0 null, top 2)" in page
@@ -66,8 +59,8 @@ def test_data_that_do_not_fit_are_named(
     data: Path, tmp_path: Path, changes: dict[str, Any], options: tuple[str, ...], message: str
 ) -> None:
     save(tiny_model("mixtral", **changes), tmp_path / "theirs")
-    assert call(import_hf, tmp_path / "theirs", "--out", tmp_path / "ours", *options).exit_code == 0
-    done = call(trace, tmp_path / "ours", "--data", data)
+    assert invoke(import_hf, tmp_path / "theirs", "--out", tmp_path / "ours", *options).exit_code == 0
+    done = invoke(trace, tmp_path / "ours", "--data", data)
     assert done.exit_code == 78, done.output
     assert message in " ".join(done.stderr.split())
     assert "these data do not fit" in done.stderr

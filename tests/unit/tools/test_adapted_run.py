@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from click.testing import Result
-from typer.testing import CliRunner
 
 from moe_dist.config.split_files import data_digest
 from moe_dist.config.tuning_schema import RouterTuningSection
@@ -17,6 +15,7 @@ from moe_dist.inference.loaded_run import find_trained
 from moe_dist.train import resume
 from moe_dist.train.resume import kept_position
 from tests.support.imported import logits_of
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB, pictured_data
@@ -37,9 +36,7 @@ ADAPTED: dict[str, Any] = {
 
 
 def call(tool: ModuleType, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(tool.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(tool.main, *arguments)
 
 
 @pytest.fixture(scope="module")

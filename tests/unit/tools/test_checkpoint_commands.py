@@ -7,12 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import typer
 import yaml
 from click.testing import Result
-from typer.testing import CliRunner
 
 from moe_dist.checkpoint.index import MAX_FAULTS, read_index
+from tests.support.invoked import invoke
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.small_run import SmallRun
 from tests.support.tiny import tiny_config
@@ -31,9 +30,7 @@ def checkpoints(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def call(module: ModuleType, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(module.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(module.main, *arguments)
 
 
 def flipped(folder: Path) -> Path:

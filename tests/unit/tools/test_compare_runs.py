@@ -2,10 +2,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import typer
 from click.testing import Result
-from typer.testing import CliRunner
 
+from tests.support.invoked import invoke
 from tools import compare_runs
 
 
@@ -22,9 +21,7 @@ def record(folder: Path, losses: list[float]) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(compare_runs.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(compare_runs.main, *arguments)
 
 
 def test_runs_that_agree_are_0(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import typer
 from click.testing import Result
-from typer.testing import CliRunner
 
 from moe_dist.data.tokenizer import fit_tokenizer
 from moe_dist.inference.loaded_run import LoadedRun
 from moe_dist.inference.multiple_choice import MEASURES
+from tests.support.invoked import invoke
 from tests.support.one_rank import OneRank, world_of_one
 from tools.evaluate import main
 
@@ -22,9 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(main, *arguments)
 
 
 def test_a_run_is_evaluated_and_earlier_results_stay(own_run: Path, words: Path, tmp_path: Path) -> None:

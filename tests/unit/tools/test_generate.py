@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.config.routers.base import RouterSection
@@ -19,6 +17,7 @@ from moe_dist.config.routers.scheduled_top_k import ScheduledTopKRouterSection
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.tasks import choose_captions
 from moe_dist.inference.vocabulary import picture_of
+from tests.support.invoked import invoke
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config
@@ -40,9 +39,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(main, *arguments)
 
 
 def test_text_goes_on_and_its_tokens_are_known(run: Path, tmp_path: Path) -> None:

@@ -4,14 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
 from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.inference.loaded_run import LoadedRun, find_trained
@@ -20,6 +16,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
+from tests.support.invoked import invoke
 from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
 from tools.evaluate import main as evaluate
@@ -28,12 +25,6 @@ from tools.prepare_router_tuning import main
 pytestmark = pytest.mark.slow
 
 TASKS = "wordnet-definition,wordnet-category"
-
-
-def call(command: Any, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +45,7 @@ def options(words: Path, embedder: Path) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def prepared(plain_run: Path, options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "out"
-    done = call(main, plain_run, "--tasks", TASKS, "--out", out, *options)
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", out, *options)
     assert done.exit_code == 0, done.output
     assert "wordnet-definition: " in done.stdout
     assert f"{out}: 16 samples" in done.stdout
@@ -63,7 +54,7 @@ def prepared(plain_run: Path, options: tuple[object, ...], tmp_path_factory: pyt
 
 def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, words: Path, tmp_path: Path) -> None:
     said = ("--split", "train", "--rotations", "--wordnet", words, "--limit", 8, "--out", tmp_path, "--json")
-    record = json.loads(call(evaluate, plain_run, "--tasks", TASKS, *said).stdout)
+    record = json.loads(invoke(evaluate, plain_run, "--tasks", TASKS, *said).stdout)
     wanted = {
         (task, answer["id"]): answer["normalised"] == [answer["answer"]] * 4
         for task, found in record["tasks"].items()
@@ -112,7 +103,7 @@ def test_without_rotations_choices_are_not_listed(
     plain_run: Path, options: tuple[object, ...], prepared: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "unlisted"
-    done = call(main, plain_run, "--tasks", TASKS, "--out", out, "--no-rotations", "--layers", "1", *options)
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", out, "--no-rotations", "--layers", "1", *options)
     assert done.exit_code == 0, done.output
     assert "; " not in json.loads((out / "questions.jsonl").read_text().splitlines()[0])["text"]
     manifest, listed = load_tuning_manifest(out), load_tuning_manifest(prepared)
@@ -143,7 +134,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     message: str,
 ) -> None:
     monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
-    done = call(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
+    done = invoke(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
@@ -175,7 +166,7 @@ def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
     monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     damaged = shutil.copytree(embedder, tmp_path / "damaged")
     spoil(damaged, monkeypatch)
-    done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
     assert done.exit_code == code, done.output
     assert message in done.stderr
 
@@ -183,13 +174,13 @@ def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
 def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
     own_run: Path, plain_run: Path, own_data: Path, options: tuple[object, ...], tmp_path: Path
 ) -> None:
-    done = call(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
+    done = invoke(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
     assert done.exit_code == 78, done.output
     assert "model.mixture_of_depths: a token that a layer passes by" in done.stderr
     moved = shutil.copytree(own_data, tmp_path / "moved")
     tokenizer = json.loads((moved / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["foreign"] = 310
     (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", "--data", moved, *options)
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", "--data", moved, *options)
     assert done.exit_code == 65, done.output
     assert not (tmp_path / "out").exists()

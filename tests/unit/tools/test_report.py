@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
@@ -19,6 +18,7 @@ from moe_dist.monitor.report.routing import FRAMES, frames_of_records
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.policies import expert_groups
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 from tools.report import main, open_routing
@@ -27,9 +27,7 @@ VOID = {"meta", "link", "input", "img"}
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(main, *arguments)
 
 
 class Tags(HTMLParser):

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.train.evaluation.heldout import heldout_losses
+from tests.support.invoked import invoke
 from tests.support.pictured import pictured_run
 from tools.trace import main
 
@@ -20,9 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(main, *arguments)
 
 
 @pytest.fixture(scope="module")
