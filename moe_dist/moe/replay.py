@@ -87,7 +87,7 @@ class Replay:
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
-        # No choice (of padding, or beyond a group's k) may be any column, because routers leave its place out.
+        # -1 (padding, or a place beyond the group's k) becomes column 0, because routers ignore the columns in such places.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
 
 
