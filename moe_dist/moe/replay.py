@@ -122,6 +122,12 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
             f"{source}: ids are {ids_TLK.dtype} {list(ids_TLK.shape)}, but the batch and the model need whole numbers "
             f"[tokens, MoE layers, choices] = {list(wanted)}; replay the record of this batch and this model"
         )
+    most = len(routers[0].groups) - 1
+    if len(group_T) and not -1 <= group_T.min() <= group_T.max() <= most:
+        raise DataError(
+            f"{source}: group_T is from {group_T.min()} to {group_T.max()}, but the model's expert groups are 0 to "
+            f"{most}, and padding is -1; give the group of each token's modality"
+        )
     for layer, router in enumerate(routers):
         for wrong_TK, rule in _broken_rules(ids_TLK[:, layer].astype(np.int64), group_T, router):
             if wrong_TK.any():
