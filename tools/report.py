@@ -101,17 +101,19 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
     """
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
+    # Records beside a trace are those of a model that another trainer trains, see `moe_dist.monitor.attach`.
+    counted = not experts and RunFolder(path).metrics_jsonl.is_file()
     if experts:
         trace = read_foreign(path, experts)
         manifest = trace.step(trace.steps[0]).manifest
     elif any(path.glob(f"*/{MANIFEST}")) or any(path.glob(f"trace/*/{MANIFEST}")):
-        trace, manifest = _open_trace(path, counted=RunFolder(path).metrics_jsonl.is_file())
+        trace, manifest = _open_trace(path, counted=counted)
     else:
         raise ConfigError(
             f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give one of "
             f"both, or the trace of another system ({', '.join(READERS)}) and --experts, its number of experts"
         )
-    if RunFolder(path).metrics_jsonl.is_file():  # of a model that another trainer trains, see `moe_dist.monitor.attach`
+    if counted:
         shape = (len(manifest.layers), manifest.num_columns, len(manifest.groups))
         frames, window, _ = frames_of_records(RunFolder(path).metrics_jsonl, shape)
         frames, source = merged(frames, FRAMES), "from metrics.jsonl"
@@ -170,8 +172,14 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Reads a trace with at least one step, unless records have the counts, and the manifest of its last step; all attempts
-    have the same model."""
+    """Returns a trace, and the manifest of its last attempt.
+
+    Args:
+        counted: If true, the counts of choices come from metrics.jsonl, so the trace may have no step.
+
+    Raises:
+        DataError: the trace has no step, or attempts have different models.
+    """
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")
@@ -229,8 +237,19 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
 
 
 def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = None) -> dict[str, Any]:
-    """`Tokens.name_of`, `picture_of` and `grid` from the data set; empty if the data set is not there. A trace without data
-    set may name the file of a tokenizer."""
+    """Returns the fields `name_of`, `picture_of` and `grid` of `Tokens`.
+
+    Args:
+        configuration: The stored configuration of the run; its data.path is the folder of the data set.
+        data: The folder to which the data set has moved; None if it has not moved.
+        tokenizer_json: The tokenizer's file, read if the configuration names no data set; gives only `name_of`.
+
+    Returns:
+        No fields if the data set cannot be read. The report then shows token ids.
+
+    Raises:
+        ConfigError: `data` cannot be read.
+    """
     try:
         if data is None and tokenizer_json and "data" not in configuration:
             alone = read_tokenizer(tokenizer_json)

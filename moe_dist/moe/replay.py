@@ -87,7 +87,7 @@ class Replay:
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
-        # No choice (of padding, or beyond a group's k) may be any column, because routers leave its place out.
+        # -1 (padding, or a place beyond the group's k) becomes column 0, because routers ignore the columns in such places.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
 
 
@@ -121,6 +121,12 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
         raise DataError(
             f"{source}: ids are {ids_TLK.dtype} {list(ids_TLK.shape)}, but the batch and the model need whole numbers "
             f"[tokens, MoE layers, choices] = {list(wanted)}; replay the record of this batch and this model"
+        )
+    most = len(routers[0].groups) - 1
+    if len(group_T) and not -1 <= group_T.min() <= group_T.max() <= most:
+        raise DataError(
+            f"{source}: group_T is from {group_T.min()} to {group_T.max()}, but the model's expert groups are 0 to "
+            f"{most}, and padding is -1; give the group of each token's modality"
         )
     for layer, router in enumerate(routers):
         for wrong_TK, rule in _broken_rules(ids_TLK[:, layer].astype(np.int64), group_T, router):

@@ -30,7 +30,12 @@ PARTIAL = "MIG"  # a part of a card, whose rate is not the card's
 
 
 def peak_tflops(card: str) -> float | None:
-    """Returns the peak TFLOP/s of a card in bf16; None if the table does not have the card."""
+    """Returns the dense peak rate of one GPU in bf16, in TFLOP/s; None for a part of a card, or if the table
+    lacks the card.
+
+    Args:
+        card: Name of the GPU as `torch.cuda.get_device_name` gives it, for example "NVIDIA H100 80GB HBM3".
+    """
     words = set(re.split(r"[\s-]+", card.upper()))
     known = (peak for name, peak in PEAK_BF16_TFLOPS.items() if words.issuperset(name.split()))
     return None if PARTIAL in words else next(known, None)

@@ -35,7 +35,8 @@ class Record:
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest and the other ranks, the largest
             memory of any rank, and the peak rate of which perf/mfu is the share.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
-        memory_W3: `train.step.largest_memory` of each rank; empty in the first step.
+        memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
+            the first step.
         load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
             and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
@@ -221,8 +222,8 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
-    """The largest of each number in `Record.memory_W3`, the largest difference of reserved and allocated memory, and the
-    rank of each; empty in the first step."""
+    """Returns the largest of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB, and
+    the rank of each. Empty in the first step."""
     if not memory_W3.size:
         return {}
     allocated_W, reserved_W, retries_W = memory_W3.T
@@ -377,6 +378,7 @@ def reduce_known(values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.me
 
 
 def ratio(over: float, under: float) -> float | None:
+    """Returns `over / under`; None if `under` is 0, because the quantity is then unknown."""
     return float(over) / float(under) if under else None
 
 

@@ -108,16 +108,17 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> None:
-    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless it is set already. Call it
-    before the import of torch, which reads the variable."""
+def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> bool:
+    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless it is set already. Returns whether
+    it set the variable. Call it before the import of torch, which reads the variable."""
     if env.get(THREADS):
-        return
+        return False
     usable = len(os.sched_getaffinity(0))  # fewer than the node's if a container or the scheduler binds the process
     share = usable // local_world_size
     if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may have bound each task to its share
         share = min(usable, int(cpus) // local_world_size)
     env[THREADS] = str(max(1, share))
+    return True
 
 
 def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:

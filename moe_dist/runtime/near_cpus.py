@@ -9,13 +9,20 @@ _ALL_CPUS = range(4096)
 _WORD = 64  # CPUs in one number of NVML's answer
 
 
-def bind_near_gpu(local_rank: int, local_world_size: int, variables: MutableMapping[str, str]) -> None:
+def bind_near_gpu(
+    local_rank: int, local_world_size: int, variables: MutableMapping[str, str], *, lower_threads: bool
+) -> None:
     """Binds this process to the CPUs that NVML names as nearest to the rank's GPU, so that copies between host and GPU do
-    not cross the node's sockets. Lowers OMP_NUM_THREADS to the rank's share of these CPUs. Call it before torch is
-    imported, because only threads that start later inherit the binding.
+    not cross the node's sockets. Call it before torch is imported, because only threads that start later inherit the
+    binding.
 
     Changes nothing without NVML or a GPU, if the kernel refuses, if someone has bound the process already, or if the cgroup
     of the process lacks one of the CPUs: the others could be too few.
+
+    Args:
+        variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.
+        lower_threads: If true, and if the process is bound, OMP_NUM_THREADS (a whole number) is lowered to the rank's share
+            of these CPUs. Give false if a user or a launcher chose the number.
     """
     near_R = _near_cpus(local_world_size, variables)
     near = near_R[min(local_rank, len(near_R) - 1)] if near_R else None
@@ -29,7 +36,7 @@ def bind_near_gpu(local_rank: int, local_world_size: int, variables: MutableMapp
         os.sched_setaffinity(0, near if free else bound)
     except OSError:  # a sandbox may forbid the call: training needs no binding
         return
-    if free and variables.get(THREADS, "").isdecimal():
+    if free and lower_threads:
         share = max(1, len(near) // sum(bool(near & other) for other in near_R))
         variables[THREADS] = str(min(int(variables[THREADS]), share))
 
@@ -40,7 +47,9 @@ def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[
     does among equal cards."""
     try:
         import pynvml
-
+    except ImportError:
+        return []
+    try:
         pynvml.nvmlInit()
         try:
             visible = variables.get("CUDA_VISIBLE_DEVICES")
@@ -54,5 +63,5 @@ def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[
             return found
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # no package, driver or such GPU: training needs no binding
+    except (pynvml.NVMLError, OSError):  # no driver, or no such GPU: training needs no binding
         return []

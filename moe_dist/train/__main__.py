@@ -46,7 +46,7 @@ def main(
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     """Runs one attempt (one start of the run) on this rank and returns the exit code."""
     env = RankEnv.from_environment(os.environ)
-    share_cores(env.local_world_size, os.environ)
+    shared = share_cores(env.local_world_size, os.environ)
     attempt = Attempt(env)
     # From here on stop signals are caught, also while torch is imported, which takes seconds.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
@@ -56,7 +56,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
             if not plan.config.parallel.dispatch.needs_modules:  # other libraries share memory that must not grow
                 limit_fragmentation(os.environ)
             if plan.config.parallel.device != "cpu":
-                bind_near_gpu(env.local_rank, env.local_world_size, os.environ)
+                bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
             train(plan, env, attempt, stop)
         elif env.rank == 0:
             print(RunFolder.of(plan.config).read_summary())

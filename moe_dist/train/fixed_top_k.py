@@ -1,4 +1,4 @@
-"""Says a run's held-out loss beside that of a fixed top-k, whose figures are in configs/fixed_top_k.json."""
+"""Compares a run's held-out loss with that of a fixed top-k, whose figures are in configs/fixed_top_k.json."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ from moe_dist.errors import MoeDistError
 from moe_dist.monitor.statistics import EvaluationResult
 
 FIGURES = source_root() / "configs" / "fixed_top_k.json"
-# Keys that a run may have otherwise than the run of the figures: null experts, k, weights, and what changes no loss.
+# Keys whose values may differ from those of the run that gave the figures: null experts, k and normalisation, whose
+# effect is compared, and keys that change no loss.
 MAY_DIFFER = (
     *("run.name", "run.root", "run.group", "data.path", "placement.*", "checkpoint.*", "monitor.*", "evaluation.checks"),
     *("model.moe.groups.*.num_null", "model.moe.groups.*.top_k", "model.moe.router.normalise"),

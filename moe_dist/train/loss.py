@@ -89,8 +89,11 @@ def forward(
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> Callable[[], StepCounts[Tensor]]:
-    """Starts to sum the counts in `reports` over all ranks, and returns a function that waits for the sums. Must be called
-    once per micro-batch, outside recomputed code. Costs one all-reduce, and a second one with mixture of depths."""
+    """Starts the sum of the counts in `reports` over all ranks: one all-reduce, and a second one with mixture of depths.
+
+    Collective: all ranks must call it once per micro-batch, outside recomputed code. Returns a function that waits for the
+    sums and returns them in float64; without mixture of depths the fields depth_... are empty.
+    """
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
@@ -110,8 +113,11 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Callable[[], Sequence[Tensor]]:
-    """Starts to sum the fields depth_... of `StepCounts` over all ranks by one all-reduce. Returns a function that waits
-    for them. Without mixture of depths the fields are empty and there is no all-reduce."""
+    """Starts one all-reduce, which sums the mixture-of-depths counts over all ranks.
+
+    Returns a function that waits for the sums and returns the fields of `StepCounts` from depth_tokens_P to depth_taken_PG.
+    Without mixture of depths nothing is sent, and these fields are empty.
+    """
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:

@@ -241,7 +241,7 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: 
     """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run.
 
     Args:
-        beside: The sentence of `beside_fixed_top_k`, or nothing.
+        beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
     """
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished while this one waited
         print(folder.read_summary())

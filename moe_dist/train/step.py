@@ -87,7 +87,8 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info = needs_global_batch_info
-        # [W 4]: in this rank's row its busy seconds and memory at the end of the last step, else zeros; empty at first.
+        # Of the last step, [W x 4]: this rank's row has its busy seconds and `largest_memory`, the other rows are 0 until
+        # the ranks' tensors are summed. Empty before the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
         self._tables = ColumnTables.on(placement.groups, device)
 

@@ -197,7 +197,8 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
 def frames_of_trace(
     trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int
 ) -> tuple[list[Frame], list[Frame]]:
-    """Counts at most FRAMES evenly spaced steps of a trace, and its last WINDOW steps."""
+    """Returns the counts of at most FRAMES evenly spaced steps of a trace, and those of its last WINDOW steps. A frame is
+    one step."""
     last = len(trace.steps) - 1
     spaced = np.unique(np.linspace(0, last, FRAMES).astype(int)).tolist()
     window = range(max(0, last + 1 - WINDOW), last + 1)
@@ -226,7 +227,11 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the last steps of a trace, up to MOST_TOKENS tokens. `names` are `Tokens.name_of`, `picture_of` and `grid`."""
+    """Reads the tokens of a trace's last steps, at most MOST_TOKENS.
+
+    Args:
+        names: The fields `name_of`, `picture_of` and `grid` of `Tokens`.
+    """
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):
         if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:

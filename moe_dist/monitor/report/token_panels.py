@@ -87,7 +87,8 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def compute_maps(subject: Subject, tokens: Tokens) -> str:
-    """Pictures, each above the true experts of its cells, and texts on the colours of their tokens' true experts."""
+    """Draws pictures, each above a map of its cells, and texts. The colour of a cell, and the background of a text's
+    token, tell the number of true experts."""
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
     experts_T = _true_experts(subject.routing, tokens).mean(1)
@@ -227,13 +228,18 @@ def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
 
 
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The rows of whole pictures, and those of the texts between pictures."""
+    """Returns the rows of each whole picture, and the rows of each text between pictures. Pictures may follow each other
+    with no token between. Cells that are no multiple of a picture's cells are left out: where a picture begins is unknown,
+    because one is cut off."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])
     runs = np.split(np.arange(len(cell_T)), np.flatnonzero(~follows) + 1)
-    pictures = [rows for rows in runs if cell_T[rows[0]] and len(rows) == math.prod(tokens.grid)]
-    return pictures, [rows for rows in runs if not cell_T[rows[0]]]
+    cells = math.prod(tokens.grid)  # 0 without pictures
+    whole = [rows for rows in runs if cell_T[rows[0]] and cells and len(rows) % cells == 0]
+    return [picture for rows in whole for picture in rows.reshape(-1, cells)], [
+        rows for rows in runs if not cell_T[rows[0]]
+    ]
 
 
 def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> str:

@@ -17,7 +17,7 @@ from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
-FLAME_TOKENS = 1 << 16
+FLAME_TOKENS = 1 << 16  # tokens that are read from each file of FLAME-MoE-Traces
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
 
 
@@ -133,7 +133,7 @@ def _flame(files: Sequence[Path]) -> Parts:
             if ids.ndim != 2 or ids.dtype.kind != "i":
                 raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
             by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids
-        except (ValueError, KeyError, StopIteration) as error:  # pyarrow's errors are ValueErrors
+        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # also pyarrow's, other than OSErrors
             raise DataError(
                 f"{file}: not iter_<step>/layer_<number>.parquet with lists of k whole numbers in the column `indices` "
                 f"({error!r:.100}); restore the file"

@@ -205,4 +205,5 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
         with open_regular(path) as stream:
             yield stream
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; restore the file") from error
+        # repr: an error of pyarrow has no strerror, and ends with a new line
+        raise DataError(f"{path}: {error.strerror or repr(error):.100}; restore the file") from error

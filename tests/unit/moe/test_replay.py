@@ -135,6 +135,12 @@ def test_drops_are_replayed_in_training_alone() -> None:
         Replay(layer.eval(), WRONG["dropped without a capacity"], GROUP)
 
 
+@pytest.mark.parametrize("group", [-2, 2])
+def test_a_group_outside_the_model_is_refused(group: int) -> None:
+    with refused(DataError, "group_T", golden=False):
+        Replay(top_k_layer(), IDS, np.array([0, 1, group, 0]))
+
+
 def test_another_number_of_tokens_is_refused() -> None:
     layer, h_TD = top_k_layer(), torch.randn(5, D, dtype=torch.float64)
     with refused(DataError, "5 tokens"), Replay(layer, IDS, GROUP):

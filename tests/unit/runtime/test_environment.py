@@ -100,7 +100,7 @@ def test_ranks_share_the_cores_of_their_node(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(usable)))
     env = dict(given)
-    share_cores(ranks, env)
+    assert share_cores(ranks, env) == ("OMP_NUM_THREADS" not in given)
     assert env["OMP_NUM_THREADS"] == threads
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from moe_dist.runtime.near_cpus import bind_near_gpu
@@ -27,13 +28,19 @@ class Kernel:
         self.bound = set(cpus) & self.cgroup
 
 
+def raises(error: Exception) -> Any:
+    raise error
+
+
 def nvml(near: list[set[int]] = NEAR) -> Any:
+    missing = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
     return SimpleNamespace(
+        NVMLError=pynvml.NVMLError,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: len(near),
-        nvmlDeviceGetHandleByIndex=lambda index: near[index],
-        nvmlDeviceGetHandleByUUID=lambda uuid: near[UUIDS[uuid]],
+        nvmlDeviceGetHandleByIndex=lambda index: near[index] if index < len(near) else raises(missing),
+        nvmlDeviceGetHandleByUUID=lambda uuid: near[UUIDS[uuid]] if uuid in UUIDS else raises(missing),
         nvmlDeviceGetCpuAffinity=lambda cpus, words: [
             sum(1 << cpu % 64 for cpu in cpus if cpu // 64 == word) for word in range(words)
         ],
@@ -41,11 +48,11 @@ def nvml(near: list[set[int]] = NEAR) -> Any:
 
 
 def bound_by(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, rank: int, **variables: str
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, rank: int, *, lower: bool = False, **variables: str
 ) -> tuple[set[int], dict[str, str]]:
     monkeypatch.setattr(os, "sched_setaffinity", kernel.bind)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(kernel.bound))
-    bind_near_gpu(rank, 2, variables)
+    bind_near_gpu(rank, 2, variables, lower_threads=lower)
     return kernel.bound, variables
 
 
@@ -63,7 +70,7 @@ def test_the_cpus_of_the_ranks_gpu(
     monkeypatch: pytest.MonkeyPatch, local_rank: int, variables: dict[str, str], gpu: int
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    assert bound_by(Kernel(range(100)), monkeypatch, local_rank, **variables)[0] == NEAR[gpu]
+    assert bound_by(Kernel(range(100)), monkeypatch, local_rank, lower=False, **variables)[0] == NEAR[gpu]
 
 
 @pytest.mark.parametrize(
@@ -80,27 +87,40 @@ def test_the_cpus_of_the_ranks_gpu(
 def test_the_binding_stays(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, variables: dict[str, str]) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     before = set(kernel.bound)
-    assert bound_by(kernel, monkeypatch, 0, **variables, OMP_NUM_THREADS="50") == (
+    assert bound_by(kernel, monkeypatch, 0, lower=True, **variables, OMP_NUM_THREADS="50") == (
         before,
         {**variables, "OMP_NUM_THREADS": "50"},
     )
 
 
-@pytest.mark.parametrize("module", [None, SimpleNamespace(nvmlInit=lambda: 1 / 0)])
+def failing(error: Exception) -> Any:
+    return SimpleNamespace(NVMLError=pynvml.NVMLError, nvmlInit=lambda: raises(error))
+
+
+@pytest.mark.parametrize(
+    "module", [None, failing(OSError()), failing(pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))]
+)
 def test_without_nvml_the_binding_stays(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert bound_by(Kernel(range(8)), monkeypatch, 0)[0] == set(range(8))
 
 
-@pytest.mark.parametrize(("threads", "left"), [("50", "3"), ("2", "2")])
-def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, threads: str, left: str) -> None:
+def test_a_fault_of_the_code_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", failing(TypeError("a fault")))
+    with pytest.raises(TypeError, match="a fault"):
+        bound_by(Kernel(range(8)), monkeypatch, 0)
+
+
+@pytest.mark.parametrize(("threads", "lower", "left"), [("50", True, "3"), ("2", True, "2"), ("50", False, "50")])
+def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, threads: str, lower: bool, left: str) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    assert bound_by(Kernel(range(100)), monkeypatch, 0, OMP_NUM_THREADS=threads)[1] == {"OMP_NUM_THREADS": left}
+    found = bound_by(Kernel(range(100)), monkeypatch, 0, lower=lower, OMP_NUM_THREADS=threads)
+    assert found == (NEAR[0], {"OMP_NUM_THREADS": left})
 
 
 def test_ranks_near_the_same_cpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml([{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]))  # and two ranks
-    found = bound_by(Kernel(range(8)), monkeypatch, 1, OMP_NUM_THREADS="4")
+    found = bound_by(Kernel(range(8)), monkeypatch, 1, lower=True, OMP_NUM_THREADS="4")
     assert found == ({0, 1, 2, 3}, {"OMP_NUM_THREADS": "2"})
 
 
@@ -111,7 +131,10 @@ def test_a_kernel_that_refuses_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     kernel = Kernel(range(100))
     monkeypatch.setattr(kernel, "bind", refuse)
-    assert bound_by(kernel, monkeypatch, 0, OMP_NUM_THREADS="50") == (set(range(100)), {"OMP_NUM_THREADS": "50"})
+    assert bound_by(kernel, monkeypatch, 0, lower=True, OMP_NUM_THREADS="50") == (
+        set(range(100)),
+        {"OMP_NUM_THREADS": "50"},
+    )
 
 
 def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +147,7 @@ def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.Mo
         free = os.sched_getaffinity(0) == before
         os.sched_setaffinity(0, before)
         monkeypatch.setitem(sys.modules, "pynvml", nvml([{min(before)}]))
-        bind_near_gpu(0, 1, {})
+        bind_near_gpu(0, 1, {}, lower_threads=False)
         child = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
         child.start()
         child.join()
