@@ -51,7 +51,7 @@ class Attached:
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank and step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.
-        last_step: Steps before, of a training that goes on; later records in `folder` are dropped.
+        last_step: Last step of the training that goes on, or 0 for a new one; later records in `folder` are dropped.
         group: Ranks that route tokens of their own through these layers; by default all ranks.
 
     Raises:
