@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.attached_folder import ChoiceWriter, open_together
+from moe_dist.monitor.attached_folder import open_together
 from moe_dist.monitor.attached_routers import EXTRA, GUIDE, Counts, RouterHook, Routers, find_routers
 from moe_dist.monitor.metrics import Record, build_record
 from moe_dist.monitor.pictures import Subject
@@ -42,7 +42,7 @@ NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "r
 
 class Attached:
     """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the start is
-    collective, with one small all-reduce.
+    collective, with two small all-reduces.
 
     Args:
         model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
@@ -51,12 +51,12 @@ class Attached:
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank and step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.
-        last_step: Steps before, of a training that goes on; later records in `folder` are dropped.
+        last_step: Last step of the training that goes on, or 0 for a new one; later records in `folder` are dropped.
         group: Ranks that route tokens of their own through these layers; by default all ranks.
 
     Raises:
         ConfigError: the model has no known routers or is watched already; the folder has other records; a sink cannot be
-            opened; or the ranks' models differ.
+            opened; another group took the folder at the same time; the ranks' models differ; or another rank failed.
     """
 
     def __init__(
@@ -97,11 +97,10 @@ class Attached:
             configuration=_configuration(model, routers),
         )
         subject = Subject(self._placement.groups, self._placement, routers.layers, num_modalities=1)
-        place, self._sinks = open_together(
-            Path(folder), sinks, subject, manifest, rank=rank, group=group, device=routers.device
+        sequence_first, device = routers.kind.sequence_first, routers.device
+        self._writer, self._sinks = open_together(
+            Path(folder), sinks, subject, manifest, sequence_first=sequence_first, rank=rank, group=group, device=device
         )
-        sequence_first = routers.kind.sequence_first
-        self._writer = ChoiceWriter(place, rank, manifest, sequence_first=sequence_first) if trace_every else None
         counts = self._counts = Counts(routers)
         self._handles = [
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
@@ -122,7 +121,8 @@ class Attached:
         waits for its choices. A DTensor, as FSDP2's gradient norm, costs one more all-reduce.
 
         Args:
-            loss, grad_norm: Shown as means over the ranks.
+            loss, grad_norm: Numbers of this rank; the record has the means over the ranks that give one.
+            lr: Learning rate, which rank 0 records.
 
         Returns:
             The record of the step on rank 0, else None.

@@ -68,47 +68,100 @@ def open_together(
     subject: Subject,
     manifest: Manifest,
     *,
+    sequence_first: bool,
     rank: int,
     group: Any,
     device: torch.device,
-) -> tuple[Path, Sink | None]:
-    """Opens folder and sinks on rank 0. With a group, all ranks learn the number of the attempt by one all-reduce.
+) -> tuple["ChoiceWriter | None", Sink | None]:
+    """Opens the sinks on rank 0, and on each rank the files of the trace. With a group, all ranks make two small
+    all-reduces, and an error of one rank is an error of all.
 
     Returns:
-        The attempt's folder of the trace, and on rank 0 the sinks.
+        The writer of this rank's trace, if `manifest` has one, and on rank 0 the sinks.
 
     Raises:
         ConfigError: see `Attached`.
     """
-    attempt, opened, failed = 0, None, None
+    attempt, failed, opened, writer = 0, None, None, None
     if rank == 0:
         try:
-            attempt = _next_attempt(folder, manifest)
-            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step))
+            attempt = _take_attempt(folder, manifest)
         except ConfigError as error:
             failed = error
+    model = zlib.crc32(repr((manifest.groups, manifest.layers)).encode())
+    attempt, largest, smallest = _agree(folder, failed, (attempt, model, -model), group, device)
+    if largest != -smallest:
+        raise ConfigError(
+            "attach: group: its ranks have routers of different layers or shapes; give the group of the ranks that "
+            "hold the same layers",
+            see=GUIDE,
+        )
+    try:
+        if rank == 0:
+            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step))
+        if manifest.every:
+            place = _place(folder, manifest.from_step, attempt)
+            writer = ChoiceWriter(place, rank, manifest, sequence_first=sequence_first)
+    except OSError as error:
+        failed = _unusable(folder, error)
+    except ConfigError as error:
+        failed = error
+    try:
+        _agree(folder, failed, (), group, device)
+    except ConfigError:
+        for each in (writer, opened):
+            if each is not None:
+                each.close()
+        raise
+    return writer, opened
+
+
+def _agree(folder: Path, failed: ConfigError | None, values: Sequence[int], group: Any, device: torch.device) -> list[int]:
+    """Returns the largest of each value over the ranks.
+
+    Raises:
+        ConfigError: `failed`, or another rank has failed.
+    """
+    told = torch.tensor([failed is not None, *values], dtype=torch.int64, device=device)
     if group is not None:
-        model = zlib.crc32(repr((manifest.groups, manifest.layers)).encode())
-        told = torch.tensor([attempt, failed is not None, model, -model], dtype=torch.int64, device=device)
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-        attempt, any_failed, largest, smallest = told.tolist()
-        if largest != -smallest:
-            failed = failed or ConfigError(
-                "attach: group: its ranks have routers of different layers or shapes; give the group of the ranks that "
-                "hold the same layers",
-                see=GUIDE,
-            )
-        elif any_failed:
-            failed = failed or ConfigError("attach: rank 0 has no folder or sinks; mend what its error says", see=GUIDE)
+    any_failed, *largest = told.tolist()
+    if failed is None and any_failed:
+        failed = ConfigError(f"attach: folder={folder}: another rank cannot use it; mend what its error says", see=GUIDE)
     if failed is not None:
-        if opened is not None:
-            opened.close()
         raise failed
-    place = folder / "trace" / f"from_step_{manifest.from_step}_attempt_{attempt}"
-    if rank == 0:
-        place.mkdir(exist_ok=True)  # another rank may have been faster
-        (place / MANIFEST).write_text(replace(manifest, attempt=attempt).to_json())
-    return place, opened
+    return largest
+
+
+def _unusable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"attach: folder={folder}: {error}; give a new folder that can be written", see=GUIDE)
+
+
+def _place(folder: Path, from_step: int, attempt: int) -> Path:
+    return folder / "trace" / f"from_step_{from_step}_attempt_{attempt}"
+
+
+def _take_attempt(folder: Path, manifest: Manifest) -> int:
+    """Writes the manifest of the next attempt, whose number it returns.
+
+    Raises:
+        ConfigError: see `_next_attempt`; or another group took the attempt at the same time.
+    """
+    attempt = _next_attempt(folder, manifest)
+    place = _place(folder, manifest.from_step, attempt)
+    try:
+        place.mkdir(exist_ok=True)
+        with (place / MANIFEST).open("x") as file:  # only one of several groups makes the file
+            file.write(replace(manifest, attempt=attempt).to_json())
+    except FileExistsError as error:
+        raise ConfigError(
+            f"attach: folder={folder} was taken by another group at the same time; give each group a folder of its own",
+            see=GUIDE,
+        ) from error
+    except OSError as error:
+        (place / MANIFEST).unlink(missing_ok=True)  # a part of a manifest would keep later starts out
+        raise _unusable(folder, error) from error
+    return attempt
 
 
 def _next_attempt(folder: Path, manifest: Manifest) -> int:
@@ -125,11 +178,14 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
             trace = read_trace(folder)
             earlier, steps = trace.attempts, [*steps, *trace.steps]
     except (OSError, ValueError, DataError) as error:
-        raise ConfigError(f"attach: folder={folder}: {error}; give a new folder that can be written", see=GUIDE) from error
-    if (recorded := max(steps, default=0)) and not step:
+        raise _unusable(folder, error) from error
+    found = f"records up to step {max(steps)}" if any(steps) else ""
+    if not found and not path.exists() and any(folder.glob("tensorboard/events.*")):
+        found = "TensorBoard events"
+    if found and not step:
         raise ConfigError(
-            f"attach: folder={folder} has records up to step {recorded}; give a new folder, or last_step=N to go on "
-            "after step N: then later records are dropped",
+            f"attach: folder={folder} has {found}; give a new folder, or last_step=N to go on after step N: then later "
+            "records are dropped",
             see=GUIDE,
         )
     for attempt in earlier:
@@ -166,11 +222,14 @@ class ChoiceWriter:
 
     Args:
         place: Folder of the attempt.
-        tokens: Largest number of tokens of a step.
+        sequence_first: Whether the routers order their tokens [S, B], and not [B, S].
+
+    Raises:
+        OSError: the files cannot be opened.
     """
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on another disk
         self._writer = TraceWriter(place, rank, weights=True)
         self._rank, self._manifest, self._sequence_first = rank, manifest, sequence_first
         self._sequences = 0  # of this rank's traced steps

@@ -1,7 +1,8 @@
 """`attach` on several ranks: Megatron-Core's MoE layers, and sums over the ranks of a model of transformers."""
 
+import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.errors import ConfigError
-from moe_dist.monitor import attach
+from moe_dist.monitor import attach, attached_folder
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.megatron_model import (
     MOE_LAYERS,
@@ -184,7 +185,7 @@ def summed(rank: RankContext) -> dict[str, Any]:
     for name, each in (("fsdp", sharded), ("ddp", DistributedDataParallel(tiny_model("mixtral").train()))):
         with attach(each, rank.folder / name, sinks=["jsonl"], trace_every=0) as watch:
             each(tokens).logits.sum().backward()
-            norm = torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)
+            norm: Any = torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)
             one = watch.step(grad_norm=norm)
             assert one is None or one.scalars["optim/grad_norm"] == (norm.full_tensor() if name == "fsdp" else norm).item()
             wrapped[name] = one and one.arrays["choices_LC"]
@@ -213,6 +214,52 @@ def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) ->
     assert (first["reduced"], second["reduced"]) == (1, 1)
     assert first["traced"] == 15
     assert "has records up to step 1" in first["errors"][0]
-    assert "rank 0 has no folder or sinks" in second["errors"][0]
+    assert "another rank cannot use it" in second["errors"][0]
     assert "ranks have routers of different layers" in first["errors"][1]
     assert "ranks have routers of different layers" in second["errors"][1]
+
+
+def unwritable(rank: RankContext, failing: int, target: str) -> str:
+    """`attach` where rank `failing` has a full disk when it calls `target`; each rank has a disk of its own."""
+    folder = rank.folder / f"disk_{rank.rank}"
+    full = mock.patch(target, side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full if rank.rank == failing else nullcontext(), pytest.raises(ConfigError) as found:
+        attach(tiny_model("mixtral"), folder, sinks=["jsonl"])
+    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # with room on the disk the same folder will do
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("failing", "target"),
+    [(0, "moe_dist.monitor.trace.format.Manifest.to_json"), (1, "moe_dist.monitor.attached_folder.TraceWriter")],
+)
+def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., list[Any]], failing: int, target: str) -> None:
+    messages = run_in_world(2, unwritable, failing, target)
+    assert "No space left on device" in messages[failing]
+    assert "give a new folder that can be written" in messages[failing]
+    assert "another rank cannot use it" in messages[1 - failing]
+
+
+def two_groups(rank: RankContext) -> str:
+    """Two groups of one rank, which both find the folder empty before either takes it."""
+    groups: list[Any] = [dist.new_group([each]) for each in range(2)]
+    find = attached_folder._next_attempt
+
+    def both(*arguments: Any) -> int:
+        attempt = find(*arguments)
+        dist.barrier()
+        return attempt
+
+    with mock.patch.object(attached_folder, "_next_attempt", both):
+        try:
+            attach(tiny_model("mixtral"), rank.folder, sinks=["jsonl"], group=groups[rank.rank]).detach()
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_a_folder_takes_one_of_two_groups(run_in_world: Callable[..., list[Any]]) -> None:
+    first, second = sorted(run_in_world(2, two_groups))
+    assert first == ""
+    assert "was taken by another group" in second
+    assert "give each group a folder of its own" in second

@@ -207,6 +207,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         watch.step()
     with refused(ConfigError, "has records up to step 1", "last_step=N"):
         attach(model, tmp_path / "traced", sinks=["tensorboard"])
+    attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0).detach()  # neither metrics.jsonl nor a trace
+    with refused(ConfigError, "has TensorBoard events", "last_step=N"):
+        attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0)
     with refused(ConfigError, "sinks: 'tensorbord' is unknown", "tensorboard"):
         attach(model, tmp_path / "d", sinks=["tensorbord"])
     (tmp_path / "e").mkdir()
