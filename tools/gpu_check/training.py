@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.bundled import find_config
@@ -115,14 +116,9 @@ class RandomRun:
         drawn = [rng.integers(2, self.config.model.vocab_size, each) for each in lengths]
         return [Segment(tokens, np.zeros(len(tokens), bool), len(tokens)) for tokens in drawn]
 
-    def bits(self) -> str:
-        """A hash of this rank's weights and moments."""
-        hashed = torch.zeros((), dtype=torch.int64)
-        for name, tensor in sorted(self._state().tensors().items()):
-            whole = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
-            words = whole.detach().contiguous().view(torch.int32).flatten().to("cpu", torch.int64)
-            hashed = hashed * 31 + (words * torch.arange(1, len(words) + 1)).sum() + len(name)
-        return str(int(hashed))
+    def bits(self) -> dict[str, int]:
+        """Fingerprints of this rank's weights and moments, under DDP."""
+        return {name: fingerprint(tensor) for name, tensor in self._state().tensors().items()}
 
     def _state(self) -> Any:
         layout = rank_layout(self.layout.placement, self.mesh)
