@@ -3,13 +3,12 @@
 Shape letters: T tokens, R rows, Q (token, expert) pairs, D hidden size, F hidden width of experts, E experts, K choices.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import grouped_product, why_not_grouped
@@ -25,31 +24,20 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 
 BF16 = 2  # bytes
-ROUNDS, RUNS = 7, 5  # timed rounds, and runs in each
+TIMED_SECONDS = 0.5  # of each measurement
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
 H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars of an H100 with HBM3
 
 
 def seconds_of(job: CheckJob, run: Callable[[], Any]) -> float:
-    """Median seconds of a run. On CUDA several runs are queued between two events, so that launches overlap with work."""
-    rounds, runs = (1, 1) if job.rehearse else (ROUNDS, RUNS)
-    run()
-    found = []
-    for _ in range(rounds):
-        if job.rehearse:
-            began = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - began)
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / runs)
-    return median(found)
+    """Median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches overlap with
+    work. In a rehearsal it times one run."""
+    timer = Timer("run()", globals={"run": run})
+    if job.rehearse:
+        return timer.timeit(1).median
+    run()  # compiles; the timer chooses the number of queued runs by the time of its own first one
+    return timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
