@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 Verdict = Literal["pass", "fail", "not possible", "not run"]
 
 
@@ -93,8 +95,4 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        numbers = ("value", "least", "most")
-        rows: list[dict[str, Any]] = [
-            {name: float(x) if name in numbers else x for name, x in row.items()} for row in values["readings"]
-        ]
-        return cls(values["verdict"], values["reason"], values["seconds"], tuple(Reading(**row) for row in rows))
+        return TypeAdapter(cls).validate_python(values)
