@@ -9,6 +9,7 @@ from torch.cuda import nccl
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
+from moe_dist.doctor.node_facts import nvml
 from moe_dist.monitor.devices import MIB, DeviceMonitor
 from moe_dist.train.dry_run import estimate
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -35,20 +36,10 @@ def card(job: CheckJob) -> list[Reading]:
         "multiprocessors": str(properties.multi_processor_count),
         "cuda": str(torch.version.cuda),
         "nccl": ".".join(map(str, nccl.version())),
-        "driver": _driver(),
+        "driver": nvml()[1],
     }
     named = [Reading(name, 0.0, text) for name, text in facts.items()]
     return [Reading("GPUs", torch.cuda.device_count(), properties.name), *named]
-
-
-def _driver() -> str:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception as error:  # NVML may be missing in a container
-        return f"unknown ({error})"
 
 
 def modules(job: CheckJob) -> list[Reading]:
