@@ -26,7 +26,8 @@ POWER_SECONDS = 2.0
 
 
 def card(job: CheckJob) -> list[Reading]:
-    """The number of GPUs, and facts about the first as text."""
+    """The number of GPUs, with the name of the first as `unit`. Further readings have 0 as value and a fact about the first
+    GPU as `unit`."""
     if not torch.cuda.is_available():
         raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
     properties = torch.cuda.get_device_properties(0)
