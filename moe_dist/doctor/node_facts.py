@@ -85,7 +85,7 @@ class NodeFacts:
 def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFacts:
     """Collects the facts of this node."""
     folder = Path(questions.folder)
-    gpus, driver = _nvml()
+    gpus, driver = nvml()
     return NodeFacts(
         node=node_name(env),
         clock=time.time(),
@@ -203,7 +203,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvml() -> tuple[int | None, str]:
+def nvml() -> tuple[int | None, str]:
     """Returns the number of GPUs and the driver's version; or None and NVML's error."""
     try:
         import pynvml

@@ -48,6 +48,21 @@ def test_a_fault_fails_its_check_and_ends_no_other(job: CheckJob) -> None:
     }
 
 
+def test_a_kernel_that_is_wrong_at_one_size_fails_by_name(job: CheckJob) -> None:
+    outcome = run(job, planted("wrong_for_three_pairs"))["wrong_for_three_pairs"]
+    assert outcome.verdict == "fail"
+    assert [each.partition(":")[0] for each in outcome.reason.split("; ")] == [
+        "weighted pairs, float32",
+        "weighted pairs, bfloat16",
+    ]
+
+
+def test_a_run_that_forgets_its_checkpoint_fails(job: CheckJob) -> None:
+    outcome = run(job, planted("forgotten_checkpoint"))["forgotten_checkpoint"]
+    assert outcome.reason == "resumed from a checkpoint: ranks with equal bits 0 (>= 2)"
+    assert [each.value for each in outcome.readings] == [2, 0]
+
+
 def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     reason = run(job, planted("hang", seconds=1.0))["hang"].reason
     assert reason.startswith("no result within 1 s")

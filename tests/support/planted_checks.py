@@ -6,6 +6,7 @@ import signal
 import time
 from typing import Any
 
+from tools.gpu_check import training
 from tools.gpu_check.kernels import kernels
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
@@ -25,6 +26,29 @@ def wrong_kernel(job: CheckJob) -> list[Reading]:
     swiglu = triton.swiglu
     triton.swiglu = lambda *args: swiglu(*args) * 1.1
     return kernels(job)
+
+
+def wrong_for_three_pairs(job: CheckJob) -> list[Reading]:
+    """A fault at a size that the trial of a run's start does not have."""
+    from moe_dist.moe.kernels.triton_kernels import TRITON
+
+    triton: Any = TRITON
+    swiglu = triton.swiglu
+    triton.swiglu = lambda weight, *args: swiglu(weight, *args) * (1.1 if len(weight) == 3 else 1.0)
+    return kernels(job)
+
+
+def forgotten_checkpoint(job: CheckJob) -> list[Reading]:
+    module: Any = training
+    module._repeated = _forgets
+    return training.repeat(job)
+
+
+def _forgets(job: CheckJob, mesh: Any, folder: str) -> dict[str, bool]:
+    """Runs on a rank, where `training` is as it was, and resumes from new weights instead of those of the checkpoint."""
+    run: Any = training.RandomRun
+    run.load = lambda *_: None
+    return training._repeated(job, mesh, folder)
 
 
 def missed_bar(job: CheckJob) -> list[Reading]:

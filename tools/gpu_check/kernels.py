@@ -1,6 +1,6 @@
 """Holds each Triton kernel to operations of torch in float64, by values and gradients, and to the trial of a run's start.
 
-Shape letters: Q pairs, R rows, D width.
+Shape letters: Q (token, expert) pairs, R rows, D hidden size.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
 SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # pairs, rows, width
 LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # larger ones take the CPU minutes in float64
-MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # rounding of one store, and the interpreter cuts off instead
+MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative; one store rounds in bf16, and truncates in the interpreter
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -28,6 +28,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def kernels(job: CheckJob) -> list[Reading]:
+    """The largest relative difference of each kernel from torch, over all shapes, in fp32 and bf16."""
     device, readings = torch.device(job.device), []
     if reason := why_not_triton(device, torch.bfloat16):
         raise NotPossibleError(reason)
@@ -44,6 +45,7 @@ def kernels(job: CheckJob) -> list[Reading]:
 
 
 def _against_torch(triton: RowKernels, run: Any, shape: tuple[int, int, int], device: Any, dtype: torch.dtype) -> float:
+    """Returns the largest relative difference of the results of `run`, and of their gradients, from torch in float64."""
     num_pairs, num_rows, width = shape
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, max(1, num_rows), (num_pairs,), generator=generator)

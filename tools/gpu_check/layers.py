@@ -72,7 +72,8 @@ def make_layer(hidden: int, groups: Any, *, gemm: ExpertGemm = "auto", kernels: 
 
 
 def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | None = None) -> list[Tensor]:
-    """Output, and gradients of the input and of all weights, by a fixed direction if none is given."""
+    """Returns the output [T, D], and the gradients of the input and of all weights. `direction_TD` is the gradient of the
+    output; by default it is the same for any device."""
     x_TD = x_TD.detach().requires_grad_()
     layer.zero_grad(set_to_none=True)
     y_TD, _ = layer(x_TD, group_T)
@@ -84,6 +85,7 @@ def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | Non
 
 
 def layer(job: CheckJob) -> list[Reading]:
+    """The largest relative difference of outputs and gradients, for each dtype, kernels and product of experts."""
     device, (tokens, hidden, ffn) = torch.device(job.device), (48, 32, 24) if job.rehearse else (4096, 512, 768)
     groups, readings = single_group(8, 4, 3, ffn), []
     for precision, dtype in DTYPES.items():
@@ -164,7 +166,7 @@ def _steer(layer: MoELayer, case: str) -> None:
 
 
 def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequence[int]) -> dict[str, Tensor]:
-    """What rank `rank` must get, its experts' gradients summed over the tokens of all ranks."""
+    """The output and gradients that rank `rank` must get; those of its experts are sums over the tokens of all ranks."""
     sums: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for other, x_TD in enumerate(inputs):

@@ -9,6 +9,7 @@ from torch.cuda import nccl
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
+from moe_dist.doctor.node_facts import nvml
 from moe_dist.monitor.devices import MIB, DeviceMonitor
 from moe_dist.train.dry_run import estimate
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -25,7 +26,8 @@ POWER_SECONDS = 2.0
 
 
 def card(job: CheckJob) -> list[Reading]:
-    """The number of GPUs, and facts about the first as text."""
+    """The number of GPUs, with the name of the first as `unit`. Further readings have 0 as value and a fact about the first
+    GPU as `unit`."""
     if not torch.cuda.is_available():
         raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
     properties = torch.cuda.get_device_properties(0)
@@ -35,20 +37,10 @@ def card(job: CheckJob) -> list[Reading]:
         "multiprocessors": str(properties.multi_processor_count),
         "cuda": str(torch.version.cuda),
         "nccl": ".".join(map(str, nccl.version())),
-        "driver": _driver(),
+        "driver": nvml()[1],
     }
     named = [Reading(name, 0.0, text) for name, text in facts.items()]
     return [Reading("GPUs", torch.cuda.device_count(), properties.name), *named]
-
-
-def _driver() -> str:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception as error:  # NVML may be missing in a container
-        return f"unknown ({error})"
 
 
 def modules(job: CheckJob) -> list[Reading]:

@@ -1,10 +1,12 @@
-"""What a check gets and gives: the job that it checks, and its readings, each with the bar that it must keep."""
+"""The input of a check (`CheckJob`), its readings with the bars that they must keep, and its outcome."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 Verdict = Literal["pass", "fail", "not possible", "not run"]
 
@@ -15,7 +17,7 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class CheckJob:
-    """What is checked. It goes to each check's process.
+    """What to check, and with which sizes. Each check's process gets a copy.
 
     Attributes:
         gpus: Number of ranks, and on CUDA of GPUs.
@@ -38,8 +40,11 @@ class CheckJob:
         return "cpu" if self.rehearse else "cuda"
 
     def rate(self, name: str) -> float:
+        """Returns a rate of `rates`. Raises NotPossibleError without it."""
         if name not in self.rates:
-            raise NotPossibleError(f"there is no rate {name!r} to compare with: the check `ceilings` has not measured it")
+            raise NotPossibleError(
+                f"no rate {name!r} to compare with: `ceilings` has not measured it; --fresh runs it again"
+            )
         return self.rates[name]
 
     def timed(
@@ -72,7 +77,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one check. `reason` says why it did not pass."""
+    """The result of one check.
+
+    Attributes:
+        verdict: One of four words, which docs/gpu.md explains.
+        reason: The readings that missed their bars, the error, or what the machine lacks; empty if the check passed.
+        seconds: Time that the check took.
+    """
 
     verdict: Verdict
     reason: str = ""
@@ -81,11 +92,12 @@ class Outcome:
 
     @classmethod
     def of(cls, readings: Sequence[Reading]) -> "Outcome":
+        """Judges readings: the check passes if all of them keep their bars."""
         missed = [str(each) for each in readings if not each.good]
         return cls("fail" if missed else "pass", "; ".join(missed), readings=tuple(readings))
 
     def as_json(self) -> dict[str, Any]:
-        """Bars without a bound, and values that JSON lacks, become text."""
+        """Returns values for JSON. NaN and infinite numbers become text, because JSON lacks them."""
         made = asdict(self)
         for reading in made["readings"]:
             reading |= {name: str(x) for name, x in reading.items() if isinstance(x, float) and not math.isfinite(x)}
@@ -93,8 +105,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        numbers = ("value", "least", "most")
-        rows: list[dict[str, Any]] = [
-            {name: float(x) if name in numbers else x for name, x in row.items()} for row in values["readings"]
-        ]
-        return cls(values["verdict"], values["reason"], values["seconds"], tuple(Reading(**row) for row in rows))
+        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
+        return TypeAdapter(cls).validate_python(values)

@@ -119,6 +119,7 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
         _CONTEXT.Process(target=_rank, args=(body, job, ends, folder, rank, world, device, arguments))
         for rank in range(world)
     ]
+    values: list[Any] = [None] * world
     try:
         for each in ranks:
             each.start()
@@ -130,7 +131,7 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
                 rank = ranks.index(ended)
                 file, log = folder / f"{rank}.json", folder / f"{rank}.log"
                 if file.is_file():
-                    error = json.loads(file.read_text())["error"]
+                    values[rank], error = json.loads(file.read_text())
                 else:
                     error = f"{_end(ended.exitcode)}: {_quoted(log.read_text()) if log.is_file() else ''}"
                 if error:  # its peers may wait for it
@@ -141,9 +142,6 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
             if each.pid is not None:
                 _kill(each)
         sys.stderr.write("".join(each.read_text() for each in sorted(folder.glob("*.log"))))
-        values = [
-            json.loads(file.read_text())["value"] for rank in range(world) if (file := folder / f"{rank}.json").is_file()
-        ]
         shutil.rmtree(folder)
     return values
 
@@ -179,7 +177,7 @@ def _rank(
     except BaseException as raised:
         traceback.print_exc()
         error = f"{type(raised).__name__}: {str(raised).strip()[-TAIL:]}"
-    write_atomically(folder / f"{rank}.json", json.dumps({"value": value, "error": error}))
+    write_atomically(folder / f"{rank}.json", json.dumps([value, error]))
     print(f"rank {rank}: {time.process_time():.1f} s of CPU time")
     sys.stdout.flush()
     os._exit(0)  # a usual end would wait for peers

@@ -1,15 +1,15 @@
 """Measures rates of the card, and the times of kernels, products and layers over the least that these rates allow.
 
-Shape letters: T tokens, R rows, Q (token, expert) pairs, D hidden size, F hidden width of experts, E experts, K choices.
+Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs with null ones, D hidden size, F hidden width of experts,
+E experts, K choices of a token.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import grouped_product, why_not_grouped
@@ -25,42 +25,34 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 
 BF16 = 2  # bytes
-ROUNDS, RUNS = 7, 5  # timed rounds, and runs in each
+TIMED_SECONDS = 0.5  # of each measurement
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
-H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars of an H100 with HBM3
+H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of the 3.35e12 B/s and 989e12 FLOP/s of its data sheet
 
 
 def seconds_of(job: CheckJob, run: Callable[[], Any]) -> float:
-    """Median seconds of a run. On CUDA several runs are queued between two events, so that launches overlap with work."""
-    rounds, runs = (1, 1) if job.rehearse else (ROUNDS, RUNS)
-    run()
-    found = []
-    for _ in range(rounds):
-        if job.rehearse:
-            began = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - began)
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / runs)
-    return median(found)
+    """Median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches overlap with
+    work. In a rehearsal it times one run."""
+    timer = Timer("run()", globals={"run": run})
+    if job.rehearse:
+        return timer.timeit(1).median
+    run()  # compiles; the timer chooses the number of queued runs by the time of its own first one
+    return timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
+    """Returns T, D, F, E and K."""
     return tuple((TINY if job.rehearse else SHAPE).values())
 
 
 def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Draws normal values on the job's device."""
     return torch.randn(*shape, device=job.device, dtype=dtype)
 
 
 def ceilings(job: CheckJob) -> list[Reading]:
+    """The rates that other checks compare with, per second: bytes that a copy reads and writes, and FLOPs in bf16."""
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
@@ -124,6 +116,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
 
 
 def grouped(job: CheckJob) -> list[Reading]:
+    """FLOPs per second of the product of 8 experts, over those of a dense product."""
     gemm, (_, D, F, _, _), device, experts = job.rate("gemm"), sizes(job), torch.device(job.device), 8
     if reason := why_not_grouped(torch.bfloat16, device, (D, F)):
         raise NotPossibleError(reason)
@@ -142,8 +135,10 @@ def layer_rate(job: CheckJob) -> list[Reading]:
     dense rate, and of the bytes at the copy rate that gathers, SwiGLU and sums must read and write."""
     gemm, copy, (T, D, F, _, K) = job.rate("gemm"), job.rate("copy"), sizes(job)
     Q = T * K
-    num_bytes = BF16 * (D * (T + Q) + 3 * Q * F + D * (Q + T) + D * (T + Q) + 5 * Q * F + D * (2 * Q + T))
-    least = 18 * Q * D * F / gemm + num_bytes / copy
+    forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements of gather, SwiGLU and sum
+    backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum has the rows of gate's and of up's gradient
+    flops = 3 * 3 * 2 * Q * D * F  # gate, up and down; each with two products in backward
+    least = flops / gemm + BF16 * (forward + backward) / copy
     found = on_ranks(_layer_seconds, job, world=1)[0]
     readings = [
         job.timed("forward and backward", found["ours"] * 1e3, "ms"),
@@ -188,7 +183,7 @@ def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: tor
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
-    """As many null experts as make about this share of the choices null."""
+    """Milliseconds of forward and backward as null experts, beside 8 others, take up to about 0.9 of the choices."""
     T, D, F, _, K = sizes(job)
     device, experts = torch.device(job.device), 8
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ class Check:
     Attributes:
         target: Function 'module:name' that takes a `CheckJob` and returns its readings.
         seconds: Time limit, several times what the check should take on a GPU.
+        says: What the check compares or measures, for the printed table.
     """
 
     target: str

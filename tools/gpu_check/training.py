@@ -1,6 +1,7 @@
 """Checks of training steps, of checkpoints and generation from the GPU, and the speed of a preset cut to fit.
 
 Tokens are random. Step and number of a sequence determine its tokens, so any number of ranks trains on the same sequences.
+Shape letter: M modalities.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.bundled import find_config
@@ -115,14 +117,9 @@ class RandomRun:
         drawn = [rng.integers(2, self.config.model.vocab_size, each) for each in lengths]
         return [Segment(tokens, np.zeros(len(tokens), bool), len(tokens)) for tokens in drawn]
 
-    def bits(self) -> str:
-        """A hash of this rank's weights and moments."""
-        hashed = torch.zeros((), dtype=torch.int64)
-        for name, tensor in sorted(self._state().tensors().items()):
-            whole = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
-            words = whole.detach().contiguous().view(torch.int32).flatten().to("cpu", torch.int64)
-            hashed = hashed * 31 + (words * torch.arange(1, len(words) + 1)).sum() + len(name)
-        return str(int(hashed))
+    def bits(self) -> dict[str, int]:
+        """Fingerprints of this rank's weights and moments, under DDP."""
+        return {name: fingerprint(tensor) for name, tensor in self._state().tensors().items()}
 
     def _state(self) -> Any:
         layout = rank_layout(self.layout.placement, self.mesh)
@@ -142,6 +139,7 @@ class RandomRun:
 
 
 def steps(job: CheckJob) -> list[Reading]:
+    """The largest relative difference of losses and gradient norms from one rank on the CPU, for each of `MODES`."""
     (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
     found = on_ranks(_losses, job, list(MODES))[0]
     readings = []
@@ -160,6 +158,7 @@ def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float
 
 
 def repeat(job: CheckJob) -> list[Reading]:
+    """The number of ranks whose weights and moments have the same bits again."""
     make_deterministic()  # here too, because NCCL reads its variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         found = on_ranks(_repeated, job, folder)
@@ -186,7 +185,7 @@ def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, bool]:
 
 
 def generation(job: CheckJob) -> list[Reading]:
-    """Likeliest tokens by the cache, fp32; on the CPU by the same weights."""
+    """Generates the likeliest tokens in fp32, with the cache of keys and values, and with the same weights on the CPU."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
     same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
     return [Reading("share of equal tokens", float(same), least=1.0)]
@@ -203,7 +202,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 
 def preset(job: CheckJob) -> list[Reading]:
-    """OLMoE's layers, as many as fit by the dry run; full sequences of random tokens."""
+    """Trains OLMoE, with as many layers as fit by the dry run, on full sequences of random tokens."""
     name, sequences, layers, timed = (SMALL, 2, 1, 2) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]

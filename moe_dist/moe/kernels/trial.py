@@ -1,4 +1,7 @@
-"""A trial of kernels on a device before a run uses them: values and gradients of small tensors, held to those of torch."""
+"""A trial of kernels on a device before a run uses them: values and gradients of small tensors, held to those of torch.
+
+Shape letters are those of `interface`.
+"""
 
 import torch
 from torch import Tensor
