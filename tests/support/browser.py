@@ -47,12 +47,19 @@ class Browser:
         return answer["result"]
 
     def open(
-        self, page: Path | str, *, dark: bool = False, width: int = 1200, scale: float = 1, script: bool = True
+        self,
+        page: Path | str,
+        *,
+        dark: bool = False,
+        width: int = 1200,
+        height: int = 800,
+        scale: float = 1,
+        script: bool = True,
     ) -> None:
         """Loads a file or an address; `script` False switches scripts off. A picture has `scale` pixels for a CSS pixel."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self("Emulation.setEmulatedMedia", features=scheme)
-        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=scale, mobile=False)
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
         self("Emulation.setScriptExecutionDisabled", value=not script)
         loads = self._loads
         self("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
