@@ -1,6 +1,6 @@
 """Compares what a step sends with what other placements and methods would send for the same choices. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.markup import escape
@@ -80,26 +80,40 @@ def cost_table(
     return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed)
 
 
+HEADERS = ("method", "one row per", "rows", "MB", "x this run", "seconds")
+
+
 def render_costs(found: CostTable) -> Table:
     """The table for console and summary."""
-    own = found.costs[0]
+    table = Table(title="What a step sends", caption=_caption(found), title_justify="left", caption_justify="left")
+    for number, name in enumerate(HEADERS):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for cells in _cells(found):
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def costs_markdown(found: CostTable) -> str:
+    """The table for TensorBoard."""
+    lines = [HEADERS, ("---", "---", *["---:"] * 4), *_cells(found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{_caption(found)}"
+
+
+def _caption(found: CostTable) -> str:
     caption = (
         f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent to other "
         "ranks in forward; MB: of forward and backward. A null expert computes nothing and gets no row. Pinned: a rank has "
         "experts of one modality's group; interleaved: each rank has experts of every group. Other methods did not run: "
         "their rows are counted from this run's choices; the last two assume that choices spread evenly."
     )
-    if found.untimed:
-        caption += f" {found.untimed.capitalize()}."
-    table = Table(title="What a step sends", caption=caption, title_justify="left", caption_justify="left")
-    table.add_column("method")
-    table.add_column("one row per")
-    for name in ("rows", "MB", "x this run", "seconds"):
-        table.add_column(name, justify="right")
+    return f"{caption} {found.untimed.capitalize()}." if found.untimed else caption
+
+
+def _cells(found: CostTable) -> Iterator[tuple[str, ...]]:
+    own = found.costs[0]
     for cost in found.costs:
         sent = ("-", "-", "not possible") if cost.rows is None or cost.bytes is None else _sent(cost.rows, cost.bytes, own)
-        table.add_row(escape(cost.method), cost.row_per, *sent, cost.seconds)
-    return table
+        yield cost.method, cost.row_per, *sent, cost.seconds
 
 
 def _sent(rows: float, num_bytes: float, own: Cost) -> tuple[str, str, str]:

@@ -43,7 +43,7 @@ GROUP_CHARTS = dict(  # tag family -> title of its chart
             "true experts per token",
             "share of choices that are null",
             "load of the busiest expert, over the mean expert's",
-            "smallest capacity factor that drops nothing",
+            "load of the busiest expert, over an even share of all choices",
         ),
         strict=True,
     )

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS
-from moe_dist.monitor.costs import CostTable, cost_table, render_costs
+from moe_dist.monitor.costs import CostTable, cost_table, costs_markdown, render_costs
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -67,3 +67,10 @@ def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: Exp
     assert ("not possible" in shown) == (placement is UNEVEN)
     assert "Mean of the last 2 steps of 50 tokens" in shown
     assert "Not timed: 4 ranks share 2 cores." in " ".join(shown.split())
+
+
+def test_tensorboard_gets_the_table_as_markdown() -> None:
+    lines = costs_markdown(table()).splitlines()
+    assert lines[0] == "| method | one row per | rows | MB | x this run | seconds |"
+    assert lines[2] == "| this run: experts pinned | token and rank | 200 | 0.01 | 1.00 | 0.250 |"
+    assert (len(lines), lines[7], lines[8][:26]) == (9, "", "Mean of the last 2 steps o")

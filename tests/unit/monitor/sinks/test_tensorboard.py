@@ -93,6 +93,8 @@ def test_a_point_of_a_routing_curve_is_the_mean_of_some_steps(
     found = read(tmp_path)
     assert points(found, tag) == [(3, 2.0), (6, 5.0), (7, 7.0)]
     assert [step for step, _ in points(found, "loss/total")] == [1, 2, 3, 4, 5, 6, 7]
+    write(tmp_path, subject, records[4:], resume_step=4, mean_over=3)
+    assert points(read(tmp_path), tag) == [(3, 2.0), (6, 5.5), (7, 7.0)]
 
 
 def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
