@@ -26,7 +26,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser chaos gpu-bundle bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser pictures chaos gpu-bundle bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -85,6 +85,15 @@ test-browser: $(INSTALLED)  ## Open reports in a headless Chromium
 	@for name in chromium-headless-shell chromium google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	  $(call DEBIAN,test-browser,chromium-headless-shell)
 	@$(TEST) -m "" tests/browser
+
+# The screenshots of docs/images are those of the runs `default` and `sick`, which are trained if they are not there.
+SICK := train.steps=200 "loss.balance={schedule: [[0, 0.0]]}" "model.moe.capacity={factor: 1.0}" \
+  "monitor.trace={every: 20, tokens: 4096}" evaluation.every=100000
+pictures: $(INSTALLED) data  ## Take the screenshots of docs/images from runs/default and a sick run
+	@test -f runs/default/compute_map.png || $(BIN)/python -m launchers.local $(CONFIG)
+	@test -d runs/default/traces || $(BIN)/python -m moe_dist trace runs/default --sequences 64
+	@test -d runs/sick || $(BIN)/python -m launchers.local $(CONFIG) run.name=sick $(SICK)
+	@PYTHONPATH=. $(BIN)/python docs/pictures.py runs/default runs/sick
 
 ROUNDS ?= 200
 chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on

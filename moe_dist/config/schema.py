@@ -153,7 +153,7 @@ class TrainSection(Section):
             yield Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)
 
 
-CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fraction", "no_step_skipped"]
+CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "few_drops", "null_fraction", "no_step_skipped"]
 
 
 class EvaluationSection(Section):
@@ -174,8 +174,9 @@ class EvaluationSection(Section):
     """At the end, also measure held-out loss with the experts' output set to zero."""
     checks: tuple[CheckName, ...] = ()
     """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below that of count
-    models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert and
-    null_fraction: the routing of the last 100 steps. no_step_skipped: the number of skipped steps is 0."""
+    models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert,
+    few_drops (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the
+    last 100 steps. no_step_skipped: the number of skipped steps is 0."""
 
 
 class CheckpointSection(Section):

@@ -103,11 +103,13 @@ def console_text(found: ComputeMap, width: int) -> list[Text]:
     some = found.pictures[: min(SHOWN, max(1, (width - 2) // of_one))]
     if some:
         shades = f"'{SHADES[0]}' 0 to '{SHADES[-1]}' {found.most}"
-        texts.append(Text(f"pictures ([] is a drawn cell), each beside the true experts of its cells ({shades}):"))
+        texts.append(
+            Text(f"pictures ([] is a drawn cell), each beside the true experts of its cells, mean over layers ({shades}):")
+        )
     for row in range(len(some[0].experts) if some else 0):  # all pictures of a data set have the same grid
         texts.append(Text.assemble("  ", *(part for picture in some for part in _row(picture, row, found.most, scale))))
     if found.lines:
-        texts.append(Text("text, and below each token its true experts:"))
+        texts.append(Text("text, and below the first letter of each token its true experts, mean over layers:"))
     for line in found.lines[:SHOWN_LINES]:
         texts.append(Text("  ").append_text(Text.assemble(*((t, _style(_colour_of(n, scale))) for t, n in line))))
         texts.append(Text("  " + "".join(f"{load:.0f}".ljust(len(text))[: len(text)] for text, load in line), style="dim"))

@@ -1,6 +1,6 @@
 """Compares what a step sends with what other placements and methods would send for the same choices. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.markup import escape
@@ -16,9 +16,10 @@ class Cost:
     and backward. Both are None if the method cannot take these choices."""
 
     method: str
+    row_per: str  # what has one row
     rows: float | None
     bytes: float | None
-    seconds: str = "not run"  # measured seconds in dispatch and combine, or why there are none
+    seconds: str = "counted"  # measured seconds in dispatch and combine; "counted" for a method that did not run
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class CostTable:
 
     Attributes:
         tokens: Tokens of a step.
-        row_per_rank: Whether the run sends one row for each token and rank; dispatch over two hops sends other rows.
+        untimed: Why the run has no seconds; empty if it has.
     """
 
     costs: Sequence[Cost]
     steps: int
     tokens: float
-    row_per_rank: bool
+    untimed: str
 
 
 def cost_table(
@@ -65,38 +66,54 @@ def cost_table(
     even = len({len(slots) for slots in placement.slots}) == 1
     comparable = by_placement[policy] == sum(each.ledger["rows_remote"] for each in results)
     elsewhere = {name: count for name, count in by_placement.items() if comparable and name != policy}
-    rows: dict[str, float | None] = {
-        f"this run, if experts were {name}": count / steps for name, count in elsewhere.items()
-    }
-    rows |= {
-        "Megatron-Core's dispatcher": ledger["rows_per_pair"] if even else None,
-        "fixed top-k, as many true experts": ledger["rows_same_active"],
-        f"top-{choices}, no null experts": ledger["rows_topk"],
-    }
-    seconds = f"{sum(each.comm_seconds for each in results) / steps:.3f}"
-    own = Cost(f"this run: experts {policy}", ledger["rows_remote"], ledger["payload_bytes"], untimed or seconds)
-    others = [Cost(name, count, None if count is None else count * row_bytes) for name, count in rows.items()]
-    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, comparable)
+    per_rank, per_expert = "token and rank", "token and expert"
+    rows: list[tuple[str, str, float | None]] = [
+        *((f"this run, if experts were {name}", per_rank, count / steps) for name, count in elsewhere.items()),
+        ("Megatron-Core's dispatcher, same choices", per_expert, ledger["rows_per_pair"] if even else None),
+        ("fixed top-k, as many true experts", per_expert, ledger["rows_same_active"]),
+        (f"top-{choices}, no null experts", per_expert, ledger["rows_topk"]),
+    ]
+    seconds = "not timed" if untimed else f"{sum(each.comm_seconds for each in results) / steps:.3f}"
+    own_per = per_rank if comparable else "hop"  # dispatch over two hops
+    own = Cost(f"this run: experts {policy}", own_per, ledger["rows_remote"], ledger["payload_bytes"], seconds)
+    others = [Cost(name, per, count, None if count is None else count * row_bytes) for name, per, count in rows]
+    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed)
+
+
+HEADERS = ("method", "one row per", "rows", "MB", "x this run", "seconds")
 
 
 def render_costs(found: CostTable) -> Table:
     """The table for console and summary."""
-    own = found.costs[0]
-    run = "This run sends one row for each token and rank, under any placement; the" if found.row_per_rank else "The"
+    table = Table(title="What a step sends", caption=_caption(found), title_justify="left", caption_justify="left")
+    for number, name in enumerate(HEADERS):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for cells in _cells(found):
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def costs_markdown(found: CostTable) -> str:
+    """The table for TensorBoard."""
+    lines = [HEADERS, ("---", "---", *["---:"] * 4), *_cells(found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{_caption(found)}"
+
+
+def _caption(found: CostTable) -> str:
     caption = (
-        f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent in forward "
-        f"to other ranks; MB: in forward and backward. {run} last three methods send one for each token and expert; the "
-        "last two assume that choices spread evenly. A null expert gets no row. Pinned: a rank has experts of one group; "
-        "interleaved: each rank has experts of every group."
+        f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent to other "
+        "ranks in forward; MB: of forward and backward. A null expert computes nothing and gets no row. Pinned: a rank has "
+        "experts of one modality's group; interleaved: each rank has experts of every group. Other methods did not run: "
+        "their rows are counted from this run's choices; the last two assume that choices spread evenly."
     )
-    table = Table(title="What a step sends", caption=caption, title_justify="left", caption_justify="left")
-    table.add_column("method")
-    for name in ("rows", "MB", "x this run", "seconds"):
-        table.add_column(name, justify="right")
+    return f"{caption} {found.untimed.capitalize()}." if found.untimed else caption
+
+
+def _cells(found: CostTable) -> Iterator[tuple[str, ...]]:
+    own = found.costs[0]
     for cost in found.costs:
         sent = ("-", "-", "not possible") if cost.rows is None or cost.bytes is None else _sent(cost.rows, cost.bytes, own)
-        table.add_row(escape(cost.method), *sent, escape(cost.seconds))
-    return table
+        yield cost.method, cost.row_per, *sent, cost.seconds
 
 
 def _sent(rows: float, num_bytes: float, own: Cost) -> tuple[str, str, str]:

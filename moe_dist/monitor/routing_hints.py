@@ -81,6 +81,7 @@ def for_another_trainer(text: str) -> str:
     """The text of a hint for a model that another trainer trains, whose settings have other names."""
     coefficient = r"( first)? coefficient in loss\.balance\.schedule( \(now \S+\))?"
     text = re.sub(coefficient, " weight of the load-balancing loss (router_aux_loss_coef, moe_aux_loss_coeff)", text)
+    text = re.sub("try placement.policy=.*", "spread the experts over the ranks", text)
     return text.replace("optimizer.", "").replace("model.moe.capacity.factor", "capacity factor")
 
 
@@ -158,13 +159,13 @@ def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
     layer = int(share_L.argmax())
     if share_L[layer] < DROPPED:
         return
-    needed = true_Ln[layer].max() / (window.even[layer] / window.group.num_experts)
+    taken = true_Ln[layer].max() / (window.even[layer] / window.group.num_experts)
     yield Hint(
         f"dropped/{window.group.name}",
         f"model.moe.capacity drops {dropped_L.sum() / true_Ln.sum():.0%} of the {window.group.name} group's (token, "
-        f"expert) pairs, {share_L[layer]:.0%} in layer {window.moe_layers[layer]}, whose busiest expert needs factor "
-        f"{needed:.1f}; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or a larger "
-        f"coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
+        f"expert) pairs, {share_L[layer]:.0%} in layer {window.moe_layers[layer]}, whose busiest expert takes "
+        f"{taken:.1f} x an even share; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
+        f"a larger coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
     )
 
 

@@ -34,11 +34,11 @@ MEANING: dict[str, str] = {
     "moe/experts_per_token/{group}": "True experts per token, mean over tokens and layers.",
     "moe/null_fraction/{group}": "Share of the router's choices that went to null experts.",
     "moe/load_imbalance/{group}": "Load of the busiest true expert over the mean load, mean over layers; 1 is even.",
-    "moe/capacity_used/{group}": "Smallest capacity factor that drops nothing: load of the busiest expert of any layer "
-    "over an even share of all choices.",
+    "moe/capacity_used/{group}": "Load of the busiest expert of any layer over an even share of the step's choices. A "
+    "capacity counts single micro-batches, so it needs a larger factor to drop nothing.",
     "moe/rank_imbalance": "Rows x FFN width of the busiest rank over the mean rank, mean over layers; 1 is even.",
     "moe/dropped": "(token, expert) pairs that a capacity dropped.",
-    "moe/dead_experts": "Experts that no token chose in this step, summed over layers.",
+    "moe/dead_experts": "Experts that no token chose in a step, summed over layers.",
     "moe/router_entropy": "Entropy of the router's softmax in nats, mean over tokens and layers.",
     "moe/balance_efficiency_by_count": "Rows x FFN width of the mean rank over the busiest rank, in evaluation: the "
     "efficiency that the counts allow.",

@@ -68,6 +68,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
     from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.monitor.costs import costs_markdown
     from moe_dist.parallel.determinism import make_deterministic
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
@@ -133,8 +134,11 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         finished = trainer.fit()
         watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks
         beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else ""
-        for sink in sinks if beside else []:
-            sink.text("fixed top-k", beside)
+        costs = "" if finished.costs is None else costs_markdown(finished.costs)
+        for sink in sinks:
+            for title, text in {"fixed top-k": beside, "cost table": costs}.items():
+                if text:
+                    sink.text(title, text)
         attempt.finish()
     # All ranks wait for rank 0 here, because a launcher kills ranks that still run after a peer has ended.
     checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside))

@@ -211,6 +211,7 @@ class Trainer:
             self.plan.baselines,
             choices_LC=np.sum([each.choices_LC for each in counts], axis=0) if counts else no_choices_LC,
             tokens_LG=np.sum([each.tokens_LG for each in counts], axis=0) if counts else no_choices_LC[:, : len(groups)],
+            dropped_L=np.sum([each.dropped_LE.sum(1) for each in counts], axis=0) if counts else no_choices_LC[:, 0],
             groups=groups,
             skipped_steps=self.progress.skipped_steps,
             window=len(counts),

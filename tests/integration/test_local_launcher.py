@@ -112,6 +112,9 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert [set(mean) for mean in means] == [{"text", "drawn cells", "background"}]
     for words in ("this run, if experts were interleaved", "Compute map of held-out tokens: text "):
         assert words in run.read_summary()
+    assert b"this run, if experts were interleaved" in b"".join(
+        path.read_bytes() for path in run.tensorboard.glob("events*")
+    )
     assert not run.lease_json.exists()
     assert "\x1b" not in printed  # no terminal, no bar
 

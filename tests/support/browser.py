@@ -46,14 +46,23 @@ class Browser:
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 
-    def open(self, path: Path, *, dark: bool = False, width: int = 1200, script: bool = True) -> None:
-        """Loads a file; `script` False switches scripts off."""
+    def open(
+        self,
+        page: Path | str,
+        *,
+        dark: bool = False,
+        width: int = 1200,
+        height: int = 800,
+        scale: float = 1,
+        script: bool = True,
+    ) -> None:
+        """Loads a file or an address; `script` False switches scripts off. A picture has `scale` pixels for a CSS pixel."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self("Emulation.setEmulatedMedia", features=scheme)
-        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
         self("Emulation.setScriptExecutionDisabled", value=not script)
         loads = self._loads
-        self("Page.navigate", url=path.absolute().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while self._loads == loads:
             self._note(self._next())
 
@@ -70,9 +79,9 @@ class Browser:
         for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], text=text)
 
-    def picture(self, path: Path, *, whole: bool = True) -> Path:
-        """Writes a PNG of the page."""
-        shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def picture(self, path: Path, *, whole: bool = True, **options: Any) -> Path:
+        """Writes a PNG of the page; `options` are further parameters of Page.captureScreenshot."""
+        shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **options)
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 

@@ -10,3 +10,6 @@ class TensorBoardSinkSection(SinkSection):
 
     kind: Literal["tensorboard"] = "tensorboard"
     pictures_every: PositiveInt = Field(default=100, description="Steps between two sets of heat maps and histograms.")
+    mean_over: PositiveInt = Field(
+        default=10, description="Steps whose mean is one point of the curves of the routing (moe/, mixture_of_depths/)."
+    )

@@ -97,7 +97,8 @@ def _capacity(routing: Routing) -> Iterator[str]:
     pairs_L = window.choices_LC[:, : routing.placement.num_experts].sum(1)
     layer, group = (int(i) for i in np.unravel_index(used_LG.argmax(), used_LG.shape))
     most = (
-        f"the fullest expert (layer {routing.layers[layer]}, {routing.groups[group].name}) needs factor {used_LG.max():.2f}"
+        f"the fullest expert (layer {routing.layers[layer]}, {routing.groups[group].name}) takes {used_LG.max():.2f} x an "
+        "even share"
     )
     dropped, pairs = int(window.dropped_LG.sum()), int(pairs_L.sum())
     if dropped:
@@ -105,7 +106,7 @@ def _capacity(routing: Routing) -> Iterator[str]:
         worst = int(np.nan_to_num(share_L).argmax())
         yield (
             f"Capacity overflow: {dropped / pairs:.0%} of the (token, expert) pairs were dropped, {share_L[worst]:.0%} in "
-            f"layer {routing.layers[worst]}; {most} to drop nothing."
+            f"layer {routing.layers[worst]}; {most}."
         )
     else:
         yield f"Capacity overflow: no pair was dropped; {most}."

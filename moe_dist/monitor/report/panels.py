@@ -96,7 +96,7 @@ def dead(subject: Subject) -> str:
 
 
 def capacity(subject: Subject) -> str:
-    """Curves of the dropped share, and a heat map of the capacity factor that drops nothing."""
+    """Curves of the dropped share, and a heat map of the busiest experts' loads over an even share."""
     routing, window = subject.routing, subject.routing.window
     used_LG = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)["capacity_used"]
     lines = {}
@@ -108,7 +108,7 @@ def capacity(subject: Subject) -> str:
         ]
     dropped = curves(lines, _at(routing), title="Dropped.", x="step", y="Share of the (token, expert) pairs.", top=0.1)
     scale = linear_scale(
-        "capacity factor that drops nothing: busiest expert / even share", max(2.0, float(np.nan_to_num(used_LG).max()))
+        "load of the busiest expert / even share of all choices", max(2.0, float(np.nan_to_num(used_LG).max()))
     )
     return dropped + heat(used_LG, routing.layer_axis, routing.group_axis, scale=scale, title="Capacity used.")
 
@@ -199,7 +199,7 @@ PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Load over the steps", "Does the load get more even?", percentiles),
     ("Lorenz curve and Gini", "How concentrated is the load?", concentration),
     ("Dead experts", "Which experts learn nothing?", dead),
-    ("Capacity", "What does a capacity drop, and which factor would drop nothing?", capacity),
+    ("Capacity", "What does a capacity drop, and how full is the busiest expert?", capacity),
     ("Null choices", "How much do null experts save?", nulls),
     ("Experts a token", "Which tokens get many experts?", experts_a_token),
     ("Compute maps", "Which cells of a picture and words of a text get many experts?", compute_maps),

@@ -137,10 +137,10 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
             change = f" ({loss - previous.loss[name]:+.3f})"
         parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
     line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
-    if result.balance_efficiency is not None:
-        line += f"; balance efficiency {result.balance_efficiency:.2f}"
-    if result.balance_efficiency_by_count is not None:
-        line += f"; by count {result.balance_efficiency_by_count:.2f}"
+    efficiencies = {"by time": result.balance_efficiency, "by count": result.balance_efficiency_by_count}
+    known = ", ".join(f"{value:.2f} {by}" for by, value in efficiencies.items() if value is not None)
+    if known:
+        line += f"; balance efficiency {known}"
     return line
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from moe_dist.monitor.tags import (
 
 FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
 NUM_BINS = 40
+NOISY = ("moe/", "mixture_of_depths/")  # prefixes of the tags that count a step's routing
 # Kind of value -> plugin and `tensorboard.DataClass` (1 scalar, 2 tensor, 3 blob sequence) that show it.
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
 GROUP_CHARTS = dict(  # tag family -> title of its chart
@@ -41,7 +43,7 @@ GROUP_CHARTS = dict(  # tag family -> title of its chart
             "true experts per token",
             "share of choices that are null",
             "load of the busiest expert, over the mean expert's",
-            "smallest capacity factor that drops nothing",
+            "load of the busiest expert, over an even share of all choices",
         ),
         strict=True,
     )
@@ -55,6 +57,7 @@ class TensorBoardSink(Sink):
         folder: Folder of the event files, runs/<name>/tensorboard.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
+        mean_over: Steps whose mean is one point of a curve of the routing (`NOISY`); single steps would be a solid block.
         resume_step, evaluation_owed: See `Sink`.
     """
 
@@ -65,10 +68,12 @@ class TensorBoardSink(Sink):
         subject: Subject,
         modalities: tuple[str, ...],
         pictures_every: int = 100,
+        mean_over: int = 10,
         resume_step: int = 0,
         evaluation_owed: bool = False,
     ) -> None:
-        self._subject, self._pictures_every = subject, pictures_every
+        self._subject, self._pictures_every, self._mean_over = subject, pictures_every, mean_over
+        self._recent: dict[str, list[float]] = {}  # tag -> values since the last point
         self._first_step, self._last_step = resume_step + 1, resume_step
         self._window = Window()
         self._folder, self._closed = Path(folder), False
@@ -79,8 +84,13 @@ class TensorBoardSink(Sink):
         self._writer("").add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
-        self._add(record.scalars, record.step)
+        self._add({tag: number for tag, number in record.scalars.items() if not tag.startswith(NOISY)}, record.step)
+        for tag, number in record.scalars.items():
+            if tag.startswith(NOISY) and number is not None:
+                self._recent.setdefault(tag, []).append(number)
         self._last_step = record.step
+        if record.step % self._mean_over == 0:
+            self._add_means()
         self._window.add(record)
         if record.step % self._pictures_every == 0:
             self._add_pictures()
@@ -102,6 +112,7 @@ class TensorBoardSink(Sink):
     def close(self) -> None:
         if self._closed:
             return
+        self._add_means()
         if self._window:
             self._add_pictures()
         for writer in self._writers.values():
@@ -125,6 +136,10 @@ class TensorBoardSink(Sink):
                 curves.setdefault(sub_run, []).append(self._with_meaning(value, sub_run, meaning(tag)))
         for sub_run, values in curves.items():  # one event for all scalars is smaller than one for each
             self._writer(sub_run).add_summary(Summary(value=values), step)
+
+    def _add_means(self) -> None:
+        self._add({tag: fmean(numbers) for tag, numbers in self._recent.items()}, self._last_step)
+        self._recent.clear()
 
     def _with_meaning(self, value: Any, sub_run: str, text: str) -> Any:
         """Adds a description to the first value of a tag in this attempt; TensorBoard reads no later one."""

@@ -68,6 +68,13 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
                 f"{path}, step {step}: ids from {ids.min()} to {ids.max()}, but --experts {num_experts} allows 0 to "
                 f"{num_experts - 1}; give the number of experts of the model"
             )
+        sorted_TLK = np.sort(ids, axis=2)
+        if (twice_TL := (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]).any(2)).any():
+            token, layer = (int(each[0]) for each in twice_TL.nonzero())
+            raise DataError(
+                f"{path}, step {step}: token {token} has an expert twice in layer {layers[layer]} "
+                f"({ids[token, layer].tolist()}), but a router chooses k different experts; restore the file"
+            )
         tokens = np.zeros(len(ids), TOKEN)
         tokens["sequence"], tokens["position"], tokens["token"] = sequence, np.arange(len(ids)), NO_ID
         found[step].append((tokens, ids.astype(np.int16)))
@@ -104,7 +111,10 @@ def _megatron(files: Sequence[Path]) -> Parts:
 
 
 def _arrays(files: Sequence[Path]) -> Parts:
-    """Arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy: a file for each sequence."""
+    """Arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy: a file for each sequence.
+
+    Their layers are all layers of the model. Those without experts stay 0 for each token and choice, and are left out.
+    """
     for file in files:
         try:
             with open_file(file) as stream:
@@ -116,7 +126,10 @@ def _arrays(files: Sequence[Path]) -> Parts:
                 f"{file}: {ids.dtype} of shape {ids.shape}, but routed_experts are whole numbers [tokens, layers, k]; "
                 "reshape the array"
             )
-        yield 1, tuple(range(ids.shape[1])), ids
+        moe_L = np.flatnonzero(ids.any((0, 2))) if ids.shape[2] > 1 and ids.size else np.arange(ids.shape[1])
+        if ids.size and not len(moe_L):
+            raise DataError(f"{file}: all ids are 0, as where a server recorded no routing; record it anew")
+        yield 1, tuple(moe_L.tolist()), ids[:, moe_L]
 
 
 def _flame(files: Sequence[Path]) -> Parts:

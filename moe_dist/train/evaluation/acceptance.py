@@ -12,6 +12,7 @@ from moe_dist.placement.placement import ExpertGroup
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
 NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, divided by the unigram model's loss
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
+DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity may not drop, as in the hint
 NULL_TOLERANCE = 0.05  # allowed difference of the fraction of null choices from its expected value
 
 
@@ -22,6 +23,7 @@ def run_checks(
     *,
     choices_LC: np.ndarray,
     tokens_LG: np.ndarray,
+    dropped_L: np.ndarray,
     groups: Sequence[ExpertGroup],
     skipped_steps: int,
     window: int,
@@ -32,7 +34,8 @@ def run_checks(
     Args:
         names: Names of the checks (`evaluation.checks`), in the order of display.
         baselines: Held-out losses of unigram and bigram models in nats per token, from the manifest.
-        choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
+        choices_LC, tokens_LG, dropped_L: Routing counts, and pairs that a capacity dropped, summed over the last `window`
+            steps.
         skipped_steps: Number of skipped steps in the whole run.
         window: Number of steps in the routing counts; 0 if the attempt took no step.
         even_active: By group: the expected number of true experts per token, if a controller or a weight of null experts
@@ -42,6 +45,7 @@ def run_checks(
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
         "experts_matter": lambda: ablation_checks(evaluation),
         "no_dead_expert": lambda: [dead_expert_check(choices_LC, groups, window)] if window else [],
+        "few_drops": lambda: [drop_check(choices_LC, dropped_L, groups, window)] if window else [],
         "null_fraction": lambda: null_checks(choices_LC, tokens_LG, groups, even_active or {}) if window else [],
         "no_step_skipped": lambda: [Check("no step skipped", f"{skipped_steps} skipped", "0", skipped_steps == 0)],
     }
@@ -91,6 +95,14 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
     return Check("no dead expert", f"{dead} of {total} unused", f"0 in the last {window} steps", dead == 0)
+
+
+def drop_check(choices_LC: np.ndarray, dropped_L: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
+    """Checks that a capacity dropped less than `DROPPED` of the (token, expert) pairs of each layer."""
+    pairs_L = choices_LC[:, : sum(group.num_experts for group in groups)].sum(1)
+    worst = float((dropped_L / np.maximum(pairs_L, 1)).max())
+    rule = f"< {DROPPED:.0%} in the last {window} steps"
+    return Check("few dropped pairs", f"{worst:.1%} in a layer", rule, worst < DROPPED)
 
 
 def null_checks(

@@ -34,10 +34,10 @@ def test_cells_have_the_colours_of_their_experts(pixels: np.ndarray | None) -> N
 def test_a_log_shows_drawn_cells_shades_and_numbers() -> None:
     assert [text.plain.rstrip() for text in console_text(mapped(), 110)] == [
         "Compute map of held-out tokens: text 1.9, drawn cells 1.8, background 0.4 true experts a token",
-        "pictures ([] is a drawn cell), each beside the true experts of its cells (' ' 0 to '@' 4):",
+        "pictures ([] is a drawn cell), each beside the true experts of its cells, mean over layers (' ' 0 to '@' 4):",
         "    [][]   ::==",
         "  []  [] @@..##",
-        "text, and below each token its true experts:",
+        "text, and below the first letter of each token its true experts, mean over layers:",
         "  def f():",
         "  4   02",
     ]

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS
-from moe_dist.monitor.costs import CostTable, cost_table, render_costs
+from moe_dist.monitor.costs import CostTable, cost_table, costs_markdown, render_costs
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -36,22 +36,22 @@ def table(placement: ExpertPlacement = PINNED, own: int = 400, untimed: str = ""
 def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
     found = table()
     assert (found.steps, found.tokens) == (2, 50)
-    assert [(cost.method, cost.rows, cost.bytes) for cost in found.costs] == [
-        ("this run: experts pinned", 200, 8000),
-        ("this run, if experts were interleaved", 300, 12000),
-        ("Megatron-Core's dispatcher", 400, 16000),
-        ("fixed top-k, as many true experts", 600, 24000),
-        ("top-2, no null experts", 800, 32000),
+    assert [(cost.method, cost.row_per, cost.rows, cost.bytes) for cost in found.costs] == [
+        ("this run: experts pinned", "token and rank", 200, 8000),
+        ("this run, if experts were interleaved", "token and rank", 300, 12000),
+        ("Megatron-Core's dispatcher, same choices", "token and expert", 400, 16000),
+        ("fixed top-k, as many true experts", "token and expert", 600, 24000),
+        ("top-2, no null experts", "token and expert", 800, 32000),
     ]
-    assert [cost.seconds for cost in found.costs] == ["0.250", *["not run"] * 4]
-    assert table(untimed="not timed: 4 ranks share 2 cores").costs[0].seconds == "not timed: 4 ranks share 2 cores"
+    assert [cost.seconds for cost in found.costs] == ["0.250", *["counted"] * 4]
+    assert table(untimed="not timed: 4 ranks share 2 cores").costs[0].seconds == "not timed"
 
 
 def test_what_does_not_compare_is_left_out() -> None:
     """Rows over two hops are no rows per token and rank, and Megatron-Core wants equally many experts on each rank."""
     hierarchical = table(own=399)
     assert "this run, if experts were interleaved" not in [cost.method for cost in hierarchical.costs]
-    assert (hierarchical.row_per_rank, table().row_per_rank) == (False, True)
+    assert hierarchical.costs[0].row_per == "hop"
     assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
     alone = cost_table([result(0)], PINNED, "pinned", {"pinned": 0}, untimed="")
     assert {cost.bytes for cost in alone.costs} == {0.0}
@@ -60,9 +60,17 @@ def test_what_does_not_compare_is_left_out() -> None:
 @pytest.mark.parametrize("placement", [PINNED, UNEVEN], ids=["pinned", "uneven"])
 def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: ExpertPlacement) -> None:
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(render_costs(table(placement)))
+    console.print(render_costs(table(placement, untimed="not timed: 4 ranks share 2 cores")))
     shown = console.export_text()
     assert "1.50" in shown
     assert "4.00" in shown
     assert ("not possible" in shown) == (placement is UNEVEN)
     assert "Mean of the last 2 steps of 50 tokens" in shown
+    assert "Not timed: 4 ranks share 2 cores." in " ".join(shown.split())
+
+
+def test_tensorboard_gets_the_table_as_markdown() -> None:
+    lines = costs_markdown(table()).splitlines()
+    assert lines[0] == "| method | one row per | rows | MB | x this run | seconds |"
+    assert lines[2] == "| this run: experts pinned | token and rank | 200 | 0.01 | 1.00 | 0.250 |"
+    assert (len(lines), lines[7], lines[8][:26]) == (9, "", "Mean of the last 2 steps o")

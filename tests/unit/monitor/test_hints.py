@@ -82,15 +82,15 @@ def test_null_choices_that_collapsed(groups: tuple[ExpertGroup, ...]) -> None:
     assert not routing(choices(EVEN, EVEN), groups)
 
 
-def test_drops_are_said_with_the_factor_that_drops_nothing(groups: tuple[ExpertGroup, ...]) -> None:
+def test_drops_are_said_with_the_load_of_the_busiest_expert(groups: tuple[ExpertGroup, ...]) -> None:
     (hint,) = (
         each for each in routing(choices(EVEN, [70, 10, 10, 10]), groups, dropped=13) if each.kind == "dropped/image"
     )
     # An even share is k T / columns = 2 x 100 / 6.
     assert hint.text == (
         "model.moe.capacity drops 13% of the image group's (token, expert) pairs, 13% in layer 1, whose busiest expert "
-        "needs factor 2.1; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or a larger "
-        "coefficient in loss.balance.schedule (now 0.02)"
+        "takes 2.1 x an even share; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
+        "a larger coefficient in loss.balance.schedule (now 0.02)"
     )
     assert not routing(choices(EVEN, EVEN), groups, dropped=9)
 

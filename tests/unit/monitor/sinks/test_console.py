@@ -87,8 +87,8 @@ def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
     sink.evaluation(EvaluationResult(10, {"text": 3.5, "image_no_filler": 3.25}, {}, {}, 0.812, 0.9), {})
     assert output(console).splitlines() == [
         "evaluation after step 5: held-out text 4.000, image no filler 3.000",
-        "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250); balance efficiency 0.81; "
-        "by count 0.90",
+        "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250); balance efficiency "
+        "0.81 by time, 0.90 by count",
     ]
 
 

@@ -44,12 +44,21 @@ def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return sorted((event.step, event.value) for event in accumulator.Scalars(tag))
 
 
-def write(folder: Path, subject: Subject, records: list[Record], *, resume_step: int = 0, pictures_every: int = 4) -> None:
+def write(
+    folder: Path,
+    subject: Subject,
+    records: list[Record],
+    *,
+    resume_step: int = 0,
+    pictures_every: int = 4,
+    mean_over: int = 1,
+) -> None:
     sink = TensorBoardSink(
         folder=folder,
         subject=subject,
         modalities=("text", "image"),
         pictures_every=pictures_every,
+        mean_over=mean_over,
         resume_step=resume_step,
     )
     sink.text("configuration", f"resumed at {resume_step}")
@@ -72,6 +81,20 @@ def test_scalars_come_back(tmp_path: Path, subject: Subject, make_record: MakeRe
             assert [event.step for event in events] == [1, 2, 3]
             assert events[0].value == pytest.approx(value, rel=1e-6)
     assert len(found) == sum(value is not None for value in records[0].scalars.values())
+
+
+def test_a_point_of_a_routing_curve_is_the_mean_of_some_steps(
+    tmp_path: Path, subject: Subject, make_record: MakeRecord
+) -> None:
+    tag = "moe/router_entropy"
+    values = {step: None if step == 2 else float(step) for step in range(1, 8)}
+    records = [replace(each, scalars={**each.scalars, tag: values[each.step]}) for each in map(make_record, values)]
+    write(tmp_path, subject, records, mean_over=3)
+    found = read(tmp_path)
+    assert points(found, tag) == [(3, 2.0), (6, 5.0), (7, 7.0)]
+    assert [step for step, _ in points(found, "loss/total")] == [1, 2, 3, 4, 5, 6, 7]
+    write(tmp_path, subject, records[4:], resume_step=4, mean_over=3)
+    assert points(read(tmp_path), tag) == [(3, 2.0), (6, 5.5), (7, 7.0)]
 
 
 def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:

@@ -76,9 +76,10 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert np.array_equal(step.dropped(), dropped_LC)
 
 
-def test_ids_cost_two_bytes_a_layer_and_choice(tmp_path: Path) -> None:
+def test_a_token_costs_two_bytes_a_layer_and_choice_and_eighteen(tmp_path: Path) -> None:
     place = write(tmp_path, replace(MANIFEST, weights=False), range(1, 2), "a")
     assert (place / "rank_0.ids").stat().st_size == 5 * 2 * 3 * 2
+    assert (place / "rank_0.tokens").stat().st_size == 5 * 18
     assert not (place / "rank_0.weights").exists()
     assert read_trace(tmp_path).step(1).weights is None
 

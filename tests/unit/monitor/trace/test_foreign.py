@@ -20,7 +20,7 @@ from tests.conftest import NEXT_MEGATRON
 from tests.support.messages import refused
 from tools.report import main, open_routing
 
-IDS = np.random.default_rng(0).integers(0, 8, (12, 3, 2))  # tokens, layers, k
+IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # tokens, layers, k different experts
 
 
 def megatron(folder: Path, ids: np.ndarray = IDS, layers: tuple[int, ...] = (1, 2, 4)) -> Path:
@@ -75,6 +75,26 @@ def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
     assert np.array_equal(step.ids, IDS)
     assert step.tokens["sequence"].tolist() == [0] * 5 + [1] * 7
     assert np.array_equal(read_foreign(tmp_path / "b.npy", 8).step(1).ids, IDS[5:])
+
+
+def test_layers_without_experts_are_left_out(tmp_path: Path) -> None:
+    """vLLM and SGLang give all layers of the model; a dense layer stays 0."""
+    dense = np.zeros((len(IDS), 1, 2), IDS.dtype)
+    np.save(tmp_path / "a.npy", np.concatenate([dense, IDS], axis=1))
+    step = read_foreign(tmp_path, 8).step(1)
+    assert step.manifest.layers == (1, 2, 3)
+    assert np.array_equal(step.ids, IDS)
+    np.save(tmp_path / "a.npy", np.zeros_like(IDS))
+    with refused(DataError, "all ids are 0"):
+        read_foreign(tmp_path, 8)
+
+
+def test_a_token_with_an_expert_twice_is_named(tmp_path: Path) -> None:
+    ids = IDS.copy()
+    ids[4, 1] = 5
+    np.save(tmp_path / "a.npy", ids)
+    with refused(DataError, "token 4 has an expert twice in layer 1"):
+        read_foreign(tmp_path, 8)
 
 
 def flame(folder: Path, columns: Mapping[str, object], name: str = "iter_0540/layer_02") -> Path:

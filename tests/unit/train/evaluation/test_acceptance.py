@@ -1,6 +1,6 @@
 """What a finished run is measured against, on numbers made by hand."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -20,13 +20,18 @@ GOOD = {"text": 5.0, "image": 2.59, "image_no_filler": 4.8}
 # columns: text/0 text/1 image/0, then text's two nulls; 10 text tokens chose 20 times
 CHOICES = np.array([[5, 5, 7, 6, 4]])
 TOKENS = np.array([[10, 7]])
+ROUTING: dict[str, Any] = {
+    "choices_LC": CHOICES, "tokens_LG": TOKENS, "dropped_L": np.zeros(1), "groups": GROUPS, "skipped_steps": 0,
+    "window": 100,
+}  # fmt: skip
 
 
-def passed(loss: dict[str, float], rise: float = 0.2, choices: np.ndarray = CHOICES, skipped: int = 0) -> dict[str, bool]:
+def passed(
+    loss: dict[str, float], rise: float = 0.2, choices: np.ndarray = CHOICES, skipped: int = 0, dropped: int = 1
+) -> dict[str, bool]:
     result = EvaluationResult(1, loss, {}, ablated_loss={name: value + rise + 1e-9 for name, value in loss.items()})
-    checks = run_checks(
-        ALL, result, BASELINES, choices_LC=choices, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=skipped, window=100
-    )
+    routing = ROUTING | {"choices_LC": choices, "skipped_steps": skipped, "dropped_L": np.array([dropped])}
+    checks = run_checks(ALL, result, BASELINES, **routing)
     return {check.name: check.passed for check in checks}
 
 
@@ -39,6 +44,7 @@ def test_a_good_run_passes_each_check() -> None:
             "experts matter to text",
             "experts matter to image",
             "no dead expert",
+            "few dropped pairs",
             "null fraction of text",
             "no step skipped",
         ],
@@ -56,13 +62,15 @@ def test_each_check_fails_on_its_own() -> None:
     assert failed(rise=0.19) == ["experts matter to text", "experts matter to image"]
     assert failed(choices=np.array([[10, 0, 7, 6, 4]])) == ["no dead expert"]
     assert failed(choices=np.array([[5, 7, 7, 4, 4]])) == ["null fraction of text"]
+    assert failed(dropped=2) == ["few dropped pairs"]  # of 17
     assert failed(skipped=1) == ["no step skipped"]
 
 
 def test_a_data_set_without_baselines_is_measured_by_its_routing_alone() -> None:
     result = EvaluationResult(1, GOOD, {})
-    checks = run_checks(ALL, result, {}, choices_LC=CHOICES, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=0, window=100)
-    assert [check.name for check in checks] == ["no dead expert", "null fraction of text", "no step skipped"]
+    checks = run_checks(ALL, result, {}, **ROUTING)
+    names = ["no dead expert", "few dropped pairs", "null fraction of text", "no step skipped"]
+    assert [check.name for check in checks] == names
 
 
 def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
@@ -70,23 +78,13 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
     result = EvaluationResult(1, GOOD, {})
     for nulls, load, good in (([3, 3], 1.4, True), ([3, 3], 1.0, False), ([5, 5], 1.4, False)):
         true = (20 - sum(nulls)) // 2
-        checks = run_checks(
-            ALL,
-            result,
-            {},
-            choices_LC=np.array([[true, true, 7, *nulls]]),
-            tokens_LG=TOKENS,
-            groups=GROUPS,
-            skipped_steps=0,
-            window=100,
-            even_active={"text": load},
-        )
+        routing = ROUTING | {"choices_LC": np.array([[true, true, 7, *nulls]])}
+        checks = run_checks(ALL, result, {}, **routing, even_active={"text": load})
         assert {check.name: check.passed for check in checks}["null fraction of text"] == good
 
 
 def test_only_the_named_checks_are_made() -> None:
     result = EvaluationResult(1, GOOD, {})
-    options = {"choices_LC": CHOICES, "tokens_LG": TOKENS, "groups": GROUPS, "skipped_steps": 0, "window": 100}
-    assert run_checks((), result, BASELINES, **options) == []  # pyright: ignore[reportArgumentType]
-    named = run_checks(("no_step_skipped", "no_dead_expert"), result, BASELINES, **options)  # pyright: ignore[reportArgumentType]
+    assert run_checks((), result, BASELINES, **ROUTING) == []
+    named = run_checks(("no_step_skipped", "no_dead_expert"), result, BASELINES, **ROUTING)
     assert [check.name for check in named] == ["no step skipped", "no dead expert"]
