@@ -30,18 +30,9 @@ def tensorboard(folder: Path) -> Iterator[str]:
     """The address of a TensorBoard that shows `folder`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(folder),
-        "--port",
-        str(port),
-        "--load_fast",
-        "false",
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["tensorboard.main", "--logdir", folder.name, "--port", str(port), "--load_fast", "false"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-m", *command], cwd=folder.parent, **silent)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(int(SECONDS)):
@@ -74,6 +65,7 @@ def report(run: Path, folder: Path) -> Path:
 
 def main() -> None:
     run, sick = map(Path, sys.argv[1:])
+    shutil.copyfile(run / "compute_map.png", IMAGES / "compute_map.png")
     with tempfile.TemporaryDirectory() as folder, browser(Path(folder) / "profile") as page:
         runs = Path(folder) / "runs"
         shutil.copytree(run / "tensorboard", runs / run.name / "tensorboard")
