@@ -73,11 +73,20 @@ def main(options: ReportOptions) -> None:
             f"{_shape(routing.groups, routing.layers)}; compare runs of the same model"
         )
     subject = Subject(routing, against, list(_layouts(routing, sizes)), node_sizes)
-    page = render(subject).encode()
-    if len(page) > MOST_BYTES:  # many groups: one picture instead of the slider's twelve
-        page = render(replace(subject, slides=1)).encode()
+    page = page_of(subject)
     write_atomically(options.out, page)
     print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
+
+
+def page_of(subject: Subject) -> bytes:
+    """The page. A page of more than MOST_BYTES is drawn again: with one picture in place of the slider's twelve, then also
+    without matrices of co-activation."""
+    page = b""
+    for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
+        page = render(replace(subject, **fewer)).encode()
+        if len(page) <= MOST_BYTES:
+            break
+    return page
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
@@ -116,11 +125,11 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
     if counted:
         shape = (len(manifest.layers), manifest.num_columns, len(manifest.groups))
         frames, window, _ = frames_of_records(RunFolder(path).metrics_jsonl, shape)
-        frames, source = merged(frames, FRAMES), "from metrics.jsonl"
+        frames, source, split = merged(frames, FRAMES), "from metrics.jsonl", "training"
     else:
         frames, window = frames_of_trace(trace, manifest.groups, len(manifest.layers))
         part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
-        source = f"counted in the trace{part}"
+        source, split = f"counted in the trace{part}", manifest.split
     return Routing(
         name=str(path),
         source=source,
@@ -133,6 +142,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
         configuration=manifest.configuration,
         balance_coefficient=math.nan,
         tokens=last_tokens(trace, **_names(manifest.configuration, data, manifest.tokenizer)) if trace.steps else None,
+        split=split,
     )
 
 

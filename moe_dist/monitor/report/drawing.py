@@ -26,10 +26,13 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
     """A heat map: an image of one pixel a cell, so that its size hardly grows with the cells. nan is grey. Cells that are
     large enough have their number; a line below names the largest one."""
     num_rows, num_columns = values_RC.shape
-    width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(5, 480 // num_rows))
+    width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(3, 480 // num_rows))
     width = max(width, max(len(label) for label in (*columns.labels, *columns.sublabels)) * MARK if num_columns < 9 else 0)
     left, top = MARK * max(len(rows.name), *(len(label) for label in rows.labels)) + 14, 22
     right, bottom = left + num_columns * width, top + num_rows * height
+    half = MARK * len(columns.name) // 2  # the name of the columns may be wider than the cells, but not reach the legend
+    middle = max((left + right) // 2, half)
+    legend = max(right, middle + half) + 12
     rgb = colour(values_RC, scale)
     parts = [
         f'<image href="{png(rgb)}" x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" '
@@ -49,12 +52,12 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
             parts.append(f'<text x="{left + c * width + width // 2}" y="{y}" class="m">{escape(labels[c])}</text>')
     foot = bottom + (44 if columns.sublabels else 30)
     parts.append(f'<text x="{left - 6}" y="14" class="e">{escape(rows.name)}</text>')
-    parts.append(f'<text x="{(left + right) // 2}" y="{foot}" class="m q">{escape(columns.name)}</text>')
+    parts.append(f'<text x="{middle}" y="{foot}" class="m q">{escape(columns.name)}</text>')
     for i, tick in enumerate(scale.ticks):  # the legend stands right of the cells
         red, green, blue = colour(np.array([tick]), scale)[0]
-        parts.append(f'<rect x="{right + 12}" y="{top + 17 * i}" width="14" height="14" fill="rgb({red},{green},{blue})"/>')
-        parts.append(f'<text x="{right + 31}" y="{top + 17 * i + 12}">{scale.write(tick)}</text>')
-    size = (right + 75, max(foot, top + 17 * len(scale.ticks)) + 6)
+        parts.append(f'<rect x="{legend}" y="{top + 17 * i}" width="14" height="14" fill="rgb({red},{green},{blue})"/>')
+        parts.append(f'<text x="{legend + 19}" y="{top + 17 * i + 12}">{scale.write(tick)}</text>')
+    size = (legend + 63, max(foot, top + 17 * len(scale.ticks)) + 6)
     words = "" if np.isnan(values_RC).all() else f"; {extremes(values_RC, rows, columns, scale)}"
     return _figure("".join(parts), size, title, f"{scale.caption}{words}")
 

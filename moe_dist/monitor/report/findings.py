@@ -13,7 +13,7 @@ from moe_dist.monitor.hints import busy_rank
 from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
 from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
-from moe_dist.monitor.routing_hints import ENOUGH, WindowSums, for_another_trainer, routing_hints
+from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, for_another_trainer, routing_hints
 
 NAMED = 6  # dead experts that a line names
 
@@ -24,6 +24,7 @@ def problems(routing: Routing) -> list[str]:
     sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
     texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # the places in TensorBoard
+    texts += _starved_modalities(routing)
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
         texts = [text.replace(" (now nan)", "") for text in texts]
@@ -55,6 +56,40 @@ def dead_experts(routing: Routing) -> list[tuple[int, int]]:
         dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
         found += [(layer, group.first_expert + expert) for layer, expert in dead.tolist()]
     return sorted(found)
+
+
+def too_few(routing: Routing) -> tuple[int, str]:
+    """Counts the (layer, expert) pairs that no rule judges, because their layer has fewer than ENOUGH choices an expert.
+    Returns the number, and a clause that says so; the clause is empty if all pairs are judged."""
+    loads = [part.true_Ln for part in group_choices(routing.window.choices_LC, routing.groups)]
+    few = np.concatenate([true_Ln[true_Ln.mean(1) < ENOUGH].ravel() for true_Ln in loads])
+    if not few.size:
+        return 0, ""
+    cells, idle = sum(true_Ln.size for true_Ln in loads), int((few == 0).sum())
+    clause = f"too few choices to judge {few.size:,} of {cells:,} (layer, expert) pairs (fewer than {ENOUGH:.0f} an expert)"
+    return few.size, clause + f": no token took {idle:,} of these" * (idle > 0)
+
+
+def _starved_modalities(routing: Routing) -> Iterator[str]:
+    """Names the modalities whose tokens take hardly any true expert, where other modalities of the same group take some.
+    The hints judge a group as a whole. Only a trace tells the modality of a choice."""
+    tokens = routing.tokens
+    if tokens is None:
+        return
+    taken_T = ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum((1, 2))
+    taken_M = [taken_T[tokens.modality_T == m] / len(routing.layers) for m in range(len(routing.modalities))]
+    for group in routing.groups:
+        even = group.expected_experts_per_token
+        taken = {name: of for name, of in zip(routing.modalities, taken_M, strict=True) if name in group.modalities}
+        judged = {name: of.mean() for name, of in taken.items() if even * len(of) * len(routing.layers) >= ENOUGH}
+        fed = {name: mean for name, mean in judged.items() if mean >= IDLE * even}
+        for name in sorted(judged.keys() - fed.keys()) if fed else ():
+            others = ", ".join(f"{mean:.2f} of {other}" for other, mean in fed.items())
+            yield (
+                f"{name} tokens of the {group.name} group take {judged[name]:.2f} true experts a layer, but {others} "
+                f"tokens (even: {even:.2f}), in the trace of {tokens.split} tokens; try a larger coefficient in "
+                f"loss.balance.schedule, or a group for {name} alone in model.moe.groups"
+            )
 
 
 def _busiest(routing: Routing) -> Iterator[str]:
@@ -113,13 +148,14 @@ def _capacity(routing: Routing) -> Iterator[str]:
 
 
 def _dead(routing: Routing) -> Iterator[str]:
-    dead, cells = dead_experts(routing), len(routing.layers) * routing.placement.num_experts
-    if not dead:
-        yield f"Dead experts: none of {cells:,} (layer, expert) pairs."
-        return
+    dead, (unjudged, few) = dead_experts(routing), too_few(routing)
+    cells = len(routing.layers) * routing.placement.num_experts - unjudged
     names = [f"layer {routing.layers[layer]} {routing.placement.name_of(expert)}" for layer, expert in dead[:NAMED]]
     more = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
-    yield f"Dead experts: no token took {len(dead):,} of {cells:,} (layer, expert) pairs: {', '.join(names)}{more}."
+    told = f"none of {cells:,} (layer, expert) pairs" if cells else ""
+    if dead:
+        told = f"no token took {len(dead):,} of {cells:,} (layer, expert) pairs: {', '.join(names)}{more}"
+    yield f"Dead experts: {'; '.join(filter(None, (told, few)))}."
 
 
 def _nulls(routing: Routing) -> Iterator[str]:

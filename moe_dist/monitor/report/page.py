@@ -4,7 +4,7 @@ import re
 from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
-from moe_dist.monitor.report.findings import facts, problems
+from moe_dist.monitor.report.findings import facts, problems, too_few
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 
@@ -33,7 +33,8 @@ body{color:var(--ink);background:var(--page)}a{color:inherit}
 h1{font-size:1.5rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
 section{border-top:1px solid var(--line);padding:1.25rem 0}section>h2+p{margin:.1rem 0 .75rem;color:var(--quiet)}
 .found{background:var(--card);border-left:.4rem solid var(--well);padding:.75rem 1rem;margin:1rem 0}
-.found.bad{border-color:var(--bad)}.found h2{color:var(--well)}.found.bad h2{color:var(--bad)}
+.found.bad{border-color:var(--bad)}.found.few{border-color:var(--quiet)}
+.found.few h2{color:var(--ink)}.found h2{color:var(--well)}.found.bad h2{color:var(--bad)}
 ul{margin:.4rem 0;padding-left:1.2rem}nav{padding-bottom:1rem}nav a{display:inline-block;margin-right:.9rem}
 :focus-visible{outline:3px solid var(--c0);outline-offset:2px}
 figure{margin:0 0 1rem}figcaption{font-size:.87rem;max-width:60rem}figcaption b{color:var(--ink)}
@@ -82,7 +83,12 @@ def render(subject: Subject) -> str:
 
 def _findings(routing: Routing) -> str:
     wrong = problems(routing)
-    state, head = ("bad", f"What is wrong in steps {routing.window.label}") if wrong else ("", "No rule finds a fault")
+    unjudged, few = too_few(routing)
+    state, head = ("bad", f"What is wrong in {routing.window.words}") if wrong else ("", "No rule finds a fault")
+    if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
+        state, head = "few", few[0].upper() + few[1:]
+    elif few:
+        head = f"{head}; {few}"
     lines = "".join(f"<li>{escape(text)}</li>" for text in wrong)
     numbers = "".join(f"<li>{escape(text)}</li>" for text in facts(routing))
     return (
@@ -93,8 +99,7 @@ def _findings(routing: Routing) -> str:
 
 def _about(routing: Routing) -> str:
     groups = ", ".join(f"{g.name}: {g.num_experts} experts + {g.num_null} null, top {g.top_k}" for g in routing.groups)
-    first, last = routing.frames[0].first, routing.frames[-1].last
-    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    steps = routing.frames[0]._replace(last=routing.frames[-1].last).words
     text = (
         f"{len(routing.layers)} MoE layers ({groups}) on {routing.placement.num_ranks} EP ranks. Counts: {steps}, "
         f"{routing.source}."

@@ -13,9 +13,10 @@ from moe_dist.monitor.metrics import group_choices, group_metrics
 from moe_dist.monitor.pictures import loads, over_mean
 from moe_dist.monitor.report import numbers
 from moe_dist.monitor.report.drawing import bars, curves, details, heat, slider, table
-from moe_dist.monitor.report.findings import dead_experts, work_of_ranks
+from moe_dist.monitor.report.findings import dead_experts, too_few, work_of_ranks
 from moe_dist.monitor.report.routing import Frame, Routing, Subject, merged
 from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token, ledger, specialisation
+from moe_dist.monitor.trace.reader import count_choices
 
 
 def load(subject: Subject) -> str:
@@ -86,13 +87,17 @@ def concentration(subject: Subject) -> str:
 def dead(subject: Subject) -> str:
     """Table of the experts that no token took, with the last frame in which a token took each."""
     routing, rows = subject.routing, []
+    unjudged, few = too_few(routing)
+    few = f"<p>{few[0].upper()}{few[1:]}.</p>" if few else ""
+    if unjudged == len(routing.layers) * routing.placement.num_experts:
+        return few
     for layer, expert in dead_experts(routing):
         alive = [frame.label for frame in routing.frames if frame.choices_LC[layer, expert]]
         rows.append((str(routing.layers[layer]), routing.placement.name_of(expert), alive[-1] if alive else "never"))
     if not rows:
-        return f"<p>Every expert was taken in every layer in steps {routing.window.label}.</p>"
-    more = f"<p>The first 200 of {len(rows)}.</p>" if len(rows) > 200 else ""
-    return more + table(("layer", "expert", "last steps with a token"), rows[:200], caption="Experts that no token took.")
+        return f"{few}<p>Every {'other ' * bool(few)}expert was taken in every layer in {routing.window.words}.</p>"
+    few += f"<p>The first 200 of {len(rows)}.</p>" if len(rows) > 200 else ""
+    return few + table(("layer", "expert", "last steps with a token"), rows[:200], caption="Experts that no token took.")
 
 
 def capacity(subject: Subject) -> str:
@@ -149,16 +154,29 @@ def drift(subject: Subject) -> str:
             "".join(parts)
             + "<p>Compare with another run, trace or checkpoint's trace: moe-dist report ... --against PATH.</p>"
         )
+    one, other, which = _compared(routing, against)
     apart_LG = np.stack(
-        [
-            numbers.distance(_columns(against.window, routing, g), _columns(routing.window, routing, g))
-            for g in range(len(routing.groups))
-        ],
+        [numbers.distance(_columns(other, routing, g), _columns(one, routing, g)) for g in range(len(routing.groups))],
         axis=1,
     )
-    scale = linear_scale(f"total variation distance of the choices from those of {against.name}", 1.0)
+    scale = linear_scale(f"total variation distance of the choices from those of {against.name}; {which}", 1.0)
     parts.append(heat(apart_LG, routing.layer_axis, routing.group_axis, scale=scale, title="Against another run."))
     return "".join([*parts, _same_tokens(routing, against)])
+
+
+def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
+    """The counts of both that are compared, and whose tokens these are: held-out tokens if both traces have them."""
+    one, two = routing.tokens, against.tokens
+    if one is not None and two is not None and one.split == two.split == "held-out":
+        columns = routing.window.choices_LC.shape[1]
+        mine, other = (
+            each.window._replace(choices_LC=count_choices(tokens.ids_TLK, columns))
+            for each, tokens in ((routing, one), (against, two))
+        )
+        return mine, other, "held-out tokens of both"
+    same = routing.split == against.split
+    which = f"{routing.split} tokens of both" if same else f"other tokens: {routing.split} against {against.split}"
+    return routing.window, against.window, which
 
 
 def _same_tokens(routing: Routing, against: Routing) -> str:

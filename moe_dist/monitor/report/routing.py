@@ -3,6 +3,7 @@
 Shape letters as in `metrics.py`; F frames, T tokens, K choices of a token.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 FRAMES = 60  # most points of a curve over steps
 WINDOW = 50  # last recorded steps that the first lines judge, as the hints of a run do
+MATRIX_CELLS = 500_000  # most cells of all co-activation matrices, about 2 MB
 MOST_TOKENS = 50_000  # tokens of a trace that a report reads, from the last step backwards
 
 
@@ -37,6 +39,10 @@ class Frame(NamedTuple):
     @property
     def label(self) -> str:
         return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
+
+    @property
+    def words(self) -> str:
+        return f"step{'' if self.first == self.last else 's'} {self.label}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Routing:
         configuration: The run's configuration.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
         tokens: None without a trace.
+        split: Of the counts: `training`, or that of the trace.
     """
 
     name: str
@@ -100,6 +107,7 @@ class Routing:
     configuration: Mapping[str, Any]
     balance_coefficient: float
     tokens: Tokens | None
+    split: str = "training"
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
@@ -124,21 +132,22 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about: a routing, another one to compare with, the layouts and node sizes of the ledger, and the
-    largest number of positions of a slider."""
+    """What a report is about: a routing, another one to compare with, the layouts and node sizes of the ledger, the largest
+    number of positions of a slider, and that of the cells of all co-activation matrices."""
 
     routing: Routing
     against: Routing | None
     layouts: Sequence[Layout]
     node_sizes: tuple[int, ...]
     slides: int = MOST_FRAMES
+    matrix_cells: int = MATRIX_CELLS
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Adds up neighbours until at most `most` frames are left."""
-    if len(frames) <= most:
-        return tuple(frames)
-    return tuple(total([frames[i] for i in part]) for part in np.array_split(np.arange(len(frames)), most))
+    """Adds up equally many neighbours, so that at most `most` frames are left. The last one also takes the rest."""
+    size = math.ceil(len(frames) / most)
+    starts = range(0, len(frames) - size + 1, size)
+    return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)
 
 
 def total(frames: Sequence[Frame]) -> Frame:
@@ -154,7 +163,8 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
         shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
 
     Returns:
-        At most 2 x FRAMES frames, the last WINDOW steps, and the last balance coefficient.
+        At most 2 x FRAMES frames, the last WINDOW steps, and the last balance coefficient. All frames have equally many
+        records; the last one has up to twice as many.
 
     Raises:
         DataError: a line is damaged or has arrays of another model, or no line has arrays.
@@ -172,6 +182,8 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
             frames, width = [total(frames[i : i + 2]) for i in range(0, len(frames), 2)], 2 * width
     if not frames:
         raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")
+    if inside < width:
+        frames[-2:] = [total(frames[-2:])]
     return frames, list(window), coefficient
 
 

@@ -18,7 +18,7 @@ from moe_dist.monitor.report.routing import Routing, Subject, Tokens
 from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
-SHOWN_MATRICES = 24  # co-activation matrices that are drawn
+SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # co-activation matrices that are drawn, and strongest pairs that are listed
 MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # pictures and texts with a compute map, and tokens of a text
 AROUND = 5  # tokens of an example's text on each side
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
@@ -94,7 +94,7 @@ def compute_maps(subject: Subject, tokens: Tokens) -> str:
     experts_T = _true_experts(subject.routing, tokens).mean(1)
     most = max(min(group.top_k, group.num_experts) for group in subject.routing.groups)
     scale = linear_scale("true experts a token, mean over the layers", float(most))
-    legend = "".join(_coloured(tick, scale.write(tick), scale) for tick in scale.ticks)
+    legend = " ".join(_coloured(tick, scale.write(tick), scale) for tick in scale.ticks)
     pictures, texts = _runs(tokens)
     drawn = [pictures[i] for i in np.random.default_rng(0).permutation(len(pictures))[:MAPS]]
     texts = [rows[:LONGEST_TEXT] for rows in sorted(texts, key=len, reverse=True)[:MAPPED_TEXTS]]
@@ -112,22 +112,29 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
         rows = _rows_of(tokens, routing, group)
         if group.top_k < 2 or not rows.any() or group.num_experts < 2:
             continue
-        names = [str(i) for i in range(group.num_experts)]
         for layer, ids_TK in enumerate(tokens.ids_TLK[rows].transpose(1, 0, 2)):
             lift_nn = numbers.together(numbers.taken(ids_TK, group))
-            strongest = 0.0 if np.isnan(lift_nn).all() else float(np.nanmax(lift_nn))
-            title = f"Group {group.name}, layer {routing.layers[layer]}."
-            found.append(
-                (strongest, title, heat(lift_nn, Axis("expert", names), Axis("expert", names), scale=scale, title=title))
-            )
+            if not np.isnan(lift_nn).all():
+                found.append((float(np.nanmax(lift_nn)), layer, group, int(np.nanargmax(lift_nn))))
     if not found:
         return "<p>No token takes two experts.</p>"
     found.sort(key=lambda each: -each[0])
-    first, *others = found[:SHOWN_MATRICES]
-    cut = f"<p>The {SHOWN_MATRICES} strongest of {len(found)} layers and groups.</p>" if len(found) > SHOWN_MATRICES else ""
-    return (
-        cut + first[2] + "".join(details(f"{title} Largest lift {short(lift)}", picture) for lift, title, picture in others)
-    )
+    room = np.cumsum([group.num_experts**2 for _, _, group, _ in found]) <= subject.matrix_cells
+    parts = []
+    for lift, layer, group, _ in found[: min(SHOWN_MATRICES, int(room.sum()))]:
+        names = Axis("expert", [str(i) for i in range(group.num_experts)])
+        title = f"Group {group.name}, layer {routing.layers[layer]}."
+        lift_nn = numbers.together(numbers.taken(tokens.ids_TLK[_rows_of(tokens, routing, group), layer], group))
+        picture = heat(lift_nn, names, names, scale=scale, title=title)  # drawn again: all matrices may not fit in memory
+        parts.append(details(f"{title} Largest lift {short(lift)}", picture) if parts else picture)
+    if len(parts) == len(found):
+        return "".join(parts)
+    largest = [
+        (group.name, str(routing.layers[layer]), short(lift), "{} and {}".format(*divmod(pair, group.num_experts)))
+        for lift, layer, group, pair in found[:SHOWN_PAIRS]
+    ]
+    pairs = table(("group", "layer", "largest lift", "experts"), largest, caption="Strongest pair of each layer and group.")
+    return f"<p>Matrices of the {len(parts)} strongest of {len(found)} layers and groups.</p>{''.join(parts)}{pairs}"
 
 
 @of_tokens
@@ -217,7 +224,7 @@ def _token(tokens: Tokens, token: int, *, plain: bool = False) -> str:
         return f'<img class="p" src="{png(pixels)}" alt="code {token}" title="{token}">'
     name = tokens.name_of(token)
     if name is None:
-        return f"<code>{token}</code>" + (" " if plain else "")
+        return f"{token} " if plain else f"<code>{token}</code>"
     visible = "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() else "�" for c in name)
     return escape(visible) if plain else f'<code title="{token}">{escape(visible).replace(" ", "␣")}</code>'
 
@@ -256,7 +263,7 @@ def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale:
 def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
     for row in rows.tolist():
         text = _token(tokens, int(tokens.token_T[row]), plain=True)
-        yield _coloured(float(experts_T[row]), text, scale) + "<br>" * text.count("⏎")
+        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # the indentation begins the next line
 
 
 def _coloured(experts: float, html: str, scale: Scale) -> str:

@@ -49,16 +49,18 @@ class TracedStep(NamedTuple):
 
     def choices(self) -> np.ndarray:
         """Number of choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
-        return self._count(np.where(self.ids < NO_CHOICE, -2 - self.ids, self.ids))
+        return count_choices(self.ids, self.manifest.num_columns)
 
     def dropped(self) -> np.ndarray:
         """Number of dropped pairs of each column, int64 [L, C]."""
-        return self._count(np.where(self.ids < NO_CHOICE, -2 - self.ids, NO_CHOICE))
+        return count_choices(np.where(self.ids < NO_CHOICE, self.ids, NO_CHOICE), self.manifest.num_columns)
 
-    def _count(self, column_TLK: np.ndarray) -> np.ndarray:
-        columns = self.manifest.num_columns
-        layers = range(column_TLK.shape[1])
-        return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
+
+def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
+    """Number of choices of each column, dropped pairs included, int64 [L, C]. `ids_TLK` are as in `TracedStep`."""
+    column_TLK = np.where(ids_TLK < NO_CHOICE, -2 - ids_TLK, ids_TLK)
+    layers = range(column_TLK.shape[1])
+    return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ from typer.testing import Result
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.report.panels import PANELS
-from moe_dist.monitor.report.routing import FRAMES, frames_of_records
+from moe_dist.monitor.report.routing import FRAMES, Subject, frames_of_records, merged, total
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.policies import expert_groups
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
-from tools.report import main, open_routing
+from tests.unit.monitor.conftest import draw_groups
+from tests.unit.monitor.report.conftest import draw_routing
+from tools.report import MOST_BYTES, main, open_routing, page_of
 
 VOID = {"meta", "link", "input", "img"}
 
@@ -163,9 +165,43 @@ def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     frames, window, coefficient = frames_of_records(tmp_path / "metrics.jsonl", (1, 2, 1))
     assert FRAMES / 2 < len(frames) <= 2 * FRAMES
+    for each in (frames, merged(frames, FRAMES), merged(frames, 12)):  # of equal width, but the last one
+        *widths, last = [frame.last - frame.first + 1 for frame in each]
+        assert len(set(widths)) == 1
+        assert widths[0] <= last < 2 * widths[0]
+        assert (each[0].first, each[-1].last) == (1, 1000)
+    assert [len(merged(frames[:1] * n, 60)) for n in (1, 2, 59, 60, 61)] == [1, 2, 59, 60, 30]
     assert [frame.first for frame in frames] == [1, *(frame.last + 1 for frame in frames[:-1])]
     assert all(frame.choices_LC.tolist() == [[n, 2 * n]] for frame in frames for n in [frame.last - frame.first + 1])
     assert ([frame.first for frame in window], coefficient) == ([*range(951, 1001)], 0.5)
+
+
+@pytest.mark.parametrize("experts", [256, 384])
+def test_a_page_of_many_experts_is_small(experts: int) -> None:
+    layers, tokens = 26, 15_000
+    routing = draw_routing(draw_groups(1, experts, 0, 8), layers=layers, tokens=2, steps=12)
+    gaps = np.random.default_rng(0).integers(1, experts // 8, (tokens, layers, 8))
+    ids = (gaps.cumsum(2) + 7 * gaps[:, :, :1]) % experts  # eight experts, none twice
+    choices_LC = np.stack([np.bincount(ids[:, layer].ravel(), minlength=experts) for layer in range(layers)])
+    frames = tuple(
+        frame._replace(choices_LC=choices_LC, tokens_LG=np.full((layers, 1), tokens)) for frame in routing.frames
+    )
+    place = np.arange(tokens)
+    assert routing.tokens is not None
+    traced = replace(
+        routing.tokens,
+        ids_TLK=ids.astype(np.int16),
+        token_T=place % 50,
+        modality_T=0 * place,
+        sequence_T=place // 30,
+        position_T=place % 30,
+    )
+    page = page_of(Subject(replace(routing, frames=frames, window=total(frames), tokens=traced), None, [], (2,)))
+    assert len(page) <= MOST_BYTES
+    text = page.decode()
+    assert f"Matrices of the {500_000 // experts**2} strongest of 26 layers and groups." in text
+    pairs = text.split("Strongest pair of each layer and group.</caption>")[1].split("</table>")[0]
+    assert pairs.count("<tr>") == 1 + layers
 
 
 def cut(run: Path) -> Path:

@@ -69,3 +69,14 @@ def test_texts_alone_and_a_trace_without_ids() -> None:
     assert "<img" not in page
     assert "<mark" in page
     assert "no token ids" in mapped(token_T=np.full(20, NO_ID))[0]
+
+
+def test_texts_are_on_their_colours_line_by_line() -> None:
+    page, _ = mapped(grid=(0, 0), name_of=lambda _: None)
+    legend, *texts = page.split("<p")[1:]
+    assert "</mark> <mark" in legend  # its numbers do not run together
+    assert "<code>" not in page  # its background would cover the colours
+    assert "7 " in re.findall(r"<mark[^>]*>([^<]*)</mark>", "".join(texts))
+    page, _ = mapped(name_of=lambda token: "\n\n    " if token == 8 else "x")
+    assert ">⏎<br>⏎<br>    </mark>" in page
+    assert "</mark><br>" not in page

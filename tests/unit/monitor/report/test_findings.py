@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.report.findings import facts, problems
-from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.report.page import render
+from moe_dist.monitor.report.routing import Routing, Subject
 from tests.unit.monitor.report.conftest import draw_groups, draw_routing
 
 
@@ -23,17 +24,56 @@ def towards(group: int, columns: slice, by: float, layers: slice = slice(None)) 
     "routing",
     [
         draw_routing(),
-        draw_routing(tokens=40, steps=1),
         draw_routing(layers=1, ranks=1),
         draw_routing(draw_groups(1, num_experts=64, num_null=0, top_k=8), ranks=8),
     ],
-    ids=["two groups", "few tokens", "one layer", "64 experts"],
+    ids=["two groups", "one layer", "64 experts"],
 )
 def test_a_healthy_run_is_not_accused(routing: Routing) -> None:
     assert problems(routing) == []
     text = "\n".join(facts(routing))
     assert "Dead experts: none" in text
     assert "no pair was dropped" in text
+    assert ">No rule finds a fault</h2>" in page_of(routing)
+    assert "Every expert was taken" in page_of(routing)
+
+
+def page_of(routing: Routing) -> str:
+    return render(Subject(replace(routing, tokens=None), None, [], ()))
+
+
+def test_few_tokens_are_not_judged() -> None:
+    group = draw_groups(1, num_experts=128, num_null=0, top_k=8)
+    collapsed = draw_routing(
+        group, layers=12, tokens=300, steps=1, ranks=1, bias=towards(0, slice(0, 8), 50)
+    )  # 18.75 an expert
+    for routing, cells, none in ((collapsed, "1,536", 1440), (draw_routing(tokens=40, steps=1), "64", 0)):
+        page = page_of(routing)
+        words = f"too few choices to judge {cells} of {cells} (layer, expert) pairs (fewer than 20 an expert)"
+        assert words in "\n".join(facts(routing))
+        assert f"<h2>T{words[1:]}" in page
+        assert "No rule finds" not in page
+        assert "Dead experts: none" not in page
+        assert (f"no token took {none:,} of these" in page) == (none > 0)
+        panel = page.split('<section id="dead-experts"')[1].split("</section>")[0]
+        assert f"<p>T{words[1:]}" in panel
+        assert "Every expert was taken" not in panel
+
+
+def test_a_part_without_enough_choices_is_counted() -> None:
+    routing = draw_routing(tokens=400, steps=1)
+    choices_LC = routing.window.choices_LC.copy()
+    choices_LC[0] //= 20  # so that layer 1 has too few
+    routing = replace(routing, window=routing.window._replace(choices_LC=choices_LC))
+    words = "too few choices to judge 16 of 64 (layer, expert) pairs (fewer than 20 an expert)"
+    page = page_of(routing)
+    assert f">No rule finds a fault; {words}</h2>" in page
+    assert f"Dead experts: none of 48 (layer, expert) pairs; {words}." in page
+    choices_LC[2, 3] = 0
+    page = page_of(routing)
+    assert f">What is wrong in step 1; {words}</h2>" in page
+    assert f"no token took 1 of 48 (layer, expert) pairs: layer 3 text/3; {words}." in page
+    assert f"T{words[1:]}" in page.split('<section id="dead-experts"')[1].split("</section>")[0]
 
 
 def test_all_tokens_to_one_expert() -> None:
@@ -68,3 +108,24 @@ def test_no_choice_at_all() -> None:
     )
     assert problems(replace(routing, window=empty)) == []
     assert facts(replace(routing, window=empty))[0] == "No token took a true expert in these steps."
+
+
+def test_a_starved_modality_of_a_shared_group() -> None:
+    routing = draw_routing(draw_groups(1, num_experts=8, num_null=8, top_k=4))
+    assert routing.tokens is not None
+    shared = (replace(routing.groups[0], modalities=("text", "image")),)
+    modality_T, ids_TLK = np.arange(600) % 2, routing.tokens.ids_TLK.copy()
+    ids_TLK[modality_T == 1] = np.arange(8, 12)  # null experts
+    fed, starved = (
+        replace(routing.tokens, modality_T=modality_T, ids_TLK=ids) for ids in (routing.tokens.ids_TLK, ids_TLK)
+    )
+    routing = replace(
+        routing, placement=replace(routing.placement, groups=shared), modalities=("text", "image"), tokens=starved
+    )
+    found = problems(routing)
+    assert len(found) == 1
+    assert found[0].startswith("Image tokens of the text group take 0.00 true experts a layer, but ")
+    assert "of text tokens (even: 2.00), in the trace of held-out tokens; try " in found[0]
+    few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # 16 expected choices of images
+    for tokens in (fed, replace(fed, ids_TLK=np.full_like(ids_TLK, 8)), few, None):
+        assert problems(replace(routing, tokens=tokens)) == []
