@@ -1,7 +1,9 @@
 """Ranks of launchers that only set variables (mpirun, srun, pods of Kubernetes): how they end, and how the same start goes
 on with the run."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -57,6 +59,15 @@ def pod(rank: int, start: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
 
 
+def free_port() -> int:
+    """One that stays free between two starts: the kernel gives connections ports above these."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 class Job:
     """A run of the tiny model, each start of which has the variables of one launcher.
 
@@ -69,9 +80,7 @@ class Job:
         self.path, self.run = write_config(config, folder / "x.yaml"), RunFolder.of(config)
         self.log = folder / "log"
         self._variables, self._starts = variables, 0
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        self._meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.ranks: list[BaseProcess] = []
 
     def start(self, *overrides: str, **broken: str) -> None:
