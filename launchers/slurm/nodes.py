@@ -11,6 +11,7 @@ from launchers.command import JobPlan
 from launchers.slurm.script import ScriptPart, parts
 from moe_dist.doctor.check_result import names
 from moe_dist.errors import MoeDistError
+from moe_dist.runtime.signals import child_of
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
 _CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")  # with these Slurm's commands find slurmctld
@@ -93,8 +94,11 @@ def inside_job(env: Mapping[str, str]) -> dict[str, str]:
 def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
     not installed, or does not answer within a minute."""
+    ours = child_of(os.getpid(), ignore_stop=True)  # Slurm sends stop signals to all processes of a job that it requeues
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd, env=env)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd, env=env, preexec_fn=ours
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error
     if done.returncode:

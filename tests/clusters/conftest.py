@@ -8,9 +8,16 @@ import pytest
 from tests.support.shape import SEED, drawn
 from tests.support.slurm import SlurmCluster
 
+AGAIN = f"{SEED}={drawn().seed} make test-clusters"
+
 
 def pytest_report_header() -> str:
-    return f"{SEED}={drawn().seed} gives this cluster again: {drawn()}"
+    return f"{AGAIN} makes this cluster again: {drawn()}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Also where -q leaves the header out, and after the output of failures."""
+    terminalreporter.write_line(f"{AGAIN} makes these clusters again")
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +32,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cluster file: one rank a node."""
     path = tmp_path_factory.mktemp("site") / "site.yaml"
-    path.write_text(drawn().site(equal_threads=True))
+    path.write_text(drawn().site())
     return path
 
 

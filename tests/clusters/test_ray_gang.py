@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from moe_dist.errors import ResourceError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support import ray_cluster
@@ -149,6 +149,66 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
     assert last is not None
     assert (last.verdict, last.rank) == (1, 3)
     assert [line["step"] for line in steps(again.run)] == list(range(1, steps(again.run)[-1]["step"] + 1))
+
+
+# One rank on one of the two nodes for text, one on one of the two for images.
+TWO_RANKS = (
+    "parallel.ep=2",
+    "placement.groups={text: {ranks: [0], node: {labels: {modality: text}}}, "
+    "image: {ranks: [1], node: {labels: {modality: image}}}}",
+)
+
+
+def pretended(cluster: RayCluster, root: Path, name: str, ends: str, *, max_restarts: int = 20) -> Driver:
+    """A run of two ranks that end as the test wants it and import no torch."""
+    site = root / f"{name}.yaml"
+    site.write_text(f"{Path(os.environ['MOE_DIST_CLUSTER']).read_text()}max_restarts: {max_restarts}\n")
+    arguments = [*overrides(root, name, 100, *TWO_RANKS), "--", ray_cluster.MARK, "PRETEND"]
+    variables = {"PRETEND": ends, "MOE_DIST_CLUSTER": str(site)}
+    run, log = RunFolder(root / name), root / f"{name}.out"
+    return Driver("tests.support.ray_launch", cluster.address, run, *arguments, log=log, **variables)
+
+
+def ends(job: Driver) -> list[tuple[int | None, int]]:
+    return [(each.verdict, each.restarts) for each in job.run.read_status().attempts]
+
+
+def test_each_fault_of_a_rank_is_followed_by_an_attempt_on_another_node(cluster: RayCluster, root: Path) -> None:
+    job = pretended(cluster, root, "faults", "kill+1 freeze+1 gpu+1 close", max_restarts=3)
+    assert job.wait() == 0, job.printed
+    assert ends(job) == [(1, 0), (1, 1), (1, 2), (0, 3)]
+    killed, frozen, gpu, _ = job.run.read_status().attempts
+    assert killed.reason.startswith("rank 1: killed by SIGKILL")
+    assert frozen.reason.startswith("rank 1: frozen by SIGSTOP")
+    assert (gpu.rank, gpu.reason) == (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered")
+    first, second, *_ = re.findall(r"^rank 1  (\S+)", job.printed, re.MULTILINE)
+    assert second != first, "the node at fault is used last"
+    assert "closed" in job.run.log_of(0).read_text(), "rank 1 had ended long before"
+
+
+def test_a_wrong_configuration_ends_a_run_at_once(cluster: RayCluster, root: Path) -> None:
+    job = pretended(cluster, root, "wrong", "config")
+    assert job.wait() == ConfigError.exit_code, job.printed
+    assert ends(job) == [(ConfigError.exit_code, 0)]
+
+
+def test_the_run_goes_on_elsewhere_when_the_node_of_rank_0_is_lost_as_often_as_max_restarts_allows(
+    cluster: RayCluster, root: Path
+) -> None:
+    job = pretended(cluster, root, "first_node", "wait fail+1", max_restarts=1)
+    logs = [job.run.log_of(rank) for rank in range(2)]
+    job.wait_until(lambda: all(log.exists() and "is here" in log.read_text() for log in logs), "both ranks are up")
+    slot = cluster.slot_of(job.ranks()[0])
+    cluster.kill(slot)
+    try:
+        assert job.wait() == 1, job.printed
+    finally:
+        cluster.replace(slot)
+    assert ends(job) == [(1, 0), (1, 1)]
+    lost = job.run.read_status().attempts[0]
+    assert (lost.rank, lost.reason) == (0, f"rank 0: it was lost with its node {ray_cluster.address(slot)}")
+    assert "restart 1 of 1, from the beginning: rank 0: it was lost with its node" in job.printed
+    assert "not restarted: it was restarted 1 times already" in job.printed
 
 
 def test_a_plan_that_nobody_can_satisfy_names_rank_and_label(cluster: RayCluster, root: Path) -> None:

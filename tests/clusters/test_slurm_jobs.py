@@ -15,8 +15,8 @@ from launchers.slurm.nodes import leave_out
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.pretend import PROGRAM
-from tests.support.shape import drawn
-from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
+from tests.support.shape import PREEMPTION, drawn
+from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts
 from tests.support.tiny import tiny_config, write_config
 
 FIRST, SECOND, THIRD, _ = drawn().names
@@ -102,13 +102,16 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
 
 def test_a_killed_rank_is_named_with_its_node_and_the_job_goes_on(stage: Stage) -> None:
     """Two ranks a node: its neighbour there has the traceback of a connection error."""
-    stage.set_site(ranks_per_node=2)
+    stage.set_site(ranks_per_node=2)  # two of the four nodes: others are left
     job = stage.launch("kill+2 done")
     assert job.end() == 0, job.said
     assert job.field("Restarts") == "1"
     first, second = stage.run.read_status().attempts
     assert (first.verdict, first.rank, second.verdict) == (1, 1, 0)
-    assert re.fullmatch(rf"rank 1 on {ANY}: killed by SIGKILL", first.reason)
+    at_fault = hosts(stage.run)[1]
+    assert first.reason == f"rank 1 on {at_fault}: killed by SIGKILL"
+    assert job.field("ExcNodeList") == at_fault
+    assert at_fault not in {*hosts(stage.run, attempt=1), *job.hosts}, "the next attempt leaves it out"
     assert "rank 1 failed first" in job.said
     assert "requeued: the next attempt resumes from the last checkpoint" in job.said
 
@@ -123,19 +126,25 @@ def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attem
     assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in job.said
 
 
-def test_a_preemption_that_cancels_is_answered_by_a_new_submission(stage: Stage) -> None:
-    stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", "PreemptMode=CANCEL")
+@pytest.mark.parametrize("mode", PREEMPTION)
+def test_a_preempted_job_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
+    """Slurm requeues it, or cancels it and the batch script submits it again."""
+    stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")
     try:
         job = stage.launch("wait+2 done")
-        job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+        up(stage, job)
         stage.take_a_node()
-        job.wait_for(lambda: "submitted again as job" in job.said, "submitted again")
-        (number,) = re.findall(r"\(PreemptMode=CANCEL\); submitted again as job (\d+)", job.said)
-        again = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
+        again = job
+        if mode == "CANCEL":
+            job.wait_for(lambda: "submitted again as job" in job.said, "submitted again")
+            (number,) = re.findall(r"\(PreemptMode=CANCEL\); submitted again as job (\d+)", job.said)
+            again = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
+        else:
+            job.wait_for_requeue()
         assert again.end() == 0, again.said
     finally:
         stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={drawn().preemption}")
-    assert job.field("JobState") == "PREEMPTED"
+    assert job.field("JobState") == ("PREEMPTED" if mode == "CANCEL" else "COMPLETED")
     assert stage.verdicts() == [75, 0]
 
 
@@ -298,15 +307,15 @@ def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun
     stage.set_site(ranks_per_node=2, spare_nodes=1, srun_options="[--cpu-bind=none, --mpi=none]")
     job = stage.launch("wait+2 done")
     up(stage, job)
-    hosts = tuple(job.hosts)
-    assert len(hosts) == 3
+    given = tuple(job.hosts)
+    assert len(given) == 3
     (script,) = (stage.run.path / "slurm").glob("*/train.sbatch")
-    (script.parent / f"job_{job.number}_faults").write_text(hosts[0])
+    (script.parent / f"job_{job.number}_faults").write_text(given[0])
     stage.cluster.run("scancel", "--signal=USR2", job.number)
     assert job.end() == 0, job.said
     assert stage.verdicts() == [75, 0]
     first, second = re.findall(rf"^node .*\n({ANY}) .*\n({ANY}) ", job.said, re.MULTILINE)
-    assert (first, second) == (hosts[:2], hosts[1:])
+    assert (first, second) == (given[:2], given[1:])
 
 
 # --- preludes and containers: what the site wants around a rank

@@ -10,15 +10,16 @@ from launchers.command import plan_job
 from moe_dist.config.cluster import load_cluster
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.shape import drawn
 from tests.support.slurm import SlurmCluster
 from tests.support.tiny import tiny_config, write_config
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Eight nodes of eight fake GPUs, text and vision nodes in turn."""
-    features = "text vision " * 4
-    with SlurmCluster(tmp_path_factory.mktemp("wide"), nodes=8, features=features, gpus=8) as cluster:
+    """Eight nodes of eight fake GPUs, four of them for text and four for vision."""
+    features = " ".join(drawn().features)
+    with SlurmCluster(tmp_path_factory.mktemp("wide"), nodes=8, features=features, gpus=8, shape=drawn()) as cluster:
         yield cluster
 
 
@@ -38,7 +39,7 @@ def test_64_tasks_find_what_the_plan_says(wide: SlurmCluster, tmp_path: Path, ti
     }
     config = tiny_config(tiny_data, tmp_path / "runs", changes)
     site = tmp_path / "site.yaml"
-    site.write_text("gpus: {syntax: gres, per_node: 8}\ndomain_nodes: 2\ntime: '10'\n")
+    site.write_text(drawn().site(gpus=f"{{syntax: {drawn().gpus}, per_node: 8}}", domain_nodes=2))
     path = write_config(config, tmp_path / "x.yaml")
     job = wide.launch(str(path), f"--cluster={site}", "--program=slurm/probe.py")
     assert job.end() == 0, job.said
@@ -47,7 +48,8 @@ def test_64_tasks_find_what_the_plan_says(wide: SlurmCluster, tmp_path: Path, ti
     logs = "".join(run.log_of(rank).read_text() for rank in range(64))
     found = sorted(re.findall(r"^probe (.*)$", logs, re.MULTILINE), key=lambda line: int(line.split()[0].partition("=")[2]))
     plan = plan_job(check(config), load_cluster(str(site), {}))
-    hosts = {"text": iter(("node1", "node3", "node5", "node7")), "vision": iter(("node2", "node4", "node6", "node8"))}
+    names = list(zip(drawn().features, (*drawn().names, *drawn().more_names), strict=True))
+    hosts = {kind: iter([name for has, name in names if has == kind]) for kind in ("text", "vision")}
     host_of = [next(hosts[node.feature or ""]) for node in plan.nodes]
     expected = [
         f"rank={rank} local_rank={place.local_rank} host={place.host} cuda=0,1,2,3,4,5,6,7 features={place.feature} "

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.shape import drawn
 from tests.support.slurm import SlurmCluster
 from tests.support.tiny import tiny_config, write_config
 
 pytestmark = pytest.mark.timeout(900)
-LATE_SECONDS = 75  # longer than a file may need to be seen on another node
 
 
 def tiny(data: Path, folder: Path, **changes: Any) -> tuple[Path, RunFolder]:
@@ -29,7 +28,8 @@ def threads(run: RunFolder) -> str:
 
 def test_plain_srun_starts_one_run_on_its_nodes(slurm: SlurmCluster, tiny_data: Path, tmp_path: Path) -> None:
     path, run = tiny(tiny_data, tmp_path)
-    wrap = shlex.join(["srun", sys.executable, "-m", "moe_dist.train", str(path)])
+    late = "\n".join([*drawn().late, f"exec {shlex.join([sys.executable, '-m', 'moe_dist.train', str(path)])}"])
+    wrap = shlex.join(["srun", "bash", "-c", late])
     job = slurm.sbatch("--nodes=2", "--ntasks=2", f"--wrap={wrap}", output=tmp_path / "out.txt")
     assert job.end() == 0, job.said
     (attempt,) = run.read_status().attempts
@@ -39,11 +39,12 @@ def test_plain_srun_starts_one_run_on_its_nodes(slurm: SlurmCluster, tiny_data: 
 
 def test_a_rank_that_starts_late_is_waited_for_by_name(slurm: SlurmCluster, tiny_data: Path, tmp_path: Path) -> None:
     path, run = tiny(tiny_data, tmp_path)
-    prelude = [f'[ "$RANK" != 0 ] || sleep {LATE_SECONDS}']
+    late, cpus = drawn().late_rank, drawn().late_cpus
     site = tmp_path / "site.yaml"
-    values = {"gpus": {"syntax": "none"}, "ranks_per_node": 1, "cpus_per_rank": 2, "time": "30", "prelude": prelude}
-    site.write_text(yaml.safe_dump(values))
+    prelude = [f'[ "$RANK" != {late} ] || sleep {drawn().late_seconds}']
+    site.write_text(drawn().site(cpus_per_rank=cpus, prelude=json.dumps(prelude)))
     job = slurm.launch(str(path), f"--cluster={site}")
     assert job.end() == 0, job.said
-    assert "waiting for rank 0, whose address must come into" in run.log_of(1).read_text()
-    assert threads(run) == "2", "the CPUs of a rank are its threads"
+    missing = "rank 1 since" if late else "rank 0, whose address must come into"
+    assert f"waiting for {missing}" in run.log_of(1 - late).read_text()
+    assert threads(run) == str(cpus), "the CPUs of a rank are its threads"

@@ -1,5 +1,6 @@
 """The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
 
+import json
 import re
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
 from tests.support import slow_close, slowed
 from tests.support.shape import drawn
-from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
+from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts, overrides
 
 pytestmark = pytest.mark.timeout(900)
 # Steps. LONG takes most of a minute where it is slowed down: slurmctld looks at time limits twice in that.
@@ -48,10 +49,13 @@ def runs(slurm: SlurmCluster, site: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Runs) -> tuple[SlurmJob, RunFolder]:
+def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[SlurmJob, RunFolder]:
     """A heterogeneous job: text experts on text nodes, image experts on vision nodes, and one world of them all."""
-    job, run = runs.start("undisturbed", LONG, **NODES)
+    site = tmp_path_factory.mktemp("undisturbed") / "site.yaml"
+    site.write_text(drawn().site(exclusive=True))
+    job, run = runs.start("undisturbed", LONG, f"--cluster={site}", **NODES)
     assert job.end() == 0, job.said
+    assert threads(run) == {"1"}
     return job, run
 
 
@@ -64,13 +68,9 @@ def steps_taken(run: RunFolder) -> int:
     return len(records(run)) if run.metrics_jsonl.exists() else 0
 
 
-def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
-    """The node of each rank, from the rank's own log."""
-    logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
-    return [
-        [line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2].partition(".")[0]
-        for log in logs
-    ]
+def threads(run: RunFolder) -> set[str]:
+    """Of rank 0 in all attempts."""
+    return {entry["threads"] for entry in json.loads((run.path / "provenance.json").read_text())}
 
 
 def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, RunFolder], slurm: SlurmCluster) -> None:
@@ -128,7 +128,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     per_node: int,
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(drawn().site(equal_threads=True, ranks_per_node=per_node))
+    site.write_text(drawn().site(ranks_per_node=per_node))
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
     job, run = runs.start(
@@ -142,6 +142,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     first, second = run.read_status().attempts
     assert (first.verdict, second.verdict, second.last_step) == (verdict, 0, steps)
     assert [line["step"] for line in records(run)] == list(range(1, steps + 1))
+    assert threads(run) == {"1"}, f"by {drawn().threads}"
     assert records(run) == records(undisturbed[1])[:steps]
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
@@ -158,7 +159,7 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
 ) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(drawn().site(equal_threads=True, ranks_per_node=2))
+    site.write_text(drawn().site(ranks_per_node=2))
     job, run = runs.start("batch_node", SHORT, f"--cluster={site}", **{"checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     node = job.field("BatchHost")
@@ -229,7 +230,7 @@ def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
 ) -> None:
     sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
     sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
-    site.write_text(drawn().site(equal_threads=True, ranks_per_node=4))
+    site.write_text(drawn().site(ranks_per_node=4))
     values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
     job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
     found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]

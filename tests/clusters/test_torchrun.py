@@ -1,12 +1,8 @@
 """The default job under torchrun on two nodes, each a network namespace of two ranks: one agent is lost, and the run ends
-with the undisturbed bits.
-
-Where namespaces are not permitted, the nodes are two addresses of the loopback.
-"""
+with the undisturbed bits. It needs root and the command `ip`, as make test-clusters does."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +21,10 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, QUICK
 from tests.support.faults import PROGRAM, fault
+from tests.support.shape import drawn
 from tests.support.slurm import ROOT, overrides
 
-STEPS, PORT = 6, 29431
+STEPS = 6
 SETTINGS = {
     **QUICK,
     "train.steps": STEPS,
@@ -50,26 +47,26 @@ class Node:
 def two_nodes() -> Iterator[tuple[Node, Node]]:
     names = [f"moe{os.getpid()}{side}" for side in "ab"]
     link = [f"me{os.getpid()}{side}" for side in "ab"]
-    add = ["ip", "netns", "add", names[0]]
-    if shutil.which("ip") is None or subprocess.run(add, capture_output=True, check=False).returncode:
-        yield Node((), "127.0.0.1", "lo"), Node((), "127.0.0.2", "lo")
-        return
+    hosts = [f"{host}{drawn().domain}" for host in drawn().names]
     try:
-        ip("netns", "add", names[1])
+        for name in names:
+            ip("netns", "add", name)
         ip("link", "add", link[0], "netns", names[0], "type", "veth", "peer", "name", link[1], "netns", names[1])
         for number, (name, end) in enumerate(zip(names, link, strict=True), 1):
-            ip("-n", name, "address", "add", f"10.219.77.{number}/24", "dev", end)
+            ip("-n", name, "address", "add", f"{drawn().wire}.{number}/24", "dev", end)
             for up in (end, "lo"):
                 ip("-n", name, "link", "set", up, "up")
-        enter = [("ip", "netns", "exec", name) for name in names]
-        yield Node(enter[0], "10.219.77.1", link[0]), Node(enter[1], "10.219.77.2", link[1])
+        named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"')
+        enter = [("ip", "netns", "exec", name, *named, host) for name, host in zip(names, hosts, strict=False)]
+        yield Node(enter[0], f"{drawn().wire}.1", link[0]), Node(enter[1], f"{drawn().wire}.2", link[1])
     finally:
         for name in names:  # the last process has ended, so the links go with their namespaces
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
 class Torchrun:
@@ -85,16 +82,17 @@ class Torchrun:
 
     def start(self, number: int, **variables: str) -> subprocess.Popen[bytes]:
         node, first = self._nodes[number], self._nodes[0]
-        meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={PORT}"]
+        meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={drawn().port}"]
         if self._backend == "c10d":
             conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a busy machine is no lost node
-            meet = [f"--rdzv-endpoint={first.address}:{PORT}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
+            meet = [f"--rdzv-endpoint={first.address}:{drawn().port}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=3"]
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_"))}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_", "OMP_"))}
         # Without this c10d keeps one store for all restarts, and never tells its address to an agent that comes later.
         env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface, **variables}
+        env |= {"OMP_NUM_THREADS": "1"} if drawn().threads == "user" else {}  # else torchrun itself sets it to 1
+        env |= {"GLOO_SOCKET_IFNAME": node.interface, **variables}
         with self.log.open("ab") as log:
             agent = subprocess.Popen(
                 [*node.enter, *command, *meet, *PROGRAM, DEFAULT, *self._run], cwd=ROOT, env=env, stdout=log, stderr=log
@@ -144,8 +142,12 @@ def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits
 
     job = Torchrun(nodes, backend, others, tmp_path / "torchrun.log")
     try:
-        job.start(0)
-        lost = job.start(1, **fault(rank=3, step=5, phase="before_step", kind="freeze"))
+        breaks = fault(rank=drawn().freezing_rank, step=drawn().freezing_step, phase="before_step", kind="freeze")
+        first, second = (0, 1) if drawn().agent_skew >= 0 else (1, 0)
+        agents = {first: job.start(first, **breaks)}
+        time.sleep(abs(drawn().agent_skew))
+        agents[second] = job.start(second, **breaks)
+        lost = agents[1]
         job.wait_for(lambda: frozen(lost))
         job.lose(lost)
         job.start(1)  # a new agent, whose count of restarts begins anew

@@ -13,15 +13,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PROGRAM = ("-m", "tests.support.faults")
 VARIABLE = "MOE_DIST_TEST_FAULT"
 
 
-def fault(*, rank: int, step: int, phase: str, kind: str) -> dict[str, str]:
-    """Environment that makes one rank break."""
+def fault(*, rank: int, step: int, phase: str, kind: str | Sequence[str]) -> dict[str, str]:
+    """Environment that makes one rank break. Several kinds are those of the attempts that torchrun counts."""
     return {VARIABLE: json.dumps({"rank": rank, "step": step, "phase": phase, "kind": kind})}
 
 
@@ -37,8 +37,12 @@ def strike(kind: str) -> None:
 
 def inject(spec: Mapping[str, Any]) -> None:
     """Puts the fault in place on the rank it names."""
-    if int(os.environ.get("RANK", "0")) != spec["rank"]:
+    from moe_dist.runtime.environment import RankEnv
+
+    if RankEnv.from_environment(os.environ).rank != spec["rank"]:
         return
+    if not isinstance(spec["kind"], str):
+        spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.moe.layer import MoELayer
     from moe_dist.train.step import TrainingStep

@@ -4,7 +4,8 @@ ends as it is told. For tests of what clusters and launchers make of that.
 PRETEND says how each attempt ends, the last one all further ones: `stop+5 done` is 5 steps and 75, then 0. One of
 
     done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
-    kill (rank 1, by SIGKILL; its peers have a connection error)
+    kill (rank 1, by SIGKILL; its peers have a connection error), freeze (rank 1, by SIGSTOP; the collective of its peers
+    times out), gpu (rank 1 has lost its GPU), config (78, on all ranks), close (0, but a sink of rank 0 closes 10 s late)
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from launchers.restart import committed_step
 from moe_dist.config.load import load_config
-from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.errors import ConfigError, DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
@@ -24,6 +25,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 
 PROGRAM = "-m tests.support.pretend"
+CLOSE_SECONDS = 10.0
 
 
 def main(config_path: Path, overrides: list[str]) -> int:
@@ -40,10 +42,14 @@ def main(config_path: Path, overrides: list[str]) -> int:
         print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
         time.sleep(1.0)  # for the slowest to come
         step = committed_step(folder.checkpoints) + int(gained or 0)
-        attempt.follow(lambda: config.train.steps if how == "done" else step)
+        attempt.follow(lambda: config.train.steps if how in ("done", "close") else step)
         if env.rank == 0 and gained:
             (folder.checkpoints / "latest").write_text(f"step_{step}")
         end(how, env, folder, stop, step)
+        if how == "close":
+            attempt.finish()
+            time.sleep(CLOSE_SECONDS if env.rank == 0 else 0.0)
+            print("closed", file=sys.stderr, flush=True)
     return attempt.exit_code
 
 
@@ -56,7 +62,16 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
         os._exit(1)
     if how == "kill" and env.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "kill":
+    if how == "freeze" and env.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "freeze":
+        time.sleep(1.0)
+        raise TimeoutError("a collective took too long")
+    if how == "gpu" and env.rank == 1:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    if how == "config":
+        raise ConfigError("optimizer.lr=-1: must be positive")
+    if how in ("kill", "gpu"):
         time.sleep(1.0)  # they notice the closed connection
         raise ConnectionError("connection closed by peer")
     if how == "diverge" and env.rank == 2:

@@ -2,7 +2,8 @@
 
     python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
 
-Arguments after `--` are names of variables that the ranks get as well.
+Arguments after `--` are names of variables that the ranks get as well. With PRETEND among them, the ranks are those of
+`tests.support.pretend`.
 """
 
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 
 from launchers.ray.__main__ import launch
 from moe_dist.errors import MoeDistError
+from tests.support import pretend
 from tests.support.ray_rank import PROGRAM
 
 
 def run(config: str, arguments: list[str]) -> int:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     try:
-        return launch(Path(config), arguments[:at], forwarded=arguments[at + 1 :], program=PROGRAM)
+        program = tuple(pretend.PROGRAM.split()) if "PRETEND" in arguments[at:] else PROGRAM
+        return launch(Path(config), arguments[:at], forwarded=arguments[at + 1 :], program=program)
     except MoeDistError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -34,8 +34,18 @@ def note_the_end() -> None:
     Attempt._end = staticmethod(noted)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-if __name__ == "__main__":
+def prepare() -> None:
     note_the_end()
     if os.environ["RANK"] == "0":
         close_slowly()
+
+
+def seconds_apart(folder: Path) -> float:
+    """Between the ends of two ranks."""
+    first, second = (float((folder / str(rank)).read_text()) for rank in range(2))
+    return abs(first - second)
+
+
+if __name__ == "__main__":
+    prepare()
     run_command(main)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_dist.runtime.run_folder import RunFolder
 from tests.support.shape import Shape
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +170,15 @@ class SlurmJob:
                     os.kill(pid, number)
             time.sleep(0.003)
         return len(pids)
+
+
+def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
+    """The node of each of four ranks, from the rank's own log."""
+    logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
+    return [
+        [line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2].partition(".")[0]
+        for log in logs
+    ]
 
 
 def overrides(values: Mapping[str, Any]) -> Sequence[str]:

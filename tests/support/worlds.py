@@ -171,6 +171,15 @@ def _servers(first_on_path: str | None) -> list[forkserver.ForkServer]:
     return servers
 
 
+def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Starts a process of its own that calls a function of an importable module; torch and most of moe_dist are imported
+    already, as in the ranks of a world."""
+    process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
+    with patch.object(forkserver, "connect_to_new_process", _servers(None)[0].connect_to_new_process):
+        process.start()
+    return process
+
+
 @dataclass
 class _Rank:
     process: BaseProcess

@@ -26,6 +26,10 @@ FEATURES = {"n1": "text", "n2": "text,big", "n7": "vision"}
 RIGHT = Allocation((GivenPart(("n1", "n2"), (2, 2), 0), GivenPart(("n7",), (1,), -1)), FEATURES)
 
 
+def test_an_answer_comes_although_slurm_sends_stop_signals_to_the_whole_job() -> None:
+    assert ask("sh", "-c", "kill -TERM $$; kill -USR2 $$; echo here") == "here\n"
+
+
 def test_counts_are_written_out() -> None:
     assert expand_counts("2(x3),1") == (2, 2, 2, 1)
     assert expand_counts("4") == (4,)
