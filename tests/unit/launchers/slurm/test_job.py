@@ -70,13 +70,16 @@ class Node:
         self.yaml = write_config(self.config, folder / "x.yaml")
         (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
         answers = {
-            "requeue*": 'echo "$*" >>asked',
-            "*hostnames*": "echo n1",
+            "requeue*": 'echo "$*" >>asked; echo PENDING >state',
+            "update*": 'echo "$*" >>asked',
+            "*hostnames*": "cat hosts",
             "*node*": 'echo "NodeName=n1 x ActiveFeatures="',
-            "*": "echo JobState=RUNNING Restarts=0 PreemptTime=None",
+            "*": "echo JobState=$(cat state) Restarts=0 PreemptTime=None",
         }
         cases = " ".join(f"{asked}) {answer} ;;" for asked, answer in answers.items())
         self.stand_in("scontrol", f'case "$*" in {cases} esac')
+        self.stand_in("sbatch", 'echo "$*" >>asked')  # as with --test-only where the nodes suffice
+        self.hosts = ["n1"]
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         monkeypatch.chdir(ROOT)  # the clone
 
@@ -85,17 +88,26 @@ class Node:
         (self.folder / name).chmod(0o755)
 
     def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
-        self.stand_in("srun", srun)
+        self.stand_in("srun", f'echo "$*" >>sruns; {srun}')
+        (self.folder / "hosts").write_text("\n".join(self.hosts))
+        (self.folder / "state").write_text("RUNNING")
         env = {"PATH": os.environ["PATH"], "MOE_DIST_CLUSTER": str(self.folder / "site.yaml")}
-        env |= {"SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
+        env |= {
+            "SLURM_JOB_NODELIST": "n[]",
+            "SLURM_TASKS_PER_NODE": ",".join([str(2 if len(self.hosts) == 1 else 1)] * len(self.hosts)),
+        }
         if snapshots := list(self.run.path.glob("slurm/job_12_*")):
             env["MOE_DIST_SNAPSHOT"] = str(snapshots[0])
         return run_attempt(SlurmJob("12", restarts, None, self.folder), [str(self.yaml)], {**env, **variables})
 
     @property
-    def requeues(self) -> int:
+    def asked(self) -> list[str]:
         asked = self.folder / "asked"
-        return asked.read_text().count("requeue 12") if asked.exists() else 0
+        return asked.read_text().splitlines() if asked.exists() else []
+
+    @property
+    def requeues(self) -> int:
+        return self.asked.count("requeue 12")
 
     def save(self, step: int) -> None:
         self.run.open(self.config, RankEnv(0, 2, 0, 1, "published", 0, "earlier")).release()
@@ -105,6 +117,27 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     return Node(tmp_path, tiny_data, monkeypatch)
+
+
+def test_the_next_attempt_of_a_job_leaves_out_the_nodes_at_fault(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm is asked to exclude each of them; a job that gets them again replaces them by its spare nodes."""
+    node.hosts = ["n1", "n2", "n3", "n4"]
+    (node.folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 1\nspare_nodes: 2\n")
+    for restarts, lost in enumerate(["n1: task 0: Killed", "Node failure on n3"]):
+        node.save(restarts)
+        saves = f"echo step_{restarts + 1} >{node.run.checkpoints}/latest"
+        assert node.attempt(f"{saves}; echo 'srun: error: {lost}' >&2; exit 137", restarts=restarts) == 1
+    assert node.attempt("exit 0", restarts=2) == 0
+    ((snapshot,),) = [list(node.run.path.glob("slurm/job_12_*"))]
+    assert node.asked == [
+        *("requeue 12", f"--test-only --exclude=n1 {snapshot}/train.sbatch", "update JobId=12 ExcNodeList=n1"),
+        *("requeue 12", f"--test-only --exclude=n1,n3 {snapshot}/train.sbatch", "update JobId=12 ExcNodeList=n1,n3"),
+    ]
+    used = [
+        word for line in (node.folder / "sruns").read_text().splitlines() for word in line.split() if "--nodelist" in word
+    ]
+    assert used == ["--nodelist=n1,n2", "--nodelist=n2,n3", "--nodelist=n2,n4"]
+    assert "nodes at fault: n1, n3; the next attempt leaves them out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
