@@ -97,7 +97,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
                 detail = reason  # from a peer that waited for this rank: which collective timed out, and after how long
-            reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
+            end = _describe_end(outcome, cause) + (f"; {detail}" if detail else "")
+            reason = f"rank {cause}{_where(outcome, cause)}: {end}"
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
@@ -141,11 +142,17 @@ def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
 
 def _report(folder: RunFolder, cause: int, outcome: Outcome, offset: int) -> None:
     log = folder.log_of(cause)
-    lines = [f"rank {cause} failed first ({_describe_end(outcome, cause)}); {log} ends with:", "", last_output(log, offset)]
+    first = f"rank {cause} failed first ({_describe_end(outcome, cause)}){_where(outcome, cause)}"
+    lines = [f"{first}; {log} ends with:", "", last_output(log, offset)]
     others = [f"{rank} ({_describe_end(outcome, rank)})" for rank in range(len(outcome.codes)) if rank != cause]
     if others:
         lines += ["", f"the other ranks ended after it: {', '.join(others)}"]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _where(outcome: Outcome, rank: int) -> str:
+    known = outcome.hosts and rank not in outcome.lost  # the description of a lost rank names its node
+    return f" on {outcome.hosts[rank]}" if known else ""
 
 
 def _describe_end(outcome: Outcome, rank: int) -> str:

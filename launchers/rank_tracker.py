@@ -40,6 +40,7 @@ class Outcome:
         aborted: A second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first of these caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; its code is that of SIGKILL.
+        hosts: Address of each rank's node; empty if all ranks are on this machine.
     """
 
     codes: tuple[int, ...]
@@ -48,6 +49,7 @@ class Outcome:
     aborted: bool
     frozen: tuple[int, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
 
     @property
     def silent(self) -> bool:

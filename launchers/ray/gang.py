@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ class Gang:
                     self._end_the_rest(tracker, running)
                 for rank in running.values():
                     self._actors[rank].send.remote(number)  # does not wait for the actor
-        return tracker.outcome(signals.first)
+        hosts = tuple(self.node(rank).address for rank in range(self.job.world_size))
+        return replace(tracker.outcome(signals.first), hosts=hosts)
 
     def close(self) -> None:
         """Kills the actors, and with them all ranks that still run."""

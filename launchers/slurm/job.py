@@ -101,9 +101,12 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         restarts=len(ends),
     )
     write_atomically(table, text)
+    allocated = [host for part in allocation.parts for host in part.hosts]  # the first host runs this script
+    places = ranks_by_task(plan, hosts, allocated)
+    ranks_of = {host: [*places.get(host, {}).values()] for host in allocated}
+    write_atomically(_ranks_file(path, job.restarts), json.dumps(ranks_of))
     with StopSignals() as signals:
         code, ended = run_step(command, env)
-        places = ranks_by_task(plan, hosts, [host for part in allocation.parts for host in part.hosts])
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=places)
         ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
         _keep(path, ends)
@@ -159,10 +162,18 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
     """Reads the ended attempts of this job from the file at `path`; adds the attempt that begins at `step` to the file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
     if ends and ends[-1].code is None:  # Slurm killed the batch script of the last attempt before it could conclude
-        code = name_unconcluded(folder, replace(job, restarts=job.restarts - 1).attempt_id)
+        before = replace(job, restarts=job.restarts - 1)
+        ranks_of = _ranks_file(path, before.restarts)
+        known = json.loads(ranks_of.read_text()) if ranks_of.is_file() else {}
+        code = name_unconcluded(folder, before.attempt_id, known)
         ends[-1] = AttemptEnd(code, ends[-1].begin, step)
     _keep(path, [*ends, AttemptEnd(None, step, step)])
     return ends
+
+
+def _ranks_file(path: Path, restarts: int) -> Path:
+    """Returns the path of the file with the ranks on each host of an attempt, beside the job's file of attempts."""
+    return path.with_name(f"{path.stem}_{restarts}_ranks.json")
 
 
 def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:

@@ -1,5 +1,6 @@
 """Reads a Slurm job's allocation, compares it with the plan, and maps the planned nodes to host names."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -14,9 +15,13 @@ from moe_dist.errors import MoeDistError
 from moe_dist.runtime.signals import child_of
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
-_CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")  # with these Slurm's commands find slurmctld
-# Options of srun that Slurm writes into the environment of a job with memory limits, or of a step.
-_OF_STEPS = ("SLURM_MEM_PER_", "SLURM_CPU_BIND")
+# With these Slurm's commands find slurmctld.
+_CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK", "SLURM_WORKING_CLUSTER")
+# What Slurm sets in every batch script with the options --nodes, --ntasks and --ntasks-per-node, which all of ours have.
+_OF_EVERY_JOB = re.compile(
+    r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
+    r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
+)
 
 
 class SlurmError(MoeDistError):
@@ -73,22 +78,33 @@ class Allocation:
 def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment with which a job is submitted. Inside another job, that job's variables are left out, because
     sbatch would pass them on and Slurm does not overwrite all of them."""
-    own = {name: value for name, value in env.items() if not name.startswith("SLURM") or name.startswith(_CLIENT)}
+    of_slurm = ("SLURM", "SRUN_")
+    own = {name: value for name, value in env.items() if not name.startswith(of_slurm) or name.startswith(_CLIENT)}
     return own if "SLURM_JOB_ID" in env else dict(env)
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a batch script without the variables of an outer job. A job that a plain sbatch submitted
-    inside another job inherits the outer job's array task, restarts, components (of a heterogeneous job) and options of
-    srun. Array task and restarts are read from slurmctld instead."""
+    inside another job inherits those that Slurm does not set anew for it: most of them are options of srun. Thus only
+    `_OF_EVERY_JOB` are kept; array task, restarts, components and CPUs of a task are believed if slurmctld knows them."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
-    found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", _record(env["SLURM_JOB_ID"])))
-    known = {"ArrayTaskId": "SLURM_ARRAY_", "HetJobId": "SLURM_HET_"}
-    outer = (*_OF_STEPS, *(prefix for field, prefix in known.items() if field not in found))
-    kept = {name: value for name, value in env.items() if not name.startswith(outer)}
-    task = {"SLURM_ARRAY_TASK_ID": found["ArrayTaskId"]} if "ArrayTaskId" in found else {}
-    return {**kept, **task, "SLURM_RESTART_COUNT": found.get("Restarts", "0")}
+    record = _record(env["SLURM_JOB_ID"])
+    found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", record))
+    # A job has 1 CPU per task unless it asks for more; Slurm 23.11 and newer also say whether it asked for 1.
+    cpus = re.search(r"\bTresPerTask=\S*?cpu[:=](\d+)|\bCPUs/Task=(?!1\b)(\d+)", record)
+    believed = {
+        "SLURM_ARRAY_TASK_ID": found.get("ArrayTaskId"),
+        "SLURM_CPUS_PER_TASK": cpus and (cpus[1] or cpus[2]),
+        "SLURM_HET_SIZE": env.get("SLURM_HET_SIZE") if "HetJobId" in found else None,
+        "SLURM_RESTART_COUNT": found.get("Restarts", "0"),
+    }
+    kept = {name: value for name, value in env.items() if not name.startswith(("SLURM_", "SRUN_")) or _is_own(name)}
+    return kept | {name: value for name, value in believed.items() if value is not None}
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith(_CLIENT) or _OF_EVERY_JOB.fullmatch(name) is not None
 
 
 def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
@@ -111,6 +127,15 @@ def _record(job_id: str) -> str:
     """Returns slurmctld's record of a job. For an array or a heterogeneous job, scontrol prints one line for each part."""
     shown = ask("scontrol", "--oneliner", "show", "job", job_id)
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
+
+
+def lost_among(hosts: Sequence[str]) -> list[str]:
+    """Returns those of a job's hosts that are down now; none if Slurm does not answer."""
+    with contextlib.suppress(SlurmError):
+        shown = ask("scontrol", "--oneliner", "show", "node", ",".join(hosts))
+        states = dict(re.findall(r"NodeName=(\S+) .*?\bState=(\S+)", shown))
+        return [host for host in hosts if re.search(r"DOWN|NOT_RESPONDING|\*", states.get(host, ""))]
+    return []
 
 
 def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:

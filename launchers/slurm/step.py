@@ -17,7 +17,7 @@ from launchers.attempts import last_output
 from launchers.command import rank_ranges
 from launchers.rank_tracker import SUDDEN
 from launchers.restart import STOPPED, committed_step, is_final
-from launchers.slurm.nodes import SlurmError, ask, outside_jobs
+from launchers.slurm.nodes import SlurmError, ask, lost_among, outside_jobs
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster, PyxisContainer
@@ -121,8 +121,9 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], *, stopped: bool, places: Places) -> int:
     """Returns the verdict of this attempt, and prints its reason on standard error. A verdict in status.json takes
-    precedence over srun's exit code, which is different if srun has killed tasks. Writes the verdict into status.json if
-    the ranks recorded none, or only the follow-up error of a peer.
+    precedence over srun's exit code, which is different if srun has killed tasks; an exit code that is no verdict of
+    moe_dist counts as 1. Writes the verdict into status.json if the ranks recorded none, or only the follow-up error of a
+    peer.
 
     Args:
         code, ended: Results of `run_step`.
@@ -139,7 +140,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
         record = replace(record, verdict=None)  # Slurm ended all tasks after a failure; a rank took this for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
-            _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
+            _show_cause(folder, job, [] if record.rank is None else [record.rank], ended, places)
         _say(f"verdict {record.verdict}: {record.reason.partition(chr(10))[0]}")
         return record.verdict
     if requested:
@@ -148,10 +149,10 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     if verdict:
         first = silent or next(iter(ends), None)
         reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])
+        verdict = verdict if is_final(verdict) else EXIT_FAILED
         if record is not None:
-            verdict = verdict if is_final(verdict) else EXIT_FAILED
             _record(folder, job.attempt_id, verdict, reason, rank=ranks[0] if ranks else None, last_step=record.last_step)
-        _show_cause(folder, job, ranks if first and not first["lost"] else [], ended)
+        _show_cause(folder, job, ranks if first and not first["lost"] else [], ended, places)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
     return verdict
 
@@ -166,18 +167,31 @@ def host_at_fault(folder: RunFolder, job: SlurmJob, ended: Sequence[str], places
     return next(iter([*recorded, *(match["node"] for line in ended if (match := _ENDED.match(line)))]), None)
 
 
-def name_unconcluded(folder: RunFolder, attempt_id: str) -> int:
-    """Records the verdict of an attempt whose batch script Slurm killed before it called `conclude`; returns it."""
+def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, Sequence[int]]) -> int:
+    """Records the verdict of an attempt whose batch script Slurm killed before it called `conclude`; returns it. The reason
+    names the nodes of that attempt that are down now.
+
+    Args:
+        ranks_of: The ranks on each host of that attempt; the first host ran the batch script.
+    """
     record = folder.read_status().of(attempt_id)
     if record is None:
         return EXIT_FAILED
     if record.verdict not in (None, EXIT_FAILED):
         return record.verdict
-    seen = f"; rank {record.rank} reported: {record.reason}" if record.reason else ""
-    reason = (
-        f"Slurm killed the batch script before it could name the cause: its node failed, or KillWait is too short{seen}"
-    )
-    _record(folder, attempt_id, EXIT_FAILED, reason, rank=None, last_step=record.last_step, wait_seconds=WAIT_SECONDS)
+    lost = lost_among([*ranks_of])
+    ranks = sorted(rank for host in lost for rank in ranks_of[host])
+    if lost:
+        reason = (f"{_ranks_text(ranks)}: " if ranks else "") + f"Node failure on {', '.join(lost)}"
+    else:
+        where = f" on {next(iter(ranks_of))}" if ranks_of else ""
+        seen = f"; rank {record.rank} reported: {record.reason}" if record.reason else ""
+        reason = (
+            f"Slurm killed the batch script{where} before it could name the cause: its node failed, or KillWait is too "
+            f"short{seen}"
+        )
+    rank = ranks[0] if ranks else None
+    _record(folder, attempt_id, EXIT_FAILED, reason, rank=rank, last_step=record.last_step, wait_seconds=WAIT_SECONDS)
     return EXIT_FAILED
 
 
@@ -236,9 +250,12 @@ def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
     ranks = sorted(on_node.values()) if match["lost"] else [on_node[task] for task in tasks if task in on_node]
     if not ranks:
         return match[0].removeprefix("srun: error: "), []
-    who = f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
     what = f": Node failure on {node}" if match["lost"] else f" on {node}: {_SIGNALS.get(match['how'], match['how'])}"
-    return who + what, ranks
+    return _ranks_text(ranks) + what, ranks
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
 
 
 def _record(
@@ -260,7 +277,7 @@ def _record(
             folder.amend_status(**ended, last_step=last, wait_seconds=wait_seconds)
 
 
-def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str]) -> None:
+def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str], places: Places) -> None:
     """Prints the last output of the rank that failed first, then srun's lines about all failed tasks. `candidates` are the
     failed rank, or all ranks of the node that srun names; the first candidate with a traceback is shown."""
     outputs: dict[int, str] = {}
@@ -270,7 +287,8 @@ def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], end
             outputs[rank] = last_output(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
     if outputs:
         rank = next((rank for rank, text in outputs.items() if text.startswith("Traceback")), next(iter(outputs)))
-        _say(f"rank {rank} failed first; {folder.log_of(rank)} ends with:\n\n{outputs[rank]}\n")
+        where = next((f" on {host}" for host, tasks in places.items() if rank in tasks.values()), "")
+        _say(f"rank {rank} failed first{where}; {folder.log_of(rank)} ends with:\n\n{outputs[rank]}\n")
     if ended:
         _say("\n".join(["the tasks ended in this order:", *ended]))
 

@@ -22,11 +22,31 @@ def test_a_rank_0_that_was_lost_with_its_node_is_the_cause_although_it_holds_the
     lease = folder.open(config, RankEnv(0, 2, 0, 1, "published", 0, "ray-x"))
     lease._ended.set()  # its node is gone: no heartbeat any more
     assert folder.write_status(verdict=1, reason="connection closed by peer", last_step=7, attempt_id="ray-x", rank=1)
-    outcome = Outcome((-9, 1), 0, None, aborted=False, lost={0: "it was lost with its node 10.0.0.4"})
+    outcome = Outcome(
+        (-9, 1), 0, None, aborted=False, lost={0: "it was lost with its node 10.0.0.4"}, hosts=("10.0.0.4", "x")
+    )
     assert conclude(folder, "ray-x", outcome, begin_logs(folder, 2, "ray-x"))[0] == 1
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.reason, latest.rank, latest.last_step) == ("rank 0: it was lost with its node 10.0.0.4", 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(-9, "rank 1 on 10.0.0.5: killed by SIGKILL, out of memory?"), (-11, "rank 1 on 10.0.0.5: killed by SIGSEGV")],
+)
+def test_the_cause_on_several_nodes_names_the_node(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, reason: str
+) -> None:
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder = RunFolder.of(config)
+    folder.open(config, RankEnv(0, 2, 0, 1, "published", 0, "ray-x")).release()
+    outcome = Outcome((1, code), 1, None, aborted=False, hosts=("10.0.0.4", "10.0.0.5"))
+    assert conclude(folder, "ray-x", outcome, begin_logs(folder, 2, "ray-x")) == (1, reason)
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.reason, latest.rank) == (reason, 1)
+    assert f"rank 1 failed first ({reason.partition(': ')[2]}) on 10.0.0.5; " in capsys.readouterr().err
 
 
 def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_path: Path) -> None:

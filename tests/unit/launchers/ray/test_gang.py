@@ -227,7 +227,7 @@ def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkey
     with StopSignals() as signals:
         outcome = gang.run(commands, [Path("0"), Path("1")], signals, ShutdownTimeouts(stop=9.0, peers=0.0))
     assert sent == [signal.SIGTERM]
-    assert (outcome.codes, outcome.first_failed) == ((-15, -9), 1)
+    assert (outcome.codes, outcome.first_failed, outcome.hosts) == ((-15, -9), 1, ("10.0.0.1", "10.0.0.2"))
     why = "it did not start on 10.0.0.2 (no labels): RuntimeError: n2: /opt/python could not be started"
     assert outcome.lost == {1: why}
 

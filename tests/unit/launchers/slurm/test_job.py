@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from launchers.command import TRAIN, JobPlan, NodePlan, one_node
-from launchers.slurm.job import _limit_seconds, _read_clone, rank_step, run_attempt, visible_folders
+from launchers.slurm.job import _limit_seconds, _read_clone, main, rank_step, run_attempt, visible_folders
 from launchers.slurm.nodes import ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
@@ -70,13 +71,17 @@ class Node:
         self.yaml = write_config(self.config, folder / "x.yaml")
         (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
         answers = {
-            "requeue*": 'echo "$*" >>asked',
-            "*hostnames*": "echo n1",
-            "*node*": 'echo "NodeName=n1 x ActiveFeatures="',
-            "*": "echo JobState=RUNNING Restarts=0 PreemptTime=None",
+            "requeue*": 'echo "$*" >>asked; echo PENDING >state',
+            "update*": 'echo "$*" >>asked',
+            "*hostnames*": "cat hosts",
+            "*node*": 'echo "NodeName=n1 State=$(cat node_state) ActiveFeatures="',
+            "*": "echo JobState=$(cat state) Restarts=0 PreemptTime=None",
         }
         cases = " ".join(f"{asked}) {answer} ;;" for asked, answer in answers.items())
         self.stand_in("scontrol", f'case "$*" in {cases} esac')
+        self.stand_in("sbatch", 'echo "$*" >>asked')  # as with --test-only where the nodes suffice
+        self.hosts = ["n1"]
+        (folder / "node_state").write_text("DOWN+NOT_RESPONDING")
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         monkeypatch.chdir(ROOT)  # the clone
 
@@ -85,17 +90,26 @@ class Node:
         (self.folder / name).chmod(0o755)
 
     def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
-        self.stand_in("srun", srun)
+        self.stand_in("srun", f'echo "$*" >>sruns; {srun}')
+        (self.folder / "hosts").write_text("\n".join(self.hosts))
+        (self.folder / "state").write_text("RUNNING")
         env = {"PATH": os.environ["PATH"], "MOE_DIST_CLUSTER": str(self.folder / "site.yaml")}
-        env |= {"SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
+        env |= {
+            "SLURM_JOB_NODELIST": "n[]",
+            "SLURM_TASKS_PER_NODE": ",".join([str(2 if len(self.hosts) == 1 else 1)] * len(self.hosts)),
+        }
         if snapshots := list(self.run.path.glob("slurm/job_12_*")):
             env["MOE_DIST_SNAPSHOT"] = str(snapshots[0])
         return run_attempt(SlurmJob("12", restarts, None, self.folder), [str(self.yaml)], {**env, **variables})
 
     @property
-    def requeues(self) -> int:
+    def asked(self) -> list[str]:
         asked = self.folder / "asked"
-        return asked.read_text().count("requeue 12") if asked.exists() else 0
+        return asked.read_text().splitlines() if asked.exists() else []
+
+    @property
+    def requeues(self) -> int:
+        return self.asked.count("requeue 12")
 
     def save(self, step: int) -> None:
         self.run.open(self.config, RankEnv(0, 2, 0, 1, "published", 0, "earlier")).release()
@@ -105,6 +119,49 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     return Node(tmp_path, tiny_data, monkeypatch)
+
+
+def test_the_next_attempt_of_a_job_leaves_out_the_nodes_at_fault(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm is asked to exclude each of them; a job that gets them again replaces them by its spare nodes."""
+    node.hosts = ["n1", "n2", "n3", "n4"]
+    (node.folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 1\nspare_nodes: 2\n")
+    for restarts, lost in enumerate(["n1: task 0: Killed", "Node failure on n3"]):
+        node.save(restarts)
+        saves = f"echo step_{restarts + 1} >{node.run.checkpoints}/latest"
+        assert node.attempt(f"{saves}; echo 'srun: error: {lost}' >&2; exit 137", restarts=restarts) == 1
+    assert node.attempt("exit 0", restarts=2) == 0
+    ((snapshot,),) = [list(node.run.path.glob("slurm/job_12_*"))]
+    assert node.asked == [
+        *("requeue 12", f"--test-only --exclude=n1 {snapshot}/train.sbatch", "update JobId=12 ExcNodeList=n1"),
+        *("requeue 12", f"--test-only --exclude=n1,n3 {snapshot}/train.sbatch", "update JobId=12 ExcNodeList=n1,n3"),
+    ]
+    used = [
+        word for line in (node.folder / "sruns").read_text().splitlines() for word in line.split() if "--nodelist" in word
+    ]
+    assert used == ["--nodelist=n1,n2", "--nodelist=n2,n3", "--nodelist=n2,n4"]
+    assert "nodes at fault: n1, n3; the next attempt leaves them out" in capsys.readouterr().err
+
+
+def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_SUBMIT_DIR": f"{node.folder}",
+    }
+    outer = {"SLURM_CPUS_PER_TASK": "7", "SLURM_HINT": "nomultithread", "SLURM_MEM_BIND": "local", "SRUN_CONTAINER": "/x"}
+    for name, value in {**own, **outer, "MOE_DIST_CLUSTER": f"{node.folder / 'site.yaml'}"}.items():
+        monkeypatch.setenv(name, value)
+    (node.folder / "hosts").write_text("n1")
+    (node.folder / "state").write_text("RUNNING")
+    node.stand_in("srun", 'env >srun_env; echo "$*" >sruns')
+    with pytest.raises(typer.Exit) as ended:
+        main(str(node.yaml))
+    assert ended.value.exit_code == 0
+    given = dict(line.split("=", 1) for line in (node.folder / "srun_env").read_text().splitlines() if "=" in line)
+    assert own.items() <= given.items()
+    assert not outer.keys() & given.keys()
+    assert "--cpus-per-task" not in (node.folder / "sruns").read_text()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +208,7 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
     (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
     assert json.loads(attempts.read_text()) == [[75, 0, 0]]
     attempts.write_text("[[75, 0, 3], [null, 3, 3]]")
+    attempts.with_name("job_12_1_ranks.json").write_text('{"n1": [0, 1]}')
     lost = "slurm--12-1"
     node.run.open(node.config, RankEnv(0, 2, 0, 1, "published", 1, lost)).release()
     node.save(3)
@@ -158,7 +216,8 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
     assert json.loads(attempts.read_text()) == [[75, 0, 3], [1, 3, 3], [0, 3, 3]]
     record = node.run.read_status().of(lost)
     assert record is not None
-    assert record.reason.startswith("Slurm killed the batch script")
+    assert record.reason == "ranks 0-1: Node failure on n1"
+    assert json.loads(attempts.with_name("job_12_2_ranks.json").read_text()) == {"n1": [0, 1]}
     attempts.write_text("[[75, 0, 3], [1, 3, 3], [null, 3, 3]]")
     assert node.attempt("exit 0", restarts=3) == 1
     assert "job 12 is not continued: 2 attempts in a row committed no checkpoint after step 3" in capsys.readouterr().err

@@ -125,13 +125,25 @@ def test_a_failed_or_missing_command_is_reported() -> None:
 
 # --- variables of an outer job, and nodes at fault
 
-OUTER = {  # of a heterogeneous array task with memory per CPU, requeued twice
-    "SLURM_ARRAY_JOB_ID": "4",
-    "SLURM_ARRAY_TASK_ID": "5",
-    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
-    "SLURM_HET_SIZE": "2",
-    "SLURM_MEM_PER_CPU": "100",
-    "SLURM_RESTART_COUNT": "2",
+# INPUT ENVIRONMENT VARIABLES in the manual of Slurm 24.11's srun, without those that Slurm sets in every batch script
+_OPTIONS = """
+ACCOUNT ACCTG_FREQ BCAST BCAST_EXCLUDE BURST_BUFFER COMPRESS CONSTRAINT CORE_SPEC CPU_BIND CPU_BIND_LIST CPU_BIND_TYPE
+CPU_BIND_VERBOSE CPU_FREQ_REQ CPUS_PER_GPU DEBUG DEBUG_FLAGS DELAY_BOOT DEPENDENCY DISABLE_STATUS DIST_PLANESIZE
+DISTRIBUTION EPILOG EXACT EXCLUSIVE EXIT_ERROR EXIT_IMMEDIATE EXPORT_ENV GPU_BIND GPU_FREQ GPUS GPUS_PER_NODE
+GPUS_PER_TASK GRES GRES_FLAGS HINT IMMEDIATE KILL_BAD_EXIT LABELIO MEM_BIND MEM_BIND_LIST MEM_BIND_TYPE MEM_PER_CPU
+MEM_PER_GPU MEM_PER_NODE MPI_TYPE NETWORK NO_KILL NTASKS_PER_CORE NTASKS_PER_GPU NTASKS_PER_SOCKET OOMKILLSTEP OPEN_MODE
+OVERCOMMIT OVERLAP PARTITION PMI_KVS_NO_DUP_KEYS POWER PROFILE PROLOG QOS REMOTE_CWD REQ_SWITCH RESERVATION RESV_PORTS
+SEND_LIBS SIGNAL SPREAD_JOB SRUN_REDUCE_TASK_EXIT_MSG STEP_GRES STEP_KILLED_MSG_NODE_ID TASK_EPILOG TASK_PROLOG
+TEST_EXEC THREAD_SPEC THREADS THREADS_PER_CORE TIMELIMIT TRES_BIND TRES_PER_TASK UMASK UNBUFFEREDIO USE_MIN_NODES WAIT
+WAIT4SWITCH WCKEY WORKING_DIR
+"""
+
+# Of a heterogeneous array task, requeued twice, which sets every option that srun reads from the environment.
+OUTER = {
+    **{"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "5", "SLURM_HET_SIZE": "2", "SLURM_RESTART_COUNT": "2"},
+    **dict.fromkeys(map("SLURM_{}".format, _OPTIONS.split()), "outer"),
+    **{"SLURM_MEM_PER_CPU_HET_GROUP_0": "9", "SLURM_STEP_ID": "0", "SRUN_CPUS_PER_TASK": "9", "SRUN_CONTAINER": "/x"},
+    "SLURM_CPUS_PER_TASK": "9",
 }
 PLAIN = "JobId=7 JobName=it Restarts=0 JobState={state} ExcNodeList={excluded} "
 
@@ -169,9 +181,27 @@ def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 
 def test_a_job_believes_slurmctld_and_no_variable_of_an_outer_job(controller: Controller) -> None:
-    own = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "HOME": "/home/me"}
-    assert inside_job({**own, **OUTER}) == {**own, "SLURM_RESTART_COUNT": "0"}
+    own = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_END_TIME": "9"}
+    own |= {"HOME": "/home/me", "SLURM_CONF": "/etc/slurm.conf", "SLURMD_NODENAME": "n1", "SLURM_SUBMIT_DIR": "/clone"}
+    assert inside_job({**OUTER, **own}) == {**own, "SLURM_RESTART_COUNT": "0"}
     assert inside_job({"HOME": "/home/me"}) == {"HOME": "/home/me"}
+
+
+@pytest.mark.parametrize(
+    ("record", "cpus"),
+    [
+        ("NumTasks=4 CPUs/Task=3 ReqB:S:C:T=0:0:*:*", "3"),
+        ("NumTasks=4 CPUs/Task=12 ReqB:S:C:T=0:0:*:*", "12"),
+        ("NumTasks=4 CPUs/Task=3 TresPerTask=cpu=3", "3"),
+        ("NumTasks=4 CPUs/Task=1 TresPerTask=cpu:1", "1"),
+        ("NumTasks=4 CPUs/Task=1 TresPerTask=gres/gpu:2,cpu=1", "1"),
+        ("NumTasks=4 CPUs/Task=1 TresPerTask=gres/gpu:2", None),
+        ("NumTasks=4 CPUs/Task=1 ReqB:S:C:T=0:0:*:*", None),
+    ],
+)
+def test_the_cpus_of_a_task_are_those_that_slurmctld_knows(controller: Controller, record: str, cpus: str | None) -> None:
+    controller.shows(f"JobId=7 Restarts=0 {record} \n")
+    assert inside_job({**OUTER, "SLURM_JOB_ID": "7"}).get("SLURM_CPUS_PER_TASK") == cpus
 
 
 def test_a_job_keeps_its_own_task_restarts_and_components(controller: Controller) -> None:
@@ -181,8 +211,10 @@ def test_a_job_keeps_its_own_task_restarts_and_components(controller: Controller
     found = inside_job({"SLURM_JOB_ID": "7", **OUTER})
     assert (found["SLURM_ARRAY_TASK_ID"], found["SLURM_RESTART_COUNT"]) == ("0", "3")
     controller.shows("JobId=7 HetJobId=7 HetJobOffset=0 Restarts=1\nJobId=8 HetJobId=7 HetJobOffset=1 Restarts=1\n")
-    found = inside_job({"SLURM_JOB_ID": "7", **OUTER})
+    parts = {f"SLURM_{name}_HET_GROUP_1": "4" for name in ("JOB_NODELIST", "TASKS_PER_NODE", "NTASKS", "NNODES")}
+    found = inside_job({"SLURM_JOB_ID": "7", **OUTER, **parts})
     assert (found["SLURM_HET_SIZE"], found["SLURM_RESTART_COUNT"]) == ("2", "1")
+    assert parts.items() <= found.items()
     assert "SLURM_ARRAY_TASK_ID" not in found
 
 

@@ -59,7 +59,7 @@ def test_the_verdict_comes_from_the_ranks_and_the_failed_rank_is_printed_first(
     ended = ["srun: error: n1: task 0: Killed", "srun: error: n2: tasks 1-2: Exited with exit code 70"]
     assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 70
     said = capsys.readouterr().err
-    assert said.startswith(f"rank 2 failed first; {run.log_of(2)} ends with:\n\n--- attempt {JOB.attempt_id}")
+    assert said.startswith(f"rank 2 failed first on n2; {run.log_of(2)} ends with:\n\n--- attempt {JOB.attempt_id}")
     assert said.index("loss was nan") < said.index("task 0: Killed")
     assert said.endswith("verdict 70: loss was nan\n")
 
@@ -185,6 +185,16 @@ def test_an_exit_code_outside_the_table_becomes_1(run: RunFolder) -> None:
     assert recorded(run)[:2] == (1, "rank 0 on n1: Exited with exit code 9")
 
 
+@pytest.mark.parametrize("code", [2, 7, 127, 130, 137, 143])
+def test_without_any_record_an_exit_code_outside_the_table_is_1_too(tmp_path: Path, code: int) -> None:
+    """As where a program is missing, where srun itself fails, or where a signal ends it."""
+    run = RunFolder(tmp_path / "none")
+    assert conclude(run, JOB, code, [], stopped=False, places=PLACES) == 1
+    for own, verdict in ((code, 1), (65, 65)):
+        ended = [f"srun: error: n1: task 0: Exited with exit code {own}"]
+        assert conclude(run, JOB, code, ended, stopped=False, places=PLACES) == verdict
+
+
 @pytest.mark.parametrize(
     ("ended", "host"),
     [
@@ -207,17 +217,44 @@ def test_without_a_record_the_node_at_fault_is_that_of_the_task_that_ended_first
     assert host_at_fault(run, JOB, ["srun: Job step aborted: Waiting up to 32 seconds"], PLACES) is None
 
 
-def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(run: RunFolder) -> None:
-    assert name_unconcluded(run, JOB.attempt_id) == 1
-    verdict, reason, rank = recorded(run)
-    assert reason.startswith("Slurm killed the batch script before it could name the cause: its node failed, or")
-    assert (verdict, rank) == (1, None)
-    assert name_unconcluded(run, "slurm-none") == 1
+@pytest.mark.parametrize(
+    ("states", "reason", "rank"),
+    [
+        (["DOWN+NOT_RESPONDING", "IDLE"], "ranks 0, 2: Node failure on n1", 0),
+        (["IDLE", "DOWN*"], "rank 1: Node failure on n2", 1),
+        (["DOWN", "DOWN"], "ranks 0-2: Node failure on n1, n2", 0),
+        (
+            ["IDLE+DRAIN", "MIXED"],
+            "Slurm killed the batch script on n1 before it could name the cause: its node",
+            None,
+        ),
+        (None, "Slurm killed the batch script on n1 before it could name the cause", None),  # slurmctld does not answer
+    ],
+)
+def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[str] | None,
+    reason: str,
+    rank: int | None,
+) -> None:
+    shown = [f"NodeName=n{1 + index} Arch=x State={state} Weight=1" for index, state in enumerate(states or [])]
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{'; '.join(f'echo {line!r}' for line in shown) or 'exit 1'}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    leave(run, verdict=1, reason=CLOSED)
+    assert name_unconcluded(run, JOB.attempt_id, {"n1": [0, 2], "n2": [1]}) == 1
+    found = recorded(run)
+    assert (found[0], found[2]) == (1, rank)
+    assert found[1].startswith(reason)
+    assert (CLOSED in found[1]) == (rank is None), "a peer's error is shown only where no node is known"
+    assert name_unconcluded(run, "slurm-none", {}) == 1
 
 
 def test_what_the_ranks_recorded_before_the_batch_script_was_killed_stays(run: RunFolder) -> None:
     leave(run, verdict=75, reason="stopped on request after step 7")
-    assert name_unconcluded(run, JOB.attempt_id) == 75
+    assert name_unconcluded(run, JOB.attempt_id, {}) == 75
     assert recorded(run)[1] == "stopped on request after step 7"
 
 
