@@ -97,6 +97,7 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
         "auto_map": AUTO_MAP,
         "model_type": SERVED.name,
         **fields,
+        "attention": values["attention"],
         "head_dim": section.resolved_head_dim,
         "max_position_embeddings": max_positions(section),
         **write_rope(section, partial=section.rope_dim is not None),
@@ -122,4 +123,5 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     by_name = {group["name"]: {k: v for k, v in group.items() if k not in ("name", "token_ids")} for group in groups}
     section |= read_rope(read, 10000.0, 1.0, read.whole("head_dim"), read.whole("max_position_embeddings"))
     section |= {"max_seq_len": read.whole("max_position_embeddings"), "moe": {**moe, "groups": by_name}}
+    section["attention"] = read.get("attention", {"kind": "grouped_query"})  # absent in older exports
     return SERVED, section | sliding_layers(read.many("layer_types")), read.unread()

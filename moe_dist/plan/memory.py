@@ -179,12 +179,12 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
-    dim, groups, widths = model.hidden_dim, expert_groups(model.moe), model.attention_widths
-    heads, ffn_for_all, ffn = widths["q"][1] + widths["k"][1], ffn_dim_for_all(model), model.dense_ffn_dim or 0
+    dim, groups = model.hidden_dim, expert_groups(model.moe)
+    ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
     columns, mean_ffn = sum(group.num_columns for group in groups), _mean_ffn(model)
     output = _output_bytes_per_token(config)
     if tuned := tuned_layers(config):
-        attention, dense = a * (dim + 2 * heads), a * (dim + 3 * ffn)
+        attention, dense = a * (dim + model.attention.kept(model, frozen=True)), a * (dim + 3 * ffn)
         moe = a * (2 * dim + rows * dim + 3 * ffn_for_all) + FP32 * 3 * columns
         inside = pairs * a * (dim + 3 * mean_ffn)
         num_layers, num_moe_layers = model.num_layers - min(tuned), sum(each >= min(tuned) for each in model.moe_layers)
@@ -196,7 +196,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
         times = 1 if recompute == "experts" else num_moe_layers
         layers = (num_layers - 1) * attention + num_moe_layers * moe - a * dim
         return layers + times * inside + num_dense * dense + output
-    attention, dense = a * (2 * dim + (3 if model.qk_norm == "none" else 4) * heads), a * (2 * dim + 4 * ffn)
+    attention, dense = a * (2 * dim + model.attention.kept(model, frozen=False)), a * (2 * dim + 4 * ffn)
     free = any(group.num_identity or group.num_constant for group in groups)
     inside = pairs * a * (2 * dim + (1 if model.moe.experts.over_frozen_ffn else 4) * mean_ffn)
     moe = a * (3 * dim + rows * dim + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))

@@ -68,6 +68,11 @@ CASES: dict[str, dict[str, Any]] = {
     "partial dynamic adjacent": {"model.rope_dim": 6, "model.rope_pairs": "adjacent", **rope("dynamic", **LENGTHS)},
     "attention": {"model.qk_norm": "head", "model.attention_bias": "qkvo", "model.head_dim": 12,
                   "model.tie_embeddings": True},
+    "latent attention": {
+        "model.attention": {"kind": "latent", "q_rank": 10, "kv_rank": 12, "value_dim": 6}, "model.rope_dim": 4,
+        "model.head_dim": 10, "model.num_kv_heads": 4, **rope("yarn", **LENGTHS, mscale=0.7, mscale_all_dim=1.3),
+        "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 9,
+    },
     "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
     "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
     "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
@@ -76,11 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 COVER = (
     "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "shared gate",
-    "dense first", "dynamic", "partial dynamic adjacent", "attention", "depths", "depths window",
+    "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "depths", "depths window",
 )  # fmt: skip
 
 
-VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain")
+VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain", "deepseek_v3 plain")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +142,7 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 
 @pytest.mark.parametrize(
     "kind",
-    ["ernie4_5_moe", "glm4_moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
+    ["ernie4_5_moe", "glm4_moe", "deepseek_v3", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
@@ -192,7 +197,15 @@ def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["free all_chosen bias", "depths window", "dense first", "dynamic", "sigmoid groups", "partial dynamic adjacent"],
+    [
+        "free all_chosen bias",
+        "depths window",
+        "dense first",
+        "dynamic",
+        "sigmoid groups",
+        "partial dynamic adjacent",
+        "latent attention",
+    ],
 )
 def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
@@ -298,6 +311,7 @@ def test_the_code_needs_transformers_only(file: str) -> None:
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {str(name).partition(".")[0] for name in imported} <= {
+        "math",
         "torch",
         "typing",
         "transformers",
