@@ -6,6 +6,7 @@ activations is an estimate: the tensors that autograd keeps for one micro-batch,
 each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
+                2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
                 + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared
@@ -22,6 +23,7 @@ layer. If only routers are trained, autograd keeps no inputs of frozen weights, 
 `block` cannot repeat the layer of that router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
+                D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
     dense FFN   D + 3 F
 

@@ -55,7 +55,7 @@ def test_windows_by_layer() -> None:
                 "attention_lora": {"rank": 2, "alpha": 2.0},
             },
             (
-                "num_kv_heads=2: attention.kind=latent has keys and values for all num_heads=4; set it to 4",
+                "num_kv_heads=2: attention.kind=latent has keys and values for each of num_heads=4; set it to 4",
                 "rope_dim=null: attention.kind=latent rotates a part",
                 "qk_norm=head",
                 "attention_bias=qkv",

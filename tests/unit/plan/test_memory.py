@@ -91,9 +91,11 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     assert 0.75 < memory.activations / kept < 1.25
 
 
-@pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 2)], ids=str)
-def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(layers: tuple[int, ...]) -> None:
-    cfg = config(tuned=layers, vocab_size=16)  # the output's share counts a gradient, which forward does not keep
+@pytest.mark.parametrize(("layers", "model"), [((2,), {}), ((1, 2), {}), ((0, 2), {}), ((0, 2), LATENT)], ids=str)
+def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(
+    layers: tuple[int, ...], model: dict[str, Any]
+) -> None:
+    cfg = config(tuned=layers, vocab_size=16, **model)  # the output's share counts a gradient, which forward does not keep
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
