@@ -24,8 +24,10 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # vLLM builds the decoder, and the output layer itself
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
+OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # of older exports
 
 _FIELDS = {  # by key of the section `model`
     "hidden_dim": "hidden_size",
@@ -113,7 +115,9 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
         ConfigError: a field is missing or has a value that no export writes.
     """
     read = Fields(config, SERVED.name)
-    read.must_be("auto_map", (AUTO_MAP,), "the code beside the weights is never run, and must be that of an export")
+    read.must_be(
+        "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"
+    )
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}

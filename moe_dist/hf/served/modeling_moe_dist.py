@@ -89,9 +89,10 @@ class MoeDistAttention(nn.Module):
         key, value = self.expand(key, value)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # pyright: ignore
-        options = {"dropout": 0.0, "scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
-        output, weights = attend(self, query, key, value, attention_mask, **options)
-        return self.o_proj(output.flatten(2)), weights
+        options = {"dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
+        # vLLM reads the scale in this call, and its attention returns [tokens, width].
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **options)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def project(self, hidden_states, position_embeddings):
         """Returns queries, and what the cache keeps as key and value; all [batch, heads, tokens, width]."""
