@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.attention.latent import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
@@ -62,7 +63,7 @@ class GroupedHeads:
     def held(self, section: ModelSection) -> Mapping[str, bool]:
         width = section.resolved_head_dim
         return {
-            f"attention.kind={section.attention.kind}": section.attention.kind == "grouped_query",
+            f"attention.kind={section.attention.kind}": isinstance(section.attention, GroupedQuerySection),
             f"head_dim={section.head_dim}": self.field or width == section.hidden_dim // section.num_heads,
             f"rope_dim={section.rope_dim}": self.rope_share is not None or section.rope_dim in (None, width),
         }
@@ -107,4 +108,4 @@ class LatentHeads:
         }
 
     def held(self, section: ModelSection) -> Mapping[str, bool]:
-        return {f"attention.kind={section.attention.kind}": section.attention.kind == "latent"}
+        return {f"attention.kind={section.attention.kind}": isinstance(section.attention, LatentAttentionSection)}

@@ -35,11 +35,8 @@ class LatentAttention(CausalAttention):
         assert args.rope_dim is not None
         dim, heads, plain = args.hidden_dim, args.num_heads, args.head_dim - args.rope_dim
         self.heads = (heads, -1)
-        self.query_parts, self.latent_parts, self.head_parts = (
-            [plain, args.rope_dim],
-            [kv_rank, args.rope_dim],
-            [plain, value_dim],
-        )
+        self.query_parts, self.latent_parts = [plain, args.rope_dim], [kv_rank, args.rope_dim]
+        self.head_parts = [plain, value_dim]
         self.entry = ((1, args.rope_dim), (1, kv_rank))
         self.scale = args.head_dim**-0.5
         if isinstance(args.rope_scaling, YarnScaling) and args.rope_scaling.mscale_all_dim is not None:
