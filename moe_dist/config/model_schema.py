@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config import controllers, experts, rope, routers
+from moe_dist.config import attention, controllers, experts, rope, routers
+from moe_dist.config.attention.base import AttentionSection
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
@@ -34,11 +36,13 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
     AnyRopeScaling = RopeScalingSection
+    AnyAttention = AttentionSection
 else:
     AnyRouter = kinds_in(routers, RouterSection)
     AnyController = kinds_in(controllers, ControllerSection)
     AnyExperts = kinds_in(experts, ExpertsSection)
     AnyRopeScaling = kinds_in(rope, RopeScalingSection)
+    AnyAttention = kinds_in(attention, AttentionSection)
 
 
 class GroupSection(Section):
@@ -177,6 +181,9 @@ class ModelSection(Section):
     num_heads: PositiveInt = Field(description="Number of query heads.")
     num_kv_heads: PositiveInt = Field(description="Key-value heads. Fewer than num_heads: grouped-query attention.")
     head_dim: PositiveInt | None = Field(default=None, description="Width of a head. null: hidden_dim / num_heads.")
+    attention: Annotated[AnyAttention, default_kind("grouped_query")] = Field(
+        default_factory=GroupedQuerySection, description="Kind of attention of every layer."
+    )
     vocab_size: PositiveInt = Field(description="Rows of the embedding: text tokens and image codes together.")
     max_seq_len: PositiveInt = Field(description="Largest number of tokens of a sequence.")
     dense_ffn_dim: PositiveInt | None = Field(
@@ -185,9 +192,9 @@ class ModelSection(Section):
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     rope_scaling: AnyRopeScaling | None = None
     """Change of the rotary frequencies for sequences longer than those of pretraining. null: no change."""
-    rope_dim: PositiveInt | None = Field(
-        default=None, description="Number of values of a head that RoPE rotates, the first ones. null: all of them."
-    )
+    rope_dim: PositiveInt | None = None
+    """Number of values of a head that RoPE rotates: the first ones, with attention.kind=latent the last ones. null: all of
+    them."""
     rope_pairs: Literal["halves", "adjacent"] = "halves"
     """Values of a head that rotate together. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1 (Ernie
     4.5)."""
@@ -236,9 +243,7 @@ class ModelSection(Section):
     @property
     def attention_widths(self) -> dict[str, tuple[int, int]]:
         """Number of inputs and of outputs of each attention projection."""
-        dim, width = self.hidden_dim, self.resolved_head_dim
-        heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
-        return {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
+        return self.attention.widths(self)
 
     @property
     def has_adapters(self) -> bool:
@@ -278,6 +283,7 @@ class ModelSection(Section):
                 f"rope_scaling.kind={self.rope_scaling.kind}; raise it, or choose another kind"
             )
             yield Violation((name, *head_keys, "rope_scaling.kind"), problem)
+        yield from self.attention.violations_of(self)
         if self.sliding_layers == ():
             problem = "sliding_layers=[] names no layer; name some, or set sliding_window=null and sliding_layers=null"
             yield Violation(("sliding_layers",), problem)

@@ -7,6 +7,7 @@ from typing import Any
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
+from moe_dist.hf.head_fields import GroupedHeads
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ FAMILY = ModelFamily(
     top_k=("moe_k", "num_experts_per_tok"),
     layers=_Layers(),
     shared=SharedExpert("moe_num_shared_experts", "mlp.shared_experts", counted=True, least=0),
-    kv_heads=4,
+    heads=GroupedHeads(kv_heads=4),
     rope_base=5e5,
-    rope_pairs="adjacent",
+    rope_pairs={"adjacent": {}},
     tied=True,
     must_be={
         "use_bias": ((False, None), "projections have no biases"),

@@ -9,10 +9,11 @@ from typing import Any
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf import ernie4_5_moe, glm4_moe, qwen_moe
+from moe_dist.hf import deepseek_v3, ernie4_5_moe, glm4_moe, qwen_moe
 from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, windows_fit, write_rope, write_windows
 from moe_dist.hf.family import NORM, ModelFamily, SoftmaxRouter, setting
 from moe_dist.hf.fields import Fields
+from moe_dist.hf.head_fields import GroupedHeads
 
 GROUP = "all"  # name of the only expert group of an imported model
 
@@ -32,33 +33,35 @@ FAMILIES: Mapping[str, ModelFamily] = {
     for family in (
         ModelFamily(
             "mixtral", "MixtralForCausalLM", _ALWAYS, ("num_local_experts", "num_experts"), "intermediate_size",
-            null_head_dim=True, kv_heads=8, rope_base=1e6, windows="always",
+            heads=GroupedHeads(null=True, kv_heads=8), rope_base=1e6, windows="always",
             gates=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
             expert="block_sparse_moe.experts.{expert}.{old}.weight",
         ),
         ModelFamily(
             "olmoe", "OlmoeForCausalLM", SoftmaxRouter(NORM), ("num_experts", "num_local_experts"), "intermediate_size",
-            qk_norm={"full": {}}, biases=_BIAS, head_dim=False,
+            qk_norm={"full": {}}, biases=_BIAS, heads=GroupedHeads(field=False),
             must_be={"clip_qkv": ((None,), "queries, keys and values are not clipped")},
         ),
         qwen_moe.QWEN3,
         qwen_moe.QWEN2,
         ModelFamily(
-            "llama", "LlamaForCausalLM", _ALWAYS, (), "intermediate_size", biases=_BIAS, null_head_dim=True,
+            "llama", "LlamaForCausalLM", _ALWAYS, (), "intermediate_size", biases=_BIAS,
+            heads=GroupedHeads(null=True),
             expert="mlp.{part}_proj.weight", must_be={"mlp_bias": ((False,), "FFNs have no biases")},
         ),
         ernie4_5_moe.FAMILY,
         glm4_moe.FAMILY,
+        deepseek_v3.FAMILY,
     )
 }  # fmt: skip
 KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for the last
 
-_MLA = "its attention (multi-head latent attention, MLA) is not in the model"
+_MLA = "its attention (MLA, model.attention.kind=latent)"
 REFUSED = {
-    "deepseek_v2": f"{_MLA}, nor is its choice of experts by softmax inside the best groups of experts",
-    **dict.fromkeys(("deepseek_v3", "kimi_k2"), f"{_MLA}; its router is (model.moe.router.kind=group_limited)"),
-    "longcat_flash": f"{_MLA}, nor are its layers of two attentions and two FFNs beside the experts; its zero experts are "
-    "(num_identity)",
+    "deepseek_v2": f"{_MLA} is in the model, but its choice by softmax inside the best groups of experts is not",
+    "kimi_k2": f"transformers has no class of this name; {_MLA} and its router (kind=group_limited) are in the model",
+    "longcat_flash": f"{_MLA} and its zero experts (num_identity) are in the model, but its layers of two attentions and "
+    "two FFNs beside the experts, and the scales of its latents, are not",
     "gpt_oss": "its attention sinks, the biases of its experts and routers, and its experts' clipped SwiGLU are not in the "
     "model",
     "qwen3_next": "its linear attention is not in the model",
@@ -105,22 +108,17 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     first, every, dense = _moe_layers(family, read, layers)
     experts = read.one_of(family.experts) if family.experts else 1
     ffn_dim = read.whole(family.ffn)
-    width = read.whole("head_dim", None, **({"null": None} if family.null_head_dim else {}))
-    if not family.head_dim and width is not None and width * heads != read.whole("hidden_size"):
-        raise ConfigError(
-            f"config.json: head_dim={width}: a {family.name} model has heads of hidden_size / num_attention_heads"
-        )
+    head_values, rotated = family.heads.read(read, heads)
     section = {
         "hidden_dim": read.whole("hidden_size"),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": _kv_heads(family, read, heads),
-        "head_dim": width,
         "vocab_size": read.whole("vocab_size"),
         "max_seq_len": max_seq_len,
         "dense_ffn_dim": read.whole("intermediate_size") if dense else None,
-        **read_rope(read, family.rope_base, family.rope_share, width or read.whole("hidden_size") // heads, max_seq_len),
-        "rope_pairs": family.rope_pairs,
+        **read_rope(read, family.rope_base, family.heads.rope_share, rotated, max_seq_len),
+        **head_values,
+        "rope_pairs": read.choice(family.rope_pairs),
         **read_windows(read, family.windows, layers),
         "norm_eps": read.positive("rms_norm_eps"),
         "qk_norm": read.choice(family.qk_norm),
@@ -155,12 +153,6 @@ def _check_plain(family: ModelFamily, read: Fields) -> None:
         read.must_be(name, allowed, why)
 
 
-def _kv_heads(family: ModelFamily, read: Fields, heads: int) -> int:
-    if family.kv_heads is None:
-        return read.whole("num_key_value_heads", heads, null=heads)
-    return read.whole("num_key_value_heads", family.kv_heads)
-
-
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
     """Returns the index of the first MoE layer, the distance between MoE layers, and True if there are dense layers."""
     sparse = family.layers.sparse(read, layers)
@@ -177,7 +169,6 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
     """Returns the settings of a model with one group that a family does not support, zero-computation experts apart."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
-    width = section.hidden_dim // section.num_heads
     held = {
         f"qk_norm={section.qk_norm}": section.qk_norm in family.qk_norm,
         f"attention_bias={section.attention_bias}": section.attention_bias in family.biases,
@@ -190,11 +181,8 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
         f"sliding_window={section.sliding_window}, sliding_layers={section.sliding_layers}": windows_fit(
             section, family.windows
         ),
-        f"head_dim={section.head_dim}": family.head_dim or section.resolved_head_dim == width,
-        f"rope_dim={section.rope_dim}": (
-            family.rope_share is not None or section.rope_dim in (None, section.resolved_head_dim)
-        ),
-        f"rope_pairs={section.rope_pairs}": section.rope_pairs == family.rope_pairs,
+        **family.heads.held(section),
+        f"rope_pairs={section.rope_pairs}": section.rope_pairs in family.rope_pairs,
     }
     return [what for what, fits in held.items() if not fits]
 
@@ -208,22 +196,21 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         "hidden_size": section.hidden_dim,
         "num_hidden_layers": section.num_layers,
         "num_attention_heads": section.num_heads,
-        "num_key_value_heads": section.num_kv_heads,
+        **family.heads.write(section),
         "vocab_size": section.vocab_size,
         "max_position_embeddings": max_positions(section),
         "rms_norm_eps": section.norm_eps,
-        **write_rope(section, partial=family.rope_share is not None),
+        **write_rope(section, partial=family.heads.rope_share is not None),
         **write_windows(section, family.windows),
         "hidden_act": "silu",
         "tie_word_embeddings": section.tie_embeddings,
         "initializer_range": section.init_std,
         **family.qk_norm[section.qk_norm],
         **family.biases[section.attention_bias],
+        **family.rope_pairs[section.rope_pairs],
         **family.router.write(moe.router),
         **family.layers.write(section),
     }
-    if family.head_dim:
-        fields["head_dim"] = section.resolved_head_dim
     if family.experts:
         fields |= {family.experts[0]: group.num_experts, family.top_k[0]: group.top_k}
     if family.layers.names:

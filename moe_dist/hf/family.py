@@ -13,6 +13,7 @@ from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.hf.attention_fields import Windows
 from moe_dist.hf.fields import Choices, Fields
+from moe_dist.hf.head_fields import GroupedHeads, HeadFields
 
 NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
@@ -144,12 +145,9 @@ class ModelFamily:
     shared: SharedExpert | None = None
     zero_computation: ZeroComputationFields | None = None
     layout: Layout = "plain"
-    head_dim: bool = True  # config.json has the field head_dim
-    null_head_dim: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
-    kv_heads: int | None = None  # num_key_value_heads if it is absent; None: num_attention_heads, also if it is null
+    heads: HeadFields = field(default_factory=GroupedHeads)
     rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
-    rope_share: float | None = None  # partial_rotary_factor if it is absent; None: rotary positions turn whole heads
-    rope_pairs: str = "halves"  # value of `model.rope_pairs`
+    rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
     windows: Windows = "none"  # how config.json says sliding windows
     tied: bool = False  # tie_word_embeddings if it is absent
     must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason

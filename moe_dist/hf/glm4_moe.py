@@ -10,18 +10,25 @@ from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.group_limited import GroupLimitedRouterSection
 from moe_dist.hf.family import NORM, ModelFamily, SharedExpert, setting
 from moe_dist.hf.fields import Fields
+from moe_dist.hf.head_fields import GroupedHeads
 
 
-class _Router:
-    """The top k of sigmoids plus bias, inside the best groups of experts (`router.kind=group_limited`)."""
+@dataclass(frozen=True)
+class SigmoidRouter:
+    """The top k of sigmoids plus bias, inside the best groups of experts (`router.kind=group_limited`). The attributes are
+    the values of absent fields."""
+
+    n_group: int = 1
+    topk_group: int = 1
+    scale: float = 1.0
 
     def read(self, read: Fields) -> dict[str, Any]:
         return {
             "kind": "group_limited",
-            "n_group": read.whole("n_group", 1),
-            "topk_group": read.whole("topk_group", 1),
+            "n_group": read.whole("n_group", self.n_group),
+            "topk_group": read.whole("topk_group", self.topk_group),
             "normalise": read.choice({each: NORM[each] for each in ("true_chosen", "none")}),
-            "scale": read.positive("routed_scaling_factor", 1.0),
+            "scale": read.positive("routed_scaling_factor", self.scale),
             "selection_bias": True,
         }
 
@@ -37,13 +44,14 @@ class _Router:
 
 
 @dataclass(frozen=True)
-class _Layers:
+class DenseFirst:
     """The first layers are dense."""
 
+    first: int = 1  # their number if the field is absent
     names: Sequence[str] = ("first_k_dense_replace",)
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
-        return list(range(read.count(self.names[0], 1), num_layers))
+        return list(range(read.count(self.names[0], self.first), num_layers))
 
     def write(self, section: ModelSection) -> dict[str, Any]:
         return {self.names[0]: section.moe_layers[0]}
@@ -62,15 +70,14 @@ def _multi_token(read: Fields, names: Collection[str]) -> list[str]:
 FAMILY = ModelFamily(
     "glm4_moe",
     "Glm4MoeForCausalLM",
-    _Router(),
+    SigmoidRouter(),
     ("n_routed_experts", "num_local_experts"),
     "moe_intermediate_size",
     qk_norm={"none": {"use_qk_norm": False}, "head": {"use_qk_norm": True}},
     biases={"none": {"attention_bias": False}, "qkv": {"attention_bias": True}},
-    layers=_Layers(),
+    layers=DenseFirst(),
     shared=SharedExpert("n_shared_experts", "mlp.shared_experts", counted=True),
-    kv_heads=8,
-    rope_share=0.5,
+    heads=GroupedHeads(kv_heads=8, rope_share=0.5),
     selection_bias=("mlp.gate.e_score_correction_bias",),
     multi_token=_multi_token,
 )

@@ -66,7 +66,8 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        found += _attention(section, ours, theirs)
+        found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight", dim))
+        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn")
         if layer in section.moe_layers:
             found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
             found += _LAYOUTS[family.layout](section, family, ours, theirs)
@@ -92,19 +93,34 @@ def _whole(ours: str, theirs: str, *shape: int) -> Slot:
     return Slot(ours, shape, (TensorPlace(theirs, shape),))
 
 
-def _attention(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
-    dim, width = section.hidden_dim, section.resolved_head_dim
-    heads, kv_heads = section.num_heads * width, section.num_kv_heads * width
-    yield _whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight", dim)
-    for part, rows in {"q": heads, "k": kv_heads, "v": kv_heads, "o": dim}.items():
-        columns = heads if part == "o" else dim
-        yield _whole(f"{ours}.attention.{part}.weight", f"{theirs}.self_attn.{part}_proj.weight", rows, columns)
+def _grouped_query(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    width = section.resolved_head_dim
+    for part, (columns, rows) in section.attention_widths.items():
+        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", rows, columns)
         if section.attention_bias != "none" and part in section.attention_bias:
-            yield _whole(f"{ours}.attention.{part}.bias", f"{theirs}.self_attn.{part}_proj.bias", rows)
-    if section.qk_norm != "none":
-        for part, rows in {"q": heads, "k": kv_heads}.items():
+            yield _whole(f"{ours}.{part}.bias", f"{theirs}.{part}_proj.bias", rows)
+        if section.qk_norm != "none" and part in "qk":
             size = width if section.qk_norm == "head" else rows
-            yield _whole(f"{ours}.attention.{part}_norm.weight", f"{theirs}.self_attn.{part}_norm.weight", size)
+            yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_norm.weight", size)
+
+
+_LATENT = {"q": "q_proj", "q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_up": "kv_b_proj",
+           "o": "o_proj"}  # fmt: skip
+
+
+def _latent(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    widths = section.attention_widths
+    for part, (columns, rows) in widths.items():
+        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{_LATENT[part]}.weight", rows, columns)
+    for part in ("q", "kv"):
+        if f"{part}_up" in widths:
+            yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_a_layernorm.weight", widths[f"{part}_up"][0])
+
+
+_ATTENTIONS: Mapping[str, Callable[[ModelSection, str, str], Iterator[Slot]]] = {
+    "grouped_query": _grouped_query,
+    "latent": _latent,
+}
 
 
 def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:

@@ -8,6 +8,7 @@ from moe_dist.config.model_schema import GroupSection, ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.family import NORM, ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
+from moe_dist.hf.head_fields import GroupedHeads
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ QWEN3 = ModelFamily(
     qk_norm={"head": {}},
     biases={"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}},
     layers=_Layers(),
-    kv_heads=4,
+    heads=GroupedHeads(kv_heads=4),
     windows="flag",
 )
 QWEN2 = ModelFamily(
@@ -78,7 +79,7 @@ QWEN2 = ModelFamily(
     biases={"qkv": {"qkv_bias": True}, "none": {"qkv_bias": False}},
     layers=_Layers(),
     shared=SharedExpert("shared_expert_intermediate_size", "mlp.shared_expert", gated=True),
-    kv_heads=16,
+    heads=GroupedHeads(kv_heads=16),
     windows="layers",
 )
 PLUS_PLUS = replace(

@@ -24,8 +24,10 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # vLLM builds the decoder, and the output layer itself
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
+OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # of older exports
 
 _FIELDS = {  # by key of the section `model`
     "hidden_dim": "hidden_size",
@@ -97,6 +99,7 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
         "auto_map": AUTO_MAP,
         "model_type": SERVED.name,
         **fields,
+        "attention": values["attention"],
         "head_dim": section.resolved_head_dim,
         "max_position_embeddings": max_positions(section),
         **write_rope(section, partial=section.rope_dim is not None),
@@ -112,7 +115,9 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
         ConfigError: a field is missing or has a value that no export writes.
     """
     read = Fields(config, SERVED.name)
-    read.must_be("auto_map", (AUTO_MAP,), "the code beside the weights is never run, and must be that of an export")
+    read.must_be(
+        "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"
+    )
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
@@ -122,4 +127,5 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     by_name = {group["name"]: {k: v for k, v in group.items() if k not in ("name", "token_ids")} for group in groups}
     section |= read_rope(read, 10000.0, 1.0, read.whole("head_dim"), read.whole("max_position_embeddings"))
     section |= {"max_seq_len": read.whole("max_position_embeddings"), "moe": {**moe, "groups": by_name}}
+    section["attention"] = read.get("attention", {"kind": "grouped_query"})  # absent in older exports
     return SERVED, section | sliding_layers(read.many("layer_types")), read.unread()

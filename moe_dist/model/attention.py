@@ -1,4 +1,5 @@
-"""Causal grouped-query attention. Tokens attend only inside their document, even if several documents share a sequence.
+"""Causal attention, and its grouped-query kind (`latent_attention.py` has another). Tokens attend only inside their
+document, even if several documents share a sequence.
 
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from moe_dist.model.attention_lora import AttentionLoRA
-from moe_dist.model.cache import LayerCache
+from moe_dist.model.cache import Entry, LayerCache
 from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, RopePairs, rotate
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.routing import GlobalBatchInfo
@@ -76,33 +77,34 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each serves H / H_kv query heads."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
+    """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each serves H / H_kv query heads. `scale`
+    is the factor of the scores; None: 1 / sqrt(width of q)."""
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
-    return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return flex(q, k, v, block_mask=mask.blocks, **options)
 
 
-class Attention(nn.Module):
-    """Computes norm, attention and output projection. The caller adds the residual."""
+class CausalAttention(nn.Module):
+    """Computes norm, attention and output projection. The caller adds the residual.
+
+    A subclass has the projections, and says what a cache keeps of a token.
+
+    Attributes:
+        entry: Shapes of the key and of the value that a cache keeps of a token.
+        scale: Factor of the scores; None: 1 / sqrt(width of a query).
+    """
+
+    entry: Entry
+    scale: float | None = None
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        dim, heads, kv_heads = args.hidden_dim, args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
-        qk_norm, bias = args.qk_norm, args.attention_bias
-        self.head_dim = args.head_dim
         self.rope_pairs: RopePairs = args.rope_pairs
         self.recompute = args.recompute_blocks
-        self.norm = RMSNorm(dim, args.norm_eps)
-        self.q = Projection(dim, heads, bias=bias != "none")
-        self.k = Projection(dim, kv_heads, bias=bias != "none")
-        self.v = Projection(dim, kv_heads, bias=bias != "none")
-        self.o = Projection(heads, dim, bias=bias == "qkvo")
-        self.qk_norm: QKNorm = qk_norm
-        q_dim, k_dim = (args.head_dim, args.head_dim) if qk_norm == "head" else (heads, kv_heads)
-        self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, args.norm_eps)
-        self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, args.norm_eps)
+        self.norm = RMSNorm(args.hidden_dim, args.norm_eps)
         self.adapters: AttentionLoRA | None = None
 
     def forward(
@@ -118,26 +120,59 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Adds the tokens marked by `taken_BN` to the cache, and attends from the N new tokens of each sequence to the
         cache. The output of an unmarked token is finite but meaningless."""
-        q, k, v = self._project(x_BND, rotary)
-        cache.append(k, v, positions_BN, taken_BN)  # before attention, so that each new token sees itself
-        k, v, visible = cache.entries(positions_BN, taken_BN)
-        return self._linear("o", attend(q, k, v, visible).transpose(1, 2).flatten(2), None)
+        q, key, value = self._project(x_BND, rotary)
+        cache.append(key, value, positions_BN, taken_BN)  # before attention, so that each new token sees itself
+        key, value, visible = cache.entries(positions_BN, taken_BN)
+        return self._attend(q, key, value, visible, None)
 
     def _forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None
     ) -> Tensor:
-        q, k, v = self._project(x_BSD, rotary, batch_info)
-        return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), batch_info)
+        return self._attend(*self._project(x_BSD, rotary, batch_info), mask, batch_info)
+
+    def _attend(
+        self, q: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, batch_info: GlobalBatchInfo | None
+    ) -> Tensor:
+        out = attend(q, *self._expand(key, value), mask, self.scale)
+        return self._linear("o", out.transpose(1, 2).flatten(2), batch_info)
+
+    def _project(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries [B, H, S, d], after rotation, and what a cache keeps of the tokens, as `entry` says."""
+        raise NotImplementedError
+
+    def _expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values, as `attend` takes them, from what a cache keeps."""
+        return key, value
 
     def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
         """Applies the projection `name` to x, with its LoRA adapter if there is one."""
         y = self.get_submodule(name)(x)
         return y if self.adapters is None else self.adapters(name, x, y, batch_info)
 
+
+class Attention(CausalAttention):
+    """Grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        dim, heads, kv_heads = args.hidden_dim, args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+        qk_norm, bias = args.qk_norm, args.attention_bias
+        self.head_dim = args.head_dim
+        self.entry = ((args.num_kv_heads, args.head_dim), (args.num_kv_heads, args.head_dim))
+        self.q = Projection(dim, heads, bias=bias != "none")
+        self.k = Projection(dim, kv_heads, bias=bias != "none")
+        self.v = Projection(dim, kv_heads, bias=bias != "none")
+        self.o = Projection(heads, dim, bias=bias == "qkvo")
+        self.qk_norm: QKNorm = qk_norm
+        q_dim, k_dim = (args.head_dim, args.head_dim) if qk_norm == "head" else (heads, kv_heads)
+        self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, args.norm_eps)
+        self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, args.norm_eps)
+
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries and keys, after rotation, and values: [B, heads, S, d]."""
         h = self.norm(x_BSD)
         q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary, self.rope_pairs)
         k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary, self.rope_pairs)

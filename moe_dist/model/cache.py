@@ -2,7 +2,8 @@
 
 An entry is the key, the value and the position of one token. Padding adds no entry, and neither does a token that skips the
 layer (mixture of depths), so the sequences of a batch may have different numbers of entries. Keys are stored after
-rotation. Nothing here syncs with the host.
+rotation. Latent attention stores the rotated part of its keys as key, and the latent as value, which are smaller. Nothing
+here syncs with the host.
 
 Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head width, C entries.
 """
@@ -10,7 +11,7 @@ Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head
 import torch
 from torch import Tensor
 
-from moe_dist.model.layers import ModelArgs
+Entry = tuple[tuple[int, int], tuple[int, int]]  # heads and head width of a key, and of a value
 
 _NEVER = torch.iinfo(torch.int64).max  # position of an entry that holds no token: later than any query, so never visible
 
@@ -22,13 +23,20 @@ class LayerCache:
     """
 
     def __init__(
-        self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device, window: int | None = None
+        self,
+        entry: Entry,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
     ) -> None:
         # The extra last place takes the writes of unmarked tokens and is never visible. Buffers start at 0, because a NaN
         # in an unused place would make attention NaN although the mask excludes the place.
-        shape, dtype = (batch, args.num_kv_heads, capacity + 1, args.head_dim), args.compute_dtype
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (
+            torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device) for heads, width in entry
+        )
         self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity, self.window = capacity, window
@@ -45,9 +53,9 @@ class LayerCache:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
         place_BN = torch.where(taken_BN, place_BN, self.capacity)  # fixed shapes, so no sync
-        at = place_BN[:, None, :, None].expand_as(key_BHNd)
-        self.keys.scatter_(2, at, key_BHNd)
-        self.values.scatter_(2, at, value_BHNd)
+        at = place_BN[:, None, :, None]
+        self.keys.scatter_(2, at.expand_as(key_BHNd), key_BHNd)
+        self.values.scatter_(2, at.expand_as(value_BHNd), value_BHNd)
         self.positions.scatter_(1, place_BN, torch.where(taken_BN, positions_BN, _NEVER))
         self.lengths += taken_BN.sum(1)  # without a sync
 

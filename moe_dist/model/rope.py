@@ -79,14 +79,14 @@ class YarnScaling:
         return head_dim * math.log(wave) / (2 * math.log(base))
 
     def _size(self) -> float:
-        def size(scale: float) -> float:
-            return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale is not None and self.mscale_all_dim is not None:
-            return size(self.mscale) / size(self.mscale_all_dim)
-        return size(1.0)
+            return self.size(self.mscale) / self.size(self.mscale_all_dim)
+        return self.size(1.0)
+
+    def size(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V voca
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.model.attention import Attention, make_mask
+from moe_dist.model.attention import Attention, CausalAttention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table, token_losses
@@ -41,10 +42,11 @@ class Layer(nn.Module):
         mixture_of_depths: DepthRouter | None = None,
         adapters: AttentionLoRA | None = None,
         window: int | None = None,
+        make_attention: Callable[[ModelArgs], CausalAttention] = Attention,
     ) -> None:
         super().__init__()
         self.window = window  # width of the sliding window in tokens
-        self.attention = Attention(args)
+        self.attention = make_attention(args)
         self.attention.adapters = adapters
         if moe is not None:
             self.moe = moe
@@ -61,6 +63,7 @@ class Transformer(nn.Module):
         make_moe: Makes the MoE layer of each layer index in `args.moe_layers`.
         make_depths: Makes the depth router of each layer index in `args.depth_layers`, which must be MoE layers.
         make_adapters: Makes the LoRA adapters of the attention of each layer index.
+        make_attention: Makes the attention of a layer.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Transformer(nn.Module):
         make_moe: Callable[[int], MoELayer | LoRALayer],
         make_depths: Callable[[int], DepthRouter] | None = None,
         make_adapters: Callable[[int], AttentionLoRA] | None = None,
+        make_attention: Callable[[ModelArgs], CausalAttention] = Attention,
     ) -> None:
         super().__init__()
         self.args = args
@@ -80,6 +84,7 @@ class Transformer(nn.Module):
                 make_depths(i) if make_depths is not None and i in args.depth_layers else None,
                 make_adapters(i) if make_adapters is not None else None,
                 args.windows[i] if args.windows else None,
+                make_attention,
             )
             for i in range(args.num_layers)
         )
@@ -162,11 +167,12 @@ class Transformer(nn.Module):
         return self._logits(x_BND)
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes 2 x
-        layers x batch x capacity x num_kv_heads x head_dim x itemsize bytes."""
-        device = self.embedding.weight.device
-        sizes = {"batch": batch, "capacity": capacity, "device": device}
-        return tuple(LayerCache(self.args, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
+        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes
+        layers x batch x capacity x itemsize bytes for each value of an entry: 2 x num_kv_heads x head_dim values with
+        grouped-query attention, kv_rank + rope_dim with latent attention."""
+        device, dtype = self.embedding.weight.device, self.args.compute_dtype
+        sizes: dict[str, Any] = {"batch": batch, "capacity": capacity, "dtype": dtype, "device": device}
+        return tuple(LayerCache(layer.attention.entry, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
         if self.args.rope_scaling is not None:  # a scaling must not take padding for the longest document

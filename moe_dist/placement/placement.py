@@ -26,6 +26,8 @@ class ExpertGroup:
         modalities: Modalities whose tokens are routed in the group.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
         capacity: Share of the group's tokens that each expert takes in expert choice (c); None in token choice.
+        node_groups: Number of node groups into which the true experts are divided, in order.
+        topk_node_groups: Number of node groups whose experts a token may take.
     """
 
     name: str
@@ -38,6 +40,8 @@ class ExpertGroup:
     num_identity: int = 0
     num_constant: int = 0
     capacity: float | None = None
+    node_groups: int = 1
+    topk_node_groups: int = 1
 
     @property
     def experts(self) -> range:
@@ -115,6 +119,17 @@ class ExpertPlacement:
     def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
         """Returns the logical ids of the group's experts on `rank`, in slot order."""
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
+
+    def most_rows(self, rank: int, group: ExpertGroup) -> int:
+        """Returns the most other ranks on which a token of `rank` can have experts in one layer: at most top_k in token
+        choice, and at most the ranks of the node groups that it may use."""
+        away = [
+            {self.rank_of_expert[expert] for expert in part} - {rank}
+            for part in even_runs(group.experts, group.node_groups)
+        ]
+        largest = sorted(map(len, away), reverse=True)[: group.topk_node_groups]
+        choices = group.top_k if group.capacity is None else group.num_experts
+        return min(sum(largest), len(set().union(*away)), choices)
 
     def name_of(self, expert: int) -> str:
         """Returns an expert's name 'group/index', for messages and logical names."""

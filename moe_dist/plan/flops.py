@@ -125,16 +125,13 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
     """
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
-    widths = model.attention_widths
-    heads, kv_heads = widths["q"][1], widths["k"][1]
-    qk_norms = {"none": 0, "head": 2 * model.resolved_head_dim, "full": heads + kv_heads}[model.qk_norm]
-    biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[model.attention_bias]
+    attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
     auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in groups) if moe.router.has_auxiliary_routers else 0
     experts = num_moe_layers * sum(each * held[name] for name, each in expert_parameters(model).items())
     lora = moe.experts.over_frozen_ffn
     return Parts(
         embedding=model.vocab_size * dim,
-        attention=model.num_layers * (sum(i * o for i, o in widths.values()) + qk_norms + biases),
+        attention=model.num_layers * attention,
         router=num_moe_layers * (dim * router_rows(model) + auxiliary) + depth_router(model),
         experts=0 if lora else experts,
         free=num_moe_layers * 3 * dim * sum(g.num_constant for g in groups),
@@ -205,7 +202,7 @@ def _score_flops(model: ModelSection, seq_len: int) -> float:
     """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. This is the mean
     over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
     keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
-    return 4 * model.attention_widths["q"][1] * keys
+    return 2 * model.attention.score_width(model) * keys
 
 
 def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:

@@ -6,6 +6,7 @@ activations is an estimate: the tensors that autograd keeps for one micro-batch,
 each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
+                2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
                 + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared
@@ -22,6 +23,7 @@ layer. If only routers are trained, autograd keeps no inputs of frozen weights, 
 `block` cannot repeat the layer of that router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
+                D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
     dense FFN   D + 3 F
 
@@ -179,12 +181,12 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
-    dim, groups, widths = model.hidden_dim, expert_groups(model.moe), model.attention_widths
-    heads, ffn_for_all, ffn = widths["q"][1] + widths["k"][1], ffn_dim_for_all(model), model.dense_ffn_dim or 0
+    dim, groups = model.hidden_dim, expert_groups(model.moe)
+    ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
     columns, mean_ffn = sum(group.num_columns for group in groups), _mean_ffn(model)
     output = _output_bytes_per_token(config)
     if tuned := tuned_layers(config):
-        attention, dense = a * (dim + 2 * heads), a * (dim + 3 * ffn)
+        attention, dense = a * (dim + model.attention.kept(model, frozen=True)), a * (dim + 3 * ffn)
         moe = a * (2 * dim + rows * dim + 3 * ffn_for_all) + FP32 * 3 * columns
         inside = pairs * a * (dim + 3 * mean_ffn)
         num_layers, num_moe_layers = model.num_layers - min(tuned), sum(each >= min(tuned) for each in model.moe_layers)
@@ -196,7 +198,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
         times = 1 if recompute == "experts" else num_moe_layers
         layers = (num_layers - 1) * attention + num_moe_layers * moe - a * dim
         return layers + times * inside + num_dense * dense + output
-    attention, dense = a * (2 * dim + (3 if model.qk_norm == "none" else 4) * heads), a * (2 * dim + 4 * ffn)
+    attention, dense = a * (2 * dim + model.attention.kept(model, frozen=False)), a * (2 * dim + 4 * ffn)
     free = any(group.num_identity or group.num_constant for group in groups)
     inside = pairs * a * (2 * dim + (1 if model.moe.experts.over_frozen_ffn else 4) * mean_ffn)
     moe = a * (3 * dim + rows * dim + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))

@@ -17,7 +17,7 @@ Mix = Mapping[str, int]
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
     """Returns the expert groups of a configuration, with the logical ids of their experts."""
     groups: list[ExpertGroup] = []
-    first = 0
+    first, (node_groups, topk_node_groups) = 0, moe.router.node_limit
     for name, section in moe.groups.items():
         groups.append(
             ExpertGroup(
@@ -31,6 +31,8 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 num_identity=section.num_identity,
                 num_constant=section.num_constant,
                 capacity=moe.router.expert_capacity(section.top_k, section.num_experts),
+                node_groups=node_groups,
+                topk_node_groups=topk_node_groups,
             )
         )
         first += section.num_experts

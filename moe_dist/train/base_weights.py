@@ -28,6 +28,7 @@ from moe_dist.placement.roles import ADAPTERS, Role, role_of_name
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
+    "attention",
     "rope_base",
     "rope_scaling",
     "rope_dim",

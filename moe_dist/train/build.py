@@ -17,6 +17,8 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
+from moe_dist.model.attention import Attention, CausalAttention
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
@@ -61,6 +63,7 @@ ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
     "yarn": YarnScaling,
     "llama3": Llama3Scaling,
 }
+ATTENTIONS: dict[str, Callable[..., CausalAttention]] = {"grouped_query": Attention, "latent": LatentAttention}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda groups, dtype, **fields: make_optimizer(groups, **fields),
     "muon": lambda groups, dtype, **fields: Muon(groups, dtype=dtype, **fields),
@@ -116,7 +119,11 @@ def build_model(
         return DepthRouter(section.hidden_dim, selection_scope=depth_scope, name=f"layers.{layer}", **fields)
 
     return Transformer(
-        model_args(config, dtype), EXPERTS[section.moe.experts.kind](parts), make_depths, attention_adapters(config)
+        model_args(config, dtype),
+        EXPERTS[section.moe.experts.kind](parts),
+        make_depths,
+        attention_adapters(config),
+        partial(ATTENTIONS[section.attention.kind], **section.attention.model_dump(exclude={"kind"})),
     )
 
 

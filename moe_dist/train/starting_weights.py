@@ -19,6 +19,7 @@ from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import CheckpointState
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.init_rules import source_problems
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
@@ -141,6 +142,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     fields = type(config.model).model_fields.items()
     defaults = {key: field.default for key, field in fields if not field.is_required()}  # of keys newer than the checkpoint
+    defaults["attention"] = GroupedQuerySection().model_dump()
     there = {**defaults, **before, "head_dim": before.get("head_dim") or each}
     return {
         key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"

@@ -121,7 +121,9 @@ def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
     gaps = []
     for layer, scores in enumerate(router_logits):
         if biases:
-            scores = (scores.sigmoid() if config.model_type == "glm4_moe" else scores.softmax(-1)) + biases[layer].flatten()
+            scores = (
+                scores.sigmoid() if config.model_type in ("glm4_moe", "deepseek_v3") else scores.softmax(-1)
+            ) + biases[layer].flatten()
         if getattr(config, "topk_group", 1) < getattr(config, "n_group", 1):
             parts = scores.unflatten(-1, (config.n_group, -1))
             sums = parts.sort(descending=True).values[..., :2].sum(-1)

@@ -52,7 +52,28 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     biased = {"num_hidden_layers": 3, "moe_intermediate_size": 24, "intermediate_size": 20}
     ernie = {**shape, **biased, "moe_num_experts": 8, "moe_k": 3, "tie_word_embeddings": False}
     glm = {**shape, **biased, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    deepseek = {**glm, "num_key_value_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    deepseek |= {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
     make, values = {
+        "deepseek_v3": (
+            transformers.DeepseekV3Config,
+            {**deepseek, "rope_parameters": {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3}},
+        ),
+        "deepseek_v3 plain": (
+            transformers.DeepseekV3Config,
+            {
+                **deepseek,
+                "q_lora_rank": None,
+                "qk_rope_head_dim": 6,
+                "rope_interleave": False,
+                "norm_topk_prob": False,
+                "n_group": 1,
+                "topk_group": 1,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 2,
+                "tie_word_embeddings": True,
+            },
+        ),
         "ernie4_5_moe": (transformers.Ernie4_5_MoeConfig, ernie),
         "ernie4_5_moe tied": (
             transformers.Ernie4_5_MoeConfig,
@@ -181,7 +202,7 @@ def save(model: nn.Module, folder: Path, **options: Any) -> Path:
 
 
 def main(
-    kind: Annotated[str, typer.Argument(help="mixtral, olmoe, qwen3_moe, qwen2_moe, llama, ernie4_5_moe or glm4_moe.")],
+    kind: Annotated[str, typer.Argument(help="A family, or a family and a variant: see `tiny_config`.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     vocab_size: Annotated[int, typer.Option(min=1)] = VOCAB,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to put beside the weights.")] = None,

@@ -65,6 +65,11 @@ class RouterSection(Section):
         """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""
         return getattr(self, "scope", "rank")
 
+    @property
+    def node_limit(self) -> tuple[int, int]:
+        """Number of node groups of each expert group, and of those whose experts a token may take."""
+        return (1, 1)
+
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
         """Returns the share of its group's tokens that each expert takes; None if tokens choose experts."""
         return None

@@ -24,6 +24,10 @@ class GroupLimitedRouterSection(RouterSection):
     selection_bias: bool = True
     """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance moves it."""
 
+    @property
+    def node_limit(self) -> tuple[int, int]:
+        return (self.n_group, self.topk_group)
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
         if self.topk_group > self.n_group:

@@ -13,6 +13,8 @@ class MoeDistConfig(PreTrainedConfig):
         first_moe_layer, moe_layer_step: Every `moe_layer_step`-th layer from the first one on has experts.
         sliding_window: Number of tokens that a token sees, itself included, in layers of the type `sliding_attention`.
         rope_pairs: Values of a head that rotate together, of n: `halves` i and i + n / 2, or `adjacent` 2 i and 2 i + 1.
+        attention: `kind` of attention: `grouped_query`, or `latent` with the widths `q_rank` (null: no latent of queries),
+            `kv_rank` and `value_dim`. `head_dim` is then the width of queries and keys, whose last values rotate.
         projection_bias: Attention projections that have a bias: `none`, `qkv` or `qkvo`.
         qk_norm: RMSNorm of queries and keys: `none`, over each `head`, or over the `full` projection.
         expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of the tokens that it computes; null
@@ -43,6 +45,7 @@ class MoeDistConfig(PreTrainedConfig):
     rope_pairs: str = "halves"
     layer_types: Any = None
     sliding_window: int | None = None
+    attention: Any = None
     projection_bias: str = "none"
     qk_norm: str = "none"
     first_moe_layer: int = 0
@@ -59,6 +62,8 @@ class MoeDistConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention is None:
+            self.attention = {"kind": "grouped_query"}
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)

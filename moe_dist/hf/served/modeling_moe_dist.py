@@ -6,6 +6,8 @@ the input with a learned vector). The group follows from the token id.
 """
 # ruff: noqa: RUF012
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -62,6 +64,8 @@ class MoeDistMLP(nn.Module):
 
 
 class MoeDistAttention(nn.Module):
+    """What all kinds of attention share. A subclass has the projections."""
+
     def __init__(self, config: MoeDistConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -72,6 +76,41 @@ class MoeDistAttention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, taken=None, **kwargs):
+        """`taken` [batch, tokens]: in a mixture-of-depths layer, true for the tokens that the layer computes."""
+        query, key, value = self.project(hidden_states, position_embeddings)
+        if taken is not None:
+            # One more channel of queries and keys hides the tokens that skip the layer, in any cache and attention.
+            query = F.pad(query, (0, 1), value=1.0)
+            hidden = torch.where(taken, 0.0, SKIPPED).to(key.dtype)[:, None, :, None]
+            key = torch.cat([key, hidden.expand(*key.shape[:-1], 1)], dim=-1)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        key, value = self.expand(key, value)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # pyright: ignore
+        options = {"dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
+        # vLLM reads the scale in this call, and its attention returns [tokens, width].
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **options)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def project(self, hidden_states, position_embeddings):
+        """Returns queries, and what the cache keeps as key and value; all [batch, heads, tokens, width]."""
+        raise NotImplementedError
+
+    def expand(self, key, value):
+        """Returns keys and values of all heads from what the cache keeps."""
+        return key, value
+
+    def rotate(self, query, key, position_embeddings):
+        if self.config.rope_pairs == "adjacent":  # in another order, queries and keys have the same products
+            query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
+        return apply_rotary_pos_emb(query, key, *position_embeddings)
+
+
+class MoeDistGroupedQueryAttention(MoeDistAttention):
+    def __init__(self, config: MoeDistConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
         heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         bias = config.projection_bias
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias != "none")
@@ -83,34 +122,59 @@ class MoeDistAttention(nn.Module):
             self.q_norm = LlamaRMSNorm(self.head_dim if per_head else heads, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim if per_head else kv_heads, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, taken=None, **kwargs):
-        """`taken` [batch, tokens]: in a mixture-of-depths layer, true for the tokens that the layer computes."""
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
+    def project(self, hidden_states, position_embeddings):
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
         if self.config.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.view(hidden_shape), key.view(hidden_shape)
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        if self.config.rope_pairs == "adjacent":  # in another order, queries and keys have the same products
-            query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return *self.rotate(query.transpose(1, 2), key.transpose(1, 2), position_embeddings), value
 
-        if taken is not None:
-            # One more channel of queries and keys hides the tokens that skip the layer, in any cache and attention.
-            query = F.pad(query, (0, 1), value=1.0)
-            hidden = torch.where(taken, 0.0, SKIPPED).to(key.dtype)[:, None, :, None]
-            key = torch.cat([key, hidden.expand(*key.shape[:-1], 1)], dim=-1)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # pyright: ignore
-        options = {"dropout": 0.0, "scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
-        output, weights = attend(self, query, key, value, attention_mask, **options)
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+class MoeDistLatentAttention(MoeDistAttention):
+    """Multi-head latent attention, as in DeepSeek-V3. The cache keeps the rotated part of the keys, and the latent."""
+
+    def __init__(self, config: MoeDistConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        hidden_size, heads, rope = config.hidden_size, config.num_attention_heads, config.rope_parameters
+        q_rank, kv_rank, value_dim = (config.attention[name] for name in ("q_rank", "kv_rank", "value_dim"))
+        rotated = int(self.head_dim * rope["partial_rotary_factor"])
+        plain = self.head_dim - rotated
+        self.query_parts, self.latent_parts, self.head_parts = [plain, rotated], [kv_rank, rotated], [plain, value_dim]
+        if rope.get("mscale_all_dim") and rope["factor"] > 1:
+            self.scaling *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
+        self.has_latent_queries = q_rank is not None
+        if q_rank is None:
+            self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
+        else:
+            self.q_a_proj, self.q_a_layernorm = nn.Linear(hidden_size, q_rank, bias=False), LlamaRMSNorm(q_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(q_rank, heads * self.head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_rank + rotated, bias=False)
+        self.kv_a_layernorm = LlamaRMSNorm(kv_rank, eps=1e-6)
+        self.kv_b_proj = nn.Linear(kv_rank, heads * (plain + value_dim), bias=False)
+        self.o_proj = nn.Linear(heads * value_dim, hidden_size, bias=False)
+
+    def project(self, hidden_states, position_embeddings):
+        if self.has_latent_queries:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        else:
+            query = self.q_proj(hidden_states)
+        heads = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        plain, turned = heads.split(self.query_parts, dim=-1)
+        latent, key = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_parts, dim=-1)
+        turned, key = self.rotate(turned, key[:, None], position_embeddings)
+        return torch.cat([plain, turned], dim=-1), key, self.kv_a_layernorm(latent)[:, None]
+
+    def expand(self, key, value):
+        both = self.kv_b_proj(value[:, 0]).unflatten(-1, (-1, sum(self.head_parts))).transpose(1, 2)
+        plain, value = both.split(self.head_parts, dim=-1)
+        return torch.cat([plain, key.expand(-1, plain.shape[1], -1, -1)], dim=-1), value
+
+
+ATTENTIONS = {"grouped_query": MoeDistGroupedQueryAttention, "latent": MoeDistLatentAttention}
 
 
 class MoeDistRouter(nn.Module):
@@ -266,7 +330,7 @@ class MoeDistDepthRouter(nn.Module):
 class MoeDistDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoeDistConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = MoeDistAttention(config, layer_idx)
+        self.self_attn = ATTENTIONS[config.attention["kind"]](config, layer_idx)
         self.is_sparse, self.has_depths = layer_idx in config.moe_layers, layer_idx in config.depth_layers
         self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else MoeDistMLP(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -2,13 +2,16 @@
 choices. All numbers are of one rank, and of forward alone.
 
 `rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-numbers of rows below are computed from this rank's choices. Except `rows_per_pair` they assume that choices spread evenly
-over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the rank:
+numbers of rows below are computed from this rank's choices. Except `rows_per_pair` and `rows_bound` they assume that
+choices spread evenly over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the
+rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
     rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
     rows_null_remapped  one row per taken pair, and one per null choice, sent to a true expert with weight 0
+    rows_bound          the most that any choices of these tokens send if each token sends one row to a rank: its top_k, or
+                        the ranks of the node groups that it may use (`ExpertPlacement.most_rows`)
 
 CommStats counts bytes, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of the rows that leave
 the node (0 if the dispatcher does not distinguish nodes), and `metadata_bytes` of everything else.
@@ -26,6 +29,7 @@ LEDGER_KEYS = (
     "rows_topk",
     "rows_same_active",
     "rows_null_remapped",
+    "rows_bound",
     "payload_bytes",
     "inter_node_bytes",
     "metadata_bytes",
@@ -51,13 +55,14 @@ def compare(
         tokens_G: Number of this rank's routed tokens of each group.
         rows_remote, pairs, pairs_remote: Sums of these fields of the layers' reports.
     """
-    topk = same_active = nulls = 0.0
+    topk = same_active = nulls = bound = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)
     for group, taken, null, tokens in by_group:
         remote_share = 1.0 - len(placement.local_experts(ep_rank, group)) / group.num_experts
         topk += remote_share * min(group.top_k, group.num_experts) * tokens
         same_active += remote_share * taken
         nulls += remote_share * null
+        bound += placement.most_rows(ep_rank, group) * tokens
     return {
         "rows_remote": rows_remote,
         "pairs": pairs,
@@ -66,4 +71,5 @@ def compare(
         "rows_topk": topk,
         "rows_same_active": same_active,
         "rows_null_remapped": pairs_remote + nulls,
+        "rows_bound": bound,
     }

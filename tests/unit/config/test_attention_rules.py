@@ -1,4 +1,4 @@
-"""What sliding windows and rotary scalings demand of the section `model`."""
+"""What sliding windows, rotary scalings and kinds of attention demand of the section `model`."""
 
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,22 @@ def test_windows_by_layer() -> None:
             },
             ("rope_dim=2 must be at least 4", "rope_scaling.kind=dynamic"),
         ),
+        (
+            {
+                "attention": {"kind": "latent", "kv_rank": 8, "value_dim": 8},
+                "qk_norm": "head",
+                "attention_bias": "qkv",
+                "attention_lora": {"rank": 2, "alpha": 2.0},
+            },
+            (
+                "num_kv_heads=2: attention.kind=latent has keys and values for each of num_heads=4; set it to 4",
+                "rope_dim=null: attention.kind=latent rotates a part",
+                "qk_norm=head",
+                "attention_bias=qkv",
+                "attention_lora=...: attention.kind=latent takes no adapters",
+            ),
+        ),
+        ({"attention": {"kind": "latent", "kv_rank": 8}}, ("value_dim",)),
     ],
 )
 def test_each_rule_is_named_with_its_fix(model: dict[str, Any], keys: tuple[str, ...]) -> None:

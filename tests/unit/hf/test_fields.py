@@ -61,6 +61,12 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "topk_group": (1, 4, 5),
     "first_k_dense_replace": (0, 2, 5),
     "use_qk_norm": (True, False),
+    "q_lora_rank": (16, None),
+    "kv_lora_rank": (8, 0),
+    "qk_nope_head_dim": (4, 5),
+    "qk_rope_head_dim": (8, 3),
+    "v_head_dim": (4, 16),
+    "rope_interleave": (True, False),
     **dict.fromkeys(("num_mtp_layers", "num_nextn_predict_layers"), (0, 2)),
     "num_experts_per_tok": (1, 99),
     "num_local_experts": (4,),
@@ -102,6 +108,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "rope_theta": (100.0, None),
     "partial_rotary_factor": (0.5, 1.0, None),
     "original_max_position_embeddings": (8,),
+    "qk_head_dim": (12, 16),
 }
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -169,12 +176,21 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
         {"rope_parameters": {"partial_rotary_factor": None}}, {"num_nextn_predict_layers": 0},
         {"n_group": ABSENT, "topk_group": ABSENT}, {"n_group": 2, "topk_group": 1, "n_routed_experts": 12},
     ),
+    "deepseek_v3": (
+        {"num_local_experts": 8}, {"num_local_experts": 4}, {"n_routed_experts": ABSENT, "num_local_experts": 16},
+        {"num_key_value_heads": 2, "num_attention_heads": 2}, {"qk_rope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16},
+        {"qk_nope_head_dim": 4, "qk_head_dim": ABSENT}, {"qk_rope_head_dim": 8, "head_dim": ABSENT, "qk_head_dim": ABSENT},
+        {"num_nextn_predict_layers": 0}, {"n_routed_experts": 16, "n_group": ABSENT, "topk_group": ABSENT},
+        {"first_k_dense_replace": ABSENT, "num_hidden_layers": 4}, {"routed_scaling_factor": ABSENT},
+    ),
 }  # fmt: skip
 
 # Our words for their fields, in errors of the model's own rules.
 OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
+    "qk_nope_head_dim": "head_dim",
+    "qk_rope_head_dim": "rope_",
     "num_experts_per_tok": "top_k",
     "moe_k": "top_k",
     "n_routed_experts": "num_experts",
@@ -281,10 +297,10 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
 def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
     """Those that logits of a few tokens of a tiny model do not show."""
     family, defaults = FAMILIES[kind], {field.name: field.default for field in dataclasses.fields(class_of(kind))}
-    assert defaults["num_key_value_heads"] == family.kv_heads
+    assert defaults["num_key_value_heads"] == family.heads.kv_heads
     assert class_of(kind).default_theta == family.rope_base
     assert defaults["tie_word_embeddings"] == family.tied
-    assert class_of(kind)().rope_parameters.get("partial_rotary_factor") == family.rope_share
+    assert class_of(kind)().rope_parameters.get("partial_rotary_factor") == family.heads.rope_share
     assert defaults.get("max_window_layers", DEFAULT_WINDOW_LAYERS) == DEFAULT_WINDOW_LAYERS
     if family.windows in ("flag", "layers"):
         values = changed(
@@ -298,7 +314,7 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
 def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
     values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
-    assert sum(accepted) == 22 + (FAMILIES[kind].rope_share is not None)
+    assert sum(accepted) == 22 + (FAMILIES[kind].heads.rope_share is not None)
 
 
 def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:

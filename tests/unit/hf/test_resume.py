@@ -7,7 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,10 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
+from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import ImportOptions
+from moe_dist.hf.names import slots
+from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.train.build import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
@@ -44,6 +46,20 @@ def report(stage, done, total):
     print(done, total, flush=True)
 done = import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=int(sys.argv[4]), report=report)
 print("kept", done.kept, flush=True)
+"""
+
+
+ROUND = """
+import resource, sys
+from pathlib import Path
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+before = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[2]), -1))
+for theirs in sorted(Path(sys.argv[1]).iterdir()):
+    ours = theirs / "ours"
+    import_model(theirs, ours, shard_bytes=int(sys.argv[3]))
+    export_model(ours, theirs / "back", shard_bytes=int(sys.argv[4]))
 """
 
 
@@ -112,6 +128,66 @@ def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_ki
     assert verify(find_checkpoint(out), specs)[1] == []
 
 
+def hollow(folder: Path, kind: str, **sizes: int) -> None:
+    """A model of zeros in one file with holes."""
+    tiny_config(kind, **sizes).save_pretrained(folder)
+    family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
+    places = [
+        place for slot in slots(changed_section(values, family, ImportOptions()), family) for place in slot.places[:1]
+    ]
+    write_zeros(folder, {place.name: place.shape for place in places})
+
+
+def write_zeros(folder: Path, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Writes bfloat16 tensors of zeros into one file with holes; returns their bytes."""
+    entries, end = {}, 0
+    for name, each in shapes.items():
+        begin, end = end, end + 2 * math.prod(each)
+        entries[name] = {"dtype": "BF16", "shape": list(each), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + end)
+    return end
+
+
+def rounds(folder: Path, *, imports: int, exports: int) -> "subprocess.CompletedProcess[str]":
+    """Imports and exports every model in the folder, in shards of so many bytes, in a process whose memory may grow by
+    LIMIT."""
+    command = [sys.executable, "-c", ROUND, str(folder), str(LIMIT), str(imports), str(exports)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 4}
+EXPERTS = {"ernie4_5_moe": "moe_num_experts", "glm4_moe": "n_routed_experts", "deepseek_v3": "n_routed_experts"}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Iterator[Path]:
+    """A model of each family with many experts, of more than 4 x LIMIT."""
+    for kind, experts in EXPERTS.items():
+        hollow(tmp_path / kind, kind, **WIDE, **{experts: 16})
+        assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wide: Path) -> None:
+    done = rounds(wide, imports=SHARD, exports=SHARD)
+    assert done.returncode == 0, done.stderr
+    for kind in EXPERTS:
+        written = sum(file.stat().st_size for file in (wide / kind / "back").glob("*.safetensors"))
+        assert written == pytest.approx((wide / kind / "model.safetensors").stat().st_size, rel=0.01)
+
+
+@pytest.mark.full  # of the test above itself
+@pytest.mark.parametrize("large_shards", ["imports", "exports"])
+def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path, large_shards: str) -> None:
+    done = rounds(wide, **{"imports": SHARD, "exports": SHARD, large_shards: 1 << 30})
+    assert done.returncode != 0
+    assert "alloc" in done.stderr or "MemoryError" in done.stderr
+
+
 @pytest.fixture
 def large_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder whose gigabytes are not kept."""
@@ -147,14 +223,7 @@ def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after
             "mlp.down_proj": [dim, ffn_dim],
         }
         shapes |= {f"model.layers.{layer}.{name}.weight": each for name, each in own.items()}
-    entries, end = {}, 0
-    for name, each in shapes.items():
-        begin, end = end, end + 2 * math.prod(each)
-        entries[name] = {"dtype": "BF16", "shape": each, "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
-    with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + end)
+    end = write_zeros(folder, shapes)
     assert end > 4 * limit
     (large_disk / "out").mkdir()
     killed_and_begun_again(folder, large_disk / "out/ours", limit=growth, shard_bytes=16 << 20)

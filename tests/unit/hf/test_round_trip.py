@@ -28,7 +28,7 @@ from tests.support.tiny_hf import save, tiny_model
 KINDS = (
     "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
     "llama biased", "mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled",
-    "ernie4_5_moe", "ernie4_5_moe tied", "glm4_moe", "glm4_moe plain",
+    "ernie4_5_moe", "ernie4_5_moe tied", "glm4_moe", "glm4_moe plain", "deepseek_v3", "deepseek_v3 plain",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3"])
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
@@ -78,7 +78,10 @@ def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
 
 
-@pytest.mark.parametrize(("kind", "extra"), [("glm4_moe", "model.layers.3."), ("ernie4_5_moe", "model.mtp_block.0.")])
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("glm4_moe", "model.layers.3."), ("deepseek_v3", "model.layers.3."), ("ernie4_5_moe", "model.mtp_block.0.")],
+)
 def test_multi_token_prediction_is_left_out_and_named(tmp_path: Path, kind: str, extra: str) -> None:
     theirs = save(tiny_model(kind), tmp_path / "theirs")
     tensors = tensors_of(theirs)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from moe_dist.hf.served_fields import CODE, CODE_FILES, token_ids
+from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, token_ids
 from tests.support.imported import load_imported
 from tests.support.messages import refused
 from tests.support.pictured import VOCAB
@@ -41,6 +42,7 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
 
 FREE = {"num_identity": 2, "num_constant": 2, "top_k": 4}
 LENGTHS = {"original_max_position_embeddings": 8}
+SHALLOW = {"model.mixture_of_depths": None, "model.sliding_window": None}
 DEPTHS = {"every": 2, "first": 0, "capacity": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "groups": {},
@@ -68,6 +70,11 @@ CASES: dict[str, dict[str, Any]] = {
     "partial dynamic adjacent": {"model.rope_dim": 6, "model.rope_pairs": "adjacent", **rope("dynamic", **LENGTHS)},
     "attention": {"model.qk_norm": "head", "model.attention_bias": "qkvo", "model.head_dim": 12,
                   "model.tie_embeddings": True},
+    "latent attention": {
+        "model.attention": {"kind": "latent", "q_rank": 10, "kv_rank": 12, "value_dim": 6}, "model.rope_dim": 4,
+        "model.head_dim": 10, "model.num_kv_heads": 4, **rope("yarn", **LENGTHS, mscale=0.7, mscale_all_dim=1.3),
+        "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 9,
+    },
     "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
     "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
     "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
@@ -76,11 +83,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 COVER = (
     "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "shared gate",
-    "dense first", "dynamic", "partial dynamic adjacent", "attention", "depths", "depths window",
+    "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "depths", "depths window",
 )  # fmt: skip
 
 
-VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain")
+VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain", "deepseek_v3 plain")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,31 @@ def test_a_cache_may_have_its_older_name(tmp_path: Path, data: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_server_can_bring_its_own_attention(tmp_path: Path, data: Path) -> None:
+    """vLLM's backend for models of transformers builds the decoder alone, and gives it all tokens as one sequence, with an
+    attention whose output has no batch."""
+    from transformers import AttentionInterface, AutoModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def flat(module: Any, query: Any, *others: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        scales.append(options["scaling"])
+        output, _ = sdpa_attention_forward(module, query, *others, **options)
+        return output.reshape(query.shape[2], -1), None
+
+    scales: list[float] = []
+    AttentionInterface.register("flat", flat)
+    ours, tokens = saved_model(tmp_path / "run", data, CASES["latent attention"] | SHALLOW), prompts()[:1]
+    export_model(tmp_path / "run", tmp_path / "hf")
+    decoder = AutoModel.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, dtype=torch.float32, attn_implementation="flat"
+    )
+    states = decoder(input_ids=tokens, position_ids=torch.arange(14)[None], use_cache=False, return_dict=False)[0]
+    found = states @ ours.embedding.weight.T if ours.args.tie_embeddings else ours.output(states)
+    torch.testing.assert_close(found, logits(ours, tokens), rtol=BOUND, atol=BOUND)
+    assert scales == [pytest.approx(10**-0.5 * (0.1 * 1.3 * math.log(4.0) + 1) ** 2)] * 2
+
+
+@torch.no_grad()
 def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -> None:
     """Every choice is a tie, to the last bit of the products."""
     ours = saved_model(tmp_path / "run", data, one(num_null=8, top_k=4), copies=True)
@@ -137,7 +169,7 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 
 @pytest.mark.parametrize(
     "kind",
-    ["ernie4_5_moe", "glm4_moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
+    ["ernie4_5_moe", "glm4_moe", "deepseek_v3", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
@@ -192,7 +224,15 @@ def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["free all_chosen bias", "depths window", "dense first", "dynamic", "sigmoid groups", "partial dynamic adjacent"],
+    [
+        "free all_chosen bias",
+        "depths window",
+        "dense first",
+        "dynamic",
+        "sigmoid groups",
+        "partial dynamic adjacent",
+        "latent attention",
+    ],
 )
 def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
@@ -203,6 +243,7 @@ def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> Non
         assert torch.equal(found, wanted), name
     export_model(tmp_path / "ours", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    assert read_served(json.loads((tmp_path / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})
     for file in ("config.json", *CODE_FILES):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
 
@@ -298,6 +339,7 @@ def test_the_code_needs_transformers_only(file: str) -> None:
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {str(name).partition(".")[0] for name in imported} <= {
+        "math",
         "torch",
         "typing",
         "transformers",

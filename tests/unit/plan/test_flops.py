@@ -95,6 +95,22 @@ def test_norms_of_queries_and_keys_by_hand(kind: str, entries: int) -> None:
     assert parameters(shape(qk_norm=kind)).attention == without + 3 * entries
 
 
+LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 5, "kv_rank": 7, "value_dim": 6}, "num_kv_heads": 4,
+                          "head_dim": 8, "rope_dim": 2, "qk_norm": "none"}  # fmt: skip
+
+
+def test_latent_attention_by_hand() -> None:
+    model = shape(**LATENT)
+    matrices = 8 * 5 + 5 * 4 * 8 + 8 * (7 + 2) + 7 * 4 * (6 + 6) + 4 * 6 * 8
+    assert parameters(model).attention == 3 * (matrices + 5 + 7)
+    forward = forward_flops(
+        model, seq_len=16, experts_per_token={"text": 1, "image": 1}, token_share={"text": 1, "image": 0}
+    )
+    assert forward.attention == 3 * (2 * matrices + 2 * 4 * (8 + 6) * 16)
+    direct = shape(**LATENT | {"attention": {"kind": "latent", "kv_rank": 7, "value_dim": 6}})
+    assert parameters(direct).attention == 3 * (matrices + 7 + 8 * 4 * 8 - (8 * 5 + 5 * 4 * 8))
+
+
 def test_expected_experts_of_adamoe() -> None:
     assert expected_experts([ExpertGroup("text", 8, 8, 3, 1, 0, ("text",))]) == {"text": 1.5}
 
@@ -120,7 +136,7 @@ def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...],
     assert round(active.total / 1e9, 1) == published[1]
 
 
-def config(*, free: bool = False, mixture_of_depths: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def config(*, free: bool = False, model: dict[str, Any] | None = None, **parallel: Any) -> Config:
     others = {"num_identity": 1, "num_constant": 2} if free else {}
     values = {
         "run": {"name": "flops"},
@@ -133,7 +149,7 @@ def config(*, free: bool = False, mixture_of_depths: dict[str, Any] | None = Non
             "max_seq_len": 16,
             "qk_norm": "full",
             "dense_ffn_dim": 40,
-            "mixture_of_depths": mixture_of_depths,
+            **(model or {}),
             "moe": {
                 "first": 1,
                 "shared_ffn_dim": 24,
@@ -168,9 +184,9 @@ def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
     return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_agrees_with_torchs_counter(free: bool) -> None:
-    cfg = config(free=free)
+@pytest.mark.parametrize("changes", [{}, {"free": True}, {"model": LATENT}], ids=["plain", "free", "latent"])
+def test_agrees_with_torchs_counter(changes: dict[str, Any]) -> None:
+    cfg = config(**changes)
     counted, experts, tokens = count_training(cfg)
     model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
@@ -182,7 +198,7 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
     Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
     """
-    cfg = config(mixture_of_depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
+    cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
     counted, experts, tokens = count_training(cfg, batch=1)
     assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
     model = cfg.model

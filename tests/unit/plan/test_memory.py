@@ -46,6 +46,10 @@ def config(*, parallel: dict[str, Any] | None = None, tuned: tuple[int, ...] = (
     return Config.model_validate_json(json.dumps(values))
 
 
+LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 48, "kv_rank": 40, "value_dim": 24}, "num_kv_heads": 4,
+                          "head_dim": 36, "rope_dim": 12}  # fmt: skip
+
+
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
     """Bytes that forward keeps beside the weights; rows and pairs a token. With `tuned` only these layers' routers move."""
     placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=1, token_mix={})
@@ -74,7 +78,7 @@ def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), min(1.0, pairs), pairs
 
 
-@pytest.mark.parametrize("model", [{}, {"qk_norm": "full"}, {"qk_norm": "head"},
+@pytest.mark.parametrize("model", [{}, {"qk_norm": "full"}, {"qk_norm": "head"}, LATENT,
     {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 3, "ffn_dim": 96, "num_identity": 2, "num_constant": 2}}}},
     {"moe": {"every": 2, "groups": {"text": {
     "num_experts": 4, "top_k": 2, "ffn_dim": 256}}}}])  # fmt: skip
@@ -87,9 +91,11 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     assert 0.75 < memory.activations / kept < 1.25
 
 
-@pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 2)], ids=str)
-def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(layers: tuple[int, ...]) -> None:
-    cfg = config(tuned=layers, vocab_size=16)  # the output's share counts a gradient, which forward does not keep
+@pytest.mark.parametrize(("layers", "model"), [((2,), {}), ((1, 2), {}), ((0, 2), {}), ((0, 2), LATENT)], ids=str)
+def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(
+    layers: tuple[int, ...], model: dict[str, Any]
+) -> None:
+    cfg = config(tuned=layers, vocab_size=16, **model)  # the output's share counts a gradient, which forward does not keep
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})

@@ -36,7 +36,27 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
         "rows_topk": (30 + 8) / 2,
         "rows_same_active": (12 + 8) / 2,
         "rows_null_remapped": 11 + (30 - 12) / 2,
+        "rows_bound": 10 + 4,
     }
+
+
+@pytest.mark.parametrize("limit", [(1, 1), (4, 1), (4, 2), (2, 1)])
+def test_the_bound_is_the_largest_number_of_rows_over_every_allowed_choice(limit: tuple[int, int]) -> None:
+    """Some node groups lie on two ranks, and one rank holds no expert."""
+    node_groups, topk = limit
+    group = ExpertGroup("text", 8, 0, 3, 8, 0, ("text",), node_groups=node_groups, topk_node_groups=topk)
+    placement = ExpertPlacement((group,), ((0, 1, 2), (3, 4), (5, 6, 7), ()))
+    size = 8 // node_groups
+    for rank in range(4):
+        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # the others are null
+        allowed = [choice for choice in choices if len({expert // size for expert in choice}) <= topk]
+        rows = [len({placement.rank_of_expert[expert] for expert in choice} - {rank}) for choice in allowed]
+        assert placement.most_rows(rank, group) == max(rows)
+
+
+def test_without_a_choice_of_tokens_only_the_ranks_bound_the_rows() -> None:
+    group = ExpertGroup("text", 8, 0, 1, 8, 0, ("text",), capacity=0.5)
+    assert ExpertPlacement.interleaved((group,), 4).most_rows(0, group) == 3
 
 
 def test_top_k_cannot_choose_more_experts_than_there_are() -> None:

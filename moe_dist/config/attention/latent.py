@@ -1,0 +1,59 @@
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.attention.base import AttentionSection, WholeModel
+from moe_dist.config.section import Violation
+
+
+class LatentAttentionSection(AttentionSection):
+    """Multi-head latent attention (DeepSeek-V3): queries, keys and values come from narrow latents. The last
+    model.rope_dim values of a head have rotary positions, in keys the same for all heads."""
+
+    kind: Literal["latent"] = "latent"
+    q_rank: PositiveInt | None = Field(
+        default=None, description="Width of the queries' latent. null: queries come from the hidden state."
+    )
+    kv_rank: PositiveInt = Field(description="Width of the latent of keys and values, which generation caches.")
+    value_dim: PositiveInt = Field(description="Width of a head's values. Queries and keys have model.head_dim.")
+
+    def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
+        dim, heads, rotated = model.hidden_dim, model.num_heads, model.rope_dim or 0
+        queries, values = heads * model.resolved_head_dim, heads * self.value_dim
+        narrow = {} if self.q_rank is None else {"q_down": (dim, self.q_rank), "q_up": (self.q_rank, queries)}
+        return {
+            **(narrow or {"q": (dim, queries)}),
+            "kv_down": (dim, self.kv_rank + rotated),
+            "kv_up": (self.kv_rank, queries - heads * rotated + values),
+            "o": (values, dim),
+        }
+
+    def num_vectors(self, model: WholeModel) -> int:
+        return self.kv_rank + (self.q_rank or 0)
+
+    def score_width(self, model: WholeModel) -> int:
+        return model.num_heads * (model.resolved_head_dim + self.value_dim)
+
+    def kept(self, model: WholeModel, *, frozen: bool) -> int:
+        latents = self.kv_rank + (self.q_rank or 0)
+        return (1 if frozen else 3) * latents + 2 * self.score_width(model)
+
+    def violations_of(self, model: WholeModel) -> Iterator[Violation]:
+        heads, width, kind = model.num_heads, model.resolved_head_dim, "attention.kind=latent"
+        no_part = model.rope_dim is None or model.rope_dim >= width
+        broken = {
+            "num_kv_heads": (
+                model.num_kv_heads != heads,
+                f"has keys and values for each of num_heads={heads}; set it to {heads}",
+            ),
+            "rope_dim": (no_part, f"rotates a part of each head; set an even number below head_dim={width}"),
+            "qk_norm": (model.qk_norm != "none", "has norms of its latents alone; set it to none"),
+            "attention_bias": (model.attention_bias != "none", "has no biases; set it to none"),
+            "attention_lora": (model.attention_lora is not None, "takes no adapters; set it to null"),
+        }
+        for name, (is_broken, rule) in broken.items():
+            if is_broken:
+                value = getattr(model, name)
+                shown = "..." if name == "attention_lora" else "null" if value is None else value
+                yield Violation((name, "attention.kind"), f"{name}={shown}: {kind} {rule}")

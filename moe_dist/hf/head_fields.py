@@ -1,0 +1,111 @@
+"""Reads and writes the fields of config.json about the kind and the widths of attention heads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
+from moe_dist.config.attention.latent import LatentAttentionSection
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.errors import ConfigError
+from moe_dist.hf.fields import Fields
+
+
+class HeadFields(Protocol):
+    """The fields of attention heads."""
+
+    @property
+    def kv_heads(self) -> int | None:
+        """num_key_value_heads if it is absent; None: num_attention_heads, also if it is null."""
+        ...
+
+    @property
+    def rope_share(self) -> float | None:
+        """partial_rotary_factor if it is absent; None: the family has no such field."""
+        ...
+
+    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        """Returns values of the section `model`, and the number of values that rotate if partial_rotary_factor is 1."""
+        ...
+
+    def write(self, section: ModelSection) -> dict[str, Any]: ...
+
+    def held(self, section: ModelSection) -> Mapping[str, bool]:
+        """Returns whether the family can say a setting, by key and value."""
+        ...
+
+
+@dataclass(frozen=True)
+class GroupedHeads:
+    """Heads of grouped-query attention."""
+
+    field: bool = True  # config.json has the field head_dim
+    null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
+    kv_heads: int | None = None
+    rope_share: float | None = None
+
+    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        width = read.whole("head_dim", None, **({"null": None} if self.null else {}))
+        if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
+            raise ConfigError(
+                f"config.json: head_dim={width}: a {read.family} model has heads of hidden_size / num_attention_heads"
+            )
+        if self.kv_heads is None:
+            kv_heads = read.whole("num_key_value_heads", num_heads, null=num_heads)
+        else:
+            kv_heads = read.whole("num_key_value_heads", self.kv_heads)
+        return {"num_kv_heads": kv_heads, "head_dim": width}, width or read.whole("hidden_size") // num_heads
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        width = {"head_dim": section.resolved_head_dim} if self.field else {}
+        return {"num_key_value_heads": section.num_kv_heads, **width}
+
+    def held(self, section: ModelSection) -> Mapping[str, bool]:
+        width = section.resolved_head_dim
+        return {
+            f"attention.kind={section.attention.kind}": isinstance(section.attention, GroupedQuerySection),
+            f"head_dim={section.head_dim}": self.field or width == section.hidden_dim // section.num_heads,
+            f"rope_dim={section.rope_dim}": self.rope_share is not None or section.rope_dim in (None, width),
+        }
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """Heads of multi-head latent attention, which have a plain part and a rotated part."""
+
+    kv_heads: int | None = 128
+    rope_share: float | None = None
+
+    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        plain, rotated = read.whole("qk_nope_head_dim"), read.whole("qk_rope_head_dim")
+        kv_heads = read.whole("num_key_value_heads", self.kv_heads, null=num_heads)
+        if kv_heads != num_heads:
+            raise ConfigError(
+                f"config.json: num_key_value_heads={kv_heads}: latent attention makes keys and values for all "
+                f"num_attention_heads={num_heads} heads; set both to the same number"
+            )
+        read.must_be("head_dim", (rotated,), "it must be qk_rope_head_dim")
+        read.must_be("qk_head_dim", (plain + rotated,), "it must be qk_nope_head_dim + qk_rope_head_dim")
+        attention = {
+            "kind": "latent",
+            "q_rank": read.whole("q_lora_rank", null=None),
+            "kv_rank": read.whole("kv_lora_rank"),
+            "value_dim": read.whole("v_head_dim"),
+        }
+        section = {"num_kv_heads": num_heads, "head_dim": plain + rotated, "rope_dim": rotated, "attention": attention}
+        return section, rotated
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        attention, rotated = section.attention, section.rope_dim or 0
+        assert isinstance(attention, LatentAttentionSection)
+        return {
+            "num_key_value_heads": section.num_heads,
+            "qk_nope_head_dim": section.resolved_head_dim - rotated,
+            "qk_rope_head_dim": rotated,
+            "q_lora_rank": attention.q_rank,
+            "kv_lora_rank": attention.kv_rank,
+            "v_head_dim": attention.value_dim,
+        }
+
+    def held(self, section: ModelSection) -> Mapping[str, bool]:
+        return {f"attention.kind={section.attention.kind}": isinstance(section.attention, LatentAttentionSection)}

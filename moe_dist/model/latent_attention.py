@@ -1,0 +1,67 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, Kimi K2).
+
+    c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; without a latent of queries W_q h
+    [c, k'] = W_kvd h,   [k_i, v_i] = W_kvu norm(c)
+    o_i = softmax over the tokens that may be seen of (<q_i, k_i> + <R q'_i, R k'>) scale  times  v_i
+
+R rotates by the position. All heads have the same rotated part k' of the keys, so a cache keeps R k' and norm(c) of a
+token; each step of generation multiplies all kept latents by W_kvu again.
+
+Shape letters: B sequences, S positions, D hidden size, H heads, d width of a query, r its rotated part, c the latent.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_dist.model.attention import CausalAttention
+from moe_dist.model.layers import ModelArgs, Projection, RMSNorm, rotate
+from moe_dist.model.rope import YarnScaling
+from moe_dist.moe.routing import GlobalBatchInfo
+
+EPS = 1e-6  # of the latents' norms in transformers, whatever rms_norm_eps is
+
+
+class LatentAttention(CausalAttention):
+    """Multi-head latent attention.
+
+    Args:
+        q_rank: Width of the queries' latent; None: queries are a product of the hidden state.
+        kv_rank: Width of the latent of keys and values (c).
+        value_dim: Width of a head's values.
+    """
+
+    def __init__(self, args: ModelArgs, *, q_rank: int | None, kv_rank: int, value_dim: int) -> None:
+        super().__init__(args)
+        assert args.rope_dim is not None
+        dim, heads, plain = args.hidden_dim, args.num_heads, args.head_dim - args.rope_dim
+        self.heads = (heads, -1)
+        self.query_parts, self.latent_parts = [plain, args.rope_dim], [kv_rank, args.rope_dim]
+        self.head_parts = [plain, value_dim]
+        self.entry = ((1, args.rope_dim), (1, kv_rank))
+        self.scale = args.head_dim**-0.5
+        if isinstance(args.rope_scaling, YarnScaling) and args.rope_scaling.mscale_all_dim is not None:
+            self.scale *= args.rope_scaling.size(args.rope_scaling.mscale_all_dim) ** 2
+        self.q_rank = q_rank
+        if q_rank is None:
+            self.q = Projection(dim, heads * args.head_dim)
+        else:
+            self.q_down, self.q_norm = Projection(dim, q_rank), RMSNorm(q_rank, EPS)
+            self.q_up = Projection(q_rank, heads * args.head_dim)
+        self.kv_down, self.kv_norm = Projection(dim, kv_rank + args.rope_dim), RMSNorm(kv_rank, EPS)
+        self.kv_up = Projection(kv_rank, heads * sum(self.head_parts))
+        self.o = Projection(heads * value_dim, dim)
+
+    def _project(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.norm(x_BSD)
+        q_BSE = self.q(h) if self.q_rank is None else self.q_up(self.q_norm(self.q_down(h)))
+        plain, turned = q_BSE.unflatten(-1, self.heads).transpose(1, 2).split(self.query_parts, dim=-1)
+        latent_BSc, key_BSr = self.kv_down(h).split(self.latent_parts, dim=-1)
+        query = torch.cat([plain, rotate(turned, rotary, self.rope_pairs)], dim=-1)
+        return query, rotate(key_BSr[:, None], rotary, self.rope_pairs), self.kv_norm(latent_BSc)[:, None]
+
+    def _expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        both_BHSe = self.kv_up(value[:, 0]).unflatten(-1, self.heads).transpose(1, 2)
+        plain, values = both_BHSe.split(self.head_parts, dim=-1)
+        return torch.cat([plain, key.expand(-1, plain.shape[1], -1, -1)], dim=-1), values
