@@ -60,6 +60,11 @@ class RouterSection(Section):
         """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
+    def equal_share(self, group: Any) -> int | None:
+        """Returns N such that scale / N is the weight of each true expert of a group if all scores are equal and a token
+        takes all true experts; None if this router then leaves some out."""
+        return None
+
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
         """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""

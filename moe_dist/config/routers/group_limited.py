@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -23,6 +23,11 @@ class GroupLimitedRouterSection(RouterSection):
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight (routed_scaling_factor).")
     selection_bias: bool = True
     """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance moves it."""
+
+    def equal_share(self, group: Any) -> int | None:
+        if self.topk_group < self.n_group:
+            return None
+        return group.num_experts if self.normalise == "true_chosen" else 2  # the sigmoid of 0 is 1 / 2
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

@@ -52,6 +52,11 @@ class GroupGate(nn.Module):
                 self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
 
     @torch.no_grad()
+    def zero_rows(self) -> int:
+        """Sets all rows to 0, so that all columns get the same score. Returns the number of rows."""
+        return sum(row.zero_().shape[0] for row in self.parameters())
+
+    @torch.no_grad()
     def copy_true_rows(self) -> int:
         """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, which
         is 0 if the group has no null experts."""
