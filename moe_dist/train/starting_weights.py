@@ -9,6 +9,7 @@ All checks run before the first step. The report tells what was loaded, and why 
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -71,7 +72,9 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all rows
         lines.append(f"copied {rows} null rows from true ones")
     if split:
-        rows = sum(gate.zero_rows() for gate in _gates(model, config))
+        scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
+        gates = _gates(model, config)  # layer by layer, each with the groups in order
+        rows = sum(gate.zero_rows(0.5 * score) for gate, score in zip(gates, cycle(scores)))
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)

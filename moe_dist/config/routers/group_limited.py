@@ -24,6 +24,9 @@ class GroupLimitedRouterSection(RouterSection):
     selection_bias: bool = True
     """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance moves it."""
 
+    def equal_score(self, group: Any) -> float:
+        return 0.5
+
     def equal_share(self, group: Any) -> int | None:
         if self.topk_group < self.n_group:
             return None

@@ -52,8 +52,11 @@ class GroupGate(nn.Module):
                 self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
 
     @torch.no_grad()
-    def zero_rows(self) -> int:
-        """Sets all rows to 0, so that all columns get the same score. Returns the number of rows."""
+    def zero_rows(self, margin: float) -> int:
+        """Sets all rows to 0, so that all columns get the same score, and the biases of true experts, if there are any, to
+        `margin`, so that small changes of the rows let no null expert pass a true one. Returns the number of rows."""
+        if "bias" in dict(self.named_buffers()):
+            self.bias[: self.get_parameter("true").shape[0]] = margin
         return sum(row.zero_().shape[0] for row in self.parameters())
 
     @torch.no_grad()
