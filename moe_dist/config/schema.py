@@ -24,6 +24,7 @@ from moe_dist.config.section import (
     NonNegative,
     PathText,
     Section,
+    Share,
     Violation,
     WholeConfig,
     default_kind,
@@ -113,14 +114,30 @@ class BalanceSection(Section):
                 yield Violation((where, "model.moe.groups"), f"{where}.{name}: {problem}")
 
 
+class DistillationSection(Section):
+    """Distillation: the model learns a teacher's distribution of the next token."""
+
+    teacher: PathText
+    """Checkpoint or run folder of the teacher. Every rank holds the whole teacher, frozen."""
+    weight: Share = 1.0
+    """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.router_tuning is not None:
+            problem = "loss.distillation: router tuning trains on samples, which have no teacher; leave one of the two out"
+            yield Violation(("loss.distillation", "router_tuning"), problem)
+
+
 class LossSection(Section):
-    """Auxiliary losses that are added to cross entropy."""
+    """Cross entropy and what is added to it."""
 
     balance: BalanceSection = Field(
         default_factory=BalanceSection, description="Load-balance loss of each layer and group."
     )
     z: NonNegative = 0.0
     """Coefficient of the router z-loss: the mean of the squared log-sum-exp of the router's logits."""
+    distillation: DistillationSection | None = None
+    """Learn from a teacher (docs/adapt.md). null: cross entropy alone."""
 
 
 class TrainSection(Section):
