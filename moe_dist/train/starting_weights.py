@@ -31,6 +31,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
 SPLIT_SAME = "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ"
+STAIR = 0.02  # between the scores of two null experts of a split model, in parts of the score of a row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
@@ -74,7 +75,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     if split:
         scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
         gates = _gates(model, config)  # layer by layer, each with the groups in order
-        rows = sum(gate.zero_rows(0.5 * score) for gate, score in zip(gates, cycle(scores)))
+        rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
