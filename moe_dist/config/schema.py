@@ -153,8 +153,19 @@ class TrainSection(Section):
     expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
     parameters."""
 
+    frozen: Literal["routers"] | None = None
+    """Keep these parameters as run.init_from brings them, and train all others. routers: the rows of the routers; load
+    controllers still move the selection biases. null trains all parameters."""
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from adapter_violations(config)
+        if self.frozen is not None and (self.only is not None or config.run.init_from is None):
+            problem = (
+                f"train.frozen={self.frozen}: train.only={self.only} says already what is trained; leave one of the two out"
+                if self.only is not None
+                else f"train.frozen={self.frozen}: run.init_from=null leaves routers untrained; set it, or frozen to null"
+            )
+            yield Violation(("train.frozen", "train.only" if self.only else "run.init_from"), problem)
         if self.only == "routers" and config.router_tuning is None:
             problem = "train.only=routers: needs the section router_tuning; add it, or set train.only to null"
             yield Violation(("train.only", "router_tuning"), problem)

@@ -136,12 +136,14 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of all parameters that `train.only` does not train."""
+    """Disables the gradients of all parameters that `train.only` does not train or `train.frozen` names."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
         frozen = ROUTERS if config.model.moe.experts.adapts_ffns else frozenset()
         freeze_all_but(model, TRAINED_ROLES[config.train.only] - frozen)
+    elif config.train.frozen is not None:
+        freeze_all_but(model, frozenset(Role) - ROUTERS)
 
 
 def saved_part(config: Config) -> Part:

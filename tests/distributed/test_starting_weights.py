@@ -340,3 +340,31 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, changes)
     assert fault in told["error"]
+
+
+def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> dict[str, bool]:
+    """Trains a run, tunes its weights for two steps without a balance loss; which parameters those steps moved."""
+    Run(rank, data, root, "trained", {}).train_and_save()
+    run = Run(rank, data, root, "tuned", {"run.init_from": str(root / "trained"), **changes})
+    run.begin()
+    named = {name: parameter for _, name, _, parameter in named_parameters(run.training.parallel.model)}
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    for _ in range(2):
+        result = run.training.step(
+            run.loader.batches(0), lr=1e-2, aux=AuxSettings(kind="null_averaged", balance=0.0, z=0.0)
+        )
+        assert not result.skipped
+        assert result.balance == 0.0
+    return {name: not torch.equal(parameter, before[name]) for name, parameter in named.items() if parameter.numel()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel.data": "fsdp2"}], ids=["ddp", "fsdp2"])
+def test_routers_stay_frozen_in_full_fine_tuning(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """To the last bit, with everything else moving; else they move too, the null rows as well."""
+    frozen = {**changes, "train.frozen": "routers"}
+    for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path, frozen):
+        assert {name for name, each in moved.items() if not each} == {name for name in moved if ".router." in name}
+    for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path / "free", changes):
+        assert all(each for name, each in moved.items() if not name.endswith(".null"))
