@@ -117,10 +117,18 @@ class BalanceSection(Section):
 class DistillationSection(Section):
     """Distillation: the model learns a teacher's distribution of the next token."""
 
-    teacher: PathText
+    teacher: PathText | None = None
     """Checkpoint or run folder of the teacher. Every rank holds the whole teacher, frozen."""
+    top_logits: PathText | None = None
+    """Folder in which `moe-dist teach` wrote the teacher's most likely words for the sequences of this run. Give either
+    this or teacher."""
     weight: Share = 1.0
     """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
+
+    def violations(self) -> Iterator[Violation]:
+        if (self.teacher is None) == (self.top_logits is None):
+            problem = f"teacher={self.teacher!r}, top_logits={self.top_logits!r}: give one of the two, and only one"
+            yield Violation(("teacher", "top_logits"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.router_tuning is not None:

@@ -2,10 +2,12 @@
 
     loss = (1 - weight) cross entropy + weight KL(teacher || model)       means over the labels of the step
 
-Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens; this needs no collective.
+Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens, or reads what the teacher
+said from a file (`top_logits.py`); neither needs a collective.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,25 +32,31 @@ class Distillation:
     """Adds the term of distillation to the loss of micro-batches.
 
     Args:
-        teacher: The frozen teacher, whole on this rank.
-        group_of_modality: Index of the teacher's expert group of each modality.
+        outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits` from a file.
         weight: Share of the KL in the loss.
     """
 
-    def __init__(self, teacher: nn.Module, group_of_modality: Tensor, *, weight: float) -> None:
-        self._teacher, self._group_of_modality, self._weight = teacher, group_of_modality, weight
-
-    @torch.no_grad()
-    def outputs(self, batch: Batch) -> TeacherOutput:
-        """Runs the teacher on a micro-batch, which must be on its device."""
-        logits_BSV, _ = forward(self._teacher, batch, self._group_of_modality)
-        return TeacherOutput(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1))
+    def __init__(self, outputs: Callable[[Batch], TeacherOutput], *, weight: float) -> None:
+        self.outputs, self._weight = outputs, weight
 
     def add(self, loss: MicroLoss, losses_BS: Tensor, kl_BS: Tensor, labels_in_step: Tensor) -> MicroLoss:
         """Returns the loss of a micro-batch with `weight` of its cross entropy replaced by the KL."""
         term = self._weight * kl_BS.sum() / labels_in_step
         total = loss.total + term - self._weight * losses_BS.sum() / labels_in_step
         return loss._replace(total=total, auxiliary=loss.auxiliary + term.detach().to(torch.float64))
+
+
+class Teacher:
+    """A frozen model, whole on this rank. `group_of_modality` is the index of its expert group of each modality."""
+
+    def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
+        self._model, self._group_of_modality = model, group_of_modality
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        """Runs the teacher on a micro-batch, which must be on its device."""
+        logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
+        return TeacherOutput(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1))
 
 
 def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq_len: int) -> tuple[Path, ModelSection]:

@@ -22,7 +22,7 @@ from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
 from moe_dist.train.build import build_model, build_optimizer, freeze
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
-from moe_dist.train.distillation import Distillation
+from moe_dist.train.distillation import Distillation, Teacher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
@@ -323,7 +323,7 @@ def distillation() -> Distillation:
     placement = placement_of("interleaved", 1)
     teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
     initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
-    return Distillation(teacher.requires_grad_(False).eval(), torch.tensor([0, 1]), weight=0.7)
+    return Distillation(Teacher(teacher.requires_grad_(False).eval(), torch.tensor([0, 1])), weight=0.7)
 
 
 def draw_second_matrices(model: nn.Module) -> None:
