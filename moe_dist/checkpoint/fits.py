@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moe_dist.checkpoint.contents import Contents
-from moe_dist.checkpoint.index import Entry, Index, index_problems, listed
+from moe_dist.checkpoint.index import Entry, Index, Source, index_problems, listed, stored_name
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
@@ -150,17 +150,18 @@ def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, st
     return {name: name for name in parameters if name in contents.index.tensors and name not in differ}
 
 
-def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
-    """Makes the `Taken` of a load in which `sources` maps each loaded parameter to its name in the checkpoint."""
+def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, Source]) -> Taken:
+    """Makes the `Taken` of a load in which `sources` maps each loaded parameter to its source in the checkpoint."""
     index, parameters = contents.index, _parameters(specs)
-    reasons, used = differences(index, parameters), set(sources.values())
+    there = {name: stored_name(source) for name, source in sources.items()}
+    reasons, used = differences(index, parameters), set(there.values())
     return Taken(
         folder=contents.folder,
         taken=tuple(name for name in parameters if name in sources),
         elements=sum(math.prod(parameters[name].shape) for name in sources),
         kept={name: reasons[name] for name in parameters if name in reasons and name not in sources},
         left=tuple(name for name in index.tensors if name not in used and not name.startswith(OPTIMIZER_PREFIX)),
-        made_of={name: there for name, there in sources.items() if there != name},
+        made_of={name: stored for name, stored in there.items() if sources[name] != name},
     )
 
 

@@ -46,6 +46,45 @@ class Entry(StoredModel):
     chunks: tuple[Chunk, ...]  # together they contain each element of the tensor exactly once
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The part of the tensor `name` with `length` indices from `start` on in the dim `dim`."""
+
+    name: str
+    dim: int
+    start: int
+    length: int
+
+    def offsets(self, num_dims: int) -> tuple[int, ...]:
+        """Returns the index of the part's first element in the whole tensor."""
+        return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
+
+    def of(self, entry: Entry) -> Entry:
+        """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order, some of them
+        empty. The fingerprint stays that of the whole tensor."""
+        dim, chunks = self.dim, []
+        for chunk in entry.chunks:
+            first = max(0, chunk.offsets[dim] - self.start)
+            end = min(self.length, chunk.offsets[dim] + chunk.shape[dim] - self.start)
+            length = max(0, end - first)
+            chunks.append(
+                Chunk(
+                    shard=chunk.shard,
+                    offsets=(*chunk.offsets[:dim], first, *chunk.offsets[dim + 1 :]),
+                    shape=(*chunk.shape[:dim], length, *chunk.shape[dim + 1 :]),
+                )
+            )
+        shape = (*entry.shape[:dim], self.length, *entry.shape[dim + 1 :])
+        return Entry(dtype=entry.dtype, shape=shape, fingerprint=entry.fingerprint, chunks=tuple(chunks))
+
+
+Source = str | Cut  # of a tensor that is loaded: the name of a stored tensor, or a part of one
+
+
+def stored_name(source: Source) -> str:
+    return source if isinstance(source, str) else source.name
+
+
 class ShardEntry(StoredModel):
     """Size in bytes and header digest of one shard file. The tensors after the header have fingerprints instead."""
 

@@ -26,10 +26,21 @@ from moe_dist.checkpoint.contents import CHECKSUMS_FILE, Contents, checksums_of,
 from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import Taken, check_complete, check_fits, fitting, taken_from
-from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, DamagedError, read_index, shard_file
+from moe_dist.checkpoint.index import (
+    INDEX_FILE,
+    STATE_FILE,
+    CheckpointProblem,
+    Cut,
+    DamagedError,
+    Source,
+    read_index,
+    shard_file,
+    stored_name,
+)
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import (
+    Piece,
     Snapshot,
     build_index,
     pieces_of,
@@ -42,6 +53,7 @@ from moe_dist.checkpoint.storage import (
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
+from moe_dist.placement.roles import EXPERT_NAME
 
 SLACK = 1 << 20  # bytes that must be free on the disk besides 1.01 x the bytes of the tensors
 
@@ -188,16 +200,16 @@ class CheckpointManager:
         path: Path,
         state: CheckpointState,
         *,
-        sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, str]] = fitting,
+        sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, Source]] = fitting,
         check: Callable[[Contents], None] | None = None,
     ) -> Taken:
         """Loads only the parameters of the model that `sources` selects.
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Function that maps each parameter to load to its name in the checkpoint, equally on all ranks. By
-                default it selects the parameters with equal name, shape and dtype; `upcycle` and `base` have other
-                functions.
+            sources: Function that maps each parameter to load to its source in the checkpoint, equally on all ranks. By
+                default it selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base` have
+                other functions. The parts of a tensor that one group loads must together be the tensor.
             check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
 
         Raises:
@@ -206,7 +218,7 @@ class CheckpointManager:
         """
         self._check_layout(state.layout)
 
-        def read() -> tuple[Contents, dict[str, str]]:
+        def read() -> tuple[Contents, dict[str, Source]]:
             contents = open_checkpoint(find_checkpoint(path))  # checks all JSON files and their digests
             if check is not None:
                 check(contents)
@@ -316,18 +328,25 @@ class CheckpointManager:
         numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
-    def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
+    def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, Source]) -> None:
         """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
-        tensor by the sum of its shards' fingerprints over the ranks. `sources` maps each loaded tensor to its name in the
-        checkpoint. Costs two all-reduces: one of a number per tensor, one that tells all ranks of an error."""
-        entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
-        sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that the order is equal on all ranks
-        held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
+        tensor by the sum of its shards' fingerprints over the ranks, the parts of a stored tensor by their sum. `sources`
+        maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: one of a number per tensor, one
+        that tells all ranks of an error."""
+        entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
+        written = state.written().keys()
+        whole = {name: name if isinstance(there, str) else _first_part(name) for name, there in sources.items()}
+        sums, wrong = dict.fromkeys(sorted(set(whole.values())), 0), []  # sorted: the order must be equal on all ranks
+        held = {name: tensor for name, tensor in state.tensors().items() if name in sources}
         for name, piece in pieces_of(held).items():
+            source, shape = sources[name], entries[name].shape
+            if isinstance(source, Cut):
+                start = source.offsets(len(shape))
+                piece = Piece(piece.tensor, tuple(map(sum, zip(piece.offsets, start, strict=True))), shape)
             found = piece.fingerprint()
             if name in written:  # of the ranks with this piece only one adds its fingerprint
-                sums[name] = signed(found)
-            if tuple(piece.tensor.shape) == piece.shape and hexadecimal(found) != entries[name].fingerprint:
+                sums[whole[name]] = signed((sums[whole[name]] + found) % (1 << 64))
+            if tuple(piece.tensor.shape) == shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)
         totals = zip(sums, self._status.add(list(sums.values())), strict=True)
         wrong += [name for name, total in totals if hexadecimal(total) != entries[name].fingerprint]
@@ -336,7 +355,7 @@ class CheckpointManager:
             if wrong:
                 raise DamagedError(
                     f"checkpoint {contents.folder}: the loaded tensors differ from the saved ones",
-                    [_damaged(contents, sources[name]) for name in dict.fromkeys(wrong)],
+                    [_damaged(contents, stored_name(sources[name])) for name in dict.fromkeys(wrong)],
                 )
 
         self._status.phase("check the loaded tensors", report, kind=DataError)
@@ -353,3 +372,10 @@ class CheckpointManager:
 def _damaged(contents: Contents, name: str) -> CheckpointProblem:
     files = dict.fromkeys(shard_file(chunk.shard) for chunk in contents.index.tensors[name].chunks)
     return CheckpointProblem("damaged", ", ".join(files), "its bits differ from those that were saved", name)
+
+
+def _first_part(name: str) -> str:
+    """Returns the loaded tensor with the first part of the stored tensor of which `name` has a part, in the same group."""
+    expert = EXPERT_NAME.fullmatch(name)
+    assert expert is not None, "only experts are parts"
+    return f"{expert['layer']}.moe.experts.{expert['group']}.0.{expert['tensor']}"

@@ -34,7 +34,7 @@ from moe_dist import __version__
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
-from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, StateFile, shard_file
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, Source, StateFile, shard_file, stored_name
 from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
 from moe_dist.errors import DataError
@@ -211,34 +211,47 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     return Index(save_id=save_id, step=step, shards=tuple(shards), tensors=tensors)
 
 
-def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, str] | None = None) -> None:
+def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, Source] | None = None) -> None:
     """Loads plain tensors and this rank's shards of DTensors in place. Reads only the needed parts of the files.
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps each tensor that has another name in the checkpoint to that name. Several may map to one name.
+        sources: Maps each tensor that has another name in the checkpoint, or is a part of a tensor there, to its source.
+            Several may map to one source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
     """
     index, planner = contents.index, DefaultLoadPlanner(**_DIALECT)
     there = {name: (sources or {}).get(name, name) for name in tensors}
-    wanted = {name: tensor for name, tensor in tensors.items() if there[name] in index.tensors}
-    planner.set_up_planner(dict(wanted), _dcp_metadata({name: index.tensors[there[name]] for name in wanted}))
-    by_shard: dict[int, list[tuple[ReadItem, Chunk]]] = defaultdict(list)
+    wanted = {name: tensor for name, tensor in tensors.items() if stored_name(there[name]) in index.tensors}
+    entries = {name: entry_of(index, there[name]) for name in wanted}
+    planner.set_up_planner(dict(wanted), _dcp_metadata(entries))
+    by_shard: dict[int, list[tuple[ReadItem, Chunk, tuple[int, ...]]]] = defaultdict(list)
     for item in planner.create_local_plan().items:
-        parts = index.tensors[there[item.storage_index.fqn]].chunks
-        chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
-        by_shard[chunk.shard].append((item, chunk))
+        source = there[item.storage_index.fqn]
+        whole = index.tensors[stored_name(source)]
+        for chunk, part in zip(whole.chunks, entries[item.storage_index.fqn].chunks, strict=True):
+            if torch.Size(part.offsets) == item.storage_index.offset and 0 not in part.shape:
+                start = (0,) * len(whole.shape) if isinstance(source, str) else source.offsets(len(whole.shape))
+                shift = tuple(p + s - c for p, s, c in zip(part.offsets, start, chunk.offsets, strict=True))
+                by_shard[chunk.shard].append((item, chunk, shift))
     for number, items in sorted(by_shard.items()):  # opens each file once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
-            for item, chunk in items:
-                name = there[item.storage_index.fqn]
+            for item, chunk, shift in items:
+                name = stored_name(there[item.storage_index.fqn])
                 if header.parts.get(name) != (index.tensors[name].dtype, chunk):
                     raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index lists")
-                box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+                starts = map(sum, zip(item.storage_offsets, shift, strict=True))
+                box = tuple(slice(o, o + n) for o, n in zip(starts, item.lengths, strict=True))
                 planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
+
+
+def entry_of(index: Index, source: Source) -> Entry:
+    """Returns the entry of a stored tensor, or of a part of it."""
+    entry = index.tensors[stored_name(source)]
+    return entry if isinstance(source, str) else source.of(entry)
 
 
 @contextmanager
@@ -262,7 +275,11 @@ def _dcp_metadata(entries: Mapping[str, Entry]) -> Metadata:
             name: TensorStorageMetadata(
                 TensorProperties(dtype=DTYPES[entry.dtype]),
                 torch.Size(entry.shape),
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in entry.chunks],
+                [
+                    ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape))
+                    for c in entry.chunks
+                    if 0 not in c.shape
+                ],
             )
             for name, entry in entries.items()
         }

@@ -41,19 +41,15 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     Raises:
         ConfigError: there is nothing to copy for an expert or for the whole model, or shape or dtype differ.
     """
-    there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
-    sources: dict[str, str] = {}
+    there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
+    sources = norms(index, specs)
     problems: dict[str, None] = {}  # the keys are an ordered set
     for name in specs:
-        if norm := _NORM.fullmatch(name):
-            source = f"{norm['layer']}.ffn.norm.weight"
-            if name not in index.tensors and source in index.tensors:
-                sources[name] = source
-        elif expert := EXPERT_NAME.fullmatch(name):
+        if expert := EXPERT_NAME.fullmatch(name):
             layer, group = expert["layer"], expert["group"]
-            source = _source_of(expert, index, there[layer], here[layer][group])
+            source = source_of(expert, index, there[layer], here[layer][group])
             if source is None:
-                problems[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
+                problems[f"{layer}.moe.experts.{group}: {nothing(len(here[layer][group]), group, there[layer])}"] = None
             else:
                 sources[name] = source
     problems |= {
@@ -76,7 +72,13 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     return sources
 
 
-def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
+def norms(index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Maps the norm of each MoE layer that the checkpoint lacks to the norm of the layer's dense FFN."""
+    found = {name: f"{norm['layer']}.ffn.norm.weight" for name in specs if (norm := _NORM.fullmatch(name))}
+    return {name: source for name, source in found.items() if name not in index.tensors and source in index.tensors}
+
+
+def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
     """Maps layer and group to the indices of the group's experts, from the names of tensors."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
@@ -85,7 +87,7 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
     return found
 
 
-def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
+def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
     """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if there is none. `groups` has the
     checkpoint's experts in that layer, `experts` the model's experts in that group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
@@ -101,7 +103,7 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
     return None
 
 
-def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
+def nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
     """Returns why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
     checkpoint's experts in that layer."""
     if group in groups:

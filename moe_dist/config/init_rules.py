@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from moe_dist.config.model_schema import GroupSection
 from moe_dist.config.section import Violation, WholeConfig
+from moe_dist.config.split_rule import split_violations
 
 KEY = "run.init_rules"
 
@@ -38,6 +39,11 @@ def init_violations(config: WholeConfig) -> Iterator[Violation]:
     if "adapt" in rules and len(set(rules)) > 1:
         problem = f"{KEY}={list(rules)}: under adapters the base stays unchanged; remove the other rules, or adapt"
         yield Violation((KEY,), problem)
+    if "split" in rules and len(set(rules)) > 1:
+        problem = f"{KEY}={list(rules)}: split sets all router rows to 0 and takes whole FFNs; remove the other rules"
+        yield Violation((KEY,), problem)
+    elif "split" in rules:
+        yield from split_violations(config)
     if "copy_nulls" in rules:
         yield from _copy_violations(config)
 

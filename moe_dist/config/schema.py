@@ -24,6 +24,7 @@ from moe_dist.config.section import (
     NonNegative,
     PathText,
     Section,
+    Share,
     Violation,
     WholeConfig,
     default_kind,
@@ -49,10 +50,11 @@ class RunSection(Section):
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
     this key."""
-    init_rules: tuple[Literal["copy_nulls", "upcycle", "adapt"], ...] = ()
+    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "adapt"], ...] = ()
     """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
-    expert of the group. adapt puts new adapters on the unchanged model (train.only=adapters)."""
+    expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. adapt puts new
+    adapters on the unchanged model (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
     Steps and learning rate still start at the beginning."""
@@ -112,14 +114,38 @@ class BalanceSection(Section):
                 yield Violation((where, "model.moe.groups"), f"{where}.{name}: {problem}")
 
 
+class DistillationSection(Section):
+    """Distillation: the model learns a teacher's distribution of the next token."""
+
+    teacher: PathText | None = None
+    """Checkpoint or run folder of the teacher. Every rank holds the whole teacher, frozen."""
+    top_logits: PathText | None = None
+    """Folder in which `moe-dist teach` wrote the teacher's most likely words for the sequences of this run. Give either
+    this or teacher."""
+    weight: Share = 1.0
+    """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
+
+    def violations(self) -> Iterator[Violation]:
+        if (self.teacher is None) == (self.top_logits is None):
+            problem = f"teacher={self.teacher!r}, top_logits={self.top_logits!r}: give one of the two, and only one"
+            yield Violation(("teacher", "top_logits"), problem)
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.router_tuning is not None:
+            problem = "loss.distillation: router tuning trains on samples, which have no teacher; leave one of the two out"
+            yield Violation(("loss.distillation", "router_tuning"), problem)
+
+
 class LossSection(Section):
-    """Auxiliary losses that are added to cross entropy."""
+    """Cross entropy and what is added to it."""
 
     balance: BalanceSection = Field(
         default_factory=BalanceSection, description="Load-balance loss of each layer and group."
     )
     z: NonNegative = 0.0
     """Coefficient of the router z-loss: the mean of the squared log-sum-exp of the router's logits."""
+    distillation: DistillationSection | None = None
+    """Learn from a teacher (docs/adapt.md). null: cross entropy alone."""
 
 
 class TrainSection(Section):
@@ -135,8 +161,19 @@ class TrainSection(Section):
     expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
     parameters."""
 
+    frozen: Literal["routers"] | None = None
+    """Keep these parameters as run.init_from brings them, and train all others. routers: the rows of the routers; load
+    controllers still move the selection biases. null trains all parameters."""
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from adapter_violations(config)
+        if self.frozen is not None and (self.only is not None or config.run.init_from is None):
+            problem = (
+                f"train.frozen={self.frozen}: train.only={self.only} says already what is trained; leave one of the two out"
+                if self.only is not None
+                else f"train.frozen={self.frozen}: run.init_from=null leaves routers untrained; set it, or frozen to null"
+            )
+            yield Violation(("train.frozen", "train.only" if self.only else "run.init_from"), problem)
         if self.only == "routers" and config.router_tuning is None:
             problem = "train.only=routers: needs the section router_tuning; add it, or set train.only to null"
             yield Violation(("train.only", "router_tuning"), problem)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention, CausalAttention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
+from moe_dist.model.distillation import TeacherOutput, divergences
 from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table, token_losses
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.model.token_loss import tiled_token_losses
@@ -100,6 +101,7 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
         labels_BS: Tensor | None = None,
+        teacher: TeacherOutput | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Returns logits [B, S, V] in the compute dtype, and the report of each MoE layer.
 
@@ -111,6 +113,7 @@ class Transformer(nn.Module):
             request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
             labels_BS: int64. With labels, the cross entropies [B, S] in fp32 take the place of the logits: FSDP2 has the
                 output weight gathered only inside forward.
+            teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
         """
         # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
@@ -131,7 +134,7 @@ class Transformer(nn.Module):
                 reports.append(report)
         if request.on_reports is not None:
             request.on_reports(reports)
-        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS)), reports
+        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS, teacher)), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
@@ -237,7 +240,10 @@ class Transformer(nn.Module):
         x_BSD = self.norm(x_BSD)  # the logits [B, S, V] below are the largest activation
         return F.linear(x_BSD, self._output.to(x_BSD.dtype))
 
-    def _losses(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+    def _losses(self, x_BSD: Tensor, labels_BS: Tensor, teacher: TeacherOutput | None) -> Tensor:
+        if teacher is not None:
+            logits_BSV = self._logits(x_BSD)
+            return torch.stack([token_losses(logits_BSV, labels_BS), divergences(logits_BSV, teacher, labels_BS)])
         if self.args.loss_words is None:
             return token_losses(self._logits(x_BSD), labels_BS)
         return tiled_token_losses(self.norm(x_BSD), self._output, labels_BS, self.args.loss_words)

@@ -14,7 +14,9 @@ from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, mom
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.manifest import Manifest
+from moe_dist.config.parallel_schema import AllToAllDispatchSection
 from moe_dist.config.schema import Config
+from moe_dist.config.split_files import data_digest
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.attention import Attention, CausalAttention
@@ -33,7 +35,7 @@ from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.optim.muon import Muon
 from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
-from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.initialise import allocate, initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertPlacement
@@ -45,6 +47,7 @@ from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
+from moe_dist.train.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
@@ -53,6 +56,7 @@ from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
+from moe_dist.train.top_logits import TopLogits
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +145,14 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of all parameters that `train.only` does not train."""
+    """Disables the gradients of all parameters that `train.only` does not train or `train.frozen` names."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
         frozen = ROUTERS if config.model.moe.experts.adapts_ffns else frozenset()
         freeze_all_but(model, TRAINED_ROLES[config.train.only] - frozen)
+    elif config.train.frozen is not None:
+        freeze_all_but(model, frozenset(Role) - ROUTERS)
 
 
 def saved_part(config: Config) -> Part:
@@ -221,8 +227,30 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         controllers=[each for each in (balance, *thresholds) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
+        distillation=build_distillation(config, manifest, mesh.device) if config.loss.distillation is not None else None,
     )
     return Training(parallel, optimizer, step, balance, tuning)
+
+
+def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
+    """Makes the term of distillation, and loads its teacher onto this rank."""
+    section = config.loss.distillation
+    assert section is not None, "the caller checks the section"
+    if section.top_logits is not None:
+        digest = data_digest(config.data.path, manifest)
+        return Distillation(TopLogits(section.top_logits, config, digest), weight=section.weight)
+    assert section.teacher is not None, "the section has one of the two"
+    folder, model = teacher_section(section.teacher, config.model, manifest, seq_len=config.data.seq_len)
+    alone = {"ep": 1, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
+    config = config.model_copy(update={"model": model, "parallel": config.parallel.model_copy(update=alone)})
+    groups = expert_groups(model.moe)
+    placement = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    with torch.device("meta"):
+        teacher = build_model(config, placement, ep_rank=0, ep_group=None)
+    allocate(teacher, device)
+    load_teacher(teacher, folder, placement)
+    found = torch.tensor(group_of_modality(manifest, placement), device=device)
+    return Distillation(Teacher(teacher, found), weight=section.weight)
 
 
 def build_optimizer(config: Config, model: Transformer) -> Optimizer:

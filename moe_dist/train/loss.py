@@ -18,6 +18,7 @@ from moe_dist.comm.collectives import start_sum
 from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.model.distillation import TeacherOutput
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
@@ -49,7 +50,7 @@ class MicroLoss(NamedTuple):
     nll_M: Tensor  # sum of token losses by the label's modality, in nats
     balance: Tensor  # balance term in `total`
     z: Tensor  # z term in `total`
-    auxiliary: Tensor  # loss of auxiliary routers, or term of router tuning, in `total`
+    auxiliary: Tensor  # loss of auxiliary routers, or term of router tuning or of distillation, in `total`
     counts: StepCounts[Tensor]  # routing counts of the micro-batch over all ranks
 
 
@@ -78,12 +79,14 @@ def forward(
     request: RoutingRequest = NO_REQUEST,
     *,
     losses: bool = False,
+    teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V], or with `losses` the cross entropy of each
-    label [B, S], and one report per MoE layer."""
+    label [B, S], or with a `teacher` as well both losses [2, B, S], and one report per MoE layer."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
+    inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
+    return model(*inputs) if teacher is None else model(*inputs, teacher)
 
 
 def global_counts(

@@ -2,12 +2,14 @@
 are loaded, all others stay as initialised. The rules in `run.init_rules`:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
+split         a dense FFN is cut into the experts of a group, which together are the FFN (checkpoint/split.py)
 copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)
 
 All checks run before the first step. The report tells what was loaded, and why the model's function differs (if it does).
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -17,6 +19,7 @@ from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.split import fitting_or_split
 from moe_dist.checkpoint.state import CheckpointState
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.attention.grouped_query import GroupedQuerySection
@@ -28,6 +31,8 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
+SPLIT_SAME = "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ"
+STAIR = 0.02  # between the scores of two null experts of a split model, in parts of the score of a row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
@@ -42,7 +47,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     """
     assert config.run.init_from is not None
     path, rules = Path(config.run.init_from), config.run.init_rules
-    upcycle, copy = "upcycle" in rules, "copy_nulls" in rules
+    upcycle, split, copy = "upcycle" in rules, "split" in rules, "copy_nulls" in rules
+    sources = fitting_or_upcycled if upcycle else fitting_or_split if split else fitting
     source: dict[str, JsonValue] = {}
 
     def check(contents: Contents) -> None:
@@ -62,20 +68,25 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
     if config.router_tuning is not None:
         checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
-    taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
+    taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
     lines = [taken.report()]
     if copy:
         rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all rows
         lines.append(f"copied {rows} null rows from true ones")
+    if split:
+        scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
+        gates = _gates(model, config)  # layer by layer, each with the groups in order
+        rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
+        lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
-        if misfits or (changes and copy and not upcycle):
-            name = "upcycle" if upcycle else "copy_nulls"
+        if misfits or (changes and not upcycle):
+            (name, *_) = (each for each in ("upcycle", "split", "copy_nulls") if each in rules)
             raise ConfigError(
                 [f"run.init_rules: {name}: {path}: {each}" for each in (misfits if upcycle else [*misfits, *changes])],
                 see="docs/routing.md",
             )
-        same = "the same as the checkpoint's" + ("" if upcycle else ", to the last bit")
+        same = "the same as the checkpoint's" + ("" if upcycle else SPLIT_SAME if split else ", to the last bit")
         lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
     return "\n".join(lines)
 
@@ -116,7 +127,7 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
         if role_of_name(name) not in _MOE_ROUTERS
     ][:1]
     other = _other_keys(config, source)
-    if "upcycle" in config.run.init_rules:
+    if {"upcycle", "split"} & {*config.run.init_rules}:
         other.pop("mixture_of_depths", None)  # an upcycled model may add mixture of depths
     return problems + [f"{problem}; take that" for problem in other.values()]
 
@@ -126,6 +137,8 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     model. Without such reasons it computes the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
+    if "split" in config.run.init_rules:
+        return changes + _scaled(source.get("model"), taken)
     if "upcycle" not in config.run.init_rules:
         return changes
     mixture_of_depths = [problem for key, problem in _other_keys(config, source).items() if key == "mixture_of_depths"]
@@ -154,7 +167,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 def _kept(config: Config, taken: Taken) -> list[str]:
     """Returns the names of tensors that keep their initial values, except router tensors for which a rule allows it."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
-    if "upcycle" not in config.run.init_rules:
+    if not {"upcycle", "split"} & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
     return [name for name in taken.kept if name not in routers]
 
@@ -163,13 +176,9 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     """Returns the reasons of `_changes` that concern upcycled experts. The experts of a group are equal, so the weighted
     sum of their outputs is the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
-    total, changes, scale = router.sum_of_weights, [], 1.0
+    total, changes, scale = router.sum_of_weights, [], _old_scale(before, taken)
     if total is None:
         changes.append(f"with this model.moe.router ({router.said}) a token's weights need not sum to 1")
-    if isinstance(before, dict) and any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values()):
-        old = before.get("moe")
-        old_router = old.get("router") if isinstance(old, dict) else None
-        scale = old_router.get("scale", 1.0) if isinstance(old_router, dict) else 1.0
     if total is not None and total != scale:
         changes.append(f"model.moe.router.scale={total:g}, the experts were scaled by {scale}")
     for name, group in moe.groups.items():
@@ -180,3 +189,17 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
                 f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"
             )
     return changes
+
+
+def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:
+    """Returns the scale of the checkpoint's router if experts of the checkpoint are copied or split, else 1.0."""
+    moe = before.get("moe") if isinstance(before, dict) else None
+    router = moe.get("router") if isinstance(moe, dict) else None
+    used = any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values())
+    return router.get("scale", 1.0) if used and isinstance(router, dict) else 1.0
+
+
+def _scaled(before: JsonValue, taken: Taken) -> list[str]:
+    """Returns a reason of `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
+    scale = _old_scale(before, taken)
+    return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]

@@ -30,6 +30,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.distillation import Distillation
 from moe_dist.train.loss import (
     AuxSettings,
     MicroLoss,
@@ -67,6 +68,7 @@ class TrainingStep:
         needs_global_batch_info: True if a router needs the token counts of all ranks. They are summed with the label
             counts, and cost a host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
+        distillation: Replaces cross entropy by the KL from a teacher, wholly or in part.
     """
 
     def __init__(
@@ -81,12 +83,13 @@ class TrainingStep:
         controllers: Sequence[AfterStep] = (),
         needs_global_batch_info: bool = False,
         tuning: RouterTuning | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         device = parallel.mesh.device
         self.parallel, self.optimizer, self.placement, self.clip_norm = parallel, optimizer, placement, clip_norm
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
-        self.needs_global_batch_info = needs_global_batch_info
+        self.needs_global_batch_info, self.distillation = needs_global_batch_info, distillation
         # Of the last step, [W x 4]: this rank's row has its busy seconds and `largest_memory`, the other rows are 0 until
         # the ranks' tensors are summed. Empty before the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
@@ -139,8 +142,12 @@ class TrainingStep:
                 started: list[Callable[[], StepCounts[Tensor]]] = []
                 start = partial(self._start_counts, started)
                 request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start)
+                teacher = None if self.distillation is None else self.distillation.outputs(batch)
                 with record_function("forward"):  # these four ranges cost microseconds
-                    losses_BS, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True)
+                    found, reports = forward(
+                        self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher
+                    )
+                losses_BS, *divergences_BS = [found] if teacher is None else found.unbind()
                 loss = micro_loss(
                     losses_BS,
                     reports,
@@ -155,7 +162,9 @@ class TrainingStep:
                 )
                 for watcher in watchers:
                     watcher.add(batch, reports)
-                del losses_BS  # else its autograd graph would outlive backward
+                if self.distillation is not None:
+                    loss = self.distillation.add(loss, losses_BS, *divergences_BS, labels_in_step)
+                del found, losses_BS, divergences_BS, teacher  # else the autograd graph would outlive backward
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 with record_function("backward"):

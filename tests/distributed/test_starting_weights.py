@@ -98,6 +98,9 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
         "parameters": {name: p.detach().clone() for _, name, _, p in named_parameters(second.training.parallel.model)}
         if rank.world_size == 1
         else {},
+        "trained": {name: p.detach().clone() for _, name, _, p in named_parameters(first.training.parallel.model)}
+        if rank.world_size == 1
+        else {},
     }
     result = second.training.step(second.loader.batches(0), lr=1e-3, aux=AUX)
     told["trains"] = not result.skipped
@@ -273,3 +276,95 @@ def test_an_upcycled_model_that_computes_something_else_says_why(
     (told,) = run_in_world(1, begun, tiny_data, tmp_path, SEED, {**UPCYCLE, **changes})
     assert told["gap"] > 1e-4
     assert reason in told["report"].splitlines()[-1]
+
+
+SPLIT = {"run.init_rules": ["split"]}
+PARTS = {**groups((4, 4, 4), (4, 2, 4)), f"{GROUPS}.text.ffn_dim": 4, f"{GROUPS}.image.ffn_dim": 6}
+SUMMED = {**SPLIT, **PARTS, "model.moe.router.scale": 4.0}
+SIGMOIDS = {
+    "model.moe.router": {"kind": "group_limited", "normalise": "none", "scale": 2.0},
+    "model.moe.balance": [{"kind": "active_experts", "target": {"text": 2.0, "image": 1.0}, "rate": 0.1}],
+}
+SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one expert a group": (SEED, SUMMED),
+    "sigmoids under a controller": (
+        SEED,
+        {**SPLIT, **PARTS, **SIGMOIDS, **groups((4, 4, 4), (2, 2, 2)), f"{GROUPS}.image.ffn_dim": 12},
+    ),
+    "a dense layer": (
+        {**SEED, **SAME_WIDTH, "model.moe.first": 1, "model.dense_ffn_dim": 16},
+        {**SUMMED, f"{GROUPS}.image.ffn_dim": 4},
+    ),
+    "sharded": ({**SEED, "parallel.data": "fsdp2"}, {**SUMMED, "parallel.data": "fsdp2"}),
+}
+
+
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *((2, case) for case in SPLITS)])
+def test_the_parts_of_an_ffn_together_are_the_ffn(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
+) -> None:
+    trained, changes = SPLITS[case]
+    for told in run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes):
+        assert not told["fresh"]
+        assert "error" not in told, told
+        assert told["gap"] < 2e-6
+        taken = [changes[f"{GROUPS}.{group}.num_experts"] for group in ("text", "image")]
+        assert set(zip(told["loads"][1][::2], told["loads"][1][1::2], strict=True)) == {tuple(taken)}
+        assert "the same as the checkpoint's; the output of an FFN is the sum of its parts" in told["report"]
+        assert told["trains"]
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts are the FFN, bit for bit
+            parts = told["parameters"][f"layers.0.moe.experts.text.{name}"]
+            whole = told["trained"][f"layers.0.moe.experts.text.{name}"][0]
+            assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "fault"),
+    [
+        (SEED, {**SUMMED, f"{GROUPS}.text.ffn_dim": 5},
+         "model.moe.groups.text: num_experts=4 x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
+         "the same hidden_dim; take ffn_dim=4"),
+        (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take num_experts=8, or another divisor of"),
+        (groups((2, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 2 in the checkpoint; only a single expert can be"),
+        ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
+        (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_split_is_refused(
+    run_in_world: Callable[..., list[Any]],
+    tiny_data: Path,
+    tmp_path: Path,
+    trained: dict[str, Any],
+    changes: dict[str, Any],
+    fault: str,
+) -> None:
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, changes)
+    assert fault in told["error"]
+
+
+def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> dict[str, bool]:
+    """Trains a run, tunes its weights for two steps without a balance loss; which parameters those steps moved."""
+    Run(rank, data, root, "trained", {}).train_and_save()
+    run = Run(rank, data, root, "tuned", {"run.init_from": str(root / "trained"), **changes})
+    run.begin()
+    named = {name: parameter for _, name, _, parameter in named_parameters(run.training.parallel.model)}
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    for _ in range(2):
+        result = run.training.step(
+            run.loader.batches(0), lr=1e-2, aux=AuxSettings(kind="null_averaged", balance=0.0, z=0.0)
+        )
+        assert not result.skipped
+        assert result.balance == 0.0
+    return {name: not torch.equal(parameter, before[name]) for name, parameter in named.items() if parameter.numel()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel.data": "fsdp2"}], ids=["ddp", "fsdp2"])
+def test_routers_stay_frozen_in_full_fine_tuning(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """To the last bit, with everything else moving; else they move too, the null rows as well."""
+    frozen = {**changes, "train.frozen": "routers"}
+    for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path, frozen):
+        assert {name for name, each in moved.items() if not each} == {name for name in moved if ".router." in name}
+    for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path / "free", changes):
+        assert all(each for name, each in moved.items() if not name.endswith(".null"))

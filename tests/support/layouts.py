@@ -22,6 +22,7 @@ from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
 from moe_dist.train.build import build_model, build_optimizer, freeze
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.distillation import Distillation, Teacher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
@@ -79,6 +80,7 @@ class Layout:
     balance_loss: BalanceKind = "null_averaged"
     fsdp_gather: str = "micro_batch"
     loss_words: int | None = None
+    distilled: bool = False  # seven tenths of the loss are the KL from a teacher of other weights
     optimizer: str = "adamw"
     tied: bool = False  # the output weight is the embedding's
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
@@ -116,6 +118,7 @@ class Layout:
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
+        budget += "-distilled" if self.distilled else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
@@ -315,6 +318,14 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
     return ParallelModel(model, mesh, layout.data, fsdp_gather=layout.fsdp_gather)  # pyright: ignore[reportArgumentType]
 
 
+def distillation() -> Distillation:
+    """The term of a teacher with the shape of the plain layout's model, whole on each rank."""
+    placement = placement_of("interleaved", 1)
+    teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
+    initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
+    return Distillation(Teacher(teacher.requires_grad_(False).eval(), torch.tensor([0, 1])), weight=0.7)
+
+
 def draw_second_matrices(model: nn.Module) -> None:
     """Adapters' B, which begin at 0 and would leave A without a gradient."""
     for _, name, _, parameter in named_parameters(model):
@@ -347,6 +358,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         comm_stats=comm_stats,
         controllers=[each for each in controllers if each is not None],
         needs_global_batch_info=layout.choice is not None or layout.fixed,
+        distillation=distillation() if layout.distilled else None,
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.controllers.base import ControllerSection
-from moe_dist.config.section import GroupName, Violation, WholeConfig, unknown_name
+from moe_dist.config.section import Count, GroupName, Violation, WholeConfig, unknown_name
 
 
 class ActiveExpertsSection(ControllerSection):
@@ -17,6 +17,9 @@ class ActiveExpertsSection(ControllerSection):
     """Rate of the first step. A bias changes by rate x (target - load) / (k x n), a part of a probability."""
     decay_steps: PositiveInt | None = None
     """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
+    ramp_steps: Count = 0
+    """Steps in which the target moves in a straight line from all true experts of the group (at most top_k) to `target`, so
+    that a trained model gives them up slowly."""
     per: Literal["group", "expert"] = "group"
     """group changes the biases of all true experts of a group by the same amount. expert changes each bias by that expert's
     own load, which also balances the experts."""

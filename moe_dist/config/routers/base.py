@@ -60,6 +60,15 @@ class RouterSection(Section):
         """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
+    def equal_score(self, group: Any) -> float:
+        """Returns the score of each column of a group, without biases, if all logits are 0."""
+        return 1.0 / (group.num_experts + group.num_null + group.num_zero_computation)
+
+    def equal_share(self, group: Any) -> int | None:
+        """Returns N such that scale / N is the weight of each true expert of a group if all scores are equal and a token
+        takes all true experts; None if this router then leaves some out."""
+        return None
+
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
         """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""

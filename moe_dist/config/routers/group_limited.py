@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -27,6 +27,14 @@ class GroupLimitedRouterSection(RouterSection):
     @property
     def node_limit(self) -> tuple[int, int]:
         return (self.n_group, self.topk_group)
+
+    def equal_score(self, group: Any) -> float:
+        return 0.5
+
+    def equal_share(self, group: Any) -> int | None:
+        if self.topk_group < self.n_group:
+            return None
+        return group.num_experts if self.normalise == "true_chosen" else 2  # the sigmoid of 0 is 1 / 2
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

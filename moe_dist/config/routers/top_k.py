@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -19,3 +19,7 @@ class TopKRouterSection(RouterSection):
     """each gives every null expert its own router row. single gives all null experts of a group the logit of one row."""
     selection_bias: bool = False
     """Choose by softmax + bias. The bias starts at 0 and does not change the weights (LongCat-Flash, Ernie 4.5)."""
+
+    def equal_share(self, group: Any) -> int | None:
+        true, null = group.num_experts, group.num_null
+        return {"true_chosen": true, "all_chosen": group.top_k, "true_all": true, "none": true + null}[self.normalise]

@@ -31,6 +31,8 @@ class ActiveExperts:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
         rate: mu of the first step.
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
+        ramp_steps: Number of updates in which the target moves in a straight line from the most true experts that a token
+            can take to `target`.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class ActiveExperts:
         rate: float,
         decay_steps: int | None = None,
         per: Literal["group", "expert"] = "group",
+        ramp_steps: int = 0,
     ) -> None:
+        self.ramp_steps = ramp_steps
         self.target, self.rate, self.decay_steps, self.per = dict(target), rate, decay_steps, per
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
@@ -48,6 +52,9 @@ class ActiveExperts:
         target = self.target.get(group.name)
         if target is None:
             return None
+        if step < self.ramp_steps:
+            most = min(group.top_k, group.num_experts)
+            target = most + (target - most) * step / self.ramp_steps
         mu = self.rate / (1.0 + (step / self.decay_steps if self.decay_steps is not None else 0.0))
         share_Ln = true_Ln / tokens_L1
         if self.per == "group":

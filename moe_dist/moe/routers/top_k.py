@@ -52,6 +52,17 @@ class GroupGate(nn.Module):
                 self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
 
     @torch.no_grad()
+    def zero_rows(self, step: float) -> int:
+        """Sets all rows to 0, so that all columns get the same score. Biases of null columns become stairs, -step, -2 step
+        and so on: if all true experts lose r steps, a token gives up r of them, and not all at once. Returns the number
+        of rows."""
+        rows = dict(self.named_parameters())
+        if "null" in rows and "bias" in dict(self.named_buffers()):
+            first, count = rows["true"].shape[0], rows["null"].shape[0]
+            self.bias[first : first + count] = -step * torch.arange(1, count + 1, device=self.bias.device)
+        return sum(each.zero_().shape[0] for each in rows.values())
+
+    @torch.no_grad()
     def copy_true_rows(self) -> int:
         """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, which
         is 0 if the group has no null experts."""

@@ -116,6 +116,16 @@ def test_what_would_not_begin_as_it_was_is_refused(
         ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
         ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
           "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),
+        ({"run__init_rules": ["split", "upcycle"]}, "takes whole FFNs; remove the other rules"),
+        ({"run__init_rules": ["split"], "model__moe__groups__text__top_k": 2}, "top_k=2 must be at least num_experts=3"),
+        ({"run__init_rules": ["split"]}, "the weights start at scale / 3, and 3 is no power of two"),
+        ({"run__init_rules": ["split"], "model__moe__router": {"normalise": "all_chosen"}},
+         "scale=1: the weights of group text start at scale / 4 and must be 1; take scale=4"),
+        ({"run__init_rules": ["split"], "model__moe__router": {"kind": "group_limited", "n_group": 1, "normalise": "none"}},
+         "start at scale / 2 and must be 1; take scale=2"),
+        ({"run__init_rules": ["split"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
+         "a token would not start with all parts of the FFN; take kind=top_k"),
+        ({"run__init_rules": ["split"], "model__moe__groups__image__num_constant": 1}, "which the FFN lacks"),
     ],
 )  # fmt: skip
 def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:

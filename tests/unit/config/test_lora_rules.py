@@ -55,6 +55,8 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
     [
         ({**SOUND, "train.only": None}, "train.only=null: the weights under adapters", "set train.only=adapters"),
         ({**ATTENTION, "train.only": None}, "train.only=null: the weights under adapters", "set train.only=adapters"),
+        ({**SOUND, "train.frozen": "routers"}, "train.only=adapters says already what", "leave one of the two out"),
+        ({"train.frozen": "routers"}, "run.init_from=null leaves routers", "or frozen to null"),
         ({**SOUND, "run.init_from": None}, "run.init_from=null leaves it untrained", "set run.init_from to a checkpoint"),
         ({**SOUND, "run.init_rules": []}, "run.init_rules=[]: a base under adapters", "set run.init_rules=[adapt]"),
         ({**SOUND, "run.init_rules": ["adapt", "upcycle"]}, "under adapters the base stays", "remove the other rules"),

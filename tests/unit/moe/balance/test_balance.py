@@ -123,6 +123,16 @@ def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
     assert gates[0][2].bias.tolist() == pytest.approx([1e-3, 1e-3, -1e-3]), "without other columns, as published"
 
 
+def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
+    """Of 4 true experts and 3 choices: 3, 2.5, 2, 1.5, and 1.5 from there on; a load of 1 below it moves biases alike."""
+    group = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
+    rule = ActiveExperts({"text": 1.5}, rate=3.0 * 4, ramp_steps=3)
+    for step, target in enumerate((3.0, 2.5, 2.0, 1.5, 1.5)):
+        delta = rule.delta(group, torch.full((1, 4), (target - 1.0) / 4), torch.ones(1, 1), step)
+        assert delta is not None
+        torch.testing.assert_close(delta, torch.ones(1, 4))
+
+
 def test_the_rate_halves_after_its_steps() -> None:
     rule = ActiveExperts({"text": 1.5}, rate=0.4, decay_steps=100)
     true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)

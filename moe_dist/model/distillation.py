@@ -1,0 +1,38 @@
+"""Distillation: how far a model's distribution of the next token is from a teacher's (Hinton et al., arXiv 1503.02531, at
+temperature 1).
+
+    KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
+
+If only the K most likely words of the teacher are known, all other words are one more word, with the probability that is
+left. This KL is at most the KL over all words. Shape letters: B sequences, S positions, V vocabulary, K words per token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """The teacher's log-probabilities of the next token: of all words, or of the words `word_BSK` only. Constants."""
+
+    log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
+    word_BSK: Tensor | None = None  # int64, K < V different words; None: all words in order (K = V)
+
+
+def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -> Tensor:
+    """Returns the KL of each token [B, S] in nats, in fp32 (float64 for a float64 model); 0 where the label is negative.
+    Holds about five tensors of B x S x V numbers until backward."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    log_q_BSV, log_p_BSK = logits_BSV.to(dtype).log_softmax(-1), teacher.log_prob_BSK.to(dtype)
+    if teacher.word_BSK is None:
+        kl_BS = F.kl_div(log_q_BSV, log_p_BSK, reduction="none", log_target=True).sum(-1)
+    else:
+        p_BSK, log_q_BSK = log_p_BSK.exp(), log_q_BSV.gather(-1, teacher.word_BSK)
+        rest_BS = (1.0 - p_BSK.sum(-1)).clamp_min(0.0)
+        # summed from the words outside, because 1 - sum of q loses all digits where the sum is near 1
+        log_q_rest_BS = log_q_BSV.scatter(-1, teacher.word_BSK, float("-inf")).logsumexp(-1)
+        kl_BS = (p_BSK * (log_p_BSK - log_q_BSK)).sum(-1) + torch.xlogy(rest_BS, rest_BS) - rest_BS * log_q_rest_BS
+    return torch.where(labels_BS < 0, 0.0, kl_BS)

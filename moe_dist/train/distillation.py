@@ -1,0 +1,102 @@
+"""The term of distillation in a training step, and the teacher whose distribution it follows.
+
+    loss = (1 - weight) cross entropy + weight KL(teacher || model)       means over the labels of the step
+
+Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens, or reads what the teacher
+said from a file (`top_logits.py`); neither needs a collective.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from moe_dist.checkpoint.base import KEY
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.config.manifest import Manifest
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.data.batch import Batch
+from moe_dist.errors import ConfigError
+from moe_dist.model.distillation import TeacherOutput
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.loss import MicroLoss, forward
+
+
+class Distillation:
+    """Adds the term of distillation to the loss of micro-batches.
+
+    Args:
+        outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits` from a file.
+        weight: Share of the KL in the loss.
+    """
+
+    def __init__(self, outputs: Callable[[Batch], TeacherOutput], *, weight: float) -> None:
+        self.outputs, self._weight = outputs, weight
+
+    def add(self, loss: MicroLoss, losses_BS: Tensor, kl_BS: Tensor, labels_in_step: Tensor) -> MicroLoss:
+        """Returns the loss of a micro-batch with `weight` of its cross entropy replaced by the KL."""
+        term = self._weight * kl_BS.sum() / labels_in_step
+        total = loss.total + term - self._weight * losses_BS.sum() / labels_in_step
+        return loss._replace(total=total, auxiliary=loss.auxiliary + term.detach().to(torch.float64))
+
+
+class Teacher:
+    """A frozen model, whole on this rank. `group_of_modality` is the index of its expert group of each modality."""
+
+    def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
+        self._model, self._group_of_modality = model, group_of_modality
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        """Runs the teacher on a micro-batch, which must be on its device."""
+        logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
+        return TeacherOutput(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1))
+
+
+def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq_len: int) -> tuple[Path, ModelSection]:
+    """Finds the teacher's checkpoint, and returns its folder and the section `model` of its configuration.
+
+    Raises:
+        ConfigError: there is no checkpoint, or its model cannot be the teacher; lists every reason.
+        DataError: the checkpoint is damaged.
+    """
+    key = f"loss.distillation.teacher={path!r}"
+    contents = open_checkpoint(find_checkpoint(Path(path)))
+    values = contents.state.values
+    if KEY in values:
+        raise ConfigError(f"{key}: holds adapters without their base; export it merged, and import that as the teacher")
+    config = values.get("config")
+    try:
+        found = ModelSection.model_validate_json(json.dumps(config.get("model") if isinstance(config, dict) else None))
+    except ValidationError as error:
+        raise ConfigError(f"{key}: its state.json has no model that this version can read: {error!s:.200}") from error
+    problems = []
+    if found.vocab_size != student.vocab_size:
+        problems.append(
+            f"{key}: its vocab_size={found.vocab_size}, model.vocab_size={student.vocab_size}; the KL compares word by "
+            "word, so take a teacher with the model's tokenizer"
+        )
+    known = {name for group, section in found.moe.groups.items() for name in section.modalities or (group,)}
+    if missing := [name for name in manifest.modalities if name not in known]:
+        problems.append(
+            f"{key}: none of its expert groups takes the modality {missing[0]!r} of data.path; it knows "
+            f"{', '.join(sorted(known))}: take a teacher of these data, or import it with --modalities"
+        )
+    if found.max_seq_len < seq_len:
+        problems.append(f"{key}: its max_seq_len={found.max_seq_len} is below data.seq_len={seq_len}; lower seq_len")
+    if problems:
+        raise ConfigError(problems, see="docs/adapt.md")
+    return contents.folder, found
+
+
+def load_teacher(teacher: nn.Module, folder: Path, placement: ExpertPlacement) -> None:
+    """Loads the teacher's checkpoint on this rank, and freezes the teacher. `placement` has all experts on one rank."""
+    manager = CheckpointManager(folder.parent, keep=1, lease_check=lambda: None)
+    manager.load(folder, capture(teacher, None, RankLayout(placement)))
+    teacher.requires_grad_(False).eval()

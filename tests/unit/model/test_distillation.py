@@ -1,0 +1,67 @@
+"""The KL from a teacher against a slow reference: values and gradients, whole and from the most likely words."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.data.batch import IGNORED
+from moe_dist.model.distillation import TeacherOutput, divergences
+
+B, S, V, K = 2, 3, 11, 4
+
+
+def reference(logits: Tensor, teacher: Tensor, labels: Tensor, words: list[list[list[int]]]) -> Tensor:
+    """Word by word, in Python. Words outside of `words` are one word."""
+    rows = []
+    for b in range(B):
+        for s in range(S):
+            q, p = (each[b, s].softmax(-1) for each in (logits, teacher))
+            inside = words[b][s]
+            pairs = [(p[v], q[v]) for v in inside]
+            outside = [v for v in range(V) if v not in inside]
+            if outside:
+                pairs.append((sum(p[v] for v in outside), sum(q[v] for v in outside)))  # pyright: ignore
+            kl = sum(p_v * (p_v.log() - q_v.log()) for p_v, q_v in pairs)
+            rows.append(kl if labels[b, s] >= 0 else 0.0 * q.sum())
+    return torch.stack(rows).view(B, S)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("top", [False, True])
+def test_values_and_gradients(top: bool) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(B, S, V, dtype=torch.float64, requires_grad=True)
+    with_most_mass = 3 * torch.randn(B, S, V, dtype=torch.float64)
+    labels = torch.tensor([[1, IGNORED, 3], [0, 2, IGNORED]])
+    log_p = with_most_mass.log_softmax(-1)
+    best = log_p.topk(K)
+    output = TeacherOutput(best.values, best.indices) if top else TeacherOutput(log_p)
+    words = best.indices.tolist() if top else [[list(range(V))] * S] * B
+    gradient = torch.randn(B, S, dtype=torch.float64)
+    results = []
+    for found in (divergences(logits, output, labels), reference(logits, with_most_mass, labels, words)):
+        logits.grad = None
+        (found * gradient).sum().backward()
+        assert logits.grad is not None
+        results.append((found.detach(), logits.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+    assert not results[0][0][labels < 0].any()
+    assert not results[0][1][labels < 0].any()
+
+
+def test_a_part_of_the_words_bounds_the_whole_and_extremes_stay_finite() -> None:
+    torch.manual_seed(1)
+    logits, teacher = torch.randn(1, 40, V), torch.randn(1, 40, V)
+    labels, log_p = torch.zeros(1, 40, dtype=torch.int64), teacher.log_softmax(-1)
+    whole = divergences(logits, TeacherOutput(log_p), labels)
+    best = log_p.topk(K)
+    assert (divergences(logits, TeacherOutput(best.values, best.indices), labels) <= whole + 1e-6).all()
+    sure = torch.full((1, 1, V), -200.0).index_fill(2, torch.tensor([2]), 200.0)  # all but one word have probability 0
+    other = sure.flip(-1).requires_grad_()
+    for output in (TeacherOutput(sure.log_softmax(-1)), TeacherOutput(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 2))):
+        (kl,) = divergences(other, output, labels[:, :1]).flatten()
+        kl.backward()
+        assert math.isclose(float(kl.detach()), 400.0, rel_tol=1e-5)
+        assert other.grad is not None
+        assert other.grad.isfinite().all()
