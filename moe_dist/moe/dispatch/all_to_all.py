@@ -38,7 +38,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
             - 1) x T rows: all tokens of the other ranks of the EP group.
-        kernels: Sum the rows of a token.
+        kernels: Sum the rows of a token. Triton's also plan token choice.
     """
 
     def __init__(
@@ -49,7 +49,12 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         max_receive_rows: int | None = None,
         kernels: RowKernels = TORCH,
     ) -> None:
-        self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows)
+        kind = Planner
+        if kernels.has_plan:
+            from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU need not have
+
+            kind = CountingPlanner
+        self.planner = kind(placement, wire, max_receive_rows=max_receive_rows)
         self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
