@@ -17,8 +17,9 @@ S rows are a buffer that all layers share, the R rows live until the experts hav
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
 slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`); if T x D x item is less than a slice, it counts as one
 slice. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of
-the S and O rows, and 16 for each of the Q pairs; with Triton kernels also 8 bytes for each of these rows and pairs, and 4
-for each row that has a sum.
+the S and O rows, and 16 for each of the Q pairs. With Triton kernels it is 20 bytes for each of the N pairs, absent ones
+included, because the lists are made before their lengths are known, and 20 for each of the Q pairs, and 4 for each row that
+has a sum.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
