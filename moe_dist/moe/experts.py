@@ -11,8 +11,10 @@ Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
 order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
 of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
-slice of rows, by default silu(gate) * up. x may be a pair of tensors with equal values, one for the product with gate and
-one for the product with up, so that the gradients of the two are apart.
+slice of rows, by default silu(gate) * up; as in `RowKernels.swiglu`, one tensor may have gate and up. `grouped_swiglu`
+also takes one stack for both, [e, 2 F, D], and None for `up`: one product then reads x once. x may be a pair of tensors
+with equal values, one for the product with gate and one for the product with up, so that the gradients of the two are
+apart.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
@@ -32,19 +34,20 @@ from torch import Tensor, nn
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.draws import recomputed
-from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels, gate_and_up
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
-Activation = Callable[[Tensor, Tensor, slice], Tensor]  # see the top of this file, as for the next line
+Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # see the top of this file, as for the next line
 Inputs = Tensor | tuple[Tensor, Tensor]
 StackedSwiGLU = Callable[[Inputs, Tensor, Tensor, Tensor, Sequence[int], Activation], Tensor]
 ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
 
 
-def silu_product(gate_QF: Tensor, up_QF: Tensor, rows: slice) -> Tensor:
+def silu_product(gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
+    gate_QF, up_QF = gate_and_up(gate_QF, up_QF)
     return F.silu(gate_QF) * up_QF
 
 
@@ -81,14 +84,16 @@ def loop_swiglu(
 
 
 def grouped_swiglu(
-    x_QD: Inputs, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
+    x_QD: Inputs, gate: Tensor, up: Tensor | None, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
 ) -> Tensor:
-    """Computes all experts by three grouped matrix products. Call it only if `why_not_grouped` returns None."""
-    if not sum(counts):
-        return loop_swiglu(x_QD, gate, up, down, counts, activate)  # without rows no kernel is called
+    """Computes all experts by two or three grouped matrix products. Call it only if `why_not_grouped` returns None."""
+    if not sum(counts):  # without rows no kernel is called
+        first, second = gate.chunk(2, dim=1) if up is None else (gate, up)
+        return loop_swiglu(x_QD, first, second, down, counts, activate)
     for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
     product = grouped_product(counts, for_gate_QD.device)
-    return product(activate(product(for_gate_QD, gate), product(for_up_QD, up), slice(0, sum(counts))), down)
+    up_QF = None if up is None else product(for_up_QD, up)
+    return product(activate(product(for_gate_QD, gate), up_QF, slice(0, sum(counts))), down)
 
 
 def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -160,16 +165,17 @@ def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
 
 
 class _WorkingCopy(torch.autograd.Function):
-    """Stands for a weight by its copy in another dtype; passes the copy's gradient to the weight, in the weight's dtype."""
+    """Stands for weights by one copy of them, joined along dim 1, in another dtype. Passes the copy's gradient to the
+    weights, in their dtype."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
+    def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
+        ctx.dtype, ctx.sizes = weights[0].dtype, [each.shape[1] for each in weights]
         return copy.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient.to(ctx.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *(each.to(ctx.dtype) for each in gradient.split(ctx.sizes, dim=1))
 
 
 class ExpertStack(nn.Module):
@@ -202,7 +208,16 @@ class ExpertStack(nn.Module):
         copy = self._copies.get(name)
         if copy is None or copy.dtype != dtype:
             copy = self._copies[name] = weight.detach().to(dtype)
-        return _WorkingCopy.apply(weight, copy)  # pyright: ignore[reportReturnType]
+        return _WorkingCopy.apply(copy, weight)  # pyright: ignore[reportReturnType]
+
+    def _gate_up(self, copies: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Returns the weights of gate and up as one stack [e, 2 F, D], whose copy costs no more than that of the two."""
+        copy, width = copies.get("gate_up"), self.widths[1]
+        if copy is None or copy.dtype != dtype:
+            copy = self.gate.detach().new_empty((self.gate.shape[0], 2 * width, self.gate.shape[2]), dtype=dtype)
+            copy[:, :width], copy[:, width:] = self.gate.detach(), self.up.detach()
+            copies["gate_up"] = copy
+        return _WorkingCopy.apply(copy, self.gate, self.up)  # pyright: ignore[reportReturnType]
 
     def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
@@ -212,8 +227,10 @@ class ExpertStack(nn.Module):
             return inputs_between(x_QD, 0, 0)[0]
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
-        gate, up, down = (self.weight(name, like.dtype) for name in ("gate", "up", "down"))
-        return swiglu(x_QD, gate, up, down, counts, activate)
+        down = self.weight("down", like.dtype)
+        if swiglu is grouped_swiglu and self._copies is not None and self.gate.dtype != like.dtype:
+            return grouped_swiglu(x_QD, self._gate_up(self._copies, like.dtype), None, down, counts, activate)
+        return swiglu(x_QD, self.weight("gate", like.dtype), self.weight("up", like.dtype), down, counts, activate)
 
 
 class Experts(nn.Module):
@@ -260,14 +277,15 @@ class Experts(nn.Module):
         chunks = slot_chunks(plan.slot_counts, budget)
         recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
+        items = dispatched.items if len(chunks) == 1 else None  # those of all pairs
         at = 0
         for counts in chunks:
             end = at + sum(counts)
             row_Q, weights = (rows_between(each, at, end) for each in (plan.row_of_pair_Q, weight_Q))
             if recompute:
-                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype)
+                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype, items)
             else:
-                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype)
+                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype, items)
             # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at = end
@@ -275,10 +293,16 @@ class Experts(nn.Module):
         return out_RD.to(rows_RD.dtype)  # several chunks are rounded only here
 
     def _weighted_sum(
-        self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int], dtype: torch.dtype
+        self,
+        rows_RD: Tensor,
+        weight_Q: Tensor,
+        row_Q: Tensor,
+        counts: Sequence[int],
+        dtype: torch.dtype,
+        items: Items | None,
     ) -> Tensor:
         """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in `dtype`."""
-        index = RowIndex((row_Q,), rows_RD.shape[0])
+        index = RowIndex((row_Q,), rows_RD.shape[0], items)
         inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
         outputs, at, slot = [], 0, 0
         for name, num_local in self.local:
@@ -290,7 +314,7 @@ class Experts(nn.Module):
         y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
         return self.kernels.sum_pairs(y_QD, weight_Q, index, dtype)
 
-    def _activate(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor, rows: slice) -> Tensor:
+    def _activate(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
         return self.kernels.swiglu(rows_between(weight_Q, rows.start, rows.stop), gate_QF, up_QF)
 
 

@@ -30,12 +30,14 @@ class Assignments(NamedTuple):
         counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks. None if
             these numbers depend on the routing, as in token choice. If the table is given, as in expert choice within one
             rank, every pair is taken and pairs are sorted by expert.
+        num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
     """
 
     token_N: Tensor
     expert_N: Tensor
     weight_N: Tensor
     counts_WE: tuple[tuple[int, ...], ...] | None = None
+    num_choices: int | None = None
 
     def taken(self) -> "Assignments":
         """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because it reads their number."""

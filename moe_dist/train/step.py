@@ -223,11 +223,11 @@ class TrainingStep:
         )
         numbers = {**ledger, **traffic}
         host = [*(float(numbers[key]) for key in LEDGER_KEYS), *host]
-        terms = [[loss.balance for loss in losses], [loss.z for loss in losses], [loss.auxiliary for loss in losses]]
+        terms = [term for loss in losses for term in (loss.balance, loss.z, loss.auxiliary)]
         return torch.cat(
             [
                 squared.view(1),
-                *(torch.stack(parts).sum().view(1) for parts in terms),
+                torch.stack(terms).view(-1, 3).sum(0),
                 torch.stack([loss.nll_M for loss in losses]).sum(0),
                 labels_M,
                 from_host(host, torch.float64, device),
@@ -332,7 +332,9 @@ class _OwnCounts:
         """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
         experts = [group.num_experts for group in self._groups]
         nulls = [group.num_null for group in self._groups]
-        choices_C, dropped_E, tokens_G = (torch.stack(each).sum(0) for each in zip(*self._sums, strict=True))
+        sizes = [len(each) for each in self._sums[0]]
+        summed = torch.cat([part for each in self._sums for part in each]).view(len(self._sums), -1).sum(0)
+        choices_C, dropped_E, tokens_G = summed.split(sizes)
         true_E, null_C = choices_C[: sum(experts)] - dropped_E, choices_C[sum(experts) :][: sum(nulls)]
         true_G = torch.stack([part.sum() for part in true_E.split(experts)])
         null_G = torch.stack([part.sum() for part in null_C.split(nulls)])

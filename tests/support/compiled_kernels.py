@@ -17,12 +17,13 @@ from triton.compiler import ASTSource
 
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
 from moe_dist.moe.kernels.gather import gather_rows_kernel
+from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
 from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 WIDTH = {"BLOCK": 1024}
 WIDE = {"D": 2048, **WIDTH}
-FFN = {"F": 1536, **WIDTH}  # not a multiple of the block
+FFN = {"F": 1536, "ROW": 3072, "UP": 1536, **WIDTH}  # not a multiple of the block
 TOP_8 = {"C": 64, "E": 64, "K": 8, "AMONG": 0, "ROWS": 16, "COLUMNS": 64, "CHOICES": 8}
 NULLS = {"C": 16, "E": 8, "K": 3, "AMONG": 1, "ROWS": 64, "COLUMNS": 16, "CHOICES": 4}
 MANY = {"C": 300, "E": 256, "K": 8, "AMONG": 1, "ROWS": 2, "COLUMNS": 512, "CHOICES": 8}
@@ -56,6 +57,27 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
 for words, sizes in (("top 8 of 64", TOP_8), ("null columns", NULLS), ("many columns", MANY)):
     KERNELS[f"choose, {words}"] = (choose_kernel, CHOOSE, {**sizes, "G": 2, "CHOSEN": False})
     KERNELS[f"choose backward, {words}"] = (choose_backward_kernel, CHOOSE_BACKWARD, sizes)
+
+LISTS = "own:*i32 arrived:*i32 runs:*i64"
+KERNELS["plan: scan"] = (
+    scan_kernel,
+    "counts:*i32 column_M:*i64 starts:*i32 totals:*i32 message:*i64 B:i32",
+    {"BLOCK": 256},
+)
+KERNELS["plan: arrive"] = (arrive_kernel, f"{LISTS} order:*i64 row:*i64 num_own:i32 X:i32 H:i32", {"BLOCK": 256})
+for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts", 300, 64, 8), ("8 experts", 8, 8, 3)):
+    bins, places = triton.next_power_of_2(experts), triton.next_power_of_2(ranks)
+    sizes = {"K": choices, "W": ranks, "E": experts, "ROWS": 1024 // bins, "BINS": bins, "PLACES": places}
+    tables = "expert:*i64 place_E:*i64 bin_E:*i64"
+    KERNELS[f"plan: count, {words}"] = (count_kernel, f"{tables} counts:*i32 T:i32 B:i32", sizes)
+    lists = "starts:*i32 totals:*i32 pair:*i64 index:*i32 token:*i64 order:*i32 first:*i32 T:i32 B:i32"
+    KERNELS[f"plan: place, {words}"] = (place_kernel, f"{tables} {lists}", sizes)
+    slots = triton.next_power_of_2(-(-experts // ranks))
+    KERNELS[f"plan: collect, {words}"] = (
+        collect_kernel,
+        f"{LISTS} order:*i32 first:*i32 num_own:i32 X:i32 H:i32 steps:i32 R:i32 Q:i32",
+        {"ROWS": 512 // slots, "SLOTS": slots},
+    )
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:

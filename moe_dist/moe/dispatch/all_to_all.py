@@ -17,8 +17,9 @@ S rows are a buffer that all layers share, the R rows live until the experts hav
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
 slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`); if T x D x item is less than a slice, it counts as one
 slice. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of
-the S and O rows, and 16 for each of the Q pairs; with Triton kernels also 8 bytes for each of these rows and pairs, and 4
-for each row that has a sum.
+the S and O rows, and 16 for each of the Q pairs. With Triton kernels it is 20 bytes for each of the N pairs, absent ones
+included, because the lists are made before their lengths are known, and 20 for each of the Q pairs, and 4 for each row that
+has a sum.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -38,7 +39,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
             - 1) x T rows: all tokens of the other ranks of the EP group.
-        kernels: Sum the rows of a token.
+        kernels: Sum the rows of a token. Triton's also plan token choice.
     """
 
     def __init__(
@@ -49,7 +50,12 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         max_receive_rows: int | None = None,
         kernels: RowKernels = TORCH,
     ) -> None:
-        self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows)
+        kind = Planner
+        if kernels.has_plan:
+            from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU need not have
+
+            kind = CountingPlanner
+        self.planner = kind(placement, wire, max_receive_rows=max_receive_rows)
         self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:

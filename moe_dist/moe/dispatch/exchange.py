@@ -28,7 +28,7 @@ from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
 from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,18 @@ class AllToAllPlan(ExchangePlan):
 
     Attributes:
         row_of_pair_Q, slot_counts: See `PairLayout`. Row numbers count own rows first, then received rows.
+        table_items, row_items: `RowIndex.items_of_rows` of `table_index` and of the pairs computed here, if the plan has
+            them already.
     """
 
     row_of_pair_Q: Tensor
     slot_counts: tuple[int, ...]
+    table_items: Items | None = None
+    row_items: Items | None = None
+
+    @cached_property
+    def table_index(self) -> RowIndex:
+        return RowIndex((self.row_O, self.row_S), self.table_rows, self.table_items)
 
 
 A = TypeVar("A", bound=AllToAllPlan)
@@ -136,7 +144,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
     exchange: Exchange
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: A) -> DispatchedRows:
-        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
+        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan), plan.row_items)
 
     def combine(self, rows_RD: Tensor, plan: A) -> Tensor:
         return self.exchange.combine(rows_RD, plan)

@@ -13,15 +13,18 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from moe_dist.moe.kernels.interface import Items
 from moe_dist.moe.routing import Assignments
 
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients."""
+    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
+    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them."""
 
     rows_RD: Tensor
     weight_Q: Tensor
+    items: Items | None = None
 
 
 class PairLayout(Protocol):

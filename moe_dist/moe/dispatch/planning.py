@@ -90,7 +90,7 @@ class ExchangeSizes:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Counts:
     sizes: list[ExchangeSizes]  # sizes of each chunk
     slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
     own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all own pairs if `own_apart`
@@ -146,10 +146,8 @@ class Planner:
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
         order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the host sync
-        counts = self._exchange_counts(cells, tables, layer)  # the layer's host sync
-        arriving = sum(sum(each.rows.receive) for each in counts.sizes)
-        check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
-
+        message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
+        counts = self._exchange_counts(message, layer)  # the layer's host sync
         num_remote = counts.num_remote_pairs
         pair_P = order_N[: num_remote + sum(each.own_pairs for each in counts.sizes)]
         index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
@@ -221,9 +219,12 @@ class Planner:
             pair_counts=pair_counts[:-1],
         )
 
-    def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> _Counts:
-        """Exchanges the counts, and reads the sizes of all chunks in the layer's one host sync."""
-        message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
+    def _exchange_counts(self, message: Tensor, layer: str) -> Counts:
+        """Exchanges the counts for each rank, and reads the sizes of all chunks in the layer's one host sync.
+
+        Raises:
+            ResourceError: more rows would arrive than `max_receive_rows`.
+        """
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         if self.wire.group is None:  # a single rank receives its own counts
@@ -237,38 +238,40 @@ class Planner:
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
-        return _Counts(
-            [
-                ExchangeSizes.of(
-                    own,
-                    [(int(x[c, 0]), int(x[c, 1:].sum())) for x in sent],
-                    [(int(x[c, 0]), int(x[c, 1:].sum())) for x in arriving_WCX],
-                )
-                for c in range(chunks)
-            ],
+        sizes = [
+            ExchangeSizes.of(
+                own,
+                [(int(x[c, 0]), int(x[c, 1:].sum())) for x in sent],
+                [(int(x[c, 0]), int(x[c, 1:].sum())) for x in arriving_WCX],
+            )
+            for c in range(chunks)
+        ]
+        check_receive_rows(sum(sum(each.rows.receive) for each in sizes), self.max_receive_rows, own, "one layer")
+        return Counts(
+            sizes,
             [tuple(row[1:].tolist()) for row in computed_CX],
             tuple(arriving_WCX[own, 0, 1:].tolist()),
             arriving_WCX,
         )
 
-    def _runs(self, counts: _Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
         a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival less
         that in the order of slots, and the place of the source rank's first row. All come from the host by one copy."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
-        tables = [_starts(np.array(row_counts + [each.own_rows for each in counts.sizes], dtype=np.int64))]
+        tables = [starts_of(np.array(row_counts + [each.own_rows for each in counts.sizes], dtype=np.int64))]
         for chunk in range(self.chunks):
             arriving_HX = counts.arriving_WCX[holders, chunk]
-            pairs_HX, row_H = arriving_HX[:, 1:], _starts(arriving_HX[:, 0])
-            first_HX, length_X = _starts(pairs_HX.reshape(-1)).reshape(pairs_HX.shape), pairs_HX.T.reshape(-1)
-            shift_X = first_HX.T.reshape(-1) - _starts(length_X)
+            pairs_HX, row_H = arriving_HX[:, 1:], starts_of(arriving_HX[:, 0])
+            first_HX, length_X = starts_of(pairs_HX.reshape(-1)).reshape(pairs_HX.shape), pairs_HX.T.reshape(-1)
+            shift_X = first_HX.T.reshape(-1) - starts_of(length_X)
             tables.append(np.concatenate([length_X, shift_X, np.tile(row_H, pairs_HX.shape[1])]))
         first, *runs = from_host(np.concatenate(tables), torch.int64, device).split([len(each) for each in tables])
         return first, [each.view(3, len(each) // 3) for each in runs]
 
-    def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
+    def _start_indices(self, index_P: Tensor, counts: Counts, layer: str) -> Pending:
         """Starts sending each pair's row index to the rank of the pair's expert, by one collective for all chunks."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
@@ -281,7 +284,7 @@ class Planner:
         return self.wire.start(items, splits, name=PAIR_ROWS, layer=layer)
 
     def _by_chunk(
-        self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
+        self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: Counts
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns for each chunk the taken pairs of this rank's tokens (for other ranks, then own), and the row index of
         each pair computed here (own, then received)."""
@@ -295,7 +298,7 @@ class Planner:
         return pairs, [each.to(torch.int64) for each in indices]  # sent as int32
 
     def _tokens_of_rows(
-        self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: _Counts, num_tokens: int
+        self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
         """Returns a list with the token of each row: for each chunk the rows to other ranks, then for each chunk the own
         rows. Tokens are numbered from the first token of the chunk."""
@@ -340,7 +343,7 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     return order_Q, index_Q.index_select(0, order_Q) + row_X.index_select(0, run_Q)
 
 
-def _starts(length_X: np.ndarray) -> np.ndarray:
+def starts_of(length_X: np.ndarray) -> np.ndarray:
     """Returns the sums of the lengths before each."""
     return length_X.cumsum() - length_X
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
+from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK, gate_and_up
 
 SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
@@ -121,6 +121,7 @@ class TorchKernels:
     """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. The router chooses by itself."""
 
     has_choose = False
+    has_plan = False
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
         raise AssertionError("the router chooses by operations of torch")
@@ -129,7 +130,8 @@ class TorchKernels:
         x_QD = gather_rows(rows_RD, index.parts[0])
         return x_QD, x_QD
 
-    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
+        gate_QF, up_QF = gate_and_up(gate_QF, up_QF)
         return F.silu(gate_QF) * up_QF
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:

@@ -14,20 +14,27 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+Items = tuple[Tensor, Tensor]  # see `RowIndex.items_of_rows`
+
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Gives each of N items one of `num_rows` rows. `parts` are int64 tensors, whose concatenation has length N."""
+    """Gives each of N items one of `num_rows` rows. `parts` are int64 tensors, whose concatenation has length N. `items`
+    are the `items_of_rows`, if they are known."""
 
     parts: tuple[Tensor, ...]
     num_rows: int
+    items: Items | None = None
 
     @cached_property
-    def items_of_rows(self) -> tuple[Tensor, Tensor]:
-        """The items sorted by row, int64 [N], and the place of each row's first item in this order, int32 [num_rows + 1].
+    def items_of_rows(self) -> Items:
+        """The items sorted by row [N], and the place of each row's first item in this order, int32 [num_rows + 1].
 
-        The items of a row keep their order, so a sum over them always adds in the same order. Costs a sort but no sync.
+        The items of a row keep their order, so a sum over them always adds in the same order. Costs a sort, unless the
+        items are known, but no sync.
         """
+        if self.items is not None:
+            return self.items
         row_N = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         sorted_N, order_N = torch.sort(row_N.to(torch.int32), stable=True)
         rows = torch.arange(self.num_rows + 1, dtype=torch.int32, device=sorted_N.device)
@@ -68,6 +75,14 @@ class Choice(NamedTuple):
     entropy_G: Tensor
 
 
+def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns gate and up [Q, F], which without `up_QF` are the halves of one tensor."""
+    if up_QF is not None:
+        return gate_QF, up_QF
+    first, second = gate_QF.chunk(2, dim=-1)
+    return first, second
+
+
 class RowKernels(Protocol):
     """`swiglu` and `sum_pairs` together multiply the output of each pair by its weight; which one does so is their choice.
 
@@ -75,9 +90,11 @@ class RowKernels(Protocol):
 
     Attributes:
         has_choose: True if `choose` exists. Otherwise the router chooses by operations of torch.
+        has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py`).
     """
 
     has_choose: bool
+    has_plan: bool
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
         """Lets tokens of the groups `group_T` (-1: padding) choose columns, or takes the columns that they chose before."""
@@ -88,8 +105,9 @@ class RowKernels(Protocol):
         that their gradients may be summed in the pass that sums the gradients of a row."""
         ...
 
-    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
-        """Returns silu(gate) * up in the dtype of `gate`, times the pairs' weights if `sum_pairs` does not apply them."""
+    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
+        """Returns silu(gate) * up in the dtype of `gate`, times the pairs' weights if `sum_pairs` does not apply them.
+        Without `up_QF`, the first argument has both: [Q, 2 F]."""
         ...
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:

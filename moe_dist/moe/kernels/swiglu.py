@@ -3,7 +3,8 @@
     h = w silu(g) u,   silu(g) = g s,   s = 1 / (1 + exp(-g))
     dg = dh w u s (1 + g (1 - s)),   du = dh w silu(g),   dw = sum over F of dh silu(g) u
 
-Shape letters: Q rows, F hidden width of experts.
+g and u are two tensors, or the halves of one, whose rows are then ROW = 2 F apart, and u at UP = F. Shape letters: Q rows,
+F hidden width of experts.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ from moe_dist.moe.kernels.operation import block_of, launch, operation
 
 
 @triton.jit
-def swiglu_kernel(weight, gate, up, out, F: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(weight, gate, up, out, F: tl.constexpr, ROW: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr):
     q = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
-    g = tl.load(gate + q * F + column, mask=mask).to(tl.float32)
-    u = tl.load(up + q * F + column, mask=mask).to(tl.float32)
+    g = tl.load(gate + q * ROW + column, mask=mask).to(tl.float32)
+    u = tl.load(up + q * ROW + UP + column, mask=mask).to(tl.float32)
     w = tl.load(weight + q).to(tl.float32)
     tl.store(out + q * F + column, (w * (g * tl.sigmoid(g) * u)).to(out.dtype.element_ty), mask=mask)
 
@@ -36,6 +37,8 @@ def swiglu_backward_kernel(
     grad_gate,
     grad_up,
     F: tl.constexpr,
+    ROW: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     q = tl.program_id(0).to(tl.int64)
@@ -44,30 +47,39 @@ def swiglu_backward_kernel(
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < F
-        g = tl.load(gate + q * F + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + q * F + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + q * ROW + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + q * ROW + UP + column, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(grad + q * F + column, mask=mask, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
         total += dh * (g * s * u)
         dh *= w
-        tl.store(grad_gate + q * F + column, (dh * u * (s * (1 + g * (1 - s)))).to(grad_gate.dtype.element_ty), mask=mask)
-        tl.store(grad_up + q * F + column, (dh * (g * s)).to(grad_up.dtype.element_ty), mask=mask)
+        dg = dh * u * (s * (1 + g * (1 - s)))
+        tl.store(grad_gate + q * ROW + column, dg.to(grad_gate.dtype.element_ty), mask=mask)
+        tl.store(grad_up + q * ROW + UP + column, (dh * (g * s)).to(grad_up.dtype.element_ty), mask=mask)
     tl.store(grad_weight + q, tl.sum(total, 0).to(grad_weight.dtype.element_ty))
 
 
-@operation("swiglu(Tensor weight, Tensor gate, Tensor up) -> Tensor")
-def swiglu(weight: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
-    """Returns h [Q, F] for weights [Q], g and u [Q, F]."""
-    out, (num_rows, width) = gate.new_empty(gate.shape), gate.shape
-    yield out
-    block = block_of(width)
-    launch(swiglu_kernel, (num_rows, triton.cdiv(width, block)), weight, gate, up, out, F=width, BLOCK=block)
+def _layout(gate: Tensor, up: Tensor | None) -> dict[str, int]:
+    width = gate.shape[1]
+    return {"F": width, "ROW": width, "UP": 0} if up is not None else {"F": width // 2, "ROW": width, "UP": width // 2}
 
 
-@operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)")
-def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Returns dw [Q], dg and du [Q, F] for dh [Q, F]. One program has a row, so dw needs no atomic sum."""
-    out = weight.new_empty(weight.shape), gate.new_empty(gate.shape), up.new_empty(up.shape)
+@operation("swiglu(Tensor weight, Tensor gate, Tensor? up) -> Tensor")
+def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
+    """Returns h [Q, F] for weights [Q], g and u [Q, F], or both in one tensor [Q, 2 F]."""
+    layout, num_rows = _layout(gate, up), gate.shape[0]
+    out = gate.new_empty((num_rows, layout["F"]))
     yield out
-    num_rows, width = gate.shape
-    launch(swiglu_backward_kernel, (num_rows,), grad, weight, gate, up, *out, F=width, BLOCK=block_of(width))
+    block = block_of(layout["F"])
+    grid = (num_rows, triton.cdiv(layout["F"], block))
+    launch(swiglu_kernel, grid, weight, gate, gate if up is None else up, out, **layout, BLOCK=block)
+
+
+@operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor? up) -> Tensor[]")
+def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[list[Tensor]]:
+    """Returns dw [Q], dg and du [Q, F] or both [Q, 2 F] for dh [Q, F]. One program has a row, so dw needs no atomic sum."""
+    out = [each.new_empty(each.shape) for each in (weight, gate, up) if each is not None]
+    yield out
+    layout = _layout(gate, up)
+    inputs = (grad, weight, gate, gate if up is None else up, out[0], out[1], out[-1])
+    launch(swiglu_backward_kernel, gate.shape[:1], *inputs, **layout, BLOCK=block_of(layout["F"]))

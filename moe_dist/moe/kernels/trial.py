@@ -6,10 +6,14 @@ Shape letters are those of `interface`.
 import torch
 from torch import Tensor
 
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
-from moe_dist.placement.placement import ExpertGroup
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # wider than one block of a kernel
 GROUPS = (ExpertGroup("one", 12, 4, 3, WIDTH, 0, ("one",)), ExpertGroup("other", 6, 2, 2, WIDTH, 12, ("other",)))
@@ -35,7 +39,23 @@ def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
-    return _experts(kernels, dtype) + [each for normalise in NORMALISE for each in _choice(kernels, normalise)]
+    choices = [each for normalise in NORMALISE for each in _choice(kernels, normalise)]
+    return _experts(kernels, dtype) + choices + _plan(kernels)
+
+
+def _plan(kernels: RowKernels) -> Results:
+    """The plan of a layer on one rank: three experts for a token, some of them null."""
+    group, num_tokens = GROUPS[0], 500  # several blocks of tokens
+    first_T = torch.arange(num_tokens) * 7
+    columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
+    expert_N = torch.where(columns_TK < group.num_experts, columns_TK, ABSENT).flatten()
+    pairs = Assignments(torch.arange(num_tokens).repeat_interleave(3), expert_N, torch.ones(len(expert_N)), num_choices=3)
+    placement = ExpertPlacement((group,), (tuple(group.experts),))
+    plan = AllToAllDispatcher(placement, AllToAll(None, CommStats()), kernels=kernels).plan(pairs, num_tokens)
+    rows = RowIndex((plan.row_of_pair_Q,), plan.num_own_rows, plan.row_items)
+    items = (*rows.items_of_rows, *plan.table_index.items_of_rows)
+    lists = (plan.pair_P, plan.order_Q, plan.row_of_pair_Q, plan.row_O, *items)
+    return [("plan", each.double()) for each in lists if each is not None]
 
 
 def _random(seed: int, *shape: int) -> Tensor:

@@ -21,6 +21,7 @@ class TritonKernels:
     """Weights are applied by `swiglu`, so that backward needs neither the experts' outputs nor a pass over them."""
 
     has_choose = True
+    has_plan = True
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
         return Choice(*_Choose.apply(logits_TC, group_T, top_k, choice_TK))  # pyright: ignore[reportGeneralTypeIssues]
@@ -28,7 +29,7 @@ class TritonKernels:
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         return _Gather.apply(rows_RD, index)  # pyright: ignore[reportReturnType]
 
-    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+    def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
         return _SwiGLU.apply(weight_Q, gate_QF, up_QF)  # pyright: ignore[reportReturnType]
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
@@ -79,13 +80,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         ctx.index = index  # not save_for_backward: the plan keeps the index
+        ctx.set_materialize_grads(False)  # one product for gate and up uses one of the two
         x_QD = gather_rows(rows_RD, index.parts[0], rows_RD.dtype)
         return x_QD, x_QD.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return row_sum(*grads, None, *ctx.index.items_of_rows, True, grads[0].dtype), None
+        first, *second = [each for each in grads if each is not None]
+        inputs = (first, second[0] if second else first[:0], None, *ctx.index.items_of_rows)
+        return row_sum(*inputs, bool(second), first.dtype), None
 
 
 class _SumPairs(torch.autograd.Function):
@@ -102,11 +106,12 @@ class _SumPairs(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+    def forward(ctx: Any, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight_Q, gate_QF, up_QF)
         return swiglu(weight_Q, gate_QF, up_QF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return swiglu_backward(grads[0], *ctx.saved_tensors)
+        made = swiglu_backward(grads[0], *ctx.saved_tensors)
+        return (*made, None) if len(made) == 2 else tuple(made)

@@ -68,7 +68,8 @@ class ThresholdUpdater:
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)
         news = updated(threshold_E, mean_E, steps_E, kth_score_E.to(self._dtype or mean_E.dtype), decay=self._decay)
-        kept = [torch.where(tokens_E > 0, new, old) for new, old in zip(news, (threshold_E, mean_E, steps_E), strict=True)]
+        seen_E = tokens_E > 0
+        kept = [torch.where(seen_E, new, old) for new, old in zip(news, (threshold_E, mean_E, steps_E), strict=True)]
         torch._foreach_copy_(  # one kernel for all buffers  # pyright: ignore[reportPrivateImportUsage]
             [buffer for three in buffers for buffer in three],
             [new for three in zip(*(each.split(sizes) for each in kept), strict=True) for new in three],

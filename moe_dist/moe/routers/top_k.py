@@ -183,6 +183,7 @@ class TopKRouter(nn.Module):
             token_N=token_T.repeat_interleave(self.num_choices),
             expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
             weight_N=(weight_TK if whole else torch.where(taken_TK, weight_TK, 0.0)).flatten(),
+            num_choices=self.num_choices,
         )
         prob_AC = None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A]
         recorded = _recorded(chosen, taken_TK, weight_TK) if cache.keep_choices else None
@@ -207,7 +208,8 @@ class TopKRouter(nn.Module):
             true_TK, valid_TK = (made.expert_N != ABSENT).view_as(made.choice_TK), self._valid(group_T)
             chosen = _Chosen(made.choice_TK, valid_TK, true_TK, valid_TK ^ true_TK)
             recorded = _recorded(chosen, true_TK, made.weight_N.view_as(true_TK))
-        return Routing(Assignments(made.token_N, made.expert_N, made.weight_N), sums, chosen=recorded)
+        pairs = Assignments(made.token_N, made.expert_N, made.weight_N, num_choices=self.num_choices)
+        return Routing(pairs, sums, chosen=recorded)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.experts import ExpertStack, loop_swiglu
+from moe_dist.moe.experts import ExpertGemm, ExpertStack, grouped_swiglu, loop_swiglu
 
 COUNTS = (3, 0, 2)
 
 
-def stack() -> ExpertStack:
-    made = ExpertStack(8, 16, len(COUNTS))
+def stack(gemm: ExpertGemm = "loop") -> ExpertStack:
+    made = ExpertStack(8, 16, len(COUNTS), gemm=gemm)
     generator = torch.Generator().manual_seed(0)
     for weight in made.parameters():
         torch.nn.init.normal_(weight, generator=generator)
@@ -59,6 +59,31 @@ def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> No
         assert len(casts) == 3 * (step + 1)  # gate, up and down once per step, in four forwards
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0)])
+def test_one_grouped_product_for_gate_and_up(monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]) -> None:
+    made, products = stack("grouped"), []
+    grouped_mm = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda x, *rest, **options: products.append(x) or grouped_mm(x, *rest, **options)
+    )
+    made.keep_copies(True)
+    x_QD = torch.randn(sum(counts), 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    leaves = [x_QD, made.gate, made.up, made.down]
+    ours = made(x_QD, counts)
+    found = torch.autograd.grad(ours.float().square().sum(), leaves)
+    assert len(products) == (2 if sum(counts) else 0)
+    gate, up, down = (each.to(torch.bfloat16) for each in leaves[1:])
+    theirs = grouped_swiglu(x_QD, gate, up, down, counts)
+    wanted = torch.autograd.grad(theirs.float().square().sum(), leaves)
+    for a, b in zip((ours, *found), (theirs, *wanted), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2.0**-6, atol=2.0**-6 * float(b.detach().abs().max()) if b.numel() else 0.0)
+    first = dict(made._copies or {})
+    assert sorted(first) == ["down", "gate_up"]
+    made(x_QD, counts)
+    assert all(each is first[name] for name, each in (made._copies or {}).items()), "converted again"
 
 
 def test_a_changed_weight_is_converted_again_where_no_copies_are_kept(casts: list[Tensor]) -> None:

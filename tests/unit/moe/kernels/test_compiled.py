@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}  # most bytes; others need no shared memory
+SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiprocessor
 
 
@@ -22,9 +23,9 @@ def test_no_kernel_spills_registers() -> None:
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reports) == len(architectures)
     for kernels in reports:
-        assert len(kernels) == 11
+        assert len(kernels) == 22
         for name, report in kernels.items():
             assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
             assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
             assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
-            assert report["vectors"], f"{name} reads or writes no 16 bytes at once: {report}"
+            assert report["vectors"] or name.startswith("plan"), f"{name} reads or writes no 16 bytes at once: {report}"

@@ -66,6 +66,7 @@ def test_gathered_rows_and_the_sums_of_both_gradients(shape: str, dtype: torch.d
     assert torch.equal(gathered, rows.index_select(0, index.parts[0]))
     assert gathered.data_ptr() == again.data_ptr()
     against_torch(lambda kernels, rows: [x * 1 for x in kernels.gather(rows, index)], [rows], dtype)
+    against_torch(lambda kernels, rows: [kernels.gather(rows, index)[0] * 1], [rows], dtype)  # one product for gate and up
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -79,8 +80,13 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
     def run(kernels: RowKernels, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> list[Tensor]:
         # the transpose of a product, so that a kernel must not take strides for granted
         gate_QF, up_QF = gate_QF.T.contiguous().T, up_QF.T.contiguous().T
-        hidden = kernels.swiglu(weight_Q, gate_QF, up_QF)
-        return [kernels.sum_pairs(hidden, weight_Q, index, torch.promote_types(gate_QF.dtype, torch.float32))]
+        return [
+            kernels.sum_pairs(hidden, weight_Q, index, torch.promote_types(gate_QF.dtype, torch.float32))
+            for hidden in (
+                kernels.swiglu(weight_Q, gate_QF, up_QF),
+                kernels.swiglu(weight_Q, torch.cat([gate_QF, up_QF], dim=1), None),  # of one product
+            )
+        ]
 
     against_torch(run, inputs, dtype)
 
