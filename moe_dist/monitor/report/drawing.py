@@ -77,7 +77,8 @@ def curves(
     for tick in np.linspace(0, top, 5):
         parts.append(f'<path class="g" d="M{left} {place(low, tick)[1]:.1f}h{width}"/>')
         parts.append(f'<text x="{left - 6}" y="{place(low, tick)[1] + 4:.1f}" class="e">{short(tick)}</text>')
-    for value in dict.fromkeys((low, (low + high) / 2, high)):
+    half = round((low + high) / 2) if high - low > 2 else (low + high) / 2  # steps are whole numbers
+    for value in dict.fromkeys((low, half, high)):
         parts.append(f'<text x="{place(value, 0)[0]:.1f}" y="{head + height + 16}" class="m">{short(value)}</text>')
     for i, (name, line) in enumerate(lines.items()):
         points = [place(a, b) for a, b in zip(at, line, strict=True) if np.isfinite(b)]
