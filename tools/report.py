@@ -13,7 +13,9 @@ import typer
 from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.config.load import load_stored_config
 from moe_dist.config.manifest import load_manifest
-from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
+from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.config.partial import draft
+from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -54,6 +56,7 @@ class ReportOptions:
     )
     ep: Annotated[str, typer.Option(help="Further EP sizes of the byte ledger, separated by commas.")] = ""
     experts: Annotated[int, typer.Option(min=0, help="Experts of a layer, for another system's trace.")] = 0
+    placement: Annotated[Path | None, typer.Option(help="YAML file with `slots`, for the byte ledger.")] = None
     node_sizes: Annotated[str, typer.Option(help="Ranks of a node in the byte ledger, separated by commas.")] = "2,4,8"
 
 
@@ -72,7 +75,10 @@ def main(options: ReportOptions) -> None:
             f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
             f"{_shape(routing.groups, routing.layers)}; compare runs of the same model"
         )
-    subject = Subject(routing, against, list(_layouts(routing, sizes)), node_sizes)
+    layouts = list(_layouts(routing, sizes))
+    if options.placement is not None:
+        layouts.append(Layout(options.placement.name, _read_placement(options.placement, routing.groups)))
+    subject = Subject(routing, against, layouts, node_sizes)
     page = page_of(subject)
     write_atomically(options.out, page)
     print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
@@ -87,6 +93,18 @@ def page_of(subject: Subject) -> bytes:
         if len(page) <= MOST_BYTES:
             break
     return page
+
+
+def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
+    """Reads the placement of a file that has the keys of the section `placement` with the policy explicit."""
+    try:
+        values, problems = read_mapping(path, "policy and slots")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--placement {path}: cannot be read: {error}; give a YAML file with `slots`") from error
+    read = draft(ExplicitSection, values or {})
+    if problems or read.problems or read.value is None:
+        raise ConfigError([f"--placement {path}: {problem}" for problem in (*problems, *read.problems)])
+    return make_placement(read.value, groups, num_ranks=len(read.value.slots), token_mix={})
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
@@ -236,7 +254,7 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
     for size in sorted({*known, *sizes, own.num_ranks} - {1}):
         if size == own.num_ranks:
             yield Layout("as in the run", own)
-        for section in (PinnedSection(), InterleavedSection()):
+        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # one group: both are equal
             try:
                 placement = make_placement(section, routing.groups, num_ranks=size, token_mix=mix)
             except ConfigError:

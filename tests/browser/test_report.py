@@ -15,6 +15,8 @@ from moe_dist.monitor.report.routing import Layout, Routing, Subject
 from tests.support.browser import Browser, browser
 from tests.unit.monitor.conftest import draw_groups
 from tests.unit.monitor.report.conftest import draw_routing
+from tests.unit.tools.test_report_attached import trained
+from tools.report import open_routing
 
 LARGE = draw_groups(1, num_experts=256, num_null=0, top_k=8)
 
@@ -29,6 +31,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face model in another training loop, without tokenizer: the trace has token ids without names."""
+    return trained(tmp_path_factory.mktemp("attached"), collapsed=1)
+
+
+def foreign(folder: Path) -> Path:
+    """Arrays as vLLM and SGLang return them."""
+    rng = np.random.default_rng(0)
+    np.save(folder / "answer.npy", rng.permuted(np.tile(np.arange(16), (400, 2, 1)), axis=2)[..., :4].astype(np.int16))
+    return folder
+
+
 def write(folder: Path, routing: Routing, against: Routing | None = None) -> Path:
     path = folder / "report.html"
     path.write_text(render(Subject(routing, against, [Layout("as in the run", routing.placement)], (2, 4))))
@@ -36,13 +51,15 @@ def write(folder: Path, routing: Routing, against: Routing | None = None) -> Pat
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("case", ["healthy", "sick", "large", "without tokens"])
-def test_every_panel_is_drawn(page: Browser, tmp_path: Path, case: str, dark: bool) -> None:
+@pytest.mark.parametrize("case", ["healthy", "sick", "large", "without tokens", "attached", "foreign"])
+def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, case: str, dark: bool) -> None:
     routing = {
         "healthy": lambda: draw_routing(steps=20),
         "sick": lambda: draw_routing(bias=collapse),
         "large": lambda: draw_routing(LARGE, layers=48, ranks=64, tokens=300),
         "without tokens": lambda: replace(draw_routing(), tokens=None),
+        "attached": lambda: open_routing(attached),
+        "foreign": lambda: open_routing(foreign(tmp_path), experts=16),
     }[case]()
     page.errors.clear()
     page.requests.clear()
@@ -62,7 +79,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, case: str, dark: bo
         ".map(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])"
     )
     image = np.asarray(Image.open(page.picture(tmp_path / "page.png")).convert("RGB"))
-    assert len(boxes) >= (5 if case == "without tokens" else 12)
+    assert len(boxes) >= {"without tokens": 5, "foreign": 6, "attached": 10}.get(case, 12)
     for x, y, width, height in (np.array(box).astype(int) for box in boxes):
         assert len(np.unique(image[y : y + height, x : x + width].reshape(-1, 3), axis=0)) > 3, (x, y, width, height)
     assert (image[3, 3].max() < 60) == dark
@@ -74,7 +91,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, case: str, dark: bo
         assert all((image[int(y), int(x)] != image[3, 3]).any() for x, y in cells)
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
     first = page.value("document.querySelector('main').innerText.split('\\n')[0]")
-    assert first.startswith("What is wrong" if case == "sick" else "No rule finds a fault"), first
+    assert first.startswith("What is wrong" if case in ("sick", "attached") else "No rule finds a fault"), first
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

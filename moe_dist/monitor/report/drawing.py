@@ -65,9 +65,11 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Curves of the same positions `at`, from 0 to at least `top`; nan is a gap."""
+    """Curves of the same positions `at`, from 0 to at least `top`; nan is a gap. One position gives bars."""
     width, height, left, head = 620, 220, 56, 14
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
+    if len(at) == 1 and known:
+        return bars({name: (line[0], "") for name, line in lines.items() if np.isfinite(line[0])}, title=title, caption=y)
     top, low, high = max([top, *known]) or 1.0, min(at), max(at)
 
     def place(a: float, b: float) -> tuple[float, float]:
@@ -77,7 +79,8 @@ def curves(
     for tick in np.linspace(0, top, 5):
         parts.append(f'<path class="g" d="M{left} {place(low, tick)[1]:.1f}h{width}"/>')
         parts.append(f'<text x="{left - 6}" y="{place(low, tick)[1] + 4:.1f}" class="e">{short(tick)}</text>')
-    for value in dict.fromkeys((low, (low + high) / 2, high)):
+    half = round((low + high) / 2) if high - low > 2 else (low + high) / 2  # steps are whole numbers
+    for value in dict.fromkeys((low, half, high)):
         parts.append(f'<text x="{place(value, 0)[0]:.1f}" y="{head + height + 16}" class="m">{short(value)}</text>')
     for i, (name, line) in enumerate(lines.items()):
         points = [place(a, b) for a, b in zip(at, line, strict=True) if np.isfinite(b)]

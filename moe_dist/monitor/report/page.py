@@ -99,15 +99,16 @@ def _findings(routing: Routing) -> str:
 
 def _about(routing: Routing) -> str:
     groups = ", ".join(f"{g.name}: {g.num_experts} experts + {g.num_null} null, top {g.top_k}" for g in routing.groups)
+    ranks = routing.placement.num_ranks
     steps = routing.frames[0]._replace(last=routing.frames[-1].last).words
     text = (
-        f"{len(routing.layers)} MoE layers ({groups}) on {routing.placement.num_ranks} EP ranks. Counts: {steps}, "
+        f"{len(routing.layers)} MoE layers ({groups}) on {ranks} EP rank{'s' * (ranks > 1)}. Counts: {steps}, "
         f"{routing.source}."
     )
     if routing.tokens is None:
         return text
     tokens = routing.tokens
-    which = f"{tokens.split} tokens of step {', '.join(map(str, tokens.steps[-3:]))}"
+    which = f"{tokens.split} tokens of step{'s' * (len(tokens.steps) > 1)} {', '.join(map(str, tokens.steps[-3:]))}"
     return f"{text} Tokens: {len(tokens.token_T):,} {which}."
 
 

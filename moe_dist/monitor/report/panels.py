@@ -23,12 +23,14 @@ def load(subject: Subject) -> str:
     """Heat maps of load / mean load over layers and experts, for each group, with a slider over the steps."""
     routing = subject.routing
     scale = ratio_scale("load of an expert / mean load of its group in the layer: 1 is even")
+    several = routing.placement.num_ranks > 1
 
     def frame(frame: Frame) -> str:
         maps = []
         for group, load_Ln in loads(frame.choices_LC, routing.groups):
-            ranks = tuple(f"r{routing.placement.rank_of_expert[e]}" for e in group.experts)
-            columns = Axis("expert, and the rank that holds it", [str(i) for i in range(group.num_experts)], ranks)
+            ranks = tuple(f"r{routing.placement.rank_of_expert[e]}" for e in group.experts) if several else ()
+            name = "expert, and the rank that holds it" if several else "expert"
+            columns = Axis(name, [str(i) for i in range(group.num_experts)], ranks)
             maps.append(heat(load_Ln, routing.layer_axis, columns, scale=scale, title=f"Group {group.name}."))
         return "".join(maps)
 
@@ -38,6 +40,8 @@ def load(subject: Subject) -> str:
 def ranks(subject: Subject) -> str:
     """Heat map of the work of each rank in each layer."""
     work_LR = work_of_ranks(subject.routing)
+    if work_LR.shape[1] == 1:
+        return "<p>One rank holds all experts, so that no rank waits.</p>"
     columns = Axis("rank of the EP group", [str(rank) for rank in range(work_LR.shape[1])])
     scale = ratio_scale("pairs x FFN width of a rank / mean of the ranks: the others wait for the busiest rank")
     return heat(over_mean(work_LR), subject.routing.layer_axis, columns, scale=scale, title="Work of the ranks.")

@@ -137,7 +137,9 @@ def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest:
 
 def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.html"
-    done = call(run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2")
+    placed = tmp_path / "placed.yaml"
+    placed.write_text("slots: [[text/0, text/1, text/2], [image/0, image/1]]")  # as in the run
+    done = call(run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2", "--placement", placed)
     assert done.exit_code == 0, done.output
     text = out.read_text()
     page = Tags(text)
@@ -155,6 +157,8 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
         ("4", "interleaved"),
         ("5", "pinned"),
     ]
+    rows = dict(re.findall(r'<tr><td class="e">2</td><td>(as in the run|placed\.yaml)</td>(.*?)</tr>', text))
+    assert rows["as in the run"] == rows["placed.yaml"]
     assert len(out.read_bytes()) < 5_000_000
 
 
@@ -303,6 +307,8 @@ def test_bad_input_is_named(run: Path, spoil: Callable[[Path], Path], error: typ
 def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "report.html"
     out.write_text("old")
+    half = tmp_path / "half.yaml"
+    half.write_text("slots: [[text/0]]")
     other = replace(manifest, groups=(replace(manifest.groups[0], top_k=1), manifest.groups[1]))
     write_trace(tmp_path / "other" / "a", other, range(1, 2))
     for options, message in (
@@ -310,6 +316,9 @@ def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifes
         ((run, "--against", tmp_path / "nowhere"), "nowhere: neither a run"),
         ((run, "--ep", "2,x"), "--ep 2,x: 'x' is no whole number"),
         ((run, "--data", tmp_path), f"--data {tmp_path}: "),
+        ((run, "--placement", tmp_path / "nowhere"), f"--placement {tmp_path / 'nowhere'}: cannot be read"),
+        ((run, "--placement", run / "config.yaml"), "config.yaml: run: unknown key; the whole has the keys policy, slots"),
+        ((run, "--placement", half), "placement.slots: no rank has text/1, text/2, image/0, image/1"),
     ):
         done = call(*options, "-o", out)
         assert (done.exit_code, message in done.stderr) == (78, True), done.output

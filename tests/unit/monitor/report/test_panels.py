@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.monitor.heatmaps import Axis, ratio_scale
 from moe_dist.monitor.report.drawing import heat, short
-from moe_dist.monitor.report.panels import drift
+from moe_dist.monitor.report.panels import drift, percentiles
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
 from moe_dist.monitor.report.token_panels import experts_a_token
 from moe_dist.monitor.trace.foreign import NO_ID
@@ -55,6 +55,15 @@ def test_the_legend_of_a_small_heat_map_is_free(name: str) -> None:
     half = 3.5 * len(name)  # a character has at most 7 user units
     assert middle - half >= 0
     assert middle + half < legend < width - 30
+
+
+def test_one_step_is_drawn_as_bars() -> None:
+    routing = draw_routing(steps=1)
+    load = routing.window.choices_LC[:, :8] / routing.window.choices_LC[:, :8].mean(1, keepdims=True)
+    picture = percentiles(Subject(routing, None, [], ())).split("</svg>")[0]
+    assert "<path" not in picture
+    texts = [re.sub("<[^>]*>", "", text).strip() for text in re.findall(r"<text[^>]*>(.*?)</text>", picture)]
+    assert texts == [each for p in (50, 75, 90, 99) for each in (f"p{p}", short(np.percentile(load, p)))]
 
 
 def test_tokens_without_ids_are_not_compared() -> None:
