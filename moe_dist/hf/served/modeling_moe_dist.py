@@ -66,6 +66,8 @@ class MoeDistMLP(nn.Module):
 class MoeDistAttention(nn.Module):
     """What all kinds of attention share. A subclass has the projections."""
 
+    o_proj: nn.Linear
+
     def __init__(self, config: MoeDistConfig, layer_idx: int):
         super().__init__()
         self.config = config

@@ -51,10 +51,25 @@ GROUPS = {
     "text": {"num_experts": 4, "num_null": 3, "num_identity": 1, "num_constant": 1, "top_k": 3, "ffn_dim": 16},
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
+LIMITED = {"model__moe__router": {"kind": "group_limited", "n_group": 2, "topk_group": 1}, "model__moe__shared_ffn_dim": 16}
+FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leaves
+    "mixtral": {},
+    "moe_dist": {"model__moe__groups": GROUPS, "model__moe__router": {"kind": "top_k", "selection_bias": True}},
+    "ernie4_5_moe": {"model__rope_pairs": "adjacent", "model__moe__router": {"kind": "top_k", "selection_bias": True}},
+    "glm4_moe": LIMITED,
+    "deepseek_v3": {
+        **LIMITED,
+        "model__attention": {"kind": "latent", "q_rank": 12, "kv_rank": 10, "value_dim": 6},
+        "model__num_kv_heads": 4,
+        "model__head_dim": 12,
+        "model__rope_dim": 4,
+        "model__rope_pairs": "adjacent",
+    },
+}
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(ONE, id="mixtral"), pytest.param(GROUPS, id="moe_dist", marks=pytest.mark.full)]
+    scope="module", params=[form if form == "mixtral" else pytest.param(form, marks=pytest.mark.full) for form in FORMS]
 )
 def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
@@ -62,13 +77,12 @@ def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytes
 
     root = tmp_path_factory.mktemp("exported")
     shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
-    if request.param is GROUPS:
-        shape["model__moe__router"] = {"kind": "top_k", "selection_bias": True}
+    shape |= {"model__moe__groups": ONE, **FORMS[request.param]}
     with world_of_one():  # weights so large that log-likelihoods differ by whole nats
-        made = OneRank(own_data, root / "runs", model__moe__groups=request.param, model__init_std=0.3, **shape)
+        made = OneRank(own_data, root / "runs", model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
-    assert export_model(run, root / "hf").family == ("mixtral" if request.param is ONE else "moe_dist")
+    assert export_model(run, root / "hf").family == request.param
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
