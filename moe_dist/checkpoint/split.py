@@ -34,7 +34,7 @@ def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dic
         layer, group, dim = expert["layer"], expert["group"], HIDDEN_DIM[expert["tensor"]]
         num_experts, width = len(here[layer][group]), spec.shape[dim]
         source = source_of(expert, index, there[layer], here[layer][group])
-        if source is None or (num_experts > 1 and len(there[layer].get(group, "1")) > 1):
+        if source is None or len(there[layer].get(group, ())) > 1:
             problems[f"{layer}.moe.experts.{group}: {nothing(num_experts, group, there[layer])}"] = None
             continue
         stored = index.tensors[source].shape

@@ -127,7 +127,7 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
         if role_of_name(name) not in _MOE_ROUTERS
     ][:1]
     other = _other_keys(config, source)
-    if {"upcycle", "split"} & {*config.run.init_rules}:
+    if "upcycle" in config.run.init_rules:
         other.pop("mixture_of_depths", None)  # an upcycled model may add mixture of depths
     return problems + [f"{problem}; take that" for problem in other.values()]
 

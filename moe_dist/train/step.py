@@ -147,7 +147,7 @@ class TrainingStep:
                     found, reports = forward(
                         self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher
                     )
-                losses_BS, *divergences_BS = [found] if teacher is None else found.unbind()
+                losses_BS, kl_BS = (found, None) if teacher is None else found.unbind()
                 loss = micro_loss(
                     losses_BS,
                     reports,
@@ -162,9 +162,9 @@ class TrainingStep:
                 )
                 for watcher in watchers:
                     watcher.add(batch, reports)
-                if self.distillation is not None:
-                    loss = self.distillation.add(loss, losses_BS, *divergences_BS, labels_in_step)
-                del found, losses_BS, divergences_BS, teacher  # else the autograd graph would outlive backward
+                if self.distillation is not None and kl_BS is not None:
+                    loss = self.distillation.add(loss, losses_BS, kl_BS, labels_in_step)
+                del found, losses_BS, kl_BS, teacher  # else the autograd graph would outlive backward
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 with record_function("backward"):

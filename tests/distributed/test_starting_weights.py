@@ -292,7 +292,7 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**SPLIT, **PARTS, **SIGMOIDS, **groups((4, 4, 4), (2, 2, 2)), f"{GROUPS}.image.ffn_dim": 12},
     ),
     "a dense layer": (
-        {**SEED, **SAME_WIDTH, "model.moe.first": 1, "model.dense_ffn_dim": 16},
+        {**SEED, **SAME_WIDTH, "model.moe.first": 1, "model.dense_ffn_dim": 16, "parallel.data": "fsdp2"},
         {**SUMMED, f"{GROUPS}.image.ffn_dim": 4},
     ),
     "sharded": ({**SEED, "parallel.data": "fsdp2"}, {**SUMMED, "parallel.data": "fsdp2"}),
@@ -328,6 +328,8 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
         (groups((2, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 2 in the checkpoint; only a single expert can be"),
         ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
         (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+        (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),
+        (groups((4, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 4 in the checkpoint; only a single expert can be"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_is_refused(
