@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -114,13 +115,18 @@ def find(root: type[BaseModel], path: str) -> list[Key]:
     return found
 
 
+@cache
+def _all_paths(root: type[BaseModel]) -> list[str]:
+    return sorted({key.path for key in walk(root)})
+
+
 def nearest(root: type[BaseModel], path: str) -> str | None:
     """Returns the schema's key most similar to the unknown key `path`: in the same section if one is similar, else with the
     same name in another section, else any similar key; None without one."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}
-    known = sorted({key.path for key in walk(root)})
+    known = _all_paths(root)
     if close := difflib.get_close_matches(name, sorted(siblings), 1):
         return f"{section}.{close[0]}" if section else close[0]
     if same := [key for key in known if key.rpartition(".")[2] == name]:

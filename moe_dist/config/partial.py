@@ -30,6 +30,7 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
+MOST_FAULTS = 50  # faults that one round of `draft` reports; the search for a similar key takes milliseconds for each
 _ROUNDS = 20  # most rounds of `draft`: each may find missing keys one level deeper; schemas have fewer than 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
@@ -73,7 +74,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
         except ValidationError as error:
             before = frozenset(wrong)  # faults of these paths are not reported: an earlier round inserted their values
             # Misspelt keys come first, because a misspelt key may be the key that is reported missing.
-            for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
+            details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+            for detail in details[:MOST_FAULTS]:
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
                 if detail["type"] == "missing" and _get(values, where) is not None:  # `_repair` moved a misspelt key there
@@ -81,6 +83,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
                 if not any(_overlap(dotted(where), known) for known in before):
                     problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
                 _repair(schema, values, keys, detail, wrong)
+            if (more := len(details) - MOST_FAULTS) > 0:
+                return PartialConfig(None, (*problems.values(), f"and {more:,} more faults"), frozenset(wrong))
     return PartialConfig(None, tuple(problems.values()), frozenset(wrong))
 
 

@@ -14,8 +14,12 @@ import yaml
 
 from moe_dist.config.regular_file import read_regular
 
-MAX_YAML_BYTES = 1 << 18  # size of the largest file that is read; PyYAML reads about 100 KB a second
-MAX_VALUES = 50_000  # most values in one document; an alias counts as all values that it stands for
+MAX_YAML_BYTES = 1 << 18  # size of the largest file that is read
+# Most values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us for a value, so a
+# text is read or refused within a second. The largest configurations have some hundred values, and a list of their ranks.
+MAX_VALUES = 20_000
+MAX_REPEATED = 50  # most duplicate keys that are named
+MAX_DEPTH = 32  # deepest nesting in the text; PyYAML takes longer for a value the deeper it is
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -35,13 +39,24 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.repeated: list[str] = []
+        self._values = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses a text with too many values while it is read."""
+        self._values += 1
+        self._depth += 1
+        _require(self._values <= MAX_VALUES, f"more than {MAX_VALUES:,} values")
+        _require(self._depth <= MAX_DEPTH, f"values are nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> yaml.Node | None:
         """Refuses a document with too many values before they are made: nine lines of aliases can stand for a billion."""
         node = super().get_single_node()
-        if node is not None and _values_in(node, {}) > MAX_VALUES:
-            problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
-            raise yaml.constructor.ConstructorError(None, None, problem, None)
+        count = 0 if node is None else _values_in(node, {})
+        problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
+        _require(count <= MAX_VALUES, problem)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -80,6 +95,11 @@ _Loader.yaml_constructors = {
 }
 
 
+def _require(fits: bool, problem: str) -> None:
+    if not fits:
+        raise yaml.constructor.ConstructorError(None, None, problem, None)
+
+
 def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     """Counts the values in a node, aliases in full. The count is above MAX_VALUES if the node contains itself."""
     if node not in counts:
@@ -99,7 +119,7 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
         return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
     except (ValueError, RecursionError):
         return None, ["a number has too many digits, or values are nested too deeply"]
-    return value, loader.repeated
+    return value, loader.repeated[:MAX_REPEATED]
 
 
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:

@@ -4,6 +4,7 @@ import sys
 
 RENAMED = {
     "launchers.slurm_job": "launchers.slurm.job",
+    "launchers.slurm_step": "launchers.slurm.step",
     "tools.bench_dispatch": "tools.bench",
     "tools.bench_router_tuning": "tools.bench.router_tuning",
     "tools.experiments.conventions": "tools.experiments.convention_data",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.config import keys, partial
 from moe_dist.config.load import (
     Change,
     apply_overrides,
@@ -208,6 +209,29 @@ def test_all_faults_at_once(path: Path) -> None:
         "model: num_heads=3 must be a multiple of num_kv_heads=2",
     ):
         assert part in found
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("\n".join(f"key{index}: 1" for index in range(9_000)), "and "),
+        ("train:\n" + "\n".join(f"  steps{index}: 1" for index in range(9_000)), "and "),
+        (f"placement: {{groups: {{text: {{ranks: [{'x,' * 19_000}]}}}}}}", "model: missing"),
+    ],
+    ids=["keys", "keys of a section", "items"],
+)
+def test_a_file_with_thousands_of_faults_is_refused_after_the_first_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, last: str
+) -> None:
+    asked: list[str] = []
+    real = keys.nearest
+    for module in (keys, partial):
+        monkeypatch.setattr(module, "nearest", lambda root, name: asked.append(name) or real(root, name))
+    (tmp_path / "x.yaml").write_text(text)
+    found = problems(tmp_path / "x.yaml")
+    assert len(found) <= partial.MOST_FAULTS + 1
+    assert len(asked) <= 2 * partial.MOST_FAULTS, "each search for a similar key takes milliseconds"
+    assert any(problem.startswith(last) for problem in found)
 
 
 def test_a_misspelt_required_key_is_one_problem(path: Path) -> None:

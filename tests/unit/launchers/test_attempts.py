@@ -6,10 +6,12 @@ import pytest
 
 from launchers.attempts import begin_logs, conclude, run_attempts
 from launchers.rank_tracker import Outcome
+from moe_dist.runtime.attempt import verdict_of
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopSignals
+from tests.support.passing_faults import FAULTS, RESTARTS
 from tests.support.tiny import tiny_config
 
 
@@ -61,6 +63,31 @@ def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_p
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.verdict, latest.rank) == (65, 1)
+
+
+@pytest.mark.parametrize("prefix", ["local", "ray"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_local_and_ray_restart_after_a_fault_that_may_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prefix: str, fault: str
+) -> None:
+    """tests/unit/launchers/slurm/test_job.py has the same faults and the same count for Slurm."""
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder, (verdict, reason) = RunFolder.of(config), verdict_of(FAULTS[fault])
+    begun: list[int] = []
+
+    def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
+        begun.append(restarts)
+        lease = folder.open(config, RankEnv(0, 2, 0, 2, "published", restarts, attempt_id))
+        (folder.checkpoints / "latest").write_text(f"step_{1 + restarts}")
+        offsets = begin_logs(folder, 2, attempt_id)
+        assert folder.write_status(verdict=verdict, reason=reason, last_step=1, attempt_id=attempt_id, rank=1)
+        lease.release()
+        return Outcome((1, verdict), 1, None, aborted=False), offsets
+
+    assert run_attempts(folder, run, StopSignals(), prefix=prefix, max_restarts=RESTARTS, option="--max-restarts") == 1
+    assert len(begun) == 1 + RESTARTS
+    assert [each.reason for each in folder.read_status().attempts] == [reason] * len(begun)
+    assert f"it was restarted {RESTARTS} times already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("prefix", "option"), [("local", "--max-restarts"), ("ray", "--max-restarts")])

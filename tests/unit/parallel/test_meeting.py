@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -16,8 +17,11 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from moe_dist.errors import ConfigError, StoppedError
 from moe_dist.parallel.rendezvous import Mailbox, meeting
 from moe_dist.runtime import rendezvous
+from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.runtime.rendezvous import StartError, StartWait
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config
 
 FIRST = RankEnv(0, 3, 0, 1, "env://", attempt=0, attempt_id="of-rank-0")
 SECOND = replace(FIRST, rank=1, attempt=2, attempt_id="of-rank-1")
@@ -53,6 +57,38 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield lambda env, seconds=600.0, folder=tmp_path, stopped=lambda: False: pool.submit(
             run, env, seconds, folder, stopped
         )
+
+
+def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another attempt still writes to the run for minutes, by the clock of the waiting rank."""
+    now = [0.0]
+
+    def sleep(_: float) -> None:
+        now[0] = min(now[0] + 10.0, 310.0)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setenv(rendezvous.HOST_VARIABLE, "127.0.0.1")
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder = RunFolder.of(config)
+    other = folder.open(config, RankEnv(0, 1, 0, 1, PUBLISHED, 0, "other"))
+    zero = RankEnv(0, 2, 0, 1, PUBLISHED, 0, "of-both")
+
+    def rank_0() -> str:
+        Attempt(zero).open(config)  # as a rank does before it meets the others
+        return start(zero, folder=folder.path).result(600)
+
+    with ThreadPoolExecutor(1) as pool:
+        later = start(replace(zero, rank=1), 1800.0, folder=folder.path)
+        first = pool.submit(rank_0)
+        while now[0] < 300.0:
+            assert not later.done()
+            time.sleep(0.01)
+        other.release()
+        assert [each.result(600) for each in (first, later)] == ["of-both", "of-both"]
+    assert any("waiting for rank 0, whose address must come" in record.getMessage() for record in caplog.records)
 
 
 def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start, agent: TCPStore, tmp_path: Path) -> None:

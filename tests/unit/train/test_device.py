@@ -1,5 +1,6 @@
 """Which GPU a rank takes: by its local rank, or the only one that it sees, and never one of another rank."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,14 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from moe_dist.config.schema import Config
 from moe_dist.errors import ResourceError
 from moe_dist.parallel import mesh
+from moe_dist.runtime import rendezvous
+from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.runtime.rendezvous import StartError, StartWait
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.train import session
 from moe_dist.train.session import choose_device, claim_gpu
+from tests.support.tiny import tiny_config
 
 
 def env_of(local_rank: int) -> RankEnv:
@@ -28,6 +35,30 @@ def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch, seen: int, local_ran
         monkeypatch.setattr(torch.cuda, name, value)
     assert choose_device(config_of(), env_of(local_rank)) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize(("changes", "seconds"), [({}, 1800.0), ({"parallel.start_seconds": 77.0}, 77.0)])
+def test_ranks_wait_for_each_other_as_long_as_the_configuration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float], seconds: float
+) -> None:
+    waits: list[StartWait] = []
+
+    def meeting(env: RankEnv, folder: Path, wait: StartWait) -> None:
+        waits.append(wait)
+        raise StartError("none came")
+
+    now = [0.0]
+    monkeypatch.setattr(session, "meeting", meeting)
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None))
+    config, env = tiny_config(tmp_path, tmp_path, changes), RankEnv(1, 2, 0, 1, PUBLISHED, 0, "a1")
+    with pytest.raises(StartError, match="none came"):
+        session.join_world(config, env, RunFolder.of(config), Attempt(env), stopped=lambda: False)
+    (wait,) = waits
+    now[0] = seconds - 1.0
+    wait.pause("rank 0")
+    now[0] = seconds
+    with pytest.raises(StartError, match=f"rank 1 waited {seconds:g} s for rank 0"):
+        wait.pause("rank 0")
 
 
 def test_commands_take_the_gpu_that_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster
+from moe_dist.runtime.attempt import verdict_of
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.passing_faults import FAULTS, RESTARTS
 from tests.support.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).parents[4]
@@ -179,6 +181,24 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
 def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, verdict: int, requeued: bool) -> None:
     assert node.attempt(f"echo 'srun: error: n1: {line}' >&2; exit {verdict}") == verdict
     assert node.requeues == requeued
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    """tests/unit/launchers/test_attempts.py has the same faults and the same count for the local launcher and Ray."""
+    (node.folder / "site.yaml").write_text(f"gpus: {{syntax: none}}\nranks_per_node: 2\nmax_restarts: {RESTARTS}\n")
+    verdict, reason = verdict_of(FAULTS[fault])
+    for restarts in range(1 + RESTARTS):
+        attempt_id = f"slurm--12-{restarts}"
+        lease = node.run.open(node.config, RankEnv(0, 2, 0, 2, "published", restarts, attempt_id))
+        assert node.run.write_status(verdict=verdict, reason=reason, last_step=1, attempt_id=attempt_id, rank=1)
+        lease.release()
+        saves = f"echo step_{1 + restarts} >{node.run.checkpoints}/latest"
+        ended = f"echo 'srun: error: n1: tasks 0-1: Exited with exit code {verdict}' >&2; exit {verdict}"
+        assert node.attempt(f"{saves}; {ended}", restarts=restarts) == 1
+    assert node.requeues == RESTARTS
+    assert [each.reason for each in node.run.read_status().attempts] == [reason] * (1 + RESTARTS)
+    assert f"not requeued: it was restarted {RESTARTS} times already (max_restarts)" in capsys.readouterr().err
 
 
 def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, MEANING, meaning, split_tag
 
 MakeRecord = Callable[..., Record]
+ROOT = Path(__file__).parents[4]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -60,6 +63,26 @@ def test_names_of_gauges_pass_promtools_rules() -> None:
         assert not re.search(r"(^|_)(gauge|counter|histogram|summary|untyped)(_|$)", name), f"{name} names its type"
         assert not re.search(rf"_({abbreviations})$", name), f"{name}: a unit must be written out"
         assert not re.search(rf"(^|_)({units})(_|$)", name), f"{name}: not a base unit"
+
+
+@pytest.mark.full
+def test_promtool_itself_accepts_every_gauge_of_a_run(tmp_path: Path) -> None:
+    """`make promtool` fetches it: Debian's, 16 MB."""
+    promtool = shutil.which("promtool") or str(ROOT / ".cache" / "promtool" / "usr" / "bin" / "promtool")
+    assert Path(promtool).exists(), "run `make promtool`, or put promtool on the path"
+
+    def check(text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+
+    tags = [tag.replace("{", "").replace("}", "") for tag in MEANING | DEPTH_MEANING]
+    scalars: dict[str, float | None] = {tag: 0.5 for tag in tags}
+    scalars |= dict(zip(tags, (math.nan, math.inf, -math.inf), strict=False))
+    path = tmp_path / "metrics.prom"
+    sink = PrometheusSink(path=path, run_name='a"b\\c\nd {run="x"} é')
+    sink.evaluation(EvaluationResult(1, {"text": 3.0}, {"text": 4}), scalars)
+    done = check(path.read_text(encoding="utf-8"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert check("# HELP x_count d\n# TYPE x_count gauge\nx_count 1\n").returncode == 3, "as before the rename"
 
 
 def test_odd_numbers_and_odd_names() -> None:
