@@ -228,7 +228,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
         for owner, names in ((torch.cuda, cuda), (Tensor, tensor), (FakeTensor, fake), (torch.nn.functional, functions)):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, mask: _OneKernel.apply(q, k, v)))
+        stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, *_: _OneKernel.apply(q, k, v)))
         stack.enter_context(mock.patch.object(transformer, "make_mask", attention.dense_mask))
         stack.enter_context(mock.patch.object(trial, "why_not", return_value=None))  # fake values would all differ
         yield
