@@ -121,11 +121,12 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
     found.sort(key=lambda each: -each[0])
     room = np.cumsum([group.num_experts**2 for _, _, group, _ in found]) <= subject.matrix_cells
     parts = []
+    # This computes the shown matrices again, because memory may not hold the matrices of all layers.
     for lift, layer, group, _ in found[: min(SHOWN_MATRICES, int(room.sum()))]:
         names = Axis("expert", [str(i) for i in range(group.num_experts)])
         title = f"Group {group.name}, layer {routing.layers[layer]}."
         lift_nn = numbers.together(numbers.taken(tokens.ids_TLK[_rows_of(tokens, routing, group), layer], group))
-        picture = heat(lift_nn, names, names, scale=scale, title=title)  # drawn again: all matrices may not fit in memory
+        picture = heat(lift_nn, names, names, scale=scale, title=title)
         parts.append(details(f"{title} Largest lift {short(lift)}", picture) if parts else picture)
     if len(parts) == len(found):
         return "".join(parts)
