@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.rows import TORCH, gate_and_up
 from moe_dist.moe.draws import recomputed
-from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels, gate_and_up
+from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK, gate_and_up
+from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
 
 SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
+
+
+def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns gate and up [Q, F], which without `up_QF` are the halves of one tensor."""
+    if up_QF is not None:
+        return gate_QF, up_QF
+    first, second = gate_QF.chunk(2, dim=-1)
+    return first, second
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

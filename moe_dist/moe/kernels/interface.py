@@ -75,14 +75,6 @@ class Choice(NamedTuple):
     entropy_G: Tensor
 
 
-def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns gate and up [Q, F], which without `up_QF` are the halves of one tensor."""
-    if up_QF is not None:
-        return gate_QF, up_QF
-    first, second = gate_QF.chunk(2, dim=-1)
-    return first, second
-
-
 class RowKernels(Protocol):
     """`swiglu` and `sum_pairs` together multiply the output of each pair by its weight; which one does so is their choice.
 
