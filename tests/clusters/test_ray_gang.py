@@ -178,8 +178,8 @@ def test_each_fault_of_a_rank_is_followed_by_an_attempt_on_another_node(cluster:
     assert job.wait() == 0, job.printed
     assert ends(job) == [(1, 0), (1, 1), (1, 2), (0, 3)]
     killed, frozen, gpu, _ = job.run.read_status().attempts
-    assert killed.reason.startswith("rank 1: killed by SIGKILL")
-    assert frozen.reason.startswith("rank 1: frozen by SIGSTOP")
+    assert re.match(r"rank 1 on \S+: killed by SIGKILL", killed.reason)
+    assert re.match(r"rank 1 on \S+: frozen by SIGSTOP", frozen.reason)
     assert (gpu.rank, gpu.reason) == (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered")
     first, second, *_ = re.findall(r"^rank 1  (\S+)", job.printed, re.MULTILINE)
     assert second != first, "the node at fault is used last"
