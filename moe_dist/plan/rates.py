@@ -109,3 +109,55 @@ def read_rates(path: Path) -> Rates:
 def rates_text(rates: Rates) -> str:
     """Returns the text of a rates file."""
     return dump_yaml(rates.model_dump(mode="json"))
+
+
+# Bytes/s of memory, bytes/s to the other GPUs of a node in one direction, and bytes of memory, from NVIDIA's data sheets.
+PUBLISHED: dict[str, tuple[float, float, float]] = {
+    "GB200": (8.0e12, 900e9, 186e9),
+    "B200": (8.0e12, 900e9, 180e9),
+    "GH200": (4.0e12, 450e9, 96e9),
+    "H200": (4.8e12, 450e9, 141e9),
+    "H100": (3.35e12, 450e9, 80e9),
+    "H800": (3.35e12, 200e9, 80e9),
+    "A100": (2.04e12, 300e9, 80e9),
+    "A800": (2.04e12, 200e9, 80e9),
+}
+
+
+def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
+    """Returns rates from data sheets. The shares of the peaks that programs reach are assumed, not measured: 0.71 of the
+    FLOP/s for large products, 0.56 for those of experts, 0.4 for attention, 0.8 of the memory's rate and 0.73 of links.
+
+    Args:
+        peak: Dense FLOP/s in bf16; None if it is not known.
+        between: Bytes/s that a GPU sends to other nodes; None if it is not known.
+    """
+    if card.upper() not in PUBLISHED or peak is None:
+        raise ConfigError(
+            f"gpus.type={card}: no published rates of this card; take one of {', '.join(PUBLISHED)}, or measure the rates "
+            "with moe-dist calibrate and give --rates",
+            see=GUIDE,
+        )
+    memory_rate, link, capacity = PUBLISHED[card.upper()]
+    copy, sizes, shares = 0.8 * memory_rate, (1.0, 64.0, 256.0, 1024.0, 4096.0), (1.0, 1.0, 0.7, 0.9, 1.0)
+
+    def curve(share: float) -> CurveSection:  # few rows: the weights' bytes set the pace
+        rates = (min(size * copy, part * share * peak) for size, part in zip(sizes, shares, strict=True))
+        return CurveSection(sizes=sizes, rates=tuple(rates))
+
+    far = None if between is None else LinkSection(ranks=ranks_per_node, latency=3e-5, bytes_per_second=between)
+    return Rates(
+        machine="data sheet",
+        card=card,
+        source="extrapolated",
+        memory=capacity,
+        gemm=curve(0.71),
+        grouped=curve(0.56),
+        attention=0.4 * peak,
+        copy_rate=copy,
+        launch=7e-6,
+        sync=2.5e-4,
+        ranks_per_node=ranks_per_node,
+        inside=(LinkSection(ranks=ranks_per_node, latency=2e-5, bytes_per_second=0.73 * link),),
+        between=far,
+    )

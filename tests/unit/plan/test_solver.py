@@ -70,7 +70,7 @@ def test_uneven_slots_pinned_groups_and_nodes() -> None:
 
 def test_a_large_model_takes_a_tenth_of_a_second() -> None:
     load_LE = np.random.default_rng(3).gamma(1.0, size=(60, 256))
-    seconds = []
+    seconds, found = [], np.zeros(0, int)
     for _ in range(3):
         start = time.process_time()  # of this process: the machine may do other work
         found = solve(load_LE, np.full(64, 4))
