@@ -3,9 +3,9 @@
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -17,11 +17,13 @@ from moe_dist.config.load import load_config, model_violations, resolved_yaml, r
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.report.replay import capped, replay, without_nulls
+from moe_dist.monitor.report.routing import Routing, group_of_modality
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.answers import answers, hot_expert, modality_answer, picture
 from moe_dist.plan.estimate import Estimate, Planner
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
+from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import GUIDE, Rates, published_rates, read_rates
@@ -40,6 +42,8 @@ class PlanOptions:
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.global_batch=4096.")] = None
     gpus: Annotated[str, typer.Option(help="Number of GPUs, or a range whose doublings are taken, as 8..10240.")] = "8"
     trace: Annotated[Path | None, typer.Option(help="A run or trace of this model, for real routing.")] = None
+    nulls: Annotated[Literal["traced", "real"], typer.Option(help="real: null choices become true experts.")] = "traced"
+    capacity: Annotated[float | None, typer.Option(min=0.01, help="Capacity factor for the traced choices.")] = None
     cluster: Annotated[str | None, typer.Option(help="Cluster file with gpus.type and between_gbytes.")] = None
     rates: Annotated[Path | None, typer.Option(help="Rates that moe-dist calibrate measured.")] = None
     machine: Annotated[str, typer.Option(help="Machine of --rates, if it is not this one.")] = platform.node()
@@ -62,7 +66,7 @@ def main(options: PlanOptions) -> None:
     config, mix, rates = planned.config, dict(planned.token_mix), rates_of(options, max(counts))
     source, routing = Expected(mix), None
     if options.trace is not None:
-        routing = routing_of(options.trace, config)
+        routing = changed(routing_of(options.trace, config), options, config.train.micro_batch)
         assert routing.tokens is not None
         source = Traced(routing.tokens.ids_TLK, routing.tokens.sequence_T)
         counted = np.bincount(routing.tokens.modality_T, minlength=len(routing.modalities))
@@ -81,9 +85,12 @@ def main(options: PlanOptions) -> None:
     ranked = sorted(fitting, key=lambda each: cost(each, options.price))
     best = next(each for each in ranked if not [*rule_violations(each.config), *model_violations(each.config)])
     print_plan(ranked, best, len(every), rates, options)
+    if routing is not None:
+        print_replay(routing, ranked, rates)
     says = [*answers(best, fitting, rates), modality_answer(fitting, planner)]
     if load_LE is not None and routing is not None:
-        says.append(hot_expert(load_LE, routing.layers, best.placement))
+        spread = next((each for each in ranked if each.config.parallel.ep > 1), best)
+        says.append(hot_expert(load_LE, routing.layers, spread.placement))
     for sentence in filter(None, says):
         print(f"- {sentence}")
     text = resolved_yaml(best.config)
@@ -152,6 +159,53 @@ def routing_of(path: Path, config: Config) -> Routing:
     if routing.tokens is None:
         raise ConfigError(f"--trace {path}: the run has no trace of tokens; set monitor.trace, or use moe-dist trace")
     return routing
+
+
+def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing:
+    """Returns the routing under another null policy or capacity."""
+    tokens, groups = routing.tokens, routing.groups
+    assert tokens is not None
+    group_T, ids_TLK = group_of_modality(groups, routing.modalities)[tokens.modality_T], tokens.ids_TLK
+    if options.nulls == "real":
+        ids_TLK = without_nulls(ids_TLK, group_T, groups)
+    if options.capacity is not None:
+        ids_TLK = capped(ids_TLK, group_T, tokens.sequence_T // micro_batch, groups, options.capacity)
+    return replace(routing, tokens=replace(tokens, ids_TLK=ids_TLK))
+
+
+def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
+    """Prints what the traced choices send under the placement of each EP size, and the seconds of its best layout."""
+    tokens = routing.tokens
+    assert tokens is not None
+    table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")
+    table.caption = (
+        f"Rows and bytes are measured: counted in the trace, forward and backward. Nodes of {rates.ranks_per_node} ranks; "
+        f"once: as hierarchical sends them. Step: the best layout with this placement, {ranked[0].mark}."
+    )
+    heads = ("EP", "placement", "rows a token and layer", "bytes a token", "between nodes", "once", "dropped pairs")
+    for head in (*heads, "busiest rank / mean", "s a step"):
+        table.add_column(head, justify="left" if head == "placement" else "right")
+    best: dict[tuple[tuple[int, ...], ...], Estimate] = {}
+    for each in ranked:
+        best.setdefault(each.placement.slots, each)
+    for each in sorted(best.values(), key=lambda e: e.config.parallel.ep):
+        model, parallel = each.config.model, each.config.parallel
+        found = replay(
+            tokens.ids_TLK,
+            tokens.sequence_T,
+            each.placement,
+            micro_batch=each.config.train.micro_batch,
+            node_size=rates.ranks_per_node,
+            row_bytes=model.hidden_dim * ITEMSIZE[parallel.precision],
+            repeated=int(parallel.recompute == "block"),
+        )
+        count = max(1, len(tokens.token_T))
+        cells = [f"{found.traffic.rows / count / len(routing.layers):.3f}"]
+        cells += [f"{number / count:,.0f}" for number in (found.bytes, found.bytes_between, found.bytes_between_once)]
+        busiest = f"{found.traffic.imbalance:.2f}"
+        policy = each.config.placement.policy
+        table.add_row(str(parallel.ep), policy, *cells, f"{found.dropped:,}", busiest, f"{each.seconds:.3g}")
+    Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
 
 
 def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:

@@ -11,6 +11,8 @@ import yaml
 import tools.plan
 import tools.report
 from moe_dist.config.load import load_config
+from moe_dist.monitor.report.numbers import traffic
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates, published_rates, rates_text, read_rates
 from tests.support.invoked import invoke
@@ -56,10 +58,28 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
     routing = draw_routing(expert_groups(config.model.moe), layers=4, tokens=1200, steps=1, bias=hot)
     routing = replace(routing, layers=config.model.moe_layers)
     monkeypatch.setattr(tools.report, "open_routing", lambda path: routing)
-    code, said = plan(tmp_path, "--gpus", "4", "--trace", "made", "--memory", "20", overrides=[*SMALL, "parallel.ep=4"])
+    four = ["train.global_batch=4", "train.micro_batch=1", "parallel.device=auto"]
+    code, said = plan(tmp_path, "--gpus", "4", "--trace", "made", "--memory", "20", overrides=four)
     assert code == 0, said
     assert "fitted, from the trace" in said
     assert "explicit" in said  # the placement for the measured loads
+    assert re.search(r"expert text/5 of layer 2 alone makes [\d.]+% of the busiest ranks' expert work", said)
+    replayed = re.findall(r"^│ +(\d) │ (\w+) +│(.*)│$", said, re.MULTILINE)
+    rows = {(ep, policy): rest.split("│") for ep, policy, rest in replayed}
+    assert {ep for ep, _ in rows} == {"1", "2", "4"}
+    tokens = routing.tokens
+    assert tokens is not None
+    home_T = tokens.sequence_T % 4
+    placement = ExpertPlacement.interleaved(routing.groups, 4)
+    sent = traffic(tokens.ids_TLK, home_T, placement, (8,))
+    assert float(rows["4", "interleaved"][0]) == pytest.approx(sent.rows / 1200 / 4, abs=1e-3)
+    assert float(rows["4", "explicit"][5]) < float(rows["4", "interleaved"][5]), "the solver's busiest rank has less"
+    changes = ["--nulls", "real", "--capacity", "1.0"]
+    code, said = plan(tmp_path, "--gpus", "4", "--trace", "made", *changes, overrides=four)
+    assert code == 0, said
+    more = {ep: rest.split("│") for ep, rest in re.findall(r"^│ +(\d) │ interleaved +│(.*)│$", said, re.MULTILINE)}
+    assert float(more["4"][0]) > float(rows["4", "interleaved"][0])
+    assert int(more["4"][4].replace(",", "")) > 0 == int(rows["4", "interleaved"][4])
     other = replace(routing, layers=(0, 1))
     monkeypatch.setattr(tools.report, "open_routing", lambda path: other)
     code, said = plan(tmp_path, "--gpus", "4", "--trace", "made")
