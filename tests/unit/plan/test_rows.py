@@ -42,6 +42,12 @@ def test_traced_rows_are_those_of_a_slow_count(wire: Wire) -> None:
         else:
             assert inside + between == (pairs if wire.each_pair else rows)
         here = [expert for expert in experts if rank_of[expert] == rank]
+        each = len(here) if wire.each_pair else len({t for t, e in zip(tokens, experts, strict=True) if rank_of[e] == rank})
+        # The other rank of the node forwards the rows of one rank on each node, or sends its own alone.
+        arrived = each * ((wire.node - 1) * (2 if wire.hops == 2 else 1))
+        assert load.inside[0, layer, rank] == max(inside, arrived)
+        if wire.hops == 1:
+            assert load.between[0, layer, rank] == max(between, each * (4 - wire.node))
         assert load.pairs[0, layer, rank] == 4 * len(here) == 4 * load.own[0, layer, rank]
         assert load.work[0, layer, rank] == 4 * sum(10 if expert < 5 else 30 for expert in here)
         assert load.rows[0, layer, rank] == 4 * len({t for t, e in zip(tokens, experts, strict=True) if rank_of[e] == rank})
