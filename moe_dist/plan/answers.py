@@ -82,7 +82,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
             f"at best, at {shares[best_at]:g}, it takes {1 / gains[best_at]:.2f}x as long, since ranks wait for others."
         )
     return (
-        f"pinned, with ranks for this mix, is faster than interleaved at a {name} share of {wins[0]} to {wins[-1]} (best "
+        f"pinned, with ranks for this mix, is faster than interleaved at {name} shares of {wins[0]} to {wins[-1]} (best "
         f"at {shares[best_at]:g}: {gains[best_at]:.2f}x), and slower elsewhere, since ranks wait for the busier modality."
     )
 

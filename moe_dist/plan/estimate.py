@@ -134,7 +134,10 @@ class Planner:
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
         order = Order(getattr(dispatch, "overlap", False), getattr(dispatch, "chunks", 1), parallel.recompute)
-        key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch)
+        # All ranks of a node share its cores; an EP group has its part of them.
+        node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
+        cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
+        key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
         if key not in self._played:
             cost = Costs(config, placement, self.rates, self.token_mix)
             draws, shown, ranks = load.rows.shape
@@ -145,7 +148,7 @@ class Planner:
                 for layer in range(config.model.num_layers)
             ]
             events = micro_batch(layers, cost.head(), order)
-            self._played[key] = play(events, draws, ranks, cores=self.rates.cores)
+            self._played[key] = play(events, draws, ranks, cores=cores)
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:

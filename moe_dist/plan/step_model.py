@@ -55,11 +55,12 @@ class Played:
     wire_S: np.ndarray
 
 
-def play(events: Sequence[Event], draws: int, ranks: int, *, cores: int | None = None) -> Played:
+def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
     """Plays a queue.
 
     Args:
-        cores: Number of cores that the ranks share; None if each rank computes on a device of its own.
+        cores: Number of cores that the ranks share, below 1 if other ranks share them too; None if each rank computes on a
+            device of its own.
     """
     clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
     ended: list[np.ndarray] = []
@@ -79,7 +80,7 @@ def play(events: Sequence[Event], draws: int, ranks: int, *, cores: int | None =
     return Played(clock.max((0, 2)), busy[COMPUTE], busy[WIRE].max(1))
 
 
-def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: int) -> np.ndarray:
+def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.ndarray:
     """Returns when each rank ends its work, if running ranks share the cores evenly and none uses more than one core."""
     end_SR = start_SR + work_SR
     for start_R, work_R, end_R in zip(start_SR, work_SR, end_SR, strict=True):
@@ -93,10 +94,15 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: int) -> np.nda
                 now = nearest
                 continue
             speed = min(1.0, cores / runs_R.sum())
-            until = min(nearest, now + left_R[runs_R].min() / speed)
-            left_R[runs_R] -= (until - now) * speed
-            done_R = runs_R & (left_R <= 1e-15)
-            end_R[done_R], now = until, until
+            least = left_R[runs_R].min()
+            if nearest < now + least / speed:
+                left_R[runs_R] -= (nearest - now) * speed
+                now = nearest
+                continue
+            done_R = runs_R & (left_R == least)  # named, since a rounded difference may never become 0
+            left_R[runs_R] -= least
+            now += least / speed
+            end_R[done_R] = now
             open_R &= ~done_R
     return end_SR
 

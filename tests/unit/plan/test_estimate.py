@@ -74,6 +74,14 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
+def test_all_ranks_of_a_node_share_its_cores() -> None:
+    rates = RATES.model_copy(update={"cores": 2, "ranks_per_node": 4})
+    alone, four = (
+        estimated(load_config("olmoe_1b7b_8gpu", ["parallel.ep=1", f"parallel.edp={edp}"]), rates=rates) for edp in (1, 4)
+    )
+    assert four.seconds - four.tail == pytest.approx((alone.seconds - alone.tail) * 2 / 4)  # a quarter of the micro-batches
+
+
 def test_more_rank_pairs_and_slower_links_take_longer() -> None:
     config = load_config("adamoe_mixtral8x7b_64gpu")
     rates = RATES.model_copy(update=FAST)
