@@ -20,6 +20,8 @@ COMMANDS = (
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),
     ("doctor", "tools.doctor:main", "Check a machine or cluster for a run."),
+    ("plan", "tools.plan:main", "Rank layouts by simulated step time, and write the best one."),
+    ("calibrate", "tools.calibrate:main", "Measure the rates of this machine for plan."),
     ("explain", "moe_dist.config.__main__:explain", "Print type, default and meaning of a configuration key."),
     ("show", "moe_dist.config.__main__:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),

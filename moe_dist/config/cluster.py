@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.partial import draft
@@ -111,6 +111,8 @@ class Cluster(Section):
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
     """CPU cores that each rank requests. null: the site's default."""
+    between_gbytes: PositiveFloat | None = None
+    """GB/s that each GPU sends to GPUs of other nodes, for `moe-dist plan`. null: not known."""
     interface: SiteName | None = None
     """Network interface that gloo and NCCL use. null: gloo and NCCL choose."""
     nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)

@@ -40,6 +40,7 @@ TORCH_FREE = (
     "tools/compare_runs.py",
     "tools/doctor.py",
     "tools/inspect_checkpoint.py",
+    "tools/plan.py",
     "launchers",
 )
 

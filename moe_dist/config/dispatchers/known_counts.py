@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
 from moe_dist.config.section import Violation, WholeConfig
@@ -8,6 +8,8 @@ from moe_dist.config.section import Violation, WholeConfig
 class KnownCountsDispatchSection(DispatchSection):
     """Send one row per (token, expert), without a host sync. Works only if the number of tokens that each rank sends to
     each expert is known before routing."""
+
+    each_pair: ClassVar[bool] = True
 
     kind: Literal["known_counts"] = "known_counts"
 

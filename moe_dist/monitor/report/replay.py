@@ -1,0 +1,111 @@
+"""Counts rows, bytes and drops of traced choices at another layout, null policy or capacity. All functions are pure.
+
+Shape letters: L MoE layers, T tokens, K choices of a token, E true experts of all groups, n true experts of a group.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.monitor.report.numbers import Traffic, traffic
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+class Replayed(NamedTuple):
+    """Counts over all traced tokens and layers.
+
+    Attributes:
+        traffic: Rows of dispatch in forward, and the work of the ranks.
+        bytes, bytes_between: Payload bytes of forward and backward; between nodes, with one row for each (token, rank).
+        bytes_between_once: Bytes between nodes with the dispatcher hierarchical: one row for each (token, node).
+        dropped: Pairs that the capacity drops.
+    """
+
+    traffic: Traffic
+    bytes: int
+    bytes_between: int
+    bytes_between_once: int
+    dropped: int
+
+
+def replay(
+    ids_TLK: np.ndarray,
+    sequence_T: np.ndarray,
+    placement: ExpertPlacement,
+    *,
+    micro_batch: int,
+    node_size: int,
+    row_bytes: int,
+    repeated: int = 0,
+) -> Replayed:
+    """Counts what a run with this placement sends for these choices. Each rank takes `micro_batch` consecutive sequences in
+    turn, as in training.
+
+    Args:
+        row_bytes: Bytes of one row.
+        repeated: Exchanges that recomputation repeats in backward: 1 with recompute=block.
+    """
+    home_T = sequence_T // micro_batch % placement.num_ranks
+    found = traffic(ids_TLK, home_T, placement, (node_size,))
+    each = (4 + repeated) * row_bytes  # dispatch and combine, and the gradients of both
+    between, once = found.between[node_size], found.between_hierarchical[node_size]
+    return Replayed(found, found.rows * each, between * each, once * each, int((ids_TLK < -1).sum()))
+
+
+def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[ExpertGroup], *, seed: int = 0) -> np.ndarray:
+    """Gives each choice that is no true expert a true expert of the token's group that the token has not chosen, at random:
+    what fixed top-k routing would send. A trace does not have the runners-up of the router."""
+    num_experts = sum(group.num_experts for group in groups)
+    rng, made = np.random.default_rng(seed), ids_TLK.copy()
+    column_TLK = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
+    for number, group in enumerate(groups):
+        rows = np.flatnonzero(group_T == number)
+        for layer in range(ids_TLK.shape[1]):
+            ids_TK = column_TLK[rows, layer]
+            noise_Tn = rng.random((len(rows), group.num_experts))
+            token, place = np.nonzero((ids_TK >= 0) & (ids_TK < num_experts))
+            noise_Tn[token, ids_TK[token, place] - group.first_expert] = np.inf  # chosen already
+            free_Tn = np.argsort(noise_Tn, axis=1) + group.first_expert
+            null_TK = ids_TK >= num_experts
+            nth_TK = null_TK.cumsum(1) - 1
+            # A token with fewer true experts than choices keeps no choice in the rest.
+            possible_TK = null_TK & (nth_TK < np.isfinite(noise_Tn).sum(1)[:, None])
+            spare_TK = np.take_along_axis(free_Tn, np.minimum(nth_TK, group.num_experts - 1).clip(0), axis=1)
+            made[rows, layer] = np.where(null_TK, np.where(possible_TK, spare_TK, -1), made[rows, layer])
+    return made
+
+
+def capped(
+    ids_TLK: np.ndarray,
+    group_T: np.ndarray,
+    batch_T: np.ndarray,
+    groups: Sequence[ExpertGroup],
+    factor: float,
+) -> np.ndarray:
+    """Drops pairs as `model.moe.capacity` with drop=position does: each expert keeps its first ceil(factor k T / columns)
+    pairs in each micro-batch, where T is the number of traced tokens of the group. Pairs that the run dropped count again.
+
+    Args:
+        batch_T: Number of each token's micro-batch.
+    """
+    num_experts = sum(group.num_experts for group in groups)
+    made = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
+    _, batch_T = np.unique(batch_T, return_inverse=True)
+    batches = int(batch_T.max(initial=-1)) + 1
+    tokens_GB = np.stack([np.bincount(batch_T[group_T == g], minlength=batches) for g in range(len(groups))])
+    choices = np.array([group.top_k for group in groups])[:, None] * tokens_GB
+    columns = np.array([group.num_columns for group in groups])[:, None]
+    room_GB = np.ceil(factor * choices / columns - 1e-9).astype(np.int64)
+    group_E = np.repeat(np.arange(len(groups)), [group.num_experts for group in groups])
+    for layer in range(made.shape[1]):
+        token, place = np.nonzero((made[:, layer] >= 0) & (made[:, layer] < num_experts))
+        expert = made[token, layer, place]
+        bin_N = batch_T[token] * num_experts + expert
+        order = np.argsort(bin_N, kind="stable")
+        first = np.searchsorted(bin_N[order], bin_N[order])
+        rank_N = np.empty(len(order), np.int64)
+        rank_N[order] = np.arange(len(order)) - first
+        over = rank_N >= room_GB[group_E[expert], batch_T[token]]
+        made[token[over], layer, place[over]] = -2 - expert[over]
+    return made

@@ -1,0 +1,216 @@
+"""Estimates step time, bytes and memory of a layout. Imports no torch.
+
+Sums and gathers over data-parallel ranks fill the time in which the exchanges leave the wire free, and prolong the step
+beyond it. An EP group waits for all others in each micro-batch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan import flops, memory
+from moe_dist.plan.costs import Costs
+from moe_dist.plan.rates import GUIDE, Mark, Rates, weakest
+from moe_dist.plan.rows import Expected, Load, Traced, Wire
+from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
+
+LIBRARIES = 1.5e9  # bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
+SLACK = 0.05  # share of tensors that the allocator loses between blocks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the planner says of one layout.
+
+    Attributes:
+        config: The configuration with this layout.
+        seconds: Of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute, the wait for
+            the busiest rank, what exchanges and syncs leave uncovered, and sums, gathers and optimizer.
+        bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step, by level.
+        memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
+        out_of_memory: Probability that a step runs out of memory on some rank.
+        mark: How sure the time is; `rows_mark` how sure bytes and memory are.
+    """
+
+    config: Config
+    placement: ExpertPlacement
+    seconds: float
+    busy: float
+    imbalance: float
+    exchange: float
+    tail: float
+    bytes_inside: float
+    bytes_between: float
+    memory: tuple[float, float, float]
+    out_of_memory: float
+    mark: Mark
+    rows_mark: Mark
+
+    @property
+    def gpus(self) -> int:
+        return self.config.parallel.ep * self.config.parallel.edp
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.train.global_batch * self.config.data.seq_len / self.seconds
+
+    @property
+    def name(self) -> str:
+        parallel, dispatch = self.config.parallel, self.config.parallel.dispatch
+        chunks = getattr(dispatch, "chunks", 1)
+        extra = [f"chunks {chunks}"] if chunks > 1 else []
+        extra += ["overlap"] if getattr(dispatch, "overlap", False) else []
+        gather = f"/{parallel.fsdp_gather}" if parallel.data == "fsdp2" else ""
+        words = (f"ep {parallel.ep} x edp {parallel.edp}", self.config.placement.policy, dispatch.kind, *extra)
+        return f"{', '.join(words)}, {parallel.data}{gather}, {parallel.recompute}, mb {self.config.train.micro_batch}"
+
+
+class Planner:
+    """Estimates layouts; what several layouts share is computed once.
+
+    Args:
+        source: Where rows come from.
+        most_bytes: Memory of a rank.
+    """
+
+    def __init__(self, rates: Rates, source: Expected | Traced, token_mix: Mapping[str, int], most_bytes: float) -> None:
+        self.rates, self.source, self.token_mix, self.most_bytes = rates, source, token_mix, most_bytes
+        self._loads: dict[Any, Load] = {}
+        self._played: dict[Any, Played] = {}
+        self._memory: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def estimate(self, config: Config, placement: ExpertPlacement) -> Estimate:
+        """Estimates one layout."""
+        parallel, train = config.parallel, config.train
+        world = parallel.ep * parallel.edp
+        if world > self.rates.ranks_per_node and self.rates.between is None:
+            raise ConfigError(
+                f"between=null: {world} GPUs need {-(-world // self.rates.ranks_per_node)} nodes, but the rates of "
+                f"{self.rates.machine} have no exchange between nodes; add `between` to the rates file, or take at most "
+                f"--gpus {self.rates.ranks_per_node}",
+                see=GUIDE,
+            )
+        load, times = self._load(config, placement), train.global_batch // (train.micro_batch * world)
+        played = self._play(config, placement, load)
+        micro = expected_longest(played.seconds_S, parallel.edp)
+        busy_S, busiest_S = played.busy_SR.mean(1), played.busy_SR.max(1)
+        tail = self._tail(config, placement, played, times)
+        bytes_row = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
+        exchanges = (5 if parallel.recompute == "block" else 4) * times * parallel.edp * bytes_row
+        layers = len(config.model.moe_layers) / load.rows.shape[1]
+        memories, chance = self._memory_of(config, placement, load, times)
+        mean_busy, mean_busiest = float(busy_S.mean()), float(busiest_S.mean())
+        return Estimate(
+            config=config,
+            placement=placement,
+            seconds=times * micro + tail,
+            busy=times * mean_busy,
+            imbalance=times * (mean_busiest - mean_busy),
+            exchange=times * (micro - mean_busiest),
+            tail=tail,
+            bytes_inside=exchanges * layers * float(load.sent_inside.sum((1, 2)).mean()),
+            bytes_between=exchanges * layers * float(load.sent_between.sum((1, 2)).mean()),
+            memory=memories,
+            out_of_memory=chance,
+            mark=weakest(self.rates.source, load.mark, "fitted" if self.rates.source == "fitted" else "extrapolated"),
+            rows_mark=load.mark,
+        )
+
+    def _load(self, config: Config, placement: ExpertPlacement) -> Load:
+        dispatch, tokens = config.parallel.dispatch, config.train.micro_batch * config.data.seq_len
+        wire = Wire(self.rates.ranks_per_node, 2 if dispatch.node_size else 1, dispatch.each_pair)
+        key = (placement.slots, wire, tokens)
+        if key not in self._loads:
+            layers = len(config.model.moe_layers)
+            self._loads[key] = self.source.load(placement, wire, tokens=tokens, layers=layers)
+        return self._loads[key]
+
+    def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
+        parallel, dispatch = config.parallel, config.parallel.dispatch
+        order = Order(getattr(dispatch, "overlap", False), getattr(dispatch, "chunks", 1), parallel.recompute)
+        # All ranks of a node share its cores; an EP group has its part of them.
+        node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
+        cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
+        key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
+        if key not in self._played:
+            cost = Costs(config, placement, self.rates, self.token_mix)
+            draws, shown, ranks = load.rows.shape
+            moe = [cost.moe_layer(load, layer, order) for layer in range(shown)]
+            at = iter(range(len(config.model.moe_layers)))
+            layers = [
+                moe[next(at) % shown] if layer in config.model.moe_layers else cost.dense_layer()
+                for layer in range(config.model.num_layers)
+            ]
+            events = micro_batch(layers, cost.head(), order)
+            self._played[key] = play(events, draws, ranks, cores=cores)
+        return self._played[key]
+
+    def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
+        """Returns seconds of sums, gathers and the optimizer that no micro-batch covers."""
+        parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
+        held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
+        parts, item = flops.parameters(config.model, experts_held=held), memory.ITEMSIZE[parallel.precision]
+        experts = parts.experts + flops.own_adapters(config.model, held)
+        together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group on a node
+        spans = ((parts.total - experts, world, rates.ranks_per_node), (experts, parallel.edp, together))
+        summed = gathered = 0.0
+        for number, ranks, of_node in spans:
+            ring = (ranks - 1) / ranks * number
+            gathered += collective_seconds(rates, ring * item, ranks, of_node)
+            summed += collective_seconds(rates, ring * memory.FP32, ranks, of_node)
+        free = max(0.0, float((played.seconds_S - played.wire_S).mean()))
+        if parallel.data == "fsdp2":
+            each = 2 * gathered + summed  # gathered in forward and in backward
+            uncovered = times * max(0.0, each - free) if parallel.fsdp_gather == "micro_batch" else 0.0
+            if parallel.fsdp_gather == "step":
+                uncovered = max(0.0, gathered - free / 3) + max(0.0, summed - free * 2 / 3)
+        else:
+            uncovered = max(0.0, 2 * summed - free * 2 / 3)  # an all-reduce sends twice, beside backward
+        state = max(memory.held_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
+        optimizer = 28 * state / rates.copy_rate  # AdamW reads four fp32 numbers of each parameter and writes three
+        return uncovered + optimizer + rates.scale.step
+
+    def _memory_of(
+        self, config: Config, placement: ExpertPlacement, load: Load, times: int
+    ) -> tuple[tuple[float, float, float], float]:
+        """Returns bytes of the fullest rank at three quantiles, and the probability that a step runs out somewhere."""
+        parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
+        key = (placement.slots, parallel, config.train.micro_batch)
+        if key not in self._memory:
+            self._memory[key] = _linear_memory(config, placement)
+        base_R, row_R, pair_R = self._memory[key]
+        rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens
+        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in its fullest layer.
+        buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
+        buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
+        mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES
+        spread_R = (1 + SLACK) * (load.spread[0] * row_R + load.spread[1] * pair_R) / tokens
+        quantiles = [float((mean_R + z * spread_R).max()) for z in (0.0, 1.645, 2.326)]
+        left_R = (self.most_bytes - mean_R) / np.maximum(spread_R, 1.0)
+        chance_R = np.array([0.5 * math.erfc(left / math.sqrt(2)) for left in left_R])
+        micro_batches = parallel.edp * times
+        safe = float(np.prod((1 - np.minimum(chance_R, 1.0)) ** micro_batches))
+        return (quantiles[0], quantiles[1], quantiles[2]), 1 - safe
+
+
+def _linear_memory(config: Config, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns a rank's bytes without rows, for each row and for each pair per token, each [R]; `rank_memory` is linear in
+    both. Ranks with the same numbers of experts share a result."""
+    made: dict[Any, tuple[float, float, float]] = {}
+    found = []
+    for rank in range(placement.num_ranks):
+        held = tuple(len(placement.local_experts(rank, group)) for group in placement.groups)
+        if held not in made:
+            at = [
+                memory.rank_memory(config, placement, rank=rank, rows=r, pairs=p).total for r, p in ((0, 0), (1, 0), (0, 1))
+            ]
+            made[held] = at[0], at[1] - at[0], at[2] - at[0]
+        found.append(made[held])
+    base_R, row_R, pair_R = np.array(found).T
+    return base_R, row_R, pair_R

@@ -1,0 +1,101 @@
+"""Lists the layouts of a configuration on some GPUs. Imports no torch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
+from moe_dist.config.dispatchers.base import DispatchSection
+from moe_dist.config.dispatchers.hierarchical import HierarchicalDispatchSection
+from moe_dist.config.dispatchers.known_counts import KnownCountsDispatchSection
+from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.rates import GUIDE, Rates
+
+
+def gpu_counts(low: int, high: int) -> list[int]:
+    """Returns `low`, its doublings up to `high`, and `high`."""
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"--gpus {low}..{high}: the range is empty; write the smaller number first, from 1, as in 8..64", see=GUIDE
+        )
+    return sorted({high, *(low << i for i in range((high // low).bit_length()))})
+
+
+def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -> Iterator[tuple[Config, ExpertPlacement]]:
+    """Yields the layouts on `gpus` GPUs that the rules of the configuration may allow."""
+    experts = sum(group.num_experts for group in expert_groups(config.model.moe))
+    sizes = [1] if config.model.moe.experts.replicated else [n for n in range(1, min(gpus, experts) + 1) if gpus % n == 0]
+    per_rank = config.train.global_batch // gpus
+    micro = [n for n in (1, 2, 4, 8, 16, 32) if config.train.global_batch % (n * gpus) == 0 and n <= per_rank]
+    recomputes = ("none", "experts", "block") if config.model.mixture_of_depths is None else ("none", "experts")
+    gathers = [("ddp", "micro_batch"), *([("fsdp2", "micro_batch"), ("fsdp2", "step")] if gpus > 1 else [])]
+    for ep in sizes:
+        for section, placement in placements.of(ep):
+            for dispatch in _dispatchers(config, ep, rates):
+                for recompute in recomputes:
+                    for data, gather in gathers:
+                        parallel = config.parallel.model_copy(
+                            update={
+                                "ep": ep,
+                                "edp": gpus // ep,
+                                "data": data,
+                                "fsdp_gather": gather,
+                                "recompute": recompute,
+                                "dispatch": dispatch,
+                            }
+                        )
+                        for size in micro:
+                            train = config.train.model_copy(update={"micro_batch": size})
+                            changes = {"parallel": parallel, "placement": section, "train": train}
+                            yield config.model_copy(update=changes), placement
+
+
+def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]:
+    if ep == 1:
+        return [AllToAllDispatchSection()]
+    found: list[DispatchSection] = [
+        AllToAllDispatchSection(overlap=overlap, chunks=chunks) for overlap in (False, True) for chunks in (1, 2, 4)
+    ]
+    if ep > rates.ranks_per_node and ep % rates.ranks_per_node == 0:
+        found.append(HierarchicalDispatchSection(ranks_per_node=rates.ranks_per_node))
+    if not config.model.moe.router.counts_unknown():
+        found.append(KnownCountsDispatchSection())
+    return found
+
+
+class Placements:
+    """The placements of each EP size, each made once: interleaved, pinned with several groups, and one for measured loads.
+
+    Args:
+        solved: Gives the slots of a placement for measured loads at an EP size; None without a trace.
+    """
+
+    def __init__(self, config: Config, token_mix: Mapping[str, int], solved: Any = None) -> None:
+        self._config, self._mix, self._solved = config, token_mix, solved
+        self._made: dict[int, list[tuple[PlacementSection, ExpertPlacement]]] = {}
+
+    def of(self, ep: int) -> list[tuple[PlacementSection, ExpertPlacement]]:
+        """Returns the sections and placements for an EP size."""
+        if ep not in self._made:
+            self._made[ep] = list(self._make(ep))
+        return self._made[ep]
+
+    def _make(self, ep: int) -> Iterator[tuple[PlacementSection, ExpertPlacement]]:
+        groups = expert_groups(self._config.model.moe)
+        sections: list[PlacementSection] = [InterleavedSection()]
+        if len(groups) > 1 and ep > 1:
+            given = self._config.placement
+            fits = isinstance(given, PinnedSection) and ep == self._config.parallel.ep
+            sections.append(given if fits else PinnedSection())
+        if self._solved is not None and ep > 1:
+            named = ExpertPlacement.interleaved(groups, 1)
+            slots = tuple(tuple(named.name_of(expert) for expert in rank) for rank in self._solved(ep))
+            sections.append(ExplicitSection(slots=slots))
+        for section in sections:
+            try:
+                yield section, make_placement(section, groups, num_ranks=ep, token_mix=self._mix)
+            except ConfigError:
+                continue  # pinned needs a rank for each group

@@ -1,0 +1,252 @@
+"""Simulates a micro-batch on the ranks of an EP group, as a queue of events. Imports no torch.
+
+A rank has two streams, COMPUTE and WIRE. Each stream runs its events in the order of the queue. An event starts when its
+stream is free and the events that it waits for have ended. An exchange starts when all ranks have come to it, so the
+slowest rank sets the pace. Seconds of an event differ between ranks and between draws of the routing.
+
+Shape letters: S draws of the routing, R ranks of an EP group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_dist.plan.rates import LinkSection, Rates
+
+COMPUTE, WIRE = 0, 1
+Seconds = Any  # np.ndarray [S, R], or a number that holds for all draws and ranks
+
+
+class Event(NamedTuple):
+    """One entry of the queue. `after` are indices of earlier events that must have ended on the same rank."""
+
+    part: str
+    stream: int
+    seconds: Seconds
+    after: tuple[int, ...] = ()
+
+
+@dataclass
+class Queue:
+    """Events in the order in which a rank issues them."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, part: str, stream: int, seconds: Seconds, *after: int) -> int:
+        """Appends an event and returns its index."""
+        self.events.append(Event(part, stream, seconds, after))
+        return len(self.events) - 1
+
+
+@dataclass(frozen=True)
+class Played:
+    """The result of `play`.
+
+    Attributes:
+        seconds_S: Seconds until the last rank has finished.
+        busy_SR: Seconds in which each rank computes.
+        wire_S: Seconds in which the rank with most to send exchanges.
+    """
+
+    seconds_S: np.ndarray
+    busy_SR: np.ndarray
+    wire_S: np.ndarray
+
+
+def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
+    """Plays a queue.
+
+    Args:
+        cores: Number of cores that the ranks share, below 1 if other ranks share them too; None if each rank computes on a
+            device of its own.
+    """
+    clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
+    ended: list[np.ndarray] = []
+    for event in events:
+        ready_SR = clock[event.stream]
+        for other in event.after:
+            ready_SR = np.maximum(ready_SR, ended[other])
+        if event.stream == WIRE:
+            ready_SR = ready_SR.max(1, keepdims=True)
+        elif cores is not None and cores < ranks:
+            ended.append(share_cores(ready_SR, np.broadcast_to(event.seconds, ready_SR.shape), cores))
+            clock[COMPUTE], busy[COMPUTE] = ended[-1], busy[COMPUTE] + event.seconds
+            continue
+        clock[event.stream] = ready_SR + event.seconds
+        busy[event.stream] += event.seconds
+        ended.append(clock[event.stream].copy())
+    return Played(clock.max((0, 2)), busy[COMPUTE], busy[WIRE].max(1))
+
+
+def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.ndarray:
+    """Returns when each rank ends its work, if running ranks share the cores evenly and none uses more than one core."""
+    end_SR = start_SR + work_SR
+    for start_R, work_R, end_R in zip(start_SR, work_SR, end_SR, strict=True):
+        left_R, now = work_R.copy(), start_R.min()
+        open_R = left_R > 0
+        while open_R.any():
+            runs_R = open_R & (start_R <= now)
+            waits_R = open_R & ~runs_R
+            nearest = start_R[waits_R].min() if waits_R.any() else np.inf
+            if not runs_R.any():
+                now = nearest
+                continue
+            speed = min(1.0, cores / runs_R.sum())
+            least = left_R[runs_R].min()
+            if nearest < now + least / speed:
+                left_R[runs_R] -= (nearest - now) * speed
+                now = nearest
+                continue
+            done_R = runs_R & (left_R == least)  # named, since a rounded difference may never become 0
+            left_R[runs_R] -= least
+            now += least / speed
+            end_R[done_R] = now
+            open_R &= ~done_R
+    return end_SR
+
+
+def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
+    """Returns the mean of the longest of `groups` independent draws from these seconds: EP groups that wait for each
+    other. The k-th smallest of S values is the longest with probability (k / S)^groups - ((k - 1) / S)^groups."""
+    share = (np.arange(len(seconds_S) + 1) / len(seconds_S)) ** groups
+    return float(np.sort(seconds_S) @ np.diff(share))
+
+
+def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
+    """Returns the seconds of one exchange, by bytes that a rank sends or receives, whichever are more, on each level. The
+    levels work at the same time.
+
+    Args:
+        ranks: Ranks of a node that take part.
+    """
+    near, far = rates.link(ranks), rates.between
+    seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
+    if far is not None and np.any(between):
+        seconds = np.maximum(seconds, far.latency + between / far.bytes_per_second)
+    return rates.scale.exchange * seconds
+
+
+def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node: int) -> float:
+    """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. `ranks_of_node` of the ranks are
+    on one node, and use the links of this node between nodes together."""
+    if ranks == 1:
+        return 0.0
+    here = min(ranks, ranks_of_node)
+    link: LinkSection = rates.link(max(2, here))
+    rate, latency = link.bytes_per_second, link.latency
+    if ranks > ranks_of_node and rates.between is not None:
+        rate = min(rate, rates.between.bytes_per_second * here) if here > 1 else rates.between.bytes_per_second
+        latency = rates.between.latency
+    return rates.scale.exchange * (num_bytes / rate + latency)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. Backward takes `BACKWARD` times as long.
+
+    Attributes:
+        dense: Attention, norms and the router.
+        shared: What all tokens compute in the MoE layer beside the router: shared expert, or a dense FFN.
+        own, others: Experts for the rank's own tokens, and for tokens of other ranks.
+        pack: Packing of rows before an exchange, and summing after it.
+        counts: Exchange of row counts and indices; 0 if there is none.
+        sync: Host sync for the split sizes.
+        hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same. Empty with one rank.
+    """
+
+    dense: Seconds = 0.0
+    shared: Seconds = 0.0
+    own: Seconds = 0.0
+    others: Seconds = 0.0
+    pack: Seconds = 0.0
+    counts: Seconds = 0.0
+    sync: Seconds = 0.0
+    hops: tuple[Seconds, ...] = ()
+
+
+BACKWARD = 2.0  # a product has two products in backward
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the dispatcher orders a layer; see parallel.dispatch and parallel.recompute."""
+
+    overlap: bool = False
+    chunks: int = 1
+    recompute: str = "none"
+
+
+def micro_batch(layers: Sequence[LayerCost], head: Seconds, order: Order) -> list[Event]:
+    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward."""
+    queue = Queue()
+    last: tuple[int, ...] = ()
+    for layer in layers:
+        last = (_forward(queue, layer, order, last),)
+    last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
+    for layer in reversed(layers):
+        if order.recompute == "block":  # repeats attention, dispatch and experts, not the combine
+            last = (_forward(queue, layer, order, last, repeated=True),)
+        last = (_backward(queue, layer, order, last),)
+    return queue.events
+
+
+def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int) -> int:
+    """Adds the hops of one chunk's exchange."""
+    for number, hop in enumerate(layer.hops):
+        if number:
+            after = (queue.add("pack", COMPUTE, layer.pack / chunks, *after),)
+        after = (queue.add("exchange", WIRE, hop, *after),)
+    return after[-1]
+
+
+def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...], *, repeated: bool = False) -> int:
+    """Adds a layer's forward and returns its last event. The wire has dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
+    start = queue.add("dense", COMPUTE, layer.dense, *after)
+    if not layer.hops:
+        return queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, start)
+    if not repeated:
+        counted = queue.add("exchange", WIRE, layer.counts, start)
+        start = queue.add("sync", COMPUTE, layer.sync, counted)
+    n = order.chunks
+    packed = queue.add("pack", COMPUTE, layer.pack, start)
+    alone = layer.own if order.overlap else 0.0
+    rest = layer.others + (0.0 if order.overlap else layer.own)
+    sent = [_send(queue, layer, n, packed)]
+    ends = [packed]
+    if not order.overlap:
+        ends.append(queue.add("experts", COMPUTE, layer.shared, sent[0]))
+    for chunk in range(n):
+        if chunk + 1 < n:
+            sent.append(_send(queue, layer, n, packed))
+        if order.overlap:
+            queue.add("experts", COMPUTE, (alone + layer.shared) / n, packed)
+        ends.append(queue.add("experts", COMPUTE, rest / n, sent[chunk]))
+        if not repeated:
+            ends.append(_send(queue, layer, n, ends[-1]))
+    return queue.add("pack", COMPUTE, 0.0 if repeated else layer.pack, *ends[-2:])
+
+
+def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
+    """Adds a layer's backward: gradients of outputs go to the experts' ranks, gradients of rows come back."""
+    again = 1.0 if order.recompute == "experts" else 0.0
+    if not layer.hops:
+        experts = (BACKWARD + again) * (layer.own + layer.others) + BACKWARD * (layer.shared + layer.pack)
+        last = queue.add("experts", COMPUTE, experts, *after)
+        return queue.add("dense", COMPUTE, BACKWARD * layer.dense, last)
+    n = order.chunks
+    alone = (BACKWARD + again) * layer.own / n if order.overlap else 0.0
+    rest = (BACKWARD + again) * (layer.others + (0.0 if order.overlap else layer.own)) / n
+    packed = queue.add("pack", COMPUTE, layer.pack, *after)
+    sent, ends = [_send(queue, layer, n, packed)], [packed]
+    for chunk in range(n):
+        if chunk + 1 < n:
+            sent.append(_send(queue, layer, n, packed))
+        done = queue.add("experts", COMPUTE, rest, sent[chunk])
+        ends.append(_send(queue, layer, n, done))
+        if order.overlap:
+            queue.add("experts", COMPUTE, alone, done)
+    queue.add("experts", COMPUTE, BACKWARD * layer.shared, packed)
+    last = queue.add("pack", COMPUTE, layer.pack, *ends[-1:])
+    return queue.add("dense", COMPUTE, BACKWARD * layer.dense, last)

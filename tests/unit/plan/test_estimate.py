@@ -1,0 +1,96 @@
+"""Estimates of layouts: their list, and what must follow from bytes, rates and memory."""
+
+import numpy as np
+import pytest
+
+from moe_dist.config.load import load_config, rule_violations
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan import memory
+from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, Planner
+from moe_dist.plan.layouts import Placements, gpu_counts, layouts
+from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.rates import LinkSection, Rates, weakest
+from moe_dist.plan.rows import Expected, Wire
+from tests.support.messages import refused
+from tests.unit.plan.test_step_model import RATES
+
+FAST = {"launch": 0.0, "sync": 0.0, "between": LinkSection(ranks=8, latency=0.0, bytes_per_second=1e9)}
+
+
+def estimated(config: Config, *, rates: Rates = RATES, most_bytes: float = 80e9) -> Estimate:
+    placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), config.parallel.ep)
+    return Planner(rates, Expected({}), {}, most_bytes).estimate(config, placement)
+
+
+def test_gpu_counts() -> None:
+    assert gpu_counts(8, 8) == [8]
+    assert gpu_counts(8, 10240)[-3:] == [4096, 8192, 10240]
+    with refused(ConfigError, "--gpus"):
+        gpu_counts(64, 8)
+
+
+def test_listed_layouts_are_distinct_and_keep_the_rules() -> None:
+    config = load_config("moma_1b4_4t4i_32gpu")
+    listed = list(layouts(config, 32, RATES, Placements(config, {})))
+    names = [(repr(each.parallel), each.placement.policy, each.train.micro_batch) for each, _ in listed]
+    assert len(set(names)) == len(listed) > 1000
+    for each, placement in listed[::97]:
+        assert not rule_violations(each)
+        assert placement.num_ranks == each.parallel.ep
+        assert each.parallel.ep * each.parallel.edp == 32
+    kinds = {each.parallel.dispatch.kind for each, _ in listed}
+    assert kinds == {"all_to_all", "hierarchical", "known_counts"}
+
+
+def test_bytes_are_those_of_the_dispatch_contract() -> None:
+    config = load_config("olmoe_1b7b_8gpu")
+    found = estimated(config)
+    tokens = config.train.global_batch * config.data.seq_len
+    rows = 8 * (1 - np.prod([(56 - i) / (64 - i) for i in range(8)])) * 7 / 8  # distinct ranks of a token, not its own
+    assert found.bytes_inside + found.bytes_between == pytest.approx(4 * tokens * 16 * rows * 2048 * 2)
+    assert found.bytes_between > 0  # nodes of four ranks
+    block = estimated(load_config("olmoe_1b7b_8gpu", ["parallel.recompute=block"]))
+    assert block.bytes_inside == pytest.approx(found.bytes_inside * 5 / 4)
+    assert found.seconds == pytest.approx(found.busy + found.imbalance + found.exchange + found.tail)
+    assert found.imbalance == pytest.approx(0)
+    assert (found.mark, found.rows_mark) == ("extrapolated", "extrapolated")
+
+
+def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
+    config = load_config("olmoe_1b7b_8gpu")
+    placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), 8)
+    load = Expected({}).load(placement, Wire(RATES.ranks_per_node), tokens=8192, layers=16)
+    rows, pairs = load.rows[0, 0, 0] / 8192, load.pairs[0, 0, 0] / 8192
+    states = memory.rank_memory(config, placement, rank=0, rows=rows, pairs=pairs).total
+    buffers = (2 * rows - rows / 8 + 1) * 8192 * 2048 * 2
+    found = estimated(config)
+    assert found.memory[0] == pytest.approx((1 + SLACK) * (states + buffers) + LIBRARIES)
+    assert found.memory[0] < found.memory[1] < found.memory[2]
+    assert found.out_of_memory < 1e-6
+    tight = estimated(config, most_bytes=found.memory[0])
+    assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches, of which a step has many
+    assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
+
+
+def test_all_ranks_of_a_node_share_its_cores() -> None:
+    rates = RATES.model_copy(update={"cores": 2, "ranks_per_node": 4})
+    alone, four = (
+        estimated(load_config("olmoe_1b7b_8gpu", ["parallel.ep=1", f"parallel.edp={edp}"]), rates=rates) for edp in (1, 4)
+    )
+    assert four.seconds - four.tail == pytest.approx((alone.seconds - alone.tail) * 2 / 4)  # a quarter of the micro-batches
+
+
+def test_more_rank_pairs_and_slower_links_take_longer() -> None:
+    config = load_config("adamoe_mixtral8x7b_64gpu")
+    rates = RATES.model_copy(update=FAST)
+    slower = rates.model_copy(update={"between": LinkSection(ranks=8, latency=0.0, bytes_per_second=1e8)})
+    near, far = estimated(config, rates=rates), estimated(config, rates=slower)
+    assert far.seconds > near.seconds
+    assert far.busy == near.busy
+    step = config.model_copy(update={"parallel": config.parallel.model_copy(update={"fsdp_gather": "micro_batch"})})
+    assert estimated(step, rates=slower).tail > far.tail  # gathers in each micro-batch
+    with refused(ConfigError, "between=null"):
+        estimated(config, rates=RATES.model_copy(update={"between": None}))
+    assert weakest("measured", "fitted") == "fitted"

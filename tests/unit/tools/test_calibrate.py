@@ -1,0 +1,44 @@
+"""`moe-dist calibrate`: a file of rates of this machine, that `moe-dist plan` reads."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+import tools.calibrate
+from moe_dist.plan.rates import read_rates
+from tests.support.invoked import invoke
+from tools.calibrate import fitted_link
+
+
+def test_rates_are_measured_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools.calibrate, "ROWS", (4, 16))
+    for name, value in tools.calibrate.RANK_ENV.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "rates.yaml"
+    small = ["--device", "cpu", "--hidden", "32", "--ffn", "16", "--ranks", "2", "--seconds", "0.001"]
+    done = invoke(tools.calibrate.main, "--out", out, *small)
+    assert done.exit_code == 0, done.output
+    rates = read_rates(out)
+    assert (rates.machine, rates.source, rates.ranks_per_node) == (platform.node(), "measured", 2)
+    assert rates.gemm.sizes == (4.0, 16.0)
+    (link,) = rates.inside
+    assert link.ranks == 2
+    assert 1e5 < link.bytes_per_second < 1e12
+    assert rates.between is None
+    assert rates.cores is not None
+
+
+def test_latency_and_rate_fit_the_seconds() -> None:
+    sent = [1e3, 1e6, 1e8]
+    link = fitted_link(4, sent, [2e-4 + each / 5e9 for each in sent])
+    assert link.latency == pytest.approx(2e-4)
+    assert link.bytes_per_second == pytest.approx(5e9)
+    noisy = fitted_link(2, sent, [1e-6, 1e-2, 1e-1])
+    assert noisy.latency >= 0.0
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    done = invoke(tools.calibrate.main, "--out", tmp_path / "rates.json")
+    assert done.exit_code == 78
+    assert "the name must end with .yaml" in done.output

@@ -1,0 +1,182 @@
+"""Measures the rates of this machine that `moe-dist plan` needs, into a file. See docs/planning.md."""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.plan.rates import CurveSection, LinkSection, Rates, rates_text
+from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
+from moe_dist.runtime.files import make_writable, write_atomically
+from moe_dist.runtime.signals import child_of
+from tools.bench.ranks import RANK_ENV
+
+ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
+EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
+TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the rates.")] = Path("rates.yaml")
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA if there is a GPU.")] = "auto"
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Data type of the products.")] = "fp32"
+    hidden: Annotated[int, typer.Option(min=8, help="model.hidden_dim of the runs to plan.")] = 1024
+    ffn: Annotated[int, typer.Option(min=8, help="ffn_dim of the runs to plan.")] = 1024
+    ranks: Annotated[int, typer.Option(min=1, help="Most ranks that exchange; on CUDA at most the GPUs.")] = 2
+    seconds: Annotated[float, typer.Option(min=0.001, help="Seconds of each measurement.")] = 0.5
+
+
+@reports_errors("calibrate")
+@takes(CalibrateOptions)
+def main(options: CalibrateOptions) -> None:
+    """Measure the rates of this machine for moe-dist plan."""
+    import torch
+
+    if options.out.suffix != ".yaml":
+        raise ConfigError(f"--out {options.out}: the name must end with .yaml; take rates.yaml")
+    make_writable(options.out.parent, option=f"--out {options.out}")
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    found = torch.cuda.device_count() if cuda else options.ranks
+    if options.ranks > found:
+        raise ResourceError(f"--ranks {options.ranks}: there are {found} GPUs; take at most --ranks {found}")
+    torch.set_num_threads(1)  # as a rank computes on a CPU
+    rates = measure(options, "cuda" if cuda else "cpu")
+    write_atomically(options.out, rates_text(rates).encode())
+    print_done(f"{options.out}: rates of {rates.machine}; plan with moe-dist plan CONFIG --rates {options.out}")
+
+
+def measure(options: CalibrateOptions, device: str) -> Rates:
+    """Measures all rates: products, copies and launches in this process, exchanges in processes of their own."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+
+    def drawn(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return _seconds(run, options.seconds)
+
+    weights = drawn(EXPERTS, options.hidden, options.ffn)
+    dense, grouped = [], []
+    for rows in ROWS:
+        x, pair = drawn(rows, options.hidden), 2.0 * rows * options.hidden * options.ffn
+        dense.append(pair / seconds(lambda x=x: x @ weights[0]))
+        grouped.append(EXPERTS * pair / seconds(lambda x=x: [x @ weight for weight in weights]))
+    heads, length, width = 8, 512, 64
+    query = drawn(1, heads, length, width)
+    attention = 4.0 * heads * length**2 * width / seconds(lambda: scaled_dot_product_attention(query, query, query))
+    source = drawn(1 << 24)
+    target, small = torch.empty_like(source), torch.zeros(1, device=device)
+    copy = 2.0 * source.nbytes / seconds(lambda: target.copy_(source))
+    launch = seconds(lambda: [small.add_(1) for _ in range(100)]) / 100
+    sync = seconds(small.item)
+    worlds = [n for n in (2, 4, 8, 16) if n < options.ranks] + [options.ranks] * (options.ranks > 1)
+    links = [exchange(n, device, options.seconds) for n in worlds]
+    sizes = tuple(map(float, ROWS))
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _memory() / options.ranks
+    return Rates(
+        machine=platform.node(),
+        card=torch.cuda.get_device_name(0) if device == "cuda" else platform.machine(),
+        source="measured",
+        memory=float(memory),
+        gemm=CurveSection(sizes=sizes, rates=tuple(dense)),
+        grouped=CurveSection(sizes=sizes, rates=tuple(grouped)),
+        attention=attention,
+        copy_rate=copy,
+        launch=launch,
+        sync=sync,
+        cores=None if device == "cuda" else len(os.sched_getaffinity(0)),
+        ranks_per_node=torch.cuda.device_count() if device == "cuda" else options.ranks,
+        inside=tuple(links) or (LinkSection(ranks=1, latency=0.0, bytes_per_second=copy),),
+    )
+
+
+def _memory() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().total)
+
+
+def _seconds(run: Callable[[], Any], least: float) -> float:
+    from torch.utils.benchmark import Timer
+
+    run()
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=least).median
+
+
+def exchange(ranks: int, device: str, least: float) -> LinkSection:
+    """Measures all-to-all exchanges of `ranks` ranks on this machine, and fits latency and rate to the medians.
+
+    Raises:
+        ResourceError: a rank failed; its traceback is on standard error.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+    os.environ.update(RANK_ENV)
+    with tempfile.TemporaryDirectory(prefix="moe_dist_calibrate_") as folder:
+        arguments = (ranks, device, folder, least, os.getpid())
+        started = start_processes(_rank, arguments, ranks, join=False, daemon=True, start_method="spawn")
+        assert started is not None
+        try:
+            while not started.join(grace_period=1.0):
+                pass
+        except ProcessExitedException as error:
+            raise ResourceError(f"rank {error.error_index} of {ranks} failed to exchange; read its error above") from error
+        medians = np.loadtxt(Path(folder) / "seconds")
+    return fitted_link(ranks, [(ranks - 1) * size for size in EXCHANGED], medians.tolist())
+
+
+def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
+    """Returns latency and rate that fit seconds of exchanges by the bytes that a rank sends; relative errors are least."""
+    weight = 1 / np.array(seconds)
+    design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
+    latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
+    if latency < 0.0 or each <= 0.0:  # noise: the largest exchange alone gives the rate
+        latency, each = 0.0, seconds[-1] / sent[-1]
+    return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
+
+
+def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
+    """Exchanges each size for `least` seconds, at least five times; rank 0 writes the medians."""
+    child_of(parent, ignore_stop=False)()
+    import torch
+    import torch.distributed as dist
+
+    from moe_dist.parallel.mesh import destroy_world, init_world
+
+    torch.set_num_threads(1)
+    place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    init_world(init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device=place, timeout=TIMEOUT)
+    medians = []
+    for size in EXCHANGED:
+        source = torch.zeros(ranks * size // 4, device=place)
+        target, taken, go = torch.empty_like(source), [], torch.ones(1, device=place)
+        began = time.perf_counter()
+        while go.item() > 0:
+            start = time.perf_counter()
+            dist.all_to_all_single(target, source)
+            target[:1].item()  # waits for the device
+            taken.append(time.perf_counter() - start)
+            go.fill_(float(len(taken) < 6 or time.perf_counter() - began < least))
+            dist.broadcast(go, 0)  # ranks stop together
+        medians.append(float(np.median(taken[1:])))
+    if rank == 0:
+        np.savetxt(Path(folder) / "seconds", medians)
+    destroy_world()
+
+
+if __name__ == "__main__":
+    run_command(main)

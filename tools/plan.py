@@ -1,0 +1,284 @@
+"""Ranks layouts of a configuration by simulated step time, and writes the best one. See docs/planning.md."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.config.cluster import cluster_file, load_cluster
+from moe_dist.config.load import load_config, model_violations, resolved_yaml, rule_violations
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.monitor.card_peaks import peak_tflops
+from moe_dist.monitor.report.replay import capped, replay, without_nulls
+from moe_dist.monitor.report.routing import Routing, group_of_modality
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.plan.answers import answers, hot_expert, modality_answer, picture
+from moe_dist.plan.estimate import Estimate, Planner
+from moe_dist.plan.layouts import Placements, gpu_counts, layouts
+from moe_dist.plan.memory import ITEMSIZE
+from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.preflight import layout_without_data
+from moe_dist.plan.rates import GUIDE, Rates, published_rates, read_rates
+from moe_dist.plan.rows import Expected, Traced
+from moe_dist.plan.solver import slots_of, solve
+from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
+from moe_dist.runtime.files import make_writable, write_atomically
+
+LIKELY = 0.01  # largest probability of running out of memory of a layout that is ranked
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, or its name in configs/.")]
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.global_batch=4096.")] = None
+    gpus: Annotated[str, typer.Option(help="Number of GPUs, or a range whose doublings are taken, as 8..10240.")] = "8"
+    trace: Annotated[Path | None, typer.Option(help="A run or trace of this model, for real routing.")] = None
+    nulls: Annotated[Literal["traced", "real"], typer.Option(help="real: null choices become true experts.")] = "traced"
+    capacity: Annotated[float | None, typer.Option(min=0.01, help="Capacity factor for the traced choices.")] = None
+    cluster: Annotated[str | None, typer.Option(help="Cluster file with gpus.type and between_gbytes.")] = None
+    rates: Annotated[Path | None, typer.Option(help="Rates that moe-dist calibrate measured.")] = None
+    machine: Annotated[str, typer.Option(help="Machine of --rates, if it is not this one.")] = platform.node()
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB of a GPU; by default those of the card.")] = None
+    price: Annotated[float | None, typer.Option(min=0.0, help="Price of a GPU for an hour.")] = None
+    out: Annotated[Path, typer.Option("--out", "-o", help="Configuration of the best layout; its picture: .svg.")] = Path(
+        "plan.yaml"
+    )
+
+
+@reports_errors("plan")
+@takes(PlanOptions)
+def main(options: PlanOptions) -> None:
+    """Rank layouts by simulated step time."""
+    if options.out.suffix != ".yaml":
+        raise ConfigError(f"--out {options.out}: the name must end with .yaml; take plan.yaml")
+    make_writable(options.out.parent, option=f"--out {options.out}")
+    counts = gpu_counts(*gpu_range(options.gpus))
+    planned = layout_without_data(load_config(options.config, options.overrides or ()))
+    config, mix, rates = planned.config, dict(planned.token_mix), rates_of(options, max(counts))
+    source, routing = Expected(mix), None
+    if options.trace is not None:
+        routing = changed(routing_of(options.trace, config), options, config.train.micro_batch)
+        assert routing.tokens is not None
+        source = Traced(routing.tokens.ids_TLK, routing.tokens.sequence_T)
+        counted = np.bincount(routing.tokens.modality_T, minlength=len(routing.modalities))
+        mix = dict(zip(routing.modalities, counted.tolist(), strict=True))
+    most = options.memory * 1e9 if options.memory is not None else rates.memory
+    planner, load_LE = Planner(rates, source, mix, most), None
+    if isinstance(source, Traced):
+        groups = expert_groups(config.model.moe)
+        width_E = np.array([group.ffn_dim for group in groups for _ in group.experts], float)
+        load_LE = source.pairs_of_experts(len(width_E)).sum(0) * width_E
+    placements = Placements(config, mix, None if load_LE is None else lambda ep: solved_slots(load_LE, ep))
+    every = [planner.estimate(*each) for count in counts for each in layouts(config, count, rates, placements)]
+    fitting = [each for each in every if each.out_of_memory <= LIKELY]
+    if not every or not fitting:
+        raise no_layout(config, counts, every, most)
+    ranked = sorted(fitting, key=lambda each: cost(each, options.price))
+    best = next(each for each in ranked if not [*rule_violations(each.config), *model_violations(each.config)])
+    print_plan(ranked, best, len(every), rates, options)
+    if routing is not None:
+        print_replay(routing, ranked, rates)
+    says = [*answers(best, fitting, rates), modality_answer(fitting, planner)]
+    if load_LE is not None and routing is not None:
+        spread = next((each for each in ranked if each.config.parallel.ep > 1), best)
+        says.append(hot_expert(load_LE, routing.layers, spread.placement))
+    for sentence in filter(None, says):
+        print(f"- {sentence}")
+    text = resolved_yaml(best.config)
+    write_atomically(options.out, text.encode())
+    shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
+    title = f"{config.run.name}: seconds of a step on {rates.card} ({rates.machine})"
+    write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
+    assert load_config(options.out) == best.config
+    print_done(f"{options.out}, {options.out.with_suffix('.svg')}; start it with moe-dist launch local {options.out}")
+
+
+def gpu_range(text: str) -> tuple[int, int]:
+    """Reads `8` or `8..64`."""
+    low, dots, high = text.partition("..")
+    if not low.isdecimal() or not (high if dots else low).isdecimal():
+        raise ConfigError(f"--gpus {text}: write a number or a range of whole numbers, as 64 or 8..10240", see=GUIDE)
+    return int(low), int(high or low)
+
+
+def rates_of(options: PlanOptions, gpus: int) -> Rates:
+    """Returns measured rates, or published ones of the cluster's card; without a cluster file those of H100 nodes."""
+    if options.rates is not None:
+        rates = read_rates(options.rates)
+        if rates.machine != options.machine:
+            raise ConfigError(
+                f"--rates {options.rates}: machine={rates.machine}, but this is {options.machine}; measure here with "
+                f"moe-dist calibrate, or give --machine {rates.machine} to plan for that machine",
+                see=GUIDE,
+            )
+        return rates
+    given = cluster_file(options.cluster, os.environ)
+    cluster = load_cluster(options.cluster or "h100_infiniband", os.environ)
+    card = cluster.gpus.type
+    if cluster.gpus.syntax == "none" or card is None:
+        raise ConfigError(
+            f"{given}: gpus.type={card}: the plan needs the card for its rates; set gpus.type, as in h100, or measure "
+            "rates with moe-dist calibrate and give --rates",
+            see=GUIDE,
+        )
+    if gpus > cluster.gpus.per_node and cluster.between_gbytes is None:
+        raise ConfigError(
+            f"{given}: between_gbytes=null: {gpus} GPUs are more than the {cluster.gpus.per_node} of a node, so the plan "
+            "needs the rate between nodes; set between_gbytes, as in 45 for 400 Gb/s a GPU",
+            see=GUIDE,
+        )
+    peak, between = peak_tflops(card), cluster.between_gbytes
+    return published_rates(
+        card,
+        None if peak is None else peak * 1e12,
+        ranks_per_node=cluster.gpus.per_node,
+        between=None if between is None else between * 1e9,
+    )
+
+
+def routing_of(path: Path, config: Config) -> Routing:
+    """Reads a trace of the configuration's model."""
+    from tools.report import open_routing  # imports torch, which a plan without a trace does not need
+
+    routing, groups = open_routing(path), expert_groups(config.model.moe)
+    if (routing.groups, routing.layers) != (groups, config.model.moe_layers):
+        raise ConfigError(
+            f"--trace {path}: it has {model_shape(routing.groups, routing.layers)}, but {config.run.name} has "
+            f"{model_shape(groups, config.model.moe_layers)}; give a trace of this model",
+            see=GUIDE,
+        )
+    if routing.tokens is None:
+        raise ConfigError(f"--trace {path}: the run has no trace of tokens; set monitor.trace, or use moe-dist trace")
+    return routing
+
+
+def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing:
+    """Returns the routing under another null policy or capacity."""
+    tokens, groups = routing.tokens, routing.groups
+    assert tokens is not None
+    group_T, ids_TLK = group_of_modality(groups, routing.modalities)[tokens.modality_T], tokens.ids_TLK
+    if options.nulls == "real":
+        ids_TLK = without_nulls(ids_TLK, group_T, groups)
+    if options.capacity is not None:
+        ids_TLK = capped(ids_TLK, group_T, tokens.sequence_T // micro_batch, groups, options.capacity)
+    return replace(routing, tokens=replace(tokens, ids_TLK=ids_TLK))
+
+
+def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
+    """Prints what the traced choices send under the placement of each EP size, and the seconds of its best layout."""
+    tokens = routing.tokens
+    assert tokens is not None
+    table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")
+    table.caption = (
+        f"Rows and bytes are measured: counted in the trace, forward and backward. Nodes of {rates.ranks_per_node} ranks; "
+        f"once: as hierarchical sends them. Step: the best layout with this placement, {ranked[0].mark}."
+    )
+    heads = ("EP", "placement", "rows a token and layer", "bytes a token", "between nodes", "once", "dropped pairs")
+    for head in (*heads, "busiest rank / mean", "s a step"):
+        table.add_column(head, justify="left" if head == "placement" else "right")
+    best: dict[tuple[tuple[int, ...], ...], Estimate] = {}
+    for each in ranked:
+        best.setdefault(each.placement.slots, each)
+    for each in sorted(best.values(), key=lambda e: e.config.parallel.ep):
+        model, parallel = each.config.model, each.config.parallel
+        found = replay(
+            tokens.ids_TLK,
+            tokens.sequence_T,
+            each.placement,
+            micro_batch=each.config.train.micro_batch,
+            node_size=rates.ranks_per_node,
+            row_bytes=model.hidden_dim * ITEMSIZE[parallel.precision],
+            repeated=int(parallel.recompute == "block"),
+        )
+        count = max(1, len(tokens.token_T))
+        cells = [f"{found.traffic.rows / count / len(routing.layers):.3f}"]
+        cells += [f"{number / count:,.0f}" for number in (found.bytes, found.bytes_between, found.bytes_between_once)]
+        busiest = f"{found.traffic.imbalance:.2f}"
+        policy = each.config.placement.policy
+        table.add_row(str(parallel.ep), policy, *cells, f"{found.dropped:,}", busiest, f"{each.seconds:.3g}")
+    Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
+
+
+def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
+    """Returns layers and groups of a model, for an error text."""
+    each = (
+        f"{g.name}: top {g.top_k} of {g.num_experts} + {g.num_columns - g.num_experts}, width {g.ffn_dim}" for g in groups
+    )
+    return f"{len(layers)} MoE layers ({'; '.join(each)})"
+
+
+def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the slots that `solve` finds, with equally many for each rank."""
+    slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
+    return slots_of(solve(load_LE, slots_R), ep)
+
+
+def cost(each: Estimate, price: float | None) -> float:
+    """What the ranking minimises: GPU seconds of a token if a price is given, else seconds of a token."""
+    return (each.gpus if price is not None else 1) / each.tokens_per_second
+
+
+def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Estimate]:
+    """Returns the best layout of each number of GPUs that has one."""
+    found = (next((each for each in ranked if each.gpus == count), None) for count in counts)
+    return [each for each in found if each is not None]
+
+
+def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
+    """Returns the error if nothing can be ranked; names what would fit."""
+    if not every:
+        batch, least = config.train.global_batch, min(counts)
+        near = max((n for n in range(1, batch + 1) if batch % n == 0 and n <= least), default=1)
+        return ConfigError(
+            f"--gpus {least}: train.global_batch={batch} must be a multiple of the number of GPUs; take --gpus {near}, or "
+            f"train.global_batch={-(-batch // least) * least}",
+            see=GUIDE,
+        )
+    nearest = min(every, key=lambda each: each.memory[2])
+    return ConfigError(
+        f"--memory {most / 1e9:g}: no layout of {len(every)} keeps the probability of running out below {LIKELY:g}; the "
+        f"nearest needs {nearest.memory[2] / 1e9:.1f} GB on {nearest.gpus} GPUs: {nearest.name}; take more GPUs, or a card "
+        "with more memory",
+        see=GUIDE,
+    )
+
+
+def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
+    """Prints the best layouts, or with a range the best of each number of GPUs, and where the numbers come from."""
+    counts = sorted({each.gpus for each in ranked})
+    shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
+    where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
+    table = Table(title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left")
+    table.caption = (
+        f"Time: {best.mark}, by rates of {rates.card} ({rates.machine}: {rates.source}). Rows, bytes and memory: "
+        f"{best.rows_mark}, from {where}. Exchange: share of the step that no compute covers. P(full): probability that a "
+        "step runs out of memory."
+    )
+    heads = ("GPUs", "layout", "s a step", "tokens/s", "exchange", "GB inside", "GB between", "GB of memory, 50 %, 99 %")
+    for head in (*heads, "P(full)", *(["price of 1e9 tokens"] if options.price is not None else [])):
+        table.add_column(head, justify="left" if head == "layout" else "right")
+    for each in shown:
+        cells = [str(each.gpus), each.name, f"{each.seconds:.3g}", f"{each.tokens_per_second:,.0f}"]
+        cells += [
+            f"{each.exchange / each.seconds:.0%}",
+            f"{each.bytes_inside / 1e9:,.0f}",
+            f"{each.bytes_between / 1e9:,.0f}",
+        ]
+        cells += [f"{each.memory[0] / 1e9:.1f}, {each.memory[2] / 1e9:.1f}", f"{each.out_of_memory:.2g}"]
+        if options.price is not None:
+            cells.append(f"{options.price * each.gpus * 1e9 / each.tokens_per_second / 3600:,.2f}")
+        table.add_row(*cells, style="bold" if each is best else None)
+    Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)
