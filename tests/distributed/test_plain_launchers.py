@@ -68,6 +68,13 @@ def free_port() -> int:
     raise AssertionError("no free port")
 
 
+def is_frozen(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:  # it has ended since
+        return False
+
+
 class Job:
     """A run of the tiny model, each start of which has the variables of one launcher.
 
@@ -99,7 +106,7 @@ class Job:
     def codes(self) -> list[int | None]:
         """Of all ranks, when all have ended but those that are frozen."""
         for rank in self.ranks:
-            while rank.exitcode is None and psutil.Process(rank.pid).status() != psutil.STATUS_STOPPED:
+            while rank.exitcode is None and not is_frozen(rank.pid):
                 rank.join(0.05)
         return [rank.exitcode for rank in self.ranks]
 

@@ -91,7 +91,8 @@ def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
 def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, str]:
     """A run of 4 steps, its configuration file, and what its launcher printed."""
     root = tmp_path_factory.mktemp("first")
-    shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True}
+    sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
+    shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True, "monitor.sinks": sinks}
     config = tiny_config(tiny_data, root / "runs", {**QUIET, **shown, "run.name": "first"})
     path = write_config(config, root / "x.yaml")
     done = launched(path)
