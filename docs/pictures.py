@@ -31,8 +31,9 @@ def tensorboard(folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["tensorboard.main", "--logdir", folder.name, "--port", str(port), "--load_fast", "false"]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, "-m", *command], cwd=folder.parent, **silent)
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(int(SECONDS)):
