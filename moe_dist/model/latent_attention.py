@@ -38,9 +38,10 @@ class LatentAttention(CausalAttention):
         self.query_parts, self.latent_parts = [plain, args.rope_dim], [kv_rank, args.rope_dim]
         self.head_parts = [plain, value_dim]
         self.entry = ((1, args.rope_dim), (1, kv_rank))
-        scaling, self.scale = args.rope_scaling, args.head_dim**-0.5
+        scaling, scale = args.rope_scaling, args.head_dim**-0.5
         if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim is not None:
-            self.scale = self.scale * scaling.size(scaling.mscale_all_dim) ** 2
+            scale *= scaling.size(scaling.mscale_all_dim) ** 2
+        self.scale = scale
         self.q_rank = q_rank
         if q_rank is None:
             self.q = Projection(dim, heads * args.head_dim)
