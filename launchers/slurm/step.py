@@ -201,7 +201,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
     function submits the job again.
 
     Args:
-        attempts: File with the job's attempts, which a new submission takes over.
+        attempts: File with the job's attempts. A new submission takes over this file, and that of the nodes at fault.
     """
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]
@@ -219,7 +219,9 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time in this attempt, not None
             after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            shutil.copy(attempts, attempts.with_name(f"job_{number}.json"))  # the new job starts after this one ends
+            for name in ("job_{}.json", "job_{}_faults"):  # the new job starts after this one ends
+                if (kept := attempts.with_name(name.format(job.id))).is_file():
+                    shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
         else:  # a requeue would undo a scancel
             _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")

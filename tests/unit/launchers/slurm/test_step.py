@@ -318,10 +318,13 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of this job, not of the next
     attempts = tmp_path / "job_12.json"
     attempts.write_text("[[75, 0, 7]]")
+    (tmp_path / "job_12_faults").write_text("n3")
+    (tmp_path / "job_120_faults").write_text("n4")  # of another job
     requeue_job(JOB, CodeSnapshot(Path("/s")), attempts, None)
     assert "does not requeue it (PreemptMode=CANCEL); submitted again as job 99" in capsys.readouterr().err
     assert asked.read_text().splitlines()[-1] == "--parsable --dependency=afterany:12 /s/train.sbatch "
     assert (tmp_path / "job_99.json").read_text() == "[[75, 0, 7]]"
+    assert (tmp_path / "job_99_faults").read_text() == "n3"
 
 
 def test_one_task_of_an_array_goes_on_by_itself(
