@@ -20,16 +20,16 @@ COMMANDS = (
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),
     ("doctor", "tools.doctor:main", "Check a machine or cluster for a run."),
-    ("plan", "tools.plan:main", "Rank layouts by simulated step time, and write the best one."),
+    ("plan", "tools.plan:main", "Rank layouts by simulated step time."),
     ("calibrate", "tools.calibrate:main", "Measure the rates of this machine for plan."),
-    ("explain", "moe_dist.config.__main__:explain", "Print type, default and meaning of a configuration key."),
+    ("explain", "moe_dist.config.__main__:explain", "Print type, default and meaning of a key."),
     ("show", "moe_dist.config.__main__:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ("teach", "tools.teach:main", "Write a teacher's most likely words for distillation."),
     ("evaluate", "tools.evaluate:main", "Test a trained run with multiple-choice questions."),
     ("trace", "tools.trace:main", "Trace the experts of held-out tokens."),
-    ("report", "tools.report:main", "Draw the routing of a run or a trace into one HTML file."),
+    ("report", "tools.report:main", "Draw the routing of a run or a trace as HTML."),
     ("generate", "tools.generate:main", "Continue text and pictures with a trained run."),
     ("import-hf", "tools.import_hf:main", "Convert a Hugging Face model into starting weights."),
     ("export-hf", "tools.export_hf:main", "Convert a checkpoint into a Hugging Face model."),
@@ -82,7 +82,7 @@ def _group(text: str) -> typer.Typer:
 
 def _make_app() -> typer.Typer:
     app = _group("Train mixture-of-experts transformers with expert parallelism.")
-    launch = _group("Start a run on this machine or on a cluster: local, slurm, ray.")
+    launch = _group("Start a run: local, slurm, ray.")
     app.add_typer(launch, name="launch")
     for words, _, line in COMMANDS:
         group, _, name = words.rpartition(" ")
