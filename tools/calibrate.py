@@ -45,6 +45,8 @@ def main(options: CalibrateOptions) -> None:
         raise ConfigError(f"--out {options.out}: the name must end with .yaml; take rates.yaml")
     make_writable(options.out.parent, option=f"--out {options.out}")
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise ResourceError("--device cuda: torch finds no GPU on this machine; take --device cpu")
     found = torch.cuda.device_count() if cuda else options.ranks
     if options.ranks > found:
         raise ResourceError(f"--ranks {options.ranks}: there are {found} GPUs; take at most --ranks {found}")
@@ -116,7 +118,8 @@ def _seconds(run: Callable[[], Any], least: float) -> float:
 
 
 def exchange(ranks: int, device: str, least: float) -> LinkSection:
-    """Measures all-to-all exchanges of `ranks` ranks on this machine, and fits latency and rate to the medians.
+    """Starts `ranks` processes on this machine, which send each other messages of each size in `EXCHANGED`. Fits latency
+    and bytes per second of an exchange to the median seconds of each size.
 
     Raises:
         ResourceError: a rank failed; its traceback is on standard error.

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.config.cluster import cluster_file, load_cluster
+from moe_dist.config.cluster import VARIABLE, cluster_file, load_cluster
 from moe_dist.config.load import load_config, model_violations, resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -80,7 +80,7 @@ def main(options: PlanOptions) -> None:
     placements = Placements(config, mix, None if load_LE is None else lambda ep: solved_slots(load_LE, ep))
     every = [planner.estimate(*each) for count in counts for each in layouts(config, count, rates, placements)]
     fitting = [each for each in every if each.out_of_memory <= LIKELY]
-    if not every or not fitting:
+    if not fitting:
         raise no_layout(config, counts, every, most)
     ranked = sorted(fitting, key=lambda each: cost(each, options.price))
     best = next(each for each in ranked if not [*rule_violations(each.config), *model_violations(each.config)])
@@ -111,7 +111,8 @@ def gpu_range(text: str) -> tuple[int, int]:
 
 
 def rates_of(options: PlanOptions, gpus: int) -> Rates:
-    """Returns measured rates, or published ones of the cluster's card; without a cluster file those of H100 nodes."""
+    """Returns the rates of `--rates`, or published ones of the cluster's card: of `--cluster`, else $MOE_DIST_CLUSTER, else
+    H100 nodes."""
     if options.rates is not None:
         rates = read_rates(options.rates)
         if rates.machine != options.machine:
@@ -121,8 +122,8 @@ def rates_of(options: PlanOptions, gpus: int) -> Rates:
                 see=GUIDE,
             )
         return rates
-    given = cluster_file(options.cluster, os.environ)
-    cluster = load_cluster(options.cluster or "h100_infiniband", os.environ)
+    named = options.cluster or os.environ.get(VARIABLE) or "h100_infiniband"
+    given, cluster = cluster_file(named, os.environ), load_cluster(named, os.environ)
     card = cluster.gpus.type
     if cluster.gpus.syntax == "none" or card is None:
         raise ConfigError(

@@ -11,12 +11,13 @@ from moe_dist.plan.layouts import Placements
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates
 from moe_dist.plan.rows import Expected
+from moe_dist.plan.solver import rank_loads
 
 PARTS = (("busy", "#4c78a8"), ("imbalance", "#e45756"), ("exchange", "#f58518"), ("tail", "#72b7b2"))
 WORDS = {
-    "busy": "the mean rank computes",
+    "busy": "the mean rank computes, or syncs",
     "imbalance": "waiting for the busiest rank",
-    "exchange": "exchanges and syncs, not covered",
+    "exchange": "exchanges, not covered",
     "tail": "sums, gathers, optimizer, not covered",
 }
 
@@ -91,7 +92,7 @@ def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlac
     """Returns which expert of which layer adds most to the work of the busiest ranks over the mean of its layer's experts,
     from measured loads."""
     rank_E, ranks = np.array(placement.rank_of_expert), placement.num_ranks
-    work_LR = load_LE @ (rank_E[:, None] == np.arange(ranks))
+    work_LR = rank_loads(load_LE, rank_E, ranks)
     pace, worst = work_LR.max(1).sum(), (0.0, 0, 0)
     for layer, expert in np.ndindex(*load_LE.shape):
         work_R = work_LR[layer].copy()

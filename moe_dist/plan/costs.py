@@ -44,10 +44,12 @@ class Costs:
     def _attention(self) -> float:
         """Attention with its norms; scores at their own rate."""
         model, layers = self.model, self.model.num_layers
-        products = 2 * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
+        widths = model.attention_widths
+        products = 2 * sum(inputs * outputs for inputs, outputs in widths.values())
         scores = max(0.0, self.parts.attention / layers - products)
         rate = self.rates.gemm.at(self.tokens)
-        passes = self.item * (14 * model.hidden_dim + 4 * (model.attention_widths["q"][1] + model.attention_widths["k"][1]))
+        heads = sum(outputs for name, (_, outputs) in widths.items() if name not in ("v", "o"))
+        passes = self.item * (14 * model.hidden_dim + 4 * heads)
         flop = self.tokens * (products + scores * rate / self.rates.attention)
         return self.rates.scale.dense * float(self._seconds(flop, rate, self.tokens * passes, self.launches[1]))
 

@@ -30,8 +30,9 @@ class Estimate:
 
     Attributes:
         config: The configuration with this layout.
-        seconds: Of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute, the wait for
-            the busiest rank, what exchanges and syncs leave uncovered, and sums, gathers and optimizer.
+        seconds: Of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and syncs with
+            its host, the wait for the busiest rank, the part of exchanges that no compute covers, and sums, gathers and
+            optimizer.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step, by level.
         memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.

@@ -16,7 +16,7 @@ STEPS = 120  # experts for which all swaps are tried; each takes L x E operation
 
 def pace(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> float:
     """Returns the sum over layers of the busiest rank's load."""
-    return float(_loads(load_LE, rank_E, ranks).max(1).sum())
+    return float(rank_loads(load_LE, rank_E, ranks).max(1).sum())
 
 
 def solve(
@@ -67,13 +67,16 @@ def _greedy(load_E: np.ndarray, slots_R: np.ndarray, allowed_ER: np.ndarray) -> 
     return rank_E
 
 
-def _loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarray:
+def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarray:
+    """Returns the load of each rank in each layer, [L, R]."""
     return load_LE @ (rank_E[:, None] == np.arange(ranks))
 
 
 def _swap(load_LE: np.ndarray, rank_E: np.ndarray, allowed_ER: np.ndarray, ranks: int, steps: int) -> None:
-    """Changes `rank_E` by the best swaps of experts of the ranks that set the pace, until none helps or steps are over."""
-    work_LR = _loads(load_LE, rank_E, ranks)
+    """Swaps experts in `rank_E`, in place, to lower `pace`. Each step takes the expert that adds most to the loads of the
+    busiest ranks, and swaps it with the expert or free slot that lowers `pace` most, if one does. Ends after `steps` steps,
+    or if all such experts were tried in vain."""
+    work_LR = rank_loads(load_LE, rank_E, ranks)
     tried = np.zeros(len(rank_E), bool)  # since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)

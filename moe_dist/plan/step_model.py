@@ -46,7 +46,7 @@ class Played:
 
     Attributes:
         seconds_S: Seconds until the last rank has finished.
-        busy_SR: Seconds in which each rank computes.
+        busy_SR: Seconds in which each rank computes, or waits for a host sync.
         wire_S: Seconds in which the rank with most to send exchanges.
     """
 

@@ -74,6 +74,15 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
+def test_latent_attention_takes_longer_with_wider_latents() -> None:
+    def busy(kv_rank: int) -> float:
+        latent = f"model.attention={{kind: latent, kv_rank: {kv_rank}, value_dim: 128}}"
+        config = load_config("olmoe_1b7b_8gpu", [latent, "model.rope_dim=64", "model.qk_norm=none"])
+        return estimated(config).busy
+
+    assert 0.0 < busy(256) < busy(512)
+
+
 def test_all_ranks_of_a_node_share_its_cores() -> None:
     rates = RATES.model_copy(update={"cores": 2, "ranks_per_node": 4})
     alone, four = (

@@ -38,7 +38,11 @@ def test_latency_and_rate_fit_the_seconds() -> None:
     assert noisy.latency >= 0.0
 
 
-def test_bad_options(tmp_path: Path) -> None:
+def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke(tools.calibrate.main, "--out", tmp_path / "rates.json")
     assert done.exit_code == 78
     assert "the name must end with .yaml" in done.output
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = invoke(tools.calibrate.main, "--out", tmp_path / "rates.yaml", "--device", "cuda")
+    assert done.exit_code != 0
+    assert "--device cuda: torch finds no GPU on this machine; take --device cpu" in done.output.replace("\n", " ")

@@ -131,6 +131,18 @@ def test_bad_input_is_refused(tmp_path: Path, arguments: list[str], overrides: l
     assert re.search(words, said.replace("\n", " ")), said
 
 
+def test_the_cluster_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {type: a100, per_node: 4}\n")
+    monkeypatch.setenv("MOE_DIST_CLUSTER", str(site))
+    code, said = plan(tmp_path, "--gpus", "4")
+    assert code == 0, said
+    assert "rates of a100 (data sheet: extrapolated)" in said
+    code, said = plan(tmp_path, "--gpus", "4", "--cluster", "h100_infiniband")
+    assert code == 0, said
+    assert "rates of h100" in said
+
+
 def test_published_rates() -> None:
     rates = published_rates("h100", 989e12, ranks_per_node=8, between=45e9)
     assert rates.source == "extrapolated"
