@@ -4,6 +4,7 @@ document, even if several documents share a sequence.
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
     return flex(q, k, v, block_mask=mask.blocks, **options)
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(nn.Module, ABC):
     """Computes norm, attention and output projection. The caller adds the residual.
 
     A subclass has the projections, and says what a cache keeps of a token.
@@ -136,11 +137,11 @@ class CausalAttention(nn.Module):
         out = attend(q, *self._expand(key, value), mask, self.scale)
         return self._linear("o", out.transpose(1, 2).flatten(2), batch_info)
 
+    @abstractmethod
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries [B, H, S, d], after rotation, and what a cache keeps of the tokens, as `entry` says."""
-        raise NotImplementedError
 
     def _expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values, as `attend` takes them, from what a cache keeps."""

@@ -86,6 +86,7 @@ class YarnScaling:
         return self.size(1.0)
 
     def size(self, scale: float) -> float:
+        """Returns 0.1 scale ln(factor) + 1, by which YaRN scales queries or keys; 1 without a longer context."""
         return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 

@@ -1,5 +1,6 @@
 """The base class of the sections of attention. Their methods take the section `model`, whose keys size every kind."""
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,22 +18,22 @@ class AttentionSection(Section):
         """Returns the rules that keys of `model` violate; the keys of a violation are relative to it."""
         return ()
 
+    @abstractmethod
     def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
         """Returns the number of inputs and of outputs of each projection."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_vectors(self, model: WholeModel) -> int:
         """Returns the number of parameters in a layer that are in no matrix: biases, and norms behind projections."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score_width(self, model: WholeModel) -> int:
         """Returns the number of values of a token's queries, and of the attention's output, over all heads together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
         """Returns an estimate of the elements per token that autograd keeps behind the norm of the layer's input.
 
         Args:
             frozen: Whether the weights are frozen, so that autograd keeps no inputs of projections.
         """
-        raise NotImplementedError

@@ -141,8 +141,6 @@ class Planner:
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         """Returns a plan for each chunk, and the own pairs (empty without `own_apart`). See `AllToAllDispatcher.plan`."""
-        if self.wire.size != self.placement.num_ranks:
-            raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
         order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the host sync
@@ -311,6 +309,8 @@ class Planner:
 
     def _make_tables(self, device: torch.device) -> _Tables:
         """Makes the tables of the placement, once for each device."""
+        if self.wire.size != self.placement.num_ranks:
+            raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
         order = [rank for rank in range(size) if rank != own] + [own]
         place_of = {rank: place for place, rank in enumerate(order)}

@@ -98,8 +98,9 @@ class RowKernels(Protocol):
         ...
 
     def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
-        """Returns silu(gate) * up in the dtype of `gate`, times the pairs' weights if `sum_pairs` does not apply them.
-        Without `up_QF`, the first argument has both: [Q, 2 F]."""
+        """Returns the hidden values of the pairs, silu(gate) * up, [Q, F] in the dtype of `gate_QF`. Kernels whose
+        `sum_pairs` applies no weights also multiply each pair's values by its weight here. If `up_QF` is None, `gate_QF`
+        has both, gate first: [Q, 2 F]."""
         ...
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
