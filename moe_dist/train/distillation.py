@@ -99,4 +99,4 @@ def load_teacher(teacher: nn.Module, folder: Path, placement: ExpertPlacement) -
     """Loads the teacher's checkpoint on this rank, and freezes the teacher. `placement` has all experts on one rank."""
     manager = CheckpointManager(folder.parent, keep=1, lease_check=lambda: None)
     manager.load(folder, capture(teacher, None, RankLayout(placement)))
-    teacher.requires_grad_(False).eval()
+    teacher.requires_grad_(False)
