@@ -56,7 +56,7 @@ class Cut:
     length: int
 
     def offsets(self, num_dims: int) -> tuple[int, ...]:
-        """Returns the index of the part's first element in the whole tensor."""
+        """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the others."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
 
     def of(self, entry: Entry) -> Entry:

@@ -11,20 +11,19 @@ from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.parallel_schema import AllToAllDispatchSection, InterleavedSection
+from moe_dist.config.parallel_schema import InterleavedSection
 from moe_dist.config.schema import Config
 from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.preflight import manifest_violations
 from moe_dist.train.base_weights import load_base
-from moe_dist.train.build import build_model, freeze, group_of_modality, rank_layout, saved_part
+from moe_dist.train.build import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
 from moe_dist.train.resume import mapping_of, saved_config
 
 
@@ -38,15 +37,9 @@ class CheckpointReader:
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
-        ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
-        self.placement = placement_for_use(config, ep)
-        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
-        config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
-        with torch.device("meta"):
-            self.model = build_model(config, self.placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
-        allocate(self.model, device)  # not initialised, because `read` loads every tensor
+        self.placement = placement_for_use(config, 1 if mesh is None else mesh.ep_size)
+        self.model = build_for_inference(config, self.placement, device, mesh)
         freeze(self.model, config)
-        self.model.eval()
         group = None if mesh is None else mesh.checkpoint
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
         self._layout, part = rank_layout(self.placement, mesh), saved_part(config)

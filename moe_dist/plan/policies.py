@@ -64,7 +64,7 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Groups) -> ExpertPlacement:
-    """Returns the placement of LoRA experts: one rank with all experts, because every rank holds all and sends no rows."""
+    """Returns the placement of all experts on one rank: of a whole model, or of LoRA experts, which every rank holds."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 

@@ -75,6 +75,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.train import build, session
     from moe_dist.train.fixed_top_k import beside_fixed_top_k
     from moe_dist.train.garbage import collected_by_steps
+    from moe_dist.train.placement_rows import build_placement_rows
     from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
     from moe_dist.train.tracing import traced_steps
@@ -116,7 +117,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
         collected_by_steps(),
     ):
-        placement_rows = build.build_placement_rows(config, plan, mesh, last=WINDOW)
+        placement_rows = build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
             build.build_plan(config, manifest, placement, session.card_name(config, mesh)),
             training.step,

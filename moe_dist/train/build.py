@@ -41,8 +41,7 @@ from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import ADAPTERS, ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
-from moe_dist.plan.policies import expert_groups
-from moe_dist.plan.preflight import Preflight
+from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
@@ -51,7 +50,6 @@ from moe_dist.train.distillation import Distillation, Teacher, load_teacher, tea
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
-from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
@@ -131,11 +129,24 @@ def build_model(
     )
 
 
+def build_for_inference(
+    config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
+) -> Transformer:
+    """Makes the model in evaluation mode, without values: the caller must load every tensor. Ignores how the training run
+    was laid out over ranks. The EP groups of `mesh` share the experts; without it this rank has all of them."""
+    ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
+    alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=ep_rank, ep_group=ep_group)
+    allocate(model, device)
+    return model.eval()
+
+
 def state_specs(config: Config) -> dict[str, TensorSpec]:
     """Returns shape and dtype of each tensor in a checkpoint of the configured model, by logical name: parameters, buffers,
     and the optimizer's moments of trained parameters. Allocates no memory for tensors."""
-    groups = expert_groups(config.model.moe)
-    everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    everything = replicated_placement(expert_groups(config.model.moe))
     with torch.device("meta"):
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     freeze(model, config)
@@ -241,16 +252,11 @@ def build_distillation(config: Config, manifest: Manifest, device: torch.device)
         return Distillation(TopLogits(section.top_logits, config, digest), weight=section.weight)
     assert section.teacher is not None, "the section has one of the two"
     folder, model = teacher_section(section.teacher, config.model, manifest, seq_len=config.data.seq_len)
-    alone = {"ep": 1, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
-    config = config.model_copy(update={"model": model, "parallel": config.parallel.model_copy(update=alone)})
-    groups = expert_groups(model.moe)
-    placement = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
-    with torch.device("meta"):
-        teacher = build_model(config, placement, ep_rank=0, ep_group=None)
-    allocate(teacher, device)
+    placement = replicated_placement(expert_groups(model.moe))
+    teacher = build_for_inference(config.model_copy(update={"model": model}), placement, device)
     load_teacher(teacher, folder, placement)
-    found = torch.tensor(group_of_modality(manifest, placement), device=device)
-    return Distillation(Teacher(teacher, found), weight=section.weight)
+    of_modality = torch.tensor(group_of_modality(manifest, placement), device=device)
+    return Distillation(Teacher(teacher, of_modality), weight=section.weight)
 
 
 def build_optimizer(config: Config, model: Transformer) -> Optimizer:
@@ -315,8 +321,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
     """Makes the held-out evaluation of the model in training."""
-    section = config.monitor.compute_map
-    folder = Path(config.data.path)
+    section, folder = config.monitor.compute_map, Path(config.data.path)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
@@ -333,18 +338,6 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
         calibration=config.evaluation.calibration,
     )
-
-
-def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
-    """Makes the counter of the rows that this run and other placement policies send in the `last` steps of the run; None
-    without `monitor.cost_table`."""
-    if not config.monitor.cost_table:
-        return None
-    own = config.placement.policy
-    others = {each.name: each.placement for each in plan.comparison.plans if each.name != own}
-    placements = {own: plan.placement} | {name: each for name, each in others.items() if each.slots != plan.placement.slots}
-    first = max(0, config.train.steps - last)
-    return PlacementRows(placements, ep_rank=mesh.ep_rank, first=first, device=mesh.device)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,12 @@ class Teacher:
 
 
 def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq_len: int) -> tuple[Path, ModelSection]:
-    """Finds the teacher's checkpoint, and returns its folder and the section `model` of its configuration.
+    """Returns the folder of the teacher's checkpoint, and the section `model` of the configuration saved in it.
+
+    Args:
+        path: Run folder, checkpoint or import (`loss.distillation.teacher`).
+        student: The model that is to learn from the teacher.
+        manifest: Of the data set on which it learns.
 
     Raises:
         ConfigError: there is no checkpoint, or its model cannot be the teacher; lists every reason.
@@ -99,4 +104,4 @@ def load_teacher(teacher: nn.Module, folder: Path, placement: ExpertPlacement) -
     """Loads the teacher's checkpoint on this rank, and freezes the teacher. `placement` has all experts on one rank."""
     manager = CheckpointManager(folder.parent, keep=1, lease_check=lambda: None)
     manager.load(folder, capture(teacher, None, RankLayout(placement)))
-    teacher.requires_grad_(False).eval()
+    teacher.requires_grad_(False)

@@ -12,9 +12,12 @@ from torch import Tensor
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import PLACEMENT_ROWS
 from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import LayerReport
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.preflight import Preflight
 
 
 class PlacementRows:
@@ -54,6 +57,18 @@ class PlacementRows:
         """Returns the rows of all ranks by placement. Collective."""
         rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)
         return dict(zip(self._names, rows_P.tolist(), strict=True))
+
+
+def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
+    """Makes the counter of the rows that this run and other placement policies send in the `last` steps of the run; None
+    without `monitor.cost_table`."""
+    if not config.monitor.cost_table:
+        return None
+    own = config.placement.policy
+    others = {each.name: each.placement for each in plan.comparison.plans if each.name != own}
+    placements = {own: plan.placement} | {name: each for name, each in others.items() if each.slots != plan.placement.slots}
+    first = max(0, config.train.steps - last)
+    return PlacementRows(placements, ep_rank=mesh.ep_rank, first=first, device=mesh.device)
 
 
 def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int) -> Tensor:

@@ -2,12 +2,12 @@
 
     manifest.json     the teacher, the data, and what the sequences depend on
     keys.npy          int64 [N], a hash of the tokens and labels of each sequence
-    words.npy         int32 [N, S, K], the K most likely next words
-    log_probs.npy     float32 [N, S, K], their log-probabilities
+    words.npy         int32 [D, S, K], the K most likely next words; rows from N on are unused
+    log_probs.npy     float32 [D, S, K], their log-probabilities
 
 A run finds its sequences by their hashes, so that any layout of ranks, micro-batches and resumed positions reads the same
-file. A sequence that the data repeat is stored once. Shape letters: N sequences, B sequences of a batch, S positions, K
-words, V vocabulary.
+file. A sequence that the data repeat is stored once. Shape letters: D sequences of the stream, N different ones among them,
+B sequences of a batch, S positions, K words, V vocabulary.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ class TopLogitsManifest(BaseModel):
     content: str  # `checkpoint.base.content_hash` of the teacher's parameters
     vocab_size: int
     top: int  # K
-    drawn: int  # sequences of the stream, from its first one, that are stored
-    stored: int  # N
+    drawn: int  # D: the teacher saw so many sequences of the stream, from its first one on
+    stored: int  # N: so many of them differ, and are stored
     sequences: dict[str, JsonValue]  # what the stream depends on: section `data` without its path, and seed
     data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
 

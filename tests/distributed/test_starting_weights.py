@@ -107,6 +107,17 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
     return told
 
 
+def begun_unchanged(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checks on each rank that the second run begins as the function of the first, up to rounding, and trains."""
+    for told in ranks:
+        assert not told["fresh"]
+        assert "error" not in told, told
+        assert told["gap"] < 2e-6
+        assert "the same as the checkpoint's" in told["report"]
+        assert told["trains"]
+    return ranks
+
+
 COPY = {"run.init_rules": ["copy_nulls"]}
 COPIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top-2 and top-1": (groups((3, 0, 2), (2, 0, 1)), {**COPY, **groups((3, 3, 3), (2, 4, 3))}),
@@ -205,12 +216,7 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
     trained, changes = UPCYCLED[case]
-    for told in run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes):
-        assert not told["fresh"]
-        assert "error" not in told, told
-        assert told["gap"] < 2e-6
-        assert "the same as the checkpoint's" in told["report"]
-        assert told["trains"]
+    for told in begun_unchanged(run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes)):
         if world_size == 1 and case == "one expert a group":
             stack = told["parameters"]["layers.0.moe.experts.text.gate"]
             assert stack.shape[0] == 4
@@ -304,14 +310,10 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
     trained, changes = SPLITS[case]
-    for told in run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes):
-        assert not told["fresh"]
-        assert "error" not in told, told
-        assert told["gap"] < 2e-6
+    for told in begun_unchanged(run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes)):
         taken = [changes[f"{GROUPS}.{group}.num_experts"] for group in ("text", "image")]
         assert set(zip(told["loads"][1][::2], told["loads"][1][1::2], strict=True)) == {tuple(taken)}
         assert "the same as the checkpoint's; the output of an FFN is the sum of its parts" in told["report"]
-        assert told["trains"]
         for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts are the FFN, bit for bit
             parts = told["parameters"][f"layers.0.moe.experts.text.{name}"]
             whole = told["trained"][f"layers.0.moe.experts.text.{name}"][0]

@@ -24,6 +24,7 @@ from moe_dist.inference.multiple_choice import Prompts, ask, results, write
 from moe_dist.inference.questions.catalogue import WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
 from moe_dist.runtime.command_line import reports_errors, run_command
+from tools.experiments.instructed import check_new
 
 RESAMPLES = 10_000
 MOST_SHARE, MOST_LOSS, MOST_ACCURACY = 0.55, 0.2, 0.1  # the rules, see `verdicts`
@@ -142,6 +143,7 @@ def main(
     limit: Annotated[int, typer.Option(min=2, help="Questions of each task.")] = 75,
 ) -> None:
     """Measure both models and print the verdicts."""
+    check_new(out)
     words = Words(read_tokenizer(tokenizer / "tokenizer.json"))
     catalogue = Catalogue(words, (), wordnet)  # pyright: ignore[reportArgumentType]  # words have no pictures
     tasks = task_names("wordnet")

@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "free without nulls": one(**FREE, num_null=0) | router(normalise="true_all"),
     "sigmoid": one(**FREE) | router("group_limited", scale=2.5),
     "sigmoid groups": one(num_experts=8, top_k=4) | router("group_limited", n_group=4, topk_group=2, normalise="none"),
+    "adapted": one(num_experts=8, num_null=8, top_k=8, ffn_dim=4) | router("group_limited", normalise="none", scale=2.0),
     "shared": {"model.moe.shared_ffn_dim": 20},
     "shared gate": {"model.moe.shared_ffn_dim": 20, "model.moe.shared_gate": True},
     "dense first": {"model.moe.first": 1, "model.num_layers": 3, "model.moe.every": 2, "model.dense_ffn_dim": 40},
@@ -82,8 +83,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 COVER = (
-    "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "shared gate",
-    "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "depths", "depths window",
+    "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "adapted",
+    "shared gate", "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "depths",
+    "depths window",
 )  # fmt: skip
 
 
