@@ -27,7 +27,7 @@ COLOURS = 256  # of a PNG's palette: pages of few colours, a third of the bytes
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """The address of a TensorBoard that shows `folder`."""
+    """The address of a TensorBoard that shows `folder`. Raises TimeoutError if it does not answer within SECONDS."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["tensorboard.main", "--logdir", folder.name, "--port", str(port), "--load_fast", "false"]
@@ -42,6 +42,8 @@ def tensorboard(folder: Path) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(1)
+        else:
+            raise TimeoutError(f"TensorBoard of {folder} did not answer at {address} in {SECONDS:.0f} s; start it by hand")
         yield address
     finally:
         server.terminate()

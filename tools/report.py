@@ -85,8 +85,9 @@ def main(options: ReportOptions) -> None:
 
 
 def page_of(subject: Subject) -> bytes:
-    """The page. A page of more than MOST_BYTES is drawn again: with one picture in place of the slider's twelve, then also
-    without matrices of co-activation."""
+    """Renders the report. If the page has more than MOST_BYTES, this renders it again with one range of steps in place of
+    twelve. If that is still too large, it renders a third page, which also has no matrix of co-activation, whatever its
+    size."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
         page = render(replace(subject, **fewer)).encode()
@@ -103,7 +104,8 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
         raise ConfigError(f"--placement {path}: cannot be read: {error}; give a YAML file with `slots`") from error
     read = draft(ExplicitSection, values or {})
     if problems or read.problems or read.value is None:
-        raise ConfigError([f"--placement {path}: {problem}" for problem in (*problems, *read.problems)])
+        faults = problems or [f"{path}: {problem}" for problem in read.problems]
+        raise ConfigError([f"--placement {fault}" for fault in faults])
     return make_placement(read.value, groups, num_ranks=len(read.value.slots), token_mix={})
 
 

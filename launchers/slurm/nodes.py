@@ -22,6 +22,8 @@ _OF_EVERY_JOB = re.compile(
     r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
     r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
 )
+# The state of a node that does not serve its job; POWERED_DOWN and POWERING_DOWN only save power.
+_DOWN = re.compile(r"\b(?:DOWN|NOT_RESPONDING)\b|\*")
 
 
 class SlurmError(MoeDistError):
@@ -134,7 +136,7 @@ def lost_among(hosts: Sequence[str]) -> list[str]:
     with contextlib.suppress(SlurmError):
         shown = ask("scontrol", "--oneliner", "show", "node", ",".join(hosts))
         states = dict(re.findall(r"NodeName=(\S+) .*?\bState=(\S+)", shown))
-        return [host for host in hosts if re.search(r"DOWN|NOT_RESPONDING|\*", states.get(host, ""))]
+        return [host for host in hosts if _DOWN.search(states.get(host, ""))]
     return []
 
 

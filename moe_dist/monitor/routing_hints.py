@@ -17,7 +17,7 @@ from moe_dist.placement.placement import ExpertGroup
 BUSY_EXPERT = 3.0  # times the even load from which an expert counts as busy
 BUSY_SPAN = 0.8  # an expert also counts as busy if its load is this far on the way from the even to the largest load
 BUSY_ROOM = 1.5  # least possible load, in even loads, for which experts are judged as busy
-DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity drops, from which a hint warns
+DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity drops, from which a hint warns and few_drops fails
 NULL_EDGE = 0.02  # distance of the null fraction from its limits below which a hint warns
 IDLE = 0.02  # times the even number of experts per token, below which a layer counts as dead
 STARVED = 0.1  # times the even number of experts per token, below which a group counts as starved

@@ -1,8 +1,10 @@
 """Whether two implementations give the same numbers: each tensor to so many parts of its largest entry."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
@@ -22,6 +24,15 @@ def smallest_gap(scores_TC: Tensor, top_k: int) -> float:
     """Smallest difference between a token's k-th and next best score: no choice may hang on the last bits."""
     best = scores_TC.detach().sort(-1, descending=True).values
     return float((best[:, top_k - 1] - best[:, top_k]).min())
+
+
+@torch.no_grad()
+def gap_of_choices(router: Any, h_TD: Tensor, group_T: Tensor) -> float:
+    """Smallest difference between a token's k-th and next best logit inside its group."""
+    logits_TC = router._logits(h_TD)
+    in_group = [logits_TC[group_T == index][:, router.group_of_column_C == index] for index in range(len(router.groups))]
+    pairs = zip(in_group, router.groups, strict=True)
+    return min((smallest_gap(each, group.top_k) for each, group in pairs if len(each)), default=float("inf"))
 
 
 def arrays(named: Mapping[str, Tensor]) -> Arrays:

@@ -26,7 +26,7 @@ from moe_dist.train.distillation import Distillation, Teacher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
-from tests.support.agreement import smallest_gap
+from tests.support.agreement import gap_of_choices
 from tests.support.parted_set import PartedSet
 from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
@@ -135,8 +135,7 @@ LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw: each step's result, first gradients and final parameters (and thresholds) by logical name, the
-    events."""
+    """What one rank saw. Arrays have logical names; the gradients are the first step's, the parameters the last step's."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
@@ -263,8 +262,7 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     mixed; with 8 ranks that is a rank without a token, and ranks of one modality. A third of the tokens belong to prompts.
 
     No token stands twice in it. Where tokens compete (expert choice, depths), two of one id may have equal scores in exact
-    arithmetic, at the start of documents and in layers of depths, and rounding would choose between them: in each layout in
-    its own way.
+    arithmetic, at the start of documents and in layers of depths. Rounding, which layouts do differently, would choose.
     """
     maker = BatchMaker(seq_len=SEQ_LEN, pad_id=0, modalities=[[TEXT], [IMAGE]])
     shuffled = np.random.default_rng([step, micro])
@@ -400,12 +398,3 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         buffers={name: each.copy() for name, each in buffers.items() if "router" in name},
         smallest_gap=min(gaps, default=float("nan")),
     )
-
-
-@torch.no_grad()
-def gap_of_choices(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
-    """Smallest difference between a token's k-th and next best logit inside its group."""
-    logits_TC = router._logits(h_TD)
-    in_group = [logits_TC[group_T == index][:, router.group_of_column_C == index] for index in range(len(router.groups))]
-    pairs = zip(in_group, router.groups, strict=True)
-    return min((smallest_gap(each, group.top_k) for each, group in pairs if len(each)), default=float("inf"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from moe_dist.monitor.routing_hints import DROPPED
 from moe_dist.monitor.sinks.console import Check
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
@@ -12,7 +13,6 @@ from moe_dist.placement.placement import ExpertGroup
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
 NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, divided by the unigram model's loss
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
-DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity may not drop, as in the hint
 NULL_TOLERANCE = 0.05  # allowed difference of the fraction of null choices from its expected value
 
 

@@ -70,7 +70,7 @@ def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_p
 def test_local_and_ray_restart_after_a_fault_that_may_pass(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefix: str, fault: str
 ) -> None:
-    """tests/unit/launchers/slurm/test_job.py has the same faults and the same count for Slurm."""
+    """tests/unit/launchers/slurm/test_job.py tests that Slurm requeues a job as often after these faults."""
     config = tiny_config(tmp_path / "data", tmp_path / "runs")
     folder, (verdict, reason) = RunFolder.of(config), verdict_of(FAULTS[fault])
     begun: list[int] = []

@@ -185,7 +185,7 @@ def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    """tests/unit/launchers/test_attempts.py has the same faults and the same count for the local launcher and Ray."""
+    """tests/unit/launchers/test_attempts.py tests that the local launcher and Ray restart as often after these faults."""
     (node.folder / "site.yaml").write_text(f"gpus: {{syntax: none}}\nranks_per_node: 2\nmax_restarts: {RESTARTS}\n")
     verdict, reason = verdict_of(FAULTS[fault])
     for restarts in range(1 + RESTARTS):

@@ -224,7 +224,7 @@ def test_without_a_record_the_node_at_fault_is_that_of_the_task_that_ended_first
         (["IDLE", "DOWN*"], "rank 1: Node failure on n2", 1),
         (["DOWN", "DOWN"], "ranks 0-2: Node failure on n1, n2", 0),
         (
-            ["IDLE+DRAIN", "MIXED"],
+            ["IDLE+DRAIN", "IDLE+CLOUD+POWERED_DOWN"],
             "Slurm killed the batch script on n1 before it could name the cause: its node",
             None,
         ),
