@@ -93,6 +93,9 @@ class BalanceSection(Section):
     kind: Literal["null_averaged", "vanilla", "null_split"] = "null_averaged"
     """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
     load. null_split: the loss balances only the share of true experts against the share of all others (ZEDA)."""
+    scope: Literal["micro_batch", "step"] = "micro_batch"
+    """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
+    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: both of a micro-batch."""
     null_weight: dict[GroupName, PositiveFloat] = Field(default_factory=dict)
     """By group: target load of a null expert, divided by the target load of a true expert (w); 1 for groups that are not
     named. A balanced router then takes k n / (n + m w) true experts per token."""

@@ -150,7 +150,7 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
         "data": {"path": data_path, "seq_len": min(1024, plan.section.max_seq_len)},
         "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1},
         "optimizer": {"lr": 1e-5, "schedule": {"kind": "cosine", "warmup_steps": 50}},
-        "loss": {"balance": {"schedule": ((0, 0.0 if dense else 0.001),)}},
+        "loss": {"balance": {"scope": "step", "schedule": ((0, 0.0 if dense else 0.001),)}},
         "evaluation": {"every": 200},
     }
     try:

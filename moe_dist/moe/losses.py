@@ -51,6 +51,7 @@ def balance_terms(
     *,
     kind: BalanceKind = "null_averaged",
     null_weight_G: Sequence[float] | None = None,
+    load_tokens_LG: Tensor | None = None,
 ) -> Tensor:
     """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. Shares add up to it.
 
@@ -74,15 +75,17 @@ def balance_terms(
         choices_LC: Number of choices of each column over all ranks.
         tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
+        load_tokens_LG: Number of tokens that made `choices_LC`, if these are not the tokens of the probabilities.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
+    per_LG = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)  # a group without tokens gives 0 / 1 = 0
+    load_per_LG = per_LG if load_tokens_LG is None else load_tokens_LG.to(prob_LC.dtype).clamp_min(1.0)
     if kind == "null_split":
-        return _split_terms(prob_LC, load_LC, tokens_LG.to(prob_LC.dtype).clamp_min(1.0), tables, weight_G)
+        return _split_terms(prob_LC, load_LC, per_LG, load_per_LG, tables, weight_G)
     if kind == "null_averaged":
         load_LC = _average_copies(load_LC, groups, weight_G)
-    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]  # a group without tokens gives 0 / 1 = 0
-    products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
+    products_LC = load_LC / load_per_LG[:, tables.group_C] * prob_LC / per_LG[:, tables.group_C]
     sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)  # deterministic, unlike a scatter on CUDA
     if kind == "vanilla" or null_weight_G is None:
         return sums_LG * tables.size_G.to(prob_LC.dtype)
@@ -105,16 +108,21 @@ def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Se
 
 
 def _split_terms(
-    prob_LC: Tensor, load_LC: Tensor, tokens_LG: Tensor, tables: ColumnTables, weight_G: Sequence[float]
+    prob_LC: Tensor,
+    load_LC: Tensor,
+    per_LG: Tensor,
+    load_per_LG: Tensor,
+    tables: ColumnTables,
+    weight_G: Sequence[float],
 ) -> Tensor:
     """Computes `null_split`, see `balance_terms`. For a group that has only true columns the loss is constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
-    terms_LG = torch.zeros_like(tokens_LG)
+    terms_LG = torch.zeros_like(per_LG)
     zero_G = [(group.num_columns - group.num_experts) * w for group, w in zip(tables.groups, weight_G, strict=True)]
     sizes = ([group.num_experts for group in tables.groups], zero_G)
     for part, size_G in zip((slice(0, num_true), slice(num_true, None)), sizes, strict=True):
-        products_LG = (load_LC[:, part] @ member_CG[part]) * (prob_LC[:, part] @ member_CG[part]) / tokens_LG / tokens_LG
+        products_LG = (load_LC[:, part] @ member_CG[part]) * (prob_LC[:, part] @ member_CG[part]) / load_per_LG / per_LG
         terms_LG = terms_LG + _scaled(products_LG, [1.0 / size if size else 0.0 for size in size_G])
     factors = [(g.num_experts + zero) / g.top_k for g, zero in zip(tables.groups, zero_G, strict=True)]
     return _scaled(terms_LG, factors)

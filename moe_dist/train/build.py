@@ -26,6 +26,7 @@ from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import choose_gemm
 from moe_dist.moe.kernels.choice import choose_kernels
@@ -187,10 +188,11 @@ class Training:
     step: TrainingStep
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
+    load: StepLoad | None = None
 
-    def controllers(self) -> dict[str, BiasController | RouterTuning]:
+    def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
         """Returns the controllers whose state a checkpoint saves, by name."""
-        found = {"balance": self.balance, "router_tuning": self.tuning}
+        found = {"balance": self.balance, "router_tuning": self.tuning, "balance_loss": self.load}
         return {name: each for name, each in found.items() if each is not None}
 
 
@@ -226,8 +228,9 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     groups = group_of_modality(manifest, placement)
     whole = config.train.only is None  # if False, the MoE routers are frozen, so their thresholds must not change
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
-    balance = build_balance(config.model.moe, model, placement.groups)
-    thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
+    balance, layers = build_balance(config.model.moe, model, placement.groups), model.moe_modules()
+    thresholds = (ThresholdUpdater.of(layers), depth_thresholds(model)) if whole else ()
+    load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
     step = TrainingStep(
         parallel,
         optimizer,
@@ -235,12 +238,13 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=groups,
         clip_norm=config.optimizer.clip_norm,
         comm_stats=comm_stats,
-        controllers=[each for each in (balance, *thresholds) if each is not None],
+        controllers=[each for each in (balance, *thresholds, load) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
         distillation=build_distillation(config, manifest, mesh.device) if config.loss.distillation is not None else None,
+        load=load,
     )
-    return Training(parallel, optimizer, step, balance, tuning)
+    return Training(parallel, optimizer, step, balance, tuning, load)
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:

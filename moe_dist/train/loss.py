@@ -20,6 +20,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.distillation import TeacherOutput
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import DepthStatistics
@@ -201,6 +202,8 @@ def micro_loss(
     labels_in_step: Tensor,
     share: Tensor,
     counts: StepCounts[Tensor],
+    share_G: Tensor | None = None,
+    load: StepLoad | None = None,
 ) -> MicroLoss:
     """Returns what one micro-batch on this rank adds to the step's loss:
 
@@ -210,18 +213,29 @@ def micro_loss(
     Args:
         losses_BS: Cross entropy of each label, 0 where the label is IGNORED.
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
-        share: This micro-batch's labels on all ranks divided by `labels_in_step`: the weight of the auxiliary terms, which
-            are computed per micro-batch over all ranks.
+        share: Weight of the micro-batch in the step. The auxiliary terms are means over its tokens on all ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
+        share_G: Weight of each group's terms; None for `share`.
+        load: Loads of the balance loss; None for those of the micro-batch.
     """
+
+    def weighted(terms_LG: Tensor) -> Tensor:
+        return share * terms_LG.sum() if share_G is None else (share_G * terms_LG.sum(0)).sum()
+
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
     balance_LG = balance_terms(
-        prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind, null_weight_G=aux.null_weight_G
+        prob_LC,
+        (load or counts).choices_LC,
+        counts.tokens_LG,
+        tables,
+        kind=aux.kind,
+        null_weight_G=aux.null_weight_G,
+        load_tokens_LG=None if load is None else load.tokens_LG,
     )
-    balance = aux.balance * share * balance_LG.sum()
+    balance = aux.balance * weighted(balance_LG)
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
-    auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()
+    auxiliary = weighted(auxiliary_terms(reports, counts.tokens_LG, tables))
     total = losses_BS.sum() / labels_in_step + balance + z + auxiliary
     if counts.depth_tokens_P.numel():
         total = total + share * depth_auxiliary(reports, counts.depth_tokens_P)

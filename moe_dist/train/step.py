@@ -21,6 +21,7 @@ from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
+from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
@@ -69,6 +70,8 @@ class TrainingStep:
             counts, and cost a host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
         distillation: Replaces cross entropy by the KL from a teacher, wholly or in part.
+        load: Loads of the balance loss, one of `controllers`. With them auxiliary terms are means over the tokens of the
+            step; without, means over a micro-batch, weighted by its share of the step's labels.
     """
 
     def __init__(
@@ -84,12 +87,13 @@ class TrainingStep:
         needs_global_batch_info: bool = False,
         tuning: RouterTuning | None = None,
         distillation: Distillation | None = None,
+        load: StepLoad | None = None,
     ) -> None:
         device = parallel.mesh.device
         self.parallel, self.optimizer, self.placement, self.clip_norm = parallel, optimizer, placement, clip_norm
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
-        self.needs_global_batch_info, self.distillation = needs_global_batch_info, distillation
+        self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
         # Of the last step, [W x 4]: this rank's row has its busy seconds and `largest_memory`, the other rows are 0 until
         # the ranks' tensors are summed. Empty before the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
@@ -126,14 +130,21 @@ class TrainingStep:
         )
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
         members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
+        weighed = batches if self.load is not None else []
+        tokens_IG = _group_tokens(weighed, self.group_of_modality, num_groups, mesh.device)
         # Also gathers the ranks' readings of the previous step. Sums of counts are exact in any order.
-        counts = torch.cat([labels_M.sum(1), self._readings, members.flatten()])
-        counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
-        micro_labels, readings, flat = counts.split([len(batches), len(self._readings), members.numel()])
+        parts = [labels_M.sum(1), self._readings, members.flatten(), tokens_IG.flatten()]
+        counts = sum_over(torch.cat(parts), mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
+        micro_labels, readings, flat, summed = counts.split([len(part) for part in parts])
+        tokens_IG = summed.view_as(tokens_IG)
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
         self.comm_stats.take()  # drops the bytes of evaluations since the last step
 
+        share_I, share_IG = micro_labels / labels_in_step, None
+        if self.load is not None:
+            share_I = tokens_IG.sum(1) / tokens_IG.sum().clamp_min(1.0)
+            share_IG = tokens_IG / tokens_IG.sum(0).clamp_min(1.0)
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
@@ -157,8 +168,10 @@ class TrainingStep:
                     tables=self._tables,
                     aux=aux,
                     labels_in_step=labels_in_step,
-                    share=micro_labels[i] / labels_in_step,
+                    share=share_I[i],
                     counts=started[0](),
+                    share_G=None if share_IG is None else share_IG[i],
+                    load=self.load,
                 )
                 for watcher in watchers:
                     watcher.add(batch, reports)
@@ -342,17 +355,23 @@ class _OwnCounts:
         return true, null, tokens
 
 
+def _group_tokens(batches: Sequence[Batch], group_of_modality: Tensor, num_groups: int, device: torch.device) -> Tensor:
+    """Returns this rank's token counts by micro-batch and group, float64 [I, G]."""
+    groups, tokens_IG = torch.arange(num_groups, device=device), []
+    for batch in batches:
+        group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+        tokens_IG.append((group_BS.flatten()[:, None] == groups).sum(0, dtype=torch.float64))
+    return torch.stack(tokens_IG) if tokens_IG else torch.zeros((0, num_groups), dtype=torch.float64, device=device)
+
+
 def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
 ) -> Tensor:
     """Returns token counts, float64 [W, I, G] by rank, micro-batch and group: this rank's counts in its own row, zeros in
     all other rows, so that the sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
-    num_batches = len(batches) if needed else 0
-    members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
-    groups = torch.arange(num_groups, device=mesh.device)
-    for i in range(num_batches):
-        group_BS = torch.where(batches[i].padding_BS, -1, group_of_modality[batches[i].modality_BS])
-        members_WIG[mesh.rank, i] = (group_BS.flatten()[:, None] == groups).sum(0)
+    tokens_IG = _group_tokens(batches if needed else [], group_of_modality, num_groups, mesh.device)
+    members_WIG = tokens_IG.new_zeros((mesh.world_size, *tokens_IG.shape))
+    members_WIG[mesh.rank] = tokens_IG
     return members_WIG
 
 

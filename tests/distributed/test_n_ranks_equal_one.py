@@ -151,6 +151,41 @@ def test_free_experts_on_ranks_equal_one_rank(
     "layout",
     others_full(
         [
+            Layout(parts=4, balance_scope="step"),
+            Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step"),
+            Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
+        ]
+    ),
+    ids=str,
+)
+def test_auxiliary_terms_of_a_step_equal_those_of_one_uncut_rank(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
+) -> None:
+    """However a step is cut into micro-batches and ranks. Terms of a micro-batch depend on it."""
+    alone = Layout(balance_loss=layout.balance_loss, balance_scope="step")
+    oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+
+    def terms(outcome: Outcome) -> list[list[float]]:
+        return [[step.grad_norm, step.balance, step.z, *step.nll_M] for step in outcome.steps]
+
+    np.testing.assert_allclose(terms(outcomes[0]), terms(oracle), rtol=1e-9)
+    assert [step.balance > 0 for step in oracle.steps] == [False, True, True]
+    assert_same_tensors(outcomes, oracle)
+
+
+def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    whole, cut = (run_in_world(1, train, Layout(parts=parts), tmp_path)[0].steps[0] for parts in (1, 4))
+    assert whole.nll_M == pytest.approx(cut.nll_M, rel=1e-9)
+    assert abs(cut.balance / whole.balance - 1) > 0.01
+
+
+@pytest.mark.parametrize(
+    "layout",
+    others_full(
+        [
             Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
             Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
             Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),

@@ -11,6 +11,7 @@ from torch import nn
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.monitor.statistics import StepResult
@@ -78,6 +79,7 @@ class Layout:
     attention_lora: bool = False  # LoRA on attention and shared expert, beside ffn_lora
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
+    balance_scope: str = "micro_batch"
     fsdp_gather: str = "micro_batch"
     loss_words: int | None = None
     distilled: bool = False  # seven tenths of the loss are the KL from a teacher of other weights
@@ -120,6 +122,7 @@ class Layout:
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += "-distilled" if self.distilled else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
+        budget += f"-over_step-parts{self.parts}" if self.balance_scope == "step" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
@@ -342,10 +345,13 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)
     optimizer = build_optimizer(config_of(layout), parallel.model)
+    layers = len(parallel.model.moe_modules())
+    load = StepLoad(placement.groups, layers, mesh.device) if layout.balance_scope == "step" else None
     controllers = [
         build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
         ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
         depth_thresholds(parallel.model),
+        load,
     ]
     step = TrainingStep(
         parallel,
@@ -357,6 +363,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         controllers=[each for each in controllers if each is not None],
         needs_global_batch_info=layout.choice is not None or layout.fixed,
         distillation=distillation() if layout.distilled else None,
+        load=load,
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)

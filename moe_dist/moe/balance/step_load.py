@@ -1,0 +1,68 @@
+"""Keeps the load of each choice column over a whole step, for the balance loss of the next step.
+
+The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on how
+the step is cut into micro-batches, and a micro-batch of few kinds of tokens is balanced within itself (Qiu et al., arXiv
+2501.11873, who count the loads over all micro-batches of a step so far). The loads have no gradient, so those of the step
+before serve as well: they are known before the first forward, and the loss is then a plain sum over the step's tokens, so
+that micro-batch size, accumulation and number of ranks change nothing but rounding.
+
+Shape letters: L MoE layers, G expert groups, C choice columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from moe_dist.errors import DataError
+from moe_dist.moe.routing import group_columns
+from moe_dist.placement.counts import StepCounts
+from moe_dist.placement.placement import ExpertGroup
+
+
+class StepLoad:
+    """Choices and tokens of the last step in which a group had tokens, over all ranks. All zero before the first step,
+    whose balance loss is therefore 0.
+
+    Attributes:
+        choices_LC: float64, number of choices of each column.
+        tokens_LG: float64, number of tokens of each group.
+    """
+
+    def __init__(self, groups: Sequence[ExpertGroup], num_layers: int, device: torch.device) -> None:
+        self._group_C = torch.tensor(group_columns(groups), device=device)
+        self.choices_LC = torch.zeros((num_layers, len(self._group_C)), dtype=torch.float64, device=device)
+        self.tokens_LG = torch.zeros((num_layers, len(groups)), dtype=torch.float64, device=device)
+
+    def after_step(self, counts: StepCounts[Tensor]) -> None:
+        """Takes the counts of a whole step over all ranks. A group without tokens in a layer keeps those it has. Costs no
+        collective and no host sync."""
+        seen_LG = counts.tokens_LG > 0
+        self.choices_LC = torch.where(seen_LG[:, self._group_C], counts.choices_LC, self.choices_LC)
+        self.tokens_LG = torch.where(seen_LG, counts.tokens_LG, self.tokens_LG)
+
+    def state(self) -> JsonValue:
+        """Returns both counts as lists of rows. Host sync."""
+        return {"choices": self.choices_LC.tolist(), "tokens": self.tokens_LG.tolist()}
+
+    def restore(self, state: JsonValue) -> None:
+        """Restores a state that `state` returned.
+
+        Raises:
+            DataError: the state does not have these counts for this model's layers, columns and groups.
+        """
+        rows = state if isinstance(state, dict) else {}
+        self.choices_LC = _counts("choices", rows.get("choices"), self.choices_LC)
+        self.tokens_LG = _counts("tokens", rows.get("tokens"), self.tokens_LG)
+
+
+def _counts(name: str, saved: object, like: Tensor) -> Tensor:
+    """Returns saved counts as a tensor of the shape, dtype and device of `like`."""
+    try:
+        found = torch.tensor(saved, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.shape != like.shape or not bool((found.isfinite() & (found >= 0)).all()):
+        raise DataError(f"state of the balance loss: {name}={saved!r:.80} are not {tuple(like.shape)} counts")
+    return found
