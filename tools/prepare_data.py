@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
-from moe_dist.data.prepare import Inputs, prepare
-from moe_dist.errors import ConfigError
+from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe, refuse
+from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
 
 DEFAULT_OUT = Path(".cache/data")
+NO_HELD_OUT = "nothing is held out, so runs cannot be evaluated on it: give more documents, or raise --val-fraction"
+SHOWN = 5  # files left out that the command names
 
 
 @reports_errors("prepare_data")
@@ -58,6 +60,7 @@ def main(
     ] = Recipe.caption_first,
     languages: Annotated[str, typer.Option(help="Languages of the default captions, as en,fr; empty for all.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
+    strict: Annotated[bool, typer.Option("--strict", help="End at a file that cannot be read; else leave it out.")] = False,
 ) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
     # Numeric libraries read these variables when `prepare` imports them. More threads would only slow the start down.
@@ -91,12 +94,17 @@ def main(
         vary=tuple(each for each in VARIATIONS if each in varied),
         caption_first=caption_first,
     )
+    skipped: list[DataError] = []
     with shown_progress() as report:
-        manifest, built = prepare(out, inputs, recipe, report)
+        manifest, built = prepare(out, inputs, recipe, report, refuse if strict else skipped.append)
     if not built:
         print(f"{out} is finished; nothing to do")
         return
     _show(manifest)
+    for problem in skipped[:SHOWN]:
+        print(f"left out: {problem}")
+    if len(skipped) > SHOWN:
+        print(f"left out: {len(skipped) - SHOWN} more; {out / RECIPE_FILE} names them")
     print(f"{out} made in {time.monotonic() - began:.0f} s")
 
 
@@ -120,7 +128,8 @@ def _show(manifest: Manifest) -> None:
                 table.add_row(name, side, f"{split.documents:,}", f"{split.tokens:,}", *counts)
     console = Console()
     console.print(table)
-    console.print("held-out nats a label: " + ", ".join(f"{key} {nats:.2f}" for key, nats in manifest.baselines.items()))
+    baselines = ", ".join(f"{key} {nats:.2f}" for key, nats in manifest.baselines.items())
+    console.print(f"held-out nats a label: {baselines}" if baselines else NO_HELD_OUT)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.chat import HubTokenizer
-from moe_dist.data.corpus import Recipe, content_family
+from moe_dist.data.corpus import Recipe, Skip, content_family, refuse
 from moe_dist.data.corpus_build import Figures, write_split
 from moe_dist.data.corpus_files import text_files
 from moe_dist.data.families import hold_out, join
@@ -33,6 +33,7 @@ def build_chat(
     tokenizer: Path,
     recipe: Recipe,
     report: Report,
+    skip: Skip = refuse,
 ) -> tuple[Manifest, Figures]:
     """Writes a whole data set into `folder`, its manifest last.
 
@@ -53,7 +54,7 @@ def build_chat(
     if messages is not None:
         found[MESSAGES] = _conversations(hub, Path(messages))
     for source, path in texts.items():
-        items = text_files(source, Path(path), licence).items
+        items = text_files(source, Path(path), licence, skip).items
         found[source] = ((item.family, hub.text(item.content)) for item in items)
     sources = {}
     for source, pairs in found.items():

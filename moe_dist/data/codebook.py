@@ -59,7 +59,8 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
     """
     distinct_PV, counts_P = np.unique(patches_PV, axis=0, return_counts=True)
     if len(distinct_PV) < codes:
-        raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
+        most = len(distinct_PV)
+        raise DataError(f"codes={codes}: the pictures have only {most} distinct patches; give --codes {most} or less")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
     # K-means weights each distinct patch by its number of occurrences, so that a very frequent patch, such as a plain

@@ -1,13 +1,22 @@
 """The sources of a data set before they are encoded: pictures with captions, texts and instructions."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from moe_dist.errors import DataError
+
+Skip = Callable[[DataError], None]  # called with the reason where an input cannot be read; returns to leave the input out
 VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place means scale and shift
 Item = TypeVar("Item")
+
+
+def refuse(error: DataError) -> None:
+    """A `Skip` that leaves nothing out."""
+    raise error
 
 
 class HoldOut(StrEnum):

@@ -4,6 +4,7 @@ Tokenizer and codebook are fitted on the training side only, because held-out da
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, Spli
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
-from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Source, Text
+from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Skip, Source, Text, refuse
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
@@ -33,7 +34,9 @@ _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and fill
 Figures = dict[str, float]
 
 
-def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Report) -> tuple[Manifest, Figures]:
+def build(
+    folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Report, skip: Skip = refuse
+) -> tuple[Manifest, Figures]:
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
@@ -42,7 +45,7 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.
-        DataError: a picture is damaged, or there are too few patches for the codebook.
+        DataError: there are too few patches for the codebook, or `skip` refuses a damaged picture.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
     asked = [key for key in _OF_PICTURES if getattr(recipe, key) != getattr(Recipe, key)]
@@ -51,7 +54,9 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
         raise ConfigError(f"{options}: applies to pictures, and this data set has none; leave it out")
     fit_on: list[list[str]] = []
     if pictures:
-        division = divide(pictures.items, rasterise_all(pictures.items, report), recipe, report)
+        readable, rasters = rasterise_all(pictures.items, report, skip)
+        pictures = replace(pictures, items=readable)
+        division = divide(readable, rasters, recipe, report)
         shown = _kept(pictures.items, ~division.held_out_N)
         fit_on.append([caption for picture in shown for caption in picture.captions])
     held_out = {source.name: _held_out_texts(source.items, recipe) for source in texts}

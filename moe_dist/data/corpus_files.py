@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.corpus import Instruction, Picture, Source, Text, content_family
+from moe_dist.data.corpus import Instruction, Picture, Skip, Source, Text, content_family, refuse
 from moe_dist.data.tables import holds_table, objects, table_rows
 from moe_dist.errors import ConfigError, DataError
 
@@ -12,21 +12,21 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
-def text_files(name: str, path: Path, licence: str) -> Source[Text]:
+def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Source[Text]:
     """Texts from a JSONL file or a table of `table_rows` (each row an object with a "text"), or from all UTF-8 files under
     a folder.
 
-    Other files, names that begin with a dot, and captions (a .txt beside a picture of the same name) are skipped. Each file
-    or line is a document; equal documents are one family.
+    Names that begin with a dot, pictures and their captions (a .txt beside a picture of the same name) are no texts. Each
+    file or line is a document; equal documents are one family.
 
     Raises:
         ConfigError: `path` does not exist or holds no text.
-        DataError: a line of the JSONL has no "text".
+        DataError: a line of the JSONL has no "text", or `skip` refuses a file that is not UTF-8.
     """
     if path.exists() and (path.is_file() or holds_table(path)):
         found = list(_text_rows(path))
     elif path.is_dir():
-        found = [(str(file.relative_to(path)), _utf8(file)) for file in _visible(path) if not _is_caption(file)]
+        found = [(str(file.relative_to(path)), _utf8(file, skip)) for file in _visible(path) if _may_be_text(file)]
     else:
         raise ConfigError(f"text {str(path)!r}: no such file or folder")
     texts = tuple(Text(key, content_family(text.encode()), text) for key, text in found if text.strip())
@@ -35,11 +35,12 @@ def text_files(name: str, path: Path, licence: str) -> Source[Text]:
     return Source(name, texts, licence)
 
 
-def picture_files(name: str, folder: Path, licence: str) -> Source[Picture]:
+def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) -> Source[Picture]:
     """PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
 
     Raises:
         ConfigError: the folder does not exist or holds no picture.
+        DataError: `skip` refuses a caption that is not UTF-8.
     """
     if not folder.is_dir():
         raise ConfigError(f"images {str(folder)!r}: no such folder")
@@ -47,7 +48,7 @@ def picture_files(name: str, folder: Path, licence: str) -> Source[Picture]:
     for path in _visible(folder):
         if path.suffix.lower() in PICTURE_SUFFIXES:
             beside = path.with_suffix(".txt")
-            caption = _utf8(beside).strip() if beside.is_file() else ""
+            caption = _utf8(beside, skip).strip() if beside.is_file() else ""
             family = content_family(path.read_bytes())
             pictures.append(Picture(str(path.relative_to(folder)), family, path, (caption,) if caption else ()))
     if not pictures:
@@ -103,14 +104,17 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _is_caption(path: Path) -> bool:
-    return path.suffix == ".txt" and any(path.with_suffix(suffix).is_file() for suffix in PICTURE_SUFFIXES)
+def _may_be_text(path: Path) -> bool:
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return False
+    return path.suffix != ".txt" or not any(path.with_suffix(suffix).is_file() for suffix in PICTURE_SUFFIXES)
 
 
-def _utf8(path: Path) -> str:
+def _utf8(path: Path, skip: Skip) -> str:
     try:
         return path.read_bytes().decode()
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        skip(DataError(f"{path}: not UTF-8 at byte {error.start:,}; convert the file, or move it elsewhere"))
         return ""
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_dist.data.codebook import GRID, decode, encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import HoldOut, Picture, Recipe
+from moe_dist.data.corpus import HoldOut, Picture, Recipe, Skip, refuse
 from moe_dist.data.families import hold_out, join, near_pairs, variants
 from moe_dist.data.pictures import Render, augmented, plain, rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
@@ -47,13 +47,25 @@ class Document:
     prompt: np.ndarray | None = None  # bool, true if the token is never a label; None if all tokens are labels
 
 
-def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
-    """Rasterises all pictures, uint8 RGBA [N, RASTER, RASTER, 4]."""
-    rasters = []
+def rasterise_all(
+    pictures: Sequence[Picture], report: Report, skip: Skip = refuse
+) -> tuple[tuple[Picture, ...], np.ndarray]:
+    """Rasterises pictures. Returns those that can be read, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4].
+
+    Raises:
+        DataError: no picture can be read, or `skip` refuses one that cannot.
+    """
+    found: list[tuple[Picture, np.ndarray]] = []
     for number, picture in enumerate(pictures):
-        rasters.append(rasterise(picture.path))
+        try:
+            found.append((picture, rasterise(picture.path)))
+        except DataError as error:
+            skip(error)
         report("rasterise pictures", number + 1, len(pictures))
-    return np.stack(rasters)
+    if not found:
+        raise DataError(f"none of {len(pictures)} pictures can be read; the first is {str(pictures[0].path)!r}")
+    readable, rasters = zip(*found, strict=True)
+    return readable, np.stack(rasters)
 
 
 def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, report: Report) -> Division:

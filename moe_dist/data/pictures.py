@@ -48,7 +48,10 @@ def rasterise(path: str | Path) -> np.ndarray:
             image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         else:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from there on Pillow raises
+        raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error
     factor = RASTER / max(image.size)
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)

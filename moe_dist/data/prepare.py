@@ -6,6 +6,7 @@ writers wait. The next writer removes the hidden folder of an interrupted writer
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.config.section import Name
-from moe_dist.data.corpus import Corpus, Recipe
-from moe_dist.errors import ConfigError
+from moe_dist.data.corpus import Corpus, Recipe, Skip, refuse
+from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.runtime.progress import Report
 
 RECIPE_FILE = "recipe.json"
@@ -36,8 +37,11 @@ class Inputs:
     languages: tuple[str, ...] = ()  # languages of the captions of the default corpus; empty for all
 
 
-def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
+def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip = refuse) -> tuple[Manifest, bool]:
     """Builds the data set in folder `out`. An existing data set is only checked, which takes a second.
+
+    Args:
+        skip: Called for each file that cannot be read. If it returns, the file is left out, and recipe.json says why.
 
     Returns:
         The manifest, and whether this call built it.
@@ -45,12 +49,21 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     Raises:
         ConfigError: `out` holds other files or a data set made with other options; or an input is missing.
         DataError: an input, or the finished data set, is damaged.
+        StorageError: a file cannot be read or written.
     """
+    try:
+        return _prepare(out, inputs, recipe, report, skip)
+    except OSError as error:
+        raise StorageError(f"{error}; the data set --out {out} was not made") from error
+
+
+def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
     out = out.resolve()  # the rename must replace a link's target and not the link
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # where it fails at once, the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -60,10 +73,17 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     with held:
         if done := _finished(out, asked):
             return done, False
+        skipped: list[str] = []
+
+        def noted(error: DataError) -> None:
+            skip(error)
+            skipped.append(str(error))
+
         build = _build_chat if recipe.tokenizer and Path(recipe.tokenizer).is_dir() else _build
         with renamed_when_complete(out) as folder:
-            manifest, figures = build(folder, out.name, inputs, recipe, report)
-            (folder / RECIPE_FILE).write_text(json.dumps({**asked, "figures": figures}, indent=1) + "\n")
+            manifest, figures = build(folder, out.name, inputs, recipe, report, noted)
+            written = {**asked, "figures": figures, "skipped": skipped}
+            (folder / RECIPE_FILE).write_text(json.dumps(written, indent=1) + "\n")
     return manifest, True
 
 
@@ -117,7 +137,9 @@ def renamed_when_complete(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, dict[str, float]]:
+def _build(
+    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
+) -> tuple[Manifest, dict[str, float]]:
     from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder does not need it
 
     for option, value in (("--messages", inputs.messages), ("--chat-template", recipe.chat_template)):
@@ -126,11 +148,11 @@ def _build(folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Repo
                 f"{option} {value}: needs --tokenizer FOLDER, the Hugging Face folder of the model to train; "
                 f"it is {recipe.tokenizer or 'not given'}"
             )
-    return build(folder, name, _sources(inputs), recipe, report)
+    return build(folder, name, _sources(inputs, skip), recipe, report, skip)
 
 
 def _build_chat(
-    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report
+    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
 ) -> tuple[Manifest, dict[str, float]]:
     from moe_dist.data.chat_build import build_chat
 
@@ -157,10 +179,11 @@ def _build_chat(
         tokenizer=tokenizer,
         recipe=recipe,
         report=report,
+        skip=skip,
     )
 
 
-def _sources(inputs: Inputs) -> Corpus:
+def _sources(inputs: Inputs, skip: Skip) -> Corpus:
     """Reads the sources of the data set. Imports only the modules that these inputs need."""
     from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 
@@ -179,10 +202,10 @@ def _sources(inputs: Inputs) -> Corpus:
             "set does not use; leave it out"
         )
     if inputs.images is not None:
-        pictures = picture_files("images", Path(inputs.images), inputs.licence)
+        pictures = picture_files("images", Path(inputs.images), inputs.licence, skip)
     if inputs.text is not None:
-        texts.append(text_files("text", Path(inputs.text), inputs.licence))
-    texts.extend(text_files(name, Path(path), inputs.licence) for name, path in inputs.extra_text.items())
+        texts.append(text_files("text", Path(inputs.text), inputs.licence, skip))
+    texts.extend(text_files(name, Path(path), inputs.licence, skip) for name, path in inputs.extra_text.items())
     instructions = [instruction_files(name, Path(path), inputs.licence) for name, path in inputs.instructions.items()]
     return Corpus(pictures, tuple(texts), tuple(instructions))
 

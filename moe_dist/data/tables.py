@@ -23,7 +23,8 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: is not JSON ({error})") from error
+                plain = "; give plain texts as files of a folder" if path.suffix not in JSON_SUFFIXES else ""
+                raise DataError(f"{path}, line {number}: is not JSON ({error}){plain}") from error
             if not isinstance(line, dict):
                 raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
             yield number, line

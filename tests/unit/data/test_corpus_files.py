@@ -16,11 +16,15 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "copy.txt").write_text("one")
     (tmp_path / "blank.txt").write_text(" \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary").write_bytes(b"a\xff\xfe\x00")
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / "photo.txt").write_text("a caption, which goes with its picture")
-    source = text_files("t", tmp_path, "CC0-1.0")
+    with pytest.raises(DataError, match=r"binary: not UTF-8 at byte 1;"):
+        text_files("t", tmp_path, "CC0-1.0")
+    skipped: list[DataError] = []
+    source = text_files("t", tmp_path, "CC0-1.0", skipped.append)
+    assert len(skipped) == 1
     assert [(text.key, text.content) for text in source.items] == [
         ("a.txt", "one"),
         ("copy.txt", "one"),

@@ -1,6 +1,9 @@
 """prepare_data end to end on a user's own files: the command, what it leaves, and what it refuses."""
 
+import errno
 import json
+import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.tokenizer import load_tokenizer
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError, DataError, StorageError
 from tests.support.messages import refused
 from tools.prepare_data import main
 
@@ -342,7 +345,7 @@ def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Ten families of four pictures; where their variants are all near each other, they are too many to be held out."""
     source = picture_files("images", own / "pictures", "CC0-1.0")
     every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.items)]
-    monkeypatch.setattr("moe_dist.data.prepare._sources", lambda _: Corpus(replace(source, items=tuple(every))))
+    monkeypatch.setattr("moe_dist.data.prepare._sources", lambda *_: Corpus(replace(source, items=tuple(every))))
     if one_component:
         variants = [number for number in range(40) if number % 4]
         monkeypatch.setattr(picture_coding, "near_pairs", lambda *_, most: [(1, each) for each in variants])
@@ -389,6 +392,63 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
     path.write_text(json.dumps(older))
     with refused(ConfigError, "recipe.colours"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+
+
+def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_path: Path) -> None:
+    texts, pictures = tmp_path / "texts", tmp_path / "pictures"
+    texts.mkdir()
+    shutil.copytree(own / "pictures", pictures)
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"text number {number} with a few words")
+    for number in range(7):
+        (texts / f"latin{number}.txt").write_bytes(b"caf\xe9")
+    (pictures / "00.png").write_bytes(b"no picture")
+    asked = ("--text", texts, "--images", pictures, *OPTIONS)
+    result = command("--out", tmp_path / "set", *asked)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("left out: ") == 6
+    assert "latin0.txt: not UTF-8 at byte 3" in result.output
+    assert "left out: 3 more" in result.output
+    recipe = json.loads((tmp_path / "set/recipe.json").read_text())
+    assert len(recipe["skipped"]) == 8
+    assert "00.png" in recipe["skipped"][-1]
+    assert recipe["figures"]["train_pictures"] + recipe["figures"]["valid_pictures"] == 39
+    strict = command("--out", tmp_path / "strict", *asked, "--strict")
+    assert strict.exit_code == 65
+    assert "latin0.txt: not UTF-8 at byte 3" in strict.output
+    assert not (tmp_path / "strict").exists()
+
+
+def test_no_picture_that_can_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"none of 1 pictures can be read; the first is .*a\.png"):
+        prepare(tmp_path / "set", Inputs(images=str(tmp_path / "pictures")), RECIPE, silent, lambda _: None)
+
+
+def test_a_set_without_a_held_out_side_says_so(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("the only text")
+    result = command("--out", tmp_path / "set", "--text", tmp_path / "texts", "--vocab-size", "300")
+    assert result.exit_code == 0, result.output
+    assert "nothing is held out" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null/x", "/proc/self/x/y"])
+def test_an_output_that_cannot_be_made_is_told_at_once(own: Path, out: str) -> None:
+    result = command("--out", out, "--text", own / "texts.jsonl", *OPTIONS)
+    assert result.exit_code == 1
+    assert f"the data set --out {out} was not made" in result.output
+
+
+def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(StorageError, match=r"No space left on device; the data set --out .*/set was not made"):
+        prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:
