@@ -219,8 +219,10 @@ def micro_loss(
         load: Loads of the balance loss; None for those of the micro-batch.
     """
 
-    def weighted(terms_LG: Tensor) -> Tensor:
-        return share * terms_LG.sum() if share_G is None else (share_G * terms_LG.sum(0)).sum()
+    def weighted(coefficient: float, terms_LG: Tensor) -> Tensor:
+        if share_G is None:
+            return coefficient * share * terms_LG.sum()  # another order would change the last bit of older runs
+        return coefficient * (share_G * terms_LG.sum(0)).sum()
 
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
@@ -233,9 +235,9 @@ def micro_loss(
         null_weight_G=aux.null_weight_G,
         load_tokens_LG=None if load is None else load.tokens_LG,
     )
-    balance = aux.balance * weighted(balance_LG)
+    balance = weighted(aux.balance, balance_LG)
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
-    auxiliary = weighted(auxiliary_terms(reports, counts.tokens_LG, tables))
+    auxiliary = weighted(1.0, auxiliary_terms(reports, counts.tokens_LG, tables))
     total = losses_BS.sum() / labels_in_step + balance + z + auxiliary
     if counts.depth_tokens_P.numel():
         total = total + share * depth_auxiliary(reports, counts.depth_tokens_P)

@@ -20,7 +20,13 @@ from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
 ROW_BYTES = 4 * 32 * 4  # a row of 32 fp32 numbers, in dispatch, combine, and backward of both
-SETTINGS = {"train.steps": STEPS, "checkpoint.every": 2, "evaluation.every": 2, "evaluation.balance_efficiency": False}
+SETTINGS = {
+    "loss.balance.scope": "step",
+    "train.steps": STEPS,
+    "checkpoint.every": 2,
+    "evaluation.every": 2,
+    "evaluation.balance_efficiency": False,
+}
 
 
 def records(run: RunFolder) -> list[dict[str, Any]]:
