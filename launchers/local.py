@@ -19,7 +19,8 @@ from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import MAX_RESTARTS
 from moe_dist.config.load import read_draft
-from moe_dist.errors import EXIT_DONE
+from moe_dist.doctor.node_facts import nvml
+from moe_dist.errors import EXIT_DONE, ResourceError
 from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
@@ -73,6 +74,11 @@ def launch(
             program=program,
         )
 
+    if config.parallel.device == "cuda" and not dry_run:
+        gpus, driver = nvml()
+        if not gpus:
+            problem = f"parallel.device=cuda: this machine shows no GPU ({driver}); set parallel.device=cpu"
+            raise ResourceError(problem, see="docs/gpu.md")
     if dry_run:
         print(commands_text(rank_commands(plan(0, "local-ID", "/tmp/moe_dist_ID"))))
         return EXIT_DONE

@@ -6,6 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 
 
+_NEAR = 0.75  # similarity of names, as difflib counts it, from which one may be meant for the other
+
+
 def source_root() -> Path:
     """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone it is the clone itself. An
     installed package has copies of them in its folder `bundled`."""
@@ -25,8 +28,11 @@ def find_config(path: str | Path) -> Path:
 
 
 def hint_for_missing(path: Path) -> str:
-    """Returns the end of an error text, with the file or bundled names most similar to `path`, else all bundled names."""
-    beside = [str(other) for other in path.parent.glob("*.yaml") if other != path]
+    """Returns the end of an error text, with the files or bundled names similar to `path`, else all bundled names."""
+    beside = {other.stem: str(other) for other in path.parent.glob("*.yaml") if other != path}
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
-    near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)
+    near = [beside[stem] for stem in difflib.get_close_matches(path.stem, beside, 1, _NEAR)]
+    near = (
+        near or difflib.get_close_matches(path.stem, bundled, 3, _NEAR) or [name for name in bundled if path.stem in name]
+    )
     return f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(bundled)}"

@@ -117,11 +117,13 @@ def resolved_yaml(config: Config) -> str:
 def difference(old: Config, new: Config) -> list[Change]:
     """Returns the dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
     before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
-    return [
+    found = [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
         if (key in before) != (key in after) or before.get(key) != after.get(key)  # null differs from a missing key
     ]
+    # null instead of a section, whose keys are listed anyway
+    return [change for change in found if change.old is not None or change.new is not None] or found
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import wraps
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from moe_dist.errors import EXIT_FAILED, MoeDistError
 
@@ -48,11 +50,20 @@ def print_done(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the same text again at its exit
 
 
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses arguments. An override with dashes gets an error that says how to write it."""
+        if dashed := next((each for each in args if re.match(r"--\w+(\.\w+)+(=|$)", each)), None):
+            key, _, value = dashed.lstrip("-").partition("=")
+            ctx.fail(f"{dashed}: an override of the configuration has no dashes; write {key}={value or 'VALUE'}")
+        return super().parse_args(ctx, args)
+
+
 def command_app(main: Callable[..., Any]) -> typer.Typer:
     """Makes a command with Python's plain traceback. Typer's traceback can print local variables, such as tokens and
     keys."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(cls=_Command)(main)
     return app
 
 

@@ -138,7 +138,11 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
         parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
     line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
     efficiencies = {"by time": result.balance_efficiency, "by count": result.balance_efficiency_by_count}
-    known = ", ".join(f"{value:.2f} {by}" for by, value in efficiencies.items() if value is not None)
+    known = ", ".join(
+        f"{value:.2f} {by}{' (above 1 by noise)' if value > 1.0 else ''}"
+        for by, value in efficiencies.items()
+        if value is not None
+    )
     if known:
         line += f"; balance efficiency {known}"
     return line

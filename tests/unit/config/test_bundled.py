@@ -37,6 +37,21 @@ def test_an_unknown_name_is_told_the_near_ones(
 
 
 @pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("adamoe_moma_tiny_cup", "did you mean adamoe_moma_tiny_cpu?"),
+        ("olmoe", "did you mean olmoe_1b7b_8gpu?"),
+        ("configs/nope.yaml", "configs/ has adamoe_"),
+    ],
+)
+def test_only_a_near_name_is_suggested(given: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source_root())
+    with pytest.raises(ConfigError) as raised:
+        load_config(given)
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("old", "new"), [("tools.bench_dispatch", "tools.bench"), ("tools.reproduction.x", "tools.experiments")]
 )
 def test_an_old_module_is_told_its_new_name(old: str, new: str) -> None:

@@ -313,11 +313,18 @@ def test_difference(path: Path) -> None:
         Change("optimizer.lr", 3e-3, 1.0),
         Change("placement.policy", "pinned", "interleaved"),
         Change("placement.groups.text.ranks", [0], None),
-        Change("placement.groups.text.node.feature", None, None),
         Change("placement.groups.text.node.labels", {}, None),
         Change("placement.groups.text.node.own", False, None),
     ]
     assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.lr"]
+
+
+def test_a_section_in_place_of_null_is_listed_by_its_keys(path: Path) -> None:
+    old, new = load_config(path), load_config(path, ["model.moe.capacity={factor: 1.5}"])
+    for one, other in ((old, new), (new, old)):
+        changes = difference(one, other)
+        assert {change.key.rpartition(".")[0] for change in changes} == {"model.moe.capacity"}
+        assert (None, None) not in [(change.old, change.new) for change in changes]
 
 
 def test_the_root_may_change_on_resume_and_the_name_not(path: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from launchers.local import launch
-from moe_dist.errors import ConfigError
+from launchers.local import launch, main
+from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.runtime.command_line import command_app
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
@@ -43,6 +45,22 @@ with Attempt(env) as attempt:
     open(f"{here}/opened.{rank}", "w").close()
     wait_for("opened.0")
 """
+
+
+def test_an_override_with_dashes_is_told_how_to_write_it() -> None:
+    done = CliRunner().invoke(command_app(main), ["x.yaml", "--train.steps=10"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert "--train.steps=10: an override of the configuration has no dashes; write train.steps=10" in done.output
+
+
+def test_cuda_without_a_gpu_is_refused_before_any_rank_starts(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, tiny_data)
+    monkeypatch.setattr("launchers.local.nvml", lambda: (None, "NVML Shared Library Not Found"))
+    with refused(ResourceError, "parallel.device=cuda: this machine shows no GPU (NVML Shared Library Not Found)"):
+        site.launch("", "parallel.device=cuda", "parallel.precision=bf16")
+    assert not list(tmp_path.glob("started.*"))
 
 
 class Site:
