@@ -5,7 +5,6 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-
 _NEAR = 0.75  # similarity of names, as difflib counts it, from which one may be meant for the other
 
 
