@@ -103,7 +103,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))
-                wait = WAIT_SECONDS if 0 in outcome.lost else 0.0  # rank 0 did not release the lease: wait until it expires
+                # A rank 0 that was killed released no lease: wait until its process or its heartbeat is gone.
+                wait = WAIT_SECONDS if outcome.codes[0] < 0 else 0.0
                 end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
                 with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
                     folder.amend_status(attempt_id, **end, wait_seconds=wait)

@@ -194,7 +194,8 @@ def _verdict(ending: AttemptRecord, current: RunState | None) -> Text:
 def _reason(ending: AttemptRecord) -> str:
     if ending.verdict is None:
         return ""
-    by = f"rank {ending.rank}: " if ending.rank is not None and not ending.reason.startswith("rank ") else ""
+    on = f" on {ending.rank_host}" if ending.rank_host else ""
+    by = f"rank {ending.rank}{on}: " if ending.rank is not None and not ending.reason.startswith("rank ") else ""
     return (by if ending.verdict not in (0, 75) else "") + ending.reason.partition("\n")[0]
 
 

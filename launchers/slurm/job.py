@@ -116,7 +116,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             faulty.append(host)
             with contextlib.suppress(OSError):  # on a full disk the next attempt may use the node again
                 write_atomically(faults, " ".join(faulty))
-            print(leave_out(job.id, faulty, snapshot.script), file=sys.stderr)
+            print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     return verdict
 
 

@@ -92,10 +92,11 @@ def inside_job(env: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     record = _record(env["SLURM_JOB_ID"])
-    found = dict(re.findall(r"\b(ArrayTaskId|HetJobId|Restarts)=(\d+)", record))
+    found = dict(re.findall(r"\b(ArrayJobId|ArrayTaskId|HetJobId|Restarts)=(\d+)", record))
     # A job has 1 CPU per task unless it asks for more; Slurm 23.11 and newer also say whether it asked for 1.
     cpus = re.search(r"\bTresPerTask=\S*?cpu[:=](\d+)|\bCPUs/Task=(?!1\b)(\d+)", record)
     believed = {
+        "SLURM_ARRAY_JOB_ID": found.get("ArrayJobId"),
         "SLURM_ARRAY_TASK_ID": found.get("ArrayTaskId"),
         "SLURM_CPUS_PER_TASK": cpus and (cpus[1] or cpus[2]),
         "SLURM_HET_SIZE": env.get("SLURM_HET_SIZE") if "HetJobId" in found else None,
@@ -126,7 +127,8 @@ def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 
 
 def _record(job_id: str) -> str:
-    """Returns slurmctld's record of a job. For an array or a heterogeneous job, scontrol prints one line for each part."""
+    """Returns slurmctld's record of a job, which is called by its id or, an array's task, by ARRAY_TASK. For an array or a
+    heterogeneous job, scontrol prints one line for each part."""
     shown = ask("scontrol", "--oneliner", "show", "job", job_id)
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
 

@@ -48,17 +48,19 @@ class SlurmJob:
         restarts: Number of times that Slurm has requeued the job.
         task: Number of the array task; None if the job is no array.
         submitted: Folder in which sbatch was called.
+        array: Job id of the array; None if the job is no array.
     """
 
     id: str
     restarts: int
     task: int | None
     submitted: Path
+    array: str | None = None
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "SlurmJob":
-        """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR. Raises ConfigError outside a
-        Slurm job."""
+        """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID, SLURM_ARRAY_JOB_ID and SLURM_SUBMIT_DIR. Raises
+        ConfigError outside a Slurm job."""
         if "SLURM_JOB_ID" not in env:
             raise ConfigError(
                 "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
@@ -70,7 +72,13 @@ class SlurmJob:
             restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
             task=int(task) if task is not None else None,
             submitted=Path(env.get("SLURM_SUBMIT_DIR", ".")).absolute(),
+            array=env.get("SLURM_ARRAY_JOB_ID"),
         )
+
+    @property
+    def name(self) -> str:
+        """What Slurm's commands call this job alone: the id of an array's last task is also the id of the whole array."""
+        return self.id if self.array is None else f"{self.array}_{self.task}"
 
     @property
     def attempt_id(self) -> str:
@@ -81,7 +89,7 @@ class SlurmJob:
         """Returns the fields of Slurm's record of the job, such as JobState=RUNNING; none if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
             env = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
-            lines = ask("scontrol", "--oneliner", "show", "job", self.id, env=env).splitlines()
+            lines = ask("scontrol", "--oneliner", "show", "job", self.name, env=env).splitlines()
             words = lines[0].split()  # the first component of a heterogeneous job
             return dict(word.split("=", 1) for word in words if "=" in word)
         return {}
@@ -214,10 +222,10 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         if int(fields.get("Restarts", "0")) > job.restarts:
             _say(f"Slurm has requeued the job ({state}): the next attempt resumes from the last checkpoint")
         elif state == "RUNNING":
-            ask("scontrol", "requeue", job.id)
+            ask("scontrol", "requeue", job.name)
             _say("requeued: the next attempt resumes from the last checkpoint")
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time in this attempt, not None
-            after = [again[0], "--parsable", f"--dependency=afterany:{job.id}", *again[1:]]
+            after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
             for name in ("job_{}.json", "job_{}_faults"):  # the new job starts after this one ends
                 if (kept := attempts.with_name(name.format(job.id))).is_file():

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -200,6 +201,7 @@ class Attempt:
     def _record(self, verdict: int, reason: str) -> None:
         if self._folder is not None:
             last, attempt_id = self.last_step(), self._env.attempt_id
+            rank, host = self._env.rank, socket.gethostname()
             self._folder.write_status(
-                verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=self._env.rank
+                verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=rank, rank_host=host
             )

@@ -265,4 +265,4 @@ def _resolve(name: str, what: str) -> str:
     try:
         return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ConfigError(f"{what}: {error}; set {HOST_VARIABLE} to an address of rank 0's node") from error
+        raise ConfigError(f"{what}: {error}; set {HOST_VARIABLE} to an IPv4 address of rank 0's node") from error

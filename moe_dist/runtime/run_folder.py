@@ -235,7 +235,9 @@ class RunFolder:
         """Returns True if a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
 
-    def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
+    def write_status(
+        self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0, rank_host: str = ""
+    ) -> bool:
         """Records how an attempt ended. Every rank may call it, and the first call counts: a failed rank records its
         verdict before its exit can make a peer fail. Returns False, and writes nothing, if the attempt already
         has a verdict or has lost the lease."""
@@ -258,7 +260,8 @@ class RunFolder:
                 raise LeaseError(f"{self.path}: another attempt now writes to this run")
 
         try:
-            ended = replace(record, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time())
+            ended = replace(record, verdict=verdict, reason=reason, last_step=last_step, ended=time.time())
+            ended = replace(ended, rank=rank, rank_host=rank_host)
             write_status(self.status_json, ended, before_rename=check)
         except LeaseError:
             return False
@@ -281,7 +284,8 @@ class RunFolder:
                 return False
             ended = record.ended or time.time()  # keeps the time at which a rank recorded its end
             step = max(last_step, self._recorded_step())  # a killed attempt recorded no last step
-            amended = replace(record, verdict=verdict, reason=reason, rank=rank, last_step=step, ended=ended)
+            amended = replace(record, verdict=verdict, reason=reason, last_step=step, ended=ended)
+            amended = replace(amended, rank=rank, rank_host="")
             write_status(self.status_json, amended, before_rename=lease.check)
         finally:
             lease.release()

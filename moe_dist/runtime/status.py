@@ -30,6 +30,7 @@ class AttemptRecord:
         verdict: Exit code; None as long as `ended` is None.
         rank: The rank that recorded the verdict.
         last_step: Last completed step at the end; while the attempt runs, the last step of the attempts before it.
+        rank_host: Host of `rank`; empty if a launcher recorded the verdict, because its reason names the node.
     """
 
     attempt_id: str
@@ -42,6 +43,7 @@ class AttemptRecord:
     reason: str = ""
     rank: int | None = None
     last_step: int = 0
+    rank_host: str = ""
 
 
 @dataclass(frozen=True)

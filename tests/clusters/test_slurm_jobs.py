@@ -83,6 +83,20 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
     assert stage.verdicts() == [75, 75, 0], "the command that is printed works as printed"
 
 
+def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
+    """Also the last one, whose id is that of the whole array."""
+    sweep = stage.folder / "sweep.txt"
+    sweep.write_text("run.seed=0\nrun.seed=1\n")
+    array = stage.launch("stop+5 done", f"--array={sweep}")
+    for task in range(2):
+        name = f"{array.number}_{task}"
+        job = SlurmJob(stage.cluster, name, stage.run.path / "slurm" / f"slurm-{name}.out")
+        assert job.end() == 0, job.said
+        assert job.field("Restarts") == "1"
+        attempts = RunFolder(stage.run.path / str(task)).read_status().attempts
+        assert [each.verdict for each in attempts] == [75, 0], job.said
+
+
 def test_two_attempts_that_gain_no_step_end_it(stage: Stage) -> None:
     job = stage.launch("stop stop done")
     assert job.end() == StoppedError.exit_code

@@ -51,6 +51,7 @@ def environment(**more: str) -> Iterator[Path]:
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
+        "RAY_worker_niceness": "0",  # Ray's own 15 leaves them no time on a machine with other work
         "RAY_COLOR_PREFIX": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # this machine's own name need not be an address
         "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,

@@ -56,6 +56,28 @@ def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
     return np.isin(np.arange(len(prepared.pictures.items)), list(valid))
 
 
+@pytest.fixture(scope="module")
+def patches(prepared) -> tuple[np.ndarray, np.ndarray]:
+    """Of all pictures, as they are and mirrored."""
+    upright, mirrored = (
+        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.division.rasters_N]))
+        for flip in (False, True)
+    )
+    return upright, mirrored
+
+
+@pytest.fixture(scope="module")
+def provisional(patches: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """A codebook of all pictures."""
+    return fit(patches[0], codes=512, seed=0)
+
+
+def assert_no_twins(patches: tuple[np.ndarray, np.ndarray], codebook: np.ndarray, held_out: np.ndarray) -> None:
+    grids, flipped = (encode(each, codebook).reshape(-1, 64) for each in patches)
+    assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
+    assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
+
+
 def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
     assert len(prepared.pictures.items) > 3900
     assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)
@@ -70,19 +92,16 @@ def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
     assert {len(sides) for sides in sides_of.values()} == {1}
 
 
-@pytest.mark.parametrize("which", ["stored", "provisional"])
-def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which: str) -> None:
-    patches, mirrored = (
-        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.division.rasters_N]))
-        for flip in (False, True)
-    )
-    codebook = load_codebook(prepared.folder / "codebook.npy") if which == "stored" else fit(patches, codes=512, seed=0)
-    grids, flipped = encode(patches, codebook).reshape(-1, 64), encode(mirrored, codebook).reshape(-1, 64)
-    assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
-    assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
+def test_near_equal_grids_are_on_one_side(
+    prepared, held_out: np.ndarray, patches: tuple[np.ndarray, np.ndarray], provisional: np.ndarray
+) -> None:
+    for codebook in (load_codebook(prepared.folder / "codebook.npy"), provisional):
+        assert_no_twins(patches, codebook, held_out)
 
 
-def test_held_out_variants_have_kin_and_no_twin_in_training(prepared) -> None:
+def test_held_out_variants_have_kin_and_no_twin_in_training(
+    prepared, patches: tuple[np.ndarray, np.ndarray], provisional: np.ndarray
+) -> None:
     pictures, rasters = prepared.pictures.items, prepared.division.rasters_N
     recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
     division = divide(pictures, rasters, recipe, lambda stage, done, total: None)
@@ -92,13 +111,8 @@ def test_held_out_variants_have_kin_and_no_twin_in_training(prepared) -> None:
     assert 0.06 * len(pictures) < held_out.sum() <= 0.1 * len(pictures)
     tones = sum("skin tone" in pictures[number].captions[0] for number in np.flatnonzero(held_out))
     assert tones > 0.5 * held_out.sum()
-    patches, mirrored = (
-        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in rasters])) for flip in (False, True)
-    )
-    for codebook in (division.codebook, fit(patches, codes=512, seed=0)):
-        grids, flipped = (encode(each, codebook).reshape(-1, 64) for each in (patches, mirrored))
-        assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
-        assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
+    for codebook in (division.codebook, provisional):
+        assert_no_twins(patches, codebook, held_out)
 
 
 def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:

@@ -14,23 +14,31 @@ from moe_dist.runtime.signals import StopSignals
 from tests.support.passing_faults import FAULTS, RESTARTS
 from tests.support.tiny import tiny_config
 
+LOST = "it was lost with its node 10.0.0.4"
 
-def test_a_rank_0_that_was_lost_with_its_node_is_the_cause_although_it_holds_the_lease(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+
+@pytest.mark.parametrize(
+    ("codes", "lost", "reason"),
+    [
+        ((-9, 1), {0: LOST}, f"rank 0: {LOST}"),
+        ((-9, -9), {1: LOST}, f"rank 1: {LOST}"),  # rank 0 waited for it, and was killed on another machine
+    ],
+)
+def test_a_lost_rank_is_the_cause_although_a_killed_rank_0_holds_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], lost: dict[int, str], reason: str
 ) -> None:
     monkeypatch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.5)  # pyright: ignore[reportArgumentType]
     config = tiny_config(tmp_path / "data", tmp_path / "runs")
     folder = RunFolder.of(config)
     lease = folder.open(config, RankEnv(0, 2, 0, 1, "published", 0, "ray-x"))
-    lease._ended.set()  # its node is gone: no heartbeat any more
+    lease._ended.set()  # no heartbeat any more
     assert folder.write_status(verdict=1, reason="connection closed by peer", last_step=7, attempt_id="ray-x", rank=1)
-    outcome = Outcome(
-        (-9, 1), 0, None, aborted=False, lost={0: "it was lost with its node 10.0.0.4"}, hosts=("10.0.0.4", "x")
-    )
+    (cause,) = lost
+    outcome = Outcome(codes, cause, None, aborted=False, lost=lost, hosts=("10.0.0.4", "x"))
     assert conclude(folder, "ray-x", outcome, begin_logs(folder, 2, "ray-x"))[0] == 1
     latest = folder.read_status().latest
     assert latest is not None
-    assert (latest.reason, latest.rank, latest.last_step) == ("rank 0: it was lost with its node 10.0.0.4", 0, 7)
+    assert (latest.reason, latest.rank, latest.last_step) == (reason, cause, 7)
 
 
 @pytest.mark.parametrize(

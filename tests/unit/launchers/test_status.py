@@ -31,7 +31,7 @@ class Folder:
 
     def attempt(self, number: int, verdict: int | None, reason: str = "", step: int = 0) -> "Folder":
         ended = NOW - 100 if verdict is not None else None
-        ending = AttemptRecord(f"a{number}", number, "node1", 1, NOW - 1000, ended, verdict, reason, 2, step)
+        ending = AttemptRecord(f"a{number}", number, "node1", 1, NOW - 1000, ended, verdict, reason, 2, step, "node5")
         write_status(self.path / "status.json", ending)
         return self
 
@@ -112,7 +112,7 @@ def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
     shown = text(one_run(read_progress(folder.path)))
     assert "3 earlier" in shown
     assert "reason 2" not in shown
-    assert "failed (1)           rank 2: reason 9" in shown
+    assert "failed (1)           rank 2 on node5: reason 9" in shown
     assert "stopped, saved (75)  stopped on request after step 11" in shown
     assert "more" not in shown
     assert "the same command resumes from the last checkpoint" in shown

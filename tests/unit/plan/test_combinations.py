@@ -134,7 +134,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
             "moe": {**moe, "first": rare(0, 1, p=0.1)},
         },
         "data": {"path": str(data), "seq_len": SEQ_LEN, "pack_window": 8},
-        "train": {"steps": 2, "global_batch": 8, "micro_batch": 2, **only},
+        "train": {"steps": 2, "global_batch": 4 * ep, "micro_batch": 2, **only},
         "optimizer": {
             "lr": 1e-3,
             "schedule": rare({"kind": "constant"}, {"kind": "cosine"}, {"kind": "wsd", "decay_steps": 1}),

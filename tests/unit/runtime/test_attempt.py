@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -74,6 +75,7 @@ def test_verdicts(tmp_path: Path, body: str, code: int, reason: str, shown: str)
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.attempt_id, latest.verdict, latest.last_step, latest.rank) == ("this", code, 7, 0)
+    assert latest.rank_host == socket.gethostname()
     assert latest.reason.startswith(reason)
     assert latest.ended is not None
     assert not folder.lease_json.exists()

@@ -120,6 +120,8 @@ def test_an_address_of_another_node_is_reported(tmp_path: Path) -> None:
         publish(address_file(tmp_path), FIRST, "203.0.113.7")
     with refused(ConfigError, "MOE_DIST_RENDEZVOUS_HOST=", golden=False):
         listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "no.such.host.invalid"})
+    with refused(ConfigError, "set MOE_DIST_RENDEZVOUS_HOST to an IPv4 address of rank 0's node", golden=False):
+        listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "::1"})
 
 
 def test_a_wait_names_the_missing_until_it_ends_by_time_or_by_a_stop(

@@ -210,12 +210,13 @@ def test_a_job_keeps_its_own_task_restarts_and_components(controller: Controller
     )
     found = inside_job({"SLURM_JOB_ID": "7", **OUTER})
     assert (found["SLURM_ARRAY_TASK_ID"], found["SLURM_RESTART_COUNT"]) == ("0", "3")
+    assert found["SLURM_ARRAY_JOB_ID"] == "6"
     controller.shows("JobId=7 HetJobId=7 HetJobOffset=0 Restarts=1\nJobId=8 HetJobId=7 HetJobOffset=1 Restarts=1\n")
     parts = {f"SLURM_{name}_HET_GROUP_1": "4" for name in ("JOB_NODELIST", "TASKS_PER_NODE", "NTASKS", "NNODES")}
     found = inside_job({"SLURM_JOB_ID": "7", **OUTER, **parts})
     assert (found["SLURM_HET_SIZE"], found["SLURM_RESTART_COUNT"]) == ("2", "1")
     assert parts.items() <= found.items()
-    assert "SLURM_ARRAY_TASK_ID" not in found
+    assert not {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} & found.keys()
 
 
 def test_a_submission_leaves_the_variables_of_its_own_job_behind() -> None:

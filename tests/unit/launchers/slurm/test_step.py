@@ -327,9 +327,13 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
     assert (tmp_path / "job_99_faults").read_text() == "n3"
 
 
+@pytest.mark.parametrize("number", ["14", "12"])
 def test_one_task_of_an_array_goes_on_by_itself(
-    slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
+    slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str], number: str
 ) -> None:
-    slurm("RUNNING", 1)
-    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), CodeSnapshot(Path("/s")), Path("none"), None)
+    """Slurm gives an array's last task the id of the whole array: by that id all tasks would be requeued."""
+    asked = slurm("RUNNING", 1)
+    env = {"SLURM_JOB_ID": number, "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_SUBMIT_DIR": "/clone"}
+    requeue_job(SlurmJob.from_environment(env), CodeSnapshot(Path("/s")), Path("none"), None)
+    assert asked.read_text().splitlines() == ["--oneliner show job 12_3", "requeue 12_3"]
     assert "continue with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err
