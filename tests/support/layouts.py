@@ -70,6 +70,7 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
     per_pair: bool = False
+    room: float | None = None  # exchanges of fixed sizes, with this room
     mixture_of_depths: str | None = None  # the selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
@@ -115,6 +116,7 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += f"-room{self.room:g}" if self.room else ""
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
@@ -177,6 +179,8 @@ def config_of(layout: Layout) -> Config:
     dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
     if layout.per_pair:
         dispatch = {"kind": "known_counts"}
+    if layout.room:
+        dispatch = {"kind": "static", "room": layout.room}
     if layout.ranks_per_node:
         dispatch = {"kind": "hierarchical", "ranks_per_node": layout.ranks_per_node}
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
@@ -198,6 +202,7 @@ def config_of(layout: Layout) -> Config:
         router = {"kind": "group_limited", "n_group": 2, "topk_group": 1, "scale": 2.5}
     if layout.fixed:
         router = {"kind": "scheduled_top_k", "active_experts": LOADS}
+    each = max(1, SEQUENCES // layout.world_size)
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -240,7 +245,7 @@ def config_of(layout: Layout) -> Config:
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
-            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1, **only},
+            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": each, **only},
             "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
             "parallel": {
                 "ep": layout.ep,

@@ -48,11 +48,13 @@ class SentCounts(NamedTuple):
         rows_remote: Rows sent to other ranks.
         pairs: (token, expert) pairs of this rank's tokens, without absent pairs.
         pairs_remote: Pairs whose expert is on another rank.
+        sent_5: See `LayerReport` (moe/routing.py).
     """
 
     rows_remote: int
     pairs: int
     pairs_remote: int
+    sent_5: Tensor | None = None
 
 
 class DispatchPlan(Protocol):
