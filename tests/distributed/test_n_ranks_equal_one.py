@@ -200,6 +200,16 @@ def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]],
     assert_same_tensors(outcomes, oracle)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout", [Layout(2, data="fsdp2", recompute="block", compiled=True), Layout(2, compiled=True)], ids=str
+)
+def test_compiled_dense_parts(
+    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
+) -> None:
+    assert_same_tensors(run_in_world(layout.world_size, train, layout, start), one_rank)
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.model import compiled
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.monitor.statistics import StepResult
@@ -83,6 +85,7 @@ class Layout:
     loss_words: int | None = None
     distilled: bool = False  # seven tenths of the loss are the KL from a teacher of other weights
     optimizer: str = "adamw"
+    compiled: bool = False  # dense parts by torch.compile, without code generation
     tied: bool = False  # the output weight is the embedding's
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
@@ -120,6 +123,7 @@ class Layout:
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
+        budget += "-compiled" if self.compiled else ""
         budget += "-distilled" if self.distilled else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
@@ -312,6 +316,9 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
         freeze(model, config)
         if layout.tuned:
             freeze_all_but_routers(model, layout.tuned)
+        if layout.compiled:
+            with mock.patch.object(compiled, "BACKEND", "aot_eager"):
+                compiled.compile_dense(model)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
