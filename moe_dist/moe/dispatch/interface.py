@@ -48,13 +48,21 @@ class SentCounts(NamedTuple):
         rows_remote: Rows sent to other ranks.
         pairs: (token, expert) pairs of this rank's tokens, without absent pairs.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: See `LayerReport` (moe/routing.py).
     """
 
     rows_remote: int
     pairs: int
     pairs_remote: int
-    sent_5: Tensor | None = None
+
+
+class SentOnDevice(NamedTuple):
+    """Stands for `SentCounts` whose numbers are on the device only. The numbers here are 0; for `sent_5` see `LayerReport`
+    (moe/routing.py)."""
+
+    rows_remote: int
+    pairs: int
+    pairs_remote: int
+    sent_5: Tensor
 
 
 class DispatchPlan(Protocol):
@@ -64,7 +72,7 @@ class DispatchPlan(Protocol):
     """
 
     @property
-    def sent(self) -> SentCounts: ...
+    def sent(self) -> SentCounts | SentOnDevice: ...
 
 
 P = TypeVar("P", bound=DispatchPlan)

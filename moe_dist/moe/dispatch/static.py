@@ -30,7 +30,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
-from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, SentOnDevice, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.dispatch.rows import TORCH, counting_order
 from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
@@ -95,8 +95,8 @@ class StaticPlan(ExchangePlan):
         return PaddedIndex((self.row_of_pair_Q,), num_rows, padding=self.table_rows - 1)
 
     @property
-    def sent(self) -> SentCounts:
-        return SentCounts(0, 0, 0, self.sent_5)
+    def sent(self) -> SentOnDevice:
+        return SentOnDevice(0, 0, 0, self.sent_5)
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
         return DispatchedRows(rows_RD, F.pad(weight_A, (0, 1)).index_select(0, plan.arrival_Q))
 
     def combine(self, rows_RD: Tensor, plan: StaticPlan) -> Tensor:
-        return self.exchange.combine(rows_RD, plan)[:-1]
+        return self.exchange.combine(rows_RD, plan)[:-1].clone()  # FSDP2 warns of a layer that returns a view
 
 
 OVERFLOW = (
