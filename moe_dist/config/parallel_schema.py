@@ -61,6 +61,9 @@ class ParallelSection(Section):
     allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
     kernels: KernelsSection = KernelsSection()
     """Kernels around the experts' matrix products."""
+    compile: bool = False
+    """Compile norms, projections, dense and shared FFNs and the cross entropy by torch.compile. Fuses their operations, and
+    compiles for a minute at the start. Attention is compiled on CUDA in any case."""
     loss_words: PositiveInt | None = None
     """Words of the vocabulary whose logits the loss computes at once. If the vocabulary has more, backward computes all
     logits again, and a word's logits take memory only for the tokens of one sequence (docs/parallelism.md). null: all words
@@ -103,7 +106,13 @@ class ParallelSection(Section):
             yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks `expert_gemm: grouped` against precision and widths; does not look for a device."""
+        """Checks `compile`, and `expert_gemm: grouped` against precision and widths; does not look for a device."""
+        if self.compile and config.model.attention_lora is not None:
+            problem = (
+                "parallel.compile=true: model.attention_lora draws dropout by the number of the step, for which torch "
+                "would compile anew in each step; set parallel.compile to false, or model.attention_lora to null"
+            )
+            yield Violation(("parallel.compile", "model.attention_lora"), problem)
         if self.expert_gemm != "grouped":
             return
         if self.device == "cuda" and self.precision != "bf16":

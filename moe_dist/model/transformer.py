@@ -245,8 +245,11 @@ class Transformer(nn.Module):
             logits_BSV = self._logits(x_BSD)
             return torch.stack([token_losses(logits_BSV, labels_BS), divergences(logits_BSV, teacher, labels_BS)])
         if self.args.loss_words is None:
-            return token_losses(self._logits(x_BSD), labels_BS)
+            return self._whole_losses(x_BSD, labels_BS)
         return tiled_token_losses(self.norm(x_BSD), self._output, labels_BS, self.args.loss_words)
+
+    def _whole_losses(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        return token_losses(self._logits(x_BSD), labels_BS)
 
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """Returns the MoE layers, in order."""

@@ -227,10 +227,17 @@ class ExpertStack(nn.Module):
             return inputs_between(x_QD, 0, 0)[0]
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
-        down = self.weight("down", like.dtype)
-        if swiglu is grouped_swiglu and self._copies is not None and self.gate.dtype != like.dtype:
-            return grouped_swiglu(x_QD, self._gate_up(self._copies, like.dtype), None, down, counts, activate)
-        return swiglu(x_QD, self.weight("gate", like.dtype), self.weight("up", like.dtype), down, counts, activate)
+        if swiglu is grouped_swiglu:
+            return grouped_swiglu(x_QD, *self.grouped_weights(like.dtype), counts, activate)
+        gate, up, down = (self.weight(name, like.dtype) for name in ("gate", "up", "down"))
+        return swiglu(x_QD, gate, up, down, counts, activate)
+
+    def grouped_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns the weights as `grouped_swiglu` takes them: gate and up are one stack if a converted copy is kept."""
+        down = self.weight("down", dtype)
+        if self._copies is not None and self.gate.dtype != dtype:
+            return self._gate_up(self._copies, dtype), None, down
+        return self.weight("gate", dtype), self.weight("up", dtype), down
 
 
 class Experts(nn.Module):

@@ -145,6 +145,8 @@ class LayerReport(NamedTuple):
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
+        sent_5: int64, if the three numbers above are on the device only, and 0 here: these numbers, the padding rows sent
+            to other ranks, and how many rows and pairs found no room. Otherwise None.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
             other layers.
@@ -155,6 +157,7 @@ class LayerReport(NamedTuple):
     rows_remote: int
     pairs: int
     pairs_remote: int
+    sent_5: Tensor | None = None
     depth: DepthSums | None = None
     members_G: Tensor | None = None
     prob_AC: Tensor | None = None

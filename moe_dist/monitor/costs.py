@@ -61,7 +61,8 @@ def cost_table(
     """
     steps = len(results)
     ledger = {key: sum(each.ledger[key] for each in results) / steps for key in results[0].ledger}
-    row_bytes = ledger["payload_bytes"] / ledger["rows_remote"] if ledger["rows_remote"] else 0.0
+    num_rows = ledger["rows_remote"] + ledger["rows_padding"]
+    row_bytes = ledger["payload_bytes"] / num_rows if num_rows else 0.0
     choices = "/".join(dict.fromkeys(str(min(group.top_k, group.num_experts)) for group in placement.groups))
     even = len({len(slots) for slots in placement.slots}) == 1
     comparable = by_placement[policy] == sum(each.ledger["rows_remote"] for each in results)
@@ -75,7 +76,7 @@ def cost_table(
     ]
     seconds = "not timed" if untimed else f"{sum(each.comm_seconds for each in results) / steps:.3f}"
     own_per = per_rank if comparable else "hop"  # dispatch over two hops
-    own = Cost(f"this run: experts {policy}", own_per, ledger["rows_remote"], ledger["payload_bytes"], seconds)
+    own = Cost(f"this run: experts {policy}", own_per, num_rows, ledger["payload_bytes"], seconds)
     others = [Cost(name, per, count, None if count is None else count * row_bytes) for name, per, count in rows]
     return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed)
 

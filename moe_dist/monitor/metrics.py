@@ -340,9 +340,9 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
     """Scalars of the step's communication. Metadata bytes are not included.
 
-    The bytes of other methods are estimated as their rows times this step's bytes per row.
+    The bytes of other methods are estimated as their rows times this step's bytes per row, which padding rows have too.
     """
-    ours = ledger["rows_remote"]
+    ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
     row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
 
     def saved(rows: int) -> float | None:

@@ -20,6 +20,7 @@ from moe_dist.config.split_files import data_digest
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.attention import Attention, CausalAttention
+from moe_dist.model.compiled import compile_dense
 from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
@@ -220,6 +221,8 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             kernels=kernels,
         )
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
+    if config.parallel.compile:
+        compile_dense(model)
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)

@@ -1,5 +1,6 @@
 """Makes all-to-alls over process groups, and the dispatcher that all MoE layers share, from the section `parallel`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.static import StaticDispatcher, StaticRoom
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.planner import group_shares, reached
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside this node
 
@@ -48,6 +51,7 @@ class DispatchParts:
     hidden_dim: int
     node_groups: NodeGroups = (None, None)
     kernels: RowKernels = TORCH
+    tokens: int = 0  # of a rank in a micro-batch
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -98,10 +102,34 @@ def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
     return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
 
 
+def _static(parts: DispatchParts) -> StaticDispatcher:
+    room = room_for(parts.placement, parts.tokens, **parts.fields)
+    return StaticDispatcher(parts.placement, parts.all_to_all, room=room, kernels=parts.kernels)
+
+
+def room_for(placement: ExpertPlacement, tokens: int, *, room: float) -> StaticRoom:
+    """Returns `room` times the rows and pairs that `tokens` tokens of each rank are expected to need, and at most the most
+    that they can need."""
+    groups, ep = placement.groups, placement.num_ranks
+    rows, pairs, computed = [], [], []
+    for rank in range(ep):
+        held_G = [len(placement.local_experts(rank, group)) for group in groups]
+        groups_of = list(zip(groups, group_shares(groups, {}), held_G, strict=True))
+        expected = sum(share * reached(group, held) for group, share, held in groups_of)
+        pairs_G = [share * group.expected_experts_per_token * held / group.num_experts for group, share, held in groups_of]
+        most_G = [min(group.top_k, held) for group, _, held in groups_of]
+        rows.append(min(tokens, math.ceil(room * tokens * expected)))
+        pairs.append(min(tokens * max(most_G), math.ceil(room * tokens * sum(pairs_G))))
+        of_groups = zip(pairs_G, most_G, strict=True)
+        computed.append(tuple(min(ep * tokens * most, math.ceil(room * ep * tokens * each)) for each, most in of_groups))
+    return StaticRoom(tuple(rows), tuple(pairs), tuple(computed))
+
+
 DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
     "all_to_all": _all_to_all,
     "hierarchical": _hierarchical,
     "known_counts": _known_counts,
+    "static": _static,
     "deep_ep": _deep_ep,
     "hybrid_ep": lambda parts: HybridEPDispatcher(
         parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields

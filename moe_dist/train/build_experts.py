@@ -19,6 +19,7 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import SelectionScope
+from moe_dist.moe.static_experts import StaticExperts
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_dispatcher
@@ -45,7 +46,15 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # In a dry run the placement has many ranks, but there is no process group: the layers are made and never run.
     dispatcher = build_dispatcher(  # one for all layers, because a dispatcher may allocate large buffers
-        DispatchParts(config.parallel, parts.placement, all_to_all, hidden_dim, parts.node_groups, parts.kernels)
+        DispatchParts(
+            config.parallel,
+            parts.placement,
+            all_to_all,
+            hidden_dim,
+            parts.node_groups,
+            parts.kernels,
+            tokens=config.train.micro_batch * config.data.seq_len,
+        )
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
@@ -113,8 +122,9 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     return make
 
 
+FFN_EXPERTS = {False: Experts, True: StaticExperts}  # by whether exchanges have fixed sizes
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
-    "ffn": ffn_layers,
+    "ffn": lambda parts: ffn_layers(parts, FFN_EXPERTS[parts.config.parallel.dispatch.static]),
     "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
     "lora": lora_layers,
 }

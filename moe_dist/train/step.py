@@ -21,8 +21,10 @@ from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
+from moe_dist.errors import ResourceError
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
+from moe_dist.moe.dispatch.static import OVERFLOW
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import StepResult
@@ -145,7 +147,7 @@ class TrainingStep:
         if self.load is not None:
             share_I = tokens_IG.sum(1) / tokens_IG.sum().clamp_min(1.0)
             share_IG = tokens_IG / tokens_IG.sum(0).clamp_min(1.0)
-        losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
+        losses: list[MicroLoss] = []
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
@@ -185,7 +187,6 @@ class TrainingStep:
             # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
-            forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
             own.add(reports)
         with record_function("reduce gradients"):
             self.parallel.reduce_gradients()
@@ -196,7 +197,7 @@ class TrainingStep:
         self._readings = from_host(readings_W4.flatten(), torch.float64, mesh.device)
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         host = [seconds, float(tokens), float(stop_requested)]
-        local = self._pack(losses, labels_M.sum(0), own, forward_rows, traffic, host)
+        local = self._pack(losses, labels_M.sum(0), own, traffic, host)
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
         result = self._update(summed, losses, lr, readings)
         for watcher in watchers:
@@ -213,7 +214,6 @@ class TrainingStep:
         losses: Sequence[MicroLoss],
         labels_M: Tensor,
         own: "_OwnCounts",
-        forward_rows: Tensor,
         traffic: dict[str, int],
         host: list[float],
     ) -> Tensor:
@@ -222,8 +222,8 @@ class TrainingStep:
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)
-        rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
-        true_choices_G, null_choices_G, tokens_G = own.totals()
+        true_choices_G, null_choices_G, tokens_G, sent = own.totals()
+        rows_remote, pairs, pairs_remote, rows_padding, overflow = sent
         ledger = compare(
             self.placement,
             self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 with LoRA experts
@@ -233,9 +233,10 @@ class TrainingStep:
             rows_remote=rows_remote,
             pairs=pairs,
             pairs_remote=pairs_remote,
+            rows_padding=rows_padding,
         )
         numbers = {**ledger, **traffic}
-        host = [*(float(numbers[key]) for key in LEDGER_KEYS), *host]
+        host = [*(float(numbers[key]) for key in LEDGER_KEYS), *host, float(overflow)]
         terms = [term for loss in losses for term in (loss.balance, loss.z, loss.auxiliary)]
         return torch.cat(
             [
@@ -261,6 +262,9 @@ class TrainingStep:
         nll_M = np.array(values[4 : 4 + num_modalities])
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
         host = values[4 + 2 * num_modalities :]
+        seconds, tokens, stop, overflow = host[len(LEDGER_KEYS) :]
+        if overflow:  # on all ranks, before any weight changes
+            raise ResourceError(f"{OVERFLOW} ({overflow:.0f} in this step, on all ranks)")
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
         if finite:
             norm = summed[0].sqrt()
@@ -273,7 +277,6 @@ class TrainingStep:
                 controller.after_step(counts)
         # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
         self.parallel.model.zero_grad(set_to_none=True)
-        seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
             labels_M=labels_M.astype(np.int64),
@@ -331,28 +334,35 @@ def largest_memory(device: torch.device) -> tuple[float, float, float]:
 
 
 class _OwnCounts:
-    """Sums this rank's counts per group over layers and micro-batches: choices of true and null experts, and tokens."""
+    """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and what
+    the layers sent."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
-        self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: list[tuple[Tensor, ...]] = []
+        self._sent_3 = torch.zeros(3, dtype=torch.int64)
 
     def add(self, reports: Sequence[LayerReport]) -> None:
         """Keeps the counts, because on CUDA a sum of all layers at the end takes fewer launches than sums of each."""
-        self._sums += [(each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G) for each in reports]
+        for each in reports:
+            on_device = () if each.sent_5 is None else (each.sent_5,)
+            self._sums.append((each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G, *on_device))
+        self._sent_3 += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
 
-    def totals(self) -> tuple[list[int], list[int], list[int]]:
-        """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group."""
+    def totals(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group; and
+        the numbers of `LayerReport.sent_5`."""
         experts = [group.num_experts for group in self._groups]
         nulls = [group.num_null for group in self._groups]
         sizes = [len(each) for each in self._sums[0]]
         summed = torch.cat([part for each in self._sums for part in each]).view(len(self._sums), -1).sum(0)
-        choices_C, dropped_E, tokens_G = summed.split(sizes)
+        choices_C, dropped_E, tokens_G, *sent_5 = summed.split(sizes)
         true_E, null_C = choices_C[: sum(experts)] - dropped_E, choices_C[sum(experts) :][: sum(nulls)]
         true_G = torch.stack([part.sum() for part in true_E.split(experts)])
         null_G = torch.stack([part.sum() for part in null_C.split(nulls)])
-        true, null, tokens = torch.stack([true_G, null_G, tokens_G]).tolist()  # device-to-host sync
-        return true, null, tokens
+        read = torch.cat([true_G, null_G, tokens_G, *sent_5]).tolist()  # device-to-host sync
+        true, null, tokens = (read[at * len(experts) : (at + 1) * len(experts)] for at in range(3))
+        return true, null, tokens, read[3 * len(experts) :] or [*self._sent_3.tolist(), 0, 0]
 
 
 def _group_tokens(batches: Sequence[Batch], group_of_modality: Tensor, num_groups: int, device: torch.device) -> Tensor:

@@ -53,6 +53,14 @@ NODES = [
     Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
+WHOLE = 1e9  # room for every choice
+STATIC = [
+    Layout(1, 1, room=WHOLE),
+    Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
+    Layout(4, 1, "uneven", "fsdp2", "block", room=WHOLE),
+    Layout(2, 2, "interleaved", room=WHOLE),
+    Layout(2, 2, "interleaved", "fsdp2", room=4.0),
+]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)]
 EXTRA += [Layout(2, 2, "interleaved", "ddp", loss_words=50), Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50)]
 EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
@@ -72,7 +80,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "layout",
-    others_full(LAYOUTS + ONE_RANK + TIMETABLES + EXTRA + NODES, pairs_of=("placement", "data", "recompute")),
+    others_full(LAYOUTS + ONE_RANK + TIMETABLES + EXTRA + NODES + STATIC, pairs_of=("placement", "data", "recompute")),
     ids=str,
 )
 def test_layout_equals_one_rank(
@@ -89,7 +97,9 @@ def test_layout_equals_one_rank(
             # Two exchanges forward and two backward; recompute of whole blocks repeats one, of experts none.
             # Where there are nodes, an exchange has two hops, and `rows_remote` has the rows of both.
             crossings = 5 if layout.recompute == "block" else 4
-            assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
+            rows = step.ledger["rows_remote"] + step.ledger["rows_padding"]
+            assert step.ledger["payload_bytes"] == crossings * rows * HIDDEN_DIM * 8
+            assert step.ledger["rows_padding"] == 0 or layout.room
             between = step.ledger["inter_node_bytes"]
             assert (0 < between < step.ledger["payload_bytes"]) == (len(hops_of(layout)) == 2)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
@@ -223,6 +233,16 @@ def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]],
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
         np.testing.assert_allclose([step.grad_norm, *step.nll_M], [expected.grad_norm, *expected.nll_M], rtol=1e-9)
     assert_same_tensors(outcomes, oracle)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout", [Layout(2, data="fsdp2", recompute="block", compiled=True), Layout(2, compiled=True)], ids=str
+)
+def test_compiled_dense_parts(
+    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
+) -> None:
+    assert_same_tensors(run_in_world(layout.world_size, train, layout, start), one_rank)
 
 
 @pytest.mark.parametrize(

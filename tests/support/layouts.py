@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.model import compiled
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
@@ -71,6 +73,7 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
     per_pair: bool = False
+    room: float | None = None  # exchanges of fixed sizes, with this room
     mixture_of_depths: str | None = None  # the selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
@@ -84,6 +87,7 @@ class Layout:
     loss_words: int | None = None
     distilled: bool = False  # seven tenths of the loss are the KL from a teacher of other weights
     optimizer: str = "adamw"
+    compiled: bool = False  # dense parts by torch.compile, without code generation
     tied: bool = False  # the output weight is the embedding's
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
@@ -117,9 +121,11 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += f"-room{self.room:g}" if self.room else ""
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
+        budget += "-compiled" if self.compiled else ""
         budget += "-distilled" if self.distilled else ""
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-over_step-parts{self.parts}" if self.balance_scope == "step" else ""
@@ -180,6 +186,8 @@ def config_of(layout: Layout) -> Config:
     dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
     if layout.per_pair:
         dispatch = {"kind": "known_counts"}
+    if layout.room:
+        dispatch = {"kind": "static", "room": layout.room}
     if layout.ranks_per_node:
         dispatch = {"kind": "hierarchical", "ranks_per_node": layout.ranks_per_node}
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
@@ -201,6 +209,7 @@ def config_of(layout: Layout) -> Config:
         router = {"kind": "group_limited", "n_group": 2, "topk_group": 1, "scale": 2.5}
     if layout.fixed:
         router = {"kind": "scheduled_top_k", "active_experts": LOADS}
+    each = max(1, SEQUENCES // layout.world_size)
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -243,7 +252,7 @@ def config_of(layout: Layout) -> Config:
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
-            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1, **only},
+            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": each, **only},
             "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
             "parallel": {
                 "ep": layout.ep,
@@ -310,6 +319,9 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
         freeze(model, config)
         if layout.tuned:
             freeze_all_but_routers(model, layout.tuned)
+        if layout.compiled:
+            with mock.patch.object(compiled, "BACKEND", "aot_eager"):
+                compiled.compile_dense(model)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)

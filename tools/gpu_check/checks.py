@@ -14,6 +14,7 @@ CHECKS: Mapping[str, Check] = {
     "repeat": Check("tools.gpu_check.training:repeat", 120, "a run repeats bit for bit, also across a checkpoint"),
     "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),
     "syncs": Check("tools.gpu_check.layers:syncs", 60, "host syncs of an MoE layer"),
+    "graph": Check("tools.gpu_check.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),
     "ceilings": Check("tools.gpu_check.rates:ceilings", 60, "rates of copies and matrix products; launches"),
     "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
     "kernel rates": Check("tools.gpu_check.rates:kernel_rates", 60, "time of each kernel over bytes / copy rate"),

@@ -17,6 +17,7 @@ class DispatchSection(Section):
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
     source: ClassVar[str] = ""  # the project that these modules come from
+    static: ClassVar[bool] = False  # whether exchanges have fixed sizes, and the host knows no number of rows
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
 
     @property

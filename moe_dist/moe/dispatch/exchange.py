@@ -188,7 +188,7 @@ class CombineReceive:
         self.plan, self.exchange, self.rows_RD = plan, exchange, rows_RD
         name = COMBINE_ROWS
         if grad_weight_Q is not None:
-            name, num_own = DISPATCH_ROWS + BACKWARD, plan.sent.pairs - plan.num_remote_pairs
+            name, num_own = DISPATCH_ROWS + BACKWARD, plan.pair_P.shape[0] - plan.num_remote_pairs
             if plan.order_Q is not None:  # back to the order of arrival
                 grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
             self.own_weight = grad_weight_Q[:num_own]

@@ -55,6 +55,16 @@ class SentCounts(NamedTuple):
     pairs_remote: int
 
 
+class SentOnDevice(NamedTuple):
+    """Stands for `SentCounts` whose numbers are on the device only. The numbers here are 0; for `sent_5` see `LayerReport`
+    (moe/routing.py)."""
+
+    rows_remote: int
+    pairs: int
+    pairs_remote: int
+    sent_5: Tensor
+
+
 class DispatchPlan(Protocol):
     """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses it again.
 
@@ -62,7 +72,7 @@ class DispatchPlan(Protocol):
     """
 
     @property
-    def sent(self) -> SentCounts: ...
+    def sent(self) -> SentCounts | SentOnDevice: ...
 
 
 P = TypeVar("P", bound=DispatchPlan)

@@ -1,8 +1,9 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
 choices. All numbers are of one rank, and of forward alone.
 
-`rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
-numbers of rows below are computed from this rank's choices. Except `rows_per_pair` and `rows_bound` they assume that
+`rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
+hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of
+rows below are computed from this rank's choices. Except `rows_per_pair` and `rows_bound` they assume that
 choices spread evenly over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the
 rank:
 
@@ -30,6 +31,7 @@ LEDGER_KEYS = (
     "rows_same_active",
     "rows_null_remapped",
     "rows_bound",
+    "rows_padding",
     "payload_bytes",
     "inter_node_bytes",
     "metadata_bytes",
@@ -46,6 +48,7 @@ def compare(
     rows_remote: int,
     pairs: int,
     pairs_remote: int,
+    rows_padding: int = 0,
 ) -> Mapping[str, float]:
     """Returns the rows and pairs of one rank's ledger, from sums over its layers and micro-batches.
 
@@ -53,7 +56,7 @@ def compare(
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.
-        rows_remote, pairs, pairs_remote: Sums of these fields of the layers' reports.
+        rows_remote, pairs, pairs_remote, rows_padding: Sums of these counts of the layers' reports.
     """
     topk = same_active = nulls = bound = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)
@@ -72,4 +75,5 @@ def compare(
         "rows_same_active": same_active,
         "rows_null_remapped": pairs_remote + nulls,
         "rows_bound": bound,
+        "rows_padding": rows_padding,
     }

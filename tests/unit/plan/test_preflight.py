@@ -340,6 +340,27 @@ def test_one_row_a_pair_needs_known_counts(site: Site) -> None:
     assert "or set parallel.dispatch.kind=all_to_all" in text
 
 
+STATIC = "parallel.dispatch.kind=static"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["model.moe.router.kind=expert_choice"], "needs top_k choices of each token, but with model.moe.router.kind"),
+        (["model.mixture_of_depths={capacity: 0.5}"], "with model.mixture_of_depths this number differs between layers"),
+        (["parallel.expert_pair_budget=64"], "parallel.expert_pair_budget=64 cuts pairs by numbers"),
+        (["parallel.max_receive_rows=8"], "parallel.max_receive_rows=8: parallel.dispatch.room bounds the rows already"),
+        (["parallel.device=cuda"], "parallel.precision=fp32 and parallel.expert_gemm=auto; set them to bf16 and auto"),
+        (["model.moe.experts={kind: ffn_lora, rank: 2, alpha: 4}"], "model.moe.experts.kind=ffn_lora computes"),
+        (["parallel.dispatch.chunks=2"], "parallel.dispatch.chunks"),
+        (["parallel.dispatch.room=0.5"], "parallel.dispatch.room"),
+    ],
+)  # fmt: skip
+def test_fixed_sizes_refuse_what_they_cannot_hold(site: Site, overrides: list[str], fault: str) -> None:
+    assert fault in site.problems(STATIC, *overrides)
+    site.check(STATIC, "parallel.dispatch.room=2", "model.moe.capacity={factor: 1.0}")
+
+
 def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = site.problems(
         "parallel.dispatch.kind=deep_ep", "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true"

@@ -27,6 +27,7 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
         rows_remote=9,
         pairs=20,
         pairs_remote=11,
+        rows_padding=3,
     )
     assert ledger == {
         "rows_remote": 9,
@@ -37,6 +38,7 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
         "rows_same_active": (12 + 8) / 2,
         "rows_null_remapped": 11 + (30 - 12) / 2,
         "rows_bound": 10 + 4,
+        "rows_padding": 3,
     }
 
 

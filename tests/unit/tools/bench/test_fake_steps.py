@@ -126,6 +126,20 @@ def test_the_table_divides_by_the_layers_that_have_the_part() -> None:
 
 
 @pytest.mark.full
+def test_exchanges_of_fixed_sizes_need_no_read() -> None:
+    """Forward and backward of all micro-batches read nothing, so that no shape depends on the routing."""
+    options = ["model.num_layers=2", "parallel.dispatch.kind=static"]
+    counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options, rank=7)
+    assert list(counted.syncs.values()) == [1] * READS_OF_A_STEP
+    assert all(name.startswith("step step.py:") for name in counted.syncs)
+    assert not counted.copies
+    assert not counted.mixed
+    assert set(counted.sorted_sums) <= {"model"}
+    assert counted.kernels["moe forward"] <= 4 * 139
+    assert counted.kernels["moe backward"] <= 4 * 36
+
+
+@pytest.mark.full
 def test_both_hops_of_a_layer_need_one_read() -> None:
     options = ["model.num_layers=2", "parallel.dispatch={kind: hierarchical, ranks_per_node: 4}"]
     counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options)

@@ -1,0 +1,49 @@
+"""Compiles the dense parts of a transformer by torch.compile: norms, projections with rotation, dense and shared FFNs, and
+output layer with cross entropy. Attention itself is compiled anyway on CUDA (`attention.attend`).
+
+Routers, exchanges and experts stay as they are: they call collectives and kernels of this project. A compiled part has no
+graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled, because
+the shapes of training do not change, while those of evaluation and generation do.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.model.attention import COMPILED_SHAPES
+from moe_dist.model.transformer import Layer, Transformer
+
+BACKEND = "inductor"
+
+
+def dense_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
+    """Yields the module and the method's name of each part."""
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        yield layer.attention, "_project"
+        if not layer.has_experts:
+            yield layer.ffn, "forward"
+            continue
+        yield layer.moe.norm, "forward"  # pyright: ignore[reportReturnType]
+        shared = getattr(layer.moe, "shared", None)
+        if shared is not None:
+            yield shared, "forward"
+    yield model, "_whole_losses"
+
+
+def compile_dense(model: Transformer) -> None:
+    """Replaces the dense parts in place, before FSDP2 or DDP wraps the model. They are compiled at their first use."""
+    torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
+    for module, name in dense_parts(model):
+        setattr(module, name, _compiled_with_gradient(getattr(module, name)))
+
+
+def _compiled_with_gradient(plain: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, backend=BACKEND, dynamic=False, fullgraph=True)
+
+    def run(*args: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(*args)
+
+    return run

@@ -1,0 +1,193 @@
+"""Exchanges of fixed sizes give what exchanges of known sizes give, to the last bit, and count padding and overflow."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
+from moe_dist.errors import ResourceError
+from moe_dist.moe.dispatch import rows
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.static import StaticDispatcher, StaticRoom
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import Assignments
+from moe_dist.moe.static_experts import StaticExperts
+from moe_dist.moe.zero_computation import ZeroComputationExperts
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build_dispatch import room_for
+from tests.distributed.test_dispatch import Case, random_case
+from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
+from tests.support.cover import full
+from tests.support.layouts import Layout, train
+from tests.support.syncs import host_syncs
+from tests.support.worlds import RankContext
+
+HIDDEN, FFN = 8, 16  # whole vectors: in the rest of a tensor the host rounds silu otherwise
+WHOLE = 1e9  # room for every choice
+
+
+def wire_of(mesh: Mesh) -> AllToAll:
+    return AllToAll(mesh.ep if mesh.world_size > 1 else None, CommStats(events=[]))
+
+
+def trip(rank: int, case: Case, wire: AllToAll, dtype: torch.dtype, *, static: bool) -> tuple[list[Tensor], Any]:
+    """Output, gradients of tokens, weights and experts, and the plan, of a case with real experts."""
+    chosen = torch.from_numpy(case.experts_TK[rank])
+    num_tokens, top_k = chosen.shape
+    placement = ExpertPlacement((replace(case.placement.groups[0], ffn_dim=FFN),), case.slots)
+    generator = torch.Generator().manual_seed(rank)
+    h_TD = torch.randn(num_tokens, HIDDEN, dtype=dtype, generator=generator).requires_grad_()
+    weight_N = torch.rand(num_tokens * top_k, dtype=dtype, generator=generator).requires_grad_()
+    assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
+    local, gemm = [len(case.slots[rank])], "loop" if dtype == torch.float64 else "grouped"
+    experts = (StaticExperts if static else Experts)(HIDDEN, placement.groups, local, gemm=gemm).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    if static:
+        tokens, choices = (max(each.shape[axis] for each in case.experts_TK) for axis in (0, 1))
+        pairs = tuple(tokens * min(choices, len(slots)) for slots in case.slots)
+        computed = tuple((wire.size * each,) for each in pairs)
+        room = StaticRoom((tokens,) * wire.size, pairs, computed)
+        dispatcher: Any = StaticDispatcher(placement, wire, room=room)
+    else:
+        dispatcher = AllToAllDispatcher(placement, wire)
+    plan = dispatcher.plan(assignments, num_tokens)
+    y_TD, _ = dispatcher.run(h_TD, weight_N, plan, experts=experts)
+    direction = torch.randn(y_TD.shape, dtype=dtype, generator=generator)
+    (y_TD * direction).sum().backward()
+    found = [y_TD.detach(), h_TD.grad, weight_N.grad, *(each.grad for each in experts.parameters())]
+    return [each for each in found if each is not None], plan
+
+
+def run_cases(rank: RankContext, seeds: range) -> int:
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
+    for seed in seeds:
+        case, dtype = random_case(seed, rank.world_size), (torch.float64, torch.float32)[seed % 2]
+        expected, known = trip(rank.rank, case, wire_of(mesh), dtype, static=False)
+        wire = wire_of(mesh)
+        found, plan = trip(rank.rank, case, wire, dtype, static=True)
+        assert len(found) == len(expected), seed
+        for got, wanted in zip(found, expected, strict=True):
+            # by 1e-12, as the host's products round by the place of a row in memory
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+        real, *pairs, padding, overflow = plan.sent_5.tolist()
+        assert (real, *pairs) == (known.sent.rows_remote, known.sent.pairs, known.sent.pairs_remote)
+        assert overflow == 0
+        assert real + padding == sum(plan.rows.send)
+        sent = sum(plan.rows.send) + sum(plan.rows.receive)  # dispatch and combine
+        assert wire.comm_stats.payload_bytes == 2 * sent * HIDDEN * dtype.itemsize
+    return len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "seeds"),
+    [(1, range(60)), (2, range(40)), (4, range(40)), full(2, range(40, 300)), full(4, range(40, 200))],
+    ids=str,
+)
+def test_the_same_bits_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int, seeds: range) -> None:
+    """Ranks without tokens or experts, all-null batches, one expert that takes everything."""
+    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
+
+
+class Shapes(TorchDispatchMode):
+    """The operations in order, with the shapes of their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen.append(
+            (
+                func.overloadpacket.__name__,
+                *(each.shape for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)),
+            )
+        )
+        return out
+
+
+def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str], list[Any]]]:
+    """For tokens of every kind, of one, and without any: the reads of a forward and backward, named and all, and its
+    shapes."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
+    wire, placement = wire_of(mesh), PLACEMENTS[rank.world_size]
+    torch.manual_seed(rank.rank)
+    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
+    layer = MoELayer(
+        norm=torch.nn.RMSNorm(D),
+        router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.7, "position")),
+        experts=StaticExperts(D, GROUPS, local),
+        dispatcher=StaticDispatcher(placement, wire, room=room_for(placement, T, room=WHOLE)),
+        shared=torch.nn.Linear(D, D),
+        free=ZeroComputationExperts(D, GROUPS),
+        recompute=recompute,
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    found = []
+    mixed = torch.randint(-1, 2, (2, T))
+    for group_T in (*mixed, torch.zeros(T, dtype=torch.int64), torch.full((T,), -1)):
+        x_TD = torch.randn(T, D, requires_grad=True)
+        wire.comm_stats.events = []
+        with mock.patch.object(rows, "_host_order", rows._device_order), host_syncs() as seen, Shapes() as shapes:
+            y_TD, _ = layer(x_TD, group_T)
+            y_TD.sum().backward()
+        found.append(([each for each in wire.comm_stats.events if each.startswith("sync")], seen, shapes.seen))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "recompute"), [(1, "experts"), (2, "none"), (2, "block")])
+def test_nothing_is_read_and_no_shape_depends_on_the_routing(
+    run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
+) -> None:
+    """So a CUDA graph of the first forward and backward holds for all."""
+    for found in run_in_world(world_size, passes, recompute):
+        _, _, first = found[1]  # the first makes the tables
+        assert len(first) > 100
+        for named, seen, shapes in found[1:]:
+            assert (named, seen) == ([], [])
+            assert shapes == first
+
+
+def overflow(rank: RankContext) -> tuple[str, bool, str]:
+    layout = Layout(2, 1, "pinned", room=1.0)
+    with mock.patch.object(torch.optim.AdamW, "step") as updates:
+        try:
+            train(rank, layout)
+        except ResourceError as error:
+            message = str(error)
+        else:
+            message = "no error"
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
+    case = Case(((0,), (1,)), (np.ones((5, 1), np.int64),) * 2)
+    chosen = torch.from_numpy(case.experts_TK[rank.rank])
+    dispatcher = StaticDispatcher(case.placement, wire_of(mesh), room=room_for(case.placement, 5, room=1.0))
+    try:
+        with torch.no_grad():
+            dispatcher.plan(Assignments(torch.arange(5), chosen.flatten(), torch.ones(5)), 5)
+    except RuntimeError as error:
+        return message, updates.called, str(error)
+    return message, updates.called, "no error"
+
+
+def test_what_has_no_room_ends_the_run_before_a_weight_changes(run_in_world: Callable[..., list[Any]]) -> None:
+    found = run_in_world(2, overflow)
+    for message, updated, _ in found:
+        assert "parallel.dispatch.kind=static: more rows or pairs than there is room for" in message
+        assert "raise parallel.dispatch.room" in message
+        assert not updated
+    assert any("raise parallel.dispatch.room" in asserted for _, _, asserted in found)
