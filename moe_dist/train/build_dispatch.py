@@ -12,7 +12,7 @@ from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.deep_ep import DeepEPDispatcher
+from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
@@ -93,16 +93,17 @@ def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFi
     return KnownCountsFirst(known, _general(parts), always=always)
 
 
-def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
+def _deep_ep_v2(parts: DispatchParts) -> DeepEPDispatcher:
     top_k = max(group.top_k for group in parts.placement.groups)  # the largest top_k of all groups
-    return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
+    own: dict[str, Any] = {"hidden_dim": parts.hidden_dim, "deterministic": parts.parallel.deterministic}
+    return DeepEPDispatcher(parts.placement, parts.all_to_all, top_k=top_k, **own, **parts.fields)
 
 
 DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
     "all_to_all": _all_to_all,
     "hierarchical": _hierarchical,
     "known_counts": _known_counts,
-    "deep_ep": _deep_ep,
+    "deep_ep_v2": _deep_ep_v2,
     "hybrid_ep": lambda parts: HybridEPDispatcher(
         parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields
     ),
