@@ -19,6 +19,7 @@ from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -65,8 +66,11 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """Makes the pipelined dispatcher if `overlap` or `chunks` is set. Otherwise makes the dispatcher with known counts if
-    each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may serve several pairs."""
+    """Makes the dispatcher of half batches or the pipelined dispatcher if an option asks for it. Otherwise makes the
+    dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may
+    serve several pairs."""
+    if parts.parallel.two_batch_overlap:
+        return TwoBatchDispatcher(parts.placement, parts.all_to_all, **parts.options)
     if parts.fields != {"overlap": False, "chunks": 1}:
         return PipelinedDispatcher(parts.placement, parts.all_to_all, **parts.options, **parts.fields)
     return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)

@@ -366,6 +366,27 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     site.check(*sound)
 
 
+def test_two_halves_of_a_micro_batch_name_what_they_cannot_be_combined_with(site: Site) -> None:
+    key = "parallel.two_batch_overlap=true"
+    text = site.problems(
+        key, "train.micro_batch=1", "parallel.dispatch.chunks=2", "parallel.recompute=block", "parallel.data=fsdp2",
+        "model.mixture_of_depths={}", "model.moe.capacity={factor: 1.0}",
+    )  # fmt: skip
+    for fault in (
+        "train.micro_batch=1 has no two equal halves; make it even, or set parallel.two_batch_overlap=false",
+        "needs parallel.dispatch.kind=all_to_all without overlap and chunks",
+        "parallel.recompute=block would repeat exchanges",
+        "set parallel.fsdp_gather=step",
+        "compete in model.mixture_of_depths; set it to null",
+        "compete for model.moe.capacity; set it to null",
+    ):
+        assert f"{key}: " in text
+        assert fault in text
+    choice = "model.moe.router={kind: expert_choice, causal: threshold}"
+    assert "compete for an expert; take a router by tokens" in site.problems(key, "train.micro_batch=2", choice)
+    site.check(key, "train.micro_batch=2", "parallel.recompute=experts")
+
+
 def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind = "parallel.dispatch.kind=hybrid_ep"
     text = site.problems(
