@@ -81,7 +81,7 @@ def exchanges_between_gathers(order: str) -> list[int]:
 def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
     """FSDP2 with experts on several edp ranks. A layer has 5 exchanges in forward and 3 in backward; no other sum of these
     is a part of a layer. In halves no gather or reduction comes between any exchanges of a step."""
-    overrides = ["model.num_layers=2", f"parallel.two_batch_overlap={halves}"]
+    overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
     counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
     runs = exchanges_between_gathers(counted.order)
     layers = 2 * 2 * MICRO_BATCHES * (1 + halves)  # of two steps
