@@ -67,6 +67,22 @@ class CommStats:
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
+    def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
+        """Starts to copy integers [n] to the host. Returns a function that returns them as a list; it waits only if the
+        copy has not ended. Call it where something else has made the host wait for later work of the device."""
+        if counts.device.type != "cuda":
+            return counts.tolist
+        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        host.copy_(counts, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[int]:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
+
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
         """Adds the time of the enclosed call to `seconds`; but not on CUDA, where the call only queues the collective."""

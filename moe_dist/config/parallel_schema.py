@@ -73,6 +73,9 @@ class ParallelSection(Section):
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
     dispatch: Annotated[AnyDispatch, default_kind("all_to_all")] = Field(default_factory=AllToAllDispatchSection)
     """Exchange that brings rows to the ranks of their experts and back."""
+    two_batch_overlap: bool = False
+    """Cut each micro-batch of training into halves, and exchange the rows of one half while the other is computed. Needs an
+    even train.micro_batch and dispatch.kind=all_to_all (docs/parallelism.md)."""
     deterministic: bool = False
     """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
     operation without a repeatable kernel is an error. A CPU run always repeats."""
@@ -106,13 +109,16 @@ class ParallelSection(Section):
             yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks `compile`, and `expert_gemm: grouped` against precision and widths; does not look for a device."""
+        """Checks `compile`, `two_batch_overlap`, and `expert_gemm: grouped` against precision and widths; does not look for
+        a device."""
         if self.compile and config.model.attention_lora is not None:
             problem = (
                 "parallel.compile=true: model.attention_lora draws dropout by the number of the step, for which torch "
                 "would compile anew in each step; set parallel.compile to false, or model.attention_lora to null"
             )
             yield Violation(("parallel.compile", "model.attention_lora"), problem)
+        if self.two_batch_overlap:
+            yield from two_batch_violations(config)
         if self.expert_gemm != "grouped":
             return
         if self.device == "cuda" and self.precision != "bf16":
@@ -131,6 +137,67 @@ class ParallelSection(Section):
                     f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
                 )
                 yield Violation((key, "parallel.expert_gemm", "parallel.precision"), problem)
+
+
+def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
+    """Returns what `parallel.two_batch_overlap` cannot be combined with."""
+    parallel, model, key = config.parallel, config.model, "parallel.two_batch_overlap"
+    rules: tuple[tuple[bool, str, str], ...] = (
+        (
+            config.train.micro_batch % 2 == 1,
+            "train.micro_batch",
+            f"train.micro_batch={config.train.micro_batch} has no two equal halves; make it even",
+        ),
+        (
+            parallel.dispatch != AllToAllDispatchSection(),
+            "parallel.dispatch",
+            f"needs parallel.dispatch.kind=all_to_all without overlap and chunks, not {parallel.dispatch.model_dump()}",
+        ),
+        (
+            parallel.recompute == "block",
+            "parallel.recompute",
+            "parallel.recompute=block would repeat exchanges between those of the other half; take experts or none",
+        ),
+        (
+            parallel.data == "fsdp2" and parallel.fsdp_gather != "step",
+            "parallel.fsdp_gather",
+            "with parallel.data=fsdp2 parameters are gathered before the first layer, so that no gather comes between "
+            "exchanges; set parallel.fsdp_gather=step",
+        ),
+        (
+            model.mixture_of_depths is not None,
+            "model.mixture_of_depths",
+            "tokens of both halves compete in model.mixture_of_depths; set it to null",
+        ),
+        (
+            model.moe.router.experts_choose,
+            "model.moe.router.kind",
+            f"with {model.moe.router.name} tokens of both halves compete for an expert; take a router by tokens",
+        ),
+        (
+            model.moe.capacity is not None,
+            "model.moe.capacity",
+            "tokens of both halves compete for model.moe.capacity; set it to null",
+        ),
+        (
+            model.moe.experts.replicated,
+            "model.moe.experts.kind",
+            "LoRA experts of a dense FFN exchange no rows",
+        ),
+        (
+            model.largest_dropout > 0.0,
+            "model.attention_lora.dropout",
+            "the dropout of adapters is drawn for a whole micro-batch; set it to 0",
+        ),
+        (
+            config.router_tuning is not None,
+            "router_tuning",
+            "router tuning reads the probabilities of single tokens of a micro-batch",
+        ),
+    )
+    for broken, other, problem in rules:
+        if broken:
+            yield Violation((key, other), f"{key}=true: {problem}, or set {key}=false")
 
 
 class NodeSection(Section):

@@ -20,7 +20,12 @@ KEYS = {
 VALUES = {
     "model.moe.router.kind": {"fixed_load": "scheduled_top_k"},
     f"model.moe.balance.{ITEM}.kind": {"load_target": "active_experts"},
-    "parallel.dispatch.kind": {"per_rank": "all_to_all", "per_node": "hierarchical", "per_pair": "known_counts"},
+    "parallel.dispatch.kind": {
+        "per_rank": "all_to_all",
+        "per_node": "hierarchical",
+        "per_pair": "known_counts",
+        "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
+    },
 }
 
 

@@ -35,6 +35,7 @@ class ModelArgs:
         recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
         loss_words: Words of the vocabulary whose logits the loss computes at once; None: all.
+        two_batch_overlap: If true, training runs the layers on the two halves of a micro-batch in turns.
     """
 
     vocab_size: int
@@ -58,6 +59,7 @@ class ModelArgs:
     compute_dtype: torch.dtype = torch.float32
     recompute_blocks: bool = False
     loss_words: int | None = None
+    two_batch_overlap: bool = False
 
 
 class RMSNorm(nn.Module):

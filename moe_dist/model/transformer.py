@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.model.attention import Attention, CausalAttention, make_mask
+from moe_dist.model.attention import Attention, AttentionMask, CausalAttention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.distillation import TeacherOutput, divergences
 from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table, token_losses
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.model.token_loss import tiled_token_losses
+from moe_dist.model.two_batches import run_layers
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
@@ -115,11 +116,39 @@ class Transformer(nn.Module):
                 output weight gathered only inside forward.
             teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
         """
-        # A mask is made once for all layers of one window; a dense mask takes B x S^2 bytes.
-        windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
-        masks = {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
         rotary = self._rotary(positions_BS, group_BS)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
+        if self.in_halves:
+            parts = zip(*(each.chunk(2) for each in (x_BSD, *rotary, documents_BS, positions_BS, group_BS)), strict=True)
+            halves = [(x, (cos, sin), self._masks(*where), group) for x, cos, sin, *where, group in parts]
+            x_BSD, reports = run_layers(self.layers, halves, request)
+        else:
+            masks = self._masks(documents_BS, positions_BS)
+            x_BSD, reports = self._run_layers(x_BSD, rotary, masks, positions_BS, documents_BS, group_BS, request)
+        if request.on_reports is not None:
+            request.on_reports(reports)
+        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS, teacher)), reports
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether `forward` runs the layers on two halves of the micro-batch in turns."""
+        return self.args.two_batch_overlap and torch.is_grad_enabled()
+
+    def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[int | None, AttentionMask]:
+        """Returns a mask for each window, made once for all layers of the window; a dense mask takes B x S^2 bytes."""
+        windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
+        return {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
+
+    def _run_layers(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        masks: dict[int | None, AttentionMask],
+        positions_BS: Tensor,
+        documents_BS: Tensor,
+        group_BS: Tensor,
+        request: RoutingRequest,
+    ) -> tuple[Tensor, list[LayerReport]]:
         reports = []
         for layer in self.layers:
             if layer.depths is not None:
@@ -132,9 +161,7 @@ class Transformer(nn.Module):
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
-        if request.on_reports is not None:
-            request.on_reports(reports)
-        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS, teacher)), reports
+        return x_BSD, reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one

@@ -284,15 +284,17 @@ class Experts(nn.Module):
         chunks = slot_chunks(plan.slot_counts, budget)
         recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
-        items = dispatched.items if len(chunks) == 1 else None  # those of all pairs
+        whole = len(chunks) == 1
+        items = dispatched.items if whole else None  # those of all pairs
+        in_order = dispatched.sorted_pairs and whole
         at = 0
         for counts in chunks:
             end = at + sum(counts)
             row_Q, weights = (rows_between(each, at, end) for each in (plan.row_of_pair_Q, weight_Q))
             if recompute:
-                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype, items)
+                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype, items, in_order)
             else:
-                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype, items)
+                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype, items, in_order)
             # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at = end
@@ -307,9 +309,10 @@ class Experts(nn.Module):
         counts: Sequence[int],
         dtype: torch.dtype,
         items: Items | None,
+        in_order: bool,
     ) -> Tensor:
         """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in `dtype`."""
-        index = RowIndex((row_Q,), rows_RD.shape[0], items)
+        index = RowIndex((row_Q,), rows_RD.shape[0], items, in_order)
         inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
         outputs, at, slot = [], 0, 0
         for name, num_local in self.local:

@@ -1,11 +1,13 @@
 """The mixture-of-experts layer: it runs norm, router, dispatch, experts, combine. The forward sets no module attribute."""
 
+from collections.abc import Generator
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.interface import Dispatcher
+from moe_dist.moe.dispatch.interface import Dispatcher, RunExperts
+from moe_dist.moe.dispatch.two_batches import Chain, TwoBatchDispatcher
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, Routing, RoutingCache, RoutingRequest
@@ -66,25 +68,51 @@ class MoELayer(nn.Module):
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)
 
+    def steps(
+        self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest, chain: Chain
+    ) -> Generator[None, None, tuple[Tensor, LayerReport]]:
+        """See `forward`. Yields while an exchange is in flight; needs a dispatcher with `steps`."""
+        assert isinstance(self.dispatcher, TwoBatchDispatcher)
+        cache = RoutingCache(keep_choices=request.keep_choices)
+        routed = self._route(x_TD, group_T, cache)
+        found = yield from self.dispatcher.steps(*routed.inputs, chain, experts=self._experts, shared=self.shared)
+        return self._result(routed, *found, request.experts_off)
+
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
-        h_TD = self.norm(x_TD)
-        assignments, sums, zero_weight_TF, prob_AC, chosen = self.router(h_TD, group_T, cache)
         repeated = cache.plan is not None  # backward recomputes the block
-        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
+        routed = self._route(x_TD, group_T, cache)
+        found = self.dispatcher.run(*routed.inputs, experts=self._experts, shared=self.shared, repeated=repeated)
+        return self._result(routed, *found, experts_off)
+
+    @property
+    def _experts(self) -> RunExperts:
+        return partial(self.experts, recompute=self.recompute == "experts")
+
+    def _route(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> "_Routed":
+        h_TD = self.norm(x_TD)
+        routing: Routing = self.router(h_TD, group_T, cache)
+        plan: Any = cache.plan or self.dispatcher.plan(routing.assignments, h_TD.shape[0], layer=self.name)  # host sync
         cache.plan = plan
         # No op after combine may save a tensor for backward; else block recompute would repeat the all-to-all of combine.
+        zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
-        y_TD, shared_TD = self.dispatcher.run(
-            h_TD,
-            assignments.weight_N,
-            plan,
-            experts=partial(self.experts, recompute=self.recompute == "experts"),
-            shared=self.shared,
-            repeated=repeated,
-        )
-        if zero_TD is not None:
-            y_TD = y_TD + zero_TD
+        return _Routed((h_TD, routing.assignments.weight_N, plan), routing, zero_TD)
+
+    @staticmethod
+    def _result(routed: "_Routed", y_TD: Tensor, shared_TD: Tensor | None, experts_off: bool) -> tuple[Tensor, LayerReport]:
+        if routed.zero_TD is not None:
+            y_TD = y_TD + routed.zero_TD
         if experts_off:
             y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
-        report = LayerReport(sums, *plan.sent, prob_AC=prob_AC, chosen=chosen)
+        routing, plan = routed.routing, routed.inputs[2]
+        report = LayerReport(routing.sums, *plan.sent, prob_AC=routing.prob_AC, chosen=routing.chosen)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report
+
+
+class _Routed(NamedTuple):
+    """What a layer has computed before its first exchange of rows: the dispatcher's inputs h, weights and plan, the
+    routing, and the output of zero-computation experts."""
+
+    inputs: tuple[Tensor, Tensor, Any]
+    routing: Routing
+    zero_TD: Tensor | None

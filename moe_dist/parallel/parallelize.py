@@ -57,6 +57,8 @@ class ParallelModel:
         self._stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
         # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
+        if data == "fsdp2" and model.args.two_batch_overlap:
+            model.register_forward_pre_hook(_gather_all)  # after the hook with which FSDP2 starts a forward
 
     def __call__(self, *args: Any) -> Any:
         return self._module(*args)
@@ -154,6 +156,15 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum instead of an average
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _gather_all(model: nn.Module, _inputs: Any) -> None:
+    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. No unit's own
+    hooks run then, so FSDP2 reduces gradients at the end of backward. So no collective comes between exchanges."""
+    assert isinstance(model, Transformer)
+    for unit in model.modules() if model.in_halves else ():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:

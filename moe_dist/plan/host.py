@@ -53,7 +53,7 @@ def _dispatch_violations(config: Config) -> list[Violation]:
     dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []
-    missing = [name for name in dispatch.needs_modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in dispatch.needs_modules if not installed(name)]
     if not missing:
         return []
     problem = (
@@ -82,6 +82,15 @@ def _kernel_violations(config: Config) -> list[Violation]:
         ),
     ]
     return [Violation(keys, f"{key}=triton: {problem}") for holds, keys, problem in found if holds]
+
+
+def installed(module: str) -> bool:
+    """Returns whether a module is there, without importing the package that it is in."""
+    package, *inside = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not inside:
+        return spec is not None
+    return any(Path(root, *inside).with_suffix(".py").is_file() for root in spec.submodule_search_locations or ())
 
 
 def group_violations(config: Config) -> list[Violation]:

@@ -83,6 +83,7 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
     if (scaling := section.rope_scaling) is not None:
         named["rope_scaling"] = ROPE_SCALINGS[scaling.kind](**scaling.model_dump(exclude={"kind"}))
     named["loss_words"] = config.parallel.loss_words_of(section.vocab_size)
+    named["two_batch_overlap"] = config.parallel.two_batch_overlap
     return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
 
 

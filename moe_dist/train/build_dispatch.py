@@ -13,7 +13,7 @@ from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.deep_ep import DeepEPDispatcher
+from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
@@ -21,6 +21,7 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.dispatch.static import StaticDispatcher, StaticRoom
+from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.planner import group_shares, reached
@@ -69,8 +70,11 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """Makes the pipelined dispatcher if `overlap` or `chunks` is set. Otherwise makes the dispatcher with known counts if
-    each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may serve several pairs."""
+    """Makes the dispatcher of half batches or the pipelined dispatcher if an option asks for it. Otherwise makes the
+    dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may
+    serve several pairs."""
+    if parts.parallel.two_batch_overlap:
+        return TwoBatchDispatcher(parts.placement, parts.all_to_all, **parts.options)
     if parts.fields != {"overlap": False, "chunks": 1}:
         return PipelinedDispatcher(parts.placement, parts.all_to_all, **parts.options, **parts.fields)
     return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)
@@ -97,9 +101,10 @@ def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFi
     return KnownCountsFirst(known, _general(parts), always=always)
 
 
-def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
+def _deep_ep_v2(parts: DispatchParts) -> DeepEPDispatcher:
     top_k = max(group.top_k for group in parts.placement.groups)  # the largest top_k of all groups
-    return DeepEPDispatcher(parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
+    own: dict[str, Any] = {"hidden_dim": parts.hidden_dim, "deterministic": parts.parallel.deterministic}
+    return DeepEPDispatcher(parts.placement, parts.all_to_all, top_k=top_k, **own, **parts.fields)
 
 
 def _static(parts: DispatchParts) -> StaticDispatcher:
@@ -130,7 +135,7 @@ DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
     "hierarchical": _hierarchical,
     "known_counts": _known_counts,
     "static": _static,
-    "deep_ep": _deep_ep,
+    "deep_ep_v2": _deep_ep_v2,
     "hybrid_ep": lambda parts: HybridEPDispatcher(
         parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields
     ),

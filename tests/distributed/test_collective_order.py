@@ -38,7 +38,7 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
 
         return noted
 
-    batch = batch_of(0, 0, rank.rank, 1)
+    batch = batch_of(0, 0, rank.rank, 1 + layout.halves)
     group = torch.where(batch.padding_BS, -1, batch.modality_BS)
     with (
         mock.patch.object(param_group, "foreach_all_gather", note("gather", gather)),

@@ -47,6 +47,12 @@ TIMETABLES = [
     Layout(4, 2, "pinned", "ddp", "experts", overlap=True, chunks=4),
     Layout(4, 1, "uneven", "ddp", "block", pair_budget=5, overlap=True, chunks=2),
 ]
+HALVES = [
+    Layout(2, 1, "pinned", halves=True),
+    Layout(2, 2, "interleaved", "fsdp2", "experts", fsdp_gather="step", halves=True),
+    Layout(4, 1, "uneven", "ddp", "experts", pair_budget=5, halves=True),
+    Layout(1, 1, "interleaved", "fsdp2", fsdp_gather="step", halves=True),
+]
 NODES = [
     *(Layout(4, 1, "uneven", "ddp", recompute, ranks_per_node=2) for recompute in ("none", "experts", "block")),
     Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2),
@@ -80,7 +86,9 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "layout",
-    others_full(LAYOUTS + ONE_RANK + TIMETABLES + EXTRA + NODES + STATIC, pairs_of=("placement", "data", "recompute")),
+    others_full(
+        LAYOUTS + ONE_RANK + TIMETABLES + HALVES + EXTRA + NODES + STATIC, pairs_of=("placement", "data", "recompute")
+    ),
     ids=str,
 )
 def test_layout_equals_one_rank(
@@ -111,8 +119,8 @@ def test_layout_equals_one_rank(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
     first = outcomes[0].events
-    # Planned once a layer and micro-batch, whatever is recomputed; the last forward is the one for the logits.
-    plans = LAYERS * (STEPS * MICRO_BATCHES + 1) if layout.ep > 1 else 0
+    # Planned once a layer and (half) micro-batch, whatever is recomputed; the last forward is the one for the logits.
+    plans = LAYERS * (STEPS * MICRO_BATCHES * (1 + layout.halves) + 1) if layout.ep > 1 else 0
     ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):
         assert first.count(f"{hop}counts") == first.count(f"{hop}{ids}") == plans

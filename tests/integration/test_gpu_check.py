@@ -14,7 +14,7 @@ from tools.gpu_check.outcome import CheckJob, Outcome
 from tools.gpu_check.session import Check, run_checks
 
 ROOT = Path(__file__).parents[2]
-ONLY_ON_A_GPU = {"power", "syncs"}
+ONLY_ON_A_GPU = {"power", "syncs", "DeepEP", "HybridEP"}
 CARD = {"card": "a card"}
 
 

@@ -1,90 +1,101 @@
-"""A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo: dispatch and combine, and their demands.
+"""A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo: dispatch with permutation, combine with
+the reverse, and their demands, from `deep_ep/hybrid_ep_buffer.py` and `csrc/hybrid_ep/` of that branch.
 
-Rows arrive by source rank, then by token, those of the own rank among them. Probabilities arrive with one column for each
-expert of the NVLink domain, of which only the own ones mean something: the others hold NaN here. On the way back the
-others must be zero. The map of the own experts in the handle is longer than what arrived, and what lies behind it is junk.
+Pairs arrive sorted by expert, and within an expert by source rank and token. `num_permuted_tokens` is unknown to the host
+with a handle, so a repeated dispatch must be told.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOCAL_MAP = 4
+from tests.support.deep_ep_gloo import as_package
+from tests.support.sorted_pairs_gloo import SortedPairs
+
+ROUTING, FUSED = 4, 9  # places in the handle where this stand-in keeps the routing, and whether the dispatch was fused
 
 
-class GlooHybridBuffer:
-    """The part of `deep_ep.HybridEPBuffer` that the adaptor uses.
+class HybridEPBuffer:
+    """The part of `deep_ep.HybridEPBuffer` that permutes."""
 
-    Args:
-        ranks_per_domain: Neighbouring ranks that make an NVLink domain.
-    """
+    strict = True  # false: rows of any dtype and width
+    ranks_per_domain = 0  # neighbouring ranks that make an NVLink domain; 0: all
 
     def __init__(
-        self, group: dist.ProcessGroup, *, num_local_experts: int, ranks_per_domain: int, any_dtype: bool = False
-    ) -> None:
-        self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.local_rank = self.rank % ranks_per_domain
-        self.ranks_per_domain = ranks_per_domain
-        self.num_local_experts = num_local_experts
-        self.any_dtype = any_dtype
-        assert num_local_experts * ranks_per_domain % 4 == 0
+        self, group: dist.ProcessGroup, hidden_dim: int, max_num_of_tokens_per_rank: int, num_local_experts: int,
+        use_fp8: bool = False, num_sms_dispatch_api: int | None = None, num_sms_combine_api: int | None = None,
+        num_sms_preprocessing_api: int | None = None, num_blocks_permute: int | None = None,
+        num_blocks_unpermute: int | None = None, load_cached_kernels: bool = False, use_shared_buffer: bool = True,
+        enable_custom_allgather: bool = False,
+    ) -> None:  # fmt: skip
+        assert not use_fp8
+        self.group, self.size = group, dist.get_world_size(group)
+        self.num_of_hybrid_ep_ranks_per_nvlink_domain = self.ranks_per_domain or self.size
+        self.hidden_dim, self.num_local_experts = hidden_dim, num_local_experts
+        assert num_local_experts * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0
+        dist.barrier(group)  # every rank makes its buffer
 
-    def dispatch(
-        self, hidden: Tensor, scaling_factor: None = None, topk_idx: None = None, topk_weights: None = None,
-        num_of_experts: int | None = None, probs: Tensor | None = None, routing_map: Tensor | None = None,
-        num_dispatched_tokens_tensor: None = None, num_dispatched_tokens: int | None = None,
-        handle: tuple[Any, ...] | None = None,
+    def dispatch_with_permute(
+        self, *, hidden: Tensor, topk_idx: None = None, topk_weights: None = None,
+        num_of_experts_per_rank: int | None = None, num_of_experts: int | None = None, use_fp8: bool | None = None,
+        routing_map: Tensor | None = None, probs: Tensor | None = None, scaling_factor: None = None,
+        num_permuted_tokens: int | None = None, pad_multiple: int | None = None, handle: tuple[Any, ...] | None = None,
+        non_blocking: bool = False, fuse_permute_dispatch: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        assert hidden.is_contiguous()
-        assert self.any_dtype or hidden.dtype == torch.bfloat16
-        if routing_map is None:
-            assert num_of_experts == self.size * self.num_local_experts
-            assert handle is not None
+        assert not non_blocking
+        assert not pad_multiple
+        self._check_rows(hidden)
         if handle is None:
             assert routing_map is not None
-            handle = self._handle(routing_map)
-        sent, received = handle[0], handle[1]
-        assert num_dispatched_tokens in (None, sum(received))
-        rows = self._rows(hidden, handle)
+            assert hidden.shape[0] == routing_map.shape[0]
+            assert num_of_experts_per_rank in (None, self.num_local_experts)
+            handle = self._handle(routing_map, fused=fuse_permute_dispatch)
+        else:
+            assert routing_map is None
+            assert hidden.shape[0] == handle[8], "This handle could be invalid."
+            assert num_permuted_tokens is not None
+            assert fuse_permute_dispatch == handle[FUSED]
+        routing: SortedPairs = handle[ROUTING]
+        assert num_permuted_tokens in (None, sum(routing.counts))
+        weight_Q = None
+        if probs is not None:
+            assert probs.dtype == torch.float32
+            assert probs.is_contiguous()
+            assert probs.shape == (hidden.shape[0], self.size * self.num_local_experts)
+            weight_Q = routing.weights(probs)
+        padded_tokens_per_expert = torch.tensor(routing.counts, dtype=torch.int64)
+        return routing.dispatch(hidden), weight_Q, None, padded_tokens_per_expert, handle
+
+    def combine_with_unpermute(
+        self, *, hidden: Tensor, probs: Tensor | None = None, handle: tuple[Any, ...] | None = None,
+        pad_multiple: int | None = None, fuse_unpermute_combine: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        assert handle is not None, "The handle is necessary in the combine pass."
+        assert not pad_multiple
+        assert fuse_unpermute_combine == handle[FUSED]
+        self._check_rows(hidden)
+        routing: SortedPairs = handle[ROUTING]
+        assert hidden.shape[0] == sum(routing.counts)
         if probs is None:
-            return rows, None, None, handle
+            return routing.combine(hidden), None
         assert probs.dtype == torch.float32
         assert probs.is_contiguous()
-        assert probs.shape == (hidden.shape[0], self.size * self.num_local_experts)
-        arrived = self._rows(probs, handle)[:, self._own_columns]
-        domain = torch.full((sum(received), self.ranks_per_domain * self.num_local_experts), float("nan"))
-        domain[:, self._domain_columns] = arrived
-        assert len(sent) == self.size
-        return rows, domain, None, handle
+        assert probs.shape == hidden.shape[:1]
+        return routing.combine(hidden), routing.weights_back(probs)
 
-    def combine(self, hidden: Tensor, probs: Tensor | None = None, handle: tuple[Any, ...] | None = None) -> Any:
-        assert handle is not None
+    def _check_rows(self, hidden: Tensor) -> None:
         assert hidden.is_contiguous()
-        assert hidden.shape[0] == sum(handle[1])
-        assert self.any_dtype or hidden.dtype == torch.bfloat16
-        if probs is None:
-            return self._reduce(hidden, handle), None
-        assert probs.dtype == torch.float32
-        assert probs.shape == (hidden.shape[0], self.ranks_per_domain * self.num_local_experts)
-        others = probs.clone()
-        others[:, self._domain_columns] = 0
-        assert (others == 0).all()
-        whole = torch.zeros(hidden.shape[0], self.size * self.num_local_experts)
-        whole[:, self._own_columns] = probs[:, self._domain_columns]
-        return self._reduce(hidden, handle), self._reduce(whole, handle)
+        assert hidden.shape[1] == self.hidden_dim
+        if self.strict:
+            assert hidden.dtype == torch.bfloat16
+            assert hidden.shape[1] % 16 == 0
 
-    @property
-    def _own_columns(self) -> slice:
-        return slice(self.rank * self.num_local_experts, (self.rank + 1) * self.num_local_experts)
-
-    @property
-    def _domain_columns(self) -> slice:
-        return slice(self.local_rank * self.num_local_experts, (self.local_rank + 1) * self.num_local_experts)
-
-    def _handle(self, routing_map: Tensor) -> tuple[Any, ...]:
+    def _handle(self, routing_map: Tensor, *, fused: bool) -> tuple[Any, ...]:
         """Gathers the map, as HybridEP does: every rank has the same number of tokens."""
         assert routing_map.dtype == torch.bool
         assert routing_map.is_contiguous()
@@ -92,30 +103,18 @@ class GlooHybridBuffer:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([routing_map.shape[0]]), group=self.group)
         assert len({int(length) for length in lengths}) == 1, "every rank has the same number of tokens"
-        maps = [torch.empty(routing_map.shape, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(maps, routing_map.to(torch.uint8), group=self.group)
-        mine = [each.bool()[:, self._own_columns] for each in maps]
-        here = torch.cat([each[each.any(1)] for each in mine])
-        junk = torch.ones(sum(each.shape[0] for each in maps) - here.shape[0], self.num_local_experts, dtype=torch.bool)
-        in_rank = routing_map.view(-1, self.size, self.num_local_experts).any(2)
-        sent = tuple(in_rank.sum(0).tolist())
-        received = tuple(int(each.any(1).sum()) for each in mine)
-        return sent, received, in_rank, None, torch.cat([here, junk]), routing_map.shape[0], None
+        if self.strict:
+            assert routing_map.shape[0] * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0, "TMA 16B alignment"
+        routing = SortedPairs(self.group, routing_map)
+        arrived = torch.tensor([routing.num_rows], dtype=torch.int32)
+        # the eleven fields of the handle with a dense layout: 3 counts arrived rows, 8 the tokens of this rank
+        return None, None, None, arrived, routing, None, None, None, routing_map.shape[0], fused, None
 
-    def _tokens(self, handle: tuple[Any, ...]) -> Tensor:
-        """Token of each row sent, by destination rank."""
-        return torch.cat([column.nonzero()[:, 0] for column in handle[2].unbind(1)])
 
-    def _rows(self, table: Tensor, handle: tuple[Any, ...]) -> Tensor:
-        sent, received = handle[0], handle[1]
-        rows = table.new_empty(sum(received), *table.shape[1:])
-        dist.all_to_all_single(rows, table[self._tokens(handle)], list(received), list(sent), group=self.group)
-        return rows
-
-    def _reduce(self, rows: Tensor, handle: tuple[Any, ...]) -> Tensor:
-        sent, received = handle[0], handle[1]
-        back = rows.new_empty(sum(sent), *rows.shape[1:])
-        dist.all_to_all_single(back, rows.contiguous(), list(sent), list(received), group=self.group)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        table = torch.zeros(handle[2].shape[0], *rows.shape[1:], dtype=wide)
-        return table.index_add_(0, self._tokens(handle), back.to(wide)).to(rows.dtype)
+@contextmanager
+def hybrid_ep(*, strict: bool = True, ranks_per_domain: int = 0) -> Iterator[None]:
+    """Makes `import deep_ep` give this stand-in."""
+    package: AbstractContextManager[None] = as_package(HybridEPBuffer)
+    domain = patch.object(HybridEPBuffer, "ranks_per_domain", ranks_per_domain)
+    with patch.object(HybridEPBuffer, "strict", strict), domain, package:
+        yield

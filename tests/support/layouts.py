@@ -67,6 +67,7 @@ class Layout:
     fixed: bool = False  # fixed loads; groups have no null experts
     overlap: bool = False
     chunks: int = 1
+    halves: bool = False  # two halves of a micro-batch in turns
     ranks_per_node: int | None = None
     choice: str | None = None  # experts choose among the tokens of: rank, ep_group, world
     choice_causal: str = "threshold"  # auxiliary: their routers alone are trained
@@ -123,6 +124,7 @@ class Layout:
         budget += "-per_pair" if self.per_pair else ""
         budget += f"-room{self.room:g}" if self.room else ""
         budget += "-gather_step" if self.fsdp_gather == "step" else ""
+        budget += "-halves" if self.halves else ""
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += "-compiled" if self.compiled else ""
@@ -252,13 +254,20 @@ def config_of(layout: Layout) -> Config:
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
-            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": each, **only},
+            "train": {
+                "steps": STEPS,
+                "global_batch": SEQUENCES * MICRO_BATCHES,
+                "micro_batch": 2 if layout.halves else each,
+                **only,
+            },
             "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
             "parallel": {
                 "ep": layout.ep,
                 "edp": layout.edp,
                 "data": layout.data,
                 "recompute": layout.recompute,
+                "two_batch_overlap": layout.halves,
+                "fsdp_gather": layout.fsdp_gather,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
                 "expert_pair_budget": layout.pair_budget,
                 "loss_words": layout.loss_words,

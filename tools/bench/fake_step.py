@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +51,7 @@ class Counted:
         syncs, copies: Waits of the host for values and for copies, by "phase name".
         mixed: Operations with tensors of both devices.
         sorted_sums: Backward passes of an index, which sort on CUDA, by part.
-        order: A hash of the names of all collectives, in order; equal on all ranks.
+        order: The names of all collectives of both steps, in order; equal on all ranks.
         tracked: Number of collectives that the tracker still held at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
     """
@@ -95,7 +94,7 @@ class Uniform:
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
-        tokens = config.train.micro_batch * config.data.seq_len
+        tokens = config.train.micro_batch * config.data.seq_len // (1 + config.parallel.two_batch_overlap)
         tokens_G = [tokens * share for share in group_shares(layout.groups, {})]
         self.tokens_of_groups = list(zip(layout.groups, tokens_G, strict=True))
         self.pairs_E = [
@@ -230,7 +229,7 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
             copies=_joined(+recorder.copies),
             mixed=dict(recorder.mixed),
             sorted_sums=dict(recorder.sorted_sums),
-            order=sha256(" ".join(recorder.order).encode()).hexdigest()[:16],
+            order=" ".join(recorder.order),
             tracked=len(mesh.tracker._unfinished),
             exchange_seconds=told[-1],
         )

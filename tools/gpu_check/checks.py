@@ -10,6 +10,8 @@ CHECKS: Mapping[str, Check] = {
     "attention": Check("tools.gpu_check.layers:attention", 240, "attention inside documents = dense masks in float64"),
     "layer": Check("tools.gpu_check.layers:layer", 90, "MoE layer on the GPU = on the CPU in float64"),
     "dispatch": Check("tools.gpu_check.layers:dispatch", 90, "layer on N ranks = on one rank of the CPU, in float64"),
+    "DeepEP": Check("tools.gpu_check.dispatch_libraries:deep_ep", 120, "layer over DeepEP V2 = in float64"),
+    "HybridEP": Check("tools.gpu_check.dispatch_libraries:hybrid_ep", 120, "layer over HybridEP = in float64"),
     "steps": Check("tools.gpu_check.training:steps", 240, "training steps, DDP and FSDP2, fp32 and bf16 = fp32 on the CPU"),
     "repeat": Check("tools.gpu_check.training:repeat", 120, "a run repeats bit for bit, also across a checkpoint"),
     "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),

@@ -15,7 +15,7 @@ class DispatchSection(Section):
 
     kind: Any
 
-    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed, with dots inside packages
     source: ClassVar[str] = ""  # the project that these modules come from
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes, and the host knows no number of rows
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
@@ -43,6 +43,9 @@ class KernelDispatchSection(DispatchSection):
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel = config.parallel
+        if parallel.ep == 1:
+            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
+            yield Violation((KIND, "parallel.ep"), problem)
         rules: tuple[tuple[bool, str, str], ...] = (
             (
                 config.model.mixture_of_depths is not None,

@@ -19,9 +19,6 @@ class HybridEPDispatchSection(KernelDispatchSection):
         yield from super().violations_in(config)
         train, width = config.train, config.model.hidden_dim
         tokens = train.micro_batch * config.data.seq_len
-        if config.parallel.ep == 1:
-            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
-            yield Violation((KIND, "parallel.ep"), problem)
         if tokens % 4:  # TMA copies multiples of 16 bytes
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "

@@ -20,11 +20,13 @@ from moe_dist.moe.routing import Assignments
 @dataclass(frozen=True)
 class DispatchedRows:
     """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
-    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them."""
+    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them. With `sorted_pairs` row i is that of pair i, so
+    that R = Q."""
 
     rows_RD: Tensor
     weight_Q: Tensor
     items: Items | None = None
+    sorted_pairs: bool = False
 
 
 class PairLayout(Protocol):

@@ -1,18 +1,22 @@
 """Defines the base class of the dispatchers (adaptors) that call DeepEP's or HybridEP's kernels.
 
-Results equal those of `all_to_all`: one row is sent per (token, destination rank). That rank sums its experts' weighted
-outputs, and the kernels' combine adds the sums of the ranks. Three things differ from `all_to_all`. Rows that stay on their
-rank pass through the kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so
-`max_receive_rows` cannot be checked before the allocation. The first dispatch returns a handle for the calls in combine,
-backward and recompute.
+As with `all_to_all`, one row is sent per (token, destination rank), and none for a null choice. The kernels copy an
+arrived row for each of its pairs, and sort these pairs by slot, so the experts neither gather nor sum rows. The kernels'
+combine sums the weighted outputs of a token's pairs on their rank, and then over ranks. Four things differ from
+`all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
+kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows`
+cannot be checked before. The first dispatch returns a handle for the calls in combine, backward and recompute.
+
+A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. The counts of the traffic
+ledger (module `ledger`) have then arrived, too.
 
 An adaptor converts assignments and weights to the format of its kernels, and calls its library's buffer in
-`first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, N (token, expert)
-pairs (absent pairs included), R rows for this rank's experts (sorted by source rank, then by token), Q pairs computed here,
-X weights sent per token and Y weights received per row (DeepEP: one per choice; HybridEP: one per slot).
+`first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, W ranks, N (token,
+expert) pairs (absent pairs included), Q pairs computed here, sorted by slot, X weights sent per token.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -24,8 +28,11 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.names import BACKWARD
 from moe_dist.comm.tracker import track_collective
+from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
 from moe_dist.placement.placement import ExpertPlacement
+
+OLDEST_CARD = (9, 0)  # compute capability from which both libraries' kernels run, because they use TMA
 
 
 @dataclass(frozen=True)
@@ -49,37 +56,48 @@ class SlotNumbers:
         return cls(slots_per_rank, tuple(rank * slots_per_rank + slot for rank, slot in places))
 
 
+def require_card(library: str) -> None:
+    """Raises a ConfigError if the kernels of `library` do not run on this rank's GPU."""
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST_CARD:
+        raise ConfigError(
+            f"parallel.dispatch.kind: {library} needs compute capability {'.'.join(map(str, OLDEST_CARD))} (Hopper) or "
+            f"newer, but {torch.cuda.get_device_name()} has {'.'.join(map(str, found))}; set "
+            "parallel.dispatch.kind=all_to_all"
+        )
+
+
 @dataclass(frozen=True)
 class Arrival:
     """What the kernels' first dispatch returns besides the rows.
 
     Attributes:
         handle: Handle of the kernels, for combine and for repeated dispatches.
-        weight_RY: Received weights. A repeated dispatch sends no weights.
-        pair_Q: int64, index in the flattened [R, Y] of each pair computed here, in slot order.
-        row_of_pair_Q, slot_counts: See `PairLayout`.
+        weight_Q: Received weights. A repeated dispatch sends no weights.
+        num_rows: Number of arrived rows, one for each (token, this rank).
+        slot_counts: See `PairLayout`.
     """
 
     handle: Any
-    weight_RY: Tensor
-    pair_Q: Tensor
-    row_of_pair_Q: Tensor
+    weight_Q: Tensor
+    num_rows: int
     slot_counts: tuple[int, ...]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`; in HybridEP it also calls `count`."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`.
+
+    Attributes:
+        rank: This rank's index in the EP group.
+        counts: Returns the numbers of rows, then of pairs, for each rank: 2 W integers.
+    """
 
     layer: str
-    own_rows: int = 0
+    rank: int
+    counts: Callable[[], list[int]]
     arrived: Arrival | None = None
-    _sent: SentCounts | None = None
-
-    def count(self, own: int, rows_W: list[int], pairs_W: list[int]) -> None:
-        """Sets `sent` and `own_rows` from the numbers of rows and pairs for each rank; `own` is this rank's index."""
-        self.own_rows = rows_W[own]
-        self._sent = SentCounts(sum(rows_W) - rows_W[own], sum(pairs_W), sum(pairs_W) - pairs_W[own])
+    _rows_pairs: tuple[list[int], list[int]] | None = None
 
     @property
     def arrival(self) -> Arrival:
@@ -87,15 +105,27 @@ class KernelPlan:
             raise AssertionError("a rank's pairs are known when rows have arrived: call dispatch first")
         return self.arrived
 
+    def arrive(self, arrived: Arrival) -> None:
+        """Keeps the result of the first dispatch, and reads the counts, which have arrived with it."""
+        self.arrived, found = arrived, self.counts()
+        self._rows_pairs = found[: len(found) // 2], found[len(found) // 2 :]
+
+    @property
+    def own_rows(self) -> int:
+        assert self._rows_pairs is not None
+        return self._rows_pairs[0][self.rank]
+
     @property
     def sent(self) -> SentCounts:
-        if self._sent is None:
+        if self._rows_pairs is None:
             raise AssertionError("a rank's counts are known when rows have arrived: call dispatch first")
-        return self._sent
+        rows_W, pairs_W = self._rows_pairs
+        return SentCounts(sum(rows_W) - rows_W[self.rank], sum(pairs_W), sum(pairs_W) - pairs_W[self.rank])
 
     @property
     def row_of_pair_Q(self) -> Tensor:  # noqa: N802
-        return self.arrival.row_of_pair_Q
+        weight_Q = self.arrival.weight_Q
+        return torch.arange(weight_Q.shape[0], device=weight_Q.device)
 
     @property
     def slot_counts(self) -> tuple[int, ...]:
@@ -112,56 +142,51 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         wire: The EP group's all-to-all. Only its group, rank and statistics are used, not its exchanges.
         hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this.
-        buffer: The buffer of the library. If None, the first call of `plan` makes it.
     """
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
 
-    def __init__(
-        self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, buffer: Any = None, multiple: int = 1
-    ) -> None:
+    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, multiple: int = 1) -> None:
         self.placement, self.wire, self.hidden_dim = placement, wire, hidden_dim
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
-        self._buffer = buffer
+        self.buffer: Any = None  # the buffer of the library, which the first plan makes for all layers
         # cached on the device, because a copy per layer would be a host sync per layer
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
-    @property
-    def buffer(self) -> Any:
-        """The buffer of the library, shared by all layers."""
-        if self._buffer is None:
-            raise AssertionError(f"{self.LIBRARY}'s buffer is made with the first plan")
-        return self._buffer
+    def counts(self, pairs_TW: Tensor) -> Callable[[], list[int]]:
+        """Returns `KernelPlan.counts`, from the number of each token's pairs on each rank. Does not sync."""
+        return self.wire.comm_stats.start_to_host(torch.cat([(pairs_TW > 0).sum(0), pairs_TW.sum(0)]))
+
+    def own_counts(self, counts: list[int]) -> tuple[int, ...]:
+        """Returns the numbers of pairs of this rank's experts, without those of slots that have no expert."""
+        return tuple(counts[: len(self.placement.slots[self.wire.rank])])
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:
         weight_TX = self.weights_of_tokens(weight_N.float(), plan)  # the kernels take fp32
-        rows_RD, weight_RY = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
-        weight_Q = weight_RY.reshape(-1).index_select(0, plan.arrival.pair_Q)  # the backward of an index sorts on CUDA
-        return DispatchedRows(rows_RD, weight_Q.to(weight_N.dtype))
+        rows_QD, weight_Q = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
+        return DispatchedRows(rows_QD, weight_Q.to(weight_N.dtype), sorted_pairs=True)
 
-    def combine(self, rows_RD: Tensor, plan: K) -> Tensor:
-        return _Combine.apply(rows_RD, self, plan)  # pyright: ignore[reportReturnType]
+    def combine(self, rows_QD: Tensor, plan: K) -> Tensor:
+        return _Combine.apply(rows_QD, self, plan)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def weights_of_tokens(self, weight_N: Tensor, plan: K) -> Tensor:
         """Converts the pairs' weights to the kernels' format [T, X]. Differentiable."""
 
     @abstractmethod
-    def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Any, ...]:
-        """Calls the kernels' dispatch of rows and weights. Host sync: the kernels wait for the number of arriving rows."""
-
-    @abstractmethod
-    def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
-        """Stores `received`, the result of `first_dispatch`, in the plan, and returns the received rows [R, D]."""
+    def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Tensor, Arrival]:
+        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] with all else. Host sync: the
+        kernels wait for the number of arriving rows."""
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
         """Calls the kernels' dispatch with the handle of the first dispatch, without weights."""
 
     @abstractmethod
-    def reduce(self, rows_RD: Tensor, plan: K, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
-        """Calls the kernels' combine, which sums returned rows, and weights if given, for each of this rank's tokens."""
+    def reduce(self, rows_QD: Tensor, plan: K, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Calls the kernels' combine, which sums returned rows for each of this rank's tokens. Weights, if given, return
+        to their place in [T, X]."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
@@ -171,19 +196,22 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         """Sends rows to their experts' ranks; the first dispatch, with `weight_TX`, also sends pair weights."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
-                rows_RD, received = self.dispatch_again(rows_TD, plan), None
+                rows_QD = self.dispatch_again(rows_TD, plan)
             else:
-                rows_RD, received = rows_TD, self.first_dispatch(rows_TD, weight_TX, plan)
-        if received is not None:
-            rows_RD = self.settle(received, plan)
+                self.wire.comm_stats.event(f"sync {self.LIBRARY} counts")
+                rows_QD, arrived = self.first_dispatch(rows_TD, weight_TX, plan)
+                plan.arrive(arrived)
         self._count(name, plan.sent.rows_remote, rows_TD, 0 if weight_TX is None else self.weight_bytes(plan))
-        return rows_RD
+        return rows_QD
 
-    def send_back(self, rows_RD: Tensor, plan: K, name: str, weight_RY: Tensor | None = None) -> tuple[Tensor, Any]:
+    def send_back(
+        self, rows_QD: Tensor, plan: K, name: str, weight_Q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Sends rows, and weights if given, back, and returns their sums for each of this rank's tokens."""
-        self._count(name, rows_RD.shape[0] - plan.own_rows, rows_RD, 0 if weight_RY is None else self.weight_bytes(plan))
-        with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_RD.device, layer=plan.layer):
-            return self.reduce(rows_RD, plan, weight_RY)
+        rows = plan.arrival.num_rows - plan.own_rows
+        self._count(name, rows, rows_QD, 0 if weight_Q is None else self.weight_bytes(plan))
+        with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_QD.device, layer=plan.layer):
+            return self.reduce(rows_QD, plan, weight_Q)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
         """Counts the bytes of rows and weights sent to other ranks. It leaves out what the kernels' protocol adds."""
@@ -200,15 +228,15 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, h_TD: Tensor, weight_TX: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Any:
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
-        rows_RD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because the plan must not join autograd's graph
+        rows_QD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
+        return rows_QD, plan.arrival.weight_Q.clone()  # a copy, because the plan must not join autograd's graph
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_RD, grad_RY = grads
-        name, weights = "dispatch" + BACKWARD, grad_RY.float().contiguous()
-        return *ctx.dispatcher.send_back(grad_RD.contiguous(), ctx.plan, name, weights), None, None
+        grad_QD, grad_Q = grads
+        name, weights = "dispatch" + BACKWARD, grad_Q.float().contiguous()
+        return *ctx.dispatcher.send_back(grad_QD.contiguous(), ctx.plan, name, weights), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -216,9 +244,9 @@ class _Combine(torch.autograd.Function):
     tensor, so `block` recompute does not repeat combine."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:
+    def forward(ctx: Any, rows_QD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:
         ctx.dispatcher, ctx.plan = dispatcher, plan
-        return dispatcher.send_back(rows_RD.contiguous(), plan, "combine")[0]
+        return dispatcher.send_back(rows_QD.contiguous(), plan, "combine")[0]
 
     @staticmethod
     @once_differentiable

@@ -101,32 +101,32 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         """See `Dispatcher.run`. Calls `experts` for the own pairs (only with `overlap`), then for each chunk. With
         `repeated`, combine is skipped and y is filled with NaN, so that an accidental use of y shows."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
-        parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
+        parts, flights = h_TD.split(lengths), [Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
         y_parts = []
-        chain: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
+        chain: Any = StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
             if index + 1 < len(flights):  # the next chunk is in flight while this one is computed
-                chain = _StartDispatch.apply(chain, parts[index + 1], weight_N, flights[index + 1])
+                chain = StartDispatch.apply(chain, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 chain, here_TD, here_N = _Gate.apply(chain, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
                 shared_TD = None if shared is None else shared(mark("shared", here_TD.view_as(here_TD)))
                 own = DispatchedRows(mark("own pairs", here_TD.view_as(here_TD)), here_N.index_select(0, plan.own.pair_P))
                 bases = list(experts(own, plan.own).split(lengths))
-            chain, rows_RD, weight_Q = _EndDispatch.apply(chain, flight)  # pyright: ignore[reportGeneralTypeIssues]
+            chain, rows_RD, weight_Q = EndDispatch.apply(chain, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
             if index > 0:  # combine of the previous chunk was in flight while this chunk's experts ran
-                chain, y_TD = _EndCombine.apply(chain, bases.pop(0), flights[index - 1], parts[index - 1])
+                chain, y_TD = EndCombine.apply(chain, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
-            chain = _StartCombine.apply(chain, out_RD, flight)
-        chain, y_TD = _EndCombine.apply(chain, bases.pop(0), flights[-1], parts[-1])
+            chain = StartCombine.apply(chain, out_RD, flight)
+        chain, y_TD = EndCombine.apply(chain, bases.pop(0), flights[-1], parts[-1])
         return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
 
 
-class _Flight:
+class Flight:
     """Passes a pending exchange of one chunk from the autograd node that starts it to the node that waits for it."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
@@ -155,11 +155,11 @@ class _Flight:
         return returning
 
 
-class _StartDispatch(torch.autograd.Function):
+class StartDispatch(torch.autograd.Function):
     """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: Flight) -> Tensor:
         ctx.flight, ctx.num_weights = flight, weight_N.shape[0]
         flight.send(h_TD, weight_N)
         return chain.new_empty(0)
@@ -186,11 +186,11 @@ class _Gate(torch.autograd.Function):
         return grads
 
 
-class _EndDispatch(torch.autograd.Function):
+class EndDispatch(torch.autograd.Function):
     """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, flight: _Flight) -> Any:
+    def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
         weight_Q = send.wait_weights()  # issued first, so waited for first
         return chain.new_empty(0), send.wait(), weight_Q
@@ -202,11 +202,11 @@ class _EndDispatch(torch.autograd.Function):
         return grads[0], None
 
 
-class _StartCombine(torch.autograd.Function):
+class StartCombine(torch.autograd.Function):
     """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for the sums' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, chain: Tensor, rows_RD: Tensor, flight: Flight) -> Tensor:
         ctx.flight = flight
         if not flight.repeated:
             flight.send_back(rows_RD)
@@ -218,11 +218,11 @@ class _StartCombine(torch.autograd.Function):
         return grads[0], ctx.flight.sent().wait(), None
 
 
-class _EndCombine(torch.autograd.Function):
+class EndCombine(torch.autograd.Function):
     """Forward waits for the experts' weighted sums and adds them up in y. Backward starts sending the gradients of y."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
+    def forward(ctx: Any, chain: Tensor, base_TD: Tensor | None, flight: Flight, like_TD: Tensor) -> Any:
         ctx.flight, ctx.has_base = flight, base_TD is not None
         if flight.repeated:
             return chain.new_empty(0), torch.full_like(like_TD, float("nan"))

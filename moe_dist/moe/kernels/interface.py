@@ -20,11 +20,12 @@ Items = tuple[Tensor, Tensor]  # see `RowIndex.items_of_rows`
 @dataclass(frozen=True)
 class RowIndex:
     """Gives each of N items one of `num_rows` rows. `parts` are int64 tensors, whose concatenation has length N. `items`
-    are the `items_of_rows`, if they are known."""
+    are the `items_of_rows`, if they are known. With `in_order` item i has row i, so there is nothing to gather or sum."""
 
     parts: tuple[Tensor, ...]
     num_rows: int
     items: Items | None = None
+    in_order: bool = False
 
     @cached_property
     def items_of_rows(self) -> Items:

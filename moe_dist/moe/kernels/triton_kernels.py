@@ -27,12 +27,16 @@ class TritonKernels:
         return Choice(*_Choose.apply(logits_TC, group_T, top_k, choice_TK))  # pyright: ignore[reportGeneralTypeIssues]
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
+        if index.in_order:
+            return rows_RD, rows_RD
         return _Gather.apply(rows_RD, index)  # pyright: ignore[reportReturnType]
 
     def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
         return _SwiGLU.apply(weight_Q, gate_QF, up_QF)  # pyright: ignore[reportReturnType]
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
+        if index.in_order:
+            return y_QD.to(dtype)
         return _SumPairs.apply(y_QD, index, dtype)  # pyright: ignore[reportReturnType]
 
     def sum_rows(

@@ -91,3 +91,5 @@ def test_old_names_are_refused_with_the_new_ones(path: Path) -> None:
     assert "model.depths.every: has been renamed; write model.mixture_of_depths.every" in told
     assert "model.moe.router.kind=fixed_load: has been renamed; write model.moe.router.kind=scheduled_top_k" in told
     assert "parallel.dispatch.kind=per_node: has been renamed; write parallel.dispatch.kind=hierarchical" in told
+    with pytest.raises(ConfigError, match=r"kind=deep_ep: has been renamed; write parallel\.dispatch\.kind=deep_ep_v2"):
+        load_config(path, ["parallel.dispatch={kind: deep_ep}"])

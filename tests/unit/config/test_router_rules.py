@@ -127,7 +127,7 @@ def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_
 
 def test_dispatchers_that_cannot_take_it_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     for router_set, dispatch, fault in (
-        ("rank", "deep_ep", "any number of experts may take a token"),
+        ("rank", "deep_ep_v2", "any number of experts may take a token"),
         ("world", "known_counts", "model.moe.router.scope=world they depend on the scores of other ranks"),
     ):
         router = {"kind": "expert_choice", "causal": "threshold", "scope": router_set}

@@ -114,7 +114,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         {"kind": "hierarchical", "ranks_per_node": rng.choice((1, 2))},
         {"kind": "known_counts"},
         {"kind": "static"},
-        {"kind": "deep_ep"},
+        {"kind": "deep_ep_v2"},
         {"kind": "hybrid_ep"},
         p=0.02 if lora else 0.25,
     )  # fmt: skip

@@ -124,8 +124,8 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ),
         (["model.mixture_of_depths={set: node}"], "model.mixture_of_depths.scope='node'"),
         (
-            ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep"],
-            "parallel.dispatch.kind=deep_ep: its buffers have room for one",
+            ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep_v2"],
+            "parallel.dispatch.kind=deep_ep_v2: its buffers have room for one",
         ),
         (["parallel.ep=1"], "1 of parallel.ep=1 ranks are free for 2 groups"),
         (["placement.policy=explicit", "placement.slots=[[text/0, text/1, text/2, image/0], []]"], "no rank has image/1"),
@@ -362,25 +362,50 @@ def test_fixed_sizes_refuse_what_they_cannot_hold(site: Site, overrides: list[st
 
 
 def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = site.problems(
-        "parallel.dispatch.kind=deep_ep", "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true"
-    )
+    kind = "parallel.dispatch.kind=deep_ep_v2"
+    text = site.problems(kind, "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true")
     for fault in (
-        "the package deep_ep is not installed here",
-        "no settings for parallel.ep=1 ranks; take 2, 4, 8",
+        "the package deep_ep.buffers.elastic is not installed here; build DeepEP V2 from the main branch",
+        "there is no other rank with parallel.ep=1",
+        " must be a multiple of 256; change it",
         "rows are sent in bf16, but parallel.precision=fp32",
         "its kernels need GPUs, but parallel.device=cpu",
         "parallel.max_receive_rows=8 cannot bound it",
         "parallel.check_exchanges cannot see the rows that DeepEP sends",
     ):
         assert fault in text
-    sound = ("parallel.dispatch.kind=deep_ep", "parallel.precision=bf16", "parallel.device=cuda")
-    assert site.problems(*sound).count("deep_ep") == site.problems(*sound).count("parallel.dispatch.kind=deep_ep") + 1
+    sound = (kind, "parallel.precision=bf16", "parallel.device=cuda", "model.hidden_dim=256")
+    groups = "model.moe.groups.text={num_experts: 40, num_null: 1, top_k: 33, ffn_dim: 8, modalities: [text]}"
+    assert "model.moe.groups.text.top_k=33 must be at most 32" in site.problems(*sound, groups)
     layout_without_data(load_config(site.config, sound))  # a dry run may be anywhere
     (tmp_path / "deep_ep").mkdir()
     (tmp_path / "deep_ep" / "__init__.py").write_text("raise ImportError('preflight must not import it')")
     monkeypatch.syspath_prepend(tmp_path)
+    assert "deep_ep.buffers.elastic is not installed" in site.problems(*sound), "V1 lacks the module"
+    (tmp_path / "deep_ep" / "buffers").mkdir()
+    (tmp_path / "deep_ep" / "buffers" / "elastic.py").touch()
     site.check(*sound)
+
+
+def test_two_halves_of_a_micro_batch_name_what_they_cannot_be_combined_with(site: Site) -> None:
+    key = "parallel.two_batch_overlap=true"
+    text = site.problems(
+        key, "train.micro_batch=1", "parallel.dispatch.chunks=2", "parallel.recompute=block", "parallel.data=fsdp2",
+        "model.mixture_of_depths={}", "model.moe.capacity={factor: 1.0}",
+    )  # fmt: skip
+    for fault in (
+        "train.micro_batch=1 has no two equal halves; make it even, or set parallel.two_batch_overlap=false",
+        "needs parallel.dispatch.kind=all_to_all without overlap and chunks",
+        "parallel.recompute=block would repeat exchanges",
+        "set parallel.fsdp_gather=step",
+        "compete in model.mixture_of_depths; set it to null",
+        "compete for model.moe.capacity; set it to null",
+    ):
+        assert f"{key}: " in text
+        assert fault in text
+    choice = "model.moe.router={kind: expert_choice, causal: threshold}"
+    assert "compete for an expert; take a router by tokens" in site.problems(key, "train.micro_batch=2", choice)
+    site.check(key, "train.micro_batch=2", "parallel.recompute=experts")
 
 
 def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -91,6 +91,25 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
     against_torch(run, inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_pairs_that_are_sorted_already_are_not_moved(dtype: torch.dtype) -> None:
+    """As with the dispatchers that permute rows: the same values and gradients, without a gather and a sum."""
+    torch.manual_seed(0)
+    num_pairs, width = 13, 24
+    sorted_index = RowIndex((torch.arange(num_pairs),), num_pairs, in_order=True)
+    inputs = [drawn(num_pairs), drawn(num_pairs, width, dtype=dtype)]
+    gathered, again = TRITON.gather(inputs[1], sorted_index)
+    assert gathered.data_ptr() == again.data_ptr() == inputs[1].data_ptr()
+    assert TRITON.sum_pairs(inputs[1], inputs[0], sorted_index, dtype).data_ptr() == inputs[1].data_ptr()
+
+    def run(kernels: RowKernels, weight_Q: Tensor, rows_QD: Tensor) -> list[Tensor]:
+        gate_QD, up_QD = kernels.gather(rows_QD, sorted_index)
+        hidden = kernels.swiglu(weight_Q, gate_QD * 1, up_QD * 2)
+        return [kernels.sum_pairs(hidden, weight_Q, sorted_index, torch.promote_types(dtype, torch.float32))]
+
+    against_torch(run, inputs, dtype)
+
+
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_own_and_received_rows(shape: str, dtype: torch.dtype, base: bool) -> None:

@@ -70,6 +70,29 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
 
 
+def exchanges_between_gathers(order: str) -> list[int]:
+    """Numbers of all-to-alls in a row with no gather or reduction of parameters between them."""
+    names = [name for name in order.split() if name.startswith(("alltoall", "_allgather", "allgather", "_reduce_scatter"))]
+    runs = "".join("x" if name.startswith("alltoall") else " " for name in names).split()
+    return [len(run) for run in runs]
+
+
+@pytest.mark.parametrize("halves", [full(False), pytest.param(True, marks=pytest.mark.slow)])
+def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
+    """FSDP2 with experts on several edp ranks. A layer has 5 exchanges in forward and 3 in backward; no other sum of these
+    is a part of a layer. In halves no gather or reduction comes between any exchanges of a step."""
+    overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
+    counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
+    runs = exchanges_between_gathers(counted.order)
+    layers = 2 * 2 * MICRO_BATCHES * (1 + halves)  # of two steps
+    assert sum(runs) == layers * (5 + 3)
+    if halves:
+        assert len(runs) == 2
+    else:
+        assert len(runs) > 2
+        assert not {1, 2, 4, 7} & set(runs), runs
+
+
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -1,0 +1,37 @@
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
+from moe_dist.config.section import Violation, WholeConfig
+
+WIDTH = 256  # DeepEP's combine reads a row by the 32 threads of a warp, 16 bytes each
+MOST_CHOICES = 32  # a thread of a warp for each choice
+
+
+class DeepEPV2DispatchSection(KernelDispatchSection):
+    """Use DeepEP's kernels of V2 (ElasticBuffer); needs the package deep_ep."""
+
+    kernels: ClassVar[str] = "DeepEP"
+    # V1 of the package lacks this module
+    needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep.buffers.elastic",)
+    source: ClassVar[str] = "DeepEP V2 from the main branch of its repository"
+
+    kind: Literal["deep_ep_v2"] = "deep_ep_v2"
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        router, width = config.model.moe.router, config.model.hidden_dim
+        if width % WIDTH:
+            problem = f"{self.name}: model.hidden_dim={width} must be a multiple of {WIDTH}; change it, {FIX}"
+            yield Violation((KIND, "model.hidden_dim"), problem)
+        if not router.fixed_choices:
+            problem = (
+                f"{self.name}: needs top_k choices of each token, but with {router.name} any number of experts may take a "
+                f"token; set {KIND}=all_to_all"
+            )
+            yield Violation((KIND, "model.moe.router.kind"), problem)
+        for name, group in config.model.moe.groups.items():
+            key = f"model.moe.groups.{name}.top_k"
+            if group.top_k > MOST_CHOICES:
+                problem = f"{self.name}: {key}={group.top_k} must be at most {MOST_CHOICES}; lower it, {FIX}"
+                yield Violation((KIND, key), problem)

@@ -1,0 +1,72 @@
+"""Runs a transformer's layers on the two halves of a micro-batch in turns, so that the exchanges of one half are in flight
+while the other computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
+
+Each half is a generator, which returns at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Routing is
+by token, so the halves together route as the whole micro-batch does. Their reports are added up, so the losses are those of
+the whole micro-batch, too.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.dispatch.two_batches import Chain
+from moe_dist.moe.routing import ChosenColumns, LayerReport, RouterSums, RoutingRequest
+
+Half = tuple[Tensor, tuple[Tensor, ...], Any, Tensor]  # x [B / 2, S, D], rotary table, masks by window, groups
+R = TypeVar("R")
+
+
+def run_layers(layers: Iterable[Any], halves: Sequence[Half], request: RoutingRequest) -> tuple[Tensor, list[LayerReport]]:
+    """Returns the last layer's output [B, S, D], and the report of each MoE layer on the whole micro-batch."""
+    chain, layers = Chain(halves[0][0]), list(layers)
+    (first, second) = in_turns([_steps(layers, *half, request, chain) for half in halves])
+    return torch.cat([first[0], second[0]]), [_joined(*pair) for pair in zip(first[1], second[1], strict=True)]
+
+
+def in_turns(runs: Sequence[Generator[None, None, R]]) -> list[R]:
+    """Runs generators in turns, each up to its next `yield`, and returns their results in their order."""
+    results: dict[int, R] = {}
+    while len(results) < len(runs):
+        for index, run in enumerate(runs):
+            if index not in results:
+                try:
+                    next(run)
+                except StopIteration as end:
+                    results[index] = end.value
+    return [results[index] for index in range(len(runs))]
+
+
+def _steps(
+    layers: Iterable[Any],
+    x_BSD: Tensor,
+    rotary: tuple[Tensor, ...],
+    masks: Any,
+    group_BS: Tensor,
+    request: RoutingRequest,
+    chain: Chain,
+) -> Generator[None, None, tuple[Tensor, list[LayerReport]]]:
+    """Runs all layers on one half. It calls `forward` instead of the modules, because FSDP2's hooks of a module would
+    gather and reduce between the exchanges of the other half. ParallelModel gathers all parameters before the layers."""
+    reports = []
+    for layer in layers:
+        x_BSD = x_BSD + layer.attention.forward(x_BSD, rotary, masks[layer.window])
+        if not layer.has_experts:
+            x_BSD = x_BSD + layer.ffn.forward(x_BSD)
+            continue
+        y_TD, report = yield from layer.moe.steps(x_BSD.flatten(0, 1), group_BS.flatten(), request, chain)
+        x_BSD = x_BSD + y_TD.view_as(x_BSD)
+        reports.append(report)
+    return x_BSD, reports
+
+
+def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
+    """Returns the report on the tokens of both. Expert choice and mixture of depths, which have more, have no halves."""
+    sums = RouterSums(*(None if one is None else one + other for one, other in zip(first.sums, second.sums, strict=True)))
+    chosen = None
+    if first.chosen is not None and second.chosen is not None:
+        chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))
+    rows = [getattr(first, name) + getattr(second, name) for name in ("rows_remote", "pairs", "pairs_remote")]
+    return LayerReport(sums, *rows, chosen=chosen)

@@ -1,0 +1,60 @@
+"""Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
+
+`steps` is a generator. It returns to its caller whenever an exchange has been issued and nothing is left to compute without
+it, and the caller then runs the other half up to its next exchange (`moe_dist.model.two_batches`). The autograd nodes are
+those of `pipelined`. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order:
+every rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the
+exchanges of the line before are in flight:
+
+    forward     A  attention, router                    StartDispatch
+                B  attention, router                    StartDispatch
+                A  EndDispatch, experts                 StartCombine
+                B  EndDispatch, experts                 StartCombine
+                A  EndCombine, next layer's attention   StartDispatch
+    backward    the same in reverse: End issues the gradients, Start waits for them
+
+Memory in rows of D elements: R and S of both halves together are those of the whole micro-batch, as in `all_to_all`.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+from torch import Tensor
+
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.exchange import AllToAllPlan
+from moe_dist.moe.dispatch.interface import DispatchedRows, RunExperts, RunShared
+from moe_dist.moe.dispatch.pipelined import EndCombine, EndDispatch, Flight, StartCombine, StartDispatch
+
+
+class Chain:
+    """The empty tensor that passes through the nodes of both halves; the node that ran last has set it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.end: Any = like.new_empty(0)
+
+
+class TwoBatchDispatcher(AllToAllDispatcher):
+    """Dispatches as `AllToAllDispatcher`, whose `run` it keeps for what is not in halves, as in evaluation."""
+
+    def steps(
+        self,
+        h_TD: Tensor,
+        weight_N: Tensor,
+        plan: AllToAllPlan,
+        chain: Chain,
+        *,
+        experts: RunExperts,
+        shared: RunShared = None,
+    ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
+        """See `Dispatcher.run`. Yields twice: while the rows of dispatch, then while those of combine are in flight."""
+        flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
+        chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)
+        shared_TD = None if shared is None else shared(h_TD)
+        yield
+        chain.end, rows_RD, weight_Q = EndDispatch.apply(chain.end, flight)  # pyright: ignore[reportGeneralTypeIssues]
+        out_RD = experts(DispatchedRows(mark("pairs", rows_RD), weight_Q, plan.row_items), plan)
+        chain.end = StartCombine.apply(chain.end, out_RD, flight)
+        yield
+        chain.end, y_TD = EndCombine.apply(chain.end, None, flight, h_TD)  # pyright: ignore[reportGeneralTypeIssues]
+        return y_TD, shared_TD
