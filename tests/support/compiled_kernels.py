@@ -37,23 +37,18 @@ CHOOSE_BACKWARD = (
 )
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
-    "sum of pairs": (
-        row_sum_kernel,
-        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
-        {**WIDE, "HAS_BASE": False, "BOTH": True},
-    ),
-    "sum of rows": (
-        row_sum_kernel,
-        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
-        {**WIDE, "HAS_BASE": True, "BOTH": False},
-    ),
-    "swiglu": (swiglu_kernel, "weight:*fp32 gate:*bf16 up:*bf16 out:*bf16", FFN),
-    "swiglu backward": (
+}
+for order in ("i64", "i32"):  # of a sort, and of the plan kernels
+    for words, base, both in (("pairs", False, False), ("rows", True, False), ("gradients of gate and up", False, True)):
+        arguments = f"own:*bf16 received:*bf16 base:*bf16 order:*{order} first:*i32 out:*bf16 num_own:i32"
+        KERNELS[f"sum of {words}, {order}"] = (row_sum_kernel, arguments, {**WIDE, "HAS_BASE": base, "BOTH": both})
+for words, layout in (("one tensor", FFN), ("two tensors", {**FFN, "ROW": FFN["F"], "UP": 0})):
+    KERNELS[f"swiglu, {words}"] = (swiglu_kernel, "weight:*fp32 gate:*bf16 up:*bf16 out:*bf16", layout)
+    KERNELS[f"swiglu backward, {words}"] = (
         swiglu_backward_kernel,
         "grad:*bf16 weight:*fp32 gate:*bf16 up:*bf16 grad_weight:*fp32 grad_gate:*bf16 grad_up:*bf16",
-        FFN,
-    ),
-}
+        layout,
+    )
 for words, sizes in (("top 8 of 64", TOP_8), ("null columns", NULLS), ("many columns", MANY)):
     KERNELS[f"choose, {words}"] = (choose_kernel, CHOOSE, {**sizes, "G": 2, "CHOSEN": False})
     KERNELS[f"choose backward, {words}"] = (choose_backward_kernel, CHOOSE_BACKWARD, sizes)

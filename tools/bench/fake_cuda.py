@@ -82,8 +82,8 @@ def enter() -> None:
 
 class Work(NamedTuple):
     """One operation. `kind` is "copy" for what has no products, else "gemm", "grouped" or "attention", and "fp32" behind a
-    gemm of fp32 numbers. `rows` is the smallest side of a product, and the rows of an expert in a grouped one. `num_bytes`
-    are read or written."""
+    gemm of fp32 numbers. `rows` is the middle one of a product's three sides, because its bytes tell how long a narrow one
+    takes; in a grouped product the rows of an expert. `num_bytes` are read or written."""
 
     part: str
     phase: str
@@ -191,7 +191,7 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
         return "grouped", pairs // max(1, experts), 2 * rows * inner * columns
     times = first.shape[0] if name == "bmm" else 1
     kind = "gemm" if first.element_size() < 4 else "gemm fp32"
-    return kind, min(rows, inner, columns), 2 * times * rows * inner * columns
+    return kind, sorted((rows, inner, columns))[1], 2 * times * rows * inner * columns
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
