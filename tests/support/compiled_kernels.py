@@ -16,6 +16,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
+from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_kernel, take_kernel
 from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
@@ -52,6 +53,26 @@ for words, layout in (("one tensor", FFN), ("two tensors", {**FFN, "ROW": FFN["F
 for words, sizes in (("top 8 of 64", TOP_8), ("null columns", NULLS), ("many columns", MANY)):
     KERNELS[f"choose, {words}"] = (choose_kernel, CHOOSE, {**sizes, "G": 2, "CHOSEN": False})
     KERNELS[f"choose backward, {words}"] = (choose_backward_kernel, CHOOSE_BACKWARD, sizes)
+
+CHOICE = "logits:*fp32 group_T:*i64 group_of_expert:*i64"
+for words, experts, groups in (("8 experts", 8, 2), ("300 experts", 300, 1)):
+    columns = triton.next_power_of_2(experts)
+    sizes = {"E": experts, "ROWS": 1024 // columns, "COLUMNS": columns}
+    KERNELS[f"experts choose: candidates, {words}"] = (
+        candidates_kernel,
+        f"{CHOICE} out:*fp32 counts:*i64 T:i32",
+        sizes,
+    )
+    KERNELS[f"experts choose: take, {words}"] = (
+        take_kernel,
+        "logits:*fp32 order:*i64 order_of_scores:*i64 capacity:*fp64 candidates:*i64 taken:*u8 kth_score:*fp32 T:i32",
+        sizes,
+    )
+    KERNELS[f"experts choose: sums, {words}"] = (
+        sums_kernel,
+        f"{CHOICE} threshold:*fp32 taken:*u8 sums:*fp32 T:i32",
+        {**sizes, "G": groups, "TINY": TINY},
+    )
 
 LISTS = "own:*i32 arrived:*i32 runs:*i64"
 KERNELS["plan: scan"] = (
