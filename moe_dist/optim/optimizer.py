@@ -89,7 +89,10 @@ def make_optimizer(
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
-    return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
+    if moments == "bf16":
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
+    # torch rejects an empty list of groups, but a rank without parameters still takes part in each step.
+    return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def _apex_fused_adam() -> Callable[..., Optimizer] | None:

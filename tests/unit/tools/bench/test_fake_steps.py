@@ -169,6 +169,8 @@ def test_parameters_gathered_once_per_step() -> None:
         found[gather] = Counter[str]()
         for name, number in counted.collectives.items():
             found[gather][name.split()[2]] += number
+        again = {sent[2] for sent in counted.more_sent} & {"_allgather_base_", "_reduce_scatter_base_"}
+        assert bool(again) == (gather == "micro_batch"), "what FSDP2 copies around them would be copied again, too"
     layers, meshes = 2, 2  # an MoE layer is sharded over edp (experts) and over all ranks, attention over all ranks
     units = 1 + layers * (1 + meshes)
     assert found["step"]["_allgather_base_"] == found["step"]["_reduce_scatter_base_"] == units
