@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from moe_dist.optim.optimizer import MOMENTS, is_empty_here, materialise_moments, moments_of
+from moe_dist.optim.adamw import MOMENTS, moment_dtype
+from moe_dist.optim.optimizer import is_empty_here, materialise_moments, moments_of
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import EXPERTS, logical_name, named_parameters
 
@@ -122,21 +123,23 @@ def capture(
         for moment, named in _by_moment(model, orthogonal=getattr(optimizer, "orthogonal", False)).items():
             like = {name: p for name, p in trained.items() if name in named}
             known = {name: optimizer.state[p][moment] for name, p in like.items() if p in optimizer.state}
-            moments, moment_specs = _logical(like, known, layout, stacks)
+            moments, moment_specs = _logical(like, known, layout, stacks, moment_dtype(optimizer))
             prefix = f"{OPTIMIZER_PREFIX}{moment}."
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
 
 
-def moment_specs(model: nn.Module, layout: RankLayout, *, orthogonal: bool) -> dict[str, TensorSpec]:
+def moment_specs(
+    model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
+) -> dict[str, TensorSpec]:
     """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
-    `orthogonal` as in `moments_of`."""
+    `orthogonal` as in `moments_of`, `dtype` as `moment_dtype`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():
         like = {name: parameter for name, parameter in parameters.items() if name in named}
-        specs = _logical(like, {}, layout, _expert_stacks(model))[1]
+        specs = _logical(like, {}, layout, _expert_stacks(model), dtype)[1]
         found |= {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for name, spec in specs.items()}
     return found
 
@@ -163,22 +166,27 @@ def _expert_stacks(model: nn.Module) -> set[str]:
 
 
 def _logical(
-    like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
+    like: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    layout: RankLayout,
+    stacks: Collection[str],
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Returns this rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of
-    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold."""
+    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold. `dtype` is that of all tensors; None:
+    those of `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
         tensor = tensors.get(name)
         if name not in stacks:
-            specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
+            specs[name] = TensorSpec(tuple(parameter.shape), dtype or parameter.dtype)
             if tensor is not None:
                 held[name] = _hold(tensor.detach(), layout.world_size, layout.rank)
             continue
         prefix, group_name, tensor_name = name.rsplit(".", 2)
         group = next(group for group in layout.placement.groups if group.name == group_name)
-        spec = TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+        spec = TensorSpec(tuple(parameter.shape[1:]), dtype or parameter.dtype)
         names = {e: f"{prefix}.{group_name}.{e - group.first_expert}.{tensor_name}" for e in group.experts}
         specs |= dict.fromkeys(names.values(), spec)
         if tensor is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_dist.optim.adamw import AdamW, Moments, add_moments, local
 from moe_dist.optim.optimizer import MATRIX_MOMENTS
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of one iteration s -> A s + B s^3 + C s^5 of a singular value s
@@ -36,7 +37,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Takes parameter groups from `split_parameters(..., orthogonal=True)`.
 
     A matrix that FSDP2 has cut is gathered: each of its ranks computes the whole matrix and keeps its own rows. Under DDP
@@ -58,33 +59,31 @@ class Muon(torch.optim.AdamW):
         lr: float,
         betas: tuple[float, float],
         eps: float,
+        moments: Moments = "fp32",
     ) -> None:
-        super().__init__(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, fused=True)  # pyright: ignore
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, moments=moments)
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if "moments" not in group]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
+        loss = super().step(closure)
+        for group in self.param_groups:
             for parameter in group["params"] if "moments" in group else ():
                 if parameter.grad is not None:
+                    add_moments(self, group, parameter)
                     self._update(parameter, lr=group["lr"], weight_decay=group["weight_decay"])
         return loss
 
     def _update(self, parameter: Tensor, *, lr: float, weight_decay: float) -> None:
-        state = self.state[parameter]
-        if not state:
-            state[MATRIX_MOMENTS[0]] = torch.zeros_like(parameter)
-        weight, gradient, mean = (_local(each) for each in (parameter, parameter.grad, state[MATRIX_MOMENTS[0]]))
+        kept = self.state[parameter][MATRIX_MOMENTS[0]]
+        weight, gradient, kept = (local(each) for each in (parameter, parameter.grad, kept))
+        mean = kept.to(weight.dtype)
         mean.lerp_(gradient, 1.0 - self.momentum)
         dtype = torch.float64 if weight.dtype == torch.float64 else self.dtype
         direction = _for_whole_matrices(gradient.lerp(mean, self.momentum), parameter, dtype)
         weight.mul_(1.0 - lr * weight_decay)
+        if mean is not kept:
+            kept.copy_(mean)
         weight.add_(direction.to(weight.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
 
 
@@ -101,7 +100,3 @@ def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     rows = tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
     return orthogonalise(whole, dtype)[rows]
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,5 +1,5 @@
-"""Makes parameter groups and a fused AdamW (of torch, or of NVIDIA Apex if installed), sets an optimizer's state, and
-computes the global gradient norm and schedules.
+"""Makes parameter groups and AdamW (or NVIDIA Apex's, if installed), sets an optimizer's state, and computes the global
+gradient norm and schedules.
 
 This file issues no collective: the training step sums the ranks' shares of the squared norm. The arguments of a schedule
 have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
+from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
 from moe_dist.placement.roles import OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MATRIX_MOMENTS = MOMENTS[:1]  # of matrices under an optimizer that orthogonalises them
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
 
@@ -71,8 +71,9 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float = 0.0,
+    moments: Moments = "fp32",
 ) -> Optimizer:
-    """Makes AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay`
+    """Makes AdamW, of torch or of NVIDIA Apex if installed, for groups from `split_parameters`. `weight_decay`
     applies to groups that have no weight decay of their own.
 
     Raises:
@@ -80,11 +81,16 @@ def make_optimizer(
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)  # the reason why Apex cannot be used, or None
+    # the reason why Apex cannot be used, or None
+    obstacle = (
+        "its moments are fp32; set optimizer.moments=fp32" if moments == "bf16" else _apex_obstacle(apex_adam, parameters)
+    )
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
+    if moments == "bf16":
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
     # torch rejects an empty list of groups, but a rank without parameters still takes part in each step.
     return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
@@ -122,17 +128,12 @@ def materialise_moments(optimizer: Optimizer) -> None:
     load them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for moment in group.get("moments", MOMENTS):
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if "moments" not in group and not _counts_by_group(optimizer) and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            add_moments(optimizer, group, parameter)
 
 
 def step_count(optimizer: Optimizer) -> int:
     """Returns the number of steps that the optimizer has taken. Costs one host sync on CUDA."""
-    if _counts_by_group(optimizer):
+    if counts_by_group(optimizer):
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups}
     else:
         steps = [state["step"] for state in optimizer.state.values() if "step" in state]
@@ -143,18 +144,13 @@ def step_count(optimizer: Optimizer) -> int:
 
 def set_step_count(optimizer: Optimizer, count: int) -> None:
     """Sets the number of steps that the optimizer has taken, which determines the bias correction of the moments."""
-    if _counts_by_group(optimizer):
+    if counts_by_group(optimizer):
         for group in optimizer.param_groups:
             group["step"] = count
     else:
         for state in optimizer.state.values():
             if "step" in state:  # an orthogonalised matrix has no bias correction
                 state["step"].fill_(count)  # in place, because the fused kernel reads this tensor
-
-
-def _counts_by_group(optimizer: Optimizer) -> bool:
-    # Apex stores one step count per parameter group, torch one step tensor per parameter.
-    return not isinstance(optimizer, torch.optim.AdamW)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

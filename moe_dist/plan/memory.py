@@ -1,6 +1,6 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
-The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters.
+The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two moments of the rank's parameters.
 Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only weights. The memory of
 activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements per token, of `a` bytes
 each (2 in bf16, 4 in fp32):
@@ -41,7 +41,6 @@ from moe_dist.plan.flops import ffn_dim_for_all, layers_passed_by, own_adapters,
 from moe_dist.plan.policies import expert_groups
 
 FP32 = 4
-CHECKPOINT_BYTES = 12  # bytes per parameter: fp32 weight and two fp32 moments
 ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 
@@ -49,7 +48,7 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 class RankMemory:
     """Bytes that each use of memory takes on one rank."""
 
-    parameters: float  # fp32 master weights; gradients and moments are fp32 too
+    parameters: float  # fp32 master weights; gradients are fp32 too
     gradients: float  # with fsdp_gather=step also the gradients of gathered parameters, in fp32
     optimizer: float
     # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
@@ -81,7 +80,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     return RankMemory(
         parameters=held * FP32,
         gradients=(trained + summed) * FP32,
-        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, _local(placement, rank)))) * FP32,
+        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, _local(placement, rank))))
+        * ITEMSIZE[config.optimizer.moments],
         casts=_casts(config, placement, rank) * itemsize,
         activations=tokens * _activation_bytes_per_token(config, rows, pairs),
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
@@ -130,14 +130,14 @@ def tuned_parameters(config: Config) -> float:
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """Returns the size of one checkpoint over all ranks: weights and moments in fp32. A run of adapters saves no frozen
+    """Returns the size of one checkpoint over all ranks: weights in fp32, and moments. A run of adapters saves no frozen
     weights. Router tuning saves all weights, and the moments of the trained routers."""
-    parts = parameters(config.model)
+    parts, moment = parameters(config.model), ITEMSIZE[config.optimizer.moments]
     if config.router_tuning is not None:
-        return parts.total * FP32 + tuned_parameters(config) * (CHECKPOINT_BYTES - FP32)
+        return parts.total * FP32 + tuned_parameters(config) * 2 * moment
     router = 0 if config.model.moe.experts.adapts_ffns else parts.router
     saved = parts.adapters + router if config.model.has_adapters else parts.total
-    return saved * CHECKPOINT_BYTES - sum(_with_one_moment(config)) * FP32
+    return saved * (FP32 + 2 * moment) - sum(_with_one_moment(config)) * moment
 
 
 def folder_bytes(config: Config) -> int:

@@ -178,17 +178,23 @@ class Order:
     recompute: str = "none"
 
 
-def micro_batch(layers: Sequence[LayerCost], head: Seconds, order: Order) -> list[Event]:
-    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward."""
+def micro_batch(
+    layers: Sequence[LayerCost], head: Seconds, order: Order, backward: Sequence[LayerCost] | None = None
+) -> list[Event]:
+    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward.
+
+    Args:
+        backward: Costs of the layers for their backward, which are multiplied by `BACKWARD`; None: those of forward.
+    """
     queue = Queue()
     last: tuple[int, ...] = ()
     for layer in layers:
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
-    for layer in reversed(layers):
+    for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
         if order.recompute == "block":  # repeats attention, dispatch and experts, not the combine
             last = (_forward(queue, layer, order, last, repeated=True),)
-        last = (_backward(queue, layer, order, last),)
+        last = (_backward(queue, costs, order, last),)
     return queue.events
 
 

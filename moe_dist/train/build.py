@@ -154,7 +154,8 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     freeze(model, config)
     layout = RankLayout(everything)
-    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal)
+    dtype = torch.bfloat16 if config.optimizer.moments == "bf16" else None
+    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal, dtype=dtype)
     return {**capture(model, None, layout, part=saved_part(config)).specs, **moments}
 
 

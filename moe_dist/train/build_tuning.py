@@ -13,6 +13,7 @@ from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.roles import EXPERTS
+from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader
@@ -25,7 +26,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     section, mesh = config.router_tuning, parallel.mesh
     assert section is not None, "the caller checks the section"
     if mesh.rank == 0:
-        print(f"router tuning, on each rank like this one: {savings(parallel)}")
+        print(f"router tuning, on each rank like this one: {savings(parallel, ITEMSIZE[config.optimizer.moments])}")
         if config.model.moe.no_task_gradient:
             print("router tuning: with top_k=1 and normalised weights cross entropy moves no router, the regulariser alone")
     samples, layers = Samples(section.data), section.chosen_layers(config.model.moe_layers)
@@ -79,14 +80,15 @@ class Savings(NamedTuple):
         return ", ".join(f"{moving:,} of {every:,} {what}" for what, (moving, every) in parts)
 
 
-def savings(parallel: ParallelModel) -> Savings:
-    """Counts parameters, optimizer state and reduced gradients on this rank, with router tuning and without it."""
+def savings(parallel: ParallelModel, moment_bytes: int | None = None) -> Savings:
+    """Counts parameters, optimizer state and reduced gradients on this rank, with router tuning and without it. An element
+    of a moment has `moment_bytes`; None: as many as its parameter's."""
     sums = [[0, 0], [0, 0], [0, 0]]
     for info in parallel.parameters:
         parameter, itemsize = info.parameter, info.parameter.element_size()
         here = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
         shared = parallel.mesh.edp_size if info.role in EXPERTS else parallel.mesh.world_size
-        counts = (here, len(MOMENTS) * here * itemsize, parameter.numel() * itemsize if shared > 1 else 0)
+        counts = (here, len(MOMENTS) * here * (moment_bytes or itemsize), parameter.numel() * itemsize if shared > 1 else 0)
         for total, count in zip(sums, counts, strict=True):
             total[0] += count * parameter.requires_grad
             total[1] += count

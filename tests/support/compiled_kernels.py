@@ -16,6 +16,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
+from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_kernel, take_kernel
 from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
@@ -37,26 +38,41 @@ CHOOSE_BACKWARD = (
 )
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
-    "sum of pairs": (
-        row_sum_kernel,
-        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
-        {**WIDE, "HAS_BASE": False, "BOTH": True},
-    ),
-    "sum of rows": (
-        row_sum_kernel,
-        "own:*bf16 received:*bf16 base:*bf16 order:*i64 first:*i32 out:*bf16 num_own:i32",
-        {**WIDE, "HAS_BASE": True, "BOTH": False},
-    ),
-    "swiglu": (swiglu_kernel, "weight:*fp32 gate:*bf16 up:*bf16 out:*bf16", FFN),
-    "swiglu backward": (
+}
+for order in ("i64", "i32"):  # of a sort, and of the plan kernels
+    for words, base, both in (("pairs", False, False), ("rows", True, False), ("gradients of gate and up", False, True)):
+        arguments = f"own:*bf16 received:*bf16 base:*bf16 order:*{order} first:*i32 out:*bf16 num_own:i32"
+        KERNELS[f"sum of {words}, {order}"] = (row_sum_kernel, arguments, {**WIDE, "HAS_BASE": base, "BOTH": both})
+for words, layout in (("one tensor", FFN), ("two tensors", {**FFN, "ROW": FFN["F"], "UP": 0})):
+    KERNELS[f"swiglu, {words}"] = (swiglu_kernel, "weight:*fp32 gate:*bf16 up:*bf16 out:*bf16", layout)
+    KERNELS[f"swiglu backward, {words}"] = (
         swiglu_backward_kernel,
         "grad:*bf16 weight:*fp32 gate:*bf16 up:*bf16 grad_weight:*fp32 grad_gate:*bf16 grad_up:*bf16",
-        FFN,
-    ),
-}
+        layout,
+    )
 for words, sizes in (("top 8 of 64", TOP_8), ("null columns", NULLS), ("many columns", MANY)):
     KERNELS[f"choose, {words}"] = (choose_kernel, CHOOSE, {**sizes, "G": 2, "CHOSEN": False})
     KERNELS[f"choose backward, {words}"] = (choose_backward_kernel, CHOOSE_BACKWARD, sizes)
+
+CHOICE = "logits:*fp32 group_T:*i64 group_of_expert:*i64"
+for words, experts, groups in (("8 experts", 8, 2), ("300 experts", 300, 1)):
+    columns = triton.next_power_of_2(experts)
+    sizes = {"E": experts, "ROWS": 1024 // columns, "COLUMNS": columns}
+    KERNELS[f"experts choose: candidates, {words}"] = (
+        candidates_kernel,
+        f"{CHOICE} out:*fp32 counts:*i64 T:i32",
+        sizes,
+    )
+    KERNELS[f"experts choose: take, {words}"] = (
+        take_kernel,
+        "logits:*fp32 order:*i64 order_of_scores:*i64 capacity:*fp64 candidates:*i64 taken:*u8 kth_score:*fp32 T:i32",
+        sizes,
+    )
+    KERNELS[f"experts choose: sums, {words}"] = (
+        sums_kernel,
+        f"{CHOICE} threshold:*fp32 taken:*u8 sums:*fp32 T:i32",
+        {**sizes, "G": groups, "TINY": TINY},
+    )
 
 LISTS = "own:*i32 arrived:*i32 runs:*i64"
 KERNELS["plan: scan"] = (

@@ -38,15 +38,17 @@ def main(
         Path | None, typer.Option(help="Count kernels, syncs and collectives of this configuration's step; needs no GPU.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of ranks of --count.")] = 8,
+    card: Annotated[str | None, typer.Option(help="Add the time of --count by this card's data sheet, as H100.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of --count.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the file's tables; measure nothing.")] = False,
 ) -> None:
     """Measure; print the rows that are lost, then all rows; write JSON, and a picture beside it."""
     if count is not None:
-        from tools.bench.count import count as counted  # imports torch
-        from tools.bench.count import table
+        from tools.bench.count import report  # imports torch
 
-        Console().print(table(counted(count, ranks, overrides or ())))
+        Console(width=None if Console().is_terminal else 160).print(
+            *report(count, ranks, overrides or (), card=card), sep="\n"
+        )
         return
     if overrides:
         raise ConfigError(f"{overrides[0]}: only --count takes key=value; to measure one sweep, take --only SWEEP")

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -36,6 +36,7 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "_grouped_mm": 0}  # place of the first factor among the arguments
 WAIT_SECONDS = 1e-3  # between any two fake events
 
 
@@ -79,10 +80,36 @@ def enter() -> None:
     torch.autograd.set_multithreading_enabled(False)  # dispatch modes belong to one thread
 
 
+class Work(NamedTuple):
+    """One operation. `kind` is "copy" for what has no products, else "gemm", "grouped" or "attention", and "fp32" behind a
+    gemm of fp32 numbers. `rows` is the middle one of a product's three sides, because its bytes tell how long a narrow one
+    takes; in a grouped product the rows of an expert. `num_bytes` are read or written."""
+
+    part: str
+    phase: str
+    kind: str
+    rows: int
+    flops: int
+    num_bytes: int
+
+
+class Sent(NamedTuple):
+    """One collective. `num_bytes` are what this rank sends to others, or receives, whichever are more; of sums along a ring
+    what it sends. `ranks` is 0 where the tensors do not show it. `whole` is true if the items are integers."""
+
+    part: str
+    phase: str
+    name: str
+    ranks: int
+    num_bytes: int
+    whole: bool
+
+
 class Recorder(TorchDispatchMode):
     """Counts operations on fake CUDA tensors by `part` and `phase`, which the caller sets.
 
     Attributes:
+        work, sent: Operations and collectives, with the number of each.
         kernels, num_bytes: Number of launched kernels, and bytes that they read and write, by (part, phase).
         collectives: Number of collectives by (part, phase, name).
         syncs: Number of times that the host waits for the device, by (phase, name or source line).
@@ -95,6 +122,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.part, self.phase = "other", "build"
+        self.work: Counter[Work] = Counter()
+        self.sent: Counter[Sent] = Counter()
         self.kernels: Counter[tuple[str, str]] = Counter()
         self.num_bytes: Counter[tuple[str, str]] = Counter()
         self.collectives: Counter[tuple[str, str, str]] = Counter()
@@ -115,6 +144,7 @@ class Recorder(TorchDispatchMode):
             return out
         if func.namespace == "c10d":
             self.collectives[(*place, name)] += 1
+            self.sent[Sent(*place, name, *_sent(name, args))] += 1
             self.order.append(name)
             return out
         question = func._schema.returns and not made
@@ -130,8 +160,14 @@ class Recorder(TorchDispatchMode):
         if name in ("index_put", "index_put_", "_index_put_impl_") and self.phase == "backward":
             self.sorted_sums[self.part] += 1
         self.kernels[place] += 1
-        self.num_bytes[place] += sum(each.numel() * each.element_size() for each in on_device)
+        moved = sum(each.nbytes for each in on_device)
+        self.num_bytes[place] += moved
+        self.work[Work(*place, *_product(name, args), moved)] += 1
         return out
+
+    def computed(self, kind: str, flops: int) -> None:
+        """Notes products inside an operation that is counted without them."""
+        self.work[Work(self.part, self.phase, kind, 0, flops, 0)] += 1
 
     def read(self, name: str) -> None:
         """Notes that the host waits for a value."""
@@ -142,6 +178,30 @@ def source_line() -> str:
     """The innermost line of moe_dist that runs now."""
     ours = [each for each in traceback.extract_stack() if f"{os.sep}moe_dist{os.sep}" in each.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
+
+
+def _product(name: str, args: Any) -> tuple[str, int, int]:
+    """Kind, rows and FLOPs of an operation."""
+    if name not in PRODUCTS:
+        return "copy", 0, 0
+    first, second = args[PRODUCTS[name] :][:2]
+    rows, inner, columns = first.shape[-2], first.shape[-1], second.shape[-1]
+    if name == "_grouped_mm":  # [Q, D] by [E, D, F] in forward; [D, Q] by [Q, F] for gradients of weights
+        pairs, experts = (rows, second.shape[0]) if second.dim() == 3 else (inner, args[2].shape[0])
+        return "grouped", pairs // max(1, experts), 2 * rows * inner * columns
+    times = first.shape[0] if name == "bmm" else 1
+    kind = "gemm" if first.element_size() < 4 else "gemm fp32"
+    return kind, sorted((rows, inner, columns))[1], 2 * times * rows * inner * columns
+
+
+def _sent(name: str, args: Any) -> tuple[int, int, bool]:
+    """Ranks, bytes and dtype of a collective; its first arguments are the output and the input."""
+    tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
+    sizes = [each.nbytes for each in tensors]
+    whole = not tensors[0].is_floating_point()
+    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+        return max(sizes) // max(1, min(sizes)), max(sizes) - min(sizes), whole
+    return 0, 2 * sum(sizes) if name == "allreduce_" else max(sizes), whole
 
 
 class _Event(Idle):
@@ -160,6 +220,22 @@ class _OneKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tuple(torch.ops.aten.sigmoid(each) for each in ctx.saved_tensors)
+
+
+class _Attention(_OneKernel):
+    """One kernel in forward and three in backward, which skip the blocks above the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: "Recorder", *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v = inputs
+        ctx.recorder, ctx.flops = recorder, q.numel() // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        recorder.computed("attention", ctx.flops)
+        return _OneKernel.forward(ctx, *inputs)[..., : v.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.recorder.computed("attention", ctx.flops * 5 // 2)  # five products instead of two
+        return None, *_OneKernel.backward(ctx, gradient)
 
 
 def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
@@ -228,7 +304,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
         for owner, names in ((torch.cuda, cuda), (Tensor, tensor), (FakeTensor, fake), (torch.nn.functional, functions)):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, *_: _OneKernel.apply(q, k, v)))
+        stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, *_: _Attention.apply(recorder, q, k, v)))
         stack.enter_context(mock.patch.object(transformer, "make_mask", attention.dense_mask))
         stack.enter_context(mock.patch.object(trial, "why_not", return_value=None))  # fake values would all differ
         yield

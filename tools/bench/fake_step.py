@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +54,8 @@ class Counted:
         order: The names of all collectives of both steps, in order; equal on all ranks.
         tracked: Number of collectives that the tracker still held at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
+        work, sent: `fake_cuda.Work` and `fake_cuda.Sent`, each with its number at the end.
+        more_work, more_sent: What a step with one micro-batch more has beyond these.
     """
 
     config: str
@@ -70,6 +72,10 @@ class Counted:
     order: str
     tracked: int
     exchange_seconds: float
+    work: list[list[Any]] = field(default_factory=list)
+    sent: list[list[Any]] = field(default_factory=list)
+    more_work: list[list[Any]] = field(default_factory=list)
+    more_sent: list[list[Any]] = field(default_factory=list)
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
@@ -211,13 +217,19 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
         model = training.parallel.model
         layers = watch_parts(model, recorder)
         aux = AuxSettings(config.loss.balance.kind, 0.01, config.loss.z)
-        for number in range(2):
-            for counter in (recorder.kernels, recorder.num_bytes, recorder.collectives, recorder.syncs, recorder.copies):
-                counter.clear()
+
+        def take(number: int, micro_batches: int) -> Any:
             recorder.part = recorder.phase = "step"
+            before = recorder.work.copy(), recorder.sent.copy()
             with recorder:
-                training.step([batch_of(config) for _ in range(MICRO_BATCHES)], lr=1e-4, aux=aux, number=number)
-        return Counted(
+                training.step([batch_of(config) for _ in range(micro_batches)], lr=1e-4, aux=aux, number=number)
+            return recorder.work - before[0], recorder.sent - before[1]
+
+        take(0, MICRO_BATCHES)
+        for counter in (recorder.kernels, recorder.num_bytes, recorder.collectives, recorder.syncs, recorder.copies):
+            counter.clear()
+        work, sent = take(1, MICRO_BATCHES)
+        counted = Counted(
             config=config.run.name,
             rank=rank,
             ranks=ranks,
@@ -232,7 +244,17 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
             order=" ".join(recorder.order),
             tracked=len(mesh.tracker._unfinished),
             exchange_seconds=told[-1],
+            work=_listed(work),
+            sent=_listed(sent),
         )
+        more_work, more_sent = take(2, MICRO_BATCHES + 1)
+        more_work.subtract(work)  # keeps negative numbers
+        more_sent.subtract(sent)
+        return replace(counted, more_work=_listed(more_work), more_sent=_listed(more_sent))
+
+
+def _listed(counter: Counter[Any]) -> list[list[Any]]:
+    return [[*key, count] for key, count in counter.items() if count]
 
 
 def _joined(counter: Counter[Any]) -> dict[str, int]:

@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from typing import Literal
 
 from moe_dist.config.optimizers.base import OptimizerSection
+from moe_dist.config.section import Violation
 
 
 class AdamWSection(OptimizerSection):
@@ -9,6 +11,12 @@ class AdamWSection(OptimizerSection):
     kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = "auto"
     """torch is torch's fused AdamW. apex is NVIDIA Apex's FusedAdam. auto takes apex if it is installed, else torch."""
+
+    def violations(self) -> Iterator[Violation]:
+        yield from super().violations()
+        if self.backend == "apex" and self.moments == "bf16":
+            problem = "backend=apex, moments=bf16: Apex keeps its moments in fp32; set backend=torch, or moments=fp32"
+            yield Violation(("backend", "moments"), problem)
 
     @property
     def needs_apex(self) -> bool:

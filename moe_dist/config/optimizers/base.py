@@ -1,8 +1,9 @@
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.section import Count, Decay, Fraction, NonNegative, Section
+from moe_dist.config.section import Count, Decay, Fraction, NonNegative, Section, Violation
 
 
 class ConstantSchedule(Section):
@@ -31,6 +32,7 @@ class WsdSchedule(Section):
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
+LARGEST_BETA = 0.99  # of moments in bf16: a moment without gradient shrinks by at least 0.01, more than the half of an ulp
 
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple
 
@@ -51,6 +53,22 @@ class OptimizerSection(Section):
     """Largest global gradient norm: larger gradients are scaled down to it. null disables clipping."""
     schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
     """Learning rate as a function of the step."""
+
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Data type of the moments between steps. bf16 takes half the memory; each step rounds them to the nearest value."""
+
+    def violations(self) -> Iterator[Violation]:
+        if self.moments == "bf16" and max(self.decays) > LARGEST_BETA:
+            problem = (
+                f"moments=bf16, decay rates {list(self.decays)}: rounding to bf16 loses the slow changes of a moment whose "
+                f"rate is above {LARGEST_BETA}; take rates up to {LARGEST_BETA}, or moments=fp32"
+            )
+            yield Violation(("moments", "betas"), problem)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Decay rates of all moments."""
+        return self.betas
 
     @property
     def needs_apex(self) -> bool:

@@ -15,6 +15,10 @@ class MuonSection(OptimizerSection):
     kind: Literal["muon"] = "muon"
     momentum: Decay = Field(default=0.95, description="Decay rate of the mean gradient of a matrix (Nesterov).")
 
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return (*self.betas, self.momentum)
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.train.only is not None:
             problem = (

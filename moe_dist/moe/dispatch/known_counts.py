@@ -30,7 +30,7 @@ from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispa
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
 from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.interface import Items, RowKernels
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -45,12 +45,14 @@ class KnownCountsPlan(AllToAllPlan):
 @dataclass(frozen=True)
 class _Order:
     """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
-    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs."""
+    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` are the
+    pairs of each arrived row, of which it has one."""
 
     splits: Splits
     expert_N: Tensor
     pair_P: Tensor
     order_Q: Tensor
+    row_items: Items
     slot_counts: tuple[int, ...]
 
 
@@ -101,6 +103,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             pair_P=order.pair_P,
             order_Q=order.order_Q,
             row_of_pair_Q=order.order_Q,
+            row_items=order.row_items,
             slot_counts=order.slot_counts,
         )
 
@@ -116,7 +119,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         check_receive_rows(rows, self.max_receive_rows, own, "each layer")
 
     def _make_order(self, counts: Counts, device: torch.device) -> _Order:
-        """Computes sizes and orders on the host, and copies three lists of integers to the device."""
+        """Computes sizes and orders on the host, and copies five lists of integers to the device."""
         own, slots = self.wire.rank, [np.array(each, dtype=np.int64) for each in self.placement.slots]
         counts_WE = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
         mine_E = counts_WE[own]
@@ -124,12 +127,17 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         sent = np.concatenate([slots[rank] for rank in [*others, own]])
         arriving_WX = counts_WE[[own, *others]][:, slots[own]]  # pairs of each rank's tokens with each own slot
         first_WX = (np.cumsum(arriving_WX) - arriving_WX.ravel()).reshape(arriving_WX.shape)
+        order_Q = _blocks(first_WX.T.ravel(), arriving_WX.T.ravel())
         send = [int(mine_E[each].sum()) for each in slots]
         return _Order(
             splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
             expert_N=from_host(np.repeat(np.arange(len(mine_E)), mine_E), torch.int64, device),
             pair_P=from_host(_blocks((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), torch.int64, device),
-            order_Q=from_host(_blocks(first_WX.T.ravel(), arriving_WX.T.ravel()), torch.int64, device),
+            order_Q=from_host(order_Q, torch.int64, device),
+            row_items=(
+                from_host(np.argsort(order_Q), torch.int64, device),
+                from_host(np.arange(len(order_Q) + 1), torch.int32, device),
+            ),
             slot_counts=tuple(arriving_WX.sum(0).tolist()),
         )
 

@@ -76,13 +76,33 @@ class Choice(NamedTuple):
     entropy_G: Tensor
 
 
+class ExpertsTables(NamedTuple):
+    """How experts choose tokens: int64 group and float64 capacity of each expert, [E], and the number of groups."""
+
+    group_E: Tensor
+    capacity_E: Tensor
+    num_groups: int
+
+
+class ExpertsSums(NamedTuple):
+    """Sums over T tokens in expert choice; the fields are those of `RouterSums` and `ChoiceSums`."""
+
+    choices_E: Tensor
+    tokens_G: Tensor
+    above_E: Tensor
+    unrouted_G: Tensor
+    prob_E: Tensor
+    entropy_G: Tensor
+
+
 class RowKernels(Protocol):
     """`swiglu` and `sum_pairs` together multiply the output of each pair by its weight; which one does so is their choice.
 
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
 
     Attributes:
-        has_choose: True if `choose` exists. Otherwise the router chooses by operations of torch.
+        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. Otherwise the router chooses by operations
+            of torch.
         has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py`).
     """
 
@@ -91,6 +111,18 @@ class RowKernels(Protocol):
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
         """Lets tokens of the groups `group_T` (-1: padding) choose columns, or takes the columns that they chose before."""
+        ...
+
+    def experts_choose(
+        self, logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, add_noise: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Lets experts choose among one rank's tokens: `taken_TE`, `order_TE` and `kth_score_E` of `ExpertsChoice`."""
+        ...
+
+    def experts_sums(
+        self, logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, threshold_E: Tensor, taken_TE: Tensor
+    ) -> ExpertsSums:
+        """Sums over the tokens, without gradient."""
         ...
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:

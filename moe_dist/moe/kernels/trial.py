@@ -3,6 +3,8 @@
 Shape letters are those of `interface`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -40,7 +43,7 @@ def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> st
 
 def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
     choices = [each for normalise in NORMALISE for each in _choice(kernels, normalise)]
-    return _experts(kernels, dtype) + choices + _plan(kernels)
+    return _experts(kernels, dtype) + choices + _experts_choice(kernels) + _plan(kernels)
 
 
 def _plan(kernels: RowKernels) -> Results:
@@ -83,6 +86,19 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
         summed_MD = kernels.sum_rows(rows_RD, lambda: received_SD, tables, rows_RD)
     gradients = [(f"gradient of {name}", leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
     return [("output of experts", out_RD.detach()), ("sum of rows", summed_MD), *gradients]
+
+
+def _experts_choice(kernels: RowKernels) -> Results:
+    """Choices of experts among tokens of their group, with the sums of a report."""
+    groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
+    router = ExpertChoiceRouter(HIDDEN, groups, kernels=kernels)
+    for n, parameter in enumerate(router.parameters()):
+        parameter.data = _random(10 + n, *parameter.shape) / HIDDEN**0.5
+    pairs, sums, *_ = router(_random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
+    assert sums.choice is not None
+    named = {"experts' choice": pairs.expert_N, "scores": sums.prob_C, "entropies of scores": sums.entropy_G}
+    named |= {"k-th scores": sums.choice.kth_score_E, "tokens without an expert": sums.choice.unrouted_G + 1}
+    return [(name, each.detach().double()) for name, each in named.items()]
 
 
 def _choice(kernels: RowKernels, normalise: Normalise) -> Results:

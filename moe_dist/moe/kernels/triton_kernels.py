@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
+from moe_dist.moe.kernels.expert_choice import choice_candidates, choice_sums, choice_take
 from moe_dist.moe.kernels.gather import gather_rows
-from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
+from moe_dist.moe.kernels.interface import Choice, ExpertsSums, ExpertsTables, RowIndex, TopK
 from moe_dist.moe.kernels.row_sum import row_sum
 from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
@@ -25,6 +26,31 @@ class TritonKernels:
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
         return Choice(*_Choose.apply(logits_TC, group_T, top_k, choice_TK))  # pyright: ignore[reportGeneralTypeIssues]
+
+    @torch.no_grad()
+    def experts_choose(
+        self, logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, add_noise: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        masked_TE, counts_BE = choice_candidates(logits_TE, group_T, tables.group_E)
+        by_score_TE = torch.sort(masked_TE, dim=0, descending=True, stable=True).indices
+        order_TE = by_score_TE
+        if add_noise is not None:
+            order_TE = torch.sort(add_noise(masked_TE), dim=0, descending=True, stable=True).indices
+        candidates_E = counts_BE.sum(0)
+        taken_TE, kth_score_E = choice_take(masked_TE, order_TE, by_score_TE, tables.capacity_E, candidates_E)
+        return taken_TE.view(torch.bool), order_TE, kth_score_E
+
+    @torch.no_grad()
+    def experts_sums(
+        self, logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, threshold_E: Tensor, taken_TE: Tensor
+    ) -> ExpertsSums:
+        taken_TE, (experts, groups) = taken_TE.view(torch.uint8), (logits_TE.shape[1], tables.num_groups)
+        summed = choice_sums(logits_TE, group_T, tables.group_E, threshold_E, taken_TE, groups).sum(0)
+        counts, choice, floats = summed.split([experts + groups] * 3)
+        # exact, because fp32 has all integers to 2^24
+        sizes = [experts, groups]
+        parts = [each.split(sizes) for each in (counts.to(torch.int64), choice.to(torch.float64), floats)]
+        return ExpertsSums(*parts[0], *parts[1], *parts[2])
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         if index.in_order:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import accumulation_dtype
+from moe_dist.moe.dispatch.rows import TORCH, accumulation_dtype
 from moe_dist.moe.draws import logistic
+from moe_dist.moe.kernels.interface import ExpertsSums, ExpertsTables, RowKernels
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
@@ -84,6 +85,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         seed, layer: Parts of the name of each noise value, beside step, token and expert.
         known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
             no host sync.
+        kernels: If they have `experts_choose`, they choose where the scope is one rank, and sum.
     """
 
     group_of_expert_E: Tensor
@@ -103,13 +105,14 @@ class ExpertChoiceRouter(ChoosingRouter):
         seed: int = 0,
         layer: int = 0,
         known_counts: bool = False,
+        kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.causal: Causal | None = causal
         self.selection_scope = selection_scope or SelectionScope()
         self.threshold_decay, self.known_counts = threshold_decay, known_counts
-        self.noise, self.seed, self.layer = noise, seed, layer
+        self.noise, self.seed, self.layer, self.kernels = noise, seed, layer, kernels
         self.num_experts = sum(group.num_experts for group in groups)
         self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
         for group in groups:
@@ -147,21 +150,31 @@ class ExpertChoiceRouter(ChoosingRouter):
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
-            member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
-            inside_TE = member_TG[:, self.group_of_expert_E]  # a temporary bool [T, E]
             noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
             if cache.choice is None:
                 with torch.no_grad():
                     if by_choice:
-                        cache.choice = self._experts_choose(logits_TE, inside_TE, cache.batch_info)
+                        cache.choice = self._experts_choose(logits_TE, group_T, cache.batch_info)
                     else:
-                        cache.choice = self._tokens_pass(h_TD, logits_TE, inside_TE)
-            sums = self._sums(logits_TE, cache.choice, inside_TE, member_TG)
+                        cache.choice = self._tokens_pass(h_TD, logits_TE, self._inside(group_T))
+            sums = self._sums(logits_TE, cache.choice, group_T)
             if self.training and self.causal == "auxiliary":
-                sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, cache.choice.taken_TE, inside_TE))
+                terms_G = self._auxiliary_terms(h_TD, cache.choice.taken_TE, self._inside(group_T))
+                sums = sums._replace(auxiliary_G=terms_G)
         return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
+
+    def _inside(self, group_T: Tensor) -> Tensor:
+        """Returns whether each token is of the expert's group, a temporary bool [T, E]."""
+        return group_T[:, None] == self.group_of_expert_E
+
+    @property
+    def _tables(self) -> ExpertsTables:
+        return ExpertsTables(self.group_of_expert_E, self.capacity_E, len(self.groups))
+
+    def _uses_kernels(self, logits_TE: Tensor) -> bool:
+        return self.kernels.has_choose and logits_TE.dtype == torch.float32
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups than the expert's."""
@@ -187,7 +200,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         expert_E = torch.arange(self.num_experts, device=token_T.device)
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
-    def _experts_choose(self, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
+    def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
         """Lets experts choose, as in training. Every rank computes the noise of the whole scope, so that only logits are
         sent."""
         where, device = self.selection_scope, logits_TE.device
@@ -202,7 +215,10 @@ class ExpertChoiceRouter(ChoosingRouter):
             return logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
 
         noise = add_noise if self.training and self.noise else None
-        masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
+        if self._uses_kernels(logits_TE) and len(lengths) == 1:
+            taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, self._tables, noise)
+            return ExpertsChoice(taken_TE, order_TE, kth_score_E)
+        masked_TE = logits_TE.masked_fill(~self._inside(group_T), OUTSIDE)
         choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
         # An expert with a capacity of 1 takes all tokens of its group, so its threshold must be 0.
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
@@ -242,28 +258,41 @@ class ExpertChoiceRouter(ChoosingRouter):
         return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # the sort does not sync
 
     @torch.no_grad()
-    def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
-        score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
-        member = member_TG.to(score_TE.dtype)
-        tokens_G = member_TG.sum(0)
-        # Scores are divided by their sum, so that their entropy is comparable with that of a softmax.
-        shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
-        entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
-        idle_T = ~choice.taken_TE.any(-1)
-        above_TE = inside_TE & (score_TE > self._thresholds(score_TE.dtype))
+    def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, group_T: Tensor) -> RouterSums:
+        make = self.kernels.experts_sums if self._uses_kernels(logits_TE) else _experts_sums
+        made = make(logits_TE, group_T, self._tables, self._thresholds(logits_TE.dtype), choice.taken_TE)
+        kth_score_E = choice.kth_score_E.to(torch.float64) * made.tokens_G[self.group_of_expert_E]
         return RouterSums(
-            choices_C=choice.taken_TE.sum(0),
-            prob_C=score_TE.sum(0),
-            tokens_G=tokens_G,
-            log_z_squared_G=score_TE.new_zeros(len(self.groups)),  # sigmoids have no z-loss
-            entropy_G=entropy_T @ member,
+            choices_C=made.choices_E,
+            prob_C=made.prob_E,
+            tokens_G=made.tokens_G,
+            log_z_squared_G=logits_TE.new_zeros(len(self.groups)),  # sigmoids have no z-loss
+            entropy_G=made.entropy_G,
             dropped_E=torch.zeros_like(self.group_of_expert_E),
-            choice=ChoiceSums(
-                kth_score_E=choice.kth_score_E.to(torch.float64) * tokens_G[self.group_of_expert_E],
-                above_E=above_TE.sum(0).to(torch.float64),
-                unrouted_G=(member_TG & idle_T[:, None]).sum(0).to(torch.float64),
-            ),
+            choice=ChoiceSums(kth_score_E=kth_score_E, above_E=made.above_E, unrouted_G=made.unrouted_G),
         )
+
+
+def _experts_sums(
+    logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, threshold_E: Tensor, taken_TE: Tensor
+) -> ExpertsSums:
+    """`RowKernels.experts_sums` by operations of torch."""
+    inside_TE = group_T[:, None] == tables.group_E
+    member_TG = group_T[:, None] == torch.arange(tables.num_groups, device=group_T.device)
+    score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
+    # Scores are divided by their sum, so that their entropy is comparable with that of a softmax.
+    shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
+    entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
+    idle_T = ~taken_TE.any(-1)
+    above_TE = inside_TE & (score_TE > threshold_E)
+    return ExpertsSums(
+        choices_E=taken_TE.sum(0),
+        tokens_G=member_TG.sum(0),
+        above_E=above_TE.sum(0).to(torch.float64),
+        unrouted_G=(member_TG & idle_T[:, None]).sum(0).to(torch.float64),
+        prob_E=score_TE.sum(0),
+        entropy_G=entropy_T @ member_TG.to(score_TE.dtype),
+    )
 
 
 def capacity_of_group(group: ExpertGroup) -> float:

@@ -23,14 +23,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.collectives import CommStats, from_host
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
@@ -39,6 +41,7 @@ from moe_dist.placement.roles import Role
 
 ScopeKind = Literal["rank", "ep_group", "world"]
 Causal = Literal["threshold", "auxiliary"]
+KEPT = 16  # number of cached lists of experts
 OUTSIDE = float("-inf")  # logit of a token that does not compete: a token of another group, or padding
 
 
@@ -232,12 +235,16 @@ def counted_pairs(
     )
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
     token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # no sync: host counts
-    expert_N = torch.cat(
-        [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]
-    )
+    expert_N = _expert_of_pairs(mine, token_N.device)
     cell_N = token_N * weight_TE.shape[1] + expert_N
     # Not weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
     return Assignments(token_N, expert_N, weight_TE.flatten().index_select(0, cell_N), counts_WE)
+
+
+@lru_cache(maxsize=KEPT)
+def _expert_of_pairs(counts_E: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns each expert as often as its count says, int64 [N]. All layers of a micro-batch use one result."""
+    return from_host(np.repeat(np.arange(len(counts_E)), counts_E), torch.int64, device)
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
