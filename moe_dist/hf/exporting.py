@@ -39,7 +39,7 @@ from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.forms import choose_form, parsed_section, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
-from moe_dist.hf.names import Slot, router_name, shards, slots
+from moe_dist.hf.names import Slot, idle_places, router_name, shards, slots
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.runtime.progress import Report
@@ -106,6 +106,8 @@ def export_model(
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
     stored = _stored_tensors(found, wanted)
+    for place, like_name in idle_places(form.section, form.family):
+        stored.append(StoredTensor(place.name, place.shape, DTYPES[wanted[like_name]], []))
     with new_folder(out) as folder:
         num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
@@ -290,7 +292,8 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, first element)."""
+    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, first element). Without parts it is
+    zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -302,7 +305,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def make(self, read: Read) -> Tensor:
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        whole = torch.zeros(self.shape, dtype=self.dtype)
         for name, rows, begin in self.parts:
             part = read(name)[rows]
             whole.view(-1)[begin : begin + part.numel()] = part.flatten()

@@ -8,7 +8,7 @@ from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.attention.latent import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.fields import Fields
+from moe_dist.hf.fields import Fields, setting
 
 
 class HeadFields(Protocol):
@@ -75,22 +75,27 @@ class LatentHeads:
 
     kv_heads: int | None = 128
     rope_share: float | None = None
+    head_dim: int | None = None  # head_dim if it is absent; None: qk_rope_head_dim
+    plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
+    scaled: bool = False
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
         plain, rotated = read.whole("qk_nope_head_dim"), read.whole("qk_rope_head_dim")
-        kv_heads = read.whole("num_key_value_heads", self.kv_heads, null=num_heads)
+        kv_heads = read.whole("num_key_value_heads", self.kv_heads or num_heads, null=num_heads)
         if kv_heads != num_heads:
             raise ConfigError(
                 f"config.json: num_key_value_heads={kv_heads}: latent attention makes keys and values for all "
                 f"num_attention_heads={num_heads} heads; set both to the same number"
             )
-        read.must_be("head_dim", (rotated,), "it must be qk_rope_head_dim")
+        if (width := read.whole("head_dim", self.head_dim or rotated)) != rotated:
+            raise ConfigError(f"config.json: head_dim={width} is not supported: it must be qk_rope_head_dim={rotated}")
         read.must_be("qk_head_dim", (plain + rotated,), "it must be qk_nope_head_dim + qk_rope_head_dim")
         attention = {
             "kind": "latent",
-            "q_rank": read.whole("q_lora_rank", null=None),
+            "q_rank": read.whole("q_lora_rank", **({"null": None} if self.plain_queries else {})),
             "kv_rank": read.whole("kv_lora_rank"),
             "value_dim": read.whole("v_head_dim"),
+            "scaled": self.scaled,
         }
         section = {"num_kv_heads": num_heads, "head_dim": plain + rotated, "rope_dim": rotated, "attention": attention}
         return section, rotated
@@ -98,7 +103,9 @@ class LatentHeads:
     def write(self, section: ModelSection) -> dict[str, Any]:
         attention, rotated = section.attention, section.rope_dim or 0
         assert isinstance(attention, LatentAttentionSection)
+        width = {} if self.head_dim is None else {"head_dim": rotated}
         return {
+            **width,
             "num_key_value_heads": section.num_heads,
             "qk_nope_head_dim": section.resolved_head_dim - rotated,
             "qk_rope_head_dim": rotated,
@@ -108,4 +115,10 @@ class LatentHeads:
         }
 
     def held(self, section: ModelSection) -> Mapping[str, bool]:
-        return {f"attention.kind={section.attention.kind}": isinstance(section.attention, LatentAttentionSection)}
+        attention = section.attention
+        if not isinstance(attention, LatentAttentionSection):
+            return {f"attention.kind={attention.kind}": False}
+        return {
+            setting("attention.scaled", attention.scaled): attention.scaled == self.scaled,
+            f"attention.q_rank={attention.q_rank}": self.plain_queries or attention.q_rank is not None,
+        }

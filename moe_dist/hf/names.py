@@ -65,22 +65,35 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     dim = section.hidden_dim
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight", dim))
-        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn")
+        ours, (theirs, part) = f"layers.{layer}", family.place(layer)
+        found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm{part}.weight", dim))
+        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn{part}")
+        ffn_norm = f"{theirs}.post_attention_layernorm{part}.weight"
         if layer in section.moe_layers:
-            found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
+            found.append(_whole(f"{ours}.moe.norm.weight", ffn_norm, dim))
             found += _LAYOUTS[family.layout](section, family, ours, theirs)
             found += _shared_expert(section, family, f"{ours}.moe.shared", theirs)
             if layer in section.depth_layers:
                 found += _depth_router(section, f"{ours}.depths", f"{theirs}.depth_router")
         else:
-            found.append(_whole(f"{ours}.ffn.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
-            found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
+            found.append(_whole(f"{ours}.ffn.norm.weight", ffn_norm, dim))
+            found += _swiglu(f"{ours}.ffn", f"{theirs}.{family.dense_module}", dim, section.dense_ffn_dim or 0)
     found.append(_whole("norm.weight", "model.norm.weight", dim))
     if not section.tie_embeddings:
         found.append(_whole("output.weight", HEAD, section.vocab_size, dim))
     return found
+
+
+def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
+    """Yields the tensors that transformers needs and never uses, each with the logical tensor whose dtype it gets: gate and
+    up of LongCat-Flash's identity experts."""
+    for layer in section.moe_layers if family.layout == "identity" else ():
+        ((name, group),) = section.moe.groups.items()
+        for expert in range(group.num_experts, group.num_experts + group.num_identity):
+            for part in ("gate", "up"):
+                theirs = f"{family.place(layer)[0]}.{family.expert.format(expert=expert, part=part, old='')}"
+                shape = (group.ffn_dim, section.hidden_dim)
+                yield TensorPlace(theirs, shape), f"layers.{layer}.moe.experts.{name}.0.{part}"
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
@@ -150,7 +163,8 @@ def _shared_expert(section: ModelSection, family: ModelFamily, ours: str, theirs
 def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     for expert in range(group.num_experts):
         for part, shape in _matrices(section.hidden_dim, group.ffn_dim).items():
-            places = tuple(_expert_places(family, theirs, expert, part, group.num_experts, shape))
+            allotted = group.num_experts + (group.num_identity if family.layout == "identity" and part != "down" else 0)
+            places = tuple(_expert_places(family, theirs, expert, part, allotted, shape))
             yield Slot(f"{ours}.{expert}.{part}", shape, places)
 
 
@@ -176,6 +190,15 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
     for ours_part, theirs_part, box in (("vector", "constant", (dim,)), ("gate", "wg.weight", (2, dim))) if count else ():
         places = [TensorPlace(f"{theirs}.mlp.experts.{first + each}.{theirs_part}", box) for each in range(count)]
         yield Slot(f"{ours}.moe.free.{name}.{ours_part}", (count, *box), (places[0],), tuple(places[1:]))
+
+
+def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """LongCat-Flash: the rows and biases of identity experts stand behind those of the others."""
+    ((name, group),) = section.moe.groups.items()
+    router, (gate,), (bias,) = f"{ours}.moe.router.{name}", family.gates, family.selection_bias
+    yield from _router_rows(section, group, router, f"{theirs}.{gate}")
+    yield _whole(f"{router}.bias", f"{theirs}.{bias}", group.num_experts + group.num_identity)
+    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
 
 
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
@@ -206,6 +229,7 @@ def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slo
 
 _LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterator[Slot]]] = {
     "plain": _plain,
+    "identity": _identity,
     "zero_computation": _zero_computation,
     "moe_dist": _served,
 }

@@ -20,7 +20,7 @@ from moe_dist.hf.families import GROUP
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
 from moe_dist.hf.forms import parsed_section
-from moe_dist.hf.names import EMBEDDING, HEAD, Slot, router_name, shards, slots
+from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
@@ -154,7 +154,7 @@ def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options:
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
-            "model has experts and null experts of its own, which are imported as they are; leave these options out"
+            "model has zero-computation experts of its own, which are imported as they are; leave these options out"
         )
     groups = {
         name: {**group, "modalities": group.get("modalities", options.modalities)}
@@ -226,7 +226,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
-    left_out = sorted(name for name in source.tensors if name not in used and name.startswith(prefixes))
+    idle = {place.name for place, _ in idle_places(section, family)}
+    left_out = sorted(name for name in source.tensors if name not in used and (name.startswith(prefixes) or name in idle))
     used |= {*copies, *left_out}
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip

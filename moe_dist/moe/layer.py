@@ -23,6 +23,9 @@ class Router(Protocol):
 class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
+    With `shortcut` y is the shared expert alone, and the report has the rest as `late_TD` (LongCat-Flash, arXiv 2509.01322,
+    section 2.2). The caller adds it behind the next layer.
+
     Args:
         norm: Norm of the layer's input, or identity.
         router: A `Router`, which chooses the experts of each token.
@@ -30,6 +33,7 @@ class MoELayer(nn.Module):
         dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
         shared: An expert that computes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.
+        shortcut: Whether the caller adds the routed experts' output later. Needs a shared expert.
         recompute: What backward computes again. `experts`: only the expert FFNs, which needs no exchange. `block`: the
             whole layer and its dispatch exchange; the choice of experts and the dispatch plan are kept.
         name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
@@ -44,6 +48,7 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher[Any],
         shared: nn.Module | None = None,
         free: ZeroComputationExperts | None = None,
+        shortcut: bool = False,
         recompute: Recompute = "none",
         name: str = "",
     ) -> None:
@@ -53,6 +58,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared = shared
         self.free = free
+        self.shortcut = shortcut
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
@@ -87,4 +93,7 @@ class MoELayer(nn.Module):
         if experts_off:
             y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
         report = LayerReport(sums, *plan.sent, prob_AC=prob_AC, chosen=chosen)
+        if self.shortcut:
+            assert shared_TD is not None, "the configuration demands a shared expert"
+            return shared_TD, report._replace(late_TD=y_TD)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

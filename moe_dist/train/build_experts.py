@@ -78,6 +78,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
             dispatcher=dispatcher,
             shared=_shared_expert(section) if moe.shared_ffn_dim else None,
             free=ZeroComputationExperts(hidden_dim, groups) if has_zero_computation_experts(groups) else None,
+            shortcut=moe.shortcut,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",
         )

@@ -29,6 +29,7 @@ KINDS = (
     "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
     "llama biased", "mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled",
     "ernie4_5_moe", "ernie4_5_moe tied", "glm4_moe", "glm4_moe plain", "deepseek_v3", "deepseek_v3 plain",
+    "longcat_flash", "longcat_flash scaled",
 )  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3",
+                                  "longcat_flash"])
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
@@ -68,7 +70,7 @@ def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tm
     assert config.run.init_from == str(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "longcat_flash"])
 def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     model = tiny_model(kind)
     plain, fused = save(model, tmp_path / "plain"), save(model, tmp_path / "fused", save_original_format=False)
