@@ -90,6 +90,7 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
     values = section.model_dump(mode="json")
     fields = {theirs: values[ours] for ours, theirs in _FIELDS.items()}
     fields |= {theirs: values["moe"][ours] for ours, theirs in _MOE_FIELDS.items()}
+    fields["moe_shortcut"] = section.moe.shortcut
     groups = [
         {"name": name, **group.model_dump(mode="json"), "token_ids": ids.get(name)}
         for name, group in section.moe.groups.items()
@@ -121,6 +122,7 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
+    moe["shortcut"] = read.get("moe_shortcut", False)  # absent in older exports
     groups = read.many("expert_groups")
     if not all(isinstance(group, dict) and "name" in group for group in groups):
         raise ConfigError(f"config.json: expert_groups={groups!r:.80} must be objects, each with a name")

@@ -148,7 +148,9 @@ class MoeDistLatentAttention(MoeDistAttention):
         self.query_parts, self.latent_parts, self.head_parts = [plain, rotated], [kv_rank, rotated], [plain, value_dim]
         if rope.get("mscale_all_dim") and rope["factor"] > 1:
             self.scaling *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
-        self.has_latent_queries = q_rank is not None
+        self.has_latent_queries, scaled = q_rank is not None, config.attention.get("scaled", False)
+        self.query_scale = (hidden_size / q_rank) ** 0.5 if scaled and q_rank else 1.0
+        self.latent_scale = (hidden_size / kv_rank) ** 0.5 if scaled else 1.0
         if q_rank is None:
             self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
         else:
@@ -161,14 +163,14 @@ class MoeDistLatentAttention(MoeDistAttention):
 
     def project(self, hidden_states, position_embeddings):
         if self.has_latent_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.query_scale)
         else:
             query = self.q_proj(hidden_states)
         heads = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         plain, turned = heads.split(self.query_parts, dim=-1)
         latent, key = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_parts, dim=-1)
         turned, key = self.rotate(turned, key[:, None], position_embeddings)
-        return torch.cat([plain, turned], dim=-1), key, self.kv_a_layernorm(latent)[:, None]
+        return torch.cat([plain, turned], dim=-1), key, self.kv_a_layernorm(latent)[:, None] * self.latent_scale
 
     def expand(self, key, value):
         both = self.kv_b_proj(value[:, 0]).unflatten(-1, (-1, sum(self.head_parts))).transpose(1, 2)
@@ -286,21 +288,29 @@ class MoeDistSparseMoeBlock(nn.Module):
         super().__init__()
         self.groups = nn.ModuleList(MoeDistExpertGroup(config, group) for group in config.expert_groups)
         self.has_shared_expert, self.has_shared_gate = config.shared_expert_intermediate_size > 0, config.shared_expert_gate
+        self.has_shortcut = config.moe_shortcut
         if self.has_shared_expert:
             self.shared_expert = MoeDistMLP(config, config.shared_expert_intermediate_size)
         if self.has_shared_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states, group_ids):
-        """`group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1."""
+        """Returns the output, and what is to be added behind the next layer (None without a shortcut).
+
+        `group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1.
+        """
         x, output = hidden_states.flatten(0, 1), torch.zeros_like(hidden_states).flatten(0, 1)
         for index, group in enumerate(self.groups):
             (tokens,) = torch.where(group_ids.flatten() == index)
             output[tokens] = group(x[tokens])
+        output, late = output.view_as(hidden_states), None
+        if self.has_shortcut:
+            output, late = torch.zeros_like(output), output
         if self.has_shared_expert:
-            shared = self.shared_expert(x)
-            output = output + (self.shared_expert_gate(x).sigmoid() * shared if self.has_shared_gate else shared)
-        return output.view_as(hidden_states)
+            shared = self.shared_expert(hidden_states)
+            gate = self.shared_expert_gate(hidden_states).sigmoid() if self.has_shared_gate else 1.0
+            output = output + gate * shared
+        return output, late
 
 
 class MoeDistDepthRouter(nn.Module):
@@ -340,7 +350,8 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
         if self.has_depths:
             self.depth_router = MoeDistDepthRouter(config)
 
-    def forward(self, hidden_states, group_ids, **kwargs):
+    def forward(self, hidden_states, group_ids, late=None, **kwargs):
+        """Adds `late`, which the layer before has left. Returns the hidden states, and what is left for the next layer."""
         weight = 1.0
         if self.has_depths:
             kwargs["taken"], weight = self.depth_router(hidden_states)
@@ -348,8 +359,9 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
             weight = weight.masked_fill(~kwargs["taken"], 0.0)[..., None]
         added, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normed = self.post_attention_layernorm(hidden_states + added)
-        added = added + (self.mlp(normed, group_ids) if self.is_sparse else self.mlp(normed))
-        return hidden_states + (weight * added).to(added.dtype)
+        output, left = self.mlp(normed, group_ids) if self.is_sparse else (self.mlp(normed), None)
+        hidden_states = hidden_states + (weight * (added + output)).to(added.dtype)
+        return hidden_states if late is None else hidden_states + late, left
 
 
 class MoeDistPreTrainedModel(PreTrainedModel):
@@ -429,8 +441,9 @@ class MoeDistModel(MoeDistPreTrainedModel):
         masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
         hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         kwargs |= {"position_embeddings": rotary, "cache": cache}
+        late = None
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
-            hidden_states = layer(hidden_states, group_ids, attention_mask=masks[kind], **kwargs)
+            hidden_states, late = layer(hidden_states, group_ids, late, attention_mask=masks[kind], **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})  # pyright: ignore
 
 
