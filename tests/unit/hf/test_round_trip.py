@@ -56,8 +56,9 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3",
-                                  "longcat_flash"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3", "longcat_flash"]
+)
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
