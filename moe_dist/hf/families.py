@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf import deepseek_v3, ernie4_5_moe, glm4_moe, longcat_flash, qwen_moe
+from moe_dist.hf import deepseek_v3, ernie4_5_moe, glm4_moe, gpt_oss, longcat_flash, qwen_moe
 from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, windows_fit, write_rope, write_windows
 from moe_dist.hf.family import NORM, ModelFamily, SoftmaxRouter
 from moe_dist.hf.fields import Fields, setting
@@ -53,6 +53,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
         glm4_moe.FAMILY,
         deepseek_v3.FAMILY,
         longcat_flash.FAMILY,
+        gpt_oss.FAMILY,
     )
 }  # fmt: skip
 KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for the last
@@ -61,8 +62,6 @@ _MLA = "its attention (MLA, model.attention.kind=latent)"
 REFUSED = {
     "deepseek_v2": f"{_MLA} is in the model, but its choice by softmax inside the best groups of experts is not",
     "kimi_k2": f"transformers has no class of this name; {_MLA} and its router (kind=group_limited) are in the model",
-    "gpt_oss": "its attention sinks, the biases of its experts and routers, and its experts' clipped SwiGLU are not in the "
-    "model",
     "qwen3_next": "its linear attention is not in the model",
     "llama4_text": "its chunked attention is not in the model",
 }
@@ -115,7 +114,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         "vocab_size": read.whole("vocab_size"),
         "max_seq_len": max_seq_len,
         "dense_ffn_dim": read.whole(family.dense_ffn) if dense else None,
-        **read_rope(read, family.rope_base, family.heads.rope_share, rotated, max_seq_len),
+        **read_rope(read, family.rope_base, family.heads.rope_share, rotated, max_seq_len, family.rope_scaling),
         **head_values,
         "rope_pairs": read.choice(family.rope_pairs),
         **read_windows(read, family.windows, layers),
@@ -133,6 +132,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
                     **(family.zero_computation.read(read) if family.zero_computation else {}),
                 }
             },
+            "experts": family.form.read(read),
             "router": family.router.read(read),
             "first": first,
             "every": every,
@@ -178,6 +178,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
             zeros.fits(group) if zeros else not group.num_zero_computation
         ),
         f"moe.first={moe.first}, moe.every={moe.every}": family.layers.fit(section),
+        f"experts.kind={moe.experts.kind}": family.form.fits(moe.experts),
         setting("moe.shortcut", moe.shortcut): moe.shortcut == family.shortcut,
         f"{setting('shared_ffn_dim', moe.shared_ffn_dim)}, {setting('shared_gate', moe.shared_gate)}": (
             family.shared.fits(moe, group.ffn_dim) if family.shared else not moe.shared_ffn_dim
@@ -213,6 +214,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         **family.biases[section.attention_bias],
         **family.rope_pairs[section.rope_pairs],
         **family.router.write(moe.router),
+        **family.form.write(moe.experts),
         **family.layers.write(section),
     }
     if family.experts:

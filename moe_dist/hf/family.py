@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
@@ -18,7 +20,7 @@ from moe_dist.hf.head_fields import GroupedHeads, HeadFields
 NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
 # Where the tensors of MoE layers are (`moe_dist.hf.names`).
-Layout = Literal["plain", "identity", "zero_computation", "moe_dist"]
+Layout = Literal["plain", "identity", "interleaved", "zero_computation", "moe_dist"]
 
 
 class RouterFields(Protocol):
@@ -52,6 +54,18 @@ class LayerFields(Protocol):
     def fit(self, section: ModelSection) -> bool: ...
 
 
+class ExpertFields(Protocol):
+    """The fields with the form of the experts."""
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        """Returns the values of `model.moe.experts`."""
+        ...
+
+    def write(self, experts: ExpertsSection) -> dict[str, Any]: ...
+
+    def fits(self, experts: ExpertsSection) -> bool: ...
+
+
 class ZeroComputationFields(Protocol):
     """The fields with the numbers of null, identity and constant experts."""
 
@@ -72,11 +86,13 @@ class SoftmaxRouter:
 
     normalise: Choices  # fields by value of `router.normalise`; the first is the default
     selection_bias: bool = False
+    logit_bias: bool = False
     scale: float | None = None  # routed_scaling_factor if it is absent; None: the family has no such field
 
     def read(self, read: Fields) -> dict[str, Any]:
         scale = {} if self.scale is None else {"scale": read.positive("routed_scaling_factor", self.scale)}
-        return {"kind": "top_k", "normalise": read.choice(self.normalise), "selection_bias": self.selection_bias, **scale}
+        biases = {"selection_bias": self.selection_bias, "logit_bias": self.logit_bias}
+        return {"kind": "top_k", "normalise": read.choice(self.normalise), **biases, **scale}
 
     def write(self, router: RouterSection) -> dict[str, Any]:
         assert isinstance(router, TopKRouterSection)
@@ -89,8 +105,23 @@ class SoftmaxRouter:
         return {
             setting("router.normalise", router.normalise): router.normalise in self.normalise or num_experts == 1,
             setting("router.selection_bias", router.selection_bias): router.selection_bias == self.selection_bias,
+            setting("router.logit_bias", router.logit_bias): router.logit_bias == self.logit_bias,
             setting("router.scale", router.scale): router.scale == 1.0 or self.scale is not None,
         }
+
+
+@dataclass(frozen=True)
+class SwiGLUs:
+    """Experts are plain SwiGLUs."""
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        return {"kind": "ffn"}
+
+    def write(self, experts: ExpertsSection) -> dict[str, Any]:
+        return {}
+
+    def fits(self, experts: ExpertsSection) -> bool:
+        return not isinstance(experts, ClampedFFNExpertsSection)
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,7 @@ class ModelFamily:
     router: RouterFields
     experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
     ffn: str  # name of the field with the FFN width of an expert
+    form: ExpertFields = SwiGLUs()
     top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices of a token
     qk_norm: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.qk_norm`
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
@@ -155,6 +187,7 @@ class ModelFamily:
     layout: Layout = "plain"
     heads: HeadFields = field(default_factory=GroupedHeads)
     rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
+    rope_scaling: Mapping[str, Any] | None = None  # rope_parameters if there are none
     rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
     windows: Windows = "none"  # how config.json says sliding windows
     tied: bool = False  # tie_word_embeddings if it is absent

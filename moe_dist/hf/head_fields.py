@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.attention.latent import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
@@ -37,15 +36,17 @@ class HeadFields(Protocol):
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """Heads of grouped-query attention."""
+    """Heads of grouped-query attention, of a `kind` that computes with the same widths."""
 
+    kind: str = "grouped_query"  # `model.attention.kind`
+    width: int | None = None  # head_dim if it is absent; None: hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None
     rope_share: float | None = None
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        width = read.whole("head_dim", None, **({"null": None} if self.null else {}))
+        width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(
                 f"config.json: head_dim={width}: a {read.family} model has heads of hidden_size / num_attention_heads"
@@ -54,7 +55,8 @@ class GroupedHeads:
             kv_heads = read.whole("num_key_value_heads", num_heads, null=num_heads)
         else:
             kv_heads = read.whole("num_key_value_heads", self.kv_heads)
-        return {"num_kv_heads": kv_heads, "head_dim": width}, width or read.whole("hidden_size") // num_heads
+        section = {"num_kv_heads": kv_heads, "head_dim": width, "attention": {"kind": self.kind}}
+        return section, width or read.whole("hidden_size") // num_heads
 
     def write(self, section: ModelSection) -> dict[str, Any]:
         width = {"head_dim": section.resolved_head_dim} if self.field else {}
@@ -63,7 +65,7 @@ class GroupedHeads:
     def held(self, section: ModelSection) -> Mapping[str, bool]:
         width = section.resolved_head_dim
         return {
-            f"attention.kind={section.attention.kind}": isinstance(section.attention, GroupedQuerySection),
+            f"attention.kind={section.attention.kind}": section.attention.kind == self.kind,
             f"head_dim={section.head_dim}": self.field or width == section.hidden_dim // section.num_heads,
             f"rope_dim={section.rope_dim}": self.rope_share is not None or section.rope_dim in (None, width),
         }

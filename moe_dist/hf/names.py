@@ -2,7 +2,8 @@
 
 By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
 the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
-down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element.
+down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element. gpt-oss has
+gate_up_proj [n, D, 2 F] with gate and up in turn, and down_proj [n, F, D]; there the place also has strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,11 +37,12 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a logical tensor: contiguous elements in one of the family's tensors."""
+    """The place of a logical tensor: elements of one of the family's tensors."""
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
     begin: int = 0  # index of the first of these elements in the family's tensor, in row-major order
+    strides: tuple[int, ...] = ()  # distances of the elements along each dim; empty: they follow each other
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,15 @@ def _latent(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_a_layernorm.weight", widths[f"{part}_up"][0])
 
 
+def _sinks(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    yield from _grouped_query(section, ours, theirs)
+    yield _whole(f"{ours}.sinks", f"{theirs}.sinks", section.num_heads)
+
+
 _ATTENTIONS: Mapping[str, Callable[[ModelSection, str, str], Iterator[Slot]]] = {
     "grouped_query": _grouped_query,
     "latent": _latent,
+    "sinks": _sinks,
 }
 
 
@@ -201,6 +209,26 @@ def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str
     yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
 
 
+def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """gpt-oss: the matrices of experts are transposed, gate and up take turns, and everything has a bias."""
+    ((name, group),) = section.moe.groups.items()
+    dim, num, ffn = section.hidden_dim, group.num_experts, group.ffn_dim
+    (gate,), router = family.gates, f"{ours}.moe.router.{name}"
+    yield _whole(f"{router}.true", f"{theirs}.{gate}", num, dim)
+    yield _whole(f"{router}.offset", f"{theirs}.{gate.removesuffix('weight')}bias", num)
+    stem, both = f"{theirs}.mlp.experts", (num, dim, 2 * ffn)
+    for expert in range(num):
+        prefix = f"{ours}.moe.experts.{name}.{expert}"
+        for part, at in (("gate", 0), ("up", 1)):
+            place = TensorPlace(f"{stem}.gate_up_proj", both, expert * 2 * dim * ffn + at, (2, 2 * ffn))
+            yield Slot(f"{prefix}.{part}", (ffn, dim), (place,))
+            place = TensorPlace(f"{stem}.gate_up_proj_bias", (num, 2 * ffn), expert * 2 * ffn + at, (2,))
+            yield Slot(f"{prefix}.{part}_bias", (ffn,), (place,))
+        place = TensorPlace(f"{stem}.down_proj", (num, ffn, dim), expert * ffn * dim, (1, dim))
+        yield Slot(f"{prefix}.down", (dim, ffn), (place,))
+        yield Slot(f"{prefix}.down_bias", (dim,), (TensorPlace(f"{stem}.down_proj_bias", (num, dim), expert * dim),))
+
+
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     """`modeling_moe_dist.py`: every part of every group."""
     dim, router = section.hidden_dim, section.moe.router
@@ -210,7 +238,13 @@ def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) 
         if router.has_selection_bias:
             columns = group.num_experts + group.num_null + group.num_zero_computation
             yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
+        if router.has_logit_bias:
+            yield _whole(f"{ours}.moe.router.{name}.offset", f"{to}.router.bias", group.num_experts)
         yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", to)
+        for expert in range(group.num_experts) if section.moe.experts.num_biases(dim, group.ffn_dim) else ():
+            for part, (rows, _) in _matrices(dim, group.ffn_dim).items():
+                place = f"{to}.experts.{expert}.{part}_proj.bias"
+                yield _whole(f"{ours}.moe.experts.{name}.{expert}.{part}_bias", place, rows)
         if group.num_constant:
             yield _whole(f"{ours}.moe.free.{name}.vector", f"{to}.constant_vectors", group.num_constant, dim)
             yield _whole(f"{ours}.moe.free.{name}.gate", f"{to}.constant_gates", group.num_constant, 2, dim)
@@ -230,6 +264,7 @@ def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slo
 _LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterator[Slot]]] = {
     "plain": _plain,
     "identity": _identity,
+    "interleaved": _interleaved,
     "zero_computation": _zero_computation,
     "moe_dist": _served,
 }

@@ -12,6 +12,7 @@ from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
 from moe_dist.moe.adapted_experts import AdaptedExperts
+from moe_dist.moe.clamped_experts import ClampedExperts
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels.interface import RowKernels
@@ -117,6 +118,7 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
     "ffn": ffn_layers,
     "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
+    "clamped_ffn": lambda parts: ffn_layers(parts, ClampedExperts),
     "lora": lora_layers,
 }
 

@@ -61,7 +61,22 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     longcat |= {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 4, "q_lora_rank": 20, "kv_lora_rank": 12}
     longcat |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 6}
     del longcat["num_hidden_layers"]
+    gpt_oss = {**shape, **experts8, "intermediate_size": 24, "head_dim": 8}
     make, values = {
+        "gpt_oss": (
+            transformers.GptOssConfig,
+            {**gpt_oss, "sliding_window": 4, "swiglu_limit": 1.5, "rope_parameters": {**yarn, "truncate": False}},
+        ),
+        "gpt_oss plain": (
+            transformers.GptOssConfig,
+            {
+                **gpt_oss,
+                "attention_bias": False,
+                "tie_word_embeddings": True,
+                "layer_types": ["full_attention"] * 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
         "longcat_flash": (transformers.LongcatFlashConfig, {**longcat, "routed_scaling_factor": 1.5}),
         "longcat_flash scaled": (
             transformers.LongcatFlashConfig,

@@ -73,6 +73,8 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "expert_ffn_hidden_size": (36, 0),
     "moe_topk": (2, 99),  # theirs cannot run with 1
     "zero_expert_num": (0, 2, -1),
+    "swiglu_alpha": (0.5, 0.0),
+    "swiglu_limit": (0.5, 0.0),
     "qk_head_dim": (12, 16),
     "num_experts_per_tok": (1, 99),
     "num_local_experts": (4,),
@@ -197,6 +199,11 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
         {"qk_rope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16}, {"qk_nope_head_dim": 4, "qk_head_dim": ABSENT},
         {"qk_rope_head_dim": 64, "head_dim": ABSENT, "qk_head_dim": ABSENT},
         {"num_key_value_heads": ABSENT, "num_attention_heads": 2}, {"n_routed_experts": 1, "zero_expert_num": 9},
+    ),
+    "gpt_oss": (
+        {"num_experts": 8}, {"num_experts": 4}, {"layer_types": ABSENT, "num_hidden_layers": 3},
+        {"layer_types": ABSENT, "sliding_window": ABSENT}, {"layer_types": ["full_attention"] * 2, "sliding_window": 1},
+        {"rope_parameters": ABSENT, "max_position_embeddings": 131072},
     ),
 }  # fmt: skip
 

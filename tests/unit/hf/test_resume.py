@@ -164,6 +164,7 @@ EXPERTS: dict[str, dict[str, int]] = {
     "glm4_moe": {"n_routed_experts": 16},
     "deepseek_v3": {"n_routed_experts": 16},
     "longcat_flash": {"n_routed_experts": 20, "zero_expert_num": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_hidden_layers": 12},
 }
 
 
@@ -171,7 +172,7 @@ EXPERTS: dict[str, dict[str, int]] = {
 def wide(tmp_path: Path) -> Iterator[Path]:
     """A model of each family with many experts, of more than 4 x LIMIT."""
     for kind, experts in EXPERTS.items():
-        hollow(tmp_path / kind, kind, **WIDE, **experts)
+        hollow(tmp_path / kind, kind, **{**WIDE, **experts})
         assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
     yield tmp_path
     shutil.rmtree(tmp_path)

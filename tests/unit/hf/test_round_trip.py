@@ -29,8 +29,10 @@ KINDS = (
     "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
     "llama biased", "mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled",
     "ernie4_5_moe", "ernie4_5_moe tied", "glm4_moe", "glm4_moe plain", "deepseek_v3", "deepseek_v3 plain",
-    "longcat_flash", "longcat_flash scaled",
+    "longcat_flash", "longcat_flash scaled", "gpt_oss", "gpt_oss plain",
 )  # fmt: skip
+
+PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # a tensor of theirs has parts of several of ours
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -48,7 +50,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     theirs = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path / "theirs")
     done = import_model(theirs, tmp_path / "ours", shard_bytes=5000)
-    assert (done.converted, list(done.unread), done.kept) == ({"BF16": len(tensors_of(theirs))}, [], 0)
+    read = open_checkpoint(find_checkpoint(tmp_path / "ours")).index.tensors if kind in PARTED else tensors_of(theirs)
+    assert (done.converted, list(done.unread), done.kept) == ({"BF16": len(read)}, [], 0)
     assert done.shards > 3  # tensors are cut
     out = export_model(tmp_path / "ours", tmp_path / "back", shard_bytes=9000)
     assert out.shards > 1
