@@ -149,7 +149,9 @@ def _alternate(read: Fields, num_layers: int) -> dict[str, Any]:
     window = read.whole("sliding_window", DEFAULT_ALTERNATE)
     types = read.many("layer_types", null=None) or [(_SLIDING, _FULL)[layer % 2] for layer in range(num_layers)]
     if len(types) != num_layers or not all(each in (_FULL, _SLIDING) for each in types):
-        raise ConfigError(f"config.json: layer_types={types!r:.80} must name {_FULL} or {_SLIDING} for each layer")
+        raise ConfigError(
+            f"config.json: layer_types={types!r:.80} must name {_FULL} or {_SLIDING} num_hidden_layers={num_layers} times"
+        )
     return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
 
 

@@ -60,7 +60,8 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3", "longcat_flash"]
+    "kind",
+    ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased", "glm4_moe", "deepseek_v3", "longcat_flash", "gpt_oss"],
 )
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
@@ -74,7 +75,7 @@ def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tm
     assert config.run.init_from == str(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "longcat_flash"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "longcat_flash", "gpt_oss"])
 def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     model = tiny_model(kind)
     plain, fused = save(model, tmp_path / "plain"), save(model, tmp_path / "fused", save_original_format=False)
