@@ -151,12 +151,11 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
 
 
 def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model that has its own zero-computation experts, so that no option may add some."""
+    """Returns the section of a model to which no option may add experts, as one with zero-computation experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
-            "model has experts and zero-computation experts of its own, which are imported as they are; leave these "
-            "options out"
+            "model takes no further experts and is imported as it is; leave these options out"
         )
     groups = {
         name: {**group, "modalities": group.get("modalities", options.modalities)}
