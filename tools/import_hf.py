@@ -35,7 +35,7 @@ def main(
         print(f"fields of config.json that were not looked at: {', '.join(done.unread)}")
     if done.left_out:
         names = f"{len(done.left_out)} tensors, {done.left_out[0]} to {done.left_out[-1]}"
-        print(f"left out, because the model has no multi-token prediction: {names}")
+        print(f"left out, because they are no part of the model (as multi-token prediction): {names}")
     stored = ", ".join(f"{count} {dtype}" for dtype, count in done.converted.items())
     print(
         f"{done.family}: {done.tensors} tensors (stored: {stored}) as F32 in {done.shards} shards, {done.kept} of them kept"

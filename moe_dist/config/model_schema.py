@@ -112,11 +112,20 @@ class MoESection(Section):
     """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
     """Multiply the shared expert's output by a learned sigmoid gate, one number per token (Qwen2-MoE)."""
+    shortcut: bool = False
+    """Add the routed experts' output behind the next layer, which must be dense, and not behind their own layer
+    (LongCat-Flash). The output of the shared expert stays in its own layer."""
 
     def violations(self) -> Iterator[Violation]:
         if self.shared_gate and not self.shared_ffn_dim:
             problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
             yield Violation(("shared_gate", "shared_ffn_dim"), problem)
+        if self.shortcut and not self.shared_ffn_dim:
+            problem = "shortcut=true needs a shared expert, whose output is not late; set shared_ffn_dim to its width"
+            yield Violation(("shortcut", "shared_ffn_dim"), problem)
+        if self.shortcut and self.experts.over_frozen_ffn:
+            problem = f"shortcut=true: experts.kind={self.experts.kind} have no output of their own; set shortcut=false"
+            yield Violation(("shortcut", "experts.kind"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from modality_violations(self.groups, "model.moe.groups")
@@ -299,6 +308,16 @@ class ModelSection(Section):
         elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
             problem = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
             yield Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem)
+        if self.moe.shortcut and (self.moe.every < 2 or self.moe_layers[-1:] == (self.num_layers - 1,)):
+            problem = (
+                f"moe.shortcut=true: a dense layer must follow each MoE layer (moe.first={self.moe.first}, moe.every="
+                f"{self.moe.every}, num_layers={self.num_layers}); set moe.every to 2 or more, and num_layers so that the "
+                "last layer is dense"
+            )
+            yield Violation(("moe.shortcut", "moe.every", "moe.first", "num_layers"), problem)
+        if self.moe.shortcut and self.mixture_of_depths is not None:
+            problem = "moe.shortcut=true: the next layer must compute all tokens; set mixture_of_depths to null"
+            yield Violation(("moe.shortcut", "mixture_of_depths"), problem)
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
         if self.mixture_of_depths is not None and not self.depth_layers:
             problem = (

@@ -175,6 +175,11 @@ def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
             f"with {model.moe.router.name} tokens of both halves compete for an expert; take a router by tokens",
         ),
         (
+            model.moe.shortcut,
+            "model.moe.shortcut",
+            "the output of experts is added behind the next layer of its half; set model.moe.shortcut to false",
+        ),
+        (
             model.moe.capacity is not None,
             "model.moe.capacity",
             "tokens of both halves compete for model.moe.capacity; set it to null",

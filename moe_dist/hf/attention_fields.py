@@ -22,22 +22,32 @@ ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
 _LENGTH = "original_max_position_embeddings"
 
 # How a family says which layers have a sliding window. none: it has no window. always: all layers if `sliding_window` has a
-# value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names.
-Windows = Literal["none", "always", "flag", "layers"]
+# value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names. alternate: as layers,
+# without a flag; if `layer_types` is absent, every other layer from the first on.
+Windows = Literal["none", "always", "flag", "layers", "alternate"]
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # of Qwen2-MoE and Qwen3-MoE
+DEFAULT_ALTERNATE = 128  # of gpt-oss
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def read_rope(
-    read: Fields, default_base: float, default_share: float | None, head_dim: int, max_seq_len: int
+    read: Fields,
+    default_base: float,
+    default_share: float | None,
+    head_dim: int,
+    max_seq_len: int,
+    default: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share`
     stands in for an absent partial_rotary_factor; it is None for a family whose rotary positions turn whole heads.
+    `default` stands in for absent rope_parameters.
 
     transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
     them overrides the field of the same name beside them, except the original length.
     """
     scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
+    if default is not None and read.get("rope_parameters", None, null=None) is None:
+        parameters = dict(default)
     name = "rope_scaling" if scaling else "rope_parameters"
     values = dict(scaling or parameters)
     base = {f"{name}.rope_theta": values.pop("rope_theta", read.get("rope_theta", default_base, null=None))}
@@ -109,6 +119,8 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         read.must_be("sliding_window", (None,), "no layer of this family has a sliding window")
     elif windows == "always":
         window = read.whole("sliding_window", None, null=None)
+    elif windows == "alternate":
+        return _alternate(read, num_layers)
     elif read.flag("use_sliding_window", False):
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
@@ -133,6 +145,16 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
     return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
 
 
+def _alternate(read: Fields, num_layers: int) -> dict[str, Any]:
+    window = read.whole("sliding_window", DEFAULT_ALTERNATE)
+    types = read.many("layer_types", null=None) or [(_SLIDING, _FULL)[layer % 2] for layer in range(num_layers)]
+    if len(types) != num_layers or not all(each in (_FULL, _SLIDING) for each in types):
+        raise ConfigError(
+            f"config.json: layer_types={types!r:.80} must name {_FULL} or {_SLIDING} num_hidden_layers={num_layers} times"
+        )
+    return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
+
+
 def sliding_layers(types: Sequence[str]) -> dict[str, tuple[int, ...] | None]:
     """Returns the value of `model.sliding_layers` from that of `layer_types`."""
     sliding = tuple(layer for layer, kind in enumerate(types) if kind == _SLIDING)
@@ -154,6 +176,10 @@ def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
             "sliding_window": section.sliding_window or DEFAULT_WINDOW,
             "layer_types": layer_types(section),
         },
+        "alternate": {
+            "sliding_window": section.sliding_window or DEFAULT_ALTERNATE,
+            "layer_types": layer_types(section),
+        },
     }
     return fields[windows]
 
@@ -162,4 +188,4 @@ def windows_fit(section: ModelSection, windows: Windows) -> bool:
     """Whether a family can say the section's sliding windows."""
     if windows == "none":
         return section.sliding_window is None
-    return windows == "layers" or len(set(section.windows)) == 1
+    return windows in ("layers", "alternate") or len(set(section.windows)) == 1

@@ -28,6 +28,7 @@ from moe_dist.checkpoint.fits import DTYPES as OURS
 from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
+from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
@@ -39,7 +40,7 @@ from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.forms import choose_form, parsed_section, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
-from moe_dist.hf.names import Slot, router_name, shards, slots
+from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.runtime.progress import Report
@@ -106,6 +107,8 @@ def export_model(
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
     stored = _stored_tensors(found, wanted)
+    for place, like_name in idle_places(form.section, form.family):
+        stored.append(StoredTensor(place.name, place.shape, DTYPES[wanted[like_name]], []))
     with new_folder(out) as folder:
         num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
@@ -247,7 +250,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
     """Returns the values of a section that determine what the model computes, in one form for all equivalent sections."""
-    dense = len(section.moe_layers) < section.num_layers
+    dense, experts = len(section.moe_layers) < section.num_layers, section.moe.experts
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
     return {
         **plain,
@@ -259,7 +262,8 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
         "layers": section.moe_layers,
         "groups": [group.model_dump(exclude={"modalities"}) for group in section.moe.groups.values()],
         "router": section.moe.router.model_dump(),
-        "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate),
+        "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate, section.moe.shortcut),
+        "experts": experts.model_dump() if isinstance(experts, ClampedFFNExpertsSection) else None,  # adapters are merged
     }
 
 
@@ -290,22 +294,25 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, first element)."""
+    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, place). Without parts it is zero."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: list[tuple[str, slice, int]]
+    parts: list[tuple[str, slice, TensorPlace]]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def make(self, read: Read) -> Tensor:
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        for name, rows, begin in self.parts:
+        whole = torch.zeros(self.shape, dtype=self.dtype)
+        for name, rows, place in self.parts:
             part = read(name)[rows]
-            whole.view(-1)[begin : begin + part.numel()] = part.flatten()
+            if place.strides:
+                whole.as_strided(part.shape, place.strides, place.begin).copy_(part)
+            else:
+                whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
         return whole
 
 
@@ -314,7 +321,7 @@ def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[St
     stored: dict[str, StoredTensor] = {}
     for slot in found:
         for place, rows in slot.pieces():
-            dtype, part = DTYPES[dtypes[slot.name]], (slot.name, rows, place.begin)
+            dtype, part = DTYPES[dtypes[slot.name]], (slot.name, rows, place)
             before = stored.get(place.name, StoredTensor(place.name, place.shape, dtype, []))
             dtype = torch.promote_types(before.dtype, dtype)
             stored[place.name] = replace(before, dtype=dtype, parts=[*before.parts, part])

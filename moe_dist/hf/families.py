@@ -9,10 +9,10 @@ from typing import Any
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf import deepseek_v3, ernie4_5_moe, glm4_moe, qwen_moe
+from moe_dist.hf import deepseek_v3, ernie4_5_moe, glm4_moe, gpt_oss, longcat_flash, qwen_moe
 from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, windows_fit, write_rope, write_windows
-from moe_dist.hf.family import NORM, ModelFamily, SoftmaxRouter, setting
-from moe_dist.hf.fields import Fields
+from moe_dist.hf.family import NORM, ModelFamily, SoftmaxRouter
+from moe_dist.hf.fields import Fields, setting
 from moe_dist.hf.head_fields import GroupedHeads
 
 GROUP = "all"  # name of the only expert group of an imported model
@@ -52,6 +52,8 @@ FAMILIES: Mapping[str, ModelFamily] = {
         ernie4_5_moe.FAMILY,
         glm4_moe.FAMILY,
         deepseek_v3.FAMILY,
+        longcat_flash.FAMILY,
+        gpt_oss.FAMILY,
     )
 }  # fmt: skip
 KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for the last
@@ -60,10 +62,6 @@ _MLA = "its attention (MLA, model.attention.kind=latent)"
 REFUSED = {
     "deepseek_v2": f"{_MLA} is in the model, but its choice by softmax inside the best groups of experts is not",
     "kimi_k2": f"transformers has no class of this name; {_MLA} and its router (kind=group_limited) are in the model",
-    "longcat_flash": f"{_MLA} and its zero experts (num_identity) are in the model, but its layers of two attentions and "
-    "two FFNs beside the experts, and the scales of its latents, are not",
-    "gpt_oss": "its attention sinks, the biases of its experts and routers, and its experts' clipped SwiGLU are not in the "
-    "model",
     "qwen3_next": "its linear attention is not in the model",
     "llama4_text": "its chunked attention is not in the model",
 }
@@ -102,7 +100,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     """
     family = family_of(config)
     read = Fields(config, family.name)
-    layers, heads = read.whole("num_hidden_layers"), read.whole("num_attention_heads")
+    layers, heads = read.whole(family.num_layers) * family.layers_each, read.whole("num_attention_heads")
     max_seq_len = read.whole("max_position_embeddings")
     _check_plain(family, read)
     first, every, dense = _moe_layers(family, read, layers)
@@ -115,8 +113,8 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         "num_heads": heads,
         "vocab_size": read.whole("vocab_size"),
         "max_seq_len": max_seq_len,
-        "dense_ffn_dim": read.whole("intermediate_size") if dense else None,
-        **read_rope(read, family.rope_base, family.heads.rope_share, rotated, max_seq_len),
+        "dense_ffn_dim": read.whole(family.dense_ffn) if dense else None,
+        **read_rope(read, family.rope_base, family.heads.rope_share, rotated, max_seq_len, family.rope_scaling),
         **head_values,
         "rope_pairs": read.choice(family.rope_pairs),
         **read_windows(read, family.windows, layers),
@@ -134,14 +132,16 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
                     **(family.zero_computation.read(read) if family.zero_computation else {}),
                 }
             },
+            "experts": family.form.read(read),
             "router": family.router.read(read),
             "first": first,
             "every": every,
+            "shortcut": family.shortcut,
             **(family.shared.read(read, ffn_dim) if family.shared else {}),
         },
     }
     if family.layers.names:
-        read.get("intermediate_size", None)  # counts as read, although only dense layers use it
+        read.get(family.dense_ffn, None)  # counts as read, although only dense layers use it
     family.multi_token(read, ())  # its fields count as read
     return family, section, read.unread()
 
@@ -160,21 +160,26 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
     if not sparse or sparse != list(range(sparse[0], layers, every)):
         said = " and ".join(f"{name}={read.get(name, None, null=None)!r}" for name in family.layers.names)
         raise ConfigError(
-            f"config.json: {said} leave experts in the layers {sparse} of num_hidden_layers={layers}; supported is every "
+            f"config.json: {said} leave experts in the layers {sparse} of {family.num_layers}={layers}; supported is every "
             "n-th layer from a first one to the last"
         )
     return sparse[0], every if len(sparse) > 1 else max(1, layers - sparse[0]), len(sparse) < layers
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model with one group that a family does not support, zero-computation experts apart."""
-    group, moe = next(iter(section.moe.groups.values())), section.moe
+    """Returns the settings of a model with one group that a family does not support, null experts apart."""
+    group, moe, zeros = next(iter(section.moe.groups.values())), section.moe, family.zero_computation
     held = {
         f"qk_norm={section.qk_norm}": section.qk_norm in family.qk_norm,
         f"attention_bias={section.attention_bias}": section.attention_bias in family.biases,
         **family.router.held(moe.router, group.num_experts),
         f"num_experts={group.num_experts}": (group.num_experts == 1) == (not family.experts),
+        f"num_identity={group.num_identity}, num_constant={group.num_constant}": (
+            zeros.fits(group) if zeros else not group.num_zero_computation
+        ),
         f"moe.first={moe.first}, moe.every={moe.every}": family.layers.fit(section),
+        f"experts.kind={moe.experts.kind}": family.form.fits(moe.experts),
+        setting("moe.shortcut", moe.shortcut): moe.shortcut == family.shortcut,
         f"{setting('shared_ffn_dim', moe.shared_ffn_dim)}, {setting('shared_gate', moe.shared_gate)}": (
             family.shared.fits(moe, group.ffn_dim) if family.shared else not moe.shared_ffn_dim
         ),
@@ -194,7 +199,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.name,
         "hidden_size": section.hidden_dim,
-        "num_hidden_layers": section.num_layers,
+        family.num_layers: section.num_layers // family.layers_each,
         "num_attention_heads": section.num_heads,
         **family.heads.write(section),
         "vocab_size": section.vocab_size,
@@ -209,12 +214,13 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
         **family.biases[section.attention_bias],
         **family.rope_pairs[section.rope_pairs],
         **family.router.write(moe.router),
+        **family.form.write(moe.experts),
         **family.layers.write(section),
     }
     if family.experts:
         fields |= {family.experts[0]: group.num_experts, family.top_k[0]: group.top_k}
     if family.layers.names:
-        fields["intermediate_size"] = section.dense_ffn_dim or group.ffn_dim
+        fields[family.dense_ffn] = section.dense_ffn_dim or group.ffn_dim
     if family.shared:
         fields |= family.shared.write(moe, group.ffn_dim)
     if family.zero_computation:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.hf.attention_fields import Windows
-from moe_dist.hf.fields import Choices, Fields
+from moe_dist.hf.fields import Choices, Fields, setting
 from moe_dist.hf.head_fields import GroupedHeads, HeadFields
 
 NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
-Layout = Literal["plain", "zero_computation", "moe_dist"]  # where the tensors of MoE layers are (`moe_dist.hf.names`)
+# Where the tensors of MoE layers are (`moe_dist.hf.names`).
+Layout = Literal["plain", "identity", "interleaved", "zero_computation", "moe_dist"]
 
 
 class RouterFields(Protocol):
@@ -51,6 +54,18 @@ class LayerFields(Protocol):
     def fit(self, section: ModelSection) -> bool: ...
 
 
+class ExpertFields(Protocol):
+    """The fields with the form of the experts."""
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        """Returns the values of `model.moe.experts`."""
+        ...
+
+    def write(self, experts: ExpertsSection) -> dict[str, Any]: ...
+
+    def fits(self, experts: ExpertsSection) -> bool: ...
+
+
 class ZeroComputationFields(Protocol):
     """The fields with the numbers of null, identity and constant experts."""
 
@@ -60,10 +75,9 @@ class ZeroComputationFields(Protocol):
 
     def write(self, group: GroupSection) -> dict[str, Any]: ...
 
-
-def setting(name: str, value: object) -> str:
-    """Returns a setting as a configuration file has it."""
-    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+    def fits(self, group: GroupSection) -> bool:
+        """Whether the family can say a group's numbers of identity and constant experts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,13 +86,18 @@ class SoftmaxRouter:
 
     normalise: Choices  # fields by value of `router.normalise`; the first is the default
     selection_bias: bool = False
+    logit_bias: bool = False
+    scale: float | None = None  # routed_scaling_factor if it is absent; None: the family has no such field
 
     def read(self, read: Fields) -> dict[str, Any]:
-        return {"kind": "top_k", "normalise": read.choice(self.normalise), "selection_bias": self.selection_bias}
+        scale = {} if self.scale is None else {"scale": read.positive("routed_scaling_factor", self.scale)}
+        biases = {"selection_bias": self.selection_bias, "logit_bias": self.logit_bias}
+        return {"kind": "top_k", "normalise": read.choice(self.normalise), **biases, **scale}
 
     def write(self, router: RouterSection) -> dict[str, Any]:
         assert isinstance(router, TopKRouterSection)
-        return dict(self.normalise.get(router.normalise, {}))
+        scale = {} if self.scale is None else {"routed_scaling_factor": router.scale}
+        return {**self.normalise.get(router.normalise, {}), **scale}
 
     def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
         if not isinstance(router, TopKRouterSection):
@@ -86,8 +105,23 @@ class SoftmaxRouter:
         return {
             setting("router.normalise", router.normalise): router.normalise in self.normalise or num_experts == 1,
             setting("router.selection_bias", router.selection_bias): router.selection_bias == self.selection_bias,
-            setting("router.scale", router.scale): router.scale == 1.0,
+            setting("router.logit_bias", router.logit_bias): router.logit_bias == self.logit_bias,
+            setting("router.scale", router.scale): router.scale == 1.0 or self.scale is not None,
         }
+
+
+@dataclass(frozen=True)
+class SwiGLUs:
+    """Experts are plain SwiGLUs."""
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        return {"kind": "ffn"}
+
+    def write(self, experts: ExpertsSection) -> dict[str, Any]:
+        return {}
+
+    def fits(self, experts: ExpertsSection) -> bool:
+        return not isinstance(experts, ClampedFFNExpertsSection)
 
 
 @dataclass(frozen=True)
@@ -138,15 +172,22 @@ class ModelFamily:
     router: RouterFields
     experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
     ffn: str  # name of the field with the FFN width of an expert
+    form: ExpertFields = SwiGLUs()
     top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices of a token
     qk_norm: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.qk_norm`
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
+    num_layers: str = "num_hidden_layers"  # name of the field with the number of layers
+    layers_each: int = 1  # number of our layers in one of theirs
     layers: LayerFields = AllLayers()
+    shortcut: bool = False  # value of `model.moe.shortcut`
+    dense_ffn: str = "intermediate_size"  # name of the field with the FFN width of a dense layer
+    dense_module: str = "mlp"  # name of the FFN of a dense layer
     shared: SharedExpert | None = None
     zero_computation: ZeroComputationFields | None = None
     layout: Layout = "plain"
     heads: HeadFields = field(default_factory=GroupedHeads)
     rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
+    rope_scaling: Mapping[str, Any] | None = None  # rope_parameters if there are none
     rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
     windows: Windows = "none"  # how config.json says sliding windows
     tied: bool = False  # tie_word_embeddings if it is absent
@@ -158,3 +199,8 @@ class ModelFamily:
     selection_bias_dims: int = 1  # number of its dimensions; all but the last have one entry
     # From the fields and the names of all tensors: the beginnings of names of multi-token prediction, which is left out.
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
+
+    def place(self, layer: int) -> tuple[str, str]:
+        """Returns the beginning of the names of a layer's tensors, and the end of the names of its norms and attention."""
+        theirs, part = divmod(layer, self.layers_each)
+        return f"model.layers.{theirs}", "" if self.layers_each == 1 else f".{part}"

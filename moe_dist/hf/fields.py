@@ -26,6 +26,11 @@ INERT = frozenset(
 )  # fmt: skip
 
 
+def setting(name: str, value: object) -> str:
+    """Returns a setting as a configuration file has it."""
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object from a file; `what` names it in error messages.
 

@@ -119,11 +119,7 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
         ConfigError: no such model exists, or no family has a feature of the model; gives the reasons.
     """
     name, group = _only_group(model)
-    problems = _depth_problems(model)
-    if group.num_identity or group.num_constant:
-        free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
-        problems.insert(0, f"model.moe.groups.{name}: {free}: no plain family has identity or constant experts")
-    if problems:
+    if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
     same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts
@@ -164,6 +160,8 @@ def _folded(model: ModelSection, read: Read) -> int:
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no plain family has null experts, which can be left out only as copies of true rows, as an import makes them"
     router = model.moe.router
+    if group.num_zero_computation:
+        raise ConfigError(f"{key}: {out}; num_identity={group.num_identity}, num_constant={group.num_constant}")
     if not isinstance(router, TopKRouterSection) or router.selection_bias:
         raise ConfigError(f"{key}: {out}; copies change the choices of a router with {router.said}")
     if router.normalise not in ("true_chosen", "true_all"):

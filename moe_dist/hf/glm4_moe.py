@@ -8,8 +8,8 @@ from typing import Any
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.group_limited import GroupLimitedRouterSection
-from moe_dist.hf.family import NORM, ModelFamily, SharedExpert, setting
-from moe_dist.hf.fields import Fields
+from moe_dist.hf.family import NORM, ModelFamily, SharedExpert
+from moe_dist.hf.fields import Fields, setting
 from moe_dist.hf.head_fields import GroupedHeads
 
 

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.attention.latent import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.fields import Fields
+from moe_dist.hf.fields import Fields, setting
 
 
 class HeadFields(Protocol):
@@ -37,15 +36,17 @@ class HeadFields(Protocol):
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """Heads of grouped-query attention."""
+    """Heads of grouped-query attention, of a `kind` that computes with the same widths."""
 
+    kind: str = "grouped_query"  # `model.attention.kind`
+    width: int | None = None  # head_dim if it is absent; None: hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None
     rope_share: float | None = None
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        width = read.whole("head_dim", None, **({"null": None} if self.null else {}))
+        width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(
                 f"config.json: head_dim={width}: a {read.family} model has heads of hidden_size / num_attention_heads"
@@ -54,7 +55,8 @@ class GroupedHeads:
             kv_heads = read.whole("num_key_value_heads", num_heads, null=num_heads)
         else:
             kv_heads = read.whole("num_key_value_heads", self.kv_heads)
-        return {"num_kv_heads": kv_heads, "head_dim": width}, width or read.whole("hidden_size") // num_heads
+        section = {"num_kv_heads": kv_heads, "head_dim": width, "attention": {"kind": self.kind}}
+        return section, width or read.whole("hidden_size") // num_heads
 
     def write(self, section: ModelSection) -> dict[str, Any]:
         width = {"head_dim": section.resolved_head_dim} if self.field else {}
@@ -63,7 +65,7 @@ class GroupedHeads:
     def held(self, section: ModelSection) -> Mapping[str, bool]:
         width = section.resolved_head_dim
         return {
-            f"attention.kind={section.attention.kind}": isinstance(section.attention, GroupedQuerySection),
+            f"attention.kind={section.attention.kind}": section.attention.kind == self.kind,
             f"head_dim={section.head_dim}": self.field or width == section.hidden_dim // section.num_heads,
             f"rope_dim={section.rope_dim}": self.rope_share is not None or section.rope_dim in (None, width),
         }
@@ -75,22 +77,27 @@ class LatentHeads:
 
     kv_heads: int | None = 128
     rope_share: float | None = None
+    head_dim: int | None = None  # head_dim if it is absent; None: qk_rope_head_dim
+    plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
+    scaled: bool = False
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
         plain, rotated = read.whole("qk_nope_head_dim"), read.whole("qk_rope_head_dim")
-        kv_heads = read.whole("num_key_value_heads", self.kv_heads, null=num_heads)
+        kv_heads = read.whole("num_key_value_heads", self.kv_heads or num_heads, null=num_heads)
         if kv_heads != num_heads:
             raise ConfigError(
                 f"config.json: num_key_value_heads={kv_heads}: latent attention makes keys and values for all "
                 f"num_attention_heads={num_heads} heads; set both to the same number"
             )
-        read.must_be("head_dim", (rotated,), "it must be qk_rope_head_dim")
+        if (width := read.whole("head_dim", self.head_dim or rotated)) != rotated:
+            raise ConfigError(f"config.json: head_dim={width} is not supported: it must be qk_rope_head_dim={rotated}")
         read.must_be("qk_head_dim", (plain + rotated,), "it must be qk_nope_head_dim + qk_rope_head_dim")
         attention = {
             "kind": "latent",
-            "q_rank": read.whole("q_lora_rank", null=None),
+            "q_rank": read.whole("q_lora_rank", **({"null": None} if self.plain_queries else {})),
             "kv_rank": read.whole("kv_lora_rank"),
             "value_dim": read.whole("v_head_dim"),
+            "scaled": self.scaled,
         }
         section = {"num_kv_heads": num_heads, "head_dim": plain + rotated, "rope_dim": rotated, "attention": attention}
         return section, rotated
@@ -98,7 +105,9 @@ class LatentHeads:
     def write(self, section: ModelSection) -> dict[str, Any]:
         attention, rotated = section.attention, section.rope_dim or 0
         assert isinstance(attention, LatentAttentionSection)
+        width = {} if self.head_dim is None else {"head_dim": rotated}
         return {
+            **width,
             "num_key_value_heads": section.num_heads,
             "qk_nope_head_dim": section.resolved_head_dim - rotated,
             "qk_rope_head_dim": rotated,
@@ -108,4 +117,10 @@ class LatentHeads:
         }
 
     def held(self, section: ModelSection) -> Mapping[str, bool]:
-        return {f"attention.kind={section.attention.kind}": isinstance(section.attention, LatentAttentionSection)}
+        attention = section.attention
+        if not isinstance(attention, LatentAttentionSection):
+            return {f"attention.kind={attention.kind}": False}
+        return {
+            setting("attention.scaled", attention.scaled): attention.scaled == self.scaled,
+            f"attention.q_rank={attention.q_rank}": self.plain_queries or attention.q_rank is not None,
+        }

@@ -58,7 +58,7 @@ class Imported:
     kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
-    left_out: Sequence[str]  # tensors of multi-token prediction, which the model lacks
+    left_out: Sequence[str]  # tensors that are not part of the model's function, as of multi-token prediction
     converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
 
 

@@ -2,7 +2,8 @@
 
 By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
 the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
-down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element.
+down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element. gpt-oss has
+gate_up_proj [n, D, 2 F] with gate and up in turn, and down_proj [n, F, D]; there the place also has strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,11 +37,12 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a logical tensor: contiguous elements in one of the family's tensors."""
+    """The place of a logical tensor: elements of one of the family's tensors."""
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
     begin: int = 0  # index of the first of these elements in the family's tensor, in row-major order
+    strides: tuple[int, ...] = ()  # distances of the elements along each dim; empty: they follow each other
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,35 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     dim = section.hidden_dim
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight", dim))
-        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn")
+        ours, (theirs, part) = f"layers.{layer}", family.place(layer)
+        found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm{part}.weight", dim))
+        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn{part}")
+        ffn_norm = f"{theirs}.post_attention_layernorm{part}.weight"
         if layer in section.moe_layers:
-            found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
+            found.append(_whole(f"{ours}.moe.norm.weight", ffn_norm, dim))
             found += _LAYOUTS[family.layout](section, family, ours, theirs)
             found += _shared_expert(section, family, f"{ours}.moe.shared", theirs)
             if layer in section.depth_layers:
                 found += _depth_router(section, f"{ours}.depths", f"{theirs}.depth_router")
         else:
-            found.append(_whole(f"{ours}.ffn.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
-            found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
+            found.append(_whole(f"{ours}.ffn.norm.weight", ffn_norm, dim))
+            found += _swiglu(f"{ours}.ffn", f"{theirs}.{family.dense_module}", dim, section.dense_ffn_dim or 0)
     found.append(_whole("norm.weight", "model.norm.weight", dim))
     if not section.tie_embeddings:
         found.append(_whole("output.weight", HEAD, section.vocab_size, dim))
     return found
+
+
+def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
+    """Yields the tensors that transformers needs and never uses, each with the logical tensor whose dtype it gets: gate and
+    up of LongCat-Flash's identity experts."""
+    for layer in section.moe_layers if family.layout == "identity" else ():
+        ((name, group),) = section.moe.groups.items()
+        for expert in range(group.num_experts, group.num_experts + group.num_identity):
+            for part in ("gate", "up"):
+                theirs = f"{family.place(layer)[0]}.{family.expert.format(expert=expert, part=part, old='')}"
+                shape = (group.ffn_dim, section.hidden_dim)
+                yield TensorPlace(theirs, shape), f"layers.{layer}.moe.experts.{name}.0.{part}"
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
@@ -117,9 +132,15 @@ def _latent(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_a_layernorm.weight", widths[f"{part}_up"][0])
 
 
+def _sinks(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    yield from _grouped_query(section, ours, theirs)
+    yield _whole(f"{ours}.sinks", f"{theirs}.sinks", section.num_heads)
+
+
 _ATTENTIONS: Mapping[str, Callable[[ModelSection, str, str], Iterator[Slot]]] = {
     "grouped_query": _grouped_query,
     "latent": _latent,
+    "sinks": _sinks,
 }
 
 
@@ -150,7 +171,8 @@ def _shared_expert(section: ModelSection, family: ModelFamily, ours: str, theirs
 def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     for expert in range(group.num_experts):
         for part, shape in _matrices(section.hidden_dim, group.ffn_dim).items():
-            places = tuple(_expert_places(family, theirs, expert, part, group.num_experts, shape))
+            allotted = group.num_experts + (group.num_identity if family.layout == "identity" and part != "down" else 0)
+            places = tuple(_expert_places(family, theirs, expert, part, allotted, shape))
             yield Slot(f"{ours}.{expert}.{part}", shape, places)
 
 
@@ -178,6 +200,35 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
         yield Slot(f"{ours}.moe.free.{name}.{ours_part}", (count, *box), (places[0],), tuple(places[1:]))
 
 
+def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """LongCat-Flash: the rows and biases of identity experts stand behind those of the others."""
+    ((name, group),) = section.moe.groups.items()
+    router, (gate,), (bias,) = f"{ours}.moe.router.{name}", family.gates, family.selection_bias
+    yield from _router_rows(section, group, router, f"{theirs}.{gate}")
+    yield _whole(f"{router}.bias", f"{theirs}.{bias}", group.num_experts + group.num_identity)
+    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
+
+
+def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """gpt-oss: the matrices of experts are transposed, gate and up take turns, and everything has a bias."""
+    ((name, group),) = section.moe.groups.items()
+    dim, num, ffn = section.hidden_dim, group.num_experts, group.ffn_dim
+    (gate,), router = family.gates, f"{ours}.moe.router.{name}"
+    yield _whole(f"{router}.true", f"{theirs}.{gate}", num, dim)
+    yield _whole(f"{router}.offset", f"{theirs}.{gate.removesuffix('weight')}bias", num)
+    stem, both = f"{theirs}.mlp.experts", (num, dim, 2 * ffn)
+    for expert in range(num):
+        prefix = f"{ours}.moe.experts.{name}.{expert}"
+        for part, at in (("gate", 0), ("up", 1)):
+            place = TensorPlace(f"{stem}.gate_up_proj", both, expert * 2 * dim * ffn + at, (2, 2 * ffn))
+            yield Slot(f"{prefix}.{part}", (ffn, dim), (place,))
+            place = TensorPlace(f"{stem}.gate_up_proj_bias", (num, 2 * ffn), expert * 2 * ffn + at, (2,))
+            yield Slot(f"{prefix}.{part}_bias", (ffn,), (place,))
+        place = TensorPlace(f"{stem}.down_proj", (num, ffn, dim), expert * ffn * dim, (1, dim))
+        yield Slot(f"{prefix}.down", (dim, ffn), (place,))
+        yield Slot(f"{prefix}.down_bias", (dim,), (TensorPlace(f"{stem}.down_proj_bias", (num, dim), expert * dim),))
+
+
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     """`modeling_moe_dist.py`: every part of every group."""
     dim, router = section.hidden_dim, section.moe.router
@@ -187,7 +238,13 @@ def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) 
         if router.has_selection_bias:
             columns = group.num_experts + group.num_null + group.num_zero_computation
             yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
+        if router.has_logit_bias:
+            yield _whole(f"{ours}.moe.router.{name}.offset", f"{to}.router.bias", group.num_experts)
         yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", to)
+        for expert in range(group.num_experts) if section.moe.experts.num_biases(dim, group.ffn_dim) else ():
+            for part, (rows, _) in _matrices(dim, group.ffn_dim).items():
+                place = f"{to}.experts.{expert}.{part}_proj.bias"
+                yield _whole(f"{ours}.moe.experts.{name}.{expert}.{part}_bias", place, rows)
         if group.num_constant:
             yield _whole(f"{ours}.moe.free.{name}.vector", f"{to}.constant_vectors", group.num_constant, dim)
             yield _whole(f"{ours}.moe.free.{name}.gate", f"{to}.constant_gates", group.num_constant, 2, dim)
@@ -206,6 +263,8 @@ def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slo
 
 _LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterator[Slot]]] = {
     "plain": _plain,
+    "identity": _identity,
+    "interleaved": _interleaved,
     "zero_computation": _zero_computation,
     "moe_dist": _served,
 }

@@ -20,7 +20,7 @@ from moe_dist.hf.families import GROUP
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
 from moe_dist.hf.forms import parsed_section
-from moe_dist.hf.names import EMBEDDING, HEAD, Slot, router_name, shards, slots
+from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
@@ -58,6 +58,7 @@ class TensorPart:
     begin: int = 0
     std: float = 0.0
     others: tuple[str, ...] = ()
+    strides: tuple[int, ...] = ()  # distances of the stored elements along each dim; empty: they follow each other
 
     @property
     def box(self) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ class TensorPart:
         if self.others:
             return torch.stack([source.read(name, 0, self.shape[1:]) for name in (self.source, *self.others)])
         if self.kind == "stored":
-            return source.read(self.source, self.begin, self.box)
+            return source.read(self.source, self.begin, self.box, self.strides)
         if self.kind == "tiled":
             true_rows = source.read(self.source, 0, source.tensors[self.source].shape)
             return true_rows.repeat(self.shape[0] // true_rows.shape[0], 1)
@@ -150,11 +151,11 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
 
 
 def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model that has its own zero-computation experts, so that no option may add some."""
+    """Returns the section of a model to which no option may add experts, as one with zero-computation experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
-            "model has experts and null experts of its own, which are imported as they are; leave these options out"
+            "model takes no further experts and is imported as it is; leave these options out"
         )
     groups = {
         name: {**group, "modalities": group.get("modalities", options.modalities)}
@@ -221,12 +222,14 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
             if stored.shape != each.shape:
                 problems.append(f"{each.name}: shape {stored.shape}, config.json calls for {each.shape}; {_TOGETHER}")
         others = tuple(each.name for each in slot.next_rows)
-        parts.append(TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin, others=others))
+        stored = TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin)
+        parts.append(replace(stored, others=others, strides=place.strides))
     if family.layout == "plain":  # the other layouts have rows of null experts
         parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
-    left_out = sorted(name for name in source.tensors if name not in used and name.startswith(prefixes))
+    idle = {place.name for place, _ in idle_places(section, family)}
+    left_out = sorted(name for name in source.tensors if name not in used and (name.startswith(prefixes) or name in idle))
     used |= {*copies, *left_out}
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
@@ -285,8 +288,8 @@ def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:
     if part.kind != "stored" or part.others or part.nbytes <= shard_bytes:
         yield part
         return
-    row = math.prod(part.shape[1:])
-    rows = max(1, shard_bytes // (row * ITEMSIZE))
+    rows = max(1, shard_bytes // (math.prod(part.shape[1:]) * ITEMSIZE))
+    row = part.strides[0] if part.strides else math.prod(part.shape[1:])
     for at in range(0, part.rows, rows):
         count = min(rows, part.rows - at)
-        yield TensorPart(part.name, part.shape, at, count, "stored", part.source, part.begin + at * row)
+        yield replace(part, row=at, rows=count, begin=part.begin + at * row)

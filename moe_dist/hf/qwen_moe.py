@@ -57,6 +57,9 @@ class _ZeroComputation:
         counts = {kind: count for name, kind in self.kinds.items() if (count := getattr(group, name))}
         return {"zce_types": list(counts), "zce_nums": list(counts.values()), "use_zce_mask": False}
 
+    def fits(self, group: GroupSection) -> bool:
+        return True
+
 
 QWEN3 = ModelFamily(
     "qwen3_moe",

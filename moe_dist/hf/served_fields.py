@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
@@ -90,6 +91,9 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
     values = section.model_dump(mode="json")
     fields = {theirs: values[ours] for ours, theirs in _FIELDS.items()}
     fields |= {theirs: values["moe"][ours] for ours, theirs in _MOE_FIELDS.items()}
+    fields["moe_shortcut"] = section.moe.shortcut
+    clamped = isinstance(section.moe.experts, ClampedFFNExpertsSection)
+    fields["experts"] = values["moe"]["experts"] if clamped else {"kind": "ffn"}  # adapters are merged
     groups = [
         {"name": name, **group.model_dump(mode="json"), "token_ids": ids.get(name)}
         for name, group in section.moe.groups.items()
@@ -121,6 +125,8 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
+    moe["shortcut"] = read.get("moe_shortcut", False)  # absent in older exports, as the next one
+    moe["experts"] = read.get("experts", {"kind": "ffn"})
     groups = read.many("expert_groups")
     if not all(isinstance(group, dict) and "name" in group for group in groups):
         raise ConfigError(f"config.json: expert_groups={groups!r:.80} must be objects, each with a name")

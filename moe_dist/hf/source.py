@@ -69,12 +69,16 @@ class Source:
     pickles: Sequence[str]  # pickle files, which are never opened, because reading them can run code
     companions: Sequence[str]  # those of COMPANIONS that the folder contains
 
-    def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, begin: int, shape: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
         """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
+        With `strides` they are so many elements apart along each dim, and those between them are read and dropped.
 
         Raises:
             DataError: the file cannot be read, or is shorter than when its header was read.
         """
+        if strides:
+            span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+            return self.read(name, begin, (span,)).as_strided(tuple(shape), tuple(strides))
         stored = self.tensors[name]
         tensor = torch.empty(tuple(shape), dtype=DTYPES[stored.dtype])
         view = tensor.flatten().view(torch.uint8).numpy().data

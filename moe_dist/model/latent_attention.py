@@ -1,14 +1,18 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, Kimi K2).
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, Kimi K2, LongCat-Flash).
 
     c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; without a latent of queries W_q h
     [c, k'] = W_kvd h,   [k_i, v_i] = W_kvu norm(c)
     o_i = softmax over the tokens that may be seen of (<q_i, k_i> + <R q'_i, R k'>) scale  times  v_i
+
+With scaled latents, norm(x) is sqrt(D / width of x) times the norm (LongCat-Flash, arXiv 2509.01322, section 2.3.1).
 
 R rotates by the position. All heads have the same rotated part k' of the keys, so a cache keeps R k' and norm(c) of a
 token; each step of generation multiplies all kept latents by W_kvu again.
 
 Shape letters: B sequences, S positions, D hidden size, H heads, d width of a query, r its rotated part, c the latent.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +25,17 @@ from moe_dist.moe.routing import GlobalBatchInfo
 EPS = 1e-6  # of the latents' norms in transformers, whatever rms_norm_eps is
 
 
+class ScaledRMSNorm(RMSNorm):
+    """RMSNorm times sqrt(D / width), D = `model_dim`."""
+
+    def __init__(self, dim: int, eps: float, *, model_dim: int) -> None:
+        super().__init__(dim, eps)
+        self.factor = (model_dim / dim) ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
 class LatentAttention(CausalAttention):
     """Multi-head latent attention.
 
@@ -28,9 +43,10 @@ class LatentAttention(CausalAttention):
         q_rank: Width of the queries' latent; None: queries are a product of the hidden state.
         kv_rank: Width of the latent of keys and values (c).
         value_dim: Width of a head's values.
+        scaled: Whether the norms of the latents are scaled.
     """
 
-    def __init__(self, args: ModelArgs, *, q_rank: int | None, kv_rank: int, value_dim: int) -> None:
+    def __init__(self, args: ModelArgs, *, q_rank: int | None, kv_rank: int, value_dim: int, scaled: bool = False) -> None:
         super().__init__(args)
         assert args.rope_dim is not None
         dim, heads, plain = args.hidden_dim, args.num_heads, args.head_dim - args.rope_dim
@@ -42,13 +58,14 @@ class LatentAttention(CausalAttention):
         if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim is not None:
             scale *= scaling.size(scaling.mscale_all_dim) ** 2
         self.scale = scale
+        norm = partial(ScaledRMSNorm, model_dim=dim) if scaled else RMSNorm
         self.q_rank = q_rank
         if q_rank is None:
             self.q = Projection(dim, heads * args.head_dim)
         else:
-            self.q_down, self.q_norm = Projection(dim, q_rank), RMSNorm(q_rank, EPS)
+            self.q_down, self.q_norm = Projection(dim, q_rank), norm(q_rank, EPS)
             self.q_up = Projection(q_rank, heads * args.head_dim)
-        self.kv_down, self.kv_norm = Projection(dim, kv_rank + args.rope_dim), RMSNorm(kv_rank, EPS)
+        self.kv_down, self.kv_norm = Projection(dim, kv_rank + args.rope_dim), norm(kv_rank, EPS)
         self.kv_up = Projection(kv_rank, heads * sum(self.head_parts))
         self.o = Projection(heads * value_dim, dim)
 

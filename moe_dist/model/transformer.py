@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest,
     ) -> tuple[Tensor, list[LayerReport]]:
-        reports = []
+        reports, late_TD = [], None
         for layer in self.layers:
             if layer.depths is not None:
                 # The MoE layer gets only the selected tokens, and the request's token counts would be wrong for them.
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
             else:
                 x_BSD = x_BSD + layer.attention(x_BSD, rotary, masks[layer.window], request.batch_info)  # pyright: ignore[reportCallIssue]
                 y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, request)  # pyright: ignore
-                x_BSD = x_BSD + y_BSD
+                x_BSD, late_TD, report = _joined(x_BSD + y_BSD, late_TD, report)
             if report is not None:
                 reports.append(report)
         return x_BSD, reports
@@ -179,6 +179,7 @@ class Transformer(nn.Module):
         rotary = self._rotary(positions_BN, group_BN)
         real_BN = group_BN >= 0
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
+        late_TD = None
         for layer, entries in zip(self.layers, cache, strict=True):
             taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
             if layer.depths is not None:
@@ -188,9 +189,9 @@ class Transformer(nn.Module):
                 if not taken_BN.any():  # costs a host sync, but often saves the whole layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
-            y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
+            y_BND, report = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
             if weight_BN is None:
-                x_BND = x_BND + a_BND + y_BND
+                x_BND, late_TD, _ = _joined(x_BND + a_BND + y_BND, late_TD, report)
             else:
                 weight_BN = torch.where(taken_BN, weight_BN, 0.0)
                 x_BND = x_BND + (weight_BN[..., None] * (a_BND + y_BND)).to(x_BND.dtype)
@@ -281,3 +282,12 @@ class Transformer(nn.Module):
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """Returns the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer | LoRALayer)]
+
+
+def _joined(
+    x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
+) -> tuple[Tensor, Tensor | None, LayerReport | None]:
+    """Adds what the layer before has left for this one, and takes what this layer leaves for the next one from its
+    report."""
+    x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
+    return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))

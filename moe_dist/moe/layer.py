@@ -25,6 +25,9 @@ class Router(Protocol):
 class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
+    With `shortcut` y is the shared expert alone, and the report has the rest as `late_TD` (LongCat-Flash, arXiv 2509.01322,
+    section 2.2). The caller adds it behind the next layer.
+
     Args:
         norm: Norm of the layer's input, or identity.
         router: A `Router`, which chooses the experts of each token.
@@ -32,6 +35,7 @@ class MoELayer(nn.Module):
         dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
         shared: An expert that computes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.
+        shortcut: Whether the caller adds the routed experts' output later. Needs a shared expert.
         recompute: What backward computes again. `experts`: only the expert FFNs, which needs no exchange. `block`: the
             whole layer and its dispatch exchange; the choice of experts and the dispatch plan are kept.
         name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
@@ -46,6 +50,7 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher[Any],
         shared: nn.Module | None = None,
         free: ZeroComputationExperts | None = None,
+        shortcut: bool = False,
         recompute: Recompute = "none",
         name: str = "",
     ) -> None:
@@ -55,6 +60,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared = shared
         self.free = free
+        self.shortcut = shortcut
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
@@ -98,14 +104,18 @@ class MoELayer(nn.Module):
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         return _Routed((h_TD, routing.assignments.weight_N, plan), routing, zero_TD)
 
-    @staticmethod
-    def _result(routed: "_Routed", y_TD: Tensor, shared_TD: Tensor | None, experts_off: bool) -> tuple[Tensor, LayerReport]:
+    def _result(
+        self, routed: "_Routed", y_TD: Tensor, shared_TD: Tensor | None, experts_off: bool
+    ) -> tuple[Tensor, LayerReport]:
         if routed.zero_TD is not None:
             y_TD = y_TD + routed.zero_TD
         if experts_off:
             y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
         routing, plan = routed.routing, routed.inputs[2]
         report = LayerReport(routing.sums, *plan.sent, prob_AC=routing.prob_AC, chosen=routing.chosen)
+        if self.shortcut:
+            assert shared_TD is not None, "the configuration demands a shared expert"
+            return shared_TD, report._replace(late_TD=y_TD)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report
 
 

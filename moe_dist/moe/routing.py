@@ -151,6 +151,8 @@ class LayerReport(NamedTuple):
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
             other layers.
         prob_AC, chosen: See `Routing`.
+        late_TD: Output [T, D] that the transformer adds behind the next layer; None without a shortcut, and in the
+            transformer's reports.
     """
 
     sums: RouterSums
@@ -162,6 +164,7 @@ class LayerReport(NamedTuple):
     members_G: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
+    late_TD: Tensor | None = None
 
 
 @dataclass(frozen=True)

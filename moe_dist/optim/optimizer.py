@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
-from moe_dist.placement.roles import OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
+from moe_dist.placement.roles import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
 MATRIX_MOMENTS = MOMENTS[:1]  # of matrices under an optimizer that orthogonalises them
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
@@ -55,7 +55,7 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
         gathered = moments != MOMENTS and mesh is not None
         if not parameter.requires_grad or (is_empty_here(parameter) and not gathered):
             continue
-        decay = parameter.ndim >= 2 and named.role not in NO_DECAY
+        decay = parameter.ndim >= (3 if named.role in EXPERTS else 2) and named.role not in NO_DECAY
         more = {} if moments == MOMENTS else {"moments": moments}
         group = {"params": [], "weight_decay": weight_decay if decay else 0.0, **more}
         group = groups.setdefault((decay, moments, mesh), group)

@@ -29,7 +29,8 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
     """Returns, for each group, the number of parameters of one true expert."""
     dim, experts = model.hidden_dim, model.moe.experts
     if not experts.over_frozen_ffn:
-        return {name: 3 * dim * group.ffn_dim for name, group in model.moe.groups.items()}
+        groups = model.moe.groups.items()
+        return {name: 3 * dim * group.ffn_dim + experts.num_biases(dim, group.ffn_dim) for name, group in groups}
     ffn = ffn_dim_for_all(model)
     return dict.fromkeys(
         model.moe.groups, adapter_parameters(experts, {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)})
@@ -128,11 +129,11 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
     auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in groups) if moe.router.has_auxiliary_routers else 0
     experts = num_moe_layers * sum(each * held[name] for name, each in expert_parameters(model).items())
-    lora = moe.experts.over_frozen_ffn
+    lora, biases = moe.experts.over_frozen_ffn, sum(g.num_experts for g in groups) * moe.router.has_logit_bias
     return Parts(
         embedding=model.vocab_size * dim,
         attention=model.num_layers * attention,
-        router=num_moe_layers * (dim * router_rows(model) + auxiliary) + depth_router(model),
+        router=num_moe_layers * (dim * router_rows(model) + biases + auxiliary) + depth_router(model),
         experts=0 if lora else experts,
         free=num_moe_layers * 3 * dim * sum(g.num_constant for g in groups),
         shared=num_moe_layers * dim * (3 * ffn_dim_for_all(model) + moe.shared_gate),

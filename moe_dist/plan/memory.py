@@ -111,7 +111,10 @@ def _with_one_moment(config: Config, experts_held: dict[str, float] | None = Non
     model, parts = config.model, parameters(config.model, experts_held=experts_held)
     attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
     shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # whose gate is a vector
-    return attention + shared + parts.dense_ffn, parts.experts
+    held = experts_held or {name: group.num_experts for name, group in model.moe.groups.items()}
+    groups, each = model.moe.groups.items(), model.moe.experts.num_biases
+    biases = sum(held[name] * each(model.hidden_dim, group.ffn_dim) for name, group in groups)
+    return attention + shared + parts.dense_ffn, parts.experts - len(model.moe_layers) * biases
 
 
 def trained_parameters(config: Config, experts_held: Mapping[str, float]) -> float:

@@ -25,6 +25,7 @@ from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from moe_dist.model.sink_attention import SinkAttention
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.step_load import StepLoad
@@ -67,7 +68,11 @@ ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
     "yarn": YarnScaling,
     "llama3": Llama3Scaling,
 }
-ATTENTIONS: dict[str, Callable[..., CausalAttention]] = {"grouped_query": Attention, "latent": LatentAttention}
+ATTENTIONS: dict[str, Callable[..., CausalAttention]] = {
+    "grouped_query": Attention,
+    "latent": LatentAttention,
+    "sinks": SinkAttention,
+}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda groups, dtype, **fields: make_optimizer(groups, **fields),
     "muon": lambda groups, dtype, **fields: Muon(groups, dtype=dtype, **fields),

@@ -12,6 +12,7 @@ from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
 from moe_dist.moe.adapted_experts import AdaptedExperts
+from moe_dist.moe.clamped_experts import ClampedExperts
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels.interface import RowKernels
@@ -87,6 +88,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
             dispatcher=dispatcher,
             shared=_shared_expert(section) if moe.shared_ffn_dim else None,
             free=ZeroComputationExperts(hidden_dim, groups) if has_zero_computation_experts(groups) else None,
+            shortcut=moe.shortcut,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",
         )
@@ -126,6 +128,7 @@ FFN_EXPERTS = {False: Experts, True: StaticExperts}  # by whether exchanges have
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
     "ffn": lambda parts: ffn_layers(parts, FFN_EXPERTS[parts.config.parallel.dispatch.static]),
     "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
+    "clamped_ffn": lambda parts: ffn_layers(parts, ClampedExperts),
     "lora": lora_layers,
 }
 

@@ -34,11 +34,22 @@ from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
 
 SEQUENCES = 4
-KINDS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama", "ernie4_5_moe", "glm4_moe", "deepseek_v3")
+KINDS = (
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
+    "qwen2_moe",
+    "llama",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "deepseek_v3",
+    "longcat_flash",
+    "gpt_oss",
+)
 SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
 PARTS = (5, 7)  # tokens of the two calls with a cache
 VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased", "ernie4_5_moe tied", "glm4_moe plain",
-            "deepseek_v3 plain")  # fmt: skip
+            "deepseek_v3 plain", "longcat_flash scaled", "gpt_oss plain")  # fmt: skip
 
 
 def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[Arrays, Arrays]:

@@ -5,7 +5,6 @@ fuse gate and up; we name each expert. It applies to gradients as it does to wei
 nothing imports transformers.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +145,8 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
         place = next((place for place in slot.places if place.name in named), None)
         found[slot.name] = torch.zeros(slot.shape)
         if place is not None:
-            end = place.begin + math.prod(slot.shape)
-            found[slot.name] = named[place.name].flatten()[place.begin : end].view(slot.shape)
+            strides = place.strides or torch.empty(slot.shape).stride()
+            found[slot.name] = named[place.name].contiguous().as_strided(slot.shape, strides, place.begin)
     return arrays(found)
 
 

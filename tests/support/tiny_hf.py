@@ -25,6 +25,9 @@ def draw(module: nn.Module, seed: int) -> None:
                 tensor.normal_(0.0, 0.05)
             elif not name.endswith("inv_freq"):
                 tensor.normal_(0.0, 0.2)
+        for experts in module.modules():  # rows that transformers never uses, and an import leaves out
+            if hasattr(experts, "zero_expert_num") and hasattr(experts, "gate_up_proj"):
+                experts.gate_up_proj[experts.num_routed_experts :] = 0.0  # pyright: ignore
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
@@ -54,7 +57,38 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     glm = {**shape, **biased, "n_routed_experts": 8, "num_experts_per_tok": 3}
     deepseek = {**glm, "num_key_value_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
     deepseek |= {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    longcat = {**shape, "num_layers": 2, "num_key_value_heads": 4, "ffn_hidden_size": 20, "expert_ffn_hidden_size": 24}
+    longcat |= {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 4, "q_lora_rank": 20, "kv_lora_rank": 12}
+    longcat |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 6}
+    del longcat["num_hidden_layers"]
+    gpt_oss = {**shape, **experts8, "intermediate_size": 24, "head_dim": 8}
     make, values = {
+        "gpt_oss": (
+            transformers.GptOssConfig,
+            {**gpt_oss, "sliding_window": 4, "swiglu_limit": 1.5, "rope_parameters": {**yarn, "truncate": False}},
+        ),
+        "gpt_oss plain": (
+            transformers.GptOssConfig,
+            {
+                **gpt_oss,
+                "attention_bias": False,
+                "tie_word_embeddings": True,
+                "layer_types": ["full_attention"] * 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        "longcat_flash": (transformers.LongcatFlashConfig, {**longcat, "routed_scaling_factor": 1.5}),
+        "longcat_flash scaled": (
+            transformers.LongcatFlashConfig,
+            {
+                **longcat,
+                "num_layers": 1,
+                "zero_expert_num": 0,
+                "v_head_dim": 8,
+                "tie_word_embeddings": True,
+                "rope_parameters": {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3},
+            },
+        ),
         "deepseek_v3": (
             transformers.DeepseekV3Config,
             {**deepseek, "rope_parameters": {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3}},

@@ -17,6 +17,7 @@ class LatentAttentionSection(AttentionSection):
     )
     kv_rank: PositiveInt = Field(description="Width of the latent of keys and values, which generation caches.")
     value_dim: PositiveInt = Field(description="Width of a head's values. Queries and keys have model.head_dim.")
+    scaled: bool = Field(default=False, description="Multiply latents by sqrt(hidden_dim / rank) (LongCat-Flash).")
 
     def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
         dim, heads, rotated = model.hidden_dim, model.num_heads, model.rope_dim or 0

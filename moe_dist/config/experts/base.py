@@ -12,6 +12,10 @@ class ExpertsSection(Section):
     adapts_ffns: ClassVar[bool] = False  # true if experts and routers are those of run.init_from, frozen, with adapters
     over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over one FFN per layer, from run.init_from
 
+    def num_biases(self, hidden_dim: int, ffn_dim: int) -> int:
+        """Returns the number of an expert's parameters that are in no matrix."""
+        return 0
+
     @property
     def input_dropout(self) -> float:
         """Dropout probability of an expert's inputs in training."""

@@ -46,6 +46,11 @@ class RouterSection(Section):
         return False
 
     @property
+    def has_logit_bias(self) -> bool:
+        """Whether each column has a learned bias of its logit."""
+        return getattr(self, "logit_bias", False)
+
+    @property
     def single_null_row(self) -> bool:
         """Whether all null experts share one row of the router."""
         return getattr(self, "null_logit", "each") == "single"

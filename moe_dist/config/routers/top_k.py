@@ -1,8 +1,10 @@
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.routers.base import ROUTER, RouterSection
+from moe_dist.config.section import Violation, WholeConfig
 
 
 class TopKRouterSection(RouterSection):
@@ -19,6 +21,17 @@ class TopKRouterSection(RouterSection):
     """each gives every null expert its own router row. single gives all null experts of a group the logit of one row."""
     selection_bias: bool = False
     """Choose by softmax + bias. The bias starts at 0 and does not change the weights (LongCat-Flash, Ernie 4.5)."""
+    logit_bias: bool = Field(default=False, description="Add a learned bias to each logit, without null experts (gpt-oss).")
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        for name, group in config.model.moe.groups.items() if self.logit_bias else ():
+            if group.num_null or group.num_zero_computation:
+                problem = (
+                    f"{ROUTER}.logit_bias=true: null, identity and constant experts have no such bias; set their numbers "
+                    f"in model.moe.groups.{name} to 0, or logit_bias=false"
+                )
+                yield Violation((f"{ROUTER}.logit_bias", f"model.moe.groups.{name}"), problem)
 
     def equal_share(self, group: Any) -> int | None:
         true, null = group.num_experts, group.num_null

@@ -13,15 +13,19 @@ class MoeDistConfig(PreTrainedConfig):
         first_moe_layer, moe_layer_step: Every `moe_layer_step`-th layer from the first one on has experts.
         sliding_window: Number of tokens that a token sees, itself included, in layers of the type `sliding_attention`.
         rope_pairs: Values of a head that rotate together, of n: `halves` i and i + n / 2, or `adjacent` 2 i and 2 i + 1.
-        attention: `kind` of attention: `grouped_query`, or `latent` with the widths `q_rank` (null: no latent of queries),
-            `kv_rank` and `value_dim`. `head_dim` is then the width of queries and keys, whose last values rotate.
+        attention: `kind` of attention: `grouped_query`, `sinks` (the same with a learned score beside those of tokens), or
+            `latent` with the widths `q_rank` (null: no latent of queries),
+            `kv_rank` and `value_dim`. `head_dim` is then the width of queries and keys, whose last values rotate. `scaled`:
+            latents are multiplied by the root of `hidden_size` over their width.
         projection_bias: Attention projections that have a bias: `none`, `qkv` or `qkvo`.
         qk_norm: RMSNorm of queries and keys: `none`, over each `head`, or over the `full` projection.
         expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of the tokens that it computes; null
             if it is the only group), `num_experts`, `num_null`, `num_identity`, `num_constant`, `top_k` and `ffn_dim`.
+        experts: `kind` of FFN experts: `ffn`, or `clamped_ffn` with biases, the factor `alpha` and the bound `limit`.
         router: `kind` (`top_k` scores by a softmax, `group_limited` by sigmoids), `normalise`, `scale`, `selection_bias`,
-            and `null_logit` or `n_group` and `topk_group`.
+            and `null_logit` and `logit_bias`, or `n_group` and `topk_group`.
         shared_expert_intermediate_size: Width of the expert that computes every token; 0 if there is none.
+        moe_shortcut: Whether the output of experts other than the shared one is added behind the next layer.
         shared_expert_gate: Whether a sigmoid gate scales the output of the shared expert.
         mixture_of_depths: `first`, `every` and `causal` of the layers that compute some of the tokens; null if none does.
     """
@@ -50,7 +54,9 @@ class MoeDistConfig(PreTrainedConfig):
     qk_norm: str = "none"
     first_moe_layer: int = 0
     moe_layer_step: int = 1
+    moe_shortcut: bool = False
     expert_groups: Any = None
+    experts: Any = None
     router: Any = None
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
@@ -64,6 +70,8 @@ class MoeDistConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention is None:
             self.attention = {"kind": "grouped_query"}
+        if self.experts is None:
+            self.experts = {"kind": "ffn"}
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)

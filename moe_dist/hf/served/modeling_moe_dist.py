@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -47,6 +47,16 @@ class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
+def eager_attention_with_sinks(module, query, key, value, attention_mask, scaling, **kwargs):
+    scores = query @ repeat_kv(key, module.num_key_value_groups).transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    sinks = module.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)[..., :-1]
+    output = weights @ repeat_kv(value, module.num_key_value_groups)
+    return output.transpose(1, 2).contiguous(), weights
+
+
 def in_halves(x, rotated):
     """Moves the values 2 i and 2 i + 1 of the first `rotated` of a head to i and i + `rotated` / 2."""
     return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
@@ -63,10 +73,29 @@ class MoeDistMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MoeDistClampedMLP(nn.Module):
+    """An expert of gpt-oss: biases, a bounded gate, and a bounded `up` plus 1."""
+
+    def __init__(self, config: MoeDistConfig, intermediate_size: int):
+        super().__init__()
+        self.alpha, self.limit = config.experts["alpha"], config.experts["limit"]
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(gate * (self.alpha * gate).sigmoid() * (up + 1))
+
+
+EXPERTS = {"ffn": MoeDistMLP, "clamped_ffn": MoeDistClampedMLP}
+
+
 class MoeDistAttention(nn.Module):
     """What all kinds of attention share. A subclass has the projections."""
 
     o_proj: nn.Linear
+    eager = staticmethod(eager_attention)
 
     def __init__(self, config: MoeDistConfig, layer_idx: int):
         super().__init__()
@@ -90,8 +119,8 @@ class MoeDistAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         key, value = self.expand(key, value)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # pyright: ignore
-        options = {"dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)  # pyright: ignore
+        options = {"dropout": 0.0, "sliding_window": self.sliding_window, **self.options(), **kwargs}
         # vLLM reads the scale in this call, and its attention returns [tokens, width].
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **options)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -103,6 +132,10 @@ class MoeDistAttention(nn.Module):
     def expand(self, key, value):
         """Returns keys and values of all heads from what the cache keeps."""
         return key, value
+
+    def options(self):
+        """Returns further keywords for transformers' attention."""
+        return {}
 
     def rotate(self, query, key, position_embeddings):
         if self.config.rope_pairs == "adjacent":  # in another order, queries and keys have the same products
@@ -136,6 +169,19 @@ class MoeDistGroupedQueryAttention(MoeDistAttention):
         return *self.rotate(query.transpose(1, 2), key.transpose(1, 2), position_embeddings), value
 
 
+class MoeDistSinkAttention(MoeDistGroupedQueryAttention):
+    """Grouped-query attention with a learned score of each head beside those of tokens, as in gpt-oss."""
+
+    eager = staticmethod(eager_attention_with_sinks)
+
+    def __init__(self, config: MoeDistConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def options(self):
+        return {"s_aux": self.sinks}
+
+
 class MoeDistLatentAttention(MoeDistAttention):
     """Multi-head latent attention, as in DeepSeek-V3. The cache keeps the rotated part of the keys, and the latent."""
 
@@ -148,7 +194,9 @@ class MoeDistLatentAttention(MoeDistAttention):
         self.query_parts, self.latent_parts, self.head_parts = [plain, rotated], [kv_rank, rotated], [plain, value_dim]
         if rope.get("mscale_all_dim") and rope["factor"] > 1:
             self.scaling *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
-        self.has_latent_queries = q_rank is not None
+        self.has_latent_queries, scaled = q_rank is not None, config.attention.get("scaled", False)
+        self.query_scale = (hidden_size / q_rank) ** 0.5 if scaled and q_rank else 1.0
+        self.latent_scale = (hidden_size / kv_rank) ** 0.5 if scaled else 1.0
         if q_rank is None:
             self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
         else:
@@ -161,14 +209,14 @@ class MoeDistLatentAttention(MoeDistAttention):
 
     def project(self, hidden_states, position_embeddings):
         if self.has_latent_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.query_scale)
         else:
             query = self.q_proj(hidden_states)
         heads = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         plain, turned = heads.split(self.query_parts, dim=-1)
         latent, key = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_parts, dim=-1)
         turned, key = self.rotate(turned, key[:, None], position_embeddings)
-        return torch.cat([plain, turned], dim=-1), key, self.kv_a_layernorm(latent)[:, None]
+        return torch.cat([plain, turned], dim=-1), key, self.kv_a_layernorm(latent)[:, None] * self.latent_scale
 
     def expand(self, key, value):
         both = self.kv_b_proj(value[:, 0]).unflatten(-1, (-1, sum(self.head_parts))).transpose(1, 2)
@@ -176,7 +224,11 @@ class MoeDistLatentAttention(MoeDistAttention):
         return torch.cat([plain, key.expand(-1, plain.shape[1], -1, -1)], dim=-1), value
 
 
-ATTENTIONS = {"grouped_query": MoeDistGroupedQueryAttention, "latent": MoeDistLatentAttention}
+ATTENTIONS = {
+    "grouped_query": MoeDistGroupedQueryAttention,
+    "latent": MoeDistLatentAttention,
+    "sinks": MoeDistSinkAttention,
+}
 
 
 class MoeDistRouter(nn.Module):
@@ -199,6 +251,7 @@ class MoeDistRouter(nn.Module):
                 starts = range(0, count, self.num_experts)
                 self.parts += [(min(self.num_experts, count - start),) * 2 for start in starts]
         self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(self.num_experts)) if config.router.get("logit_bias") else None
         if config.router["selection_bias"]:
             self.e_score_correction_bias = nn.Buffer(torch.zeros(sum(columns for _, columns in self.parts)))
 
@@ -208,6 +261,8 @@ class MoeDistRouter(nn.Module):
         rows = self.weight.to(dtype).split([rows for rows, _ in self.parts])
         products = [F.linear(x.to(dtype), each).expand(-1, part[1]) for each, part in zip(rows, self.parts, strict=True)]
         logits = torch.cat(products, dim=-1)
+        if self.bias is not None:
+            logits = logits + self.bias.to(dtype)
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
 
         ranking = scores if self.sigmoid else logits
@@ -256,7 +311,8 @@ class MoeDistExpertGroup(nn.Module):
         super().__init__()
         self.num_identity, self.num_constant = group["num_identity"], group["num_constant"]
         self.router = MoeDistRouter(config, group)
-        self.experts = nn.ModuleList(MoeDistMLP(config, group["ffn_dim"]) for _ in range(group["num_experts"]))
+        make_expert = EXPERTS[config.experts["kind"]]
+        self.experts = nn.ModuleList(make_expert(config, group["ffn_dim"]) for _ in range(group["num_experts"]))
         if self.num_constant:
             self.constant_vectors = nn.Parameter(torch.empty(self.num_constant, config.hidden_size))
             self.constant_gates = nn.Parameter(torch.empty(self.num_constant, 2, config.hidden_size))
@@ -286,21 +342,29 @@ class MoeDistSparseMoeBlock(nn.Module):
         super().__init__()
         self.groups = nn.ModuleList(MoeDistExpertGroup(config, group) for group in config.expert_groups)
         self.has_shared_expert, self.has_shared_gate = config.shared_expert_intermediate_size > 0, config.shared_expert_gate
+        self.has_shortcut = config.moe_shortcut
         if self.has_shared_expert:
             self.shared_expert = MoeDistMLP(config, config.shared_expert_intermediate_size)
         if self.has_shared_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states, group_ids):
-        """`group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1."""
+        """Returns the output, and what is to be added behind the next layer (None without a shortcut).
+
+        `group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1.
+        """
         x, output = hidden_states.flatten(0, 1), torch.zeros_like(hidden_states).flatten(0, 1)
         for index, group in enumerate(self.groups):
             (tokens,) = torch.where(group_ids.flatten() == index)
             output[tokens] = group(x[tokens])
+        output, late = output.view_as(hidden_states), None
+        if self.has_shortcut:
+            output, late = torch.zeros_like(output), output
         if self.has_shared_expert:
-            shared = self.shared_expert(x)
-            output = output + (self.shared_expert_gate(x).sigmoid() * shared if self.has_shared_gate else shared)
-        return output.view_as(hidden_states)
+            shared = self.shared_expert(hidden_states)
+            gate = self.shared_expert_gate(hidden_states).sigmoid() if self.has_shared_gate else 1.0
+            output = output + gate * shared
+        return output, late
 
 
 class MoeDistDepthRouter(nn.Module):
@@ -340,7 +404,8 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
         if self.has_depths:
             self.depth_router = MoeDistDepthRouter(config)
 
-    def forward(self, hidden_states, group_ids, **kwargs):
+    def forward(self, hidden_states, group_ids, late=None, **kwargs):
+        """Adds `late`, which the layer before has left. Returns the hidden states, and what is left for the next layer."""
         weight = 1.0
         if self.has_depths:
             kwargs["taken"], weight = self.depth_router(hidden_states)
@@ -348,8 +413,9 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
             weight = weight.masked_fill(~kwargs["taken"], 0.0)[..., None]
         added, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normed = self.post_attention_layernorm(hidden_states + added)
-        added = added + (self.mlp(normed, group_ids) if self.is_sparse else self.mlp(normed))
-        return hidden_states + (weight * added).to(added.dtype)
+        output, left = self.mlp(normed, group_ids) if self.is_sparse else (self.mlp(normed), None)
+        hidden_states = hidden_states + (weight * (added + output)).to(added.dtype)
+        return hidden_states if late is None else hidden_states + late, left
 
 
 class MoeDistPreTrainedModel(PreTrainedModel):
@@ -360,10 +426,13 @@ class MoeDistPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MoeDistDecoderLayer"]
     _keep_in_fp32_modules_strict = ["router", "depth_router"]
     _supports_flash_attn = True
-    _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MoeDistDecoderLayer, "attentions": MoeDistAttention}
+
+    @property
+    def _supports_sdpa(self):
+        return self.config.attention["kind"] != "sinks"  # torch's kernel takes no sinks
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -429,8 +498,9 @@ class MoeDistModel(MoeDistPreTrainedModel):
         masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
         hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         kwargs |= {"position_embeddings": rotary, "cache": cache}
+        late = None
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
-            hidden_states = layer(hidden_states, group_ids, attention_mask=masks[kind], **kwargs)
+            hidden_states, late = layer(hidden_states, group_ids, late, attention_mask=masks[kind], **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})  # pyright: ignore
 
 

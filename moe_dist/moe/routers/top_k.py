@@ -11,7 +11,7 @@ columns, K choices, G expert groups, n true and m null experts of a group, E tru
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,18 +38,23 @@ class GroupGate(nn.Module):
     """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if it has such experts.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
-    number per column of the group, in the order of `KINDS`.
+    number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one for each true expert.
     """
 
     role = Role.ROUTER
     bias: Tensor
+    initial_values: ClassVar = {"offset": 0.0}
 
-    def __init__(self, hidden_dim: int, group: ExpertGroup, *, null_logit: NullLogit = "each") -> None:
+    def __init__(
+        self, hidden_dim: int, group: ExpertGroup, *, null_logit: NullLogit = "each", logit_bias: bool = False
+    ) -> None:
         super().__init__()
         for kind, count in column_counts(group).items():
             if count:
                 num_rows = 1 if (kind, null_logit) == ("null", "single") else count
                 self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
+        if logit_bias:
+            self.offset = nn.Parameter(torch.empty(group.num_experts))
 
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
@@ -94,6 +99,7 @@ class TopKRouter(nn.Module):
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases
             of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
+        logit_bias: If true, each true expert's logit has a learned bias. Groups must then have true experts only.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
         kernels: If they have `choose`, they compute all that follows the logits, unless the router has a selection bias,
             capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
@@ -114,6 +120,7 @@ class TopKRouter(nn.Module):
         scale: float = 1.0,
         null_logit: NullLogit = "each",
         selection_bias: bool = False,
+        logit_bias: bool = False,
         capacity: Capacity | None = None,
         kernels: RowKernels = TORCH,
     ) -> None:
@@ -124,13 +131,15 @@ class TopKRouter(nn.Module):
         self.scale = scale
         self.null_logit: NullLogit = null_logit
         self.selection_bias = selection_bias
+        self.logit_bias = logit_bias
         self.capacity = capacity
         self.num_choices = max(group.top_k for group in groups)
         self.num_experts = sum(group.num_experts for group in groups)
         self.first_zero_computation = self.num_experts + sum(group.num_null for group in groups)
         self.num_zero_computation = sum(group.num_columns for group in groups) - self.first_zero_computation
         for group in groups:
-            self.add_module(group_module(group.name), GroupGate(hidden_dim, group, null_logit=null_logit))
+            gate = GroupGate(hidden_dim, group, null_logit=null_logit, logit_bias=logit_bias)
+            self.add_module(group_module(group.name), gate)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -225,7 +234,10 @@ class TopKRouter(nn.Module):
                     products = [F.linear(h_TD, slice_nD) for slice_nD in slices]
                     single = (kind, self.null_logit) == ("null", "single")  # one logit for all null columns
                     parts += [products[0].expand(-1, count)] if single else products
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        logits_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self.logit_bias:
+            logits_TC = logits_TC + torch.cat([self._gate(group, "offset") for group in self.groups]).to(h_TD.dtype)
+        return logits_TC
 
     def gate(self, group: ExpertGroup) -> nn.Module:
         return self.get_submodule(group_module(group.name))

@@ -63,6 +63,15 @@ def test_windows_by_layer() -> None:
             ),
         ),
         ({"attention": {"kind": "latent", "kv_rank": 8}}, ("value_dim",)),
+        ({"moe.shortcut": True}, ("shortcut=true needs a shared expert", "shared_ffn_dim")),
+        (
+            {"moe.shortcut": True, "moe.shared_ffn_dim": 8, "mixture_of_depths": {"first": 0}},
+            ("a dense layer must follow each MoE layer", "moe.every=1", "mixture_of_depths to null"),
+        ),
+        (
+            {"moe.shortcut": True, "moe.shared_ffn_dim": 8, "moe.every": 2, "num_layers": 3, "dense_ffn_dim": 8},
+            ("moe.every=2, num_layers=3", "the last layer is dense"),
+        ),
     ],
 )
 def test_each_rule_is_named_with_its_fix(model: dict[str, Any], keys: tuple[str, ...]) -> None:

@@ -157,3 +157,12 @@ def test_sizes_follow_the_share_that_an_expert_takes() -> None:
     plan = expected_plan(make_placement(config(SOUND).placement, groups, num_ranks=2, token_mix={}), {}, name="full")
     assert sum(plan.load_R) == pytest.approx(0.5 * 4 * 16 + 0.5 * 2 * 24)
     assert plan.remote_rows_per_token == pytest.approx(0.5)
+
+
+def test_logit_biases_need_true_experts_alone() -> None:
+    groups = {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}
+    router = {"model.moe.router": {"kind": "top_k", "logit_bias": True}}
+    assert violations(config({**router, "model.moe.groups": GROUPS})) == []
+    (found,) = violations(config({**router, "model.moe.groups": groups}))
+    assert "logit_bias=true: null, identity and constant experts have no such bias" in found.problem
+    assert "set their numbers in model.moe.groups.text to 0" in found.problem

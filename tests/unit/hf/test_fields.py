@@ -68,6 +68,14 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "v_head_dim": (4, 16),
     "rope_interleave": (True, False),
     **dict.fromkeys(("num_mtp_layers", "num_nextn_predict_layers"), (0, 2)),
+    "num_layers": (1, 3),
+    "ffn_hidden_size": (36,),
+    "expert_ffn_hidden_size": (36, 0),
+    "moe_topk": (2, 99),  # theirs cannot run with 1
+    "zero_expert_num": (0, 2, -1),
+    "swiglu_alpha": (0.5, 0.0),
+    "swiglu_limit": (0.5, 0.0),
+    "qk_head_dim": (12, 16),
     "num_experts_per_tok": (1, 99),
     "num_local_experts": (4,),
     "num_experts": (4, 0),
@@ -108,7 +116,8 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "rope_theta": (100.0, None),
     "partial_rotary_factor": (0.5, 1.0, None),
     "original_max_position_embeddings": (8,),
-    "qk_head_dim": (12, 16),
+    "qk_head_dim": CHANGES["qk_head_dim"],
+    "router_bias": (True, False),
 }
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -183,6 +192,19 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_nextn_predict_layers": 0}, {"n_routed_experts": 16, "n_group": ABSENT, "topk_group": ABSENT},
         {"first_k_dense_replace": ABSENT, "num_hidden_layers": 4}, {"routed_scaling_factor": ABSENT},
     ),
+    "longcat_flash": (
+        {"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_local_experts": 8}, {"num_local_experts": 4},
+        {"num_experts_per_tok": 4}, {"moe_topk": ABSENT, "num_experts_per_tok": 4}, {"intermediate_size": 20},
+        {"intermediate_size": 36}, {"moe_intermediate_size": 24}, {"moe_intermediate_size": 36},
+        {"qk_rope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16}, {"qk_nope_head_dim": 4, "qk_head_dim": ABSENT},
+        {"qk_rope_head_dim": 64, "head_dim": ABSENT, "qk_head_dim": ABSENT},
+        {"num_key_value_heads": ABSENT, "num_attention_heads": 2}, {"n_routed_experts": 1, "zero_expert_num": 9},
+    ),
+    "gpt_oss": (
+        {"num_experts": 8}, {"num_experts": 4}, {"layer_types": ABSENT, "num_hidden_layers": 3},
+        {"layer_types": ABSENT, "sliding_window": ABSENT}, {"layer_types": ["full_attention"] * 2, "sliding_window": 1},
+        {"rope_parameters": ABSENT, "max_position_embeddings": 131072},
+    ),
 }  # fmt: skip
 
 # Our words for their fields, in errors of the model's own rules.
@@ -192,6 +214,9 @@ OURS = {
     "qk_nope_head_dim": "head_dim",
     "qk_rope_head_dim": "rope_",
     "num_experts_per_tok": "top_k",
+    "moe_topk": "top_k",
+    "num_layers": "layers",
+    "zero_expert_num": "top_k",
     "moe_k": "top_k",
     "n_routed_experts": "num_experts",
     "num_hidden_layers": "layers",

@@ -22,7 +22,7 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.names import slots
+from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.train.build import state_specs
 from tests.support.messages import refused
@@ -132,9 +132,9 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
     """A model of zeros in one file with holes."""
     tiny_config(kind, **sizes).save_pretrained(folder)
     family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
-    places = [
-        place for slot in slots(changed_section(values, family, ImportOptions()), family) for place in slot.places[:1]
-    ]
+    section = changed_section(values, family, ImportOptions())
+    places = [place for slot in slots(section, family) for place in slot.places[:1]]
+    places += [place for place, _ in idle_places(section, family)]
     write_zeros(folder, {place.name: place.shape for place in places})
 
 
@@ -159,14 +159,20 @@ def rounds(folder: Path, *, imports: int, exports: int) -> "subprocess.Completed
 
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 4}
-EXPERTS = {"ernie4_5_moe": "moe_num_experts", "glm4_moe": "n_routed_experts", "deepseek_v3": "n_routed_experts"}
+EXPERTS: dict[str, dict[str, int]] = {
+    "ernie4_5_moe": {"moe_num_experts": 16},
+    "glm4_moe": {"n_routed_experts": 16},
+    "deepseek_v3": {"n_routed_experts": 16},
+    "longcat_flash": {"n_routed_experts": 20, "zero_expert_num": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_hidden_layers": 12},
+}
 
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Path]:
     """A model of each family with many experts, of more than 4 x LIMIT."""
     for kind, experts in EXPERTS.items():
-        hollow(tmp_path / kind, kind, **WIDE, **{experts: 16})
+        hollow(tmp_path / kind, kind, **{**WIDE, **experts})
         assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
     yield tmp_path
     shutil.rmtree(tmp_path)

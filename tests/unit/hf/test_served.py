@@ -76,6 +76,15 @@ CASES: dict[str, dict[str, Any]] = {
         "model.head_dim": 10, "model.num_kv_heads": 4, **rope("yarn", **LENGTHS, mscale=0.7, mscale_all_dim=1.3),
         "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 9,
     },
+    "shortcut": one(**FREE) | router(normalise="none", scale=2.0, selection_bias=True) | {
+        "model.moe.shortcut": True, "model.moe.every": 2, "model.moe.shared_ffn_dim": 20, "model.moe.shared_gate": True,
+        "model.dense_ffn_dim": 40, "model.rope_dim": 4, "model.head_dim": 10, "model.num_kv_heads": 4,
+        "model.attention": {"kind": "latent", "q_rank": 10, "kv_rank": 12, "value_dim": 6, "scaled": True},
+    },
+    "sinks": one(num_null=0) | router(logit_bias=True) | {
+        "model.attention": {"kind": "sinks"}, "model.moe.experts": {"kind": "clamped_ffn", "limit": 0.2},
+        "model.sliding_window": 4, "model.sliding_layers": [1], "model.attention_bias": "qkvo", "model.qk_norm": "head",
+    },
     "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
     "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
     "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
@@ -84,12 +93,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 COVER = (
     "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "adapted",
-    "shared gate", "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "depths",
-    "depths window",
+    "shared gate", "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "shortcut",
+    "sinks", "depths", "depths window",
 )  # fmt: skip
 
 
-VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain", "deepseek_v3 plain")
+VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain", "deepseek_v3 plain", "longcat_flash scaled", "gpt_oss plain")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +180,14 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 
 @pytest.mark.parametrize(
     "kind",
-    ["ernie4_5_moe", "glm4_moe", "deepseek_v3", *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS)],
+    [
+        "ernie4_5_moe",
+        "glm4_moe",
+        "deepseek_v3",
+        "longcat_flash",
+        "gpt_oss",
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS),
+    ],
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
@@ -234,6 +250,8 @@ def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
         "sigmoid groups",
         "partial dynamic adjacent",
         "latent attention",
+        "shortcut",
+        "sinks",
     ],
 )
 def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:

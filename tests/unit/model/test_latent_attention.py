@@ -19,11 +19,11 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
 YARN = YarnScaling(4.0, 4, mscale=0.7, mscale_all_dim=1.3)
 
 
-def made(q_rank: int | None, **options: Any) -> LatentAttention:
+def made(q_rank: int | None, *, scaled: bool = False, **options: Any) -> LatentAttention:
     torch.manual_seed(0)
     sizes = {"vocab_size": 1, "hidden_dim": DIM, "num_layers": 1, "num_heads": HEADS, "num_kv_heads": HEADS}
     args = ModelArgs(**sizes, head_dim=WIDTH, rope_dim=ROTATED, moe_layers=(), compute_dtype=torch.float64, **options)
-    module = LatentAttention(args, q_rank=q_rank, kv_rank=6, value_dim=VALUE).double()
+    module = LatentAttention(args, q_rank=q_rank, kv_rank=6, value_dim=VALUE, scaled=scaled).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module
@@ -33,8 +33,10 @@ def normed(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     return x / (x.square().mean() + eps).sqrt() * weight
 
 
-def by_loop(module: LatentAttention, x: Tensor, table: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    weights = dict(module.named_parameters())
+def by_loop(
+    module: LatentAttention, x: Tensor, table: tuple[Tensor, Tensor], scale: float, factors: tuple[float, float]
+) -> Tensor:
+    weights, (q_factor, kv_factor) = dict(module.named_parameters()), factors
     batch, length, _ = x.shape
     out = torch.zeros_like(x)
     for b in range(batch):
@@ -48,9 +50,9 @@ def by_loop(module: LatentAttention, x: Tensor, table: tuple[Tensor, Tensor], sc
             if "q.weight" in weights:
                 q = weights["q.weight"] @ h
             else:
-                q = weights["q_up.weight"] @ normed(weights["q_down.weight"] @ h, weights["q_norm.weight"])
+                q = weights["q_up.weight"] @ (q_factor * normed(weights["q_down.weight"] @ h, weights["q_norm.weight"]))
             both = weights["kv_down.weight"] @ h
-            kv = (weights["kv_up.weight"] @ normed(both[:6], weights["kv_norm.weight"])).view(HEADS, -1)
+            kv = (weights["kv_up.weight"] @ (kv_factor * normed(both[:6], weights["kv_norm.weight"]))).view(HEADS, -1)
             key, plain = turned(both[6:], s), WIDTH - ROTATED
             queries.append([torch.cat([each[:plain], turned(each[plain:], s)]) for each in q.view(HEADS, WIDTH)])
             keys.append([torch.cat([each[:plain], key]) for each in kv])
@@ -65,15 +67,20 @@ def by_loop(module: LatentAttention, x: Tensor, table: tuple[Tensor, Tensor], sc
     return out
 
 
-@pytest.mark.parametrize(("q_rank", "scaling", "recompute"), [(None, None, False), (8, YARN, True)])
-def test_equals_its_formula(q_rank: int | None, scaling: YarnScaling | None, recompute: bool) -> None:
-    module = made(q_rank, rope_scaling=scaling, recompute_blocks=recompute)
+@pytest.mark.parametrize(
+    ("q_rank", "scaling", "recompute", "factors"),
+    [(None, None, False, (1.0, 1.0)), (8, YARN, True, (1.0, 1.0)), (8, None, False, ((DIM / 8) ** 0.5, (DIM / 6) ** 0.5))],
+)
+def test_equals_its_formula(
+    q_rank: int | None, scaling: YarnScaling | None, recompute: bool, factors: tuple[float, float]
+) -> None:
+    module = made(q_rank, scaled=factors != (1.0, 1.0), rope_scaling=scaling, recompute_blocks=recompute)
     table = rotary_table(POSITIONS, ROTATED, 1e4, scaling)
     x = torch.randn(2, 6, DIM, dtype=torch.float64, requires_grad=True)
     scale = WIDTH**-0.5 * ((0.1 * 1.3 * torch.tensor(4.0).double().log().item() + 1) ** 2 if scaling else 1.0)
     weight = torch.randn(2, 6, DIM, dtype=torch.float64)
     found = []
-    for out in (module(x, table, dense_mask(DOCUMENTS)), by_loop(module, x, table, scale)):
+    for out in (module(x, table, dense_mask(DOCUMENTS)), by_loop(module, x, table, scale, factors)):
         parameters = {"x": x, **dict(module.named_parameters())}
         found.append((out, torch.autograd.grad((out * weight).sum(), list(parameters.values()))))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)

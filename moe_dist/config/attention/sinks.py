@@ -1,0 +1,14 @@
+from typing import Literal
+
+from moe_dist.config.attention.base import WholeModel
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
+
+
+class SinkAttentionSection(GroupedQuerySection):
+    """Grouped-query attention with a sink: a learned score of each head beside the scores of tokens, without a value
+    (gpt-oss)."""
+
+    kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def num_vectors(self, model: WholeModel) -> int:
+        return super().num_vectors(model) + model.num_heads

@@ -1,0 +1,68 @@
+"""Attention with sinks equals its formula, one token and head at a time, in float64: values and gradients, in documents."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.model.attention import dense_mask, flex_mask
+from moe_dist.model.cache import LayerCache
+from moe_dist.model.layers import ModelArgs, rotary_table
+from moe_dist.model.sink_attention import SinkAttention, attend_with_sinks
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+WINDOW = 3
+
+
+def drawn() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((2, 4, 6, 5), (2, 2, 6, 5), (2, 2, 6, 5), (4,))  # four heads of queries share two of keys
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def by_loop(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    out = torch.zeros_like(q)
+    for b in range(2):
+        for h in range(4):
+            for s in range(6):
+                seen = [t for t in range(max(0, s - WINDOW + 1), s + 1) if DOCUMENTS[b, t] == DOCUMENTS[b, s]]
+                weights = torch.stack([(q[b, h, s] @ k[b, h // 2, t]) * 5**-0.5 for t in seen]).exp()
+                total = sinks[h].exp() + weights.sum()
+                mixed = sum(weight * v[b, h // 2, t] for weight, t in zip(weights, seen, strict=True))
+                out[b, h, s] = mixed / total  # pyright: ignore[reportOperatorIssue]
+    return out
+
+
+def test_equals_its_formula() -> None:
+    weight, found = torch.randn(2, 4, 6, 5, dtype=torch.float64), []
+    mask = dense_mask(DOCUMENTS, POSITIONS, WINDOW)
+    for attend in (lambda *inputs: attend_with_sinks(*inputs, mask), by_loop):
+        inputs = drawn()
+        out = attend(*inputs)
+        found.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_gives_the_same() -> None:
+    inputs = [each.float() for each in drawn()]
+    found = attend_with_sinks(*inputs, flex_mask(DOCUMENTS, POSITIONS, WINDOW))  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(found, by_loop(*inputs), rtol=1e-5, atol=1e-5)  # pyright: ignore[reportCallIssue]
+
+
+@torch.no_grad()
+def test_a_cache_gives_the_same() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1, "hidden_dim": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    module = SinkAttention(ModelArgs(**sizes, moe_layers=(), compute_dtype=torch.float64)).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, positions = torch.randn(1, 6, 8, dtype=torch.float64), torch.arange(6)[None]
+    expected = module(x, rotary_table(positions, 4, 1e4), dense_mask(torch.zeros(1, 6)))
+    cache = LayerCache(module.entry, batch=1, capacity=6, dtype=torch.float64, device=x.device)
+    parts = [
+        module.with_cache(part, rotary_table(at, 4, 1e4), at, torch.ones_like(at, dtype=torch.bool), cache)
+        for part, at in zip(x.split((4, 2), 1), positions.split((4, 2), 1), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
