@@ -171,6 +171,11 @@ class CheckpointManager:
         """
         return self._status.first(what, action, kind=kind)
 
+    def on_each(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T:
+        """Runs `action` on every rank and returns its result. If it fails on one, all ranks raise, an OSError as a `kind`.
+        Costs one all-reduce."""
+        return self._status.phase(what, action, kind=kind)
+
     def broadcast(self, what: str, action: Callable[[], int]) -> int:
         """Runs `action` on rank 0 and returns its result on all ranks. Raises like `agree`. Costs two all-reduces."""
         (number,) = self._status.add([self.agree(what, action) or 0])
@@ -335,7 +340,10 @@ class CheckpointManager:
         that tells all ranks of an error."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()
-        whole = {name: name if isinstance(there, str) else _first_part(name) for name, there in sources.items()}
+        # The parts of a stored tensor that one group loads are counted under the name of the first of them.
+        cuts = {name: there for name, there in sources.items() if isinstance(there, Cut)}
+        first = {(cut.name, _group_of(name)): name for name, cut in cuts.items() if cut.start == 0}
+        whole = {name: first[cuts[name].name, _group_of(name)] if name in cuts else name for name in sources}
         sums, wrong = dict.fromkeys(sorted(set(whole.values())), 0), []  # sorted: the order must be equal on all ranks
         held = {name: tensor for name, tensor in state.tensors().items() if name in sources}
         for name, piece in pieces_of(held).items():
@@ -374,8 +382,7 @@ def _damaged(contents: Contents, name: str) -> CheckpointProblem:
     return CheckpointProblem("damaged", ", ".join(files), "its bits differ from those that were saved", name)
 
 
-def _first_part(name: str) -> str:
-    """Returns the loaded tensor with the first part of the stored tensor of which `name` has a part, in the same group."""
+def _group_of(name: str) -> str:
     expert = EXPERT_NAME.fullmatch(name)
     assert expert is not None, "only experts are parts"
-    return f"{expert['layer']}.moe.experts.{expert['group']}.0.{expert['tensor']}"
+    return expert["group"]

@@ -5,9 +5,15 @@ from collections.abc import Iterator, Mapping
 
 from moe_dist.config.model_schema import GroupSection
 from moe_dist.config.section import Violation, WholeConfig
+from moe_dist.config.split_experts_rule import split_experts_violations
 from moe_dist.config.split_rule import split_violations
 
 KEY = "run.init_rules"
+# Rules that go with no other rule: their checks, and why.
+_ALONE = {
+    "split": (split_violations, "split sets all router rows to 0 and takes whole FFNs"),
+    "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
+}
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
@@ -39,11 +45,11 @@ def init_violations(config: WholeConfig) -> Iterator[Violation]:
     if "adapt" in rules and len(set(rules)) > 1:
         problem = f"{KEY}={list(rules)}: under adapters the base stays unchanged; remove the other rules, or adapt"
         yield Violation((KEY,), problem)
-    if "split" in rules and len(set(rules)) > 1:
-        problem = f"{KEY}={list(rules)}: split sets all router rows to 0 and takes whole FFNs; remove the other rules"
-        yield Violation((KEY,), problem)
-    elif "split" in rules:
-        yield from split_violations(config)
+    for rule, (check, why) in _ALONE.items():
+        if rule in rules and len(set(rules)) > 1:
+            yield Violation((KEY,), f"{KEY}={list(rules)}: {why}; remove the other rules")
+        elif rule in rules:
+            yield from check(config)
     if "copy_nulls" in rules:
         yield from _copy_violations(config)
 

@@ -50,11 +50,11 @@ class RunSection(Section):
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
     this key."""
-    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "adapt"], ...] = ()
+    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "split_experts", "adapt"], ...] = ()
     """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
-    expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. adapt puts new
-    adapters on the unchanged model (train.only=adapters)."""
+    expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. split_experts
+    cuts each expert of a mixture into finer ones. adapt puts new adapters on the unchanged model (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
     Steps and learning rate still start at the beginning."""

@@ -82,5 +82,8 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
     if brings_code:
         told += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
     if not in_transformers:
-        return f"{told} transformers has no class for it; ZEDA's transformers and SGLang do.\n".encode()
+        return (
+            f"{told} transformers has no class for it; ZEDA's transformers and SGLang do. An export of the same "
+            "checkpoint with `--family moe_dist` runs in transformers.\n"
+        ).encode()
     return "\n".join([told, "", "```python", *lines, "```", ""]).encode()

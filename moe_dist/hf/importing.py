@@ -38,8 +38,7 @@ from moe_dist.hf.data_files import TOKENIZER_FILE
 from moe_dist.hf.forms import read_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, check_copies, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
-from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.runtime.progress import Report
 
 HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and key in state.json of the import's family and dtypes
@@ -260,9 +259,8 @@ def _conclude(
     specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
     check_complete(index, specs)
-    groups = expert_groups(config.model.moe)
-    everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
-    state = Snapshot(0, {}, specs, RankLayout(everything), None, dict(values), {}).state_file(save_id)
+    layout = RankLayout(replicated_placement(expert_groups(config.model.moe)))
+    state = Snapshot(0, {}, specs, layout, None, dict(values), {}).state_file(save_id)
     files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: state.to_json()}
     for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
         write_durably(folder / name, content)

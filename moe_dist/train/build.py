@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
@@ -18,7 +19,7 @@ from moe_dist.config.parallel_schema import AllToAllDispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.config.split_files import data_digest
 from moe_dist.data.loader import TrainLoader
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.model.attention import Attention, CausalAttention
 from moe_dist.model.compiled import compile_dense
 from moe_dist.model.latent_attention import LatentAttention
@@ -241,6 +242,11 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     balance, layers = build_balance(config.model.moe, model, placement.groups), model.moe_modules()
     thresholds = (ThresholdUpdater.of(layers), depth_thresholds(model)) if whole else ()
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
+    distillation, taught = None, config.loss.distillation
+    if taught is not None:
+        status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
+        read = partial(build_distillation, config, manifest, mesh.device)
+        distillation = status.phase("load the teacher", read, kind=DataError)  # fails on all ranks, or on none
     step = TrainingStep(
         parallel,
         optimizer,
@@ -251,7 +257,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         controllers=[each for each in (balance, *thresholds, load) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
-        distillation=build_distillation(config, manifest, mesh.device) if config.loss.distillation is not None else None,
+        distillation=distillation,
         load=load,
     )
     return Training(parallel, optimizer, step, balance, tuning, load)

@@ -3,12 +3,13 @@ are loaded, all others stay as initialised. The rules in `run.init_rules`:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, which together are the FFN (checkpoint/split.py)
+split_experts each expert of a mixture is cut into finer experts, which are chosen together (checkpoint/split_experts.py)
 copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)
 
 All checks run before the first step. The report tells what was loaded, and why the model's function differs (if it does).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 
@@ -18,20 +19,37 @@ from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
+from moe_dist.checkpoint.index import Source
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.split import fitting_or_split
-from moe_dist.checkpoint.state import CheckpointState
+from moe_dist.checkpoint.split_experts import fitting_or_split_experts
+from moe_dist.checkpoint.state import CheckpointState, TensorSpec
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.init_rules import source_problems
 from moe_dist.config.schema import Config
+from moe_dist.config.split_experts_rule import split_experts_problems
 from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
+from moe_dist.train.split_routers import split_routers
 
-SPLIT_SAME = "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ"
+# What differs although the function is the same, by rule.
+_SAME = {
+    "upcycle": "",
+    "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
+    "split_experts": "; the output of an expert is the sum of its parts, and routers have more rows: last bits may differ",
+    "copy_nulls": ", to the last bit",
+}
+_SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, Source]]] = {
+    "upcycle": fitting_or_upcycled,
+    "split": fitting_or_split,
+    "split_experts": fitting_or_split_experts,
+}
+# Rules that give the tensors of routers their values, or leave them new on purpose.
+_RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
 STAIR = 0.02  # between the scores of two null experts of a split model, in parts of the score of a row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
@@ -48,7 +66,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     assert config.run.init_from is not None
     path, rules = Path(config.run.init_from), config.run.init_rules
     upcycle, split, copy = "upcycle" in rules, "split" in rules, "copy_nulls" in rules
-    sources = fitting_or_upcycled if upcycle else fitting_or_split if split else fitting
+    sources = next((each for rule, each in _SOURCES.items() if rule in rules), fitting)
     source: dict[str, JsonValue] = {}
 
     def check(contents: Contents) -> None:
@@ -61,10 +79,14 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 see=GUIDE,
             )
         # Not needed with upcycle: the experts of a group are then equal, so their choice does not change a token's output.
-        if copy and not upcycle and (problems := source_problems(config, source)):
-            raise ConfigError(
-                [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
-            )
+        checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
+        if problems := [
+            f"run.init_rules: {rule}: {path}: {problem}"
+            for rule, problems_of in checks.items()
+            if rule in rules
+            for problem in problems_of(config, source)
+        ]:
+            raise ConfigError(problems, see="docs/routing.md")
 
     if config.router_tuning is not None:
         checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
@@ -78,15 +100,19 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         gates = _gates(model, config)  # layer by layer, each with the groups in order
         rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
+    if "split_experts" in rules:
+        divides = config.model.moe.router.softmax_top_k
+        rows = checkpoints.on_each("read the routers", lambda: split_routers(model, path, divides_bias=divides))
+        lines.append(f"filled {rows} router rows, those of the parts of an expert with the expert's row")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
         if misfits or (changes and not upcycle):
-            (name, *_) = (each for each in ("upcycle", "split", "copy_nulls") if each in rules)
+            name = next(each for each in _SAME if each in rules)
             raise ConfigError(
                 [f"run.init_rules: {name}: {path}: {each}" for each in (misfits if upcycle else [*misfits, *changes])],
                 see="docs/routing.md",
             )
-        same = "the same as the checkpoint's" + ("" if upcycle else SPLIT_SAME if split else ", to the last bit")
+        same = "the same as the checkpoint's" + next(each for rule, each in _SAME.items() if rule in rules)
         lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
     return "\n".join(lines)
 
@@ -167,7 +193,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 def _kept(config: Config, taken: Taken) -> list[str]:
     """Returns the names of tensors that keep their initial values, except router tensors for which a rule allows it."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
-    if not {"upcycle", "split"} & {*config.run.init_rules}:
+    if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
     return [name for name in taken.kept if name not in routers]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, MoeDistError
 from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
@@ -55,6 +55,28 @@ def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], t
     assert not teachers, "it is no part of the checkpoint"
     steps = [student.training.step(student.loader.batches(0), lr=1e-2, aux=AUX) for _ in range(2)]
     return [step.auxiliary for step in steps]
+
+
+def unreadable_on_rank_1(rank: RankContext, data: Path, root: Path) -> tuple[str, bool]:
+    """Reads a teacher that rank 1 cannot read; what each rank says, and whether another rank knows the reason."""
+    Run(rank, data, root, "teacher", SEED).train_and_save()
+    teacher = root / "teacher"
+    if rank.rank == 1:
+        teacher = root / "not mounted here"
+    try:
+        Run(rank, data, root, "student", {"loss.distillation": {"teacher": str(teacher)}})
+    except MoeDistError as error:
+        return str(error), error.consequence
+    return "", False
+
+
+def test_a_teacher_that_one_rank_cannot_read_ends_the_run_on_all(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    (first, of_other), (second, own) = run_in_world(2, unreadable_on_rank_1, tiny_data, tmp_path)
+    assert "cannot load the teacher: it failed on ranks [1]; see the log of rank 1" in first
+    assert "not mounted here" in second
+    assert (of_other, own) == (True, False)
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(

@@ -10,6 +10,7 @@ import pytest
 from tests.support.cover import others_full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
+from tests.support.whole_run import whole_run
 
 LAYOUTS = [
     Layout(2, 2, data="fsdp2", ffn_lora="each", attention_lora=True),
@@ -37,3 +38,25 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path
     assert all(name.endswith((".a", ".b", "_a", "_b")) for name in oracle.gradients)
     assert any("gate_up" in name and gradient.any() for name, gradient in oracle.gradients.items())
     np.testing.assert_allclose(np.concatenate([o.logits for o in outcomes]), oracle.logits, rtol=0, atol=1e-9)
+
+
+def test_adapters_go_on_on_other_ranks(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
+    """Two ranks that hold different experts train and save; one rank goes on with the same bits over the same base."""
+    run_in_world(2, whole_run, tiny_data, tmp_path, {"run.name": "base", "train.steps": 1})
+    changes = {
+        "run.name": "adapted",
+        "run.init_from": str(tmp_path / "base"),
+        "run.init_rules": ["adapt"],
+        "model.moe.experts": {"kind": "ffn_lora", "rank": 2, "alpha": 4.0},
+        "train.only": "adapters",
+        "parallel.data": "fsdp2",
+    }
+    first = run_in_world(2, whole_run, tiny_data, tmp_path, {**changes, "train.steps": 2})
+    alone = {"parallel.ep": 1, "placement.policy": "interleaved", "parallel.data": "ddp"}
+    (second,) = run_in_world(1, whole_run, tiny_data, tmp_path, {**changes, **alone})
+    assert second.begun.step == 2
+    for run in first:
+        moved = {name for name, value in run.tensors.items() if not np.array_equal(run.at_start[name], value)}
+        assert moved == {name for name in run.tensors if name.endswith(("_a", "_b"))} != set()
+        for name, value in run.tensors.items():
+            np.testing.assert_array_equal(second.at_start[name], value, err_msg=name)

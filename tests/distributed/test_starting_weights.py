@@ -346,6 +346,97 @@ def test_what_cannot_be_split_is_refused(
     assert fault in told["error"]
 
 
+FINER = {"run.init_rules": ["split_experts"], f"{GROUPS}.text.ffn_dim": 8, f"{GROUPS}.image.ffn_dim": 12}
+MIXTURE = groups((4, 2, 2), (2, 0, 1))
+FINE = {**FINER, **groups((8, 4, 4), (4, 0, 2)), "model.moe.router.scale": 2.0}
+
+
+def nodes(**fields: Any) -> dict[str, Any]:
+    return {"model.moe.router": {"kind": "group_limited", "n_group": 2, "topk_group": 2, **fields}}
+
+
+EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "two parts": (MIXTURE, FINE),
+    "two and three parts": (  # sigmoids are no shares, so each group may have its own number of parts
+        {**MIXTURE, "model.moe.router": {"kind": "group_limited", "normalise": "none"}},
+        {
+            **FINER,
+            "model.moe.router": {"kind": "group_limited", "normalise": "none"},
+            **groups((8, 4, 4), (6, 0, 3)),
+            f"{GROUPS}.image.ffn_dim": 8,
+        },
+    ),
+    "shares of sigmoids": (
+        {**MIXTURE, **nodes(scale=1.5), f"{GROUPS}.image.num_experts": 4},
+        {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=3.0)},
+    ),
+    "a shared expert and a single null row, sharded": (
+        {**MIXTURE, "model.moe.router": {"null_logit": "single", "normalise": "none"}, "model.moe.shared_ffn_dim": 8,
+         "parallel.data": "fsdp2"},
+        {**FINE, "model.moe.router": {"null_logit": "single", "normalise": "none", "scale": 2.0},
+         "model.moe.shared_ffn_dim": 8, "parallel.data": "fsdp2"},
+    ),
+    "biases": (
+        {**MIXTURE, "model.moe.router": {"selection_bias": True, "normalise": "true_all"},
+         "model.moe.balance": [{"kind": "loss_free", "rate": 0.2}]},
+        {**FINE, "model.moe.router": {"selection_bias": True, "normalise": "true_all", "scale": 2.0},
+         "model.moe.balance": [{"kind": "loss_free", "rate": 0.2}]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [
+        (1, "two parts"),
+        (2, "biases"),
+        *(pytest.param(2, case, marks=pytest.mark.full) for case in EXPERTS_SPLIT if case != "biases"),
+    ],
+)
+def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
+) -> None:
+    trained, changes = EXPERTS_SPLIT[case]
+    parts = {group: changes[f"{GROUPS}.{group}.top_k"] // MIXTURE[f"{GROUPS}.{group}.top_k"] for group in ("text", "image")}
+    for told in begun_unchanged(run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes)):
+        before, after = told["loads"]
+        assert after == [load * parts[group] for load, group in zip(before, ("text", "image") * 2, strict=True)]
+        assert "the output of an expert is the sum of its parts" in told["report"]
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts are the experts, bit for bit
+            stack, whole = (told[each][f"layers.1.moe.experts.text.{name}"] for each in ("parameters", "trained"))
+            for expert in range(4):
+                assert torch.equal(torch.cat([*stack[2 * expert :][:2]], dim=1 if name == "down" else 0), whole[expert])
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "fault"),
+    [
+        (MIXTURE, {**FINE, f"{GROUPS}.text.top_k": 3}, "model.moe.groups.text.top_k=3: with 2 parts of each of 4 experts a "
+         "token takes what it took only for top_k=4; take it"),
+        (MIXTURE, {**FINE, f"{GROUPS}.text.num_null": 2}, "takes what it took only for num_null=4"),
+        (MIXTURE, {**FINE, "model.moe.router.scale": 1.0}, "model.moe.router.scale=1: 2 parts of an expert in group text "
+         "have the weight of the expert with scale=2; take it"),
+        (MIXTURE, {**FINE, **groups((6, 4, 4), (4, 0, 2))}, "num_experts=6: must be a multiple of the checkpoint's 4"),
+        (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts x ffn_dim=7 must be the width 16 of layers.0.moe"),
+        (MIXTURE, {**FINE, "model.moe.router.normalise": "none"}, "normalise='none': the checkpoint has 'true_chosen'"),
+        ({**MIXTURE, **nodes(topk_group=1), f"{GROUPS}.image.num_experts": 4},
+         {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=2.0)}, "takes experts of 1 of 2 node groups"),
+        (MIXTURE, {**FINE, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+        (MIXTURE, {**FINE, "model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
+    ],
+)  # fmt: skip
+def test_experts_whose_parts_would_compute_something_else_are_refused(
+    run_in_world: Callable[..., list[Any]],
+    tiny_data: Path,
+    tmp_path: Path,
+    trained: dict[str, Any],
+    changes: dict[str, Any],
+    fault: str,
+) -> None:
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, changes)
+    assert fault in told["error"]
+
+
 def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> dict[str, bool]:
     """Trains a run, tunes its weights for two steps without a balance loss; which parameters those steps moved."""
     Run(rank, data, root, "trained", {}).train_and_save()

@@ -16,8 +16,10 @@ import torch
 import typer
 from tokenizers import Tokenizer
 
+from moe_dist.config.schema import Config
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.tokenizer import read_tokenizer
+from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.multiple_choice import Prompts, ask, results, write
@@ -110,6 +112,15 @@ def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, s
     return Measured(nats_S, true_experts, true_experts / group.num_experts, right, record)
 
 
+def check_one_group(config: Config, folder: Path) -> None:
+    """Raises ConfigError if the model has several expert groups, whose shares of experts would be several."""
+    if len(groups := config.model.moe.groups) > 1:
+        raise ConfigError(
+            f"{folder}: model.moe.groups are {', '.join(groups)}: the share of experts is that of one group; "
+            "compare models with one group"
+        )
+
+
 def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
     """Returns mean and 95 % bounds of the mean over `differences` of their means, each resampled by itself."""
     rng = np.random.default_rng(0)
@@ -149,9 +160,10 @@ def main(
     tasks = task_names("wordnet")
     catalogue.check(tasks)
     questions = {task: catalogue.questions(task, Side.TEST, limit=limit) for task in tasks}
-    measured = []
-    for path in (before, after):
-        trained = find_trained(path, data=data, allow=causal_problems)
+    measured, found = [], [find_trained(path, data=data, allow=causal_problems) for path in (before, after)]
+    for trained in found:
+        check_one_group(trained.config, trained.folder)
+    for trained in found:
         measured.append(measure(trained, words, questions, sequences=sequences, length=length))
         print(json.dumps(measured[-1].record), flush=True)
     record = {"before": measured[0].record, "after": measured[1].record, "verdicts": verdicts(*measured)}

@@ -74,6 +74,11 @@ class RouterSection(Section):
         takes all true experts; None if this router then leaves some out."""
         return None
 
+    def growth_of_scale(self, parts: int) -> int | None:
+        """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that these
+        together have the weight of the one; None if tokens then take others."""
+        return None
+
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
         """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""

@@ -36,6 +36,11 @@ class GroupLimitedRouterSection(RouterSection):
             return None
         return group.num_experts if self.normalise == "true_chosen" else 2  # the sigmoid of 0 is 1 / 2
 
+    def growth_of_scale(self, parts: int) -> int | None:
+        if self.topk_group < self.n_group:
+            return None
+        return parts if self.normalise == "true_chosen" else 1
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
         if self.topk_group > self.n_group:

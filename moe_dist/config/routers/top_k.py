@@ -36,3 +36,6 @@ class TopKRouterSection(RouterSection):
     def equal_share(self, group: Any) -> int | None:
         true, null = group.num_experts, group.num_null
         return {"true_chosen": true, "all_chosen": group.top_k, "true_all": true, "none": true + null}[self.normalise]
+
+    def growth_of_scale(self, parts: int) -> int | None:
+        return parts

@@ -126,6 +126,10 @@ def test_what_would_not_begin_as_it_was_is_refused(
         ({"run__init_rules": ["split"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
          "a token would not start with all parts of the FFN; take kind=top_k"),
         ({"run__init_rules": ["split"], "model__moe__groups__image__num_constant": 1}, "which the FFN lacks"),
+        ({"run__init_rules": ["split_experts", "copy_nulls"]}, "as they are; remove the other rules"),
+        ({"run__init_rules": ["split_experts"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
+         "equal router rows change the choice; take kind=top_k"),
+        ({"run__init_rules": ["split_experts"], "model__moe__groups__image__num_constant": 1}, "cannot be cut into parts"),
     ],
 )  # fmt: skip
 def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:

@@ -12,9 +12,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from tests.reference.plus_plus import PlusPlusBlock
 from tests.support.imported import load_imported, logits_of
 from tests.support.messages import refused
+from tests.support.plus_plus import their_model
 from tests.support.served import GROUP, ONE, saved_model
 from tests.support.tiny import tiny_dataset
 from tests.support.tiny_hf import VOCAB, save, tiny_model
@@ -46,28 +46,16 @@ def published(folder: Path, kinds: dict[str, int], *, normalise: bool, dtype: to
     return folder
 
 
-@torch.no_grad()
-def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """By transformers' Qwen3-MoE with the reference's blocks."""
-    config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
-    model: Any = tiny_model("qwen3_moe")
-    model.load_state_dict({n: t for n, t in tensors.items() if ".mlp." not in n}, strict=False)
-    for index, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{index}.mlp."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        layer.mlp = PlusPlusBlock(config, own)
-    return model(tokens).logits
-
-
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("kinds", [{"zero": 4}, {"zero": 2, "copy": 2, "constant": 3}], ids=str)
+@torch.no_grad()
 def test_the_function_and_the_bits_come_back(tmp_path: Path, kinds: dict[str, int], normalise: bool) -> None:
     folder = published(tmp_path / "theirs", kinds, normalise=normalise)
     done = import_model(folder, tmp_path / "ours", shard_bytes=5000)
     assert (done.family, list(done.unread)) == ("qwen3_moe_plus_plus", [])
     tokens = torch.arange(20).view(2, 10) % VOCAB
     ours, _ = logits_of(load_imported(tmp_path / "ours")[0], tokens)
-    torch.testing.assert_close(ours, reference_logits(folder, tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, their_model(folder)(tokens).logits, rtol=1e-5, atol=1e-5)
     assert export_model(tmp_path / "ours", tmp_path / "back").family == "qwen3_moe_plus_plus"
     assert_same(tensors_of(tmp_path / "back"), tensors_of(folder))
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((folder / "config.json").read_text())

@@ -1,7 +1,7 @@
 """lm-evaluation-harness measures the same through our model class as through its own class for Hugging Face models.
 
-A run with random weights is exported, gets a tokenizer in Hugging Face's form beside it, and is loaded by `HFLM`: in the
-form of a plain family, and in the form that brings its own code.
+A run with random weights is exported in each form, gets a tokenizer in Hugging Face's form beside it, and is loaded by
+`HFLM`. The published form with null, copy and constant experts has no class in transformers: there the reference computes.
 """
 
 import json
@@ -26,6 +26,7 @@ from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.vocabulary import Vocabulary
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
+from tests.support.plus_plus import their_model
 
 pytestmark = pytest.mark.slow
 
@@ -52,8 +53,18 @@ GROUPS = {
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
 LIMITED = {"model__moe__router": {"kind": "group_limited", "n_group": 2, "topk_group": 1}, "model__moe__shared_ffn_dim": 16}
+ZERO_COMPUTATION = {**ONE["all"], "num_null": 2, "num_identity": 1, "num_constant": 1, "top_k": 3}
 FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leaves
     "mixtral": {},
+    "olmoe": {"model__qk_norm": "full", "model__moe__router": {"kind": "top_k", "normalise": "none"}},
+    "qwen2_moe": {"model__attention_bias": "qkv", "model__moe__shared_ffn_dim": 16, "model__moe__shared_gate": True},
+    "qwen3_moe": {"model__qk_norm": "head"},
+    "llama": {"model__moe__groups": {"all": {**ONE["all"], "num_experts": 1, "top_k": 1}}},
+    "qwen3_moe_plus_plus": {
+        "model__qk_norm": "head",
+        "model__moe__groups": {"all": ZERO_COMPUTATION},
+        "model__moe__router": {"kind": "top_k", "normalise": "all_chosen"},
+    },
     "moe_dist": {"model__moe__groups": GROUPS, "model__moe__router": {"kind": "top_k", "selection_bias": True}},
     "ernie4_5_moe": {"model__rope_pairs": "adjacent", "model__moe__router": {"kind": "top_k", "selection_bias": True}},
     "glm4_moe": LIMITED,
@@ -67,9 +78,12 @@ FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leave
     },
 }
 
+# A plain family, the published form, and the form that brings its code; test-full takes all.
+COVER = ("mixtral", "qwen3_moe_plus_plus", "moe_dist")
+
 
 @pytest.fixture(
-    scope="module", params=[form if form == "mixtral" else pytest.param(form, marks=pytest.mark.full) for form in FORMS]
+    scope="module", params=[form if form in COVER else pytest.param(form, marks=pytest.mark.full) for form in FORMS]
 )
 def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
@@ -82,7 +96,7 @@ def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytes
         made = OneRank(own_data, root / "runs", model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
-    assert export_model(run, root / "hf").family == request.param
+    assert export_model(run, root / "hf", family=request.param).family == request.param
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
@@ -94,7 +108,10 @@ def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytes
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
     likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, vocabulary.grammar, **options)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
-    theirs, unmarked = (HFLM(str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False))
+    loaded: Any = their_model(root / "hf") if request.param == "qwen3_moe_plus_plus" else str(root / "hf")
+    theirs, unmarked = (
+        HFLM(loaded, tokenizer=str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False)
+    )
     return Both(run, HarnessModel(likelihood, generator, vocabulary, max_seq_len=LONGEST), theirs, unmarked)
 
 
@@ -171,23 +188,37 @@ def written_tasks(folder: Path) -> str:
     return ",".join(str(folder / f"{name}.yaml") for name in tasks)
 
 
+def measured(model: Any, tasks: str) -> dict[str, Any]:
+    """What the harness measures of the model in each task."""
+    from lm_eval.evaluator import evaluate  # not `simple_evaluate`, which lists the environment's packages each time
+    from lm_eval.tasks import TaskManager
+
+    loaded = TaskManager(include_defaults=False).load(tasks.split(","))
+    found = evaluate(model, loaded, bootstrap_iters=0)
+    assert found is not None
+    return found["results"]
+
+
+def assert_equal_numbers(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys() == {"choices", "endings"}
+    for task, metrics in {"choices": ("acc,none", "acc_norm,none"), "endings": ("perplexity,none", "acc,none")}.items():
+        for metric in metrics:
+            assert found[task][metric] == pytest.approx(wanted[task][metric], rel=1e-4), metric
+    assert 0 < found["choices"]["acc,none"] < 1
+    assert found["choices"]["sample_len"] == QUESTIONS
+    assert found["endings"]["perplexity,none"] > 10
+
+
+def test_the_harness_measures_the_same_of_the_export(both: Both, tmp_path: Path) -> None:
+    tasks = written_tasks(tmp_path)
+    assert_equal_numbers(measured(both.ours, tasks), measured(both.theirs, tasks))
+
+
+@pytest.mark.parametrize("both", ["mixtral"], indirect=True)
 def test_the_command_prints_what_the_harness_measures_of_the_export(both: Both, tmp_path: Path) -> None:
     tasks = written_tasks(tmp_path)
     command = [sys.executable, "-m", "tools.evaluate", str(both.run), "--harness", tasks, "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["harness"]
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=False)
-    wanted = simple_evaluate(both.theirs, tasks=tasks.split(","), bootstrap_iters=0, task_manager=manager)
-    assert wanted is not None
-    assert found.keys() == wanted["results"].keys() == {"choices", "endings"}
-    for task, metrics in {"choices": ("acc,none", "acc_norm,none"), "endings": ("perplexity,none", "acc,none")}.items():
-        for metric in metrics:
-            assert found[task][metric] == pytest.approx(wanted["results"][task][metric], rel=1e-4), metric
-    assert 0 < found["choices"]["acc,none"] < 1
-    assert found["choices"]["sample_len"] == QUESTIONS
-    assert found["endings"]["perplexity,none"] > 10
+    assert_equal_numbers(json.loads(done.stdout.splitlines()[-1])["harness"], measured(both.theirs, tasks))

@@ -1,0 +1,34 @@
+"""Gives the finer experts of a split mixture the router rows of the experts that they are parts of."""
+
+from pathlib import Path
+
+import torch
+
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.split_experts import stored_tensors
+from moe_dist.model.transformer import Transformer
+from moe_dist.placement.roles import Role, logical_name, role_of_name
+
+
+@torch.no_grad()
+def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
+    """Repeats each router row and selection bias of a checkpoint as often as the model has more of them, equal ones next to
+    each other. Returns the number of rows. Every rank has all rows, and reads the checkpoint.
+
+    Args:
+        path: A path for `find_checkpoint`.
+        divides_bias: Whether biases are added to probabilities, which are smaller with more columns.
+
+    Raises:
+        DataError: a file or a tensor is damaged.
+    """
+    own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
+    rows = 0
+    for name, stored in stored_tensors(open_checkpoint(find_checkpoint(path)), list(own)).items():
+        times = own[name].shape[0] // stored.shape[0]
+        is_bias = name.endswith(".bias")
+        own[name].copy_(stored.repeat_interleave(times, dim=0) / (times if is_bias and divides_bias else 1))
+        rows += 0 if is_bias else own[name].shape[0]
+    return rows
