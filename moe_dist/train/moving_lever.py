@@ -63,26 +63,24 @@ class MovingLever:
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         ranks, rank_E = self.placement.num_ranks, np.array(self.placement.rank_of_expert)
-        first, second = (each.reshape(-1, load_SLE.shape[2]) for each in np.split(load_SLE, [len(load_SLE) // 2]))
+        half = len(load_SLE) // 2
+        first, second = (each.reshape(-1, load_SLE.shape[2]) for each in np.split(load_SLE, [half]))
         new_E = improve(first, rank_E, self._group_E, ranks)
         if pace(first, new_E, ranks) > (1 - LEAST_GAIN) * pace(first, rank_E, ranks):
             return None
-        before, after = pace(second, rank_E, ranks), pace(second, new_E, ranks)
-        cost, mean = self._cost(rank_E, new_E, load_SLE.shape[1]), rank_loads(second, rank_E, ranks).mean(1).sum()
-        steps = len(load_SLE) - len(load_SLE) // 2
-        saved, spent = (before - after) / self._edp / steps, cost * self._edp * steps / max(1.0, before)
-        payback = cost / saved if saved > 0 else np.inf
-        moved = int((rank_E != new_E).sum())
-        if before - after < LEAST_GAIN * before:
+        mean = max(1.0, rank_loads(second, rank_E, ranks).mean(1).sum())
+        before, after = (max(1.0, pace(second, each, ranks)) for each in (rank_E, new_E))
+        gain, step = 1 - after / before, before / self._edp / (len(load_SLE) - half)  # one EP group's busiest rank
+        cost, moved = self._cost(rank_E, new_E, load_SLE.shape[1]) / step, int((rank_E != new_E).sum())
+        payback = cost / gain if gain > 0 else np.inf
+        taken = gain >= LEAST_GAIN and payback <= self._payback_steps
+        if gain < LEAST_GAIN:
             why = f"{moved} moves fit one half of {len(load_SLE)} steps, but not the other"
-        elif payback > self._payback_steps:
-            why = f"{moved} moves pay back after {payback:.3g} steps, more than payback_steps={self._payback_steps}"
         else:
-            why = f"{moved} experts move, which pays back after {payback:.3g} steps"
-        taken = before - after >= LEAST_GAIN * before and payback <= self._payback_steps
+            limit = "" if taken else f", more than payback_steps={self._payback_steps}"
+            why = f"{moved} moves pay back after {payback:.3g} steps{limit}"
         placement = ExpertPlacement(self.placement.groups, slots_of(new_E, ranks)) if taken else None
-        ratios = {"before": before / max(1.0, mean), "after": after / max(1.0, mean)}
-        return LeverDecision("moving", taken, **ratios, cost_steps=spent, why=why, placement=placement)
+        return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
         """Returns the rows x FFN width that the rank with the most experts to send or receive could compute meanwhile."""

@@ -108,7 +108,7 @@ def test_a_move_that_does_not_pay_back_is_refused() -> None:
     assert "more than payback_steps=99" in no.text
     assert (no.before, no.after, no.cost_steps) == (1.5, 1.0, pytest.approx(200 / 6))
     assert yes.taken
-    assert "pays back after 100 steps" in yes.text
+    assert "pay back after 100 steps" in yes.text
     assert done.moves == [(start, yes.placement)]
     assert json.loads(json.dumps(yes.line))["slots"] == [[*each] for each in done.lever.placement.slots]
     half = Played(start, payback_steps=199, edp=2)  # each EP group has half of the pairs, so a move saves half
