@@ -6,10 +6,9 @@ letters: L = MoE layers, G = expert groups, M = modalities in the order of the d
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import JsonValue
 
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
@@ -100,7 +99,7 @@ class LeverDecision(NamedTuple):
         return 1.0 - self.after / self.before if self.before else 0.0
 
     @property
-    def line(self) -> dict[str, JsonValue]:
+    def line(self) -> dict[str, Any]:
         """Returns the decision for metrics.jsonl."""
         slots = {} if self.placement is None else {"slots": [[*each] for each in self.placement.slots]}
         return {name: value for name, value in self._asdict().items() if name != "placement"} | {"gain": self.gain} | slots

@@ -114,4 +114,4 @@ def dispatch_with(model: Transformer, parts: DispatchParts) -> None:
     """Gives all MoE layers a new dispatcher, for another placement of the experts."""
     dispatcher = build_dispatcher(parts)
     for layer in model.moe_modules():
-        layer.dispatcher = dispatcher
+        layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]: layers of LoRA experts have none

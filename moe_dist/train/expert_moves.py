@@ -75,8 +75,9 @@ def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlace
             module.reshard()
     with mesh.tracker.among("a move of experts"):
         for named in parallel.parameters:
-            route = routes.get(named.name.rsplit(".", 2)[1]) if named.role in EXPERTS else None
-            for stack in _tensors(named, optimizer) if route is not None else ():
+            if named.role not in EXPERTS or (route := routes.get(named.name.rsplit(".", 2)[1])) is None:
+                continue
+            for stack in _tensors(named, optimizer):
                 whole = stack.full_tensor() if isinstance(stack, DTensor) and stack.shape[0] else stack
                 arrived = wire.exchange(whole[route.send], route.splits, name=MOVED_EXPERTS, layer=named.name)
                 if stack.shape[0]:
