@@ -16,6 +16,7 @@ from moe_dist.config.kinds import kinds_in
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.optimizers.base import OptimizerSection
 from moe_dist.config.parallel_schema import InterleavedSection, ParallelSection, PlacementSection
+from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.section import (
     UNIX_GROUP_PATTERN,
     Count,
@@ -274,6 +275,7 @@ class Config(Section):
     """Router tuning (RoMA). null: no router tuning."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
+    rank_balance: RankBalanceSection = Field(default_factory=RankBalanceSection)
     evaluation: EvaluationSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     monitor: MonitorSection = Field(default_factory=MonitorSection)
@@ -299,6 +301,7 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.max_skipped_in_a_row",
     "parallel",
     "placement",
+    "rank_balance",
     "evaluation",
     "checkpoint",
     "monitor",

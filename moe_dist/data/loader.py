@@ -5,7 +5,7 @@ ranks and any micro-batch size, so a checkpoint saves only the number of sequenc
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.config.split_files import tokens_by_modality
 from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.data.dealing import Deal, Dealing, deal
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, pack
 from moe_dist.errors import ConfigError, DataError
@@ -35,6 +36,8 @@ class TrainLoader:
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a micro-batch of a rank.
+        dealing: How the sequences of a step are dealt to ranks; None for the order of the stream. Every rank then reads
+            the whole step, to know what its sequences cost.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -54,7 +57,10 @@ class TrainLoader:
         micro_batch: int,
         rank: int,
         world_size: int,
+        dealing: Dealing | None = None,
     ) -> None:
+        self._dealing = dealing
+        self._dealt: dict[int, Deal] = {}  # of the last steps, by position
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
@@ -77,7 +83,27 @@ class TrainLoader:
         Raises:
             DataError: an id in the data lies outside the vocabulary.
         """
-        return [self._maker.make([self.sequence(at) for at in each]) for each in micro_batches(position, **self._share)]
+        return [self._maker.make([self.sequence(at) for at in each]) for each in self.numbers(position)]
+
+    def numbers(self, position: int) -> Sequence[Sequence[int]]:
+        """The numbers of the sequences in `batches(position)`."""
+        if self._dealing is None:
+            return micro_batches(position, **self._share)
+        return (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
+
+    def dealt(self, position: int) -> Deal:
+        """How the step that starts at `position` is dealt. The last steps are remembered, so that a trace, which asks
+        while the next step is read, reads nothing."""
+        if position not in self._dealt:
+            assert self._dealing is not None, "the loader deals nothing"
+            costs, ep, mix = self._dealing
+            ranks, count = self._share["world_size"], self._share["global_batch"]
+            sequences = map(self.sequence, range(position, position + count))
+            cost_Q2 = np.array([costs.of(*self._maker.count(each)) for each in sequences])
+            micro = count // (ranks * self._share["micro_batch"])
+            recent = dict(list(self._dealt.items())[-2:])
+            self._dealt = {**recent, position: deal(cost_Q2, micro_batches=micro, ranks=ranks, ep=ep, mix=mix)}
+        return self._dealt[position]
 
     def sequence(self, number: int) -> list[Segment]:
         """The pieces of documents in sequence `number` of the global stream."""

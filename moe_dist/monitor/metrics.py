@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.config.manifest import RESERVED_MODALITIES
-from moe_dist.monitor.statistics import DepthStatistics, StepResult, StepStatistics
+from moe_dist.monitor.statistics import DepthStatistics, LeverDecision, StepResult, StepStatistics
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -40,6 +40,7 @@ class Record:
         load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
             and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
+        levers: Decisions of the levers of `rank_balance` after this step.
     """
 
     step: int
@@ -56,6 +57,7 @@ class Record:
     memory_W3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     mixture_of_depths: DepthStatistics | None = None
+    levers: Sequence[LeverDecision] = ()
 
 
 def build_record(
@@ -143,6 +145,7 @@ def build_record(
         memory_W3=result.memory_W3,
         load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, stats.active_target),
         mixture_of_depths=depths,
+        levers=stats.levers,
     )
 
 

@@ -6,11 +6,12 @@ letters: L = MoE layers, G = expert groups, M = modalities in the order of the d
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_dist.placement.counts import StepCounts
+from moe_dist.placement.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,46 @@ class StepResult:
     mixture_of_depths: DepthStatistics | None = None
 
 
+class LeverDecision(NamedTuple):
+    """What a lever of `rank_balance` did, or refused to do.
+
+    Attributes:
+        taken: False if it was refused.
+        before, after: Load of the busiest rank over that of the mean rank, without and with it; 1 is even.
+        cost_steps: Steps that it costs once, as a share of a step's time.
+        why: The reason.
+        placement: Where the experts are after this step, if the lever moved any.
+    """
+
+    lever: str
+    taken: bool
+    before: float
+    after: float
+    cost_steps: float
+    why: str
+    placement: ExpertPlacement | None = None
+
+    @property
+    def gain(self) -> float:
+        """Returns the share of the busiest rank's load that it saves in each step."""
+        return 1.0 - self.after / self.before if self.before else 0.0
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Returns the decision for metrics.jsonl."""
+        slots = {} if self.placement is None else {"slots": [[*each] for each in self.placement.slots]}
+        return {name: value for name, value in self._asdict().items() if name != "placement"} | {"gain": self.gain} | slots
+
+    @property
+    def text(self) -> str:
+        """Returns the decision in one line."""
+        verdict = "done" if self.taken else "refused"
+        return (
+            f"{self.lever} {verdict}: busiest rank over mean {self.before:.3f} -> {self.after:.3f}, a gain of "
+            f"{self.gain:.1%} of its load in each step, for {self.cost_steps:.2g} steps once; {self.why}"
+        )
+
+
 @dataclass(frozen=True)
 class StepStatistics:
     """The result of a step, with values that only the training loop knows.
@@ -87,6 +128,7 @@ class StepStatistics:
         epochs: Number of passes over the training data of each modality so far.
         flops_per_token: Forward and backward FLOPs per token, for the measured experts per token; None if unknown.
         active_target: True experts per token that a load controller aims at, by group.
+        levers: Decisions of the levers of `rank_balance` after this step.
     """
 
     result: StepResult
@@ -99,6 +141,7 @@ class StepStatistics:
     epochs: Mapping[str, float] = field(default_factory=dict)
     flops_per_token: float | None = None
     active_target: Mapping[str, float] = field(default_factory=dict)
+    levers: Sequence[LeverDecision] = ()
 
 
 class MappedPicture(NamedTuple):

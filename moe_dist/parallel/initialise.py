@@ -4,7 +4,7 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -77,7 +77,7 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
+def set_whole(parameter: Tensor, full: Tensor) -> None:
     """Copies a whole tensor into a parameter. If the parameter is a DTensor, copies only this rank's shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)

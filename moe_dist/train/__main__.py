@@ -6,6 +6,7 @@ configuration -> preflight -> rank -> process groups -> model on its mesh -> dat
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.train import build, session
     from moe_dist.train.fixed_top_k import beside_fixed_top_k
     from moe_dist.train.garbage import collected_by_steps
+    from moe_dist.train.levers import LeverParts, build_levers
     from moe_dist.train.placement_rows import build_placement_rows
     from moe_dist.train.profiling import profiled_steps
     from moe_dist.train.resume import Resumable
@@ -103,8 +105,11 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         tracker=mesh.tracker,
     )
     report_save = partial(record_save_seconds, folder.logs)
-    resumable = Resumable(training, placement, checkpoints, config, manifest, report_save=report_save)
+    levers = build_levers(LeverParts(config, placement, training, loader))
+    resumable = Resumable(training, placement, checkpoints, config, manifest, levers=levers, report_save=report_save)
     progress = resumable.restore()
+    plan = replace(plan, placement=training.step.placement)  # experts may have moved before the checkpoint
+    resumable.placement = evaluator.placement = plan.placement
     startup.done()
     attempt.follow(lambda: progress.step)
     log.follow(lambda: progress.step)
@@ -112,14 +117,20 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         session.watched_devices(config, mesh.device, env) as devices,
         profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
         traced_steps(
-            plan, folder, env, attempt_id=attempt.attempt_id, step=progress.step, position=progress.position
+            plan,
+            folder,
+            env,
+            attempt_id=attempt.attempt_id,
+            step=progress.step,
+            position=progress.position,
+            numbers=loader.numbers,
         ) as tracer,
         session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
         collected_by_steps(),
     ):
         placement_rows = build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
-            build.build_plan(config, manifest, placement, session.card_name(config, mesh)),
+            build.build_plan(config, manifest, plan.placement, session.card_name(config, mesh)),
             training.step,
             loader,
             evaluator,
@@ -130,6 +141,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             progress=progress,
             profile=profile,
             watchers=[each for each in (tracer, placement_rows) if each is not None],
+            levers=levers,
             placement_rows=placement_rows,
         )
         finished = trainer.fit()

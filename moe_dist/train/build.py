@@ -46,7 +46,8 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import ADAPTERS, ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
-from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
+from moe_dist.train.build_dealing import build_dealing
+from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
@@ -195,6 +196,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
+    dispatch: DispatchParts  # from which another dispatcher is made if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -260,7 +262,9 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         distillation=distillation,
         load=load,
     )
-    return Training(parallel, optimizer, step, balance, tuning, load)
+    wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
+    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels)
+    return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
@@ -335,7 +339,13 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
         return SampleLoader(Samples(config.router_tuning.data), manifest, **share)
     data = config.data
     return TrainLoader(
-        data.path, manifest, seq_len=data.seq_len, weights=data.weights, pack_window=data.pack_window, **share
+        data.path,
+        manifest,
+        seq_len=data.seq_len,
+        weights=data.weights,
+        pack_window=data.pack_window,
+        dealing=build_dealing(config, tuple(manifest.modalities)),
+        **share,
     )
 
 

@@ -12,6 +12,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel_schema import ParallelSection
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
@@ -140,3 +141,10 @@ DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
         parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields
     ),
 }
+
+
+def dispatch_with(model: Transformer, parts: DispatchParts) -> None:
+    """Gives all MoE layers a new dispatcher, for another placement of the experts."""
+    dispatcher = build_dispatcher(parts)
+    for layer in model.moe_modules():
+        layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]: layers of LoRA experts have none

@@ -53,6 +53,9 @@ class PlacementRows:
     def flush(self) -> None:
         """Nothing is kept on disk."""
 
+    def follow(self, placement: ExpertPlacement, step: int) -> None:
+        """The counted placements stay; `monitor.cost_table` then shows none of other policies."""
+
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
         """Returns the rows of all ranks by placement. Collective."""
         rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)

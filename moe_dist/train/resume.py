@@ -5,6 +5,7 @@ values["progress"]                            `Progress`: the step (which sets t
 values["config"], values["data"]              resolved configuration; digests of the data
 values["base"]                                only if adapters are trained: path and content hash of their base
 values["controllers"]                         state of each controller, by name
+values["levers"]                              state of the levers of `rank_balance`, by name; another run may lack them
 rank_values["generators"]                     states of each rank's random number generators
 placement, versions                           to be read by people; a load ignores them
 """
@@ -14,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pydantic import JsonValue, ValidationError
 
@@ -25,7 +26,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
-from moe_dist.checkpoint.state import CheckpointState, capture
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
@@ -57,6 +58,7 @@ class Progress:
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
+@runtime_checkable
 class Controller(Protocol):
     """An object with a state that is no tensor of the model and that changes during a run, equally on all ranks."""
 
@@ -74,9 +76,11 @@ class Resumable:
 
     Args:
         controllers: By name, objects whose state is saved too; by default those of `training`.
+        levers: By name, the levers of the run. Those with a state are saved, and restored if the checkpoint has it.
         report_save: Function that rank 0 calls after each save with the seconds that it took.
 
     Attributes:
+        placement: Where the experts are now.
         writer: Writes the checkpoints, and logs or raises the errors of its thread.
     """
 
@@ -89,6 +93,7 @@ class Resumable:
         manifest: Manifest,
         *,
         controllers: Mapping[str, Controller] | None = None,
+        levers: Mapping[str, object] | None = None,
         report_save: Callable[[float], None] = lambda _: None,
     ) -> None:
         mesh = training.parallel.mesh
@@ -100,7 +105,8 @@ class Resumable:
         self._device = mesh.device
         self._data: dict[str, str] = {}
         self._base: Base | None = None
-        self._layout = rank_layout(placement, mesh)
+        self.placement, self._mesh = placement, mesh
+        self._levers = {name: each for name, each in (levers or {}).items() if isinstance(each, Controller)}
 
     def save(self, progress: Progress, *, durable: bool) -> None:
         """Saves the state of the run, as `CheckpointWriter.write` does.
@@ -113,6 +119,7 @@ class Resumable:
             "config": self._config.model_dump(mode="json"),
             "data": {**self._data},
             "controllers": {name: controller.state() for name, controller in self._controllers.items()},
+            "levers": {name: lever.state() for name, lever in self._levers.items()},
             **({} if self._base is None else {BASE: {**asdict(self._base)}}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
@@ -145,10 +152,17 @@ class Resumable:
         if saved_part(self._config) == "trained":
             self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
         self._restore_controllers(restored, newest)
+        for name, lever in self._levers.items():
+            if (state := mapping_of({"levers": {}, **restored.values}, "levers", newest).get(name)) is not None:
+                lever.restore(state)
         if restored.rank_values:
             restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
         logger.info("going on from %s", newest)
         return progress
+
+    @property
+    def _layout(self) -> RankLayout:
+        return rank_layout(self.placement, self._mesh)
 
     def _begin(self) -> str:
         """Loads the weights of `run.init_from`; returns a report to print."""

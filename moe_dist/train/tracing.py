@@ -23,7 +23,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
-from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -50,6 +50,10 @@ class StepWatcher(Protocol):
         """Makes all steps so far durable, before a checkpoint."""
         ...
 
+    def follow(self, placement: ExpertPlacement, step: int) -> None:
+        """Is called after step `step` (from 1) if experts have moved, with their new placement."""
+        ...
+
 
 class StepTracer:
     """Traces every `every`-th step, beginning with step 1.
@@ -58,6 +62,7 @@ class StepTracer:
         tokens: Largest number of tokens of a step; None for all.
         weights: Whether the weights are written.
         sequences: Gives for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
+        begin: Opens the files of the trace's next part, whose manifest has the placement, after a number of steps.
     """
 
     def __init__(
@@ -67,10 +72,11 @@ class StepTracer:
         every: int,
         tokens: int | None,
         weights: bool,
-        sequences: Callable[[int], Sequence[range]],
+        sequences: Callable[[int], Sequence[Sequence[int]]],
+        begin: Callable[[ExpertPlacement, int], TraceWriter] | None = None,
     ) -> None:
         self._writer, self._every, self._tokens, self._weights = writer, every, tokens, weights
-        self._sequences = sequences
+        self._sequences, self._begin = sequences, begin
         self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids and weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
@@ -93,7 +99,7 @@ class StepTracer:
             left = None if left is None else left - len(rows)
             tokens = np.empty(len(rows), TOKEN)
             row, tokens["position"] = np.divmod(_host(rows), batch.tokens_BS.shape[1])
-            tokens["sequence"] = numbers.start + row
+            tokens["sequence"] = np.asarray(numbers)[row]
             tokens["token"], tokens["modality"] = (_host(x.flatten()[rows]) for x in (batch.tokens_BS, batch.modality_BS))
             weights = _host(weights_TLK[rows]) if self._weights else None
             losses = None if losses_BS is None else _host(losses_BS.flatten()[rows])
@@ -110,48 +116,68 @@ class StepTracer:
         """Waits until all traced steps are on disk."""
         self._writer.flush()
 
+    def follow(self, placement: ExpertPlacement, step: int) -> None:
+        """Begins a new part of the trace, as a new attempt does."""
+        assert self._begin is not None, "experts moved in a trace of one placement"
+        self.close()
+        self._writer = self._begin(placement, step)
+
+    def close(self) -> None:
+        """Waits until all traced steps are on disk, and closes the files."""
+        self._writer.close()
+
 
 @contextmanager
 def traced_steps(
-    plan: Preflight, folder: RunFolder, env: RankEnv, *, attempt_id: str, step: int, position: int
+    plan: Preflight,
+    folder: RunFolder,
+    env: RankEnv,
+    *,
+    attempt_id: str,
+    step: int,
+    position: int,
+    numbers: Callable[[int], Sequence[Sequence[int]]],
 ) -> Iterator[StepTracer | None]:
     """Yields this rank's tracer of the attempt; None without `monitor.trace`. Rank 0 writes the manifest before the first
     step.
 
     Args:
         step, position: Steps before the attempt, and position of its first step in the stream of sequences (`Progress`).
+        numbers: Method of the loader: the numbers of a step's sequences on this rank.
     """
     config, section = plan.config, plan.config.monitor.trace
     if section is None:
         yield None
         return
-    place = folder.trace / f"from_step_{step}_{attempt_id}"
-    place.mkdir(parents=True, exist_ok=True)
-    if env.rank == 0:
-        manifest = _manifest(
-            config,
-            plan.manifest,
-            plan.placement.groups,
-            plan.placement.rank_of_expert,
-            attempt=1 + len(list(folder.trace.glob(f"*/{MANIFEST}"))),
-            from_step=step,
-            ranks=env.world_size,
-            weights=section.weights,
-            every=section.every,
-            tokens=section.tokens,
-        )
-        write_atomically(place / MANIFEST, manifest.to_json())
-    writer = TraceWriter(place, env.rank, weights=section.weights)
-    share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
-    batch = config.train.global_batch
 
-    def sequences(number: int) -> list[range]:
-        return micro_batches(position + (number - step) * batch, global_batch=batch, **share)
+    def begin(placement: ExpertPlacement, after: int) -> TraceWriter:
+        place = folder.trace / f"from_step_{after}_{attempt_id}"
+        place.mkdir(parents=True, exist_ok=True)
+        if env.rank == 0:
+            manifest = _manifest(
+                config,
+                plan.manifest,
+                placement.groups,
+                placement.rank_of_expert,
+                attempt=1 + len(list(folder.trace.glob(f"*/{MANIFEST}"))),
+                from_step=after,
+                ranks=env.world_size,
+                weights=section.weights,
+                every=section.every,
+                tokens=section.tokens,
+            )
+            write_atomically(place / MANIFEST, manifest.to_json())
+        return TraceWriter(place, env.rank, weights=section.weights)
 
+    def sequences(number: int) -> Sequence[Sequence[int]]:
+        return numbers(position + (number - step) * config.train.global_batch)
+
+    fields = {"every": section.every, "tokens": section.tokens, "weights": section.weights}
+    tracer = StepTracer(begin(plan.placement, step), **fields, sequences=sequences, begin=begin)
     try:
-        yield StepTracer(writer, every=section.every, tokens=section.tokens, weights=section.weights, sequences=sequences)
+        yield tracer
     finally:
-        writer.close()
+        tracer.close()
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """The training loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
 
 import gc
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
@@ -17,20 +18,24 @@ from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.evaluation_metrics import evaluation_scalars
 from moe_dist.monitor.metrics import build_record
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
+from moe_dist.monitor.statistics import EvaluationResult, LeverDecision, StepResult, StepStatistics
 from moe_dist.placement.counts import StepCounts
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.garbage import COLLECT_EVERY
+from moe_dist.train.levers import Lever
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.resume import Progress, Resumable
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
 from moe_dist.train.tracing import StepWatcher
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
 Loader = TrainLoader | SampleLoader
@@ -59,6 +64,7 @@ class Trainer:
         progress: The counters of the run, at first those of the loaded checkpoint.
         profile: Surrounds each step, whose number it takes (the first step is 1).
         watchers: See every token's choices in the steps that are due.
+        levers: Keep the ranks equally busy (`rank_balance`).
         placement_rows: One of `watchers`; None without `monitor.cost_table`.
     """
 
@@ -74,6 +80,7 @@ class Trainer:
     progress: Progress
     profile: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
     watchers: Sequence[StepWatcher] = ()
+    levers: Mapping[str, Lever] = field(default_factory=dict)
     placement_rows: PlacementRows | None = None
     _reader: ReadAhead = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
@@ -135,12 +142,34 @@ class Trainer:
         progress.skipped_steps += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._recent.append(result)
+        decisions = self._pull_levers(result)
         _collect(progress.step)
         if self.sinks:
-            self._show(result, lr, aux, time.perf_counter() - begin)
+            self._show(result, lr, aux, time.perf_counter() - begin, decisions)
+        for each in decisions:
+            if each.placement is not None:
+                self.follow(each.placement)
         return result
 
-    def _show(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> None:
+    def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
+        """Returns what the levers did after this step."""
+        step, position = self.progress.step, self.progress.position - self.plan.global_batch
+        found = [lever.after_step(result, step=step, position=position) for lever in self.levers.values()]
+        decisions = [each for each in found if each is not None]
+        for each in decisions:
+            logger.info("rank balance: %s", each.text)
+        return decisions
+
+    def follow(self, placement: ExpertPlacement) -> None:
+        """Lets records, evaluations, traces and checkpoints follow experts that have moved."""
+        self.plan = replace(self.plan, placement=placement)
+        self.evaluator.placement = self.saver.placement = placement
+        for watcher in self.watchers:
+            watcher.follow(placement, self.progress.step)
+
+    def _show(
+        self, result: StepResult, lr: float, aux: AuxSettings, seconds: float, levers: Sequence[LeverDecision]
+    ) -> None:
         stats = StepStatistics(
             result,
             step=self.progress.step,
@@ -152,6 +181,7 @@ class Trainer:
             epochs=self.loader.epochs(self.progress.position),
             flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
             active_target=self.plan.active_target,
+            levers=levers,
         )
         record = build_record(
             stats,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,3 +114,59 @@ def test_the_run_goes_on_to_the_same_bits(
             assert sent.between == sent.between_hierarchical == {1: sent.rows}
         assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     shutil.rmtree(run.path)
+
+
+MOVING = {  # experts of one width and two groups, of which every rank has some; a move is cheap, so that it is made
+    "rank_balance": {"dealing": True, "moving": {"every": 2, "flops_per_byte": 1e-3}},
+    "placement": {"policy": "interleaved"},
+    "model.moe.groups": {
+        "text": {"num_experts": 6, "num_null": 2, "top_k": 2, "ffn_dim": 16},
+        "image": {"num_experts": 6, "num_null": 2, "top_k": 2, "ffn_dim": 24},
+    },
+    "checkpoint": {"every": 1, "asynchronous": False},
+    "monitor.trace": {"every": 1},
+    "monitor.sinks": [{"kind": "jsonl"}, {"kind": "tensorboard"}],
+}
+
+
+def moves(lines: list[dict[str, Any]]) -> dict[int, list[list[int]]]:
+    """The steps after which experts moved, and where they were then."""
+    found = [(line["step"], each) for line in lines for each in line.get("rank_balance", [])]
+    return {step: each["slots"] for step, each in found if each["lever"] == "moving" and each["taken"]}
+
+
+def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank dies when some stacks of experts have moved and others have not. The run goes on from the checkpoint before,
+    takes the move again, is killed once more, and ends with the bits of an undisturbed run. Traces and records follow."""
+
+    def started(name: str) -> tuple[int, RunFolder]:
+        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, **MOVING, "run.name": name})
+        return launch(write_config(config, tmp_path / f"{name}.yaml"), program=PROGRAM), RunFolder.of(config)
+
+    code, whole = started("whole")
+    assert code == 0
+    expected, moved = records(whole), moves(records(whole))
+    assert min(moved) == 2
+    for step, phase, saved in ((2, "in_move", 1), (5, "before_step", 4)):  # before the move, and with the experts moved
+        with monkeypatch.context() as patch:
+            for variable, value in fault(rank=1, step=step, phase=phase, kind="kill").items():
+                patch.setenv(variable, value)
+            code, run = started("killed")
+        assert code not in (0, 75)
+        assert (run.checkpoints / "latest").read_text().strip() == f"step_{saved}"
+    code, run = started("killed")
+    assert code == 0
+    assert [reproducible_part(line) for line in records(run)] == [reproducible_part(line) for line in expected]
+    trace = read_trace(run.path)
+    slots = [[e for e, rank in enumerate(trace.step(1).manifest.rank_of_expert) if rank == each] for each in (0, 1)]
+    for line in (line for line in records(run) if line["kind"] == "step"):
+        step = trace.step(line["step"])
+        placement = ExpertPlacement(step.manifest.groups, tuple(map(tuple, slots)))
+        assert step.manifest.rank_of_expert == placement.rank_of_expert
+        assert step.choices().tolist() == line["arrays"]["choices_LC"]
+        weights = np.array([16.0] * 6 + [24.0] * 6) * np.array(line["arrays"]["choices_LC"])[:, :12]
+        expected_LR = [[row[each].sum() for each in slots] for row in weights]
+        np.testing.assert_allclose(line["arrays"]["weighted_rows_LR"], expected_LR, rtol=1e-12)
+        slots = moved.get(line["step"], slots)
+    shown = EventAccumulator(str(run.tensorboard)).Reload().Tags()["tensors"]
+    assert {"rank_balance/dealing/text_summary", "rank_balance/moving/text_summary"} <= set(shown)

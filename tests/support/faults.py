@@ -4,7 +4,7 @@ the rank, step and phase that MOE_DIST_TEST_FAULT names.
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
 Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (the second MoE layer's forward in that
-step), before_commit (of the checkpoint of that step).
+step), before_commit (of the checkpoint of that step), in_move (of experts after that step, in its fourth exchange).
 Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself),
 sleep (for ever, its threads alive).
 """
@@ -44,6 +44,8 @@ def inject(spec: Mapping[str, Any]) -> None:
     if not isinstance(spec["kind"], str):
         spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
     from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.comm.all_to_all import AllToAll
+    from moe_dist.comm.names import MOVED_EXPERTS
     from moe_dist.moe.layer import MoELayer
     from moe_dist.train.step import TrainingStep
     from moe_dist.train.trainer import Trainer
@@ -52,7 +54,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         original = getattr(owner, name)
         setattr(owner, name, lambda self, *args, **kwargs: wrap(original, self, *args, **kwargs))
 
-    steps = {"taken": 0, "layers": 0}
+    steps = {"taken": 0, "layers": 0, "exchanges": 0}
 
     def step(original: Callable[..., Any], self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         due = steps["taken"] + 1 == spec["step"] - first["step"]
@@ -71,6 +73,13 @@ def inject(spec: Mapping[str, Any]) -> None:
         steps["layers"] += 1
         return original(self, *args, **kwargs)
 
+    def exchange(original: Callable[..., Any], self: AllToAll, *args: Any, **kwargs: Any) -> Any:
+        if spec["phase"] == "in_move" and kwargs["name"] == MOVED_EXPERTS:
+            steps["exchanges"] += steps["taken"] == spec["step"] - first["step"]
+            if steps["exchanges"] == 4:
+                strike(spec["kind"])
+        return original(self, *args, **kwargs)
+
     first = {"step": 0}
 
     def fit(original: Callable[..., Any], self: Trainer) -> Any:
@@ -87,6 +96,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     around(MoELayer, "forward", layer)
     around(Trainer, "fit", fit)
     around(CheckpointManager, "_commit", commit)
+    around(AllToAll, "exchange", exchange)
 
 
 if __name__ == "__main__":

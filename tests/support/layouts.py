@@ -301,9 +301,9 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     return maker.make(rows)
 
 
-def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
-    """The model of a layout, initialised, on its mesh."""
-    config, placement = config_of(layout), placement_for(layout)
+def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPlacement | None = None) -> ParallelModel:
+    """The model of a layout, initialised, on its mesh; its experts where the layout says, or as placed."""
+    config, placement = config_of(layout), placement or placement_for(layout)
     dtype = getattr(torch, layout.precision)
     master = torch.float64 if layout.precision == "float64" else torch.float32
     before = torch.get_default_dtype()

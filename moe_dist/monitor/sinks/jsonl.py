@@ -64,6 +64,7 @@ class JsonlSink(Sink):
             **{name: getattr(record, name) for name in STORED},
             **({"load": record.load} if record.load else {}),
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
+            **({"rank_balance": [each.line for each in record.levers]} if record.levers else {}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # arrays fill most of a line

@@ -89,6 +89,10 @@ class TensorBoardSink(Sink):
             if tag.startswith(NOISY) and number is not None:
                 self._recent.setdefault(tag, []).append(number)
         self._last_step = record.step
+        for each in record.levers:
+            self._writer("").add_summary(summary.text(f"rank_balance/{each.lever}", each.text), record.step)
+            if each.placement is not None:
+                self._subject = replace(self._subject, placement=each.placement)  # of the pictures from here on
         if record.step % self._mean_over == 0:
             self._add_means()
         self._window.add(record)

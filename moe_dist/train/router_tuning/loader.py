@@ -113,10 +113,14 @@ class SampleLoader:
     def batches(self, position: int) -> list[Batch]:
         """Returns this rank's micro-batches of the step that starts at sample `position` of the stream of all ranks."""
         made: list[Batch] = []
-        for each in micro_batches(position, **self._share):
+        for each in self.numbers(position):
             numbers = [self.number(at) for at in each]
             made.append(self._maker.make([self._samples.sample(number) for number in numbers], numbers))
         return made
+
+    def numbers(self, position: int) -> Sequence[Sequence[int]]:
+        """Returns the positions in the stream of the samples in `batches(position)`."""
+        return micro_batches(position, **self._share)
 
     def number(self, position: int) -> int:
         """Returns the index in `Samples` of the sample at a position of the stream."""

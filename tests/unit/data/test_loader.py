@@ -10,6 +10,7 @@ import torch
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
@@ -213,3 +214,23 @@ def test_prompts_are_read_and_not_scored(tmp_path: Path, make_set) -> None:
             scored |= set(batch.labels_BS.flatten().tolist()) - {IGNORED}
         assert read == set(range(150, 160))
         assert scored == {152, 153, 157, 158, 159}
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 1), (2, 4), (4, 2), (4, 1)])
+def test_dealt_ranks_have_the_steps_sequences(folder: tuple[Path, Manifest], world_size: int, micro_batch: int) -> None:
+    """Together those of the undealt step; each rank's are a function of the position alone."""
+    dealing = Dealing(SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([1.0, 1.0])), ep=1, mix=True)
+    changes = {"world_size": world_size, "micro_batch": micro_batch, "dealing": dealing}
+    ranks = [loader(folder, rank=rank, **changes) for rank in range(world_size)]
+    differs = False
+    for position in (0, 8, 160):
+        dealt = [rank.batches(position) for rank in ranks]
+        plain = rows(loader(folder).batches(position))
+        assert sorted(row for batches in dealt for row in rows(batches)) == sorted(plain)
+        assert rows(dealt[1]) == rows(loader(folder, rank=1, **changes).batches(position))
+        named = [[ranks[1].sequence(number) for number in each] for each in ranks[1].numbers(position)]
+        assert tokens_of(dealt[1]) == Counter(
+            int(t) for each in named for row in each for s in row for t in s.tokens[: s.length]
+        )
+        differs |= [row for batches in dealt for row in rows(batches)] != plain
+    assert differs

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.plan.solver import pace, slots_of, solve
+from moe_dist.plan.solver import improve, pace, slots_of, solve
 from tests.support.messages import refused
 
 
@@ -50,6 +50,28 @@ def test_close_to_the_best_of_all_maps() -> None:
         ratios.append(pace(load_LE, solve(load_LE, np.full(3, 2)), 3) / best)
     assert min(ratios) >= 1 - 1e-12
     assert np.mean(ratios) < 1.03
+
+
+def test_swaps_stay_in_their_group_and_lower_the_pace() -> None:
+    """By hand: 4 4 | 0 0 becomes 4 0 | 4 0, but not if the two ranks have experts of different groups. On random loads no
+    rank's number of experts of a group changes, no pace rises, and most fall."""
+    one = np.zeros(4)
+    start_E = np.array([0, 0, 1, 1])
+    assert pace(np.array([[4, 4, 0, 0]]), improve(np.array([[4, 4, 0, 0]]), start_E, one, 2), 2) == 4
+    assert improve(np.array([[4, 4, 0, 0]]), start_E, np.array([0, 0, 1, 1]), 2).tolist() == start_E.tolist()
+    rng, ratios = np.random.default_rng(3), []
+    for _ in range(100):
+        load_LE, ranks = draw(rng)
+        experts = load_LE.shape[1]
+        rank_E, group_E = rng.permutation(np.arange(experts) % ranks), rng.integers(0, 2, experts)
+        found_E = improve(load_LE, rank_E, group_E, ranks)
+        for group in range(2):
+            counts = [np.bincount(each[group_E == group], minlength=ranks).tolist() for each in (rank_E, found_E)]
+            assert counts[0] == counts[1]
+        before, after = pace(load_LE, rank_E, ranks), pace(load_LE, found_E, ranks)
+        assert after <= before * (1 + 1e-12)
+        ratios.append(after / before if before else 1.0)
+    assert np.mean(ratios) < 0.9
 
 
 def test_uneven_slots_pinned_groups_and_nodes() -> None:

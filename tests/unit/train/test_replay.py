@@ -62,7 +62,8 @@ def traced_run(data: Path, root: Path, **changes: Any) -> Traced:
     for layer in one.training.parallel.model.moe_modules():
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
     aux = build_plan(config, plan.manifest, plan.placement).aux(0)
-    with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0) as tracer:
+    numbers = build_loader(config, plan.manifest, rank=0, world_size=1).numbers
+    with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=numbers) as tracer:
         assert tracer is not None
         result = one.training.step(batches, lr=1e-3, aux=aux, watchers=[tracer])
     return Traced(folder.path, batches, aux, result, one.weights(), read_trace(folder.path).step(1))

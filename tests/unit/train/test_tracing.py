@@ -42,7 +42,7 @@ def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Trac
         plan, config = one.plan, one.plan.config
         loader, steps = build_loader(config, plan.manifest, rank=0, world_size=1), []
         folder, aux = RunFolder.of(config), build_plan(config, plan.manifest, plan.placement).aux(0)
-        with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0) as tracer:
+        with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=loader.numbers) as tracer:
             assert tracer is not None
             for number in range(3):
                 batches = loader.batches(number * config.train.global_batch)

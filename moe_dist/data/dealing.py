@@ -1,0 +1,129 @@
+"""Deals the sequences of a step to the ranks so that the ranks' expected costs are equal.
+
+The batch alone decides, so every rank computes the same without an exchange, and a resumed run decides the same again.
+Shape letters: Q sequences of a step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of
+a part, S tokens of a sequence, M modalities.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SequenceCosts:
+    """The expected cost of sequences, in FLOPs of forward.
+
+    Attributes:
+        document_S: float64 [S + 1], the cost of a document of each length without its experts: what a token costs, and its
+            attention, which grows with the square of the length. Padding counts as a document.
+        expert_M: float64, the cost of the true experts that a token of each modality takes on average. A group with more
+            null choices costs less.
+    """
+
+    document_S: np.ndarray
+    expert_M: np.ndarray
+
+    def of(self, lengths: Sequence[int], tokens_M: np.ndarray) -> tuple[float, float]:
+        """Returns the cost of a sequence on the rank that has it, and the cost of its experts, on whatever rank.
+
+        Args:
+            lengths: Tokens of each document of the sequence.
+            tokens_M: Number of its tokens of each modality, without padding.
+        """
+        padding = len(self.document_S) - 1 - sum(lengths)
+        return float(self.document_S[[*lengths, padding]].sum()), float(tokens_M @ self.expert_M)
+
+
+class Dealing(NamedTuple):
+    """How the sequences of a run are dealt; `ep` and `mix` as in `deal`."""
+
+    costs: SequenceCosts
+    ep: int
+    mix: bool
+
+
+class Deal(NamedTuple):
+    """The sequences of a step by rank.
+
+    Attributes:
+        place_IWB: int64, for each micro-batch and rank the sequences, as places in the step.
+        undealt, dealt: Cost of the busiest rank over that of the mean rank, summed over the micro-batches, in the order of
+            the stream and as dealt. All ranks meet in each micro-batch, so the busiest rank of each counts.
+    """
+
+    place_IWB: np.ndarray
+    undealt: float
+    dealt: float
+
+
+def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: bool) -> Deal:
+    """Deals the sequences of a step. Each rank gets as many as before. If dealing gains nothing, the order is unchanged.
+
+    Args:
+        cost_Q2: Result of `SequenceCosts.of` of each sequence, in the order of the stream.
+        ep: Ranks of an EP group, which are consecutive. They share the cost of the experts of all their sequences.
+        mix: Whether a sequence may change its micro-batch. Only then can sequences of a like cost share one.
+    """
+    place_IK = np.arange(len(cost_Q2)).reshape(micro_batches, -1)
+    place_IWB = place_IK.reshape(micro_batches, ranks, -1)
+    undealt = _busiest_over_mean(cost_Q2[place_IWB], ep)
+    if mix:
+        place_IK = _alike(_alone(cost_Q2, ep), micro_batches, ranks)
+    dealt_IWB = np.stack([_among_ranks(cost_Q2, place_K, ranks, ep) for place_K in place_IK])
+    dealt = _busiest_over_mean(cost_Q2[dealt_IWB], ep)
+    return Deal(dealt_IWB, undealt, dealt) if dealt < undealt else Deal(place_IWB, undealt, undealt)
+
+
+def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
+    """Divides items into `parts` parts of equally many items and nearly equal cost; returns the items of each, int64
+    [P, N].
+
+    The balanced largest differencing method (Yakir 1996): the sorted items are cut into rows of one item for each part. The
+    two rows that differ most become one, in which the largest sum of the one meets the smallest of the other, and so on.
+    """
+    rows = []
+    for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
+        rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
+    heapq.heapify(rows)  # the smallest is the row with the largest difference; numbers decide between equal ones
+    while len(rows) > 1:
+        _, number, cost_P, item_PN = heapq.heappop(rows)
+        _, _, other_P, other_PN = heapq.heappop(rows)
+        cost_P, item_PN = cost_P + other_P[::-1], np.concatenate([item_PN, other_PN[::-1]], axis=1)
+        order_P = np.argsort(-cost_P, kind="stable")
+        cost_P, item_PN = cost_P[order_P], item_PN[order_P]
+        heapq.heappush(rows, (cost_P[-1] - cost_P[0], number, cost_P, item_PN))
+    return rows[0][-1]
+
+
+def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
+    """Returns what each sequence costs its own rank: with ep=1 also its experts."""
+    return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
+
+
+def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
+    """Returns the sequences of each micro-batch, [I, W B]: runs of W sequences of a like cost, one for each rank. Each
+    micro-batch has runs from dear to cheap."""
+    runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
+    runs[1::2] = runs[1::2, ::-1].copy()  # there and back, so that no micro-batch gets the dearest run of each turn
+    return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
+
+
+def _among_ranks(cost_Q2: np.ndarray, place_K: np.ndarray, ranks: int, ep: int) -> np.ndarray:
+    """Deals the sequences of a micro-batch, first to EP groups by their whole cost, then to the ranks of a group by what a
+    rank computes alone. Returns them by rank, [W, B], sorted within a rank."""
+    found = []
+    for group_N in equal_parts(cost_Q2[place_K].sum(1), ranks // ep):
+        group_N = place_K[group_N]
+        found.append(group_N[equal_parts(_alone(cost_Q2[group_N], ep), ep)])
+    return np.sort(np.concatenate(found), axis=1)
+
+
+def _busiest_over_mean(cost_IWB2: np.ndarray, ep: int) -> float:
+    own_IW, experts_IW = np.moveaxis(cost_IWB2.sum(2), -1, 0)
+    shared_IW = np.repeat(experts_IW.reshape(len(experts_IW), -1, ep).mean(2), ep, axis=1)
+    cost_IW = own_IW + shared_IW
+    return float(cost_IW.max(1).sum() / cost_IW.mean(1).sum())

@@ -1,0 +1,40 @@
+"""Makes from the configuration what deals the sequences of a step to ranks: the expected costs of sequences."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_dist.config.schema import Config
+from moe_dist.data.dealing import Dealing, SequenceCosts
+from moe_dist.plan.flops import forward_flops
+from moe_dist.plan.policies import expert_groups
+
+
+def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
+    """Returns how sequences are dealt, or None without `rank_balance.dealing`. `modalities` are those of the manifest."""
+    if not config.rank_balance.dealing:
+        return None
+    terms = any(coefficient for _, coefficient in config.loss.balance.schedule) or config.loss.z
+    return Dealing(sequence_costs(config, modalities), ep=config.parallel.ep, mix=not terms)
+
+
+def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
+    """Returns the costs of this run's sequences.
+
+    A token takes as many true experts as a load controller or the weight of the null experts sets, else as uniform routing.
+    """
+    model, groups = config.model, expert_groups(config.model.moe)
+    taken = {each.name: config.even_active.get(each.name, each.expected_experts_per_token) for each in groups}
+    none = dict.fromkeys(taken, 0.0)
+
+    def flops(share: dict[str, float]) -> float:
+        return forward_flops(model, seq_len=1, experts_per_token=taken, token_share=share).total
+
+    with_experts = {name: flops({**none, each.name: 1.0}) for each in groups for name in each.modalities}
+    length_S = np.arange(config.data.seq_len + 1, dtype=np.float64)
+    keys_S = np.sum([np.minimum(length_S, window or np.inf) for window in model.windows], axis=0)
+    each_key = 2 * model.attention.score_width(model)
+    token = flops(none) - each_key * model.num_layers  # without attention to the one position of seq_len=1
+    return SequenceCosts(
+        length_S * (token + each_key * keys_S), np.array([with_experts[name] - flops(none) for name in modalities])
+    )

@@ -1,0 +1,23 @@
+"""Shows how the sequences of a step are dealt to the ranks (`moe_dist.data.dealing`)."""
+
+from moe_dist.data.loader import TrainLoader
+from moe_dist.monitor.statistics import LeverDecision, StepResult
+
+SHOW_EVERY = 100  # steps
+
+
+class DealingLever:
+    """See `moe_dist.train.levers.Lever`. The loader decides for each step by itself, and keeps the order of the stream
+    where no deal is better. The lever shows this in the first step and in every `SHOW_EVERY`-th step."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """See `Lever`."""
+        if step != 1 and step % SHOW_EVERY:
+            return None
+        deal = self._loader.dealt(position)
+        taken = deal.dealt < deal.undealt
+        why = "it pays at once, because the batch alone decides" if taken else "no deal is better than the stream's order"
+        return LeverDecision("dealing", taken, before=deal.undealt, after=deal.dealt, cost_steps=0.0, why=why)

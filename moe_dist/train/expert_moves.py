@@ -1,0 +1,93 @@
+"""Moves experts between the ranks of an EP group: their weights and moments, bit for bit.
+
+A move keeps each rank's number of experts of each group. So parameters and moments keep their shapes and their memory, and
+only contents change. Nothing on disk changes: after a crash the run resumes from its last checkpoint.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import MOVED_EXPERTS
+from moe_dist.optim.optimizer import materialise_moments, moments_of
+from moe_dist.parallel.initialise import set_whole
+from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import EXPERTS, NamedParameter
+
+
+@dataclass(frozen=True)
+class Route:
+    """The move of one group's experts, for one rank.
+
+    Attributes:
+        send: Slots in the group's stack of the experts that leave, in the order of their new ranks.
+        splits: Numbers of experts to and from each rank.
+        take: For each new slot the place of its expert among the old slots and then the experts that arrive.
+    """
+
+    send: list[int]
+    splits: Splits
+    take: list[int]
+
+    @classmethod
+    def of(cls, old: ExpertPlacement, new: ExpertPlacement, group: ExpertGroup, rank: int) -> "Route":
+        """Makes the route of rank `rank`. Both sides of an exchange list its experts in the order of logical ids."""
+        others = [each for each in range(old.num_ranks) if each != rank]
+        before, after = old.local_experts(rank, group), new.local_experts(rank, group)
+        leave = {to: [each for each in new.local_experts(to, group) if each in before] for to in others}
+        arrive = {source: [each for each in after if old.rank_of_expert[each] == source] for source in others}
+        pool = [*before, *(each for experts in arrive.values() for each in experts)]
+        return cls(
+            [before.index(each) for experts in leave.values() for each in experts],
+            Splits(*(tuple(len(part.get(each, ())) for each in range(old.num_ranks)) for part in (leave, arrive))),
+            [pool.index(each) for each in after],
+        )
+
+
+def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
+    """Whether all ranks have as many experts of each group in both placements, so that one can become the other."""
+    if one.groups != other.groups or one.num_ranks != other.num_ranks:
+        return False
+    ranks = range(one.num_ranks)
+    return all(len(one.local_experts(r, g)) == len(other.local_experts(r, g)) for g in one.groups for r in ranks)
+
+
+@torch.no_grad()
+def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlacement, new: ExpertPlacement) -> None:
+    """Puts weights and moments of all experts where `new` has them. Collective over the EP groups. Takes memory for one
+    stack of experts at a time, whole even if FSDP2 shards it over edp."""
+    assert same_shapes(old, new), f"{old.slots} cannot become {new.slots}"
+    mesh = parallel.mesh
+    wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
+    moved = {g.name: g for g in old.groups if any(old.rank_of_expert[e] != new.rank_of_expert[e] for e in g.experts)}
+    routes = {name: Route.of(old, new, group, mesh.ep_rank) for name, group in moved.items()}
+    materialise_moments(optimizer)
+    for module in parallel.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    with mesh.tracker.among("a move of experts"):
+        for named in parallel.parameters:
+            if named.role not in EXPERTS or (route := routes.get(named.name.rsplit(".", 2)[1])) is None:
+                continue
+            for stack in _tensors(named, optimizer):
+                whole = stack.full_tensor() if isinstance(stack, DTensor) and stack.shape[0] else stack
+                arrived = wire.exchange(whole[route.send], route.splits, name=MOVED_EXPERTS, layer=named.name)
+                if stack.shape[0]:
+                    set_whole(stack, torch.cat([whole, arrived])[route.take])
+
+
+def _tensors(named: NamedParameter, optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yields a stack of experts and its moments. An empty stack has no moments, but takes part in their exchange."""
+    yield named.parameter.detach()
+    state = optimizer.state.get(named.parameter, {})
+    if named.parameter.requires_grad:
+        for moment in moments_of(named, orthogonal=getattr(optimizer, "orthogonal", False)):
+            yield state.get(moment, named.parameter.detach())

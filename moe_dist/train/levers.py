@@ -1,0 +1,66 @@
+"""Levers that keep the ranks equally busy during a run (section `rank_balance`), behind one interface. Each is off by
+default."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from moe_dist.config.schema import Config
+from moe_dist.data.loader import TrainLoader
+from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build import Training
+from moe_dist.train.build_dispatch import dispatch_with
+from moe_dist.train.dealing_lever import DealingLever
+from moe_dist.train.expert_moves import move_experts
+from moe_dist.train.moving_lever import MovingLever
+from moe_dist.train.router_tuning.loader import SampleLoader
+
+
+class Lever(Protocol):
+    """Changes what ranks do, without a change of the loss beyond rounding. All ranks decide alike."""
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """Is called after each step. May issue collectives. Returns a decision if there is one to show.
+
+        Args:
+            step: Number of the step; the first step of a run is 1.
+            position: Position of the step's first sequence in the stream.
+        """
+        ...
+
+
+class LeverParts(NamedTuple):
+    """The values from which the functions below make a lever."""
+
+    config: Config
+    placement: ExpertPlacement
+    training: Training
+    loader: TrainLoader | SampleLoader
+
+
+def _dealing(parts: LeverParts) -> Lever | None:
+    on = parts.config.rank_balance.dealing and isinstance(parts.loader, TrainLoader)
+    return DealingLever(parts.loader) if on else None  # pyright: ignore[reportArgumentType]
+
+
+def _moving(parts: LeverParts) -> MovingLever | None:
+    section, training = parts.config.rank_balance.moving, parts.training
+    if section is None or parts.placement.num_ranks == 1:
+        return None
+
+    def move(old: ExpertPlacement, new: ExpertPlacement) -> None:
+        move_experts(training.parallel, training.optimizer, old, new)
+        dispatch_with(training.parallel.model, replace(training.dispatch, placement=new))
+        training.step.placement = new
+
+    return MovingLever(parts.placement, move, edp=training.parallel.mesh.edp_size, **section.model_dump())
+
+
+LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {"dealing": _dealing, "moving": _moving}
+
+
+def build_levers(parts: LeverParts) -> dict[str, Lever]:
+    """Makes the levers that are on, by name."""
+    made = {name: make(parts) for name, make in LEVERS.items()}
+    return {name: lever for name, lever in made.items() if lever is not None}

@@ -1,0 +1,117 @@
+"""Decides when experts change ranks, from the routing counts alone: so all ranks and all runs with one seed decide alike.
+
+A window of steps is cut in two. The loads of its first half find swaps of experts, by the placement solver; those of its
+second half judge them. So a placement that fits only the noise of the steps by which it was found has no gain. Each step
+and layer counts by its busiest rank, hence also a hot spot that rotates is spread.
+
+Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from pydantic import JsonValue
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
+from moe_dist.train.expert_moves import same_shapes
+
+LEAST_GAIN = 0.02  # of the busiest rank's load; smaller gains are noise
+# An expert of n parameters moves 12 n bytes (weight and two moments in fp32); forward and backward of a row take 6 n FLOPs.
+BYTES_OVER_FLOPS = 12 / 6
+
+
+class MovingLever:
+    """See `moe_dist.train.levers.Lever`. Its state is saved in checkpoints.
+
+    Args:
+        placement: Where the experts are now.
+        move: Puts the experts where another placement has them. Collective.
+        edp: Number of EP groups, which share the load of a step.
+        every, payback_steps, flops_per_byte: See `config.rank_balance_schema.MovingSection`.
+    """
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        move: Callable[[ExpertPlacement, ExpertPlacement], None],
+        *,
+        edp: int,
+        every: int,
+        payback_steps: int,
+        flops_per_byte: float,
+    ) -> None:
+        self.placement, self._move, self._edp = placement, move, edp
+        self._every, self._payback_steps, self._flops_per_byte = every, payback_steps, flops_per_byte
+        self._width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts])
+        self._group_E = np.array([number for number, group in enumerate(placement.groups) for _ in group.experts])
+        self._pairs_SLE: list[np.ndarray] = []  # computed pairs in the steps since the last decision
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """See `Lever`. Decides in every `every`-th step; a balanced load shows nothing."""
+        counts = result.counts
+        self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
+        if step % self._every:
+            return None
+        pairs_SLE, self._pairs_SLE = np.array(self._pairs_SLE), []
+        decision = self._decide(pairs_SLE * self._width_E) if len(pairs_SLE) > 1 else None
+        if decision is not None and decision.placement is not None:
+            self._place(decision.placement)
+        return decision
+
+    def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
+        ranks, rank_E = self.placement.num_ranks, np.array(self.placement.rank_of_expert)
+        half = len(load_SLE) // 2
+        first, second = (each.reshape(-1, load_SLE.shape[2]) for each in np.split(load_SLE, [half]))
+        new_E = improve(first, rank_E, self._group_E, ranks)
+        if pace(first, new_E, ranks) > (1 - LEAST_GAIN) * pace(first, rank_E, ranks):
+            return None
+        mean = max(1.0, rank_loads(second, rank_E, ranks).mean(1).sum())
+        before, after = (max(1.0, pace(second, each, ranks)) for each in (rank_E, new_E))
+        gain, step = 1 - after / before, before / self._edp / (len(load_SLE) - half)  # one EP group's busiest rank
+        cost, moved = self._cost(rank_E, new_E, load_SLE.shape[1]) / step, int((rank_E != new_E).sum())
+        payback = cost / gain if gain > 0 else np.inf
+        taken = gain >= LEAST_GAIN and payback <= self._payback_steps
+        if gain < LEAST_GAIN:
+            why = f"{moved} moves fit one half of {len(load_SLE)} steps, but not the other"
+        else:
+            limit = "" if taken else f", more than payback_steps={self._payback_steps}"
+            why = f"{moved} moves pay back after {payback:.3g} steps{limit}"
+        placement = ExpertPlacement(self.placement.groups, slots_of(new_E, ranks)) if taken else None
+        return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
+
+    def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
+        """Returns the rows x FFN width that the rank with the most experts to send or receive could compute meanwhile."""
+        moved_E = rank_E != new_E
+        sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
+        most = max(sent.max(initial=0.0), received.max(initial=0.0))
+        return float(most * layers * BYTES_OVER_FLOPS * self._flops_per_byte)
+
+    def _place(self, placement: ExpertPlacement) -> None:
+        self._move(self.placement, placement)
+        self.placement = placement
+
+    def state(self) -> JsonValue:
+        """Returns where the experts are, and the counts since the last decision."""
+        slots: list[JsonValue] = [[*each] for each in self.placement.slots]
+        return {"slots": slots, "pairs": np.array(self._pairs_SLE, np.int64).tolist()}
+
+    def restore(self, state: JsonValue) -> None:
+        """Moves the experts to where they were. Collective. On ranks that cannot hold them so, they stay where the
+        configuration has them.
+
+        Raises:
+            DataError: the state is none of `state`.
+        """
+        try:
+            assert isinstance(state, dict)
+            slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore
+            pairs_SLE = [np.array(each, np.int64).reshape(-1, len(self._width_E)) for each in state["pairs"]]  # pyright: ignore
+            placement = ExpertPlacement(self.placement.groups, slots)
+        except (AssertionError, ConfigError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"state of the lever that moves experts: {state!r:.80} is none ({error!s:.80})") from error
+        if same_shapes(self.placement, placement):
+            self._place(placement)
+        self._pairs_SLE = pairs_SLE

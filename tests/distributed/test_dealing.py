@@ -1,0 +1,70 @@
+"""A dealt step has the gradient of the undealt step: in float64, with and without the terms of single micro-batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.config.manifest import Manifest, load_manifest
+from moe_dist.data.dealing import Dealing, SequenceCosts
+from moe_dist.data.loader import TrainLoader
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train.build import build_optimizer
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
+from tests.support.agreement import Arrays, merged
+from tests.support.layouts import SEQ_LEN, Layout, build, config_of, placement_for
+from tests.support.whole_tensors import logical
+from tests.support.worlds import RankContext
+
+COSTS = SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([3.0, 1.0]))
+BATCH = 16
+
+
+class Stepped(NamedTuple):
+    """The gradients of a rank's step, and the step's sequences by micro-batch and rank."""
+
+    gradients: Arrays
+    numbers: list[list[int]]
+
+
+def step_of(rank: RankContext, layout: Layout, data: Path, dealt: bool, terms: bool) -> Stepped:
+    """The first step on the data of a folder, two sequences a micro-batch and rank."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    comm_stats = CommStats()
+    parallel, placement = build(layout, mesh, comm_stats), placement_for(layout)
+    optimizer, found = build_optimizer(config_of(layout), parallel.model), {}
+    optimizer.register_step_pre_hook(lambda *_: found.update(logical(parallel, placement, mesh, gradient=True)))
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
+    )
+    loader = loader_of(data, load_manifest(data), rank, Dealing(COSTS, layout.ep, mix=not terms) if dealt else None)
+    aux = AuxSettings(kind="null_averaged", balance=0.02 if terms else 0.0, z=1e-3 if terms else 0.0)
+    step(loader.batches(BATCH), lr=1e-2, aux=aux)
+    return Stepped(found, [list(each) for each in loader.numbers(BATCH)])
+
+
+def loader_of(data: Path, manifest: Manifest, rank: RankContext, dealing: Dealing | None) -> TrainLoader:
+    share = {"global_batch": BATCH, "micro_batch": 2, "rank": rank.rank, "world_size": rank.world_size}
+    return TrainLoader(data, manifest, seq_len=SEQ_LEN, weights={}, pack_window=8, seed=3, dealing=dealing, **share)
+
+
+@pytest.mark.parametrize("terms", [True, False])
+@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 1, "pinned", "fsdp2")], ids=str)
+def test_a_dealt_step_has_the_undealt_gradient(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: Layout, terms: bool
+) -> None:
+    plain, dealt = (run_in_world(2, step_of, layout, tiny_data, each, terms) for each in (False, True))
+    moved = [[sorted(numbers) for numbers in rank.numbers] for rank in plain]
+    assert moved != [[sorted(numbers) for numbers in rank.numbers] for rank in dealt]
+    whole, again = (sorted(n for rank in ranks for each in rank.numbers for n in each) for ranks in (plain, dealt))
+    assert whole == again == list(range(BATCH, 2 * BATCH))
+    expected, got = (merged([rank.gradients for rank in ranks]) for ranks in (plain, dealt))
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=name)
+    assert max(np.abs(value).max() for value in expected.values()) > 1e-3

@@ -1,0 +1,146 @@
+"""Experts that change ranks in the middle of training: every bit of weights and moments arrives, and training goes on.
+
+Three runs of two steps: one without a move, one whose experts move between the steps, and one that resumes from a
+checkpoint of the second, made after its move, with the experts placed so from the start. The last two are equal to the last
+bit. The first differs from them by rounding alone, because a rank sums the outputs of its own experts before it sends the
+sum: in float64 it is equal to 1e-9.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
+from moe_dist.optim.optimizer import MOMENTS
+from moe_dist.parallel.initialise import logical_expert_names
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import EXPERTS
+from moe_dist.train.build import build_optimizer
+from moe_dist.train.build_dispatch import DispatchParts, dispatch_with
+from moe_dist.train.expert_moves import move_experts, same_shapes
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
+from tests.support.agreement import Arrays, merged
+from tests.support.cover import full
+from tests.support.layouts import HIDDEN_DIM, MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, config_of, placement_for
+from tests.support.whole_tensors import carry
+from tests.support.worlds import RankContext
+
+AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+LAYOUTS = [
+    Layout(2, 1),
+    Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2),
+    Layout(2, 2, "interleaved", "fsdp2"),  # 3 and 2 experts over edp 2: some stacks are cut inside experts, others between
+    full(Layout(4, 1, "uneven")),  # a rank without experts
+    full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),
+    full(Layout(2, 2, optimizer="muon")),
+    full(Layout(2, 1, ffn_lora="each")),
+    full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", chunks=2)),
+]
+
+
+class Run:
+    """A model of a layout in training."""
+
+    def __init__(self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement) -> None:
+        self.rank, self.layout, self.mesh, self.placement = rank, layout, mesh, placement
+        self.comm_stats = CommStats()
+        self.parallel = build(layout, mesh, self.comm_stats, placement)
+        self.optimizer = build_optimizer(config_of(layout), self.parallel.model)
+        self.training_step = TrainingStep(
+            self.parallel,
+            self.optimizer,
+            placement=placement,
+            group_of_modality=[0, 1],
+            clip_norm=0.5,
+            comm_stats=self.comm_stats,
+        )
+
+    def step(self, number: int) -> None:
+        each = SEQUENCES // self.rank.world_size
+        batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+        self.training_step(batches, lr=1e-2, aux=AUX, number=number)
+
+    def move(self, placement: ExpertPlacement) -> None:
+        move_experts(self.parallel, self.optimizer, self.placement, placement)
+        section, nodes = config_of(self.layout).parallel, (self.mesh.inter_node, self.mesh.intra_node)
+        wire = AllToAll(self.mesh.ep, self.comm_stats)
+        dispatch_with(self.parallel.model, DispatchParts(section, placement, wire, HIDDEN_DIM, nodes))
+        self.placement = self.training_step.placement = placement
+
+    def tensors(self) -> Arrays:
+        """Weights and moments by logical name, whole."""
+        found: Arrays = {}
+        for named in self.parallel.parameters:
+            state = self.optimizer.state.get(named.parameter, {})
+            tensors = {"": named.parameter.detach(), **{name: state[name] for name in MOMENTS if name in state}}
+            for moment, tensor in tensors.items():
+                if not tensor.shape[0]:
+                    continue
+                whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
+                names = [named.name]
+                if named.role in EXPERTS:
+                    names = logical_expert_names(named.name, self.placement, self.mesh.ep_rank)
+                else:
+                    whole = whole[None]
+                found.update({f"{moment} {name}": each for name, each in zip(names, whole, strict=True)})
+        return found
+
+
+class Seen(NamedTuple):
+    """What one rank saw: before and right after the move, and at the end of the three runs."""
+
+    before: Arrays
+    after: Arrays
+    plain: Arrays
+    moved: Arrays
+    resumed: Arrays
+
+
+def rotated(placement: ExpertPlacement) -> ExpertPlacement:
+    """Each expert goes to the rank of the next one of its group."""
+    slots: list[list[int]] = [[] for _ in placement.slots]
+    for group in placement.groups:
+        for place, expert in enumerate(group.experts):
+            slots[placement.rank_of_expert[group.experts[(place + 1) % len(group.experts)]]].append(expert)
+    return ExpertPlacement(placement.groups, tuple(tuple(sorted(each)) for each in slots))
+
+
+def three_runs(rank: RankContext, layout: Layout) -> Seen:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
+    start = placement_for(layout)
+    plain, moved = (Run(rank, layout, mesh, start) for _ in range(2))
+    resumed = Run(rank, layout, mesh, rotated(start))
+    assert rotated(start) != start
+    assert same_shapes(start, rotated(start))
+    plain.step(0)
+    plain.step(1)
+    moved.step(0)
+    before = moved.tensors()
+    moved.move(rotated(start))
+    after = moved.tensors()
+    for run in (moved, resumed):  # the first writes, the second reads
+        carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
+        run.step(1)
+    return Seen(before, after, plain.tensors(), moved.tensors(), resumed.tensors())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_moved_experts_train_on(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    seen = run_in_world(layout.world_size, three_runs, layout)
+    before, after, plain, moved, resumed = (merged([getattr(each, field) for each in seen]) for field in Seen._fields)
+    assert before.keys() == after.keys() == plain.keys() == moved.keys() == resumed.keys()
+    assert any("exp_avg" in name and ".experts." in name for name in before)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=f"moved: {name}")
+        np.testing.assert_array_equal(resumed[name], moved[name], err_msg=f"resumed: {name}")
+        np.testing.assert_allclose(moved[name], plain[name], rtol=0, atol=1e-9, err_msg=f"plain: {name}")
+    assert all(f" layers.0.moe.experts.text.{expert}.gate" in before for expert in range(5))
+    where = [sorted(name for name in each.before if ".experts." in name) for each in seen]
+    assert where != [sorted(name for name in each.after if ".experts." in name) for each in seen]

@@ -1,0 +1,36 @@
+"""What the levers of `rank_balance` demand of the rest of a configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import check
+from tests.support.messages import refused
+from tests.support.tiny import tiny_config
+
+DEALING = {"rank_balance.dealing": True}
+CHOICE = {"model.moe.router": {"kind": "expert_choice"}, "loss.balance.schedule": [[0, 0.0]]}
+NO_NULLS = {
+    "text": {"num_experts": 4, "top_k": 1, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({**CHOICE, "model.moe.groups": NO_NULLS}, "a token's experts depend on its place"),
+        ({"model.moe.capacity": {"factor": 1.5}}, "compete for a capacity"),
+        ({"model.mixture_of_depths": {"capacity": 0.5}}, "the tokens of some ranks compete"),
+    ],
+    ids=["expert choice", "capacity", "depths"],
+)
+def test_dealing_is_refused_where_it_would_change_the_step(tiny_data: Path, changes: dict[str, Any], key: str) -> None:
+    with refused(ConfigError, "rank_balance.dealing=true", key):
+        check(tiny_config(tiny_data, Path("runs"), {**DEALING, **changes}))
+
+
+def test_dealing_fits_token_choice(tiny_data: Path) -> None:
+    assert check(tiny_config(tiny_data, Path("runs"), DEALING)).config.rank_balance.dealing

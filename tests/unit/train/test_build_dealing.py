@@ -1,0 +1,66 @@
+"""What a sequence costs, against the FLOPs of the whole model, and what a run shows of its dealing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_dist.data.dealing import Deal
+from moe_dist.plan.flops import forward_flops
+from moe_dist.train.build_dealing import build_dealing, sequence_costs
+from moe_dist.train.dealing_lever import SHOW_EVERY, DealingLever
+from tests.support.tiny import tiny_config
+
+WINDOWS = {"model.sliding_window": 5, "model.sliding_layers": [0]}
+TARGET = {
+    "model.moe.router.selection_bias": True,
+    "model.moe.balance": [{"kind": "active_experts", "target": {"text": 0.5}, "rate": 0.1}],
+}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOWS, TARGET], ids=["plain", "window", "target"])
+def test_the_costs_are_the_models_flops(changes: dict[str, Any]) -> None:
+    config = tiny_config(Path("none"), Path("runs"), changes)
+    costs = sequence_costs(config, ("image", "text"))
+    taken = {"text": 0.5 if "model.moe.balance" in changes else 2 * 3 / 4, "image": 2 * 2 / 4}
+    for length in (1, 2, 4, 5, 6, 31):
+        parts = (
+            forward_flops(config.model, seq_len=length, experts_per_token=taken, token_share=share).total * length
+            for share in ({"text": 0.0, "image": 0.0}, {"text": 0.0, "image": 1.0}, {"text": 1.0, "image": 0.0})
+        )
+        none, image, text = parts
+        assert costs.document_S[length] == pytest.approx(none, rel=1e-12)
+        assert length * costs.expert_M == pytest.approx([image - none, text - none], rel=1e-9)
+    assert costs.document_S[0] == 0.0
+
+
+def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
+    def mix(**changes: Any) -> bool:
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        dealing = build_dealing(
+            tiny_config(Path("none"), Path("runs"), {"rank_balance.dealing": True, **changes}), ["text"]
+        )
+        assert dealing is not None
+        return dealing.mix
+
+    off = [[0, 0.0]]
+    assert build_dealing(tiny_config(Path("none"), Path("runs")), ["text"]) is None
+    assert mix(loss__balance__schedule=off)
+    assert not mix()
+    assert not mix(loss__balance__schedule=[[0, 0.0], [9, 0.1]])
+    assert not mix(loss__balance__schedule=off, loss__z=1e-3)
+
+
+def test_the_dealing_is_shown_in_few_steps() -> None:
+    deals = {0: Deal(np.zeros((1, 1, 1)), 1.5, 1.0), 8: Deal(np.zeros((1, 1, 1)), 1.2, 1.2)}
+    lever = DealingLever(SimpleNamespace(dealt=deals.__getitem__))  # pyright: ignore[reportArgumentType]
+    result: Any = None
+    first, refused = lever.after_step(result, step=1, position=0), lever.after_step(result, step=SHOW_EVERY, position=8)
+    assert first is not None
+    assert (first.taken, first.gain) == (True, pytest.approx(1 / 3))
+    assert "1.500 -> 1.000" in first.text
+    assert refused is not None
+    assert not refused.taken
+    assert lever.after_step(result, step=2, position=0) is None
