@@ -263,7 +263,8 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         load=load,
     )
     wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
-    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels)
+    tokens = config.train.micro_batch * config.data.seq_len
+    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
     return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
 
 

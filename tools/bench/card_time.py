@@ -145,7 +145,7 @@ def _works(listed: list[list[Any]]) -> list[tuple[Work, int]]:
 
 def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
     """Seconds of the experts' products, by phase."""
-    found = dict.fromkeys(("forward", "backward"), 0.0)
+    found: dict[str, float] = {"forward": 0.0, "backward": 0.0}
     for work, number in works:
         if work.kind == "grouped":
             found[work.phase] += number * operation_seconds(work, rates)

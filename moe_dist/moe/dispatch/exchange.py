@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
-from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, SentOnDevice, TwoStepDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
 
@@ -75,7 +75,7 @@ class ExchangePlan:
         return RowIndex((self.row_O, self.row_S), self.table_rows)
 
     @property
-    def sent(self) -> SentCounts:
+    def sent(self) -> SentCounts | SentOnDevice:
         return SentCounts(self.num_remote_rows, self.pair_P.shape[0], self.num_remote_pairs)
 
 
