@@ -64,8 +64,7 @@ def _steps(
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
     """Returns the report on the tokens of both. Expert choice and mixture of depths, which have more, have no halves."""
-    pairs = zip(first.sums, second.sums, strict=True)
-    sums = RouterSums(*(None if one is None else one + other for one, other in pairs))  # pyright: ignore
+    sums = RouterSums(*(None if one is None else one + other for one, other in zip(first.sums, second.sums, strict=True)))
     chosen = None
     if first.chosen is not None and second.chosen is not None:
         chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))
