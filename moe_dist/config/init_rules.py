@@ -114,6 +114,8 @@ def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[s
             "the checkpoint's router chooses by softmax + bias: m / n copies of each row divide every probability by 1 + m "
             "/ n but not the bias, which changes the choice; remove copy_nulls"
         )
+    if router.get("logit_bias"):
+        problems.append("the checkpoint's router has biased logits, and null experts have none; remove copy_nulls")
     wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
     if own["normalise"] != wanted:
         problems.append(

@@ -6,6 +6,8 @@ s are the scores, and a is the head's learned sink. Shape letters: B sequences, 
 width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class SinkAttention(Attention):
 def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, mask: AttentionMask) -> Tensor:
     """Returns attention with sinks, [B, H, S, d]. The arguments are as in `attend`."""
     if not isinstance(mask, Tensor):
-        flex = _compiled(flex_attention) if q.is_cuda else flex_attention
+        flex: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
         gqa, sums = q.shape[1] != k.shape[1], AuxRequest(lse=True)
         out, more = flex(q, k, v, block_mask=mask.blocks, enable_gqa=gqa, return_aux=sums)
         return out * (more.lse - sinks_H[:, None]).sigmoid()[..., None].to(out.dtype)

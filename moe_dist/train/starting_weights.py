@@ -163,6 +163,7 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     model. Without such reasons it computes the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
+    changes += _shortcut(config, source.get("model"))
     if "split" in config.run.init_rules:
         return changes + _scaled(source.get("model"), taken)
     if "upcycle" not in config.run.init_rules:
@@ -215,6 +216,13 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
                 f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"
             )
     return changes
+
+
+def _shortcut(config: Config, before: JsonValue) -> list[str]:
+    """Returns a reason of `_changes` if experts are added behind another layer than in the checkpoint's model."""
+    moe = before.get("moe") if isinstance(before, dict) else None
+    old, new = isinstance(moe, dict) and moe.get("shortcut", False), config.model.moe.shortcut
+    return [] if old == new else [f"model.moe.shortcut={str(new).lower()}, the checkpoint's is {str(old).lower()}"]
 
 
 def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:

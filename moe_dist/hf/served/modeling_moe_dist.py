@@ -431,7 +431,7 @@ class MoeDistPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MoeDistDecoderLayer, "attentions": MoeDistAttention}
 
     @property
-    def _supports_sdpa(self):
+    def _supports_sdpa(self):  # pyright: ignore
         return self.config.attention["kind"] != "sinks"  # torch's kernel takes no sinks
 
     def _init_weights(self, module):

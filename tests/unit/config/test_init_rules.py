@@ -84,6 +84,7 @@ def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
         ({}, {"router__kind": "sigmoid_top_k"}, "with a router of kind sigmoid_top_k copies of true rows change"),
         ({}, {"router__kind": "group_limited"}, "node groups and experts that choose"),
         ({}, {"router__selection_bias": True}, "chooses by softmax + bias"),
+        ({}, {"router__logit_bias": True}, "biased logits, and null experts have none"),
         ({}, {"router__normalise": "none"}, "model.moe.router.normalise=true_chosen: the weights of the checkpoint's "
          "none come from true experts only, because it has no null experts; take true_all"),
         ({}, {"router__scale": 2.5}, "model.moe.router.scale=1: the checkpoint has scale=2.5; take it"),
