@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         """Whether `forward` runs the layers on two halves of the micro-batch in turns."""
         return self.args.two_batch_overlap and torch.is_grad_enabled()
 
-    def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[int | None, AttentionMask]:
+    def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[Any, AttentionMask]:
         """Returns a mask for each window, made once for all layers of the window; a dense mask takes B x S^2 bytes."""
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
         return {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        masks: dict[int | None, AttentionMask],
+        masks: dict[Any, AttentionMask],
         positions_BS: Tensor,
         documents_BS: Tensor,
         group_BS: Tensor,

@@ -64,7 +64,8 @@ def _steps(
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
     """Returns the report on the tokens of both. Expert choice and mixture of depths, which have more, have no halves."""
-    sums = RouterSums(*(None if one is None else one + other for one, other in zip(first.sums, second.sums, strict=True)))
+    pairs: Any = zip(first.sums, second.sums, strict=True)
+    sums = RouterSums(*(None if one is None else one + other for one, other in pairs))
     chosen = None
     if first.chosen is not None and second.chosen is not None:
         chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))

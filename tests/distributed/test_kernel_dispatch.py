@@ -130,7 +130,7 @@ def hand(rank: RankContext, library: str) -> dict[str, Any]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     with stand_in(library, strict=True):
         wire = AllToAll(mesh.ep, CommStats())
-        dispatcher = make_dispatcher(library, HAND.placement, wire, hidden_dim=256, top_k=2, tokens=4)
+        dispatcher: Any = make_dispatcher(library, HAND.placement, wire, hidden_dim=256, top_k=2, tokens=4)
         chosen = HAND.experts_TK[rank.rank]
         weight_N = torch.arange(1.0, chosen.size + 1)
         plan = dispatcher.plan(HAND.assignments(rank.rank, weight_N), len(chosen))

@@ -18,7 +18,7 @@ from tests.support.layouts import LAYERS, Layout, batch_of, build
 from tests.support.worlds import RankContext
 
 EXCHANGES = (DISPATCH_ROWS, COMBINE_ROWS, DISPATCH_ROWS + BACKWARD, COMBINE_ROWS + BACKWARD)
-FSDP2 = {"data": "fsdp2", "fsdp_gather": "step"}
+FSDP2: dict[str, Any] = {"data": "fsdp2", "fsdp_gather": "step"}
 
 
 def one_pass(rank: RankContext, layout: Layout, *, in_turns: bool, dtype: str) -> tuple[list[str], list[Any]]:

@@ -167,8 +167,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         rows_QD, weight_Q = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
         return DispatchedRows(rows_QD, weight_Q.to(weight_N.dtype), sorted_pairs=True)
 
-    def combine(self, rows_QD: Tensor, plan: K) -> Tensor:
-        return _Combine.apply(rows_QD, self, plan)  # pyright: ignore[reportReturnType]
+    def combine(self, rows_RD: Tensor, plan: K) -> Tensor:
+        return _Combine.apply(rows_RD, self, plan)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def weights_of_tokens(self, weight_N: Tensor, plan: K) -> Tensor:
