@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (44, 58)},
     "olmoe_1b7b_8gpu": {"reads": SPLIT_SIZES, "kernels": (34, 32), "traffic": 1.5},
     "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (38, 42)},
-    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (112, 42)},
+    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (54, 42)},
     "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (132, 172)},
 }
 SHORT = ("adamoe_moma_small_1gpu", 8)
