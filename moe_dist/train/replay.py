@@ -24,7 +24,7 @@ def replay_step(
     model: torch.nn.Module,
     traced: TracedStep,
     batches: Sequence[Batch],
-    sequences: Sequence[range],
+    sequences: Sequence[Sequence[int]],
     group_of_modality: Tensor,
     *,
     source: str,
@@ -66,14 +66,14 @@ def _columns(groups: Sequence[ExpertGroup]) -> list[tuple[int, ...]]:
 def _rows(
     traced: TracedStep,
     batches: Sequence[Batch],
-    sequences: Sequence[range],
+    sequences: Sequence[Sequence[int]],
     real_T: np.ndarray,
     token_T: np.ndarray,
     source: str,
 ) -> np.ndarray:
     """Returns the trace's row of each of this rank's tokens that are not padding."""
     length = batches[0].tokens_BS.shape[1]
-    number_T = np.repeat(np.concatenate([np.arange(part.start, part.stop) for part in sequences]), length)
+    number_T = np.repeat(np.concatenate([np.asarray(part) for part in sequences]), length)
     if len(number_T) != len(real_T):
         raise ConfigError(
             f"sequences={list(sequences)}: {len(number_T) // length} sequences, but the batches have "
