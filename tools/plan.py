@@ -27,7 +27,7 @@ from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import GUIDE, Rates, published_rates, read_rates
-from moe_dist.plan.rows import Expected, Traced
+from moe_dist.plan.rows import EXCHANGES, Expected, Traced
 from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
@@ -74,9 +74,8 @@ def main(options: PlanOptions) -> None:
     most = options.memory * 1e9 if options.memory is not None else rates.memory
     planner, load_LE = Planner(rates, source, mix, most), None
     if isinstance(source, Traced):
-        groups = expert_groups(config.model.moe)
-        width_E = np.array([group.ffn_dim for group in groups for _ in group.experts], float)
-        load_LE = source.pairs_of_experts(len(width_E)).sum(0) * width_E
+        width_E = planned.placement.width_of_expert
+        load_LE = source.pairs_of_experts(len(width_E)).sum(0) * np.array(width_E)
     placements = Placements(config, mix, None if load_LE is None else lambda ep: solved_slots(load_LE, ep))
     every = [planner.estimate(*each) for count in counts for each in layouts(config, count, rates, placements)]
     fitting = [each for each in every if each.out_of_memory <= LIKELY]
@@ -198,7 +197,7 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
             micro_batch=each.config.train.micro_batch,
             node_size=rates.ranks_per_node,
             row_bytes=model.hidden_dim * ITEMSIZE[parallel.precision],
-            repeated=int(parallel.recompute == "block"),
+            exchanges=EXCHANGES[parallel.recompute],
         )
         count = max(1, len(tokens.token_T))
         cells = [f"{found.traffic.rows / count / len(routing.layers):.3f}"]
