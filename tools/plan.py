@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,11 +82,17 @@ def main(options: PlanOptions) -> None:
     if not fitting:
         raise no_layout(config, counts, every, most)
     ranked = sorted(fitting, key=lambda each: cost(each, options.price))
-    best = next(each for each in ranked if not [*rule_violations(each.config), *model_violations(each.config)])
+    best = next((each for each in ranked if not problems_of(each)), None)
+    if best is None:
+        raise ConfigError(
+            f"--gpus {options.gpus}: {len(ranked)} layouts fit into memory, but each breaks a rule; the nearest is "
+            f"{ranked[0].name}, and {problems_of(ranked[0])[0]}",
+            see=GUIDE,
+        )
     print_plan(ranked, best, len(every), rates, options)
     if routing is not None:
         print_replay(routing, ranked, rates)
-    says = [*answers(best, fitting, rates), modality_answer(fitting, planner)]
+    says = [*left_out(config, counts, every, fitting), *answers(best, fitting, rates), modality_answer(fitting, planner)]
     if load_LE is not None and routing is not None:
         spread = next((each for each in ranked if each.config.parallel.ep > 1), best)
         says.append(hot_expert(load_LE, routing.layers, spread.placement))
@@ -99,6 +105,30 @@ def main(options: PlanOptions) -> None:
     write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
     assert load_config(options.out) == best.config
     print_done(f"{options.out}, {options.out.with_suffix('.svg')}; start it with moe-dist launch local {options.out}")
+
+
+def problems_of(each: Estimate) -> list[str]:
+    """Returns the rules that the configuration of a layout breaks."""
+    return [found.problem for found in (*rule_violations(each.config), *model_violations(each.config))]
+
+
+def left_out(
+    config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
+) -> Iterator[str]:
+    """Yields which numbers of GPUs are not ranked, and why."""
+    batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
+    if odd := [count for count in counts if count not in listed]:
+        numbers = ", ".join(map(str, odd))
+        yield (
+            f"{numbers} GPUs are left out, because train.global_batch={batch} is not a multiple of them; take "
+            f"train.global_batch={-(-batch // max(odd)) * max(odd)} for {max(odd)}."
+        )
+    if full := [count for count in counts if count in listed - ranked]:
+        nearest = min((each for each in every if each.gpus == full[-1]), key=lambda each: each.memory[2])
+        yield (
+            f"{', '.join(map(str, full))} GPUs are left out, because no layout fits; on {full[-1]} the nearest, "
+            f"{nearest.name}, needs {nearest.memory[2] / 1e9:.1f} GB."
+        )
 
 
 def gpu_range(text: str) -> tuple[int, int]:

@@ -49,6 +49,27 @@ def test_a_plan_without_a_trace(tmp_path: Path) -> None:
     assert "waiting for the busiest rank" in drawn
 
 
+def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = plan(tmp_path, "--gpus", "8..12")
+    assert code == 0, said
+    assert (
+        "12 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_batch=24" in said
+    )
+    need = re.search(
+        r"nearest needs ([\d.]+) GB on 8", plan(tmp_path, "--gpus", "8", "--memory", "0.5")[1].replace("\n", " ")
+    )
+    assert need is not None
+    code, said = plan(tmp_path, "--gpus", "1..8", "--memory", str(float(need[1]) + 0.011))
+    assert code == 0, said
+    assert re.search(r"\d GPUs are left out, because no layout fits; on \d the nearest, ep .*, needs [\d.]+ GB", said), said
+    monkeypatch.setattr(tools.plan, "problems_of", lambda each: ["parallel.ep=1: not here; take another"])
+    code, said = plan(tmp_path, "--gpus", "8")
+    assert code == 78
+    assert re.search(
+        r"layouts fit into memory, but each breaks a rule; the nearest is ep .*not here", said.replace("\n", " ")
+    )
+
+
 def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(CONFIG)
 
