@@ -108,8 +108,8 @@ def test_frozen_weights_have_no_gradient_to_compute_or_sum() -> None:
     for config, ratio in ((whole, 2.0), (adapted, 1.0)):
         placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), config.parallel.ep)
         assert Costs(config, placement, RATES, {}).backward == pytest.approx(ratio, abs=0.25)
-    fast = RATES.model_copy(update=FAST | {"ranks_per_node": 8})
-    found = estimated(adapted, rates=fast)
+    links = (LinkSection(ranks=8, latency=0.0, bytes_per_second=1e15),)
+    found = estimated(adapted, rates=RATES.model_copy(update=FAST | {"ranks_per_node": 8, "inside": links}))
     held = memory.trained_parameters(adapted, found.placement, rank=0)
     assert found.tail < 28 * memory.held_parameters(adapted, found.placement, rank=0) / RATES.copy_rate
     assert found.tail > 28 * held / RATES.copy_rate
