@@ -100,7 +100,7 @@ def main(options: PlanOptions) -> None:
         print(f"- {sentence}")
     text = resolved_yaml(best.config)
     write_atomically(options.out, text.encode())
-    shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
+    shown = best_of_each(ranked, counts) if len(counts) > 1 else unlike(ranked)
     title = f"{config.run.name}: seconds of a step on {rates.card} ({rates.machine})"
     write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
     assert load_config(options.out) == best.config
@@ -261,6 +261,15 @@ def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Esti
     """Returns the best layout of each number of GPUs that has one."""
     found = (next((each for each in ranked if each.gpus == count), None) for count in counts)
     return [each for each in found if each is not None]
+
+
+def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
+    """Returns the best layout of each EP size, placement and kind of recomputation, at most `SHOWN`."""
+    best: dict[tuple[int, str, str], Estimate] = {}
+    for each in ranked:
+        parallel = each.config.parallel
+        best.setdefault((parallel.ep, each.config.placement.policy, parallel.recompute), each)
+    return list(best.values())[:SHOWN]
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
