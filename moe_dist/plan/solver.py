@@ -67,6 +67,9 @@ def solve_with_copies(
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
+    free = int(slots_R.sum()) - experts
+    if not free:
+        return once
     allowed_ER = np.ones((experts, ranks), bool) if allowed_ER is None else allowed_ER
 
     def filled(expert_P: np.ndarray, steps: int) -> Copied:
@@ -75,7 +78,7 @@ def solve_with_copies(
     # Work by the sum over layers, and by each expert's heaviest layer; all free slots, or some.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
-        order = _copied(load_E, int(slots_R.sum()) - experts)
+        order = _copied(load_E, free)
         for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
             with suppress(ConfigError):  # the ranks of a pinned group have no room for so many
                 tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))

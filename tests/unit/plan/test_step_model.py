@@ -109,6 +109,11 @@ def test_closed_forms() -> None:
     assert seconds(even(), Order(recompute="block")) == pytest.approx(seconds(even()) + compute + 2.0)  # no second combine
     assert seconds(even(hops=(1.0, 1.0))) == pytest.approx(seconds(even()))
     assert seconds(even(hops=())) == pytest.approx((1 + BACKWARD) * compute)
+    assert seconds(even(weights=0.5)) == pytest.approx(seconds(even()) + 2 * 0.5)  # weights, and their gradients
+    assert seconds(even(weights=0.5), Order(recompute="block")) == pytest.approx(seconds(even()) + 5.0 + 2.0 + 3 * 0.5)
+    assert seconds(even(), Order(recompute="experts", again=2.0)) == pytest.approx(seconds(even()) + 2 * 4.0)
+    assert seconds(even(), Order(recompute="block", again=2.0)) == pytest.approx(seconds(even()) + 2 * compute + 2.0)
+    assert seconds(even(), Order(backward=1.0)) == pytest.approx(2 * compute + 4 * 2.0)  # frozen weights
     # One rank has all work: the others wait for it in combine, and it sets the pace.
     busy = even(others=np.array([[8.0, 0.0]]), own=0.0)
     assert seconds(busy) == pytest.approx((1 + BACKWARD) * (1.0 + 8.0) + 4 * 2.0)
