@@ -19,7 +19,9 @@ from moe_dist.runtime.files import make_writable, write_atomically
 from moe_dist.runtime.signals import child_of
 from tools.bench.ranks import RANK_ENV
 
+QUIET = 0.25  # quantile of the repeats that counts, since other load of the machine only adds
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
+LAUNCHED = 64  # operations of a chain whose forward and backward are timed
 EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
 TIMEOUT = 300.0
 
@@ -59,7 +61,7 @@ def main(options: CalibrateOptions) -> None:
 def measure(options: CalibrateOptions, device: str) -> Rates:
     """Measures all rates: products, copies and launches in this process, exchanges in processes of their own."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
+    from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
 
@@ -79,10 +81,12 @@ def measure(options: CalibrateOptions, device: str) -> Rates:
     query = drawn(1, heads, length, width)
     attention = 4.0 * heads * length**2 * width / seconds(lambda: scaled_dot_product_attention(query, query, query))
     source = drawn(1 << 24)
-    target, small = torch.empty_like(source), torch.zeros(1, device=device)
+    target, small = torch.empty_like(source), torch.zeros(16, device=device, requires_grad=True)
     copy = 2.0 * source.nbytes / seconds(lambda: target.copy_(source))
-    launch = seconds(lambda: [small.add_(1) for _ in range(100)]) / 100
-    sync = seconds(small.item)
+    launch = seconds(lambda: launched(small)) / (3 * LAUNCHED)  # backward counts as two forwards
+    logits, words = drawn(512, 4096).float().requires_grad_(), torch.zeros(512, dtype=torch.int64, device=device)
+    loss = 3.0 * logits.nbytes / seconds(lambda: cross_entropy(logits, words).backward())
+    sync = seconds(torch.zeros(1, device=device).item)
     worlds = [n for n in (2, 4, 8, 16) if n < options.ranks] + [options.ranks] * (options.ranks > 1)
     links = [exchange(n, device, options.seconds) for n in worlds]
     sizes = tuple(map(float, ROWS))
@@ -96,12 +100,21 @@ def measure(options: CalibrateOptions, device: str) -> Rates:
         grouped=CurveSection(sizes=sizes, rates=tuple(grouped)),
         attention=attention,
         copy_rate=copy,
+        loss=loss,
         launch=launch,
         sync=sync,
         cores=None if device == "cuda" else len(os.sched_getaffinity(0)),
         ranks_per_node=torch.cuda.device_count() if device == "cuda" else options.ranks,
         inside=tuple(links) or (LinkSection(ranks=1, latency=0.0, bytes_per_second=copy),),
     )
+
+
+def launched(x: Any) -> None:
+    """Runs a chain of small operations forward and backward."""
+    y = x
+    for _ in range(LAUNCHED):
+        y = y.sigmoid()
+    y.sum().backward()
 
 
 def _memory() -> float:
@@ -114,12 +127,13 @@ def _seconds(run: Callable[[], Any], least: float) -> float:
     from torch.utils.benchmark import Timer
 
     run()
-    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=least).median
+    times = Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=least).times
+    return float(np.quantile(times, QUIET))
 
 
 def exchange(ranks: int, device: str, least: float) -> LinkSection:
     """Starts `ranks` processes on this machine, which send each other messages of each size in `EXCHANGED`. Fits latency
-    and bytes per second of an exchange to the median seconds of each size.
+    and bytes per second of an exchange to the quiet seconds of each size.
 
     Raises:
         ResourceError: a rank failed; its traceback is on standard error.
@@ -136,8 +150,8 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
                 pass
         except ProcessExitedException as error:
             raise ResourceError(f"rank {error.error_index} of {ranks} failed to exchange; read its error above") from error
-        medians = np.loadtxt(Path(folder) / "seconds")
-    return fitted_link(ranks, [(ranks - 1) * size for size in EXCHANGED], medians.tolist())
+        found = np.loadtxt(Path(folder) / "seconds")
+    return fitted_link(ranks, [(ranks - 1) * size for size in EXCHANGED], found.tolist())
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
@@ -151,7 +165,7 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
 
 
 def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges each size for `least` seconds, at least five times; rank 0 writes the medians."""
+    """Exchanges each size for `least` seconds, at least five times; rank 0 writes the quantile `QUIET`."""
     child_of(parent, ignore_stop=False)()
     import torch
     import torch.distributed as dist
@@ -163,7 +177,7 @@ def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent:
     if device == "cuda":
         torch.cuda.set_device(place)
     init_world(init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device=place, timeout=TIMEOUT)
-    medians = []
+    found: list[float] = []
     for size in EXCHANGED:
         source = torch.zeros(ranks * size // 4, device=place)
         target, taken, go = torch.empty_like(source), [], torch.ones(1, device=place)
@@ -175,9 +189,9 @@ def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent:
             taken.append(time.perf_counter() - start)
             go.fill_(float(len(taken) < 6 or time.perf_counter() - began < least))
             dist.broadcast(go, 0)  # ranks stop together
-        medians.append(float(np.median(taken[1:])))
+        found.append(float(np.quantile(taken[1:], QUIET)))
     if rank == 0:
-        np.savetxt(Path(folder) / "seconds", medians)
+        np.savetxt(Path(folder) / "seconds", found)
     destroy_world()
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import GUIDE, Rates, published_rates, read_rates
-from moe_dist.plan.rows import Expected, Traced
+from moe_dist.plan.rows import EXCHANGES, Expected, Traced
 from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
@@ -74,20 +74,25 @@ def main(options: PlanOptions) -> None:
     most = options.memory * 1e9 if options.memory is not None else rates.memory
     planner, load_LE = Planner(rates, source, mix, most), None
     if isinstance(source, Traced):
-        groups = expert_groups(config.model.moe)
-        width_E = np.array([group.ffn_dim for group in groups for _ in group.experts], float)
-        load_LE = source.pairs_of_experts(len(width_E)).sum(0) * width_E
+        width_E = planned.placement.width_of_expert
+        load_LE = source.pairs_of_experts(len(width_E)).sum(0) * np.array(width_E)
     placements = Placements(config, mix, None if load_LE is None else lambda ep: solved_slots(load_LE, ep))
     every = [planner.estimate(*each) for count in counts for each in layouts(config, count, rates, placements)]
     fitting = [each for each in every if each.out_of_memory <= LIKELY]
     if not fitting:
         raise no_layout(config, counts, every, most)
     ranked = sorted(fitting, key=lambda each: cost(each, options.price))
-    best = next(each for each in ranked if not [*rule_violations(each.config), *model_violations(each.config)])
+    best = next((each for each in ranked if not problems_of(each)), None)
+    if best is None:
+        raise ConfigError(
+            f"--gpus {options.gpus}: {len(ranked)} layouts fit into memory, but each breaks a rule; the nearest is "
+            f"{ranked[0].name}, and {problems_of(ranked[0])[0]}",
+            see=GUIDE,
+        )
     print_plan(ranked, best, len(every), rates, options)
     if routing is not None:
         print_replay(routing, ranked, rates)
-    says = [*answers(best, fitting, rates), modality_answer(fitting, planner)]
+    says = [*left_out(config, counts, every, fitting), *answers(best, fitting, rates), modality_answer(fitting, planner)]
     if load_LE is not None and routing is not None:
         spread = next((each for each in ranked if each.config.parallel.ep > 1), best)
         says.append(hot_expert(load_LE, routing.layers, spread.placement))
@@ -95,11 +100,35 @@ def main(options: PlanOptions) -> None:
         print(f"- {sentence}")
     text = resolved_yaml(best.config)
     write_atomically(options.out, text.encode())
-    shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
+    shown = best_of_each(ranked, counts) if len(counts) > 1 else unlike(ranked)
     title = f"{config.run.name}: seconds of a step on {rates.card} ({rates.machine})"
     write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
     assert load_config(options.out) == best.config
     print_done(f"{options.out}, {options.out.with_suffix('.svg')}; start it with moe-dist launch local {options.out}")
+
+
+def problems_of(each: Estimate) -> list[str]:
+    """Returns the rules that the configuration of a layout breaks."""
+    return [found.problem for found in (*rule_violations(each.config), *model_violations(each.config))]
+
+
+def left_out(
+    config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
+) -> Iterator[str]:
+    """Yields which numbers of GPUs are not ranked, and why."""
+    batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
+    if odd := [count for count in counts if count not in listed]:
+        numbers = ", ".join(map(str, odd))
+        yield (
+            f"{numbers} GPUs are left out, because train.global_batch={batch} is not a multiple of them; take "
+            f"train.global_batch={-(-batch // max(odd)) * max(odd)} for {max(odd)}."
+        )
+    if full := [count for count in counts if count in listed - ranked]:
+        nearest = min((each for each in every if each.gpus == full[-1]), key=lambda each: each.memory[2])
+        yield (
+            f"{', '.join(map(str, full))} GPUs are left out, because no layout fits; on {full[-1]} the nearest, "
+            f"{nearest.name}, needs {nearest.memory[2] / 1e9:.1f} GB."
+        )
 
 
 def gpu_range(text: str) -> tuple[int, int]:
@@ -198,7 +227,7 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
             micro_batch=each.config.train.micro_batch,
             node_size=rates.ranks_per_node,
             row_bytes=model.hidden_dim * ITEMSIZE[parallel.precision],
-            repeated=int(parallel.recompute == "block"),
+            exchanges=EXCHANGES[parallel.recompute],
         )
         count = max(1, len(tokens.token_T))
         cells = [f"{found.traffic.rows / count / len(routing.layers):.3f}"]
@@ -232,6 +261,15 @@ def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Esti
     """Returns the best layout of each number of GPUs that has one."""
     found = (next((each for each in ranked if each.gpus == count), None) for count in counts)
     return [each for each in found if each is not None]
+
+
+def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
+    """Returns the best layout of each EP size, placement and kind of recomputation, at most `SHOWN`."""
+    best: dict[tuple[int, str, str], Estimate] = {}
+    for each in ranked:
+        parallel = each.config.parallel
+        best.setdefault((parallel.ep, each.config.placement.policy, parallel.recompute), each)
+    return list(best.values())[:SHOWN]
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:

@@ -1,147 +1,200 @@
-"""Holds the step model of `moe-dist plan` to measured runs: fits it on half of 24 layouts, and predicts the other half.
+"""Holds the step model of `moe-dist plan` to measured layouts: fits it on half of them, and predicts the other half.
 
-    python -m tools.plan_holdout FOLDER --rates rates.yaml           # runs what FOLDER lacks, then judges
-    python -m tools.plan_holdout FOLDER --rates rates.yaml --judge   # judges the runs that are there
+    python -m tools.plan_holdout FOLDER --rates rates.yaml           # measures what FOLDER lacks, then judges
+    python -m tools.plan_holdout FOLDER --rates rates.yaml --judge   # judges what is there
 
-Needs the prepared data of the default job, and a machine that does nothing else. docs/planning.md has the pass rule.
+Needs the prepared data of the default job. docs/planning.md has the pass rule.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
 
-from launchers.local import launch
-from moe_dist.config.bundled import find_config
-from moe_dist.config.load import load_stored_config
 from moe_dist.config.schema import Config
-from moe_dist.errors import DataError, ResourceError
+from moe_dist.errors import DataError
 from moe_dist.monitor.report.replay import replay
-from moe_dist.monitor.report.routing import Routing
-from moe_dist.monitor.sinks.jsonl import read_lines
-from moe_dist.plan.estimate import Planner
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, Planner
 from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.rates import Rates, ScaleSection, read_rates
-from moe_dist.plan.rows import Traced
+from moe_dist.plan.rows import EXCHANGES, Traced
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.runtime.run_folder import RunFolder
-from tools.report import open_routing
+from tools.bench.layout_steps import MeasuredLayout, measure, visits
 
-CONFIG, STEPS, WARMUP = "adamoe_moma_tiny_cpu", 24, 4
-MEDIAN, WORST, TAU = 0.10, 0.20, 0.9  # pass rule: errors of predicted seconds at most, rank correlation at least
-COMMON = (
-    f"train.steps={STEPS}", "evaluation.every=1000", "evaluation.final_sequences=8", "evaluation.sequences=8",
-    "evaluation.checks=[]", "evaluation.ablate_experts=false", "evaluation.balance_efficiency=false",
-    "checkpoint.every=1000", "monitor={trace: {every: 1}, sinks: [{kind: jsonl}]}", "placement.policy=interleaved",
+CONFIG = "adamoe_moma_tiny_cpu"
+MEDIAN, WORST, TAU, MEMORY = 0.10, 0.20, 0.9, 0.05  # pass rule: largest errors, least rank correlation, error of memory
+RECOMPUTE = ("none", "experts", "block")
+Clock = Literal["cpu", "wall"]
+_DISPATCH, _MIX = "parallel.dispatch", "data.weights={{openmoji: {}, python: {}}}"
+
+
+def _layout(*overrides: str, workload: str | None = None) -> MeasuredLayout:
+    return MeasuredLayout(CONFIG, ("placement.policy=interleaved", *overrides), workload)
+
+
+def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
+    return tuple(
+        f"model.moe.groups.{group}.{key}={number}"
+        for group in ("text", "image")
+        for key, number in (("top_k", top_k), ("num_null", num_null))
+    )
+
+
+# Neighbours differ in one factor, so that both halves (even and odd places) have every factor. W4 is left out: the ranks of
+# a training step have equally many tokens.
+LAYOUTS: tuple[MeasuredLayout, ...] = (
+    *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
+    *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
+    *(_layout("parallel.ep=2", f"{_DISPATCH}.chunks={chunks}") for chunks in (2, 4)),
+    *(_layout("parallel.ep=2", f"{_DISPATCH}.overlap=true", f"{_DISPATCH}.chunks={chunks}") for chunks in (1, 2)),
+    *(_layout("parallel.ep=2", _MIX.format(share, round(1 - share, 2))) for share in (0.1, 0.9)),
+    *(
+        _layout(f"parallel.ep={ep}", *_choices(2, 0), workload=name)
+        for name, ep in zip(("W0", "W1", "W2", "W3", "W5", "W6", "W7"), (2, 2, 2, 2, 4, 4, 4), strict=True)
+    ),
+    _layout("parallel.ep=4", f"{_DISPATCH}={{kind: hierarchical, ranks_per_node: 2}}"),
+    _layout("parallel.ep=4", f"{_DISPATCH}.chunks=2"),
+    _layout("parallel.ep=2", "parallel.edp=2"),
+    _layout("parallel.ep=2", "placement.policy=pinned"),
+    _layout("parallel.ep=4", "placement.policy=pinned"),
 )  # fmt: skip
-_DISPATCH, _NULL, _MIX = "parallel.dispatch", "model.moe.groups.{}.num_null={}", "data.weights={{openmoji: {}, python: {}}}"
-
-
-def _nulls(number: int) -> tuple[str, str]:
-    return _NULL.format("text", number), _NULL.format("image", number)
-
-
-# Neighbours differ in one factor, so that both halves (even and odd places) have every factor.
-LAYOUTS: tuple[tuple[str, ...], ...] = (
-    *((f"parallel.ep={ep}", f"parallel.recompute={again}") for ep in (1, 2, 4) for again in ("none", "experts", "block")),
-    *((f"parallel.ep={ep}", *_nulls(number)) for number in (0, 8, 72) for ep in (1, 2)),
-    *(("parallel.ep=2", f"{_DISPATCH}.chunks={chunks}") for chunks in (2, 4)),
-    *(("parallel.ep=2", f"{_DISPATCH}.overlap=true", f"{_DISPATCH}.chunks={chunks}") for chunks in (1, 2)),
-    *(("parallel.ep=2", _MIX.format(share, round(1 - share, 2))) for share in (0.1, 0.9)),
-    ("parallel.ep=4", f"{_DISPATCH}={{kind: hierarchical, ranks_per_node: 2}}"),
-    ("parallel.ep=2", "parallel.edp=2"),
-    ("parallel.ep=2", "placement.policy=pinned"),
-)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One run: median seconds of its steps after the first `WARMUP`, and bytes of all steps, sent and replayed."""
+    """One layout.
+
+    Attributes:
+        seconds: Of a step, by clock. `cpu`: mean of the ranks, and lower quartile of the steps. `wall`: the shortest step,
+            since other load of the machine only adds.
+        spread: By which the median is above `seconds`, as a share.
+        sent, replayed: Bytes of the traced step, and those that its choices are counted to send.
+        memory: Bytes of all tensors of the fullest rank, at their peak in the traced step.
+    """
 
     name: str
     config: Config
-    routing: Routing
-    seconds: float
+    placement: ExpertPlacement
+    source: Traced
+    mix: dict[str, int]
+    seconds: dict[Clock, float]
+    spread: dict[Clock, float]
     sent: int
     replayed: int
+    memory: float
 
 
 @reports_errors("plan_holdout")
 def main(
-    folder: Annotated[Path, typer.Argument(help="Folder of the runs.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the measurements.")],
     rates: Annotated[Path, typer.Option(help="Rates that moe-dist calibrate measured on this machine.")],
-    judge: Annotated[bool, typer.Option("--judge", help="Run nothing; judge the runs that are there.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each layout is measured.")] = 3,
+    judge: Annotated[bool, typer.Option("--judge", help="Measure nothing; judge what is there.")] = False,
 ) -> None:
-    """Run 24 layouts, and compare predicted with measured seconds. Ends with exit code 1 if the pass rule is not kept."""
-    for number, overrides in enumerate(() if judge else LAYOUTS):
-        names = (f"run.root={folder}", f"run.name=layout_{number:02d}")
-        if code := launch(find_config(CONFIG), [*COMMON, *overrides, *names]):
-            raise ResourceError(
-                f"layout {number} ({' '.join(overrides)}): the run ended with exit code {code}; read its log"
-            )
-    runs = [observed(path.parent) for path in sorted(folder.glob("layout_*/config.yaml"))]
-    passed, lines = judged(runs, read_rates(rates))
+    """Measure layouts, and compare predicted with measured seconds, bytes and memory. The exit code is 1 if the pass rule
+    fails."""
+    if not judge:
+        measure(LAYOUTS, folder, rounds)
+    passed, lines = judged(observed(folder), read_rates(rates))
     print("\n".join(lines))
     raise typer.Exit(0 if passed else 1)
 
 
-def observed(path: Path) -> Observed:
-    """Reads a run with a trace of all tokens of all steps."""
-    config, routing = load_stored_config(path / "config.yaml"), open_routing(path)
-    steps = [line for line in read_lines(RunFolder(path).metrics_jsonl) if line.get("kind") == "step"]
-    tokens = routing.tokens
-    if tokens is None or len(tokens.steps) != len(steps):
-        raise DataError(f"{path}: not every step has a trace of all tokens; run it again with monitor.trace={{every: 1}}")
-    parallel, seconds = config.parallel, [line["scalars"]["perf/step_seconds"] for line in steps]
-    two_hops = parallel.dispatch.node_size is not None
-    found = replay(
-        tokens.ids_TLK,
-        tokens.sequence_T,
-        routing.placement,
-        micro_batch=config.train.micro_batch,
-        node_size=parallel.dispatch.node_size or parallel.ep,
-        row_bytes=config.model.hidden_dim * ITEMSIZE[parallel.precision],
-        repeated=int(parallel.recompute == "block"),
-    )
-    sent = sum(line["ledger"]["inter_node_bytes" if two_hops else "payload_bytes"] for line in steps)
-    replayed = found.bytes_between_once if two_hops else found.bytes
-    return Observed(path.name, config, routing, float(np.median(seconds[WARMUP:] or seconds)), sent, replayed)
-
-
-def predicted(runs: Sequence[Observed], rates: Rates) -> np.ndarray:
-    """Seconds of a step of each run by the step model, with rows drawn from the run's trace."""
+def observed(folder: Path) -> list[Observed]:
+    """Reads what `measure` stored, in the order of `LAYOUTS`."""
+    of_layout: dict[int, list[dict]] = {}
+    for visit in visits(folder / "visits.jsonl"):
+        of_layout.setdefault(visit["layout"], []).append(visit)
     found = []
-    for run in runs:
-        tokens = run.routing.tokens
-        assert tokens is not None
-        counted = np.bincount(tokens.modality_T, minlength=len(run.routing.modalities))
-        mix = dict(zip(run.routing.modalities, counted.tolist(), strict=True))
-        planner = Planner(rates, Traced(tokens.ids_TLK, tokens.sequence_T), mix, rates.memory)
-        found.append(planner.estimate(run.config, run.routing.placement).seconds)
-    return np.array(found)
+    for number, visited in sorted(of_layout.items()):
+        plan = LAYOUTS[number].checked()
+        config, parallel = plan.config, plan.config.parallel
+        ranks = [np.load(path) for path in sorted(folder.glob(f"layout_{number:02d}_rank_*.npz"))]
+        ids_TLK, sequence_T, modality_T = (
+            np.concatenate([rank[key] for rank in ranks]) for key in ("ids_TLK", "sequence_T", "modality_T")
+        )
+        clocks: dict[Clock, np.ndarray] = {
+            "cpu": np.concatenate([np.mean(visit["cpu"], 0) for visit in visited]),
+            "wall": np.concatenate([visit["seconds"] for visit in visited]),
+        }
+        seconds: dict[Clock, float] = {"cpu": float(np.quantile(clocks["cpu"], 0.25)), "wall": float(clocks["wall"].min())}
+        nodes = parallel.dispatch.node_size
+        counted = replay(
+            ids_TLK,
+            sequence_T,
+            plan.placement,
+            micro_batch=config.train.micro_batch,
+            node_size=nodes or parallel.ep,
+            row_bytes=config.model.hidden_dim * ITEMSIZE[parallel.precision],
+            exchanges=EXCHANGES[parallel.recompute],
+        )
+        first = visited[0]
+        found.append(
+            Observed(
+                LAYOUTS[number].name,
+                config,
+                plan.placement,
+                Traced(ids_TLK, sequence_T),
+                dict(zip(plan.manifest.modalities, np.bincount(modality_T, minlength=2).tolist(), strict=True)),
+                seconds,
+                {clock: float(np.median(values)) / seconds[clock] - 1 for clock, values in clocks.items()},
+                sent=first["sent"][1 if nodes else 0],
+                replayed=counted.bytes_between_once if nodes else counted.bytes,
+                memory=max(first["memory"]),
+            )
+        )
+    return found
 
 
-def fitted(rates: Rates, seconds_of: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
+class Predicted:
+    """Estimates of runs. What does not depend on the fitted factors is computed once."""
+
+    def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
+        self._runs = [(run, Planner(rates, run.source, run.mix, rates.memory)) for run in runs]
+
+    def __call__(self, rates: Rates) -> list[Estimate]:
+        found = []
+        for run, planner in self._runs:
+            planner.take(rates)
+            found.append(planner.estimate(run.config, run.placement))
+        return found
+
+
+def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
+    """Seconds of a step; by the CPU's clock those in which the mean rank computes, exchanges and sums."""
+    return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
+
+
+def peak_of(estimate: Estimate) -> float:
+    """Predicted bytes of tensors, without the assumed shares of allocator and libraries."""
+    return (estimate.memory[0] - LIBRARIES) / (1 + SLACK)
+
+
+FACTORS = ("dense", "experts", "launch", "recompute", "exchange")
+
+
+def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
     """Fits the factors of `ScaleSection` to measured seconds, by Gauss-Newton steps on the logarithms of seconds. A small
     pull to 1 keeps a factor that no run shows there."""
-    logs = np.zeros(4)  # of dense, experts, exchange, and 1 + seconds of a step / the shortest measured step
-    shortest = float(measured.min())
+    count = len(FACTORS) + 1  # the last is 1 + seconds of a step / the shortest measured step
+    logs, shortest = np.zeros(count), float(measured.min())
 
     def with_scale(values: np.ndarray) -> Rates:
-        dense, experts, exchange, rest = np.exp(values)
-        scale = ScaleSection(dense=dense, experts=experts, exchange=exchange, step=max(0.0, rest - 1) * shortest)
+        factors = dict(zip(FACTORS, np.exp(values[:-1]).tolist(), strict=True))
+        scale = ScaleSection(**factors, step=max(0.0, float(np.exp(values[-1])) - 1) * shortest)
         return rates.model_copy(update={"scale": scale, "source": "fitted"})
 
     for _ in range(rounds):
-        now = np.log(seconds_of(with_scale(logs)))
-        moved = [np.log(seconds_of(with_scale(logs + 0.02 * unit))) for unit in np.eye(4)]
+        now = np.log(seconds(with_scale(logs)))
+        moved = [np.log(seconds(with_scale(logs + 0.02 * unit))) for unit in np.eye(count)]
         slope = np.stack([(each - now) / 0.02 for each in moved], axis=1)
-        pull = 1e-3 * np.eye(4)
+        pull = 1e-3 * np.eye(count)
         change = np.linalg.solve(slope.T @ slope + pull, slope.T @ (np.log(measured) - now) - pull @ logs)
-        logs = np.clip(logs + np.clip(change, -1.0, 1.0), [-6.0, -6.0, -6.0, 0.0], 6.0)
+        logs = np.clip(logs + np.clip(change, -1.0, 1.0), [-6.0] * (count - 1) + [0.0], 6.0)
     return with_scale(logs)
 
 
@@ -155,28 +208,50 @@ def kendall(one: np.ndarray, other: np.ndarray) -> float:
 def judged(
     runs: Sequence[Observed],
     rates: Rates,
-    predict: Callable[[Sequence[Observed], Rates], np.ndarray] = predicted,
+    predict: Callable[[Sequence[Observed], Rates], Callable[[Rates], Sequence[Estimate]]] = Predicted,
 ) -> tuple[bool, list[str]]:
-    """Fits on runs at even places and predicts those at odd places. Returns whether the pass rule is kept, and lines, with
-    failures first."""
+    """Fits on runs at even places and predicts those at odd places, for each clock. Returns whether the pass rule is kept,
+    and lines, with failures first."""
     if len(runs) < 4:
-        raise DataError(f"{len(runs)} runs: a fit and its test need at least four; run the command without --judge")
-    learnt, held = runs[::2], runs[1::2]
-    fit = fitted(rates, lambda scaled: predict(learnt, scaled), np.array([run.seconds for run in learnt]))
-    seconds, measured = predict(held, fit), np.array([run.seconds for run in held])
-    error, tau = np.abs(seconds / measured - 1), kendall(seconds, measured)
-    values = {
-        "median error": (np.median(error), MEDIAN),
-        "worst error": (error.max(), WORST),
-        "1 - Kendall": (1 - tau, 1 - TAU),
-    }
+        raise DataError(f"{len(runs)} layouts: a fit and its test need at least four; run the command without --judge")
+    learnt, held = predict(runs[::2], rates), predict(runs[1::2], rates)
+    verdicts: list[tuple[str, bool]] = []
+    lines: list[str] = []
+    estimates: Sequence[Estimate] = ()
+    for clock in ("cpu", "wall"):
+        target, measured = (np.array([run.seconds[clock] for run in part]) for part in (runs[::2], runs[1::2]))
+        fit = fitted(rates, lambda scaled, clock=clock: seconds_of(learnt(scaled), clock), target)
+        estimates = held(fit)
+        seconds = seconds_of(estimates, clock)
+        error, tau = np.abs(seconds / measured - 1), kendall(seconds, measured)
+        values = {
+            "median error": (np.median(error), MEDIAN),
+            "worst error": (error.max(), WORST),
+            "1 - Kendall": (1 - tau, 1 - TAU),
+        }
+        verdicts += [
+            (f"{clock}: {name} {at:.3f}, at most {bar:.2g}", bool(at <= bar + 1e-12)) for name, (at, bar) in values.items()
+        ]
+        lines.append(f"{clock}, fitted on {len(target)}: {fit.scale!r}")
+        for i in np.argsort(-error):
+            run = runs[1::2][i]
+            lines.append(
+                f"{clock} {run.name}: measured {measured[i]:.4f} s (median {run.spread[clock]:+.0%}), predicted "
+                f"{seconds[i]:.4f} s, {seconds[i] / measured[i] - 1:+.1%}"
+            )
+    peaks = np.array([peak_of(each) for each in estimates])
+    off = peaks / [run.memory for run in runs[1::2]] - 1
+    verdicts.append(
+        (f"memory: worst error {np.abs(off).max():.3f}, at most {MEMORY:.2g}", bool(np.abs(off).max() <= MEMORY))
+    )
     wrong = [run.name for run in runs if run.sent != run.replayed]
-    verdicts = [(f"{name} {at:.3f}, at most {bar:.2g}", bool(at <= bar + 1e-12)) for name, (at, bar) in values.items()]
-    verdicts.append((f"bytes differ in {wrong or 'no run'}", not wrong))
-    lines = [f"{'pass' if kept else 'FAIL'}: {text}" for text, kept in sorted(verdicts, key=lambda each: each[1])]
-    order = np.argsort(-error)
-    lines += [f"{held[i].name}: measured {measured[i]:.4f} s, predicted {seconds[i]:.4f} s, {error[i]:.1%}" for i in order]
-    return all(kept for _, kept in verdicts), [*lines, f"fitted on {len(learnt)}: {fit.scale!r}"]
+    verdicts.append((f"bytes differ in {wrong or 'no layout'}", not wrong))
+    lines += [
+        f"memory {run.name}: measured {run.memory / 1e6:.1f} MB, predicted {peak / 1e6:.1f} MB, {each:+.1%}"
+        for run, peak, each in zip(runs[1::2], peaks, off, strict=True)
+    ]
+    heads = [f"{'pass' if kept else 'FAIL'}: {text}" for text, kept in sorted(verdicts, key=lambda each: each[1])]
+    return all(kept for _, kept in verdicts), [*heads, *lines]
 
 
 if __name__ == "__main__":

@@ -334,7 +334,7 @@ def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
     """Work of each EP position, float64 [L, R]: its computed pairs times their mean FFN width."""
-    width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
+    width_E = np.array(placement.width_of_expert, dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
     return rows_LR * np.nan_to_num(width_LR)  # a rank without choices has no width and no rows

@@ -116,6 +116,11 @@ class ExpertPlacement:
         """Returns the slot of each logical expert on its rank."""
         return tuple(slot for _, _, slot in self._places())
 
+    @cached_property
+    def width_of_expert(self) -> tuple[int, ...]:
+        """Returns the hidden width of each logical expert."""
+        return tuple(group.ffn_dim for group in self.groups for _ in group.experts)
+
     def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
         """Returns the logical ids of the group's experts on `rank`, in slot order."""
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)

@@ -37,8 +37,9 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
         leaves = ep > rates.ranks_per_node
         where = f"leaves the node with {each.bytes_between / 1e9:,.0f} GB a step" if leaves else "stays in the node"
         yield (
-            f"EP {ep} {where}: {each.exchange / each.seconds:.0%} of its step is exchange; EP {best.config.parallel.ep} "
-            f"with edp {best.config.parallel.edp} is {each.seconds / best.seconds:.2f}x as fast."
+            f"EP {ep} {where}: {each.exchange / each.seconds:.0%} of its step is exchange and "
+            f"{each.tail / each.seconds:.0%} gathers, sums and optimizer; EP {best.config.parallel.ep} with edp "
+            f"{best.config.parallel.edp} is {each.seconds / best.seconds:.2f}x as fast."
         )
     choices: tuple[tuple[str, Callable[[Estimate], object]], ...] = (
         ("placement.policy", lambda e: e.config.placement.policy),
@@ -58,7 +59,7 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
 def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
     """Returns for which shares of the second group's modality the best pinned layout wins over the same layout with
     interleaved experts; empty without pinned layouts of two groups."""
-    pinned = [each for each in fitting if each.config.placement.policy == "pinned"]
+    pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
     if not pinned or len(pinned[0].placement.groups) != 2:
         return ""
     config = min(pinned, key=lambda each: each.seconds).config
@@ -88,6 +89,11 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
     )
 
 
+def is_interleaved(placement: ExpertPlacement) -> bool:
+    """Whether a placement is the interleaved one under another name, as with one expert on each rank."""
+    return placement.slots == ExpertPlacement.interleaved(placement.groups, placement.num_ranks).slots
+
+
 def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlacement) -> str:
     """Returns which expert of which layer adds most to the work of the busiest ranks over the mean of its layer's experts,
     from measured loads."""
@@ -109,7 +115,7 @@ def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlac
 
 def picture(shown: Sequence[Estimate], title: str) -> str:
     """Returns an SVG with the parts of the step of each layout, as bars of seconds."""
-    width, left, top, row = 1180, 560, 64, 24
+    width, left, top, row = 1260, 640, 64, 24
     longest = max(each.seconds for each in shown)
     parts = [f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>']
     for i, (name, colour) in enumerate(PARTS):
@@ -121,7 +127,7 @@ def picture(shown: Sequence[Estimate], title: str) -> str:
             f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(f"{each.gpus} GPUs: {each.name}")}</text>'
         )
         for name, colour in PARTS:
-            long = max(0.0, getattr(each, name)) / longest * (width - left - 110)
+            long = max(0.0, getattr(each, name)) / longest * (width - left - 150)
             parts.append(f'<rect x="{x:.1f}" y="{y}" width="{long:.1f}" height="18" fill="{colour}"/>')
             x += long
         parts.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{each.seconds:.3g} s, {each.mark}</text>')

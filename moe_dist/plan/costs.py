@@ -1,10 +1,11 @@
 """Seconds of the parts of a micro-batch on one rank, by FLOPs, bytes and the rates of a machine. Imports no torch.
 
-Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a product, plus bytes at the copy rate, or the host's
-launches, whichever takes longer.
+Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a product, plus bytes at the copy rate. On a GPU the
+host's launches run beside them, so the longer of the two counts; on a CPU the launches come on top.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +17,25 @@ from moe_dist.plan import flops, memory
 from moe_dist.plan.planner import group_shares
 from moe_dist.plan.rates import Rates
 from moe_dist.plan.rows import Load
-from moe_dist.plan.step_model import LayerCost, Order, exchange_seconds
+from moe_dist.plan.step_model import BACKWARD, LayerCost, Order, exchange_seconds
 
 COUNTS_BYTES = 16  # a row's share of counts and pair indices
-KERNELS = {"cuda": (66, 25), "cpu": (137, 60)}  # launches of an MoE layer and of attention in forward (docs/gpu.md)
 PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (docs/gpu.md: bytes of an MoE layer)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Operations in forward that the host starts, counted (docs/gpu.md, docs/planning.md): of attention; of an MoE layer
+    the norm, router and plan; the packing of rows, which occurs twice; the experts of one piece; and each expert of it."""
+
+    attention: int
+    router: int
+    pack: int
+    experts: int
+    expert: int
+
+
+LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # on a CPU a loop over the experts
 
 
 class Costs:
@@ -35,10 +50,18 @@ class Costs:
         self.parts = flops.forward_flops(
             config.model, seq_len=config.data.seq_len, experts_per_token=taken, token_share=share
         )
-        self.launches = KERNELS["cpu" if rates.cores else "cuda"]
+        self.launches = LAUNCHES["cpu" if rates.cores else "cuda"]
 
-    def _seconds(self, flop: Any, rate: Any, num_bytes: Any, launches: float = 0.0) -> Any:
-        return np.maximum(flop / rate + num_bytes / self.rates.copy_rate, launches * self.rates.launch)
+    def _seconds(self, scale: float, flop: Any, rate: Any, num_bytes: Any, launches: Any = 0) -> Any:
+        """Seconds of compute, times their factor, and of the launches."""
+        compute = scale * (flop / rate + num_bytes / self.rates.copy_rate)
+        host = self.rates.scale.launch * launches * self.rates.launch
+        return compute + host if self.rates.cores else np.maximum(compute, host)
+
+    @property
+    def backward(self) -> float:
+        """Seconds of backward over those of forward: products with frozen weights have one product there, others two."""
+        return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
     def _attention(self) -> float:
@@ -51,23 +74,25 @@ class Costs:
         heads = sum(outputs for name, (_, outputs) in widths.items() if name not in ("v", "o"))
         passes = self.item * (14 * model.hidden_dim + 4 * heads)
         flop = self.tokens * (products + scores * rate / self.rates.attention)
-        return self.rates.scale.dense * float(self._seconds(flop, rate, self.tokens * passes, self.launches[1]))
+        return float(self._seconds(self.rates.scale.dense, flop, rate, self.tokens * passes, self.launches.attention))
 
     def head(self) -> float:
         """Output layer and loss of one micro-batch in forward."""
-        flop, words = self.tokens * self.parts.output, self.tokens * self.model.vocab_size
-        return self.rates.scale.dense * float(self._seconds(flop, self.rates.gemm.at(self.tokens), 2 * words * memory.FP32))
+        product = self.tokens * self.parts.output / float(self.rates.gemm.at(self.tokens))
+        logits = self.tokens * self.model.vocab_size * memory.FP32
+        return self.rates.scale.dense * (product + logits / self.rates.loss)
 
     def dense_layer(self) -> LayerCost:
         """A layer without experts."""
         flop = self.tokens * self.parts.dense_ffn / max(1, self.model.num_dense_layers)
-        return LayerCost(dense=self._attention, shared=float(self._seconds(flop, self.rates.gemm.at(self.tokens), 0.0)))
+        seconds = self._seconds(self.rates.scale.dense, flop, self.rates.gemm.at(self.tokens), 0.0)
+        return LayerCost(dense=self._attention, shared=float(seconds))
 
     def moe_layer(self, load: Load, layer: int, order: Order) -> LayerCost:
         """The MoE layer at index `layer` of the load."""
         model, rates, count, scale = self.model, self.rates, len(self.model.moe_layers), self.rates.scale
         rate = rates.gemm.at(self.tokens)
-        router = self.tokens * self.parts.router / count / rate
+        router = self._seconds(scale.dense, self.tokens * self.parts.router / count, rate, 0.0, self.launches.router)
         shared = scale.dense * self.tokens * (self.parts.shared + self.parts.free) / count / rate
         pairs, work = load.pairs[:, layer], load.work[:, layer]
         held_R = np.array([max(1, len(slots)) for slots in self.placement.slots])
@@ -80,28 +105,36 @@ class Costs:
         )
         moved = self.item * (model.hidden_dim * 2 * pairs + 3 * work)  # gather and sum of pairs, SwiGLU
         each = rates.grouped.at(pairs / held_R / pieces)
-        seconds = scale.experts * self._seconds(flop, each, moved, pieces * self.launches[0] / 2)
+        launches = pieces * (self.launches.experts + self.launches.expert * held_R)
+        seconds = self._seconds(scale.experts, flop, each, moved, launches)
         own = seconds * np.divide(load.own[:, layer], pairs, out=np.zeros_like(pairs), where=pairs > 0)
-        dense = self._attention + scale.dense * router
+        dense = self._attention + router
+        sent = PASSES_OF_A_ROW / 2 * self.item * model.hidden_dim * (load.sent_inside + load.sent_between)[:, layer]
+        pack = self._seconds(scale.experts, 0.0, 1.0, sent, self.launches.pack)
         if self.placement.num_ranks == 1:
-            return LayerCost(dense=dense, shared=shared, own=own, others=seconds - own)
+            return LayerCost(dense=dense, shared=shared, own=own, others=seconds - own, pack=2 * pack)
         row = model.hidden_dim * self.item / order.chunks
         inside, between = load.inside[:, layer], load.between[:, layer]
-        ranks = min(self.placement.num_ranks, rates.ranks_per_node)
-        two_hops = self.config.parallel.dispatch.node_size is not None
-        hops = (
-            ((0.0 * inside, between * row), (inside * row, 0.0 * between)) if two_hops else ((inside * row, between * row),)
-        )
+        ranks, node = self.placement.num_ranks, self.config.parallel.dispatch.node_size
         known = self.config.parallel.dispatch.each_pair
-        counts = exchange_seconds(rates, ranks, COUNTS_BYTES * inside, COUNTS_BYTES * between)
-        sent = PASSES_OF_A_ROW / 2 * self.item * model.hidden_dim * (load.sent_inside + load.sent_between)[:, layer]
+
+        def exchange(row_bytes: float) -> Any:
+            return exchange_seconds(rates, min(ranks, rates.ranks_per_node), row_bytes * inside, row_bytes * between)
+
+        hops: tuple[Any, ...] = (exchange(row),)
+        if node is not None:
+            # One machine may stand for several nodes; then both hops stay inside it.
+            far = ranks > rates.ranks_per_node
+            first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
+            hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)
         return LayerCost(
             dense=dense,
             shared=shared,
             own=own,
             others=seconds - own,
-            pack=scale.experts * self._seconds(0.0, 1.0, sent, self.launches[0] / 4),
-            counts=0.0 if known else 2 * counts,  # counts, then the row index of each pair
+            pack=pack,
+            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # counts, then the row index of each pair
             sync=0.0 if known else rates.sync,
-            hops=tuple(exchange_seconds(rates, ranks, *hop) for hop in hops),
+            weights=0.0 if known else exchange(memory.FP32 / order.chunks),
+            hops=hops,
         )

@@ -17,11 +17,12 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import flops, memory
 from moe_dist.plan.costs import Costs
 from moe_dist.plan.rates import GUIDE, Mark, Rates, weakest
-from moe_dist.plan.rows import Expected, Load, Traced, Wire
+from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire
 from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
 
 LIBRARIES = 1.5e9  # bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
 SLACK = 0.05  # share of tensors that the allocator loses between blocks
+SLOWED = 20 / 132  # share of a GPU that collectives take from the compute beside them (DeepSeek-V3 report, section 3.2.2)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Estimate:
         seconds: Of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and syncs with
             its host, the wait for the busiest rank, the part of exchanges that no compute covers, and sums, gathers and
             optimizer.
+        wire: Seconds of a step in which the rank with most to send exchanges, covered or not.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step, by level.
         memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
@@ -46,6 +48,7 @@ class Estimate:
     imbalance: float
     exchange: float
     tail: float
+    wire: float
     bytes_inside: float
     bytes_between: float
     memory: tuple[float, float, float]
@@ -86,6 +89,11 @@ class Planner:
         self._played: dict[Any, Played] = {}
         self._memory: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
+    def take(self, rates: Rates) -> None:
+        """Goes on with other rates of the same machine; rows and memory stay."""
+        self.rates = rates
+        self._played.clear()
+
     def estimate(self, config: Config, placement: ExpertPlacement) -> Estimate:
         """Estimates one layout."""
         parallel, train = config.parallel, config.train
@@ -103,7 +111,7 @@ class Planner:
         busy_S, busiest_S = played.busy_SR.mean(1), played.busy_SR.max(1)
         tail = self._tail(config, placement, played, times)
         bytes_row = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
-        exchanges = (5 if parallel.recompute == "block" else 4) * times * parallel.edp * bytes_row
+        exchanges = EXCHANGES[parallel.recompute] * times * parallel.edp * bytes_row
         layers = len(config.model.moe_layers) / load.rows.shape[1]
         memories, chance = self._memory_of(config, placement, load, times)
         mean_busy, mean_busiest = float(busy_S.mean()), float(busiest_S.mean())
@@ -115,6 +123,7 @@ class Planner:
             imbalance=times * (mean_busiest - mean_busy),
             exchange=times * (micro - mean_busiest),
             tail=tail,
+            wire=times * float(played.wire_S.mean()),
             bytes_inside=exchanges * layers * float(load.sent_inside.sum((1, 2)).mean()),
             bytes_between=exchanges * layers * float(load.sent_between.sum((1, 2)).mean()),
             memory=memories,
@@ -125,7 +134,7 @@ class Planner:
 
     def _load(self, config: Config, placement: ExpertPlacement) -> Load:
         dispatch, tokens = config.parallel.dispatch, config.train.micro_batch * config.data.seq_len
-        wire = Wire(self.rates.ranks_per_node, 2 if dispatch.node_size else 1, dispatch.each_pair)
+        wire = Wire(dispatch.node_size or self.rates.ranks_per_node, 2 if dispatch.node_size else 1, dispatch.each_pair)
         key = (placement.slots, wire, tokens)
         if key not in self._loads:
             layers = len(config.model.moe_layers)
@@ -134,13 +143,19 @@ class Planner:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        order = Order(getattr(dispatch, "overlap", False), getattr(dispatch, "chunks", 1), parallel.recompute)
         # All ranks of a node share its cores; an EP group has its part of them.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
         if key not in self._played:
             cost = Costs(config, placement, self.rates, self.token_mix)
+            order = Order(
+                getattr(dispatch, "overlap", False),
+                getattr(dispatch, "chunks", 1),
+                parallel.recompute,
+                cost.backward,
+                self.rates.scale.recompute,
+            )
             draws, shown, ranks = load.rows.shape
             moe = [cost.moe_layer(load, layer, order) for layer in range(shown)]
             at = iter(range(len(config.model.moe_layers)))
@@ -153,29 +168,36 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns seconds of sums, gathers and the optimizer that no micro-batch covers."""
+        """Returns seconds of sums, gathers and the optimizer that no micro-batch covers, and by which those that run beside
+        compute slow it."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
-        parts, item = flops.parameters(config.model, experts_held=held), memory.ITEMSIZE[parallel.precision]
+        parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
         experts = parts.experts + flops.own_adapters(config.model, held)
         together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group on a node
-        spans = ((parts.total - experts, world, rates.ranks_per_node), (experts, parallel.edp, together))
+        spans = (
+            (parts.total - experts, trained.router + trained.dense, world, rates.ranks_per_node),
+            (experts, trained.experts, parallel.edp, together),
+        )
         summed = gathered = 0.0
-        for number, ranks, of_node in spans:
-            ring = (ranks - 1) / ranks * number
-            gathered += collective_seconds(rates, ring * item, ranks, of_node)
-            summed += collective_seconds(rates, ring * memory.FP32, ranks, of_node)
-        free = max(0.0, float((played.seconds_S - played.wire_S).mean()))
-        if parallel.data == "fsdp2":
-            each = 2 * gathered + summed  # gathered in forward and in backward
-            uncovered = times * max(0.0, each - free) if parallel.fsdp_gather == "micro_batch" else 0.0
-            if parallel.fsdp_gather == "step":
-                uncovered = max(0.0, gathered - free / 3) + max(0.0, summed - free * 2 / 3)
+        for number, with_gradient, ranks, of_node in spans:
+            ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
+            gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
+            summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
+        # Ranks that share cores hide nothing: what runs beside the compute of one rank takes a core from another one.
+        free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
+        if parallel.data != "fsdp2":
+            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends twice, beside the last backward
+        elif parallel.fsdp_gather == "step":
+            pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
-            uncovered = max(0.0, 2 * summed - free * 2 / 3)  # an all-reduce sends twice, beside backward
-        state = max(memory.held_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
+            pairs = [(2 * gathered + summed, free)] * times  # gathered in forward and in backward
+        # The first layer's gather and the last layer's sum have no compute beside them.
+        uncovered = sum(max(each - beside, each / config.model.num_layers) for each, beside in pairs)
+        slowed = SLOWED * sum(min(each, beside) for each, beside in pairs)
+        state = max(memory.trained_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
         optimizer = 28 * state / rates.copy_rate  # AdamW reads four fp32 numbers of each parameter and writes three
-        return uncovered + optimizer + rates.scale.step
+        return uncovered + slowed + optimizer + rates.scale.step
 
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int

@@ -32,7 +32,7 @@ RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
@@ -70,9 +70,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     """
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
-    held = held_parameters(config, placement, rank=rank)
-    partly = config.model.has_adapters or config.router_tuning
-    trained = trained_parameters(config, _local(placement, rank)) if partly else held
+    held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))
     exchange_rows = 2 * (parallel.ep - 1) * tokens
     if parallel.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (parallel.ep - 1) * tokens + parallel.max_receive_rows)
@@ -117,14 +115,29 @@ def _with_one_moment(config: Config, experts_held: dict[str, float] | None = Non
     return attention + shared + parts.dense_ffn, parts.experts - len(model.moe_layers) * biases
 
 
-def trained_parameters(config: Config, experts_held: Mapping[str, float]) -> float:
-    """Returns the number of trained parameters on a rank if a run trains only adapters and routers, or some routers. The
-    rank holds `experts_held` experts of each group, and their adapters."""
+class Trained(NamedTuple):
+    """Numbers of trained parameters before FSDP2 shards them: routers, other parts that all ranks have, and experts."""
+
+    router: float
+    dense: float
+    experts: float
+
+
+def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
+    """Returns what a rank trains that holds `experts_held` experts of each group, and their adapters: everything, only
+    adapters and routers, or some routers."""
     if config.router_tuning is not None:
-        return tuned_parameters(config)
+        return Trained(tuned_parameters(config), 0.0, 0.0)
     parts, own = parameters(config.model, experts_held=experts_held), own_adapters(config.model, experts_held)
-    router = 0 if config.model.moe.experts.adapts_ffns else parts.router
-    return router + _sharded(config, parts.adapters - own, own)
+    if config.model.has_adapters:
+        return Trained(0.0 if config.model.moe.experts.adapts_ffns else parts.router, parts.adapters - own, own)
+    return Trained(parts.router, parts.total - parts.router - parts.experts - own, parts.experts + own)
+
+
+def trained_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
+    """Returns the number of trained parameters on a rank, as `held_parameters` counts them."""
+    trained = trained_parts(config, _local(placement, rank))
+    return trained.router + _sharded(config, trained.dense, trained.experts)
 
 
 def tuned_parameters(config: Config) -> float:

@@ -55,6 +55,8 @@ class ScaleSection(Section):
 
     dense: PositiveFloat = Field(default=1.0, description="Seconds of everything but experts, over those by the rates.")
     experts: PositiveFloat = Field(default=1.0, description="Seconds of experts, over those by the rates.")
+    launch: PositiveFloat = Field(default=1.0, description="Seconds of the host's launches, over those by the rates.")
+    recompute: PositiveFloat = Field(default=1.0, description="Seconds of a repeated forward, over those of the first.")
     exchange: PositiveFloat = Field(default=1.0, description="Seconds of exchanges, over those by the rates.")
     step: NonNegative = Field(default=0.0, description="Seconds of a step beside its micro-batches.")
 
@@ -70,7 +72,8 @@ class Rates(Section):
     grouped: CurveSection = Field(description="Products of several experts, by rows of an expert.")
     attention: PositiveFloat = Field(description="FLOP/s of the products over positions.")
     copy_rate: PositiveFloat = Field(description="Bytes that a rank reads and writes per second.")
-    launch: NonNegative = Field(description="Seconds in which the host starts a kernel.")
+    loss: PositiveFloat = Field(description="Bytes of logits per second in the forward of cross entropy.")
+    launch: NonNegative = Field(description="Seconds in which the host starts a kernel, with its part of autograd.")
     sync: NonNegative = Field(description="Seconds of a host sync, until the device has work again.")
     cores: PositiveInt | None = Field(default=None, description="Cores that the ranks of a node share; null for GPUs.")
     ranks_per_node: PositiveInt = Field(description="Ranks of a node.")
@@ -155,6 +158,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
         grouped=curve(0.56),
         attention=0.4 * peak,
         copy_rate=copy,
+        loss=copy / 4,  # reads and writes logits and their logarithms
         launch=7e-6,
         sync=2.5e-4,
         ranks_per_node=ranks_per_node,

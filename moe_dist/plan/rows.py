@@ -14,6 +14,8 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.rates import Mark
 
+# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and what recomputation repeats.
+EXCHANGES = {"none": 4, "experts": 4, "block": 5}
 DRAWS = 16  # micro-batches that are drawn from a trace
 
 
@@ -189,7 +191,7 @@ class Traced:
         ranks = placement.num_ranks
         rank_E = np.array(placement.rank_of_expert)
         on_ER = (rank_E[:, None] == np.arange(ranks)).astype(float)
-        width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], float)
+        width_E = np.array(placement.width_of_expert, float)
         pairs_QLE = self.pairs_of_experts(placement.num_experts)
         pairs_QLR, work_QLR = pairs_QLE @ on_ER, (pairs_QLE * width_E) @ on_ER
         reach_QLR, nodes_QLN = self.rows(rank_E), self.rows(rank_E // wire.node)

@@ -4,13 +4,17 @@ All layers share one map of experts to ranks. A step lasts as long as the sum ov
 this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB packs experts by
 it), then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
 
-Shape letters: L layers, E experts and then free slots, R ranks.
+Shape letters: L layers, E experts, R ranks, P items with a slot each (experts, or their copies), S items and free slots.
 """
+
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_dist.errors import ConfigError
 
+PARTS, SWAPPED = 4, 2  # numbers of copies that are tried, and how many of these are improved by swaps
 STEPS = 120  # experts for which all swaps are tried; each takes L x E operations
 
 
@@ -38,13 +42,74 @@ def solve(
     if free < 0:
         raise ConfigError(f"slots={int(slots_R.sum())}: fewer than the {experts} experts; give a rank more slots")
     allowed_ER = np.ones((experts, ranks), bool) if allowed_ER is None else allowed_ER
-    rank_E = _greedy(load_LE.sum(0), slots_R, allowed_ER)
-    left_R = slots_R - np.bincount(rank_E, minlength=ranks)
-    rank_E = np.concatenate([rank_E, np.repeat(np.arange(ranks), left_R)])  # a move is a swap with a free slot
-    load_LE = np.pad(load_LE.astype(float), ((0, 0), (0, free)))
-    allowed_ER = np.pad(allowed_ER, ((0, free), (0, 0)), constant_values=True)
-    _swap(load_LE, rank_E, allowed_ER, np.zeros(len(rank_E)), steps)
-    return rank_E[:experts]
+    return _placed(load_LE, slots_R, allowed_ER, steps)
+
+
+class Copied(NamedTuple):
+    """Slots of all ranks with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its work
+    evenly; a rank with two of them has one copy with twice the share, and a free slot."""
+
+    expert_P: np.ndarray
+    rank_P: np.ndarray
+
+    def pace(self, load_LE: np.ndarray, ranks: int) -> float:
+        """Returns the sum over layers of the busiest rank's load."""
+        return pace(_shared(load_LE, self.expert_P), self.rank_P, ranks)
+
+
+def solve_with_copies(
+    load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
+) -> Copied:
+    """Fills free slots with copies of experts, if this lowers the pace. For arguments and errors see `solve`.
+
+    The next copy goes to the expert with the largest work for each of its copies (the rule of highest averages, which EPLB
+    uses, too).
+    """
+    experts, ranks = load_LE.shape[1], len(slots_R)
+    once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
+    free = int(slots_R.sum()) - experts
+    if not free:
+        return once
+    allowed_ER = np.ones((experts, ranks), bool) if allowed_ER is None else allowed_ER
+
+    def filled(expert_P: np.ndarray, steps: int) -> Copied:
+        return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
+
+    # Work by the sum over layers, and by each expert's heaviest layer; all free slots, or some.
+    tried: list[Copied] = []
+    for load_E in (load_LE.sum(0), load_LE.max(0)):
+        order = _copied(load_E, free)
+        for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
+            with suppress(ConfigError):  # the ranks of a pinned group have no room for so many
+                tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))
+    best = sorted(tried, key=lambda each: each.pace(load_LE, ranks))[:SWAPPED]
+    return min([once, *(filled(each.expert_P, steps) for each in best)], key=lambda each: each.pace(load_LE, ranks))
+
+
+def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
+    """Returns the experts that get a further slot, in order."""
+    copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
+    for place in range(free):
+        order[place] = (load_E / copies_E).argmax()
+        copies_E[order[place]] += 1
+    return order
+
+
+def _shared(load_LE: np.ndarray, expert_P: np.ndarray) -> np.ndarray:
+    """Returns the load of each slot, [L, P]."""
+    return (load_LE / np.maximum(1, np.bincount(expert_P, minlength=load_LE.shape[1])))[:, expert_P]
+
+
+def _placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, steps: int) -> np.ndarray:
+    """Returns the rank of each item."""
+    ranks, items = len(slots_R), load_LP.shape[1]
+    rank_P = _greedy(load_LP.sum(0), slots_R, allowed_PR)
+    # A move is a swap with a free slot, an item without load.
+    free = np.repeat(np.arange(ranks), slots_R - np.bincount(rank_P, minlength=ranks))
+    rank_S, load_LS = np.concatenate([rank_P, free]), np.pad(load_LP.astype(float), ((0, 0), (0, len(free))))
+    allowed_SR = np.pad(allowed_PR, ((0, len(free)), (0, 0)), constant_values=True)
+    _swap(load_LS, rank_S, allowed_SR, np.zeros(len(rank_S)), steps)
+    return rank_S[:items]
 
 
 def improve(load_LE: np.ndarray, rank_E: np.ndarray, group_E: np.ndarray, ranks: int, *, steps: int = STEPS) -> np.ndarray:
@@ -60,19 +125,19 @@ def slots_of(rank_E: np.ndarray, ranks: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(np.flatnonzero(rank_E == rank).tolist()) for rank in range(ranks))
 
 
-def _greedy(load_E: np.ndarray, slots_R: np.ndarray, allowed_ER: np.ndarray) -> np.ndarray:
-    """Gives the heaviest expert to the least loaded rank that may hold it, and so on; experts with fewest ranks first."""
-    rank_E, work_R, left_R = np.zeros(len(load_E), np.int64), np.zeros(len(slots_R)), slots_R.copy()
-    for expert in np.lexsort((-load_E, allowed_ER.sum(1))):
-        open_R = allowed_ER[expert] & (left_R > 0)
+def _greedy(load_P: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray) -> np.ndarray:
+    """Gives the heaviest item to the least loaded rank that may hold it, and so on; items with fewest ranks first."""
+    rank_P, work_R, left_R = np.zeros(len(load_P), np.int64), np.zeros(len(slots_R)), slots_R.copy()
+    for item in np.lexsort((-load_P, allowed_PR.sum(1))):
+        open_R = allowed_PR[item] & (left_R > 0)
         if not open_R.any():
             raise ConfigError(
-                f"expert {expert}: ranks {np.flatnonzero(allowed_ER[expert]).tolist()} may hold it, but all their slots "
+                f"expert {item}: ranks {np.flatnonzero(allowed_PR[item]).tolist()} may hold it, but all their slots "
                 "are taken; give one of them more slots, or let the expert on other ranks"
             )
         rank = int(np.where(open_R, work_R, np.inf).argmin())
-        rank_E[expert], work_R[rank], left_R[rank] = rank, work_R[rank] + load_E[expert], left_R[rank] - 1
-    return rank_E
+        rank_P[item], work_R[rank], left_R[rank] = rank, work_R[rank] + load_P[item], left_R[rank] - 1
+    return rank_P
 
 
 def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarray:
@@ -80,34 +145,34 @@ def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarra
     return load_LE @ (rank_E[:, None] == np.arange(ranks))
 
 
-def _swap(load_LE: np.ndarray, rank_E: np.ndarray, allowed_ER: np.ndarray, group_E: np.ndarray, steps: int) -> None:
-    """Swaps experts of the same group in `rank_E`, in place, to lower `pace`. Each step takes the expert that adds most to
+def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group_S: np.ndarray, steps: int) -> None:
+    """Swaps experts of the same group in `rank_S`, in place, to lower `pace`. Each step takes the expert that adds most to
     the loads of the busiest ranks, and swaps it with the expert or free slot that lowers `pace` most, if one does. Ends
     after `steps` steps, or if all such experts were tried in vain."""
-    ranks = allowed_ER.shape[1]
-    work_LR = rank_loads(load_LE, rank_E, ranks)
-    tried = np.zeros(len(rank_E), bool)  # since the last swap
+    ranks = allowed_SR.shape[1]
+    work_LR = rank_loads(load_LS, rank_S, ranks)
+    tried = np.zeros(len(rank_S), bool)  # since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)
         # What an expert adds to the pace: its load in the layers whose busiest rank holds it.
-        blame_E = np.where(rank_E == busiest_L[:, None], load_LE, 0.0).sum(0)
-        blame_E[tried] = -1.0
-        one = int(blame_E.argmax())
-        if blame_E[one] <= 0.0:
+        blame_S = np.where(rank_S == busiest_L[:, None], load_LS, 0.0).sum(0)
+        blame_S[tried] = -1.0
+        one = int(blame_S.argmax())
+        if blame_S[one] <= 0.0:
             return
-        home = rank_E[one]
+        home = rank_S[one]
         top_L3 = np.argsort(-work_LR, axis=1)[:, :3]
         others_LR = _largest_without(work_LR, top_L3, home)
-        change_LE = load_LE - load_LE[:, [one]]  # of the home rank
-        new_LE = np.maximum(work_LR[:, [home]] + change_LE, work_LR[:, rank_E] - change_LE)
-        pace_E = np.maximum(new_LE, others_LR[:, rank_E]).sum(0)
-        barred_E = (rank_E == home) | ~allowed_ER[one, rank_E] | ~allowed_ER[:, home] | (group_E != group_E[one])
-        pace_E[barred_E] = np.inf
-        other = int(pace_E.argmin())
-        if pace_E[other] < work_LR.max(1).sum() * (1 - 1e-9):
-            work_LR[:, home] += change_LE[:, other]
-            work_LR[:, rank_E[other]] -= change_LE[:, other]
-            rank_E[one], rank_E[other] = rank_E[other], home
+        change_LS = load_LS - load_LS[:, [one]]  # of the home rank
+        new_LS = np.maximum(work_LR[:, [home]] + change_LS, work_LR[:, rank_S] - change_LS)
+        pace_S = np.maximum(new_LS, others_LR[:, rank_S]).sum(0)
+        barred_S = (rank_S == home) | ~allowed_SR[one, rank_S] | ~allowed_SR[:, home] | (group_S != group_S[one])
+        pace_S[barred_S] = np.inf
+        other = int(pace_S.argmin())
+        if pace_S[other] < work_LR.max(1).sum() * (1 - 1e-9):
+            work_LR[:, home] += change_LS[:, other]
+            work_LR[:, rank_S[other]] -= change_LS[:, other]
+            rank_S[one], rank_S[other] = rank_S[other], home
             tried[:] = False
         tried[one] = True
 

@@ -8,7 +8,7 @@ Shape letters: S draws of the routing, R ranks of an EP group.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +144,7 @@ def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. Backward takes `BACKWARD` times as long.
+    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. Backward takes `Order.backward` times that.
 
     Attributes:
         dense: Attention, norms and the router.
@@ -153,6 +153,7 @@ class LayerCost:
         pack: Packing of rows before an exchange, and summing after it.
         counts: Exchange of row counts and indices; 0 if there is none.
         sync: Host sync for the split sizes.
+        weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if rows bring them along.
         hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same. Empty with one rank.
     """
 
@@ -163,19 +164,27 @@ class LayerCost:
     pack: Seconds = 0.0
     counts: Seconds = 0.0
     sync: Seconds = 0.0
+    weights: Seconds = 0.0
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # a product has two products in backward
+BACKWARD = 2.0  # a product has two products in backward, if its weight has a gradient
 
 
 @dataclass(frozen=True)
 class Order:
-    """How the dispatcher orders a layer; see parallel.dispatch and parallel.recompute."""
+    """How the dispatcher orders a layer; see parallel.dispatch and parallel.recompute.
+
+    Attributes:
+        backward: Seconds of backward over those of forward.
+        again: Seconds of a repeated forward over those of the first.
+    """
 
     overlap: bool = False
     chunks: int = 1
     recompute: str = "none"
+    backward: float = BACKWARD
+    again: float = 1.0
 
 
 def micro_batch(
@@ -190,16 +199,24 @@ def micro_batch(
     last: tuple[int, ...] = ()
     for layer in layers:
         last = (_forward(queue, layer, order, last),)
-    last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
+    last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
         if order.recompute == "block":  # repeats attention, dispatch and experts, not the combine
-            last = (_forward(queue, layer, order, last, repeated=True),)
+            last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events
 
 
-def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int) -> int:
-    """Adds the hops of one chunk's exchange."""
+def _times(layer: LayerCost, factor: float) -> LayerCost:
+    """Returns the layer with other seconds of compute."""
+    names = ("dense", "shared", "own", "others", "pack")
+    return replace(layer, **{name: factor * getattr(layer, name) for name in names})
+
+
+def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
+    """Adds the hops of one chunk's exchange, and before them the exchange of weights."""
+    if np.any(weights):
+        after = (queue.add("exchange", WIRE, weights, *after),)
     for number, hop in enumerate(layer.hops):
         if number:
             after = (queue.add("pack", COMPUTE, layer.pack / chunks, *after),)
@@ -219,13 +236,13 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
     packed = queue.add("pack", COMPUTE, layer.pack, start)
     alone = layer.own if order.overlap else 0.0
     rest = layer.others + (0.0 if order.overlap else layer.own)
-    sent = [_send(queue, layer, n, packed)]
+    sent = [_send(queue, layer, n, packed, weights=layer.weights)]
     ends = [packed]
     if not order.overlap:
         ends.append(queue.add("experts", COMPUTE, layer.shared, sent[0]))
     for chunk in range(n):
         if chunk + 1 < n:
-            sent.append(_send(queue, layer, n, packed))
+            sent.append(_send(queue, layer, n, packed, weights=layer.weights))
         if order.overlap:
             queue.add("experts", COMPUTE, (alone + layer.shared) / n, packed)
         ends.append(queue.add("experts", COMPUTE, rest / n, sent[chunk]))
@@ -236,23 +253,23 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
     """Adds a layer's backward: gradients of outputs go to the experts' ranks, gradients of rows come back."""
-    again = 1.0 if order.recompute == "experts" else 0.0
+    back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
-        experts = (BACKWARD + again) * (layer.own + layer.others) + BACKWARD * (layer.shared + layer.pack)
+        experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)
         last = queue.add("experts", COMPUTE, experts, *after)
-        return queue.add("dense", COMPUTE, BACKWARD * layer.dense, last)
+        return queue.add("dense", COMPUTE, back * layer.dense, last)
     n = order.chunks
-    alone = (BACKWARD + again) * layer.own / n if order.overlap else 0.0
-    rest = (BACKWARD + again) * (layer.others + (0.0 if order.overlap else layer.own)) / n
+    alone = (back + again) * layer.own / n if order.overlap else 0.0
+    rest = (back + again) * (layer.others + (0.0 if order.overlap else layer.own)) / n
     packed = queue.add("pack", COMPUTE, layer.pack, *after)
     sent, ends = [_send(queue, layer, n, packed)], [packed]
     for chunk in range(n):
         if chunk + 1 < n:
             sent.append(_send(queue, layer, n, packed))
         done = queue.add("experts", COMPUTE, rest, sent[chunk])
-        ends.append(_send(queue, layer, n, done))
+        ends.append(_send(queue, layer, n, done, weights=layer.weights))
         if order.overlap:
             queue.add("experts", COMPUTE, alone, done)
-    queue.add("experts", COMPUTE, BACKWARD * layer.shared, packed)
+    queue.add("experts", COMPUTE, back * layer.shared, packed)
     last = queue.add("pack", COMPUTE, layer.pack, *ends[-1:])
-    return queue.add("dense", COMPUTE, BACKWARD * layer.dense, last)
+    return queue.add("dense", COMPUTE, back * layer.dense, last)

@@ -97,7 +97,9 @@ def test_bytes_and_drops_are_those_of_a_real_run(run_in_world: Callable[..., lis
         if case.factor is not None:
             ids = capped(ids, group_T, sequence_T // MICRO_BATCH, GROUPS, case.factor)
         node, placement = max(1, ranks // 2), placement_of(case.placement, ranks)
-        counted = replay(ids, sequence_T, placement, micro_batch=MICRO_BATCH, node_size=node, row_bytes=8 * DIM)
+        counted = replay(
+            ids, sequence_T, placement, micro_batch=MICRO_BATCH, node_size=node, row_bytes=8 * DIM, exchanges=4
+        )
         sent = counted.bytes if case.kind == "all_to_all" else counted.bytes_between_once
         assert (sent, counted.dropped) == (payload, dropped), case
         assert counted.bytes_between >= counted.bytes_between_once

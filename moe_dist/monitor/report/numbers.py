@@ -118,7 +118,7 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
     """
     ranks, experts = placement.num_ranks, placement.num_experts
     rank_E = np.array(placement.rank_of_expert)
-    width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], np.float64)
+    width_E = np.array(placement.width_of_expert, np.float64)
     pairs = pairs_remote = rows = 0
     between, hierarchical = dict.fromkeys(node_sizes, 0), dict.fromkeys(node_sizes, 0)
     ratios = []

@@ -37,18 +37,18 @@ def replay(
     micro_batch: int,
     node_size: int,
     row_bytes: int,
-    repeated: int = 0,
+    exchanges: int,
 ) -> Replayed:
     """Counts what a run with this placement sends for these choices. Each rank takes `micro_batch` consecutive sequences in
     turn, as in training.
 
     Args:
         row_bytes: Bytes of one row.
-        repeated: Exchanges that recomputation repeats in backward: 1 with recompute=block.
+        exchanges: How often a row is sent in forward and backward (`moe_dist.plan.rows.EXCHANGES`).
     """
     home_T = sequence_T // micro_batch % placement.num_ranks
     found = traffic(ids_TLK, home_T, placement, (node_size,))
-    each = (4 + repeated) * row_bytes  # dispatch and combine, and the gradients of both
+    each = exchanges * row_bytes
     between, once = found.between[node_size], found.between_hierarchical[node_size]
     return Replayed(found, found.rows * each, between * each, once * each, int((ids_TLK < -1).sum()))
 

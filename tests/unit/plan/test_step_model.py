@@ -25,7 +25,7 @@ from moe_dist.plan.step_model import (
 CURVE = CurveSection(sizes=(1.0, 100.0), rates=(1e9, 1e11))
 RATES = Rates(
     machine="test", card="test", source="measured", memory=8e9, gemm=CURVE, grouped=CURVE, attention=1e10, copy_rate=1e10,
-    launch=0.0, sync=0.0, ranks_per_node=4, between=LinkSection(ranks=8, latency=0.5, bytes_per_second=2.0),
+    loss=1e10, launch=0.0, sync=0.0, ranks_per_node=4, between=LinkSection(ranks=8, latency=0.5, bytes_per_second=2.0),
     inside=tuple(LinkSection(ranks=n, latency=n / 20, bytes_per_second=12.0 - n) for n in (2, 4)),
 )  # fmt: skip
 
@@ -66,7 +66,7 @@ def layers_of(rng: np.random.Generator, ranks: int, layers: int, hops: int) -> l
     def draw() -> np.ndarray:
         return rng.random((1, ranks)) * (rng.random((1, ranks)) < 0.8)
 
-    names = ("dense", "shared", "own", "others", "pack", "counts", "sync")
+    names = ("dense", "shared", "own", "others", "pack", "counts", "sync", "weights")
     return [LayerCost(**{name: draw() for name in names}, hops=tuple(draw() for _ in range(hops))) for _ in range(layers)]
 
 
@@ -109,6 +109,11 @@ def test_closed_forms() -> None:
     assert seconds(even(), Order(recompute="block")) == pytest.approx(seconds(even()) + compute + 2.0)  # no second combine
     assert seconds(even(hops=(1.0, 1.0))) == pytest.approx(seconds(even()))
     assert seconds(even(hops=())) == pytest.approx((1 + BACKWARD) * compute)
+    assert seconds(even(weights=0.5)) == pytest.approx(seconds(even()) + 2 * 0.5)  # weights, and their gradients
+    assert seconds(even(weights=0.5), Order(recompute="block")) == pytest.approx(seconds(even()) + 5.0 + 2.0 + 3 * 0.5)
+    assert seconds(even(), Order(recompute="experts", again=2.0)) == pytest.approx(seconds(even()) + 2 * 4.0)
+    assert seconds(even(), Order(recompute="block", again=2.0)) == pytest.approx(seconds(even()) + 2 * compute + 2.0)
+    assert seconds(even(), Order(backward=1.0)) == pytest.approx(2 * compute + 4 * 2.0)  # frozen weights
     # One rank has all work: the others wait for it in combine, and it sets the pace.
     busy = even(others=np.array([[8.0, 0.0]]), own=0.0)
     assert seconds(busy) == pytest.approx((1 + BACKWARD) * (1.0 + 8.0) + 4 * 2.0)

@@ -13,8 +13,11 @@ import tools.report
 from moe_dist.config.load import load_config
 from moe_dist.monitor.report.numbers import traffic
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.estimate import Planner
+from moe_dist.plan.layouts import Placements, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates, published_rates, rates_text, read_rates
+from moe_dist.plan.rows import Expected
 from tests.support.invoked import invoke
 from tests.unit.monitor.report.conftest import draw_routing
 from tests.unit.plan.test_step_model import RATES
@@ -47,6 +50,29 @@ def test_a_plan_without_a_trace(tmp_path: Path) -> None:
     drawn = (tmp_path / "plan.svg").read_text()
     assert drawn.count("extrapolated</text>") == 3
     assert "waiting for the busiest rank" in drawn
+
+
+def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = plan(tmp_path, "--gpus", "8..12")
+    assert code == 0, said
+    assert (
+        "12 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_batch=24" in said
+    )
+    config = load_config(CONFIG, SMALL)
+    planner, placements = Planner(RATES, Expected({}), {}, 1e12), Placements(config, {})
+    every = [planner.estimate(*next(layouts(config, count, RATES, placements))) for count in (1, 2, 4)]
+    odd, full = tools.plan.left_out(config, [1, 2, 3, 4], every, every[2:])
+    assert odd.startswith("3 GPUs are left out, because train.global_batch=16 is not a multiple")
+    assert re.fullmatch(
+        r"1, 2 GPUs are left out, because no layout fits; on 2 the nearest, ep 1 .*, needs [\d.]+ GB\.", full
+    )
+    assert not list(tools.plan.left_out(config, [4], every, every))
+    monkeypatch.setattr(tools.plan, "problems_of", lambda each: ["parallel.ep=1: not here; take another"])
+    code, said = plan(tmp_path, "--gpus", "8")
+    assert code == 78
+    assert re.search(
+        r"layouts fit into memory, but each breaks a rule; the nearest is ep .*not here", said.replace("\n", " ")
+    )
 
 
 def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
