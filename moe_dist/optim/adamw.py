@@ -68,7 +68,8 @@ class AdamW(torch.optim.AdamW):
         adamw(
             weights,
             [local(each.grad) for each in parameters],
-            *wide,
+            wide[0],
+            wide[1],
             [],
             [state["step"] for state in states],
             fused=True,

@@ -162,7 +162,8 @@ def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
             job.take()
     events = profiled.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     (began,) = (each.start_ns() for each in events if each.name() == "counted step")
-    changes = sorted((each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]")
+    freed_or_taken = [each for each in events if each.name() == "[memory]"]
+    changes = sorted((each.start_ns(), each.nbytes()) for each in freed_or_taken)  # pyright: ignore[reportAttributeAccessIssue]
     held = np.cumsum([change for _, change in changes])
     return job, float(max(each for (at, _), each in zip(changes, held, strict=True) if at >= began))
 
@@ -200,7 +201,7 @@ class _Job:
         """Takes a step whose choices go into a file."""
         seen = _Choices(self._sequences())
         _, _, result = self.take(seen)
-        np.savez_compressed(path, **seen.arrays())
+        np.savez_compressed(path, **seen.arrays())  # pyright: ignore[reportArgumentType]
         return [result.ledger["payload_bytes"], result.ledger["inter_node_bytes"]]
 
     def _sequences(self) -> list[range]:

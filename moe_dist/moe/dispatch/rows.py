@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.kernels.interface import Choice, RowIndex, TopK
+from moe_dist.moe.kernels.interface import RowIndex
 
 SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
@@ -131,8 +131,10 @@ class TorchKernels:
     has_choose = False
     has_plan = False
 
-    def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
+    def choose(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("the router chooses by operations of torch")
+
+    experts_choose = experts_sums = choose
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         x_QD = gather_rows(rows_RD, index.parts[0])
