@@ -64,10 +64,10 @@ def _steps(
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
     """Returns the report on the tokens of both. Expert choice and mixture of depths, which have more, have no halves."""
-    pairs: Any = zip(first.sums, second.sums, strict=True)
-    sums = RouterSums(*(None if one is None else one + other for one, other in pairs))
+    fields: Any = zip(first.sums, second.sums, strict=True)
+    sums: list[Any] = [None if one is None else one + other for one, other in fields]
     chosen = None
     if first.chosen is not None and second.chosen is not None:
         chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))
     rows = [getattr(first, name) + getattr(second, name) for name in ("rows_remote", "pairs", "pairs_remote")]
-    return LayerReport(sums, *rows, chosen=chosen)
+    return LayerReport(RouterSums(*sums), *rows, chosen=chosen)
