@@ -32,8 +32,11 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
-    """The fewest bytes and FLOPs of the counted configuration, by part and phase, of one micro-batch."""
+    """The fewest bytes and FLOPs of the counted configuration, by part and phase, of one micro-batch; none for a model with
+    LoRA, shared experts or mixture of depths, of which `least` knows nothing."""
     config = scaled(overrides, str(find_config(path)), counted.ranks)
+    if config.model.has_adapters or config.model.moe.shared_ffn_dim or config.model.depth_layers:
+        return {}, {}
     layout = layout_without_data(config)
     return least_bytes(config, layout, counted.rank), least_flops(config, layout)
 
