@@ -69,8 +69,8 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
         for *key, number in counted.more_work:
             work = Work(*key)
             done[work.part, work.phase] += number * work.flops
-        # the uniform router rounds pairs down; backward of attention computes its scores again, and that of Mixtral's experts
-        # their products forward (recompute: experts)
+        # the uniform router rounds pairs down; backward computes attention's scores again, and with Mixtral's
+        # `recompute: experts` the experts' products of forward
         again = 1.34 if preset == "adamoe_mixtral8x7b_64gpu" else 1.15
         assert all(0.99 * each <= done[key] <= again * each for key, each in flops.items() if key[0] != "ffn")
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]
