@@ -7,9 +7,8 @@ from typing import Any
 
 from moe_dist.monitor.tags import reproducible_part
 
-ADDED = frozenset(
-    {"ledger.rows_bound", "ledger.rows_padding"}
-)  # records of earlier versions lack these keys, which is no difference
+# Records of earlier versions lack these keys, which is no difference.
+ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
 
 
 @dataclass(frozen=True)
