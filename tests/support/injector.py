@@ -22,6 +22,9 @@ class Injector:
     def __init__(self, plan: FaultPlan, rank: int) -> None:
         self.plan, self._rank = plan, rank
         self._lock = threading.Lock()
+        full = [each for each in plan.faults if each.kind == "ENOSPC" and plan.struck(each.number) is not None]
+        if rank == 0 and full and plan.disk is not None:  # a rank that was killed while it filled the disk left it full
+            (plan.disk / "filler").unlink(missing_ok=True)
 
     # --- which fault is due
 
