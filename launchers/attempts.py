@@ -64,7 +64,7 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
     offsets = []
     for rank in range(num_ranks):
         with folder.log_of(rank).open("ab", buffering=0) as log:
-            with contextlib.suppress(OSError):  # on a full disk the ranks report the error themselves
+            with contextlib.suppress(OSError):  # a full disk: the ranks report it themselves
                 log.write(f"--- attempt {attempt_id}, {time.strftime('%F %T %z')}\n".encode())
             offsets.append(log.tell())
     return offsets
@@ -78,11 +78,11 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and verdict == STOPPED and outcome.stop is None:
-        verdict = None  # the launcher ended all ranks after one failed, and a rank took its SIGTERM for a request to stop
+        verdict = None  # a rank took the SIGTERM that the launcher sent after another rank failed for a request to stop
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # a rank records its error before it ends, so `cause` may be a peer that failed after it
+        cause = record.rank  # it recorded its error first, but a peer that failed because of it may have ended first
     if verdict == EXIT_DONE:
-        if cause is not None:  # it failed after the run's last save, for example while it closed its metrics files
+        if cause is not None:  # rank `cause` failed after the last save, for example while it closed its metrics
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
         return EXIT_DONE, reason
     if outcome.aborted:
@@ -96,14 +96,14 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # from a peer that waited for this rank: which collective timed out, and after how long
+                detail = reason  # from a peer that waited for the frozen rank: the collective that timed out, and its time
             end = _describe_end(outcome, cause) + (f"; {detail}" if detail else "")
             reason = f"rank {cause}{_where(outcome, cause)}: {end}"
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))
-                # A rank 0 that was killed released no lease: wait until its process or its heartbeat is gone.
+                # A killed rank 0 still holds the lease: `amend_status` waits until the lease is free to take over.
                 wait = WAIT_SECONDS if outcome.codes[0] < 0 else 0.0
                 end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
                 with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure

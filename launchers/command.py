@@ -28,7 +28,7 @@ class NodePlan:
     Attributes:
         index: Number of the node in the job, from 0.
         ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
-        feature, labels: What the node must have: a Slurm feature, and Ray labels.
+        feature, labels: The Slurm feature and the Ray labels that the node must have.
         groups: Names of the expert groups whose experts are on this node.
         own: The node is reserved for these groups, so no other group and no other job may use it.
     """
@@ -79,8 +79,8 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """Returns the planned node, local rank and GPU of a rank. `hosts` are the host names ordered by node index; they
-        are empty before the nodes are allocated."""
+        """Returns the planned node, local rank and GPU of a rank. `hosts` has the host names ordered by node index; empty
+        if no nodes are allocated yet."""
         node = self.node_of(rank)
         local = node.ranks.index(rank)
         return RunPlace(
@@ -132,6 +132,7 @@ def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
         edp=config.parallel.edp,
         capacity=gpus or cluster.ranks_per_node,  # one rank per GPU
         domain_nodes=cluster.domain_nodes,  # an EP group stays in one domain
+        stage=config.engine.groups_of_stage(config.parallel),
     )
     of_rank = tuple(groups_of_rank(placement, rank) for rank in range(config.parallel.ep * config.parallel.edp))
     names = [group.name for group in placement.groups]
@@ -178,8 +179,8 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Program and arguments that start one rank on its node. `env` is added to the node's environment; all other variables,
-    such as CUDA_VISIBLE_DEVICES, keep their values."""
+    """Program and arguments that start one rank on its node. The rank gets the node's environment, such as
+    CUDA_VISIBLE_DEVICES, with the variables of `env` added."""
 
     rank: int
     node: int
@@ -259,7 +260,8 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
     return "\n".join(lines)
 
 
-def _paths(config: Config) -> dict[str, str]:
+def paths_of(config: Config) -> dict[str, str]:
+    """Returns the paths of a run by their keys, without those that are null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 
@@ -267,13 +269,13 @@ def _paths(config: Config) -> dict[str, str]:
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
     """Returns overrides that make a run's paths absolute, so that they hold in every working directory. Relative paths
     start at `base`."""
-    return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in _paths(config).items())
+    return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 
 def relative_paths(config: Config) -> list[str]:
-    """Returns an error message for each relative path of the configuration. Nodes may have different working directories,
-    and would then find different folders at this path."""
-    relative = [(key, path) for key, path in _paths(config).items() if not Path(path).is_absolute()]
+    """Returns an error message for each relative path of the configuration, because nodes with different working
+    directories would find different folders at such a path."""
+    relative = [(key, path) for key, path in paths_of(config).items() if not Path(path).is_absolute()]
     return [f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes" for key, path in relative]
 
 

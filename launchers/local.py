@@ -15,6 +15,7 @@ import typer
 
 from launchers.attempts import begin_logs, inspect_folder, run_attempts
 from launchers.command import TRAIN, LaunchPlan, commands_text, file_rendezvous, fit_world_size, one_node, rank_commands
+from launchers.options import ConfigPath, Overrides, Overwrite
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import MAX_RESTARTS
@@ -28,7 +29,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
 STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
-NEW_STORE_SECONDS = 60.0  # a younger folder is kept: its launcher may not have locked it yet
+NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; the launcher of a newer one may lock it yet
 
 
 def launch(
@@ -128,15 +129,15 @@ def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Out
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="Configuration of the run, a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks; default parallel.ep x parallel.edp. Sets parallel.edp.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
+    overwrite: Overwrite = False,
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds for saving and stopping.")] = DEFAULT_GRACE_SECONDS,
     max_restarts: Annotated[int, typer.Option(min=0, help="Automatic restarts from the last checkpoint.")] = MAX_RESTARTS,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks' commands; no data, no start.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks' commands; start nothing.")] = False,
     init_from: Annotated[str | None, typer.Option(help="Start from these weights, as run.init_from=PATH.")] = None,
 ) -> None:
     """Run on this machine, one process per rank. Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills the run."""

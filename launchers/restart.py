@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # no restart after this many attempts in a row that committed no later checkpoint
+WITHOUT_GAIN = 2  # number of fruitless attempts in a row (`AttemptEnd.fruitless`) after which there is no restart
 STOPPED = StoppedError.exit_code
 # Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
@@ -17,11 +17,11 @@ FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, Reso
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """One attempt (start of the run) that has ended.
+    """One attempt (start of the run), ended or running.
 
     Attributes:
         code: The recorded verdict; without a record, the exit code of the ranks. None while the attempt runs.
-        begin, end: Step of the newest committed checkpoint, before and after the attempt.
+        begin, end: Step of the newest committed checkpoint, before and after the attempt; equal while the attempt runs.
     """
 
     code: int | None
@@ -30,8 +30,8 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or if a stop ended it at its first step, so that it saved only
-        this step: the time limit is then too short."""
+        """True if the attempt committed no later checkpoint, or only that of its first step, in which a stop came: the time
+        limit is then too short."""
         return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 

@@ -20,7 +20,7 @@ from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # much more than the 5 s between renewals of the lease, because hosts' clocks may differ
+SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed; far above the renewal's 5 s, since clocks differ
 _STEP_LINE = b'"kind":"step"'
 
 

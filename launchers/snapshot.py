@@ -46,7 +46,7 @@ class CodeSnapshot:
 
     @property
     def script(self) -> Path:
-        """The batch script; `sbatch` on it submits the same job again."""
+        """The batch script; `sbatch` with this file submits the same job again."""
         return self.folder / "train.sbatch"
 
     def cluster(self) -> Cluster:
@@ -89,8 +89,9 @@ def take_snapshot(
 
 
 def code_folder() -> Path:
-    """Returns the folder with the code that the nodes run, which is this clone. If moe_dist is an installed package, copies
-    it to ./.moe_dist first, in the layout of a clone."""
+    """Returns the folder with the code of this installation, in the layout of a clone: the clone itself or, if moe_dist is
+    an installed package, a copy in ./.moe_dist. Slurm jobs run a snapshot of this folder, Ray copies it to the nodes, and
+    the doctor's Slurm tasks run in it."""
     root = source_root()
     if (root / "moe_dist").is_dir():
         return root

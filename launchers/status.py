@@ -75,7 +75,8 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
-    """Returns a table with one line per run; its last column, the reason, takes the rest of `width`."""
+    """Returns a table of `width` characters with one line per run. The last column, the reason, gets what the others
+    leave."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [[_plain(cell) for cell in _row(run)] for run in runs]
     widths = [max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names)]
@@ -141,7 +142,9 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
     age = f", {duration(run.record_age)} ago" if run.record_age is not None else ""
     facts = [("step", _steps(run) + age)]
     if run.tokens_per_second is not None:
-        left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds is not None else ""
+        left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds else ""
+        if run.remaining_seconds == 0.0:
+            left = "; all steps are done: evaluates, then saves"
         facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
     if run.losses:
         facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in run.losses.items())))

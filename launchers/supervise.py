@@ -18,7 +18,7 @@ from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import StopSignals, child_of
 
 TICK_SECONDS = 0.1
-# Delay of rank 0's standard error: if another rank has failed by then, rank 0's follow-up errors are not shown.
+# Delay in showing rank 0's standard error: if another rank fails meanwhile, rank 0's follow-up errors are not shown.
 HELD_SECONDS = 0.5
 
 
@@ -47,7 +47,7 @@ class DelayedStderr:
 
     def finish(self, *, show: bool) -> None:
         """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
-        self._thread.join(2.0)  # with a timeout: a grandchild may keep the pipe open
+        self._thread.join(2.0)  # not without a timeout, because a grandchild may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()
@@ -55,7 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            with contextlib.suppress(OSError):  # on a full disk, reads on: a full pipe would block the rank
+            with contextlib.suppress(OSError):  # a full disk must not end the loop: a full pipe would block the rank
                 self._log.write(chunk)
 
 

@@ -1,4 +1,4 @@
-"""Runs all checks of a run in order: configuration, plan, scheduler, nodes, network; yields each result immediately."""
+"""Runs all checks of a run in order: configuration, plan, scheduler, nodes, network. Yields each result as it is known."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ def examine(
         return
     if on == "ray" and (problems := relative_paths(config)):
         for problem in problems:
-            yield error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
+            yield error("configuration", problem, "give absolute paths, or use --submit", kind=ConfigError)
         return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)

@@ -30,7 +30,7 @@ def judge(
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.
-        slow: Pairs that were slow in the first measurement, and again when measured without other traffic.
+        slow: Pairs that were slow in the first measurement, and in a second one without other traffic.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.
     """

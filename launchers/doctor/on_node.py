@@ -34,8 +34,8 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Reachability:
-    """What one node found: the resolver's error for each name that does not resolve, and the error of the node's connection
-    to rank 0's node ('' without an error)."""
+    """The connection test of one node: the resolver's error for each name that does not resolve, and the error of the
+    node's connection to rank 0's node ('' without an error)."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""

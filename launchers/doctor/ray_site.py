@@ -64,7 +64,7 @@ def run_on_nodes(
         variables["MOE_DIST_NODE_NAME"] = names[node]
         if rank == 0 and cluster.interface is None:
             variables[HOST_VARIABLE] = chosen[node].address
-        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # soft=False: it never runs elsewhere
+        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # soft=False: runs on no other node
         command = [cluster.python or sys.executable, "-m", module, argument]
         waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
     deadline, problems = time.monotonic() + START_SECONDS + 60.0 * minutes, []

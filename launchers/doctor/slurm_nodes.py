@@ -30,7 +30,7 @@ def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[floa
         said: list[str] = []
         listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
         listener.start()  # a pipe of standard error that nobody reads would fill up and block srun
-        # On SIGTERM srun releases its allocation, also a pending one.
+        # SIGTERM makes srun release its allocation, or withdraw its request if the job still waits in the queue.
         timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
         timer.start()
         try:

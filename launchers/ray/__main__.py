@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from launchers.command import absolute_paths, commands_text, relative_paths
+from launchers.options import ClusterName, Overrides, Overwrite
 from launchers.ray import submit as ray_submit
 from launchers.ray.job import check_job, path_on_nodes
 from launchers.ray.nodes import bundle_of_rank
@@ -65,21 +66,22 @@ def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) 
         return
     commands = job.commands(job.plan, attempt=0, attempt_id="ray-ID", grace_seconds=DEFAULT_GRACE_SECONDS, hosts=())
     commands = [replace(command, env={**job.cluster.network_variables, **command.env}) for command in commands]
-    print(f"resources of a rank: {bundle_of_rank(job.plan, job.cluster.cpus_per_rank)}\n{commands_text(commands)}")
+    lines = commands_text(commands).replace(
+        " '' -m ", " python -m "
+    )  # `python` stands for the interpreter of the rank's node, which is not known here
+    print(f"resources of a rank: {bundle_of_rank(job.plan, job.cluster.cpus_per_rank)}\n{lines}")
 
 
 def main(
     config: Annotated[Path | None, typer.Argument(help="Configuration of the run, a YAML file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
+    overrides: Overrides = None,
     submit: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Submit as a job to this address of Ray's dashboard, and follow its log."),
     ] = None,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop this job and wait until it has saved.")] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
+    cluster: ClusterName = None,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, ranks and the job; start nothing.")] = False,
     max_restarts: Annotated[
         int | None, typer.Option(min=0, help="Automatic restarts from the last checkpoint, instead of the cluster file's.")

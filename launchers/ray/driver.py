@@ -47,7 +47,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
-        job.folder.prepare()  # before the actors start, because they check that they see the folder
+        job.folder.prepare()  # before the actors start, because each actor checks that it sees the folder
 
         faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
         seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS
@@ -164,7 +164,7 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
 
 
 def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """Returns a line that compares the grace period with the measured save time, and warns if the period is too short."""
+    """Returns a line with the grace period and the measured save time; a warning if the period is too short."""
     if grace is None:
         return ""
     saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"

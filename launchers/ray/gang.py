@@ -24,7 +24,7 @@ from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
-ANSWER_SECONDS = 300.0  # for an actor to start and answer: a worker starts in seconds, but from a slow disk in minutes
+ANSWER_SECONDS = 300.0  # time for an actor to start and answer; takes seconds, or minutes if its files are on a slow disk
 READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
@@ -32,7 +32,7 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # a node is left out after this many failed starts of actors; when the wait for nodes is over, after one
+START_TRIES = 3  # failed starts of actors after which a node is left out; once the wait for nodes is over, one is enough
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
@@ -50,8 +50,8 @@ class LostError(Exception):
 
 
 class Gang:
-    """The actors of one attempt. Each attempt makes a new placement group, because for many seconds after a node has died
-    Ray still reports a placement group on that node as ready.
+    """The actors of one attempt. Each attempt makes a new placement group: after a node has died, Ray for many seconds
+    still reports the old group on that node as ready.
 
     Args:
         nodes: The Ray node of each planned node.
@@ -116,7 +116,7 @@ class Gang:
             for actor, command, log in zip(self._actors, commands, logs, strict=True)
         ]
         for rank, (_, error) in enumerate(_answers(started, signals)):
-            if error:  # after a stop signal the rank counts as ended by that signal
+            if error:  # the rank did not start; if a stop signal came, the signal counts as the cause
                 lost = "" if signals.first else f"it did not start on {self.node(rank)}: {error}"
                 tracker.end(rank, -(signals.first or signal.SIGKILL), time.monotonic(), frozen=tuple, lost=lost)
         running = {
@@ -201,9 +201,9 @@ def _refuse_stop(signals: StopSignals) -> None:
 
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
-    """Makes a placement group of the planned nodes. While it is pending, an autoscaler starts the missing nodes. Ray
-    removes it when the driver ends. A request by Ray's `request_resources` would outlast the driver, and cannot ask for
-    separate nodes."""
+    """Makes a placement group of the planned nodes. While the group is pending, an autoscaler starts the missing nodes.
+    Ray removes the group when the driver ends. `request_resources` of Ray is not used, because its request would outlast
+    the driver, and cannot ask for separate nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -255,8 +255,8 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # Until the wait is over, no node gets more ranks than the cluster file says; then more are better than an
-            # error.
+            # During the wait no node gets more ranks than the cluster file says. After it, more ranks on a node are
+            # better than an error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:

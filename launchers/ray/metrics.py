@@ -17,7 +17,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 def serve_metrics(path: Path) -> None:
     """Starts a daemon thread that reads a new Unix socket. The path may have at most 107 characters."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind(str(path))  # before the rank starts, because the rank connects at its first step
+    receiver.bind(str(path))  # the caller starts the rank afterwards, and the rank connects at its first step
     threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()
 
 
@@ -25,6 +25,6 @@ def _serve(receiver: socket.socket) -> None:
     gauges: dict[str, Gauge] = {}
     while True:
         for name, meaning, labels, value in json.loads(receiver.recv(LARGEST)):
-            if name not in gauges:  # made once, because Ray rejects a second gauge with other labels
+            if name not in gauges:  # one gauge for a name, because Ray rejects a second one of that name with other labels
                 gauges[name] = Gauge(name, description=meaning, tag_keys=tuple(labels))
             gauges[name].set(value, tags=labels)

@@ -1,4 +1,4 @@
-"""Assigns the planned nodes to nodes of a Ray cluster, anew for each attempt. Pure functions; does not import Ray.
+"""Assigns each planned node to a node of a Ray cluster, anew for each attempt. Pure functions; does not import Ray.
 
 The driver pins each bundle (Ray resources of a rank) to a node, because no strategy of Ray keeps a node's ranks together.
 """
@@ -101,7 +101,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # counts resources in use, too: no wait can fix what is missing here
+    found = chosen("total")  # resources in use count as available: what is missing even then, no wait can supply
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
@@ -139,7 +139,7 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
     rooms = [room // job.block * job.block for room in rooms]
     left = sorted((n for n, room in enumerate(rooms) if room), key=lambda n: -rooms[n])
     found: list[NodePlan] = []
-    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # last the ranks without labels
+    for labels, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[0])):  # ranks without labels come last
         waiting = sorted(ranks)
         for n in [n for n in left if nodes[n].has(dict(labels))]:
             if waiting:

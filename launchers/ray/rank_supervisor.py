@@ -7,8 +7,9 @@
     standard error     the output of rank 0
 
 A killed Ray worker cannot clean up, and neither Ray nor PDEATHSIG reaches a process that a rank started in a new session.
-The supervisor can kill orphans: it runs in its own session and becomes their parent (PR_SET_CHILD_SUBREAPER).
-Its standard input closes when the actor ends for any reason; the supervisor then kills the rank and all orphans.
+The supervisor survives the worker, because it runs in its own session, and becomes the parent of such processes
+(PR_SET_CHILD_SUBREAPER). When the actor ends for any reason, the supervisor's standard input closes. The supervisor then
+kills the rank and all processes that the rank started.
 """
 
 import contextlib
@@ -99,7 +100,7 @@ class RankSupervisor:
 
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._code is None:  # once the rank has ended, its pid may be reused
+            if self._code is None:  # the rank still runs: the pid of an ended rank may belong to another process
                 os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
@@ -153,7 +154,7 @@ def main() -> None:
         return
     os.setsid()  # leaves the process group that Ray kills
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, because the rank would inherit it
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
     while not line.endswith(b"\n"):  # byte by byte: `select` would not see input that a buffer has read ahead

@@ -122,7 +122,7 @@ def connect(address: str) -> "JobSubmissionClient":
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # Ray takes an address without http:// for a GCS
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray tries to connect to a GCS
         raise ResourceError(
             f"--submit {address}: {str(error).splitlines()[0]}; it must be the address of the dashboard, as "
             "http://127.0.0.1:8265 on the head",

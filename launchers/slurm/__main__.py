@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from launchers.command import TRAIN, JobPlan, ReadRun, absolute_paths, plan_job
+from launchers.options import ClusterName, ConfigPath, Overrides, Overwrite
 from launchers.slurm.job import rank_step
 from launchers.slurm.nodes import SlurmError, ask, outside_jobs
 from launchers.slurm.script import PROGRAM, output_pattern, parts, script
@@ -176,17 +177,15 @@ def _refusal(job: Submission, words: str) -> MoeDistError:
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="Configuration of the run, a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: ClusterName = None,
     limit: Annotated[
         str | None, typer.Option("--time", help="Time limit of one attempt, instead of the cluster file's.")
     ] = None,
     array: Annotated[Path | None, typer.Option(help="Sweep file: one line of key=value for each task.")] = None,
     dependency: Annotated[str | None, typer.Option(help="Condition for the start, as afterok:1234.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print script, srun command and rank table; no data, no submission.")
     ] = False,

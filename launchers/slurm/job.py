@@ -75,11 +75,11 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     if problems := differences(plan, allocation, cluster.spare_nodes):
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
         raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
-    folder.prepare()  # before srun opens the logs in it
+    folder.prepare()  # makes the folder in which srun opens its log files
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     path, begin = snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints)
     ends = _begin(job, folder, path, begin)
-    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # happens if Slurm itself requeued the job
+    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself requeued the job regardless
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return ends[-1].code or EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
@@ -190,7 +190,7 @@ def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     """Returns the folders of the node that the ranks use. A container must mount each folder at the path that it has on
     the node."""
     weights = config.run.init_from
-    begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs the weights
+    begin = [weights] if weights is not None and Path(weights).exists() else []  # later attempts do without this folder
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 

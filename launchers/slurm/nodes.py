@@ -15,9 +15,10 @@ from moe_dist.errors import MoeDistError
 from moe_dist.runtime.signals import child_of
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
-# With these Slurm's commands find slurmctld.
+# Variables by which Slurm's commands find slurmctld.
 _CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK", "SLURM_WORKING_CLUSTER")
-# What Slurm sets in every batch script with the options --nodes, --ntasks and --ntasks-per-node, which all of ours have.
+# Variables that Slurm sets in a batch script with the options --nodes, --ntasks and --ntasks-per-node, as all our scripts
+# have.
 _OF_EVERY_JOB = re.compile(
     r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
     r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
@@ -87,8 +88,9 @@ def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a batch script without the variables of an outer job. A job that a plain sbatch submitted
-    inside another job inherits those that Slurm does not set anew for it: most of them are options of srun. Thus only
-    `_OF_EVERY_JOB` are kept; array task, restarts, components and CPUs of a task are believed if slurmctld knows them."""
+    inside another job inherits the variables that Slurm does not set anew for it: most of them are options of srun. Thus
+    only `_OF_EVERY_JOB` are kept, and the variables of array task, restarts, components and CPUs of a task if slurmctld's
+    record confirms them."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     record = _record(env["SLURM_JOB_ID"])
@@ -127,7 +129,7 @@ def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 
 
 def _record(job_id: str) -> str:
-    """Returns slurmctld's record of a job, which is called by its id or, an array's task, by ARRAY_TASK. For an array or a
+    """Returns slurmctld's record of a job. `job_id` is the id or, for a task of an array, ARRAY_TASK. For an array or a
     heterogeneous job, scontrol prints one line for each part."""
     shown = ask("scontrol", "--oneliner", "show", "job", job_id)
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
@@ -148,11 +150,11 @@ def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
     names = ", ".join(dict.fromkeys(hosts))
     try:
         record = _record(job_id)
-        if "JobState=RUNNING" in record:  # it was not requeued
+        if "JobState=RUNNING" in record:  # the job was not requeued
             return f"nodes at fault: {names}"
         before = re.search(r"\bExcNodeList=([^\s(]+)", record)
         excluded = ",".join(dict.fromkeys([*([before[1]] if before else []), *hosts]))
-        # sbatch must test it: slurmctld would accept an exclusion that leaves too few nodes.
+        # Tested with sbatch first, because scontrol would accept an exclusion that leaves too few nodes.
         ask("sbatch", "--test-only", f"--exclude={excluded}", str(script), env=outside_jobs(os.environ))
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
     except SlurmError as error:

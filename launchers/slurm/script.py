@@ -15,7 +15,7 @@ from moe_dist.runtime.place import FEATURES
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
 PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
 STOP_SIGNAL = "USR2"  # NCCL may use USR1
-LINGER_SECONDS = 60  # from the end of one rank until srun kills the others; they log their own errors in this time
+LINGER_SECONDS = 60  # from the end of the first rank until srun kills the others, which log their own errors meanwhile
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
@@ -37,7 +37,7 @@ class ScriptPart:
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use them. Rank 0 is in the first
-    group."""
+    part."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
@@ -62,7 +62,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{count}" if cluster.gpus.syntax == "gres" else f"--gpus-per-node={count}")
     if part.feature is not None:
         options.append(f"--constraint={part.feature}")
-    if part.nodes[0].own or len(parts(job)) > 1:  # components on a shared node would use SLURM_LOCALIDs twice
+    if part.nodes[0].own or len(parts(job)) > 1:  # SLURM_LOCALID would count from 0 in each of two components on a node
         options.append("--exclusive")
     return options
 

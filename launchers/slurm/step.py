@@ -25,8 +25,8 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
 from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
-# After a node failure Slurm kills this process KillWait (30 s by default) later, but srun may wait longer than that.
-NODE_SECONDS = 5.0  # from the node failure until srun is killed, so that the cause is recorded in time
+# KillWait (30 s by default) after a node failure, Slurm kills this process, and srun may take longer than that to end.
+NODE_SECONDS = 5.0  # from the node failure until this process kills srun, in time to record the cause
 LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease; only then can the cause be recorded
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
@@ -77,7 +77,8 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """What Slurm's commands call this job alone: the id of an array's last task is also the id of the whole array."""
+        """The name of this job alone for Slurm's commands: the id of an array's last task is also the id of the whole
+        array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
     @property
@@ -143,7 +144,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
     silent = _first_death(ended)
     verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
-    requested = stopped and not (silent and silent["lost"])  # after a node failure Slurm sends stop signals, too
+    requested = stopped and not (silent and silent["lost"])  # Slurm also sends stop signals after a node failure
     if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
         record = replace(record, verdict=None)  # Slurm ended all tasks after a failure; a rank took this for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
@@ -224,10 +225,10 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.name)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # a time in this attempt, not None
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted since this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            for name in ("job_{}.json", "job_{}_faults"):  # the new job starts after this one ends
+            for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after this one ends
                 if (kept := attempts.with_name(name.format(job.id))).is_file():
                     shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
@@ -252,7 +253,8 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
 
 
 def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
-    """Rewrites srun's line in terms of ranks; also returns these ranks. Keeps a line whose tasks have no planned rank."""
+    """Rewrites srun's line in terms of ranks; also returns these ranks. A line about tasks without a planned rank stays as
+    it is."""
     node = match["node"] or match["lost"]
     on_node = places.get(node, {})
     bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]
@@ -278,11 +280,12 @@ def _record(
     last_step: int,
     wait_seconds: float = LEASE_SECONDS,
 ) -> None:
-    """Writes the verdict into status.json, also in place of a peer's follow-up error."""
+    """Writes how the run ended into status.json. If another rank has already written an error that followed from this one,
+    it is replaced."""
     ended = {"verdict": verdict, "reason": reason, "rank": rank, "attempt_id": attempt_id}
     last = max(last_step, committed_step(folder.checkpoints))
     with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
-        # write_status works while rank 0 hangs and holds the lease, amend_status after a peer has recorded its own error.
+        # write_status works while rank 0 hangs and holds the lease; amend_status replaces the error of another rank.
         if not folder.write_status(**ended, last_step=last):
             folder.amend_status(**ended, last_step=last, wait_seconds=wait_seconds)
 

@@ -16,6 +16,7 @@ import pytest
 from moe_dist.errors import StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support import ray_cluster
+from tests.support.notebooks import TUTORIALS, run_tutorial
 from tests.support.ray_cluster import CONFIG, ROOT, StartedRay, overrides, steps
 from tests.support.ray_rank import SAVE_SECONDS
 
@@ -129,3 +130,9 @@ def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     assert job.returncode == StoppedError.exit_code, printed
     assert f"stopped on request after step {saved}" in (run.status_json.read_text())
     assert "step 1/1000" in printed  # the log was followed
+
+
+def test_the_tutorial_runs(ray_head: StartedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").symlink_to(ray_cluster.DATA)
+    run_tutorial(TUTORIALS / "ray.ipynb", tmp_path, monkeypatch)
+    assert [each.verdict for each in RunFolder(tmp_path / "runs" / "tutorial").read_status().attempts] == [75, 0]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.notebooks import TUTORIALS, run_tutorial
 from tests.support.shape import drawn
-from tests.support.slurm import SlurmCluster
+from tests.support.slurm import ROOT, SlurmCluster
 from tests.support.tiny import tiny_config, write_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -48,3 +49,12 @@ def test_a_rank_that_starts_late_is_waited_for_by_name(slurm: SlurmCluster, tiny
     missing = "rank 1 since" if late else "rank 0, whose address must come into"
     assert f"waiting for {missing}" in run.log_of(1 - late).read_text()
     assert threads(run) == str(cpus), "the CPUs of a rank are its threads"
+
+
+def test_the_tutorial_runs(slurm: SlurmCluster, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site.yaml").write_text(site.read_text())
+    (tmp_path / "data").symlink_to(ROOT / ".cache" / "data" / "openmoji")
+    for name, value in slurm.variables.items():
+        monkeypatch.setenv(name, value)
+    run_tutorial(TUTORIALS / "slurm.ipynb", tmp_path, monkeypatch)
+    assert RunFolder(tmp_path / "runs" / "tutorial").read_status().attempts[-1].last_step == 40

@@ -1,9 +1,11 @@
 """The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -20,7 +22,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
-from tests.support import slow_close, slowed
+from tests.support import megatron_trial, slow_close, slowed
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts, overrides
 
@@ -173,16 +175,42 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     assert records(run) == records(undisturbed[1])[:SHORT]
 
 
-def test_a_suspend_beyond_the_timeout_is_requeued(runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]) -> None:
+def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
+    runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]
+) -> None:
+    """No peer waits for a rank while all are suspended; the peers of a single one wait until the timeout."""
     job, run = runs.start("suspended", SHORT, **{"parallel.timeout_seconds": 60, "checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     job.cluster.scontrol("suspend", job.number)
-    time.sleep(75.0)
+    time.sleep(10.0)
+    taken = steps_taken(run)
     job.cluster.scontrol("resume", job.number)
+    job.wait_for(lambda: steps_taken(run) > taken, "resumed")
+    assert job.field("Restarts") == "0"
+    frozen = job.processes(rank=1)
+    assert frozen
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
     job.wait_for_requeue()
     assert job.end() == 0, job.said
     assert [each.verdict for each in run.read_status().attempts] == [1, 0]
     assert records(run) == records(undisturbed[1])[:SHORT]
+
+
+def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(
+    slurm: SlurmCluster, site: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "megatron")
+    job = slurm.launch(
+        megatron_trial.CONFIG, *megatron_trial.CHANGES, f"run.root={tmp_path}", "run.name=megatron", f"--cluster={site}"
+    )
+    job.wait_for(lambda: steps_taken(run) >= 4, "at step 4")
+    for pid in job.processes(rank=1):
+        os.kill(pid, signal.SIGKILL)
+    job.wait_for_requeue()
+    assert job.end() == 0, job.said
+    assert [each.verdict for each in run.read_status().attempts] == [1, 0]
+    megatron_trial.check_losses(run, tmp_path)
 
 
 def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:

@@ -143,14 +143,24 @@ class Driver:
         run: The run's folder.
         arguments: Overrides, and options of the module.
         log: What it prints is added to this file.
+        config: What is trained.
     """
 
-    def __init__(self, module: str, address: str, run: RunFolder, *arguments: str, log: Path, **variables: str) -> None:
-        self.run, self.mark, self._log = run, f"{run.path.name}-{time.time()}", log
+    def __init__(
+        self,
+        module: str,
+        address: str,
+        run: RunFolder,
+        *arguments: str,
+        log: Path,
+        config: str = CONFIG,
+        **variables: str,
+    ) -> None:
+        self.run, self.mark, self._log, self._config = run, f"{run.path.name}-{time.time()}", log, config
         variables = {**variables, MARK: self.mark, "RAY_ADDRESS": address}
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, CONFIG, *arguments],
+                [sys.executable, "-m", module, config, *arguments],
                 cwd=ROOT,
                 env={**os.environ, **variables},
                 stdout=stream,
@@ -182,7 +192,7 @@ class Driver:
         for pid in marked(self.mark):
             with contextlib.suppress(OSError, KeyError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                if CONFIG in command and "launchers.ray.rank_supervisor" not in command and pid != self.process.pid:
+                if self._config in command and "launchers.ray.rank_supervisor" not in command and pid != self.process.pid:
                     found[int(variables_of(pid)["RANK"])] = pid
         return found
 

@@ -60,6 +60,11 @@ class SlurmCluster:
     def logs(self) -> str:
         return self._script("logs", "30")
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of a user of the cluster."""
+        return self._env
+
     def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command as a user of the cluster types it."""
         env = {**self._env, **variables}
@@ -146,8 +151,8 @@ class SlurmJob:
         self.cluster.run("scancel", self.number)
         self.end()
 
-    def processes(self) -> list[int]:
-        """Every process of the job on every node, but Slurm's own: its daemon of each step, and srun.
+    def processes(self, *, rank: int | None = None) -> list[int]:
+        """Every process of the job on every node, or of a rank, but Slurm's own: its daemon of each step, and srun.
 
         srun is left out, because it answers TERM by killing all tasks unless slurmctld has told it of the end before, as
         slurmctld does whenever it is the one that sends the signals.
@@ -155,7 +160,8 @@ class SlurmJob:
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
-                mine = f"SLURM_JOB_ID={self.number}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                wanted = [f"SLURM_JOB_ID={self.number}", *([] if rank is None else [f"RANK={rank}"])]
+                mine = {name.encode() for name in wanted} <= set((entry / "environ").read_bytes().split(b"\0"))
                 conf = f"SLURM_CONF={self.cluster.folder}".encode() in (entry / "environ").read_bytes()
                 if mine and conf and (entry / "comm").read_text().strip() not in ("srun", "slurmstepd"):
                     found.append(int(entry.name))

@@ -18,11 +18,13 @@ from launchers.command import (
     rank_commands,
     relative_paths,
 )
+from launchers.ray.nodes import nodes_sharing_ep_groups
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import RunPlace
+from tests.support.engine_run import megatron
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -137,6 +139,20 @@ def test_ep_groups_stay_inside_the_domain(tiny_data: Path) -> None:
     assert ranks(inside) == [(None, (0, 1)), (None, (2, 3)), (None, (4, 5)), (None, (6, 7))]
     wider = job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 2}, changes)
     assert ranks(wider) == [(None, (0, 1, 2)), (None, (3, 4, 5)), (None, (6, 7))], "three EP groups fill two nodes"
+
+
+def test_a_pipeline_stage_that_fits_stays_inside_the_domain(tiny_data: Path) -> None:
+    changes: dict[str, object] = {"parallel.ep": 2, "parallel.edp": 4, "train.global_batch": 16, "model.num_layers": 4}
+    changes |= {**megatron(pp=2), "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+    plan = job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 2}, changes)
+    assert ranks(plan) == [(None, (0, 1, 2)), (None, (3,)), (None, (4, 5, 6)), (None, (7,))], (
+        "3 EP groups fit, a stage has 2"
+    )
+    assert nodes_sharing_ep_groups(plan, 2) == [(0, 1), (2, 3)], "Ray keeps each stage in a domain"
+    small = job(tiny_data, {"ranks_per_node": 2, "domain_nodes": 1}, changes)
+    assert ranks(small) == [(None, (0, 1)), (None, (2, 3)), (None, (4, 5)), (None, (6, 7))], "a stage has two domains"
+    with refused(ConfigError, "parallel.ep=2: an EP group needs 2 nodes"):
+        job(tiny_data, {"ranks_per_node": 1, "domain_nodes": 1}, changes)
 
 
 def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:

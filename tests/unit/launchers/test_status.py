@@ -73,6 +73,17 @@ def test_a_running_run(tmp_path: Path) -> None:
         assert words in shown
 
 
+def test_a_run_after_its_last_step_evaluates(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).attempt(0, None).records(*[100.0] * 100)
+    lease = Lease(folder.path / "lease.json", "a0").acquire(0.0)
+    try:
+        run = read_progress(folder.path)
+    finally:
+        lease.release()
+    shown = " ".join(text(one_run(run)).split())
+    assert "0.5 s a step; all steps are done: evaluates, then saves" in shown
+
+
 @pytest.mark.parametrize(
     ("verdict", "state"),
     [

@@ -1,0 +1,101 @@
+"""Prints the manifests of a run: python -m launchers.kubernetes CONFIG [key=value ...] [--kind job] | kubectl apply -f -"""
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from launchers.command import paths_of, plan_job, relative_paths
+from launchers.kubernetes.manifests import FILES, Manifest, Manifests, parts_of, uncovered
+from launchers.options import ClusterName, ConfigPath, Overrides
+from moe_dist.config.bundled import find_config
+from moe_dist.config.cluster import cluster_file, load_cluster
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import layout_of_file
+from moe_dist.runtime.command_line import print_done, reports_errors, run_command
+
+GUIDE = "docs/kubernetes.md"
+
+
+class Kind(StrEnum):
+    """The kind of object that runs the ranks."""
+
+    RAYJOB = "rayjob"
+    JOB = "job"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and repeated values in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def text_of(found: Sequence[Manifest]) -> str:
+    """Returns the YAML text of the manifests, one document for each."""
+    return yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | None, kind: Kind) -> list[Manifest]:
+    """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster.
+
+    Raises:
+        ConfigError: configuration or cluster file are invalid, or the pods could not reach a folder of the run.
+    """
+    site = load_cluster(cluster, os.environ)
+    layout = layout_of_file(config_path, overrides)
+    config, plan = layout.config, plan_job(layout, site)
+    here = site.kubernetes
+    problems = relative_paths(config)
+    if here.image is None:
+        problems.append("kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file")
+    absolute = {key: path for key, path in paths_of(config).items() if path.startswith("/")}
+    claims = ", ".join(here.claims.values()) or "none"
+    problems += [
+        f"{key}={path!r}: must lie in a folder that all pods mount; kubernetes.claims of the cluster file mounts {claims}"
+        for key, path in uncovered(absolute, tuple(here.claims.values())).items()
+    ]
+    parts = parts_of(plan, ep=config.parallel.ep, domains=site.domain_nodes is not None)
+    if here.domain_label is None and any(part.domain is not None for part in parts):
+        problems.append(
+            f"kubernetes.domain_label=null: domain_nodes={site.domain_nodes} asks for one interconnect domain for each EP "
+            "group, and an EP group has several nodes; name the label that is equal on all nodes of a domain"
+        )
+    if kind is Kind.RAYJOB and site.prelude:
+        problems.append("prelude: KubeRay starts pods without a shell; put these lines into the image, or take --kind job")
+    if problems:
+        raise ConfigError(problems, see=GUIDE)
+    files, arguments = {"config.yaml": find_config(config_path).read_text()}, [f"{FILES}/config.yaml", *overrides]
+    if (file := cluster_file(cluster, os.environ)) is not None:
+        files["cluster.yaml"] = file.read_text()
+        arguments.append(f"--cluster={FILES}/cluster.yaml")
+    made = Manifests(config.run.name, plan, parts, site, files, tuple(arguments))
+    print(plan.table(), file=sys.stderr)
+    return made.jobs() if kind is Kind.JOB else made.ray_job()
+
+
+def main(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: ClusterName = None,
+    kind: Annotated[Kind, typer.Option(help="rayjob needs KubeRay; job is an indexed Job of Kubernetes.")] = Kind.RAYJOB,
+) -> None:
+    """Print the Kubernetes manifests of a run, for `kubectl apply -f -`."""
+    with reports_errors():
+        found = manifests(config, overrides or [], cluster=cluster, kind=kind)
+        print_done(text_of(found).rstrip())
+
+
+if __name__ == "__main__":
+    run_command(main)

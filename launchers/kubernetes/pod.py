@@ -1,0 +1,103 @@
+"""Starts the ranks of one pod of an indexed Job: python -m launchers.kubernetes.pod --nodes 0,1 CONFIG [key=value ...]
+
+The pod's index in its Job chooses one of the planned nodes. The ranks meet at MASTER_ADDR, as with torchrun. All ranks
+write to the pod's log, and into their own logs in the run folder.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from launchers.command import JobPlan, LaunchPlan, RankCommand, plan_job, rank_commands
+from launchers.options import ClusterName, ConfigPath, Overrides
+from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
+from launchers.supervise import is_stopped
+from moe_dist.config.cluster import load_cluster
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import layout_of_file
+from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.signals import StopSignals, child_of
+
+INDEX = "JOB_COMPLETION_INDEX"  # Kubernetes sets it in the pods of an indexed Job
+TICK_SECONDS = 0.1
+PEER_SECONDS = 60.0  # from a rank's failure until the pod's other ranks get SIGTERM; meanwhile they log their errors
+END_SECONDS = 5.0  # part of the grace period in which this process ends after its ranks
+
+
+def node_of_pod(plan: JobPlan, nodes: str, index: str | None) -> int:
+    """Returns the planned node of this pod. Raises ConfigError if index or list of nodes are invalid."""
+    listed = nodes.split(",")
+    planned = {str(node.index) for node in plan.nodes}
+    if not listed or not planned.issuperset(listed):
+        raise ConfigError(
+            f"--nodes {nodes}: must list numbers of planned nodes, which are 0 to {len(planned) - 1}; print the manifests "
+            "again by `moe-dist launch kubernetes`"
+        )
+    if index is None or not index.isdecimal() or int(index) >= len(listed):
+        raise ConfigError(
+            f"{INDEX}={index!r}: must be a number below {len(listed)}; only the pods of an indexed Job have it, so apply "
+            "the manifests of `moe-dist launch kubernetes`"
+        )
+    return int(listed[int(index)])
+
+
+def run_ranks(commands: list[RankCommand], signals: StopSignals, grace_seconds: float) -> Outcome:
+    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one fails."""
+    timeouts = ShutdownTimeouts(stop=grace_seconds, peers=PEER_SECONDS)
+    tracker = RankTracker(len(commands), timeouts, lambda line: print(line, file=sys.stderr, flush=True))
+    prepare, ranks = child_of(os.getpid(), ignore_stop=False), list[subprocess.Popen[bytes]]()
+    try:
+        for command in commands:
+            environment = {**os.environ, **command.env}
+            ranks.append(subprocess.Popen(command.argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=prepare))
+        while not tracker.over:
+            time.sleep(TICK_SECONDS)
+            for position, rank in enumerate(ranks):
+                if position not in tracker.codes and (code := rank.poll()) is not None:
+                    stopped = tuple(each for each, other in enumerate(ranks) if is_stopped(other.pid))
+                    tracker.end(position, code, time.monotonic(), frozen=lambda found=stopped: found)
+            for number in tracker.signals_due(signals, time.monotonic()):
+                for rank in ranks:
+                    rank.send_signal(number)
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.kill()
+            rank.wait()
+    return tracker.outcome(signals.first)
+
+
+def main(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(help="Planned nodes of the pods of this Job, by their index: 0,1.")] = "",
+    cluster: ClusterName = None,
+) -> None:
+    """Start the ranks of one pod; the manifests of `moe-dist launch kubernetes` call this."""
+    with reports_errors(), StopSignals() as signals:
+        site = load_cluster(cluster, os.environ)
+        plan = plan_job(layout_of_file(config, overrides or []), site)
+        node = node_of_pod(plan, nodes, os.environ.get(INDEX))
+        grace = max(1.0, site.signal_seconds - END_SECONDS)
+        meeting = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        launch = LaunchPlan(
+            config=config,
+            overrides=tuple(overrides or ()),
+            job=plan,
+            rendezvous=meeting,
+            attempt=0,
+            attempt_id="",  # the ranks take the id that rank 0 chooses
+            grace_seconds=grace,
+            threads=site.cpus_per_rank,
+        )
+        commands = [command for command in rank_commands(launch) if command.node == node]
+        raise typer.Exit(run_ranks(commands, signals, grace).exit_code)
+
+
+if __name__ == "__main__":
+    run_command(main)
