@@ -4,11 +4,9 @@ As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ra
 Each layer sums its counts by one all-reduce of a few integers, only with gradients enabled, so once in full recompute.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,12 +14,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
+from moe_dist.megatron.versions import Record
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import RouterSums
 from moe_dist.placement.placement import ExpertGroup
-
-# Arguments: name, this rank's share of the value, layer number, number of layers, group over which the shares are summed.
-Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
 
 
 @dataclass(frozen=True)
@@ -58,21 +54,3 @@ class AuxTerms:
                 self.record(name, term, self.layer_number, self.num_layers, self.every_rank)
                 y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)  # y keeps its value
         return y
-
-
-def tracker() -> Record:
-    """Returns the function that adds a value to Megatron's tracker, which reduces and prints the value."""
-    if find_spec("megatron.core.transformer.moe.moe_logging") is None:  # megatron-core 0.16
-        return _record_by_function
-    return _record_in_object
-
-
-def _record_in_object(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    moe_logging: Any = import_module("megatron.core.transformer.moe.moe_logging")
-    metrics = moe_logging.get_moe_metrics_tracker()
-    metrics.record(name, value, layer, num_layers, reduce_group=group, needs_dp_avg=False)
-
-
-def _record_by_function(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    moe_utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
-    moe_utils.save_to_aux_losses_tracker(name, value, layer, num_layers, reduce_group=group, reduce_group_has_dp=True)

@@ -7,13 +7,12 @@ Attention, norms and dense layers come from Megatron's specs; Megatron's moe_lay
 """
 
 import copy
-from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -23,8 +22,10 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from moe_dist.megatron.expert_layer import ExpertLayer
+from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.requirements import check
 from moe_dist.megatron.settings import ExpertSettings, settings_from_environment
+from moe_dist.megatron.versions import shared_expert_module
 
 
 class DecoderLayer(TransformerLayer):
@@ -33,6 +34,7 @@ class DecoderLayer(TransformerLayer):
     Args:
         submodules: The submodules of the layer's spec; None takes those of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
+        watch: See `ExpertLayer`.
         options: Further arguments of Megatron's layer. Arguments not listed here are also those of Megatron's layer.
     """
 
@@ -45,6 +47,7 @@ class DecoderLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         settings: ExpertSettings | None = None,
+        watch: LayerWatch | None = None,
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
@@ -63,7 +66,7 @@ class DecoderLayer(TransformerLayer):
             self.recompute_mlp = False  # Megatron takes the layer for a dense one; `ExpertLayer` recomputes by itself
             shared = _shared_expert(stock, config, groups)
             number = self.layer_number
-            self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared)
+            self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared, watch=watch)
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
@@ -83,11 +86,7 @@ def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSu
 
 
 def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Builds Megatron's shared expert; None if the configuration has none. `stock` describes Megatron's own MoE layer: as a
-    ModuleSpec, or in later versions of megatron-core as a functools.partial."""
+    """Builds Megatron's shared expert; None if the configuration has none. `stock` describes Megatron's own MoE layer."""
     if config.moe_shared_expert_intermediate_size is None:
         return None
-    submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules
-    options = {"config": config, "pg_collection": groups, "gate": config.moe_shared_expert_gate}
-    shared: Any = submodules.shared_experts
-    return shared(**options) if isinstance(shared, partial) else build_module(shared, **options)  # pyright: ignore
+    return shared_expert_module(stock, config=config, pg_collection=groups, gate=config.moe_shared_expert_gate)

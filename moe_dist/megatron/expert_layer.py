@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
-from moe_dist.megatron.aux_terms import AuxTerms, tracker
+from moe_dist.megatron.aux_terms import AuxTerms
+from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
+from moe_dist.megatron.versions import tracker
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, Recompute
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import NO_REQUEST
+from moe_dist.moe.static_experts import StaticExperts
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.roles import group_module, named_parameters
 
@@ -45,6 +50,9 @@ class ExpertLayer(MegatronModule):
         config: Megatron's configuration, which `requirements.check` has accepted.
         layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
+        watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's reports;
+            the caller sets the weights. None: the layer adds the terms of Megatron's configuration, counts its bytes, and
+            draws its weights.
     """
 
     group_of_modality_M: Tensor
@@ -57,18 +65,26 @@ class ExpertLayer(MegatronModule):
         pg_collection: ProcessGroupCollection,
         layer_number: int,
         shared: nn.Module | None = None,
+        watch: LayerWatch | None = None,
     ) -> None:
         super().__init__(config)
         _check_groups(pg_collection)
-        self.layer_number = layer_number
+        self.layer_number, self.watch = layer_number, watch
         self.tp_group = pg_collection.tp
         self.expert_data_parallel_group = pg_collection.expt_dp
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        self.comm_stats = UntimedCommStats()  # of this layer alone
-        all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
-        self.moe = _build(config, settings, self.placement, all_to_all, name=f"layers.{layer_number - 1}")
+        self.comm_stats = UntimedCommStats() if watch is None else watch.comm_stats
+        if watch is None:
+            all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
+            rows = settings.max_receive_rows
+            dispatcher: Dispatcher[Any] = AllToAllDispatcher(self.placement, all_to_all, max_receive_rows=rows)
+        else:
+            dispatcher = watch.dispatcher
+        self.moe = _build(
+            config, settings, self.placement, dispatcher, ep_rank=self.ep_rank, layer=layer_number - 1, watch=watch
+        )
         self.moe.shared = shared
         group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
         self.register_buffer("group_of_modality_M", group_of_modality, persistent=False)
@@ -84,7 +100,8 @@ class ExpertLayer(MegatronModule):
             num_layers=config.num_layers,
             record=tracker(),
         )
-        _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
+        if watch is None:  # else the caller sets all weights
+            _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
@@ -103,8 +120,11 @@ class ExpertLayer(MegatronModule):
             tp_rank=self.tp_group.rank(),
             tp_size=self.tp_group.size(),
         )
-        y_TD, report = self.moe(hidden_states.flatten(0, 1), group_T)
-        if self.training:
+        request = NO_REQUEST if self.watch is None else self.watch.request
+        y_TD, report = self.moe(hidden_states.flatten(0, 1), group_T, request)
+        if self.watch is not None:
+            y_TD = self.watch(self.layer_number - 1, y_TD, report)
+        elif self.training:
             y_TD = self.aux_terms.attach(y_TD, report.sums)
         return y_TD.view_as(hidden_states), None
 
@@ -127,28 +147,38 @@ def _check_groups(groups: ProcessGroupCollection) -> None:
 
 
 def _build(
-    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, all_to_all: AllToAll, *, name: str
+    config: TransformerConfig,
+    settings: ExpertSettings,
+    placement: ExpertPlacement,
+    dispatcher: Dispatcher[Any],
+    *,
+    ep_rank: int,
+    layer: int,
+    watch: LayerWatch | None,
 ) -> MoELayer:
     """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
+    fields = settings.router.model_dump(exclude={"kind"})
+    experts: Any = StaticExperts if watch and watch.static else Experts
     with torch.device("meta"):
-        layer = MoELayer(
+        router = watch.make_router(layer) if watch else TopKRouter(config.hidden_size, placement.groups, **fields)
+        moe = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
-            router=TopKRouter(config.hidden_size, placement.groups, **settings.router.model_dump(exclude={"kind"})),
-            experts=Experts(
+            router=router,
+            experts=experts(
                 config.hidden_size,
                 placement.groups,
-                [len(placement.local_experts(all_to_all.rank, group)) for group in placement.groups],
+                [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),
-            dispatcher=AllToAllDispatcher(placement, all_to_all, max_receive_rows=settings.max_receive_rows),
+            dispatcher=dispatcher,
             recompute=_recompute(config),
-            name=name,
+            name=f"layers.{layer}",
         )
-    layer.to(dtype=config.params_dtype).to_empty(device=_device(config))
+    moe.to(dtype=config.params_dtype).to_empty(device=_device(config))
     with _device(config):
-        layer.router.reset_buffers()  # pyright: ignore[reportCallIssue]
-    return layer
+        moe.router.reset_buffers()  # pyright: ignore[reportCallIssue]
+    return moe
 
 
 def _device(config: TransformerConfig) -> torch.device:
@@ -156,7 +186,8 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Returns the layer's mode for Megatron's selective recompute. Full recompute wraps the layer from outside."""
+    """Returns the layer's mode for Megatron's selective recompute. Megatron's full recompute is 'none' here, because it
+    wraps the whole layer."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 

@@ -45,7 +45,8 @@ def groups_of_rank(
         length, batch: s and B.
 
     Raises:
-        ConfigError: there are several modalities and no ids, or the ids do not have the shape of the hidden states.
+        ConfigError: there are several modalities and no ids, the ids do not have the shape of the hidden states, or, on a
+            CPU, an id is of no modality. On CUDA such an id fails an assertion of the device, without a host sync.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
     if mask_BS is None or mask_BS.dtype == torch.bool:
@@ -68,4 +69,20 @@ def groups_of_rank(
             "parallelism as the tokens are",
             see=GUIDE,
         )
+    _check_ids(mask_BS, num_modalities)
     return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # transposed, because hidden states are [s, B, D]
+
+
+def _check_ids(ids_BS: Tensor, num_modalities: int) -> None:
+    """Refuses ids of no modality: as an index, an id below -1 would count from the end."""
+    known = ((ids_BS >= PADDING) & (ids_BS < num_modalities)).all()
+    if ids_BS.device.type != "cpu":
+        torch._assert_async(known, "padding_mask: a modality id is neither -1 nor that of a modality")  # pyright: ignore[reportPrivateImportUsage]
+    elif not known:
+        lowest, highest = (int(each) for each in ids_BS.aminmax())
+        raise ConfigError(
+            f"padding_mask: modality ids from {lowest} to {highest} must be in [0, {num_modalities}), or {PADDING} for "
+            f"padding; pass the position of each token's modality in the order of the groups, and {PADDING}, not the label "
+            "of ignored positions, for padding",
+            see=GUIDE,
+        )

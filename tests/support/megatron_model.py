@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
+from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU
 from moe_dist.model.transformer import Transformer
@@ -116,15 +117,7 @@ def transformer_config(layout: Layout) -> Any:
         "transformer_impl": "local",
         "use_cpu_initialization": True,
         "init_method_std": STD,
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+        **PLAIN,
         "params_dtype": torch.float32,
     }
     return TransformerConfig(**{**options, **layout.options})

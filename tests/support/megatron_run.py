@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from moe_dist.megatron.cpu_trial import megatron_on_cpu
+from moe_dist.megatron.process_groups import model_parallel
 from tests.support.megatron_model import (
     LAYERS,
     Layout,
@@ -21,7 +23,6 @@ from tests.support.megatron_model import (
     set_weights,
     transformer_config,
 )
-from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
 SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
 

@@ -49,3 +49,11 @@ def test_several_modalities_need_ids(mask_BS: torch.Tensor | None) -> None:
 def test_ids_of_another_shape_are_refused() -> None:
     with refused(ConfigError, "batch"):
         groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=3, batch=2, tp_rank=0, tp_size=2)
+
+
+@pytest.mark.parametrize("wrong", [-2, -100, 3])
+def test_an_id_of_no_modality_is_refused(wrong: int) -> None:
+    ids_BS = IDS_BS.clone()
+    ids_BS[1, 2] = wrong
+    with refused(ConfigError, f"padding_mask: modality ids from {min(wrong, -1)} to {max(wrong, 2)} must be in [0, 3)"):
+        groups_of_rank(ids_BS, GROUP_OF_MODALITY, length=4, batch=2, tp_rank=0, tp_size=1)

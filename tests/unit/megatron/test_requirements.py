@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ConfigError
+from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from tests.support.megatron_model import Layout, transformer_config
-from tools.bench.megatron_cpu import megatron_on_cpu
 
 
 def check(layout: Layout, **changes: Any) -> None:

@@ -1,0 +1,37 @@
+"""The base class of the sections of engines. Other code reads its properties and never compares `kind`. A new kind also
+needs an entry in `moe_dist.train.engines.ENGINES` and in `moe_dist.plan.rank_memory.MEMORY`."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moe_dist.config.section import Section
+
+if TYPE_CHECKING:
+    from moe_dist.config.parallel_schema import ParallelSection
+
+
+class EngineSection(Section):
+    """The engine that computes the training steps: the model over its ranks, forward, backward, and the optimizer."""
+
+    kind: Any
+
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
+    source: ClassVar[str] = ""  # how to install them
+    dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
+    own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
+    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; else see tools.plan.LISTS
+
+    def data_ranks(self, parallel: "ParallelSection") -> int:
+        """Number of ranks, or sets of ranks, that read different sequences."""
+        return parallel.ep * parallel.edp
+
+    def data_ranks_text(self) -> str:
+        """How `data_ranks` follows from keys."""
+        return "parallel.ep x parallel.edp"
+
+    def groups_of_stage(self, parallel: "ParallelSection") -> int:
+        """Number of EP groups in a pipeline stage."""
+        return parallel.edp
+
+    def degrees_text(self) -> str:
+        """Degrees besides ep and edp, for a title; empty without any."""
+        return ""

@@ -1,0 +1,192 @@
+"""The engine of Megatron-Core, and everything that it cannot express."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.engines.base import EngineSection
+from moe_dist.config.parallel_schema import ParallelSection
+from moe_dist.config.section import Ranks, Violation, WholeConfig
+
+KIND = "engine.kind=megatron"
+
+# Keys that must have a value of the tuple, and the reason. Each is a section or key of the whole configuration.
+NEEDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("run.init_rules", ((),), "weights of another run are loaded as they are"),
+    ("train.only", (None,), "all parameters are trained"),
+    ("train.frozen", (None,), "all parameters are trained"),
+    ("router_tuning", (None,), "router tuning needs this project's own engine"),
+    ("optimizer.kind", ("adamw",), "the optimizer is Megatron's Adam with decoupled weight decay"),
+    ("optimizer.backend", ("auto",), "Megatron chooses Transformer Engine's, Apex's or torch's"),
+    ("optimizer.moments", ("fp32",), "moments are fp32"),
+    ("loss.balance.scope", ("micro_batch",), "loads are those of a micro-batch"),
+    ("loss.distillation", (None,), "there is no teacher on pipeline stages"),
+    ("rank_balance.dealing", (False,), "sequences do not move between ranks"),
+    ("rank_balance.moving", (None,), "experts do not move between ranks"),
+    ("rank_balance.replicating", (None,), "experts have no replicas"),
+    ("parallel.data", ("ddp",), "data parallelism is Megatron's; engine.distributed_optimizer shards the optimizer"),
+    ("parallel.recompute", ("none", "experts"), "a layer recomputes its experts only"),
+    ("parallel.compile", (False,), "Megatron compiles what it compiles"),
+    ("parallel.kernels.kind", ("auto", "torch"), "rows are gathered by torch"),
+    ("parallel.loss_words", (None,), "the cross entropy is Megatron's, parallel over the vocabulary"),
+    (
+        "parallel.dispatch.kind",
+        ("all_to_all", "hierarchical", "static"),
+        "only all_to_all, hierarchical and static have been tried with this engine",
+    ),
+    ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
+    ("parallel.deterministic", (False,), "Megatron's kernels have not been checked for it"),
+    ("model.attention.kind", ("grouped_query",), "attention is grouped-query"),
+    ("model.rope_scaling", (None,), "rotary frequencies have no scaling"),
+    ("model.rope_dim", (None,), "whole heads are rotated"),
+    ("model.rope_pairs", ("halves",), "rotation is that of Llama"),
+    ("model.sliding_window", (None,), "a token sees its whole document"),
+    ("model.qk_norm", ("none",), "queries and keys have no norm"),
+    ("model.attention_bias", ("none",), "projections have no bias"),
+    ("model.tie_embeddings", (False,), "embedding and output are on different pipeline stages"),
+    ("model.attention_lora", (None,), "there are no adapters"),
+    ("model.mixture_of_depths", (None,), "every layer computes every token"),
+    ("model.moe.experts.kind", ("ffn",), "experts are SwiGLU"),
+    ("model.moe.capacity", (None,), "no token is dropped"),
+    ("model.moe.shortcut", (False,), "the experts' output is added in its own layer"),
+    ("monitor.profile", (None,), "steps are not profiled"),
+)
+
+
+class MegatronEngineSection(EngineSection):
+    """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
+    size is parallel.ep x parallel.edp as always. Experts are sharded over the ranks of a pipeline stage."""
+
+    kind: Literal["megatron"] = "megatron"
+    tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")
+    pp: Ranks = Field(default=1, description="Pipeline stages.")
+    vpp: PositiveInt = 1
+    """Parts of the model on each pipeline stage. Above 1 the schedule interleaves them, which shortens the idle time."""
+    cp: Ranks = Field(default=1, description="Ranks that share the positions of a sequence.")
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+    cpu_trial: bool = False
+    """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
+
+    needs_modules: ClassVar[tuple[str, ...]] = ("megatron",)
+    own_kernels: ClassVar[bool] = False
+    dense_text: ClassVar[str] = "divided by engine.tp and engine.pp"
+    source: ClassVar[str] = "pip install 'megatron-core>=0.16'"
+
+    def data_ranks(self, parallel: ParallelSection) -> int:
+        return max(1, parallel.ep * parallel.edp // (self.tp * self.pp * self.cp))
+
+    def data_ranks_text(self) -> str:
+        return "parallel.ep x parallel.edp / (engine.tp x engine.pp x engine.cp)"
+
+    def groups_of_stage(self, parallel: ParallelSection) -> int:
+        return parallel.edp // self.pp
+
+    def degrees_text(self) -> str:
+        vpp = f" x vpp {self.vpp}" if self.vpp > 1 else ""
+        return f"; tp {self.tp}, pp {self.pp}{vpp}, cp {self.cp}"
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from self._degrees(config)
+        yield from self._sizes(config)
+        yield from _needed(config)
+        for name, group in config.model.moe.groups.items():
+            for field in ("num_identity", "num_constant"):
+                key = f"model.moe.groups.{name}.{field}"
+                if count := getattr(group, field):
+                    yield Violation((key, "engine.kind"), f"{key}={count}: {KIND} has no zero-computation experts; set 0")
+        if config.model.moe.router.selection_scope == "ep_group" and self.tp * self.cp > 1:
+            problem = (
+                f"model.moe.router.scope=ep_group: {KIND}: with engine.tp={self.tp} and engine.cp={self.cp} an EP group "
+                "does not have the tokens of whole micro-batches; set scope=rank (the ranks that share sequences) or world"
+            )
+            yield Violation(("model.moe.router.scope", "engine.tp", "engine.cp"), problem)
+        device, needed = config.parallel.device, "cpu" if self.cpu_trial else "cuda"
+        if device != needed:
+            problem = (
+                f"parallel.device={device}: Megatron has no CPU path; set parallel.device=cuda, or for a trial on a CPU "
+                f"parallel.device=cpu and engine.cpu_trial=true (here {str(self.cpu_trial).lower()})"
+            )
+            yield Violation(("engine.cpu_trial", "parallel.device"), problem)
+
+    def _degrees(self, config: WholeConfig) -> Iterator[Violation]:
+        ep, edp = config.parallel.ep, config.parallel.edp
+        together = self.tp * self.pp * self.cp
+        if ep * edp % together:
+            problem = (
+                f"engine.tp={self.tp} x engine.pp={self.pp} x engine.cp={self.cp} = {together}: must divide the "
+                f"{ep * edp} ranks (parallel.ep={ep} x parallel.edp={edp}); lower a degree, or set parallel.edp to a "
+                f"multiple of {_least_factor(together, ep)}"
+            )
+            yield Violation(("engine.tp", "engine.pp", "engine.cp", "parallel.ep", "parallel.edp"), problem)
+        if edp % self.pp:
+            problem = (
+                f"parallel.edp={edp}: must be a multiple of engine.pp={self.pp}, since an EP group is inside a pipeline "
+                f"stage; set it to {edp + -edp % self.pp}, or lower engine.pp"
+            )
+            yield Violation(("parallel.edp", "engine.pp"), problem)
+        layers, stages = config.model.num_layers, self.pp * self.vpp
+        if layers % stages:
+            problem = (
+                f"model.num_layers={layers}: must be a multiple of engine.pp={self.pp} x engine.vpp={self.vpp} = {stages}, "
+                f"since every part of the pipeline has equally many; take {layers + -layers % stages}, or other degrees"
+            )
+            yield Violation(("model.num_layers", "engine.pp", "engine.vpp"), problem)
+        if self.vpp > 1 and self.pp == 1:
+            problem = f"engine.vpp={self.vpp}: there is no pipeline with engine.pp=1; set vpp to 1, or raise pp"
+            yield Violation(("engine.vpp", "engine.pp"), problem)
+        times = config.train.global_batch // (config.train.micro_batch * self.data_ranks(config.parallel))
+        if self.vpp > 1 and times % self.pp:
+            problem = (
+                f"engine.vpp={self.vpp}: the interleaved schedule needs a multiple of engine.pp={self.pp} micro-batches, "
+                f"but train.global_batch={config.train.global_batch} gives {times}; change it, or set engine.vpp=1"
+            )
+            yield Violation(("engine.vpp", "engine.pp", "train.global_batch", "train.micro_batch"), problem)
+
+    def _sizes(self, config: WholeConfig) -> Iterator[Violation]:
+        model, tp = config.model, self.tp
+        for key, size in (
+            ("model.num_heads", model.num_heads),
+            ("model.num_kv_heads", model.num_kv_heads),
+            ("model.vocab_size", model.vocab_size),
+            ("model.dense_ffn_dim", model.dense_ffn_dim or 0),
+            ("model.moe.shared_ffn_dim", model.moe.shared_ffn_dim),
+        ):
+            if size % tp:
+                problem = (
+                    f"{key}={size}: must be a multiple of engine.tp={tp}; take {size + -size % tp}, or lower engine.tp"
+                )
+                yield Violation((key, "engine.tp"), problem)
+        pieces = tp * (2 * self.cp if self.cp > 1 else 1)
+        if config.data.seq_len % pieces:
+            length = config.data.seq_len
+            problem = (
+                f"data.seq_len={length}: must be a multiple of {pieces} with engine.tp={tp} and engine.cp={self.cp} (each "
+                f"context-parallel rank has two pieces of a sequence, each tensor-parallel rank a part); take "
+                f"{length + -length % pieces}, or lower the degrees"
+            )
+            yield Violation(("data.seq_len", "engine.tp", "engine.cp"), problem)
+
+
+def _least_factor(together: int, ep: int) -> int:
+    """The least number that `edp` must be a multiple of so that `together` divides ep x edp."""
+    return next(edp for edp in range(1, together + 1) if ep * edp % together == 0)
+
+
+def _needed(config: WholeConfig) -> Iterator[Violation]:
+    for key, allowed, reason in NEEDED:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, allowed[0])  # another kind of a section may lack the key
+        if value not in allowed:
+            problem = f"{key}={_text(value)}: {KIND}: {reason}; set {key}={_text(allowed[0])}, or engine.kind=moe_dist"
+            yield Violation((key, "engine.kind"), problem)
+
+
+def _text(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    return value if isinstance(value, str) else json.dumps(value, default=lambda section: section.model_dump(mode="json"))

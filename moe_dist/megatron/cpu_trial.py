@@ -1,0 +1,160 @@
+"""Runs megatron-core on CPU and gloo, for trials (engine.cpu_trial), measurements and tests, with stand-ins for CUDA's
+functions.
+
+    with megatron_on_cpu(), model_parallel(ep=2):
+        ...                                       # Megatron builds, computes and communicates on CPU tensors
+
+megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
+compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
+restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile stay
+uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """An attribute `name` of `owner` that has the value `value` inside the context."""
+
+    where: str  # dotted name of the attribute, for people to read
+    owner: Any
+    name: str
+    value: Any
+
+
+class Idle:
+    """Replaces CUDA streams and CUDA events. A CPU works in order, so streams never wait and events are complete."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "Idle":
+        return self
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Idle()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a tensor constructor such as `torch.empty`. With the wrapper, `device="cuda..."` allocates on the CPU."""
+
+    def constructor(*arguments: Any, **options: Any) -> Any:
+        if "cuda" in str(options.get("device")):
+            options["device"] = CPU
+        options.pop("pin_memory", None)  # there is no other memory to copy to
+        return make(*arguments, **options)
+
+    return constructor
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """Stands in for `torch.compile`: returns the function uncompiled or, without a function, a decorator that does."""
+    return function or (lambda decorated: decorated)
+
+
+def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `Tensor.type()` return "torch.cuda.FloatTensor", because Megatron's optimizers compare with that name."""
+
+    def type_of(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        answer = original(self, *arguments, **options)
+        return answer if arguments or options else answer.replace("torch.", "torch.cuda.", 1)
+
+    return type_of
+
+
+def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Converts split sizes to numpy if asked. Megatron's own `maybe_move_tensor_to_cpu` does not convert CPU tensors."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def cuda_replacements() -> Sequence[Replacement]:
+    """Lists the attributes of torch that are replaced."""
+    stream = Idle()
+    cuda: dict[str, Any] = {
+        "current_device": _returning(CPU),
+        "current_stream": _returning(stream),
+        "default_stream": _returning(stream),
+        "stream": _returning(contextlib.nullcontext()),
+        "set_stream": _returning(None),
+        "set_device": _returning(None),
+        "synchronize": _returning(None),
+        "empty_cache": _returning(None),
+        "is_current_stream_capturing": _returning(False),
+        "memory_allocated": _returning(0),
+        "max_memory_allocated": _returning(0),
+        "get_device_capability": _returning((0, 0)),
+        "get_device_properties": _returning(
+            SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1)
+        ),
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "Stream": Idle,
+        "Event": Idle,
+        **{name: getattr(torch, name) for name in ("FloatTensor", "IntTensor", "LongTensor")},
+    }
+    constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand",
+                    "randn")  # fmt: skip
+    return [
+        *(Replacement(f"torch.cuda.{name}", torch.cuda, name, value) for name, value in cuda.items()),
+        *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
+        # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
+        Replacement("torch.compile", torch, "compile", _uncompiled),
+        Replacement("torch.Stream", torch, "Stream", Idle),
+        Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
+        Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
+        Replacement("torch.nn.Module.cuda", torch.nn.Module, "cuda", lambda self, *_, **__: self),
+    ]
+
+
+def megatron_replacements() -> Sequence[Replacement]:
+    """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before."""
+    core = "megatron.core"
+    random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
+    dispatchers = f"{core}.transformer.moe.token_dispatcher"
+    values = [
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (dispatchers, "maybe_move_tensor_to_cpu", _stay),
+        # 0.16.1 defines this name only with TransformerEngine, but reads it in every router.
+        (moe, "te_general_gemm", getattr(importlib.import_module(moe), "te_general_gemm", None)),
+    ]
+    return [Replacement(f"{owner}.{name}", importlib.import_module(owner), name, value) for owner, name, value in values]
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
+    """Lets megatron-core be imported, built and run on the CPU inside the context; yields the replacements."""
+    replaced: list[Replacement] = []
+    with contextlib.ExitStack() as stack:
+        for replacements in (cuda_replacements, megatron_replacements):
+            for each in replacements():
+                stack.enter_context(mock.patch.object(each.owner, each.name, each.value, create=True))
+                replaced.append(each)
+        yield replaced

@@ -1,0 +1,275 @@
+"""Makes Megatron's GPTModel, DDP and optimizer from the configuration of a run (engine.kind=megatron).
+
+Weights and steps equal those of this project's own engine: the same values drawn by logical name, the same decay, the loss
+of a step summed over ranks and micro-batches (Megatron's per-token loss, whose division is left out).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dist.config.parallel_schema import ExplicitSection
+from moe_dist.config.schema import Config
+from moe_dist.megatron.core_attention import DocumentAttention
+from moe_dist.megatron.decoder_layer import decoder_layer_spec
+from moe_dist.megatron.layer_watch import LayerWatch
+from moe_dist.megatron.plain_layers import PLAIN
+from moe_dist.megatron.settings import ExpertSettings
+from moe_dist.megatron.tensors import Piece, Place, pieces
+from moe_dist.model.layers import RMSNorm
+from moe_dist.placement.placement import ExpertPlacement
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules, by parallel.recompute
+NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"
+Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
+
+
+class Norm(RMSNorm):
+    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums the weight's gradient over
+    TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Returns Megatron's configuration of the model and its ranks."""
+    model, parallel = config.model, config.parallel
+    engine: Any = config.engine
+    moe, dtype = model.moe, DTYPES[parallel.precision]
+    granularity, modules = RECOMPUTE[parallel.recompute]
+    first = next(iter(moe.groups.values()))
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_dim,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.resolved_head_dim,
+        ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
+        num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
+        moe_router_topk=first.top_k,  # this and the width only count FLOPs in Megatron
+        moe_ffn_hidden_size=first.ffn_dim,
+        moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
+        moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
+        moe_shared_expert_gate=moe.shared_gate,
+        moe_router_load_balancing_type="none",  # the training step adds the auxiliary terms
+        moe_token_dispatcher_type="alltoall",
+        tensor_model_parallel_size=engine.tp,
+        pipeline_model_parallel_size=engine.pp,
+        virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
+        context_parallel_size=engine.cp,
+        # Interleaved on two stages, a batch would have two sends between the same two ranks, and a receive could take the
+        # wrong one.
+        overlap_p2p_comm=engine.vpp > 1,
+        batch_p2p_comm=engine.vpp == 1,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=engine.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=parallel.precision == "bf16",
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        transformer_impl="local",
+        **PLAIN,
+        use_cpu_initialization=engine.cpu_trial,
+        recompute_granularity=granularity,
+        recompute_modules=modules,
+        moe_grouped_gemm=modules is not None,  # Megatron asks for it with moe_act; the layer does not read it
+        calculate_per_token_loss=True,  # Megatron adds up losses over ranks and micro-batches
+        finalize_model_grads_func=_finalise,  # does not divide losses by Megatron's token count
+    )
+
+
+def _finalise(chunks: list[Any], _: Tensor | None, **options: Any) -> None:
+    finalize_model_grads(chunks, None, **options)
+
+
+def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSettings:
+    """Returns the layers' settings. A token's modality id is the index of its expert group."""
+    parallel, moe = config.parallel, config.model.moe
+    return ExpertSettings.model_construct(
+        groups={name: group.model_copy(update={"modalities": ()}) for name, group in moe.groups.items()},
+        router=moe.router,
+        placement=_explicit(placement),
+        expert_pair_budget=parallel.expert_pair_budget,
+        expert_gemm=parallel.expert_gemm,
+    )
+
+
+class Gpt:
+    """The parts of the model on this rank: one, or with an interleaved pipeline several (chunks), in Megatron's DDP.
+
+    Args:
+        watch: Sees each MoE layer.
+        initial: Returns the whole initial value of a logical tensor, fp32 on the host. Its arguments are a part of the
+            model, the parameter's name in it, and the tensor's logical name and shape.
+        decays: Tells by logical name and shape whether weight decay shrinks a tensor.
+
+    Attributes:
+        chunks: The parts, wrapped for data parallelism, in the order of their layers.
+        groups: Megatron's process groups.
+        place: The rank's place, by which parameters have logical names.
+        routers: The router of each MoE layer of this rank, by index of the layer.
+        last_stage: Whether this rank has the last part of the model, and so the losses.
+        tp_mesh: Megatron's group of tensor-parallel ranks as a mesh, on the device of a checkpoint's tensors.
+        distributed: Whether the optimizer's state is sharded over data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        placement: ExpertPlacement,
+        watch: LayerWatch,
+        *,
+        initial: Initial,
+        decays: Callable[[str, tuple[int, ...]], bool],
+    ) -> None:
+        self.config, self.megatron = config, transformer_config(config)
+        self._engine: Any = config.engine
+        self.distributed = self._engine.distributed_optimizer
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        watch.every_rank = self.groups.tp_dp_cp
+        self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        host = self._engine.cpu_trial or self.distributed  # sharded state is gathered into host memory
+        self.tp_mesh = DeviceMesh.from_group(self.groups.tp, "cpu" if host else "cuda")
+        model = config.model
+        self.place = Place(
+            num_kv_heads=model.num_kv_heads,
+            queries_per_kv=model.num_heads // model.num_kv_heads,
+            head_dim=model.resolved_head_dim,
+            placement=placement,
+            ep_rank=self.groups.ep.rank(),
+            tp_rank=self.groups.tp.rank(),
+            tp_size=self.groups.tp.size(),
+        )
+        settings = expert_settings(config, placement)
+        stages: Sequence[int | None] = range(self._engine.vpp) if self._engine.vpp > 1 else [None]
+        models = [self._chunk(settings, stage, watch) for stage in stages]
+        self._first_layers = [get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank()) for stage in stages]
+        self._names = [[name for name, _ in each.named_parameters()] for each in models]
+        self._initialise(models, initial, decays)
+        wrapped = [Float16Module(self.megatron, each) if self.megatron.bf16 else each for each in models]
+        self.routers = watch.routers
+        for router in self.routers.values():
+            with next(router.parameters()).device:
+                router.reset_buffers()  # pyright: ignore[reportCallIssue]: Float16Module has made them bf16
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=self.distributed,
+            check_for_nan_in_grad=False,  # the training step skips such a step on all ranks
+        )
+        self.chunks = [
+            DistributedDataParallel(self.megatron, ddp, each, disable_bucketing=number > 0)
+            for number, each in enumerate(wrapped)
+        ]
+
+    def _chunk(self, settings: ExpertSettings, stage: int | None, watch: LayerWatch) -> GPTModel:
+        model = self.config.model
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        chunk = GPTModel(
+            config=self.megatron,
+            transformer_layer_spec=self._block(settings, stage, watch),  # pyright: ignore[reportArgumentType]
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_seq_len,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,  # pyright: ignore[reportArgumentType]
+            share_embeddings_and_output_weights=False,
+            vp_stage=stage,
+        )
+        return chunk if self._engine.cpu_trial else chunk.cuda()
+
+    def _block(self, settings: ExpertSettings, stage: int | None, watch: LayerWatch) -> TransformerBlockSubmodules:
+        stock: Any = get_gpt_decoder_layer_specs(self.megatron, use_transformer_engine=False, normalization="RMSNorm")
+        first = get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank())
+        count = self.megatron.num_layers // (self._engine.pp * self._engine.vpp)
+        spec = decoder_layer_spec(settings)
+        layers = []
+        for layer in stock[first : first + count]:
+            attention = layer.submodules.self_attention
+            inside = replace(attention.submodules, core_attention=DocumentAttention)
+            parts = replace(
+                layer.submodules,
+                self_attention=replace(attention, submodules=inside),
+                input_layernorm=Norm,
+                pre_mlp_layernorm=Norm,
+            )
+            layers.append(ModuleSpec(spec.module, {**spec.params, "watch": watch}, parts))
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
+
+    def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
+        """Returns the logical tensors of a parameter, or of a moment of it, of the part `chunk` of the model."""
+        first, layers = self._first_layers[chunk], self.config.model.moe_layers
+        return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
+
+    def parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Yields the part of the model, Megatron's name, and each parameter that has elements on this rank."""
+        for number, (names, chunk) in enumerate(zip(self._names, self.chunks, strict=True)):
+            for name, parameter in zip(names, chunk.parameters(), strict=True):
+                if parameter.numel():
+                    yield number, name, parameter
+
+    @torch.no_grad()
+    def _initialise(
+        self,
+        models: Sequence[GPTModel],
+        initial: Initial,
+        decays: Callable[[str, tuple[int, ...]], bool],
+    ) -> None:
+        """Sets every weight, and marks those that do not decay."""
+        place = self.place
+        for chunk, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                for piece in self.pieces(chunk, name, parameter) if parameter.numel() else ():
+                    whole = initial(model, name, piece.name, piece.whole_shape(place.tp_size))
+                    piece.set(whole if piece.dim is None else whole.chunk(place.tp_size, piece.dim)[place.tp_rank])
+                    setattr(parameter, NO_DECAY_ATTRIBUTE, not decays(piece.name, piece.shape))
+
+    def optimizer(self) -> Any:
+        """Makes Megatron's optimizer of `chunks`; call it once. Its groups have their final weight decay, and the training
+        step sets their learning rate."""
+        section = self.config.optimizer
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.betas[0],
+            adam_beta2=section.betas[1],
+            adam_eps=section.eps,
+            clip_grad=section.clip_norm or 0.0,
+            bf16=self.megatron.bf16,
+            params_dtype=self.megatron.params_dtype,
+            use_distributed_optimizer=self.distributed,
+        )
+        overrides: Any = {ParamKey(attr=NO_DECAY_ATTRIBUTE): {"wd_mult": 0.0}}
+        optimizer = get_megatron_optimizer(settings, list(self.chunks), config_overrides=overrides)
+        for group in optimizer.param_groups:  # Megatron's scheduler, which would do this, is not used
+            group["weight_decay"] = section.weight_decay * group["wd_mult"]
+        return optimizer
+
+
+def _explicit(placement: ExpertPlacement) -> ExplicitSection:
+    """Returns the section that lists the experts of each rank of a placement."""
+    return ExplicitSection(slots=tuple(tuple(placement.name_of(expert) for expert in each) for each in placement.slots))

@@ -1,0 +1,155 @@
+"""Watches every MoE layer of the model: adds the auxiliary terms of a training step to the layers' backward, and sums the
+layers' reports over the step's micro-batches.
+
+Shape letters: L MoE layers of the whole model, C choice columns, G groups, E true experts, T tokens of this rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor, nn
+
+from moe_dist.comm.collectives import CommStats, sum_over
+from moe_dist.comm.names import ROUTING_COUNTS
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.schema import Config
+from moe_dist.moe.dispatch.interface import Dispatcher
+from moe_dist.moe.losses import AuxSettings, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.routing import NO_REQUEST, ChoiceSums, ChosenColumns, LayerReport, RouterSums, RoutingRequest
+from moe_dist.placement.placement import ExpertPlacement
+
+
+class LayerWatch:
+    """Adds the functions of an engine to all MoE layers of this rank.
+
+    Args:
+        config: Configuration of the run.
+        tracker: Tracks the collectives of all layers for the watchdog.
+        make_router: Makes the router of the layer with an index.
+        comm_stats: Counts bytes and seconds of the exchanges of all layers.
+        dispatcher: That of all layers.
+
+    Attributes:
+        coefficients: Those of the step; None in evaluation.
+        routers: The router of each MoE layer of this rank, by index of the layer.
+        request: What the routers get with the current micro-batch.
+        chosen: For each micro-batch by number and each layer: index of each token in the micro-batch [T], and choices. Has
+            the micro-batches whose request asks for choices.
+        static: Whether exchanges have fixed sizes, so that the host does not know the numbers of rows.
+        every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. `Gpt` sets it.
+    """
+
+    every_rank: dist.ProcessGroup
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        config: Config,
+        device: torch.device,
+        make_router: Callable[[int], nn.Module],
+        tracker: CollectiveTracker,
+        comm_stats: CommStats,
+        dispatcher: Dispatcher[Any],
+    ) -> None:
+        self._make_router, self.tracker = make_router, tracker
+        self.routers: dict[int, nn.Module] = {}
+        self._placement, self._layers, self._device = placement, config.model.moe_layers, device
+        self._experts_choose, self.static = config.model.moe.router.experts_choose, config.parallel.dispatch.static
+        self._tables = ColumnTables.on(placement.groups, device)
+        self.coefficients: AuxSettings | None = None
+        self.comm_stats, self.dispatcher = comm_stats, dispatcher
+        self.request = NO_REQUEST
+        self.chosen: dict[int, dict[int, tuple[Tensor, ChosenColumns]]] = defaultdict(dict)
+        self._reports: dict[int, list[LayerReport]] = defaultdict(list)
+        self._terms: list[Tensor] = []  # [balance, z] of a layer and micro-batch
+
+    def make_router(self, layer: int) -> nn.Module:
+        """Makes and keeps the router of a layer of this rank."""
+        self.routers[layer] = self._make_router(layer)
+        return self.routers[layer]
+
+    def begin(self, number: int, share: Tensor, request: RoutingRequest) -> None:
+        """Begins the forward of a micro-batch in one part of the model.
+
+        Args:
+            number: Of the micro-batch in the step.
+            share: Weight of the micro-batch in the step, 0-d.
+            request: Has the index in the micro-batch of each token of this rank.
+        """
+        self._number, self._share, self.request = number, share, request
+
+    def __call__(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
+        """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms. Costs one all-reduce in training,
+        unless both coefficients are 0."""
+        sums = report.sums
+        self._reports[layer].append(_detached(report))
+        if report.chosen is not None:
+            assert self.request.token_T is not None
+            self.chosen[self._number][layer] = (self.request.token_T, report.chosen)
+        aux = self.coefficients
+        if aux is None or not (aux.balance or aux.z):
+            return y_TD
+        columns = len(sums.choices_C)
+        # As in this project's own engine a rank divides its sums by counts of the micro-batch over all ranks.
+        local = torch.cat([sums.choices_C, sums.tokens_G]).to(torch.float64)
+        counts = sum_over(local, self.every_rank, name=ROUTING_COUNTS, tracker=self.tracker)[None]
+        choices_LC, tokens_LG = counts[:, :columns], counts[:, columns:]
+        balance_LG = balance_terms(
+            sums.prob_C[None], choices_LC, tokens_LG, self._tables, kind=aux.kind, null_weight_G=aux.null_weight_G
+        )
+        balance = aux.balance * self._share * balance_LG.sum()
+        z = aux.z * self._share * z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
+        self._terms.append(torch.stack([balance.detach(), z.detach()]).to(torch.float64))
+        return MoEAuxLossAutoScaler.apply(y_TD, (balance + z).to(torch.float32))  # pyright: ignore[reportReturnType]
+
+    def take(self) -> tuple[list[LayerReport], Tensor]:
+        """Returns the sums since the last call, and clears them: one report for each MoE layer of the model, summed over
+        micro-batches (zeros for layers of other stages), and the sums of balance and z terms, float64 [2]."""
+        found = [_sum(self._reports[layer]) if self._reports[layer] else self._nothing() for layer in self._layers]
+        terms = torch.stack(self._terms).sum(0) if self._terms else torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._reports.clear()
+        self._terms.clear()
+        return found, terms
+
+    def _nothing(self) -> LayerReport:
+        groups = self._placement.groups
+        columns, experts = sum(group.num_columns for group in groups), self._placement.num_experts
+
+        def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=self._device)
+
+        real_C, real_E, real_G = (zeros(size, torch.float64) for size in (columns, experts, len(groups)))
+        choice = ChoiceSums(real_E, real_E, real_G) if self._experts_choose else None
+        sums = RouterSums(zeros(columns), real_C, zeros(len(groups)), real_G, real_G, zeros(experts), choice)
+        return LayerReport(sums, 0, 0, 0, zeros(5) if self.static else None)
+
+
+def _detached(report: LayerReport) -> LayerReport:
+    sums = report.sums
+    return LayerReport(
+        sums._replace(prob_C=sums.prob_C.detach(), log_z_squared_G=sums.log_z_squared_G.detach()),
+        report.rows_remote,
+        report.pairs,
+        report.pairs_remote,
+        report.sent_5,
+    )
+
+
+def _sum(reports: Sequence[LayerReport]) -> LayerReport:
+    """Sums the reports of one layer, field by field."""
+    sums = RouterSums(*_added(report.sums[:6] for report in reports))  # pyright: ignore[reportArgumentType]
+    choices = [each.sums.choice for each in reports if each.sums.choice is not None]
+    if choices:
+        sums = sums._replace(choice=ChoiceSums(*_added(choices)))
+    rows = [(each.rows_remote, each.pairs, each.pairs_remote) for each in reports]
+    sent = [(each.sent_5,) for each in reports if each.sent_5 is not None]
+    numbers = (sum(column) for column in zip(*rows, strict=True))
+    return LayerReport(sums, *numbers, sent_5=_added(sent)[0] if sent else None)  # pyright: ignore
+
+
+def _added(rows: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(parts).sum(0) for parts in zip(*rows, strict=True)]

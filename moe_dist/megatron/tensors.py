@@ -1,0 +1,127 @@
+"""Maps each parameter of Megatron's GPTModel to the parts of logical tensors that it holds.
+
+Megatron joins queries, keys and values, and gate and up, in one matrix each, numbers the layers of a pipeline stage from 0,
+and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do not depend on any
+of this (`moe_dist.placement.roles`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import logical_name
+
+
+@dataclass(frozen=True)
+class Place:
+    """The sizes of the model, and this rank's place in it."""
+
+    num_kv_heads: int
+    queries_per_kv: int
+    head_dim: int
+    placement: ExpertPlacement
+    ep_rank: int
+    tp_rank: int
+    tp_size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a local tensor.
+
+    Attributes:
+        name: Logical name.
+        view: The part, sharing the memory of the local tensor. Its elements are those of `shape` in order, but its shape
+            may have more dimensions.
+        shape: Shape of this rank's part of the logical tensor.
+        dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has all of it.
+        expert: True for a tensor of one expert, which the ranks with the same experts hold.
+    """
+
+    name: str
+    view: Tensor
+    shape: tuple[int, ...]
+    dim: int | None = None
+    expert: bool = False
+
+    def whole_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Shape of the whole logical tensor."""
+        return tuple(size * tp_size if at == self.dim else size for at, size in enumerate(self.shape))
+
+    @torch.no_grad()
+    def set(self, local: Tensor) -> None:
+        """Copies this rank's part of the logical tensor into the local tensor."""
+        self.view.copy_(local.reshape(self.view.shape))
+
+    def get(self) -> Tensor:
+        """Returns a copy of this rank's part of the logical tensor."""
+        return self.view.detach().clone().reshape(self.shape)
+
+
+# Megatron's names inside a layer of parameters that are one logical tensor: logical name and the dimension that is cut.
+_SINGLE: Mapping[str, tuple[str, int | None]] = {
+    "self_attention.linear_proj.weight": ("attention.o.weight", 1),
+    "input_layernorm.weight": ("attention.norm.weight", None),
+    "mlp.linear_fc2.weight": ("ffn.down.weight", 1),
+    "mlp.moe.shared.linear_fc2.weight": ("moe.shared.down.weight", 1),
+    "mlp.moe.shared.gate_weight": ("moe.shared.scale.weight", None),
+}
+_GATE_AND_UP = {"mlp.linear_fc1.weight": "ffn", "mlp.moe.shared.linear_fc1.weight": "moe.shared"}
+_OUTSIDE: Mapping[str, tuple[str, int | None]] = {
+    "embedding.word_embeddings.weight": ("embedding.weight", 0),
+    "decoder.final_layernorm.weight": ("norm.weight", None),
+    "output_layer.weight": ("output.weight", 0),
+}
+_NORM_OF_FFN = "pre_mlp_layernorm.weight"
+_ROUTER, _EXPERTS = "mlp.moe.router.", "mlp.moe.experts."
+
+
+def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int, moe_layers: tuple[int, ...]) -> Iterator[Piece]:
+    """Yields the pieces of the parameter `name` of a GPTModel, whose values (or moments) are `tensor`.
+
+    Args:
+        first_layer: Index of the first layer of this part of the model.
+    """
+    if name in _OUTSIDE:
+        logical, dim = _OUTSIDE[name]
+        yield Piece(logical, tensor, tuple(tensor.shape), dim)
+        return
+    number, _, inside = name.removeprefix("decoder.layers.").partition(".")
+    layer = first_layer + int(number)
+    for piece in _in_layer(inside, tensor, place, experts=layer in moe_layers):
+        yield Piece(f"layers.{layer}.{piece.name}", piece.view, piece.shape, piece.dim, piece.expert)
+
+
+def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iterator[Piece]:
+    if name in _SINGLE:
+        logical, dim = _SINGLE[name]
+        yield Piece(logical, tensor, tuple(tensor.shape), dim)
+    elif name == _NORM_OF_FFN:
+        yield Piece("moe.norm.weight" if experts else "ffn.norm.weight", tensor, tuple(tensor.shape))
+    elif name in _GATE_AND_UP:
+        for part, view in zip(("gate", "up"), tensor.chunk(2), strict=True):
+            yield Piece(f"{_GATE_AND_UP[name]}.{part}.weight", view, tuple(view.shape), 0)
+    elif name == "self_attention.linear_qkv.weight":
+        yield from _attention(tensor, place)
+    elif name.startswith(_ROUTER):
+        yield Piece(f"moe.router.{logical_name(name.removeprefix(_ROUTER))}", tensor, tuple(tensor.shape))
+    elif name.startswith(_EXPERTS):
+        group_name, _, leaf = logical_name(name.removeprefix(_EXPERTS)).rpartition(".")
+        group = next(group for group in place.placement.groups if group.name == group_name)
+        for slot, expert in enumerate(place.placement.local_experts(place.ep_rank, group)):
+            stem = f"moe.experts.{group_name}.{expert - group.first_expert}.{leaf}"
+            yield Piece(stem, tensor[slot], tuple(tensor.shape[1:]), expert=True)
+    else:
+        raise AssertionError(f"{name}: no logical tensor is known for this parameter of Megatron")
+
+
+def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
+    """Megatron has the rows of a key-value head's queries, then its key, then its value, head after head."""
+    heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
+    split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
+    parts = split.split([place.queries_per_kv, 1, 1], dim=1)
+    for name, view in zip("qkv", parts, strict=True):
+        yield Piece(f"attention.{name}.weight", view, (view.shape[0] * view.shape[1] * view.shape[2], width), 0)

@@ -1,0 +1,116 @@
+"""The same run by both engines: its configuration, and the losses of its steps on one world of ranks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.config.schema import Config
+from moe_dist.monitor.statistics import StepResult
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.preflight import check
+from moe_dist.train.build import Training, TrainingPlan, build_loader, build_plan
+from moe_dist.train.engines import started_engine
+from moe_dist.train.tracing import StepWatcher
+from tests.support.tiny import tiny_config
+from tests.support.worlds import RankContext
+
+STEPS = 20
+CHANGES: Mapping[str, Any] = {
+    "train.steps": STEPS,
+    "train.global_batch": 8,
+    "train.micro_batch": 2,
+    "model.num_layers": 4,
+    "model.moe.every": 2,
+    "model.moe.first": 1,
+    "model.dense_ffn_dim": 24,
+    "model.moe.shared_ffn_dim": 8,
+    "model.moe.shared_gate": True,
+    "model.init_std": 0.1,
+    "loss.z": 1e-3,
+    "optimizer.eps": 1e-5,  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+    "placement": {"policy": "interleaved"},
+    "evaluation.balance_efficiency": False,
+    "evaluation.ablate_experts": False,
+}
+
+
+def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) -> Config:
+    """The run with `changes` by dotted key."""
+    return tiny_config(Path(data), Path(root), {**CHANGES, **changes})
+
+
+def megatron(**engine: Any) -> dict[str, Any]:
+    """The change that selects Megatron-Core on a CPU."""
+    return {"engine": {"kind": "megatron", "cpu_trial": True, **engine}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is built and has taken no step."""
+
+    config: Config
+    mesh: Mesh
+    placement: ExpertPlacement
+    training: Training
+    loader: Any
+    plan: TrainingPlan
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        model: Any = self.training.parallel.model
+        for chunk in model.gpt.chunks if hasattr(model, "gpt") else [model]:
+            yield from chunk.parameters()
+
+
+@contextmanager
+def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
+    """Builds a run on all ranks of this world, by the engine that `changes` name."""
+    torch.set_num_threads(1)
+    config = config_of(data, rank.folder, changes)
+    checked = check(config, world_size=rank.world_size)
+    mesh = make_mesh(
+        ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=config.parallel.dispatch.node_size
+    )
+    with started_engine(config) as build:
+        training = build(config, checked.manifest, checked.placement, mesh)
+        reader, readers = training.parallel.reader
+        loader = build_loader(config, checked.manifest, rank=reader, world_size=readers)
+        plan = build_plan(config, checked.manifest, checked.placement)
+        yield Run(config, mesh, checked.placement, training, loader, plan)
+
+
+def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[StepResult]:
+    """Takes the steps from `first` to before `last`, which the watchers see."""
+    results = []
+    for step in range(first, last):
+        batches = run.loader.batches(step * run.config.train.global_batch)
+        options: dict[str, Any] = {"lr": run.plan.lr(step), "aux": run.plan.aux(step), "number": step}
+        results.append(run.training.step(batches, watchers=watchers, **options))
+    return results
+
+
+def take_steps(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[dict[str, Any]]:
+    """Takes the steps from `first` to before `last`, which the watchers see; returns what each reports."""
+    return [
+        {
+            "loss": float(result.nll_M.sum() / result.labels_M.sum()),
+            "norm": result.grad_norm,
+            "balance": result.balance,
+            "z": result.z,
+            "tokens": result.tokens,
+            "labels": result.labels_M.tolist(),
+            "choices": result.counts.choices_LC,
+            "rows": result.ledger,
+        }
+        for result in step_results(run, first, last, watchers)
+    ]
+
+
+def losses(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each step of a run reports."""
+    with started_run(rank, data, changes) as run:
+        return take_steps(run, 0, run.config.train.steps)
