@@ -5,7 +5,10 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-_NEAR = 0.75  # similarity of names, as difflib counts it, from which one may be meant for the other
+from moe_dist import __version__
+
+VERSION = __version__  # version of this package; other rooms import it from here
+_NEAR = 0.75  # least similarity (difflib's ratio) of a name that an error text proposes
 
 
 def source_root() -> Path:

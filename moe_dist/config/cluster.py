@@ -4,7 +4,7 @@ settings, so a run may continue at another site.
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
-are quoted. But `prelude` is shell code, so a cluster file can do all that a script can: read a file before you use it."""
+are quoted. But `prelude` is shell code, so a cluster file can do all that a script can: read it before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.bundled import find_config, source_root
+from moe_dist.config.kubernetes import KubernetesSection
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.yaml_text import read_mapping
@@ -112,13 +113,16 @@ class Cluster(Section):
     cpus_per_rank: PositiveInt | None = None
     """CPU cores that each rank requests. null: the site's default."""
     between_gbytes: PositiveFloat | None = None
-    """GB/s that each GPU sends to GPUs of other nodes, for `moe-dist plan`. null: not known."""
+    """Rate in GB/s at which each GPU can send to GPUs of other nodes, for `moe-dist plan`. null: not known."""
     interface: SiteName | None = None
     """Network interface that gloo and NCCL use. null: gloo and NCCL choose."""
     nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)
     """Environment variables of NCCL, each with its value and reason."""
     prelude: tuple[Line, ...] = ()
     """Shell lines that run before Python starts, as `module load cuda` or `conda activate x`."""
+    kubernetes: KubernetesSection = Field(
+        default_factory=KubernetesSection, description="Image, volumes and labels of a site that runs Kubernetes."
+    )
     python: PathText | None = None
     """Python interpreter on the nodes. null: the interpreter in the clone's .venv if there is one, else python3."""
     container: ContainerSection = Field(default_factory=NoContainer, description="Container in which the ranks run.")

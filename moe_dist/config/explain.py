@@ -29,7 +29,7 @@ def explain(key: str = "") -> RenderableType:
     for each in found:
         card = Table.grid(padding=(0, 2))
         card.add_row("key", Text(each.path + (f"  ({each.variant})" if each.variant else ""), style="bold"))
-        for label, text in zip(("type", "default", "meaning"), _row(each), strict=True):
+        for label, text in zip(("type", "default", "meaning"), meaning_of(each), strict=True):
             if text:
                 card.add_row(label, Text(text))
         parts += [card, ""]
@@ -70,10 +70,11 @@ def _section(key: Key) -> RenderableType:
 
 def _add_rows(table: Table, keys: list[Key]) -> None:
     for key in keys:
-        table.add_row(Text(key.path), *(Text(text) for text in _row(key)))
+        table.add_row(Text(key.path), *(Text(text) for text in meaning_of(key)))
 
 
-def _row(key: Key) -> tuple[str, str, str]:
+def meaning_of(key: Key) -> tuple[str, str, str]:
+    """Returns the type, default and meaning of a key."""
     meaning = key.field.description if key.field and key.field.description else ""
     if not meaning and len(key.sections) == 1:
         meaning = _doc(next(iter(key.sections.values())))

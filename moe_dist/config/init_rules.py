@@ -9,7 +9,7 @@ from moe_dist.config.split_experts_rule import split_experts_violations
 from moe_dist.config.split_rule import split_violations
 
 KEY = "run.init_rules"
-# Rules that go with no other rule: their checks, and why.
+# Rules that cannot be combined with other rules: their checks, and the reasons.
 _ALONE = {
     "split": (split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),

@@ -27,7 +27,7 @@ _PATTERNS = {
 class Key:
     """One key, or section, of a schema."""
 
-    path: str  # dotted path, with NAME and ITEM
+    path: str  # dotted path, with NAME for keys of mappings and ITEM for list indices
     annotation: Any  # type of the value
     field: FieldInfo | None  # None for an element of a mapping or list
     variant: str = ""  # kind of the section that has the key, such as 'kind: wsd'; empty if the section has no kinds
@@ -50,7 +50,7 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """Returns the key by which a section says its kind, such as `kind`: the key's type is a Literal of one text. Returns
+    """Returns the key with the kind of a section, such as `kind` or `policy`: its type is a Literal of one text. Returns
     None if the section has no such key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
@@ -59,7 +59,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Returns the section classes of a type by tag (the value of `tag_key`); {'': class} for a single class, else {}."""
+    """Returns the section classes of a type by the value of `tag_key`; {'': class} for a single class, {} for none."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -186,6 +186,7 @@ def _bounds(metadata: tuple[Any, ...], *, whole: bool) -> str:
     if whole and "gt" in bounds:
         bounds["ge"] = bounds.pop("gt") + 1
     if {"ge", "le"} <= bounds.keys():
-        return f" from {bounds['ge']:g} to {bounds['le']:g}"
+        form = ",d" if whole else "g"
+        return f" from {bounds['ge']:{form}} to {bounds['le']:{form}}"
     words = {"gt": "above {:g}", "ge": "{:g} or more", "lt": "below {:g}", "le": "{:g} or less"}
     return "".join(f", {words[name].format(bound)}" for name, bound in bounds.items())

@@ -122,7 +122,7 @@ def difference(old: Config, new: Config) -> list[Change]:
         for key in dict.fromkeys([*before, *after])
         if (key in before) != (key in after) or before.get(key) != after.get(key)  # null differs from a missing key
     ]
-    # null instead of a section, whose keys are listed anyway
+    # Leaves out a key that is null in one configuration and a section in the other, because the section's keys are listed.
     return [change for change in found if change.old is not None or change.new is not None] or found
 
 

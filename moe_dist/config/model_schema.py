@@ -113,8 +113,8 @@ class MoESection(Section):
     shared_gate: bool = False
     """Multiply the shared expert's output by a learned sigmoid gate, one number per token (Qwen2-MoE)."""
     shortcut: bool = False
-    """Add the routed experts' output behind the next layer, which must be dense, and not behind their own layer
-    (LongCat-Flash). The output of the shared expert stays in its own layer."""
+    """Add the routed experts' output not to the output of their own layer, but to that of the next layer, which must be
+    dense (LongCat-Flash). The output of the shared expert stays in its own layer."""
 
     def violations(self) -> Iterator[Violation]:
         if self.shared_gate and not self.shared_ffn_dim:
@@ -148,8 +148,8 @@ class MoESection(Section):
 
     @property
     def no_task_gradient(self) -> bool:
-        """Whether cross entropy gives no router a gradient: each token has one choice, and its weight is normalised to
-        1."""
+        """Whether cross entropy gives no router a gradient, because each token has one choice, whose weight is normalised
+        to 1."""
         return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
 
 
@@ -171,13 +171,14 @@ class MixtureOfDepthsSection(Section):
     every: PositiveInt = Field(default=2, description="Every n-th layer is a mixture-of-depths layer.")
     first: Count = Field(default=0, description="Index of the first mixture-of-depths layer.")
     capacity: Share = 0.25
-    """Share of the selection scope's tokens that a mixture-of-depths layer computes (c). MoMa uses 0.25."""
+    """Share of the tokens, in each `scope`, that a mixture-of-depths layer computes (c). MoMa uses 0.25."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
     """Ranks whose tokens compete for a layer: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange one score per token in each mixture-of-depths layer."""
     causal: Literal["threshold", "auxiliary"] = "auxiliary"
     """Selection in evaluation and generation, which must not depend on later tokens. threshold: a layer computes tokens
-    above a running mean of its lowest selected score. auxiliary: an auxiliary router decides, trained with the model."""
+    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router
+    decides, which is trained with the model."""
     threshold_decay: Decay = 0.99
     """Decay per step of the running mean that gives the threshold; it averages over about 1 / (1 - decay) steps."""
 

@@ -45,11 +45,12 @@ class ParallelSection(Section):
     data: Literal["ddp", "fsdp2"] = "ddp"
     """ddp replicates the parameters that are not experts on all ranks. fsdp2 shards all parameters except routers."""
     fsdp_gather: Literal["micro_batch", "step"] = "micro_batch"
-    """How often fsdp2 gathers parameters and sums gradients over ranks. step sends less, but keeps all parameters that a
-    rank computes with (in the compute data type) and their gradients (in fp32) from the first micro-batch to the last."""
+    """How often fsdp2 gathers parameters and sums gradients over ranks: in each micro_batch, or once in a step. step sends
+    less, but keeps all parameters that a rank computes with (in the compute data type) and their gradients (in fp32) from
+    the first micro-batch to the last."""
     recompute: Literal["none", "experts", "block"] = "none"
-    """Activations that backward computes again. experts: the FFNs, which repeats no exchange. block: attention and MoE
-    layers, which repeats the dispatch exchange but not the routing."""
+    """Activations that backward computes again. experts: those of the experts' FFNs; no exchange is repeated. block: those
+    of attention and MoE layers; the dispatch exchange is repeated, but not the routing."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Data type of the computation. Master weights and gradient sums are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA if there is a GPU.")
@@ -65,9 +66,9 @@ class ParallelSection(Section):
     """Compile norms, projections, dense and shared FFNs and the cross entropy by torch.compile. Fuses their operations, and
     compiles for a minute at the start. Attention is compiled on CUDA in any case."""
     loss_words: PositiveInt | None = None
-    """Words of the vocabulary whose logits the loss computes at once. If the vocabulary has more, backward computes all
-    logits again, and a word's logits take memory only for the tokens of one sequence (docs/parallelism.md). null: all words
-    up to 65,536, else 8,192."""
+    """Words of the vocabulary whose logits the loss computes at once, for the tokens of one sequence. If the vocabulary has
+    more words, backward computes all logits again (docs/parallelism.md). null: all words of a vocabulary up to 65,536, else
+    8,192."""
     max_receive_rows: PositiveInt | None = None
     """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
@@ -80,7 +81,7 @@ class ParallelSection(Section):
     """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
     operation without a repeatable kernel is an error. A CPU run always repeats."""
     start_seconds: PositiveFloat = 1800.0
-    """Seconds that a rank waits at a start for ranks that are not there yet: nodes start apart, containers and imports may
+    """Seconds that a rank waits at a start for missing ranks: nodes start at different times, containers and imports may
     take long, and rank 0 may wait 90 s for an earlier attempt to end. Every 30 s the log names the missing ranks."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
@@ -96,7 +97,7 @@ class ParallelSection(Section):
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
     def loss_words_of(self, vocab_size: int) -> int | None:
-        """Returns the number of words whose logits the loss computes at once; None if these are all."""
+        """Returns the number of words whose logits the loss computes at once; None if it computes those of all words."""
         words = self.loss_words or (LOSS_WORDS if vocab_size > WHOLE_VOCABULARY else vocab_size)
         return words if words < vocab_size else None
 
@@ -109,14 +110,21 @@ class ParallelSection(Section):
             yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks `compile`, `two_batch_overlap`, and `expert_gemm: grouped` against precision and widths; does not look for
-        a device."""
+        """Checks `compile`, `two_batch_overlap`, and `expert_gemm: grouped` against precision and widths. Does not check
+        which device this machine has."""
         if self.compile and config.model.attention_lora is not None:
             problem = (
                 "parallel.compile=true: model.attention_lora draws dropout by the number of the step, for which torch "
                 "would compile anew in each step; set parallel.compile to false, or model.attention_lora to null"
             )
             yield Violation(("parallel.compile", "model.attention_lora"), problem)
+        depths = config.model.mixture_of_depths
+        if self.compile and self.device != "cuda" and depths is not None and depths.scope != "rank":
+            problem = (
+                f"parallel.compile=true: with model.mixture_of_depths.scope={depths.scope} the number of computed tokens "
+                "differs in each step, and off CUDA torch would compile anew for each; set parallel.compile to false"
+            )
+            yield Violation(("parallel.compile", "model.mixture_of_depths.scope"), problem)
         if self.two_batch_overlap:
             yield from two_batch_violations(config)
         if self.expert_gemm != "grouped":
@@ -140,7 +148,7 @@ class ParallelSection(Section):
 
 
 def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Returns what `parallel.two_batch_overlap` cannot be combined with."""
+    """Returns a violation for each setting with which `parallel.two_batch_overlap` cannot be combined."""
     parallel, model, key = config.parallel, config.model, "parallel.two_batch_overlap"
     rules: tuple[tuple[bool, str, str], ...] = (
         (
@@ -170,9 +178,9 @@ def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
             "tokens of both halves compete in model.mixture_of_depths; set it to null",
         ),
         (
-            model.moe.router.experts_choose,
+            model.moe.router.needs_global_batch_info,
             "model.moe.router.kind",
-            f"with {model.moe.router.name} tokens of both halves compete for an expert; take a router by tokens",
+            f"with {model.moe.router.name} a token's experts depend on its micro-batch; take kind=top_k or group_limited",
         ),
         (
             model.moe.shortcut,

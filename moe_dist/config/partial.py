@@ -42,10 +42,10 @@ class PartialConfig(Generic[S]):
 
     value: S | None  # the section, with wrong values replaced; None if it stayed invalid
     problems: tuple[str, ...]  # an error text for each fault of a single key, but none for a violated rule between keys
-    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; rules that compare these are not checked
+    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` drops rules that compare these
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """Returns the error texts of `violations`, without the violations that involve a replaced value."""
+        """Returns the error texts of `violations`, except violations that compare a replaced value."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
@@ -198,7 +198,7 @@ def _any_value(annotation: Any) -> Any:
     its keys missing, and fills them in."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
-    if variants := variants_of(kind):  # with a valid kind, else pydantic rejects the section in each round
+    if variants := variants_of(kind):  # sets a valid kind, because otherwise pydantic rejects the section in each round
         tag, section = next(iter(variants.items()))
         return {tag_key(section): tag} if tag else {}
     if origin is dict:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
+from moe_dist.config.experts.ffn import FFNExpertsSection
 from moe_dist.config.section import Section, Violation, WholeConfig
 
 
@@ -12,12 +14,25 @@ class MovingSection(Section):
     """Move experts between the ranks of an EP group. Each rank keeps its number of experts of each group."""
 
     every: Annotated[int, Field(ge=2)] = 20
-    """Steps between two decisions. The loads of the first half of these steps find a move, those of the second half judge
-    it."""
+    """Steps between two decisions. A move is chosen by the loads of the first half of these steps, and judged by the loads
+    of the second half."""
     payback_steps: PositiveInt = 100
-    """A move that does not save its cost in so many steps is refused."""
+    """Largest number of steps in which a move must save its cost; else the move is refused."""
     flops_per_byte: PositiveFloat = 10000.0
-    """FLOPs that a rank computes in the time in which it sends a byte of a moved expert: FLOP/s over bytes per second."""
+    """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
+
+
+class ReplicatingSection(Section):
+    """Give hot experts slots on further ranks of an EP group, in single layers and for a while."""
+
+    every: Annotated[int, Field(ge=2)] = 20
+    """Steps between two decisions. The loads of the first half of these steps find replicas, those of the second half judge
+    them. Replicas that would not save more than the exchanges of their weights cost, in as many further steps, are
+    refused."""
+    slots: PositiveInt = 1
+    """Most replicas on a rank in a layer. Their weights take memory from forward to backward."""
+    flops_per_byte: PositiveFloat = 10000.0
+    """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 
 
 class RankBalanceSection(Section):
@@ -26,13 +41,17 @@ class RankBalanceSection(Section):
     dealing: bool = False
     """Deal the sequences of a step to the ranks so that their expected costs are equal: attention by the square of the
     documents' lengths, experts by modality and share of null choices. A sequence stays in its micro-batch if a balance or z
-    loss is on, whose statistic is of one micro-batch."""
+    loss of one micro-batch is on (loss.balance.scope=micro_batch)."""
 
     moving: MovingSection | None = None
     """Move experts between ranks during the run (docs/parallelism.md). null: no expert moves."""
 
+    replicating: ReplicatingSection | None = None
+    """Give hot experts replicas on further ranks during the run (docs/parallelism.md). null: each expert has one slot."""
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from self._dealing_violations(config) if self.dealing else ()
+        yield from self._replicating_violations(config) if self.replicating is not None else ()
         key = "rank_balance.moving"
         if self.moving is not None and config.model.moe.experts.replicated:
             problem = f"{key}: every rank holds all LoRA experts, so none can move; set it to null"
@@ -52,5 +71,34 @@ class RankBalanceSection(Section):
             ("router_tuning", config.router_tuning is not None, "router tuning reads samples, which are not packed"),
         ):
             if off:
-                problem = f"rank_balance.dealing=true: {reason}, so another deal is another step; set dealing to false"
+                problem = f"rank_balance.dealing=true: {reason}, so the deal would change the step; set dealing to false"
                 yield Violation(("rank_balance.dealing", key), problem)
+
+    def _replicating_violations(self, config: WholeConfig) -> Iterator[Violation]:
+        key, parallel, model = "rank_balance.replicating", config.parallel, config.model
+        rules: tuple[tuple[str, bool, str], ...] = (
+            ("rank_balance.moving", self.moving is not None, "both levers would answer the same load"),
+            (
+                "model.moe.experts.kind",
+                model.moe.experts != FFNExpertsSection(),
+                f"experts of kind={model.moe.experts.kind} have no replicas, only those of kind=ffn",
+            ),
+            (
+                "parallel.dispatch",
+                parallel.dispatch != AllToAllDispatchSection(),
+                "only parallel.dispatch.kind=all_to_all without overlap and chunks sends rows to replicas",
+            ),
+            (
+                "parallel.two_batch_overlap",
+                parallel.two_batch_overlap,
+                "the weights of replicas would be sent between the exchanges of the other half of the batch",
+            ),
+            (
+                "model.moe.router.kind",
+                model.moe.router.experts_choose,
+                f"with {model.moe.router.name} all experts take equally many tokens, so none is hot",
+            ),
+        )
+        for other, broken, reason in rules:
+            if broken:
+                yield Violation((key, other), f"{key}: {reason}; set it to null, or change {other}")

@@ -15,8 +15,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:
-        links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: they never leave a
-            link, so somebody else planted it.
+        links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: a rename leaves no
+        link, so a link there was made by somebody else.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config import optimizers, sinks
+from moe_dist.config import engines, optimizers, sinks
+from moe_dist.config.engines.base import EngineSection
+from moe_dist.config.engines.own import OwnEngineSection
 from moe_dist.config.experts.lora import adapter_violations
 from moe_dist.config.init_rules import init_violations
 from moe_dist.config.kinds import kinds_in
@@ -91,9 +93,10 @@ class DataSection(Section):
 class BalanceSection(Section):
     """Load-balance loss."""
 
-    kind: Literal["null_averaged", "vanilla", "null_split"] = "null_averaged"
+    kind: Literal["null_averaged", "vanilla", "null_split", "weighted"] = "null_averaged"
     """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
-    load. null_split: the loss balances only the share of true experts against the share of all others (ZEDA)."""
+    load. null_split: the loss balances only the share of true experts against the share of all others (ZEDA). weighted:
+    null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
     scope: Literal["micro_batch", "step"] = "micro_batch"
     """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
     the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: both of a micro-batch."""
@@ -124,8 +127,8 @@ class DistillationSection(Section):
     teacher: PathText | None = None
     """Checkpoint or run folder of the teacher. Every rank holds the whole teacher, frozen."""
     top_logits: PathText | None = None
-    """Folder in which `moe-dist teach` wrote the teacher's most likely words for the sequences of this run. Give either
-    this or teacher."""
+    """Folder in which `moe-dist teach` wrote the teacher's most likely next tokens for the sequences of this run. Give
+    either this key or teacher."""
     weight: Share = 1.0
     """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
 
@@ -161,12 +164,12 @@ class TrainSection(Section):
     max_skipped_in_a_row: PositiveInt = 10
     """A step with non-finite gradients is skipped. This many skipped steps in a row end the run with exit code 70."""
     only: Literal["auxiliary_routers", "adapters", "routers"] | None = None
-    """Train only these parameters and freeze all others, which run.init_from brings. auxiliary_routers: the second stage of
-    expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
+    """Train only these parameters and freeze all others, which come from run.init_from. auxiliary_routers: the second stage
+    of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
     parameters."""
 
     frozen: Literal["routers"] | None = None
-    """Keep these parameters as run.init_from brings them, and train all others. routers: the rows of the routers; load
+    """Keep these parameters as they are in run.init_from, and train all others. routers: the rows of the routers; load
     controllers still move the selection biases. null trains all parameters."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -181,15 +184,15 @@ class TrainSection(Section):
         if self.only == "routers" and config.router_tuning is None:
             problem = "train.only=routers: needs the section router_tuning; add it, or set train.only to null"
             yield Violation(("train.only", "router_tuning"), problem)
-        ranks = config.parallel.ep * config.parallel.edp
+        ranks = config.engine.data_ranks(config.parallel)
         each = self.micro_batch * ranks
         if self.global_batch % each:
             below = self.global_batch // each * each
             near = f"{below} or {below + each}" if below else str(each)
             problem = (
                 f"train.global_batch={self.global_batch}: must be a multiple of train.micro_batch={self.micro_batch} x "
-                f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of "
-                "ranks"
+                f"{ranks} ranks ({config.engine.data_ranks_text()}) = {each}; take {near}, or another micro-batch or "
+                "number of ranks"
             )
             yield Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)
 
@@ -230,9 +233,11 @@ class CheckpointSection(Section):
 
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
+    AnyEngine = EngineSection
     AnyOptimizer = OptimizerSection
     AnySink = SinkSection
 else:
+    AnyEngine = kinds_in(engines, EngineSection)
     AnyOptimizer, AnySink = kinds_in(optimizers, OptimizerSection), kinds_in(sinks, SinkSection)
 
 
@@ -273,6 +278,8 @@ class Config(Section):
     loss: LossSection = Field(default_factory=LossSection)
     router_tuning: RouterTuningSection | None = None
     """Router tuning (RoMA). null: no router tuning."""
+    engine: Annotated[AnyEngine, default_kind("moe_dist")] = Field(default_factory=OwnEngineSection)
+    """What computes the training steps: this project's own engine, or Megatron-Core."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     rank_balance: RankBalanceSection = Field(default_factory=RankBalanceSection)
@@ -288,7 +295,7 @@ class Config(Section):
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]
-            weighted = group.num_null + (group.num_zero_computation if balance.kind == "null_split" else 0)
+            weighted = group.num_null + (group.num_zero_computation if balance.kind != "null_averaged" else 0)
             rest = group.num_zero_computation if balance.kind == "null_averaged" else 0
             found[name] = group.top_k * group.num_experts / (group.num_experts + weighted * weight + rest)
         return found | self.model.moe.active_targets
@@ -299,6 +306,7 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
     "train.max_skipped_in_a_row",
+    "engine",
     "parallel",
     "placement",
     "rank_balance",

@@ -11,7 +11,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# These types have an upper bound, because memory grows with each expert, rank and layer. An absurd number must be an error.
+# With an upper bound, so that an absurd number is an error: memory grows with the numbers of experts, ranks and layers.
 Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 # Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.
@@ -29,7 +29,7 @@ WATCHDOG_SHARE = 0.8  # watchdog's time limit / timeout of the process groups; i
 
 WholeConfig = Any  # means `schema.Config`, which cannot be imported here (circular import)
 
-VIOLATIONS_LATER = "relations_later"  # in pydantic's validation context: true if the caller calls `violations` itself
+VIOLATIONS_LATER = "relations_later"  # key of pydantic's validation context: true if the caller itself calls `violations`
 
 
 class Violation(NamedTuple):

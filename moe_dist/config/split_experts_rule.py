@@ -1,9 +1,9 @@
 """Checks the rule `split_experts` of `run.init_rules`, by which each expert of a trained mixture becomes m finer experts.
 
-Every router row of the checkpoint becomes m equal rows, so a token that took k columns takes the same columns m times with
-m k choices: equal scores are next to each other, and on a tie the first columns precede. A softmax over m times as many
-columns gives each of them 1 / m of the probability, and weights divided by their sum become 1 / m of what they were. So
-`scale` must grow by m, or stay where weights are sigmoids themselves. Imports no torch.
+Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices, a token takes all m copies of
+the k columns that it took before, because on a tie the first columns win. A softmax over m times as many columns gives each
+column 1 / m of the probability, and weights divided by their sum become 1 / m of what they were. So `scale` must become m
+times as large. If weights are the sigmoids themselves, `scale` stays. Imports no torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,12 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
             "kind=group_limited with n_group=topk_group"
         )
         yield Violation(("run.init_rules", ROUTER), problem)
+    if config.model.moe.experts.kind == "clamped_ffn":
+        problem = (
+            f"{rule}: clamped experts have a bias of their output, which each part would add; take "
+            "model.moe.experts.kind=ffn, or remove the rule"
+        )
+        yield Violation(("run.init_rules", "model.moe.experts.kind"), problem)
     for name, group in config.model.moe.groups.items():
         if group.num_zero_computation:
             key = f"model.moe.groups.{name}"

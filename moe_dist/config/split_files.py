@@ -92,8 +92,8 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     """Returns size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
-    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. If tokens change but no
-    sequence length does, the digest of a .bin above 4 MiB may therefore stay the same.
+    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. So the digests may stay the same
+    if some tokens in a .bin above 4 MiB change, but no sequence length.
 
     Raises:
         DataError: a file cannot be read.

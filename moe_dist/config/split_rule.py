@@ -15,6 +15,12 @@ ROUTER = "model.moe.router"
 def split_violations(config: WholeConfig) -> Iterator[Violation]:
     """Yields the reasons why a split model would not start as the dense model, as far as the configuration shows them."""
     router, rule = config.model.moe.router, "run.init_rules: split"
+    if config.model.moe.experts.kind == "clamped_ffn":
+        problem = (
+            f"{rule}: clamped experts have a bias of their output, which each part would add; take "
+            "model.moe.experts.kind=ffn, or remove the rule"
+        )
+        yield Violation(("run.init_rules", "model.moe.experts.kind"), problem)
     for name, group in config.model.moe.groups.items():
         key = f"model.moe.groups.{name}"
         if group.top_k < group.num_experts:

@@ -62,7 +62,7 @@ class ComputeMapSection(Section):
 
 def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
     """Yields the violations of a section `key` that needs the chosen experts of every token in every layer. `off` is the
-    value without it."""
+    value that turns it off."""
     for other, problem in untraceable(config):
         yield Violation((key, other), f"{key}: {problem}; set {key} to {off}")
 

@@ -7,8 +7,8 @@
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples that the run answered correctly come first, so that the neighbour index covers the first rows of each array. This
-module imports no torch.
+Samples that the run answered correctly come first, so that an index of these as neighbours covers the first rows of each
+array. This module imports no torch.
 """
 
 from collections.abc import Mapping
@@ -59,8 +59,8 @@ class TuningManifest(_Stored):
     embedder_name: str  # name of the embedder, for error texts
     tasks: dict[str, TaskCount]
     samples: _Size
-    right: _Size  # number of samples whose question the run answered correctly; they come first
-    longest: _Size  # tokens of the longest sample, minus 1, because a sample's last token is no input
+    right: _Size  # number of samples whose question the run answered correctly; these samples come first
+    longest: _Size  # input tokens of the longest sample: all but its last token, which is only a label
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
     columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding

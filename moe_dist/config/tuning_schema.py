@@ -19,7 +19,7 @@ class NearestSection(Section):
 
 
 class RadiusSection(Section):
-    """All samples above a least similarity."""
+    """All samples whose similarity is above a limit."""
 
     kind: Literal["radius"] = "radius"
     similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -42,12 +42,12 @@ class RouterTuningSection(Section):
     regulariser: Literal["manifold", "l2"] = "manifold"
     """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 its own before the first step."""
     weight: NonNegative = 1.0
-    """Coefficient of the regulariser (lambda; RoMA's paper gives no value). 0 trains with cross entropy alone."""
+    """Coefficient of the regulariser (lambda; RoMA's paper gives no value, its code has 0.8). 0: cross entropy alone."""
     neighbours: NeighboursSection = Field(default_factory=NearestSection)
     """Rule that selects a sample's neighbours by the distance between the embeddings of the questions."""
     bandwidth: PositiveFloat = 1.0
-    """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value).
-    Embeddings have length 1, so distances lie between 0 and 2."""
+    """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value, its
+    code has 0.4). Embeddings have length 1, so distances lie between 0 and 2."""
     filter_by_success: bool = True
     """true: only samples that the run answers correctly can be neighbours. false: all samples can (an ablation)."""
     random_neighbours: bool = False

@@ -19,7 +19,7 @@ MAX_YAML_BYTES = 1 << 18  # size of the largest file that is read
 # text is read or refused within a second. The largest configurations have some hundred values, and a list of their ranks.
 MAX_VALUES = 20_000
 MAX_REPEATED = 50  # most duplicate keys that are named
-MAX_DEPTH = 32  # deepest nesting in the text; PyYAML takes longer for a value the deeper it is
+MAX_DEPTH = 32  # deepest nesting that is read; the deeper a value is, the longer PyYAML takes for it
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -77,7 +77,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes a text in quotes if `_RESOLVERS` would read it back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # writes repeated values in full, because anchors are hard to read
+        return True  # no anchors, which are hard to read: repeated values are written in full
 
 
 def _with_resolvers(*classes: Any) -> None:
@@ -116,14 +116,25 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
         loader = _Loader(text)
         value = loader.get_single_data()
     except yaml.YAMLError as error:
-        return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
+        return None, [_syntax_error(error, text)]
     except (ValueError, RecursionError):
         return None, ["a number has too many digits, or values are nested too deeply"]
     return value, loader.repeated[:MAX_REPEATED]
 
 
+def _syntax_error(error: yaml.YAMLError, text: str) -> str:
+    """Returns the line and column of a syntax error, the text of this line, and the violated rule."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).replace("<unicode string>", "the text").split())
+    lines = text.splitlines()
+    line = lines[mark.line].strip() if mark.line < len(lines) else "end of the file"
+    context = f"{error.context}, " if getattr(error, "context", None) else ""  # pyright: ignore[reportAttributeAccessIssue]
+    return f"line {mark.line + 1}, column {mark.column + 1} ({line!r}): {context}{problem}"
+
+
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
-    """Reads a file like `load_yaml`; `open_regular` opens it, and follows a symbolic link only if `links` is True.
+    """Reads a YAML file and returns what `load_yaml` returns for its text. Follows a symbolic link only if `links` is True.
 
     Raises:
         OSError, ValueError: the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8.
@@ -132,7 +143,7 @@ def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
 
 
 def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
-    """Like `read_yaml`, but the file must hold a mapping; error texts say of what, `content`. An empty file gives {}."""
+    """Like `read_yaml`, but for a mapping, whose entries error texts call `content`. Returns {} for an empty file."""
     values, problems = read_yaml(path, links=links)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:

@@ -1,4 +1,4 @@
-"""FFN experts of a frozen base with LoRA adapters, as PEFT's `target_parameters` has them (LoRA, arXiv 2106.09685).
+"""FFN experts of a frozen base with LoRA adapters in the form of PEFT's `target_parameters` (LoRA, arXiv 2106.09685).
 
     [gate; up]' x = [gate; up] x + (alpha / r) B A x        A [r, D], B [2 F, r]
     down' h       = down h       + (alpha / r) B A h        A [r, F], B [D, r]
@@ -13,12 +13,13 @@ rank, I inputs and O outputs of a matrix.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.moe.clamped_experts import of_rows
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import (
@@ -39,12 +40,14 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role
 
 TARGETS = ("gate_up", "down")
-Product = Callable[[Tensor, Tensor], Tensor]  # x [Q, I] and weights -> y [Q, O]: one matrix, or each row with its expert's
+Product = Callable[[Tensor, Tensor], Tensor]  # x [Q, I], weights -> y [Q, O]; one matrix, or for each row its expert's
 
 
 class AdaptedStack(ExpertStack):
     """The experts of one group on this rank, with adapters. The adapters of all experts are stacked, `<target>_a` [e, r, I]
     and `<target>_b` [e, O, r]. A shared adapter is `adapters.<target>.a` [r, I] and `.b` [O, r]."""
+
+    biases: ClassVar[Sequence[str]] = ()  # names of the experts' biases, [e, O] each
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class AdaptedStack(ExpertStack):
         widths = {"gate_up": (hidden_dim, 2 * ffn_dim), "down": (ffn_dim, hidden_dim)}
         self._scale, self._rank, self._targets = alpha / rank, rank, tuple(targets)
         self.adapters = nn.ModuleDict({each: Adapter(*widths[each], rank) for each in targets}) if shared else None
-        self.roles: dict[str, Role] = {}  # of parameters with another role than the stack
+        self.roles: dict[str, Role] = {}  # by name, for parameters whose role is not the stack's
         for target in () if shared else targets:
             inputs, outputs = widths[target]
             self.register_parameter(f"{target}_a", nn.Parameter(torch.empty(num_local, rank, inputs)))
@@ -72,15 +75,16 @@ class AdaptedStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
         """Applies each adapted expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
-        if not counts:  # as in `ExpertStack`; but every rank holds a shared adapter, whose gradient must be zero, not None
+        if not counts:  # as in `ExpertStack`; every rank holds a shared adapter, whose gradient must be zero, not None
             return (
                 for_gate_QD + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else for_gate_QD
             )
         device, dtype, widths = for_gate_QD.device, for_gate_QD.dtype, (*self.widths, self._rank)
         gemm = choose_gemm(self.gemm, dtype=dtype, device=device, widths=widths, num_experts=len(counts))
-        names = ("gate", "up", "down", *self.roles)
+        names = ("gate", "up", "down", *self.biases, *self.roles)
         stacks = {name: self.weight(name, dtype) for name in names}
         if gemm is grouped_swiglu and sum(counts):
+            stacks |= {name: of_rows(stacks[name], counts) for name in self.biases}
             inputs = for_gate_QD, for_up_QD, slice(0, sum(counts))
             return self._swiglu(*inputs, stacks, grouped_product(counts, device), activate)
         each = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
@@ -101,13 +105,18 @@ class AdaptedStack(ExpertStack):
         product: Product,
         activate: Activation,
     ) -> Tensor:
-        gate_QF, up_QF = product(for_gate_QD, weights["gate"]), product(for_up_QD, weights["up"])
+        gate_QF = self._frozen("gate", for_gate_QD, weights, product)
+        up_QF = self._frozen("up", for_up_QD, weights, product)
         if "gate_up" in self._targets:
             gate_delta_QF, up_delta_QF = self._delta("gate_up", for_gate_QD, weights, product).chunk(2, dim=-1)
             gate_QF, up_QF = gate_QF + gate_delta_QF, up_QF + up_delta_QF
         hidden_QF = activate(gate_QF, up_QF, rows)
-        y_QD = product(hidden_QF, weights["down"])
+        y_QD = self._frozen("down", hidden_QF, weights, product)
         return y_QD + self._delta("down", hidden_QF, weights, product) if "down" in self._targets else y_QD
+
+    def _frozen(self, name: str, x_QI: Tensor, weights: Mapping[str, Tensor], product: Product) -> Tensor:
+        y_QO = product(x_QI, weights[name])
+        return y_QO + weights[f"{name}_bias"] if self.biases else y_QO
 
     def _delta(self, target: str, x_QI: Tensor, weights: Mapping[str, Tensor], product: Product) -> Tensor:
         if self.adapters is not None:
@@ -122,17 +131,19 @@ class AdaptedExperts(Experts):
         adapter: Keywords of `AdaptedStack`: rank, alpha, targets, shared.
     """
 
+    stack: ClassVar[type[AdaptedStack]] = AdaptedStack
+
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,
         gemm: Any = "loop", kernels: RowKernels = TORCH, dropout: float = 0.0, **adapter: Any,
     ) -> None:  # fmt: skip
         assert not dropout, "the configuration refuses dropout on experts"
-        stack = partial(AdaptedStack, **adapter)
+        stack = partial(self.stack, **adapter)
         super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack, kernels=kernels)
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """As `Experts.forward`. Rows of a frozen layer below need no gradient; here they require one, so that all ranks,
-        those without experts too, issue the exchange of combine's backward."""
+        """See `Experts.forward`. Rows that come from frozen layers need no gradient, but are made to require one here, so
+        that all ranks, also those without experts, issue the exchange of combine's backward."""
         rows_RD = dispatched.rows_RD
         if torch.is_grad_enabled() and not rows_RD.requires_grad:
             dispatched = replace(dispatched, rows_RD=rows_RD.detach().requires_grad_())

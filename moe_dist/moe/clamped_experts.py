@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_dist.comm.collectives import from_host
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import (
     Activation,
@@ -51,18 +52,28 @@ class ClampedStack(ExpertStack):
         dtype, device = for_gate_QD.dtype, for_gate_QD.device
         gemm = choose_gemm(self.gemm, dtype=dtype, device=device, widths=self.widths, num_experts=len(counts))
         if gemm is grouped_swiglu and sum(counts):
-            product = grouped_product(counts, device)
-        else:
-            product = partial(_looped, counts=counts)
-        rows_e = torch.tensor(counts, device=device)
+            product, runs = grouped_product(counts, device), [sum(counts)]
+        else:  # a tensor per expert, as in `AdaptedStack`: the last bits of a sigmoid depend on the size of its tensor
+            product, runs = partial(_looped, counts=counts), list(counts)
 
         def affine(x: Tensor, name: str) -> Tensor:
-            bias = self.weight(f"{name}_bias", dtype).repeat_interleave(rows_e, dim=0, output_size=sum(counts))
-            return product(x, self.weight(name, dtype)) + bias
+            return product(x, self.weight(name, dtype)) + of_rows(self.weight(f"{name}_bias", dtype), counts)
 
-        gate_QF = affine(for_gate_QD, "gate").clamp(max=self.limit)
-        up_QF = affine(for_up_QD, "up").clamp(-self.limit, self.limit)
-        return affine(gate_QF * (self.alpha * gate_QF).sigmoid() * (up_QF + 1), "down")
+        both = affine(for_gate_QD, "gate").split(runs), affine(for_up_QD, "up").split(runs)
+        hidden = [clamped_product(gate, up, self.alpha, self.limit) for gate, up in zip(*both, strict=True)]
+        return affine(torch.cat(hidden), "down")
+
+
+def clamped_product(gate_QF: Tensor, up_QF: Tensor, alpha: float, limit: float) -> Tensor:
+    """Returns g sigmoid(alpha g) (u + 1), [Q, F], where g = min(gate, limit), and u is up clamped to +-limit."""
+    gate_QF, up_QF = gate_QF.clamp(max=limit), up_QF.clamp(-limit, limit)
+    return gate_QF * (alpha * gate_QF).sigmoid() * (up_QF + 1)
+
+
+def of_rows(bias_eO: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns the bias of each row's expert, [sum(counts), O]."""
+    rows_e = from_host(counts, torch.int64, bias_eO.device)
+    return bias_eO.repeat_interleave(rows_e, dim=0, output_size=sum(counts))
 
 
 def _looped(x_QI: Tensor, weight_eOI: Tensor, *, counts: Sequence[int]) -> Tensor:
@@ -72,7 +83,8 @@ def _looped(x_QI: Tensor, weight_eOI: Tensor, *, counts: Sequence[int]) -> Tenso
 
 class ClampedExperts(Experts):
     """All true (not null) experts of this rank, one `ClampedStack` per group. For arguments see `Experts`, and for `alpha`
-    and `limit` the top of this file. The kernels stay torch's, whose weights act on the experts' outputs, with bias."""
+    and `limit` the top of this file. The kernels are always torch's, which multiply the routing weight into the experts'
+    outputs, bias included."""
 
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,

@@ -11,10 +11,9 @@ Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
 order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
 of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
-slice of rows, by default silu(gate) * up; as in `RowKernels.swiglu`, one tensor may have gate and up. `grouped_swiglu`
-also takes one stack for both, [e, 2 F, D], and None for `up`: one product then reads x once. x may be a pair of tensors
-with equal values, one for the product with gate and one for the product with up, so that the gradients of the two are
-apart.
+slice of rows, by default silu(gate) * up. `grouped_swiglu` also takes one stack for both, [e, 2 F, D], and None for `up`:
+one product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal values, one for
+the product with gate and one for the product with up, so that each product has a gradient of its own.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
@@ -30,6 +29,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.rows import TORCH, gate_and_up
@@ -39,9 +39,10 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
-Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # see the top of this file, as for the next line
+Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # the top of this file explains this and the next line
 Inputs = Tensor | tuple[Tensor, Tensor]
 StackedSwiGLU = Callable[[Inputs, Tensor, Tensor, Tensor, Sequence[int], Activation], Tensor]
+RunStack = Callable[[Inputs, Sequence[int], Activation], Tensor]
 ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
 
@@ -117,8 +118,8 @@ def choose_gemm(
 ) -> StackedSwiGLU:
     """Chooses the function that computes `num_experts` experts with the widths D and F. Each forward may call it.
 
-    On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because it launches one kernel instead of one
-    per expert. On CPU `auto` does so only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
+    On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because a grouped product is one kernel instead
+    of one per expert. On CPU `auto` does so only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
 
     Raises:
         ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
@@ -165,17 +166,26 @@ def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
 
 
 class _WorkingCopy(torch.autograd.Function):
-    """Stands for weights by one copy of them, joined along dim 1, in another dtype. Passes the copy's gradient to the
-    weights, in their dtype."""
+    """Returns one copy of some weights (in another dtype, joined along dim 1) in their place. Backward passes the copy's
+    gradient to the weights, in their dtype. If a weight has a gradient already, one pass converts and adds in place."""
 
     @staticmethod
     def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
-        ctx.dtype, ctx.sizes = weights[0].dtype, [each.shape[1] for each in weights]
+        ctx.weights = weights  # not save_for_backward, because backward does not need the parameters' values
         return copy.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *(each.to(ctx.dtype) for each in gradient.split(ctx.sizes, dim=1))
+        parts = gradient.split([each.shape[1] for each in ctx.weights], dim=1)
+        return None, *map(_added_or_converted, ctx.weights, parts)
+
+
+def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    if weight.grad is None:
+        return gradient.to(weight.dtype)
+    weight.grad.add_(gradient)
+    return None
 
 
 class ExpertStack(nn.Module):
@@ -211,7 +221,7 @@ class ExpertStack(nn.Module):
         return _WorkingCopy.apply(copy, weight)  # pyright: ignore[reportReturnType]
 
     def _gate_up(self, copies: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Returns the weights of gate and up as one stack [e, 2 F, D], whose copy costs no more than that of the two."""
+        """Returns the weights of gate and up as one stack [e, 2 F, D]; its copy costs no more than copies of the two."""
         copy, width = copies.get("gate_up"), self.widths[1]
         if copy is None or copy.dtype != dtype:
             copy = self.gate.detach().new_empty((self.gate.shape[0], 2 * width, self.gate.shape[2]), dtype=dtype)
@@ -243,18 +253,18 @@ class ExpertStack(nn.Module):
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts here has an empty stack [0, F, D]. So all ranks have the same FSDP2 units and gather them in the
-    same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all hung.
+    A group without experts on this rank has a stack [0, F, D]. So all ranks have the same FSDP2 units and gather them in
+    the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all hung.
 
     Args:
         hidden_dim: D.
         groups: All expert groups in logical order. This rank's slots are sorted in the same order.
         num_local: Number of experts of each group on this rank.
         pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
-            chunks, which backward recomputes, so that unbalanced routing costs time but no memory.
+            chunks, which backward recomputes, so that unbalanced routing costs time but no more memory.
         gemm: See `choose_gemm`.
         stack: Makes the stack of a group, with the arguments of `ExpertStack`.
-        kernels: Gather rows, multiply gate and up, and sum pairs.
+        kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
     """
 
     def __init__(
@@ -278,6 +288,14 @@ class Experts(nn.Module):
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
         fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations."""
+        stacks = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
+        return self._run(dispatched, plan, stacks, recompute=recompute)
+
+    def _run(
+        self, dispatched: DispatchedRows, plan: PairLayout, stacks: Sequence[tuple[int, RunStack]], *, recompute: bool
+    ) -> Tensor:
+        """See `forward`. `stacks` computes this rank's slots: for the number of slots of each stack a function with the
+        arguments of `ExpertStack.forward`."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
@@ -285,16 +303,16 @@ class Experts(nn.Module):
         recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
         whole = len(chunks) == 1
-        items = dispatched.items if whole else None  # those of all pairs
+        items = dispatched.items if whole else None  # the items of all pairs
         in_order = dispatched.sorted_pairs and whole
         at = 0
         for counts in chunks:
             end = at + sum(counts)
             row_Q, weights = (rows_between(each, at, end) for each in (plan.row_of_pair_Q, weight_Q))
             if recompute:
-                part_RD = recomputed(self._weighted_sum, rows_RD, weights, row_Q, counts, dtype, items, in_order)
+                part_RD = recomputed(self._weighted_sum, stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
             else:
-                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts, dtype, items, in_order)
+                part_RD = self._weighted_sum(stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
             # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at = end
@@ -303,6 +321,7 @@ class Experts(nn.Module):
 
     def _weighted_sum(
         self,
+        stacks: Sequence[tuple[int, RunStack]],
         rows_RD: Tensor,
         weight_Q: Tensor,
         row_Q: Tensor,
@@ -315,11 +334,11 @@ class Experts(nn.Module):
         index = RowIndex((row_Q,), rows_RD.shape[0], items, in_order)
         inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
         outputs, at, slot = [], 0, 0
-        for name, num_local in self.local:
+        for num_local, stack in stacks:
             group_counts = counts[slot : slot + num_local]
             end = at + sum(group_counts)
             activate = partial(self._activate, rows_between(weight_Q, at, end))
-            outputs.append(self.get_submodule(group_module(name))(inputs_between(inputs, at, end), group_counts, activate))
+            outputs.append(stack(inputs_between(inputs, at, end), group_counts, activate))
             at, slot = end, slot + num_local
         y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
         return self.kernels.sum_pairs(y_QD, weight_Q, index, dtype)

@@ -26,7 +26,7 @@ class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
     With `shortcut` y is the shared expert alone, and the report has the rest as `late_TD` (LongCat-Flash, arXiv 2509.01322,
-    section 2.2). The caller adds it behind the next layer.
+    section 2.2). The caller adds `late_TD` after the next layer.
 
     Args:
         norm: Norm of the layer's input, or identity.
@@ -36,8 +36,9 @@ class MoELayer(nn.Module):
         shared: An expert that computes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.
         shortcut: Whether the caller adds the routed experts' output later. Needs a shared expert.
-        recompute: What backward computes again. `experts`: only the expert FFNs, which needs no exchange. `block`: the
-            whole layer and its dispatch exchange; the choice of experts and the dispatch plan are kept.
+        recompute: The part of the layer that backward computes again. `experts`: only the expert FFNs, which needs no
+            exchange. `block`: the whole layer and its dispatch exchange; the choice of experts and the dispatch plan are
+            kept.
         name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
     """
 
@@ -66,9 +67,12 @@ class MoELayer(nn.Module):
         self.name = name
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
+        """Returns y [T, D] and the layer's report, for x [T, D] and each token's group (int64 [T], -1 for padding)."""
         cache = RoutingCache(
-            batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
+            batch_info=request.batch_info,
+            probe_tokens_A=request.probe_tokens_A,
+            token_T=request.token_T,
+            keep_choices=request.keep_choices,
         )
         if self.recompute == "block" and x_TD.requires_grad:
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
@@ -94,9 +98,14 @@ class MoELayer(nn.Module):
     def _experts(self) -> RunExperts:
         return partial(self.experts, recompute=self.recompute == "experts")
 
-    def _route(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> "_Routed":
+    def normed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the normed input for the experts and for the router. A kernel may make both, the second one in fp32."""
         h_TD = self.norm(x_TD)
-        routing: Routing = self.router(h_TD, group_T, cache)
+        return h_TD, h_TD
+
+    def _route(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> "_Routed":
+        h_TD, wide_TD = self.normed(x_TD)
+        routing: Routing = self.router(wide_TD, group_T, cache)
         plan: Any = cache.plan or self.dispatcher.plan(routing.assignments, h_TD.shape[0], layer=self.name)  # host sync
         cache.plan = plan
         # No op after combine may save a tensor for backward; else block recompute would repeat the all-to-all of combine.
@@ -120,7 +129,7 @@ class MoELayer(nn.Module):
 
 
 class _Routed(NamedTuple):
-    """What a layer has computed before its first exchange of rows: the dispatcher's inputs h, weights and plan, the
+    """The values that a layer computes before its first exchange of rows: the dispatcher's inputs h, weights and plan, the
     routing, and the output of zero-computation experts."""
 
     inputs: tuple[Tensor, Tensor, Any]

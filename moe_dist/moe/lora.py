@@ -144,7 +144,7 @@ class LoRAExperts(nn.Module):
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = weight_N.index_select(0, plan.pair_Q)  # the backward of an index sorts on CUDA
+        weight_Q = weight_N.index_select(0, plan.pair_Q)  # not weight_N[pair_Q], whose backward sorts on CUDA
         weight_Q = expert_weights(weight_Q, self._weight) * self._scale  # applied to r numbers per pair, not O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
@@ -169,8 +169,8 @@ class LoRALayer(nn.Module):
         norm: Frozen norm of the base model.
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
-        recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: the whole layer, but not the
-            choice of experts.
+        recompute: The part of the layer that backward computes again. `experts`: the FFN and the adapters. `block`: the
+            whole layer, but not the choice of experts.
         seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
         comm_stats: Records the host syncs.
     """
@@ -193,7 +193,7 @@ class LoRALayer(nn.Module):
         self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """Takes x [T, D] and each token's group (int64 [T], -1 for padding); returns y [T, D] and the layer's report."""
+        """Returns y [T, D] and the layer's report, for x [T, D] and each token's group (int64 [T], -1 for padding)."""
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )

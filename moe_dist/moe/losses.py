@@ -15,7 +15,17 @@ from torch import Tensor
 from moe_dist.moe.routing import group_columns
 from moe_dist.placement.placement import ExpertGroup
 
-BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
+BalanceKind = Literal["null_averaged", "vanilla", "null_split", "weighted"]
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    """Kind and coefficients of a step's auxiliary terms; `null_weight_G` as in `balance_terms`."""
+
+    kind: BalanceKind
+    balance: float
+    z: float
+    null_weight_G: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    @cache  # every layer of Megatron's model asks in each forward, and each table costs a copy that the host waits for
+    @cache  # every layer of Megatron's model calls this in each forward, and the host would wait for the copy of each table
     def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
@@ -53,13 +63,14 @@ def balance_terms(
     null_weight_G: Sequence[float] | None = None,
     load_tokens_LG: Tensor | None = None,
 ) -> Tensor:
-    """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. Shares add up to it.
+    """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. The loss is
+    the sum of all ranks' shares.
 
         l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
     mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced in
-    the same way; those of constant experts are kept, because they differ. `vanilla` replaces no load.
+    the same way; those of constant experts are kept, because each has its own vector. `vanilla` replaces no load.
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
     other columns (Z). With w = 1 and equal loads of all columns its value is 1, as in ZEDA's paper; the other kinds then
@@ -67,8 +78,12 @@ def balance_terms(
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    The null weight w is ZEDA's: the loss is balanced when a null column has w times the load of a true column. A token then
-    takes k n / (n + m w) true experts, with m null columns. LongCat-Flash scales its loss to its target in the same way.
+    `weighted` (MoE++, arXiv 2410.07348) divides the loads of all null, identity and constant columns by w, each by itself;
+    MoE++'s tau is 1 / w.
+
+    The null weight w is ZEDA's: the loss drives the load of a null column to w times the load of a true column. A token
+    then takes k n / (n + m w) true experts, with m null columns; for `weighted` and `null_split` m counts all columns that
+    are not true.
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
@@ -85,12 +100,27 @@ def balance_terms(
         return _split_terms(prob_LC, load_LC, per_LG, load_per_LG, tables, weight_G)
     if kind == "null_averaged":
         load_LC = _average_copies(load_LC, groups, weight_G)
+    if kind == "weighted":
+        load_LC = _weighted(load_LC, groups, weight_G)
     products_LC = load_LC / load_per_LG[:, tables.group_C] * prob_LC / per_LG[:, tables.group_C]
     sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)  # deterministic, unlike a scatter on CUDA
     if kind == "vanilla" or null_weight_G is None:
         return sums_LG * tables.size_G.to(prob_LC.dtype)
-    sizes = [group.num_columns + group.num_null * (w - 1.0) for group, w in zip(groups, weight_G, strict=True)]
+    free_G = [group.num_columns - group.num_experts if kind == "weighted" else group.num_null for group in groups]
+    sizes = [group.num_columns + free * (w - 1.0) for group, free, w in zip(groups, free_G, weight_G, strict=True)]
     return _scaled(sums_LG, sizes)
+
+
+def _weighted(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
+    """Divides the load of each column that is not true by its group's weight."""
+    at = sum(group.num_experts for group in groups)
+    parts = [load_LC[:, :at]]
+    kinds = zip(*((g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
+    for counts in kinds:
+        for count, weight in zip(counts, weight_G, strict=True):
+            parts.append(load_LC[:, at : at + count] / weight)
+            at += count
+    return torch.cat(parts, dim=1)
 
 
 def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:

@@ -1,11 +1,11 @@
-"""Feeds recorded choices back into the routers of a model. Tokens take the recorded experts; routing weights are computed
-anew, with their gradients, also where another expert would win now.
+"""Feeds recorded choices back into the routers of a model. Tokens take the recorded experts even where the router would
+now choose others. The routing weights and their gradients are computed anew.
 
     with Replay(model, ids_TLK, group_T):
         step(batches, ...)
 
-A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen them. So replay costs
-nothing in other forwards, and all that follows the choice is the code of training.
+A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen them. Everything after
+the choice is the code of training. Forwards outside the context have no hook.
 
 Shape letters: T tokens of this rank, L MoE layers, K choices of a token, C choice columns, G expert groups.
 """
@@ -28,15 +28,15 @@ from moe_dist.moe.routing import ABSENT, group_columns
 
 
 class Replay:
-    """A context in which the model's forwards take the choices of `ids_TLK` one after the other: each call of a MoE layer
-    takes the next tokens, so that micro-batches follow each other in the order of their forwards. Recomputation takes the
-    same choices again; it must follow the same order of micro-batches. On leaving, all tokens must have passed each layer.
+    """A context in which the model's routers choose as `ids_TLK` says. Each call of an MoE layer reads the choices of its
+    tokens from where the layer's last call ended, so the micro-batches must come in the order of `ids_TLK`.
+    Recomputation reads the choices a second time, in the same order. At the end each layer must have read all choices.
 
     Attributes:
         ids_TLK: int16 on the host, 2 T L K bytes; the only memory that a replay keeps.
 
     Args:
-        model: A model with `MoELayer`s or `LoRALayer`s whose routers are `TopKRouter`s or keep its `_choose`: a transformer
+        model: A model with `MoELayer`s or `LoRALayer`s whose routers have `TopKRouter`'s `forward` and `_choose`: a model
             of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
         ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing`) of this rank's tokens, padding included. As
             in a trace, -1 is no choice, and -2 - c is a pair of column c that a capacity dropped. Exactly these pairs are
@@ -77,7 +77,7 @@ class Replay:
         h_TD, _, cache = inputs
         if cache.choice_TK is not None:
             return  # recomputation of a block has the cache of its forward
-        passed = self._passed[torch._C._current_graph_task_id() != -1]  # whether backward runs: another's recomputation
+        passed = self._passed[torch._C._current_graph_task_id() != -1]  # True: backward runs and recomputes
         first = passed[layer]
         passed[layer] = end = first + h_TD.shape[0]
         if end > len(self.ids_TLK):
@@ -98,7 +98,7 @@ def replayable_routers(model: nn.Module) -> list[TopKRouter]:
         ConfigError: the model has none, or one whose choice is not that of `TopKRouter`.
     """
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer | LoRALayer)]
-    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also those of depths
+    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also those of mixture of depths
     others += [router for router in routers if not _keeps_choices(router)]
     if others or not routers:
         found = f"a router of class {type(others[0]).__name__}" if others else "no MoE layer"

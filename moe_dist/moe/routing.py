@@ -99,7 +99,7 @@ class ChosenColumns(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router returns for T tokens.
+    """The result of a router for T tokens.
 
     Attributes:
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
@@ -145,13 +145,13 @@ class LayerReport(NamedTuple):
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: int64, if the three numbers above are on the device only, and 0 here: these numbers, the padding rows sent
-            to other ranks, and how many rows and pairs found no room. Otherwise None.
+        sent_5: None if the three numbers above are known on the host. Else they are 0, and this int64 tensor has them, the
+            padding rows sent to other ranks, and how many rows and pairs found no room.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
             other layers.
         prob_AC, chosen: See `Routing`.
-        late_TD: Output [T, D] that the transformer adds behind the next layer; None without a shortcut, and in the
+        late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
             transformer's reports.
     """
 
@@ -169,12 +169,12 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """Token counts of a training micro-batch on all ranks. The host has them before any layer runs.
+    """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
 
     Attributes:
         step: Optimizer step, counted from 0. It is part of the names of random numbers.
         first_token: Index of the micro-batch's first token among all tokens of the step.
-        rank: Global rank of this process.
+        rank: Global rank of this process. Ranks that share sequences count as one rank here and below.
         tokens_W: Number of tokens of each rank of the world, padding included.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
     """
@@ -192,11 +192,12 @@ class GlobalBatchInfo:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What all routers and MoE layers of a forward get beside the tokens.
+    """The inputs of all routers and MoE layers of a forward besides the tokens.
 
     Attributes:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
+        token_T: int64, index of each token in its micro-batch; None if the tokens are in this order.
         experts_off: If true, routed experts add 0 to the output. They and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
@@ -205,6 +206,7 @@ class RoutingRequest:
 
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
+    token_T: Tensor | None = None
     experts_off: bool = False
     keep_choices: bool = False
     on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
@@ -221,8 +223,8 @@ class ExpertsChoice(NamedTuple):
         taken_TE: bool, true if the expert takes this rank's token.
         order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
             ranks.
-        kth_score_E: The k-th largest score without noise of each expert in the selection scope, which takes k tokens; 0 if
-            it takes none or, by its capacity, all tokens of its group.
+        kth_score_E: For each expert the k-th largest score, without noise, in the selection scope, where it takes k tokens;
+            0 if it takes none or, by its capacity, all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -237,10 +239,13 @@ class RoutingCache:
     choice would change the sizes that this rank sends.
     """
 
-    choice_TK: Tensor | None = None  # chosen columns of token choice
+    choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
+    kept_TK: Tensor | None = None  # which of them a token takes, where their number depends on the token
+    number_T: Tensor | None = None  # predicted number of choices, with gradient; each forward computes it anew
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
+    token_T: Tensor | None = None
     keep_choices: bool = False
     choice: ExpertsChoice | None = None  # taken tokens of expert choice
     plan: Any = None  # the dispatcher's plan

@@ -1,8 +1,8 @@
 """The true experts of this rank for plans of fixed sizes (`dispatch/static.py`): the numbers of rows stay on the device.
 
 Pairs of a group are consecutive: those of its experts in order, then padding. The grouped product reads the experts' rows
-from offsets on the device. What it leaves in the rows of padding is undefined and used by nobody. Shape letters as in
-`experts.py`; P is the room of a group's pairs.
+from offsets on the device. Its results in the rows of padding are undefined and never used. Shape letters as in
+`experts.py`; P is the number of places for a group's pairs.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.static import StaticPlan
+from moe_dist.moe.dispatch.static_planning import StaticPlan
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.experts import (
     Activation,
@@ -33,19 +33,20 @@ from moe_dist.placement.roles import group_module
 
 class StaticStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Any, activate: Activation = silu_product) -> Tensor:
-        """Applies each expert to its block of consecutive rows. `counts` is int64 [e], on the device of x."""
+        """Applies each expert to its block of consecutive rows. `counts` is `counts_X` and `end_X` of the
+        plan, cut to the group's slots."""
         for_gate_PD, for_up_PD = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
         room, device, dtype = for_gate_PD.shape[0], for_gate_PD.device, for_gate_PD.dtype
-        if not len(counts):  # as in `ExpertStack`
+        counts_e, end_e = counts
+        if not len(counts_e):  # as in `ExpertStack`
             return for_gate_PD
-        end_e = counts.cumsum(0).clamp_max(room)  # beyond the room the step fails anyway
         if device.type == "cpu" and (not room or why_not_grouped(dtype, device, self.widths)):
             gate, up, down = (self.weight(name, dtype) for name in ("gate", "up", "down"))
-            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # no device to wait for
+            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # on the host, so no sync
             y_QD = loop_swiglu(x_QD, gate, up, down, rows, activate)
             return F.pad(y_QD, (0, 0, 0, room - y_QD.shape[0]))
         gate, up, down = self.grouped_weights(dtype)
-        product = _Product(end_e)
+        product = _Product(counts_e, end_e)
         up_PF = None if up is None else product(for_up_PD, up)
         return product(activate(product(for_gate_PD, gate), up_PF, slice(0, room)), down)
 
@@ -53,9 +54,8 @@ class StaticStack(ExpertStack):
 class _Product:
     """Multiplies each expert's rows with the expert's matrix, by one grouped product."""
 
-    def __init__(self, end_e: Tensor) -> None:
-        self.offsets = end_e.to(torch.int32)
-        self.empty_e11 = (end_e.diff(prepend=end_e.new_zeros(1)) == 0)[:, None, None]
+    def __init__(self, counts_e: Tensor, end_e: Tensor) -> None:
+        self.offsets, self.empty_e11 = end_e, (counts_e == 0)[:, None, None]
 
     def __call__(self, x_PI: Tensor, weight_eOI: Tensor) -> Tensor:
         weight_eOI = weight_eOI.view_as(weight_eOI)  # a view, because a hook on the parameter would stay
@@ -90,10 +90,10 @@ class StaticExperts(Experts):
         inputs = self.kernels.gather(rows_RD, index)
         outputs, at, slot = [], 0, 0
         for (name, num_local), room in zip(self.local, plan.room_G, strict=True):
-            end, counts_e = at + room, plan.counts_X[slot : slot + num_local]
+            end, slots = at + room, slice(slot, slot + num_local)
             activate = partial(self._activate, rows_between(weight_Q, at, end))
             stack = self.get_submodule(group_module(name))
-            outputs.append(stack(inputs_between(inputs, at, end), counts_e, activate))
+            outputs.append(stack(inputs_between(inputs, at, end), (plan.counts_X[slots], plan.end_X[slots]), activate))
             at, slot = end, slot + num_local
         y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.kernels.sum_pairs(y_QD, weight_Q, index, rows_RD.dtype)

@@ -46,8 +46,8 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
         """Returns the weighted sum of each token's zero-computation experts, [T, D] in the dtype of `h_TD`, summed in fp32
-        (float64 for float64) and rounded once. Computes it as x times one number per token, plus one matrix product with
-        the stacked vectors v."""
+        (float64 for float64) and rounded once. The sum is `h_TD` times one number per token, plus one matrix product with
+        the vectors of all constant experts."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the products in bf16
             x_TD = h_TD.to(dtype)

@@ -8,6 +8,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from moe_dist.errors import ConfigError
 
@@ -25,7 +28,8 @@ class ExpertGroup:
         first_expert: Logical id of the group's first true expert.
         modalities: Modalities whose tokens are routed in the group.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
-        capacity: Share of the group's tokens that each expert takes in expert choice (c); None in token choice.
+        capacity: Share of the group's tokens that each expert takes in expert choice (c), or on average under a target in
+            an adaptive router; None where each token has top_k choices.
         node_groups: Number of node groups into which the true experts are divided, in order.
         topk_node_groups: Number of node groups whose experts a token may take.
     """
@@ -80,7 +84,7 @@ class ExpertPlacement:
             twice = sorted({self.name_of(e) for e in placed if placed.count(e) > 1 and 0 <= e < self.num_experts})
             raise ConfigError(
                 f"placement: each expert must have exactly one slot; without one: {missing or 'none'}, "
-                f"with several: {twice or 'none'}"
+                f"with several: {twice or 'none'}; each of several groups needs its own `first_expert`"
             )
         if any(tuple(sorted(slots)) != slots for slots in self.slots):
             raise ConfigError("placement: the slots of a rank must be sorted by logical expert id")
@@ -88,7 +92,7 @@ class ExpertPlacement:
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
         """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, some ranks get one
-        expert more. The next group begins with its extra experts on the ranks after these, so that ranks stay balanced."""
+        expert more. The extra experts of the next group go to the ranks after these, so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
@@ -124,6 +128,16 @@ class ExpertPlacement:
     def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
         """Returns the logical ids of the group's experts on `rank`, in slot order."""
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
+
+    def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
+        """Sums numbers of the experts in each layer, [L, E], by the rank that computes them, [L, R]."""
+        rank_E = np.array(self.rank_of_expert)
+        return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Returns the slots for metrics.jsonl."""
+        return {"slots": [[*each] for each in self.slots]}
 
     def most_rows(self, rank: int, group: ExpertGroup) -> int:
         """Returns the most other ranks on which a token of `rank` can have experts in one layer: at most top_k in token

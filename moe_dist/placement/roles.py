@@ -36,7 +36,7 @@ class Role(Enum):
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
 EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...], on the ranks of their experts
 ADAPTERS = frozenset({Role.ADAPTER, Role.EXPERT_ADAPTER})
-OUTPUT_NAME = "output.weight"  # of the output projection, whose role is DENSE
+OUTPUT_NAME = "output.weight"  # name of the output projection, whose role is DENSE
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute name contains a colon

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one such process per GPU.
+"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one such process per rank.
 
 configuration -> preflight -> rank -> process groups -> model on its mesh -> data -> resume -> Trainer.fit
 """
@@ -54,7 +54,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
-            if not plan.config.parallel.dispatch.needs_modules:  # other libraries share memory that must not grow
+            if not plan.config.parallel.dispatch.needs_modules:  # their libraries share memory, which must not grow
                 limit_fragmentation(os.environ)
             if plan.config.parallel.device != "cpu":
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
@@ -74,6 +74,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train import build, session
+    from moe_dist.train.engines import started_engine
     from moe_dist.train.fixed_top_k import beside_fixed_top_k
     from moe_dist.train.garbage import collected_by_steps
     from moe_dist.train.levers import LeverParts, build_levers
@@ -92,9 +93,11 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     mesh = session.join_world(config, env, folder, attempt, stopped=lambda: stop.requested)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
-    training = build.build_training(config, manifest, placement, mesh)
+    stack = contextlib.ExitStack()  # a rank that fails ends its process, so nothing needs to be closed then
+    training = stack.enter_context(started_engine(config))(config, manifest, placement, mesh)
     startup.now("reading data")
-    loader = build.build_loader(config, manifest, rank=mesh.rank, world_size=mesh.world_size)
+    reader, readers = training.parallel.reader
+    loader = build.build_loader(config, manifest, rank=reader, world_size=readers)
     evaluator = build.build_evaluator(config, manifest, training, placement)
     startup.now("looking for a checkpoint, and loading it")
     checkpoints = CheckpointManager(
@@ -108,7 +111,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     levers = build_levers(LeverParts(config, placement, training, loader))
     resumable = Resumable(training, placement, checkpoints, config, manifest, levers=levers, report_save=report_save)
     progress = resumable.restore()
-    plan = replace(plan, placement=training.step.placement)  # experts may have moved before the checkpoint
+    plan = replace(plan, placement=training.step.placement)  # the run may have moved experts before it saved the checkpoint
     resumable.placement = evaluator.placement = plan.placement
     startup.done()
     attempt.follow(lambda: progress.step)
@@ -158,6 +161,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     if env.rank == 0 and stop.first is not None:
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
             print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
+    stack.close()
     destroy_world()
 
 

@@ -19,6 +19,7 @@ from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_has
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
+from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -108,6 +109,16 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
         for name in _FUNCTION
         if getattr(model, name) != getattr(there, name)
     ]
+    experts = model.moe.experts
+    if isinstance(experts, AdaptedFFNExpertsSection) and experts.base != there.moe.experts:
+        ours, theirs = (
+            ", ".join(f"{k}: {v}" for k, v in each.model_dump().items()) for each in (experts.base, there.moe.experts)
+        )
+        problems.append(
+            f"model.moe.experts.kind={experts.kind} adapts the experts {{{ours}}}, the base's are {{{theirs}}}; take "
+            "ffn_lora over ffn, and over clamped_ffn take clamped_ffn_lora, with its alpha and limit as swiglu_alpha and "
+            "swiglu_limit"
+        )
     if not model.moe.experts.over_frozen_ffn:
         own = {"capacity", "balance", *(["experts"] if model.moe.experts.adapts_ffns else [])}
         here, base = (each.moe.model_dump(mode="json", exclude=own) for each in (model, there))
@@ -129,9 +140,9 @@ def _not_dense(base: ModelSection) -> list[str]:
             f"its groups are {groups}; LoRA experts stand on one dense FFN, which is one group of one true expert"
         )
     if not moe.router.softmax_top_k or moe.router.sum_of_weights not in (None, 1.0):
-        problems.append("its router weighs the expert's output by other than 1 (router.kind, router.scale)")
+        problems.append("its router gives the expert's output another weight than 1 (router.kind, router.scale)")
     if moe.shared_ffn_dim:
-        problems.append(f"it has a shared expert beside (shared_ffn_dim={moe.shared_ffn_dim})")
+        problems.append(f"it also has a shared expert (shared_ffn_dim={moe.shared_ffn_dim})")
     return problems
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from moe_dist.checkpoint.collective_status import CollectiveStatus
-from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.manifest import Manifest
@@ -22,6 +23,7 @@ from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.model.attention import Attention, CausalAttention
 from moe_dist.model.compiled import compile_dense
+from moe_dist.model.kernels.choice import use_triton
 from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
@@ -143,7 +145,7 @@ def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
     """Makes the model in evaluation mode, without values: the caller must load every tensor. Ignores how the training run
-    was laid out over ranks. The EP groups of `mesh` share the experts; without it this rank has all of them."""
+    was laid out over ranks. The EP groups of `mesh` share the experts; without `mesh` this rank has all."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
@@ -167,7 +169,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of all parameters that `train.only` does not train or `train.frozen` names."""
+    """Disables the gradients of parameters that `router_tuning` or `train.only` does not train or `train.frozen` names."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
@@ -196,10 +198,17 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts  # from which another dispatcher is made if experts move
+    dispatch: DispatchParts | None = None  # from which another dispatcher is made if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
+
+    def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
+        """Returns the state of this rank's model and optimizer, as `moe_dist.checkpoint.state.capture` does."""
+        return capture(self.parallel.model, self.optimizer, layout, **options)
+
+    def loaded(self, state: CheckpointState) -> None:
+        """Called after a load into the tensors of `state`, which `capture` returned."""
 
     def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
         """Returns the controllers whose state a checkpoint saves, by name."""
@@ -233,15 +242,18 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
+    elif kernels is not TORCH:  # torch fuses compiled parts itself
+        use_triton(model, config.parallel.kernels.kind, device=mesh.device, dtype=model.args.compute_dtype)
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
     parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
     optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # if False, the MoE routers are frozen, so their thresholds must not change
+    whole = config.train.only is None  # if False, routers keep the thresholds of the model that the run starts from
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
-    balance, layers = build_balance(config.model.moe, model, placement.groups), model.moe_modules()
+    layers = model.moe_modules()
+    balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     thresholds = (ThresholdUpdater.of(layers), depth_thresholds(model)) if whole else ()
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
     distillation, taught = None, config.loss.distillation
@@ -293,14 +305,14 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if `parallel.expert_gemm` is grouped but this device has no grouped product for these experts."""
-    dtype = COMPUTE_DTYPES[config.parallel.precision]
+    """Raises ConfigError if the run needs the grouped product, but this device has none for these experts."""
+    dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
+    if config.parallel.dispatch.kind == "static" and device.type == "cuda":
+        kind = "grouped"  # a loop over experts needs their numbers of rows on the host
     for group in config.model.moe.groups.values():
         widths = (config.model.hidden_dim, group.ffn_dim)
         try:
-            choose_gemm(
-                config.parallel.expert_gemm, dtype=dtype, device=device, widths=widths, num_experts=group.num_experts
-            )
+            choose_gemm(kind, dtype=dtype, device=device, widths=widths, num_experts=group.num_experts)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -352,11 +364,14 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
     """Makes the held-out evaluation of the model in training."""
-    section, folder = config.monitor.compute_map, Path(config.data.path)
+    section, folder, depths = config.monitor.compute_map, Path(config.data.path), config.model.mixture_of_depths
+    causal = (getattr(config.model.moe.router, "causal", None), None if depths is None else depths.causal)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
         placement,
+        reader=training.parallel.reader,
+        counts_tokens=training.parallel.counts_tokens,
         folder=folder,
         manifest=manifest,
         seq_len=config.data.seq_len,
@@ -367,7 +382,9 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
         mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
-        calibration=config.evaluation.calibration,
+        layer_ranks=training.parallel.layer_ranks,
+        experts_choose=config.model.moe.router.experts_choose,
+        calibration=config.evaluation.calibration if "threshold" in causal else 0,
     )
 
 

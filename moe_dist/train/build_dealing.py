@@ -1,4 +1,4 @@
-"""Makes from the configuration what deals the sequences of a step to ranks: the expected costs of sequences."""
+"""Makes the `Dealing`, which deals a step's sequences to ranks by their expected costs, from the configuration."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,16 @@ def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
     """Returns how sequences are dealt, or None without `rank_balance.dealing`. `modalities` are those of the manifest."""
     if not config.rank_balance.dealing:
         return None
-    terms = any(coefficient for _, coefficient in config.loss.balance.schedule) or config.loss.z
+    balance = config.loss.balance
+    terms = balance.scope == "micro_batch" and (any(each for _, each in balance.schedule) or config.loss.z > 0.0)
     return Dealing(sequence_costs(config, modalities), ep=config.parallel.ep, mix=not terms)
 
 
 def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     """Returns the costs of this run's sequences.
 
-    A token takes as many true experts as a load controller or the weight of the null experts sets, else as uniform routing.
+    A token takes as many true experts as a load controller or the weight of the null experts sets, else as many as
+    under uniform routing.
     """
     model, groups = config.model, expert_groups(config.model.moe)
     taken = {each.name: config.even_active.get(each.name, each.expected_experts_per_token) for each in groups}

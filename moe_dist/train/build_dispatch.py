@@ -21,7 +21,8 @@ from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.dispatch.static import StaticDispatcher, StaticRoom
+from moe_dist.moe.dispatch.static import StaticDispatcher
+from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.placement.placement import ExpertPlacement
@@ -114,8 +115,8 @@ def _static(parts: DispatchParts) -> StaticDispatcher:
 
 
 def room_for(placement: ExpertPlacement, tokens: int, *, room: float) -> StaticRoom:
-    """Returns `room` times the rows and pairs that `tokens` tokens of each rank are expected to need, and at most the most
-    that they can need."""
+    """Returns the numbers of rows and pairs for which exchanges have room: `room` times the numbers expected for `tokens`
+    tokens of each rank, but at most the largest possible numbers."""
     groups, ep = placement.groups, placement.num_ranks
     rows, pairs, computed = [], [], []
     for rank in range(ep):

@@ -11,6 +11,7 @@ from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
+from moe_dist.moe.adapted_clamped_experts import AdaptedClampedExperts
 from moe_dist.moe.adapted_experts import AdaptedExperts
 from moe_dist.moe.clamped_experts import ClampedExperts
 from moe_dist.moe.dispatch.rows import TORCH
@@ -18,6 +19,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
+from moe_dist.moe.replicas import ExpertsWithReplicas
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.static_experts import StaticExperts
@@ -124,11 +126,17 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     return make
 
 
-FFN_EXPERTS = {False: Experts, True: StaticExperts}  # by whether exchanges have fixed sizes
+def _ffn_experts(config: Config) -> type[Experts]:
+    if config.parallel.dispatch.static:
+        return StaticExperts
+    return Experts if config.rank_balance.replicating is None else ExpertsWithReplicas
+
+
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
-    "ffn": lambda parts: ffn_layers(parts, FFN_EXPERTS[parts.config.parallel.dispatch.static]),
+    "ffn": lambda parts: ffn_layers(parts, _ffn_experts(parts.config)),
     "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
     "clamped_ffn": lambda parts: ffn_layers(parts, ClampedExperts),
+    "clamped_ffn_lora": lambda parts: ffn_layers(parts, AdaptedClampedExperts),
     "lora": lora_layers,
 }
 

@@ -1,10 +1,12 @@
 """Makes routers, load controllers and selection scopes from the configuration."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.model_schema import MoESection
@@ -15,11 +17,16 @@ from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController, Rule
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
+from moe_dist.moe.routers.predicted_k import PredictedKRouter
+from moe_dist.moe.routers.relu import ReLURouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.selection import ScopeKind, SelectionScope
+from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
@@ -29,6 +36,11 @@ ROUTERS: dict[str, type[nn.Module]] = {
     "expert_choice": ExpertChoiceRouter,
     "group_limited": GroupLimitedRouter,
     "scheduled_top_k": ScheduledTopKRouter,
+    "top_p": TopPRouter,
+    "relu": ReLURouter,
+    "threshold": ThresholdRouter,
+    "predicted_k": PredictedKRouter,
+    "expert_threshold": ExpertThresholdRouter,
 }
 CONTROLLERS: dict[str, type[Rule]] = {
     "active_experts": ActiveExperts,
@@ -50,13 +62,59 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
     return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 
-def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """Makes the controller of selection biases with one rule per section of `balance`; returns None without sections."""
+def build_balance(
+    section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
+) -> BiasController | None:
+    """Makes the controller of selection biases with one rule per section of `balance`; returns None without sections.
+
+    Args:
+        routers: The router of each MoE layer of the whole model; None for a layer that this rank does not have.
+    """
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
-    gates_LG = [[moe.router.get_submodule(group_module(group.name)) for group in groups] for moe in model.moe_modules()]
+    gates_LG = [
+        [_Elsewhere(torch.zeros(group.num_columns, device=device)) for group in groups]
+        if router is None
+        else [router.get_submodule(group_module(group.name)) for group in groups]
+        for router in routers
+    ]
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class _Elsewhere:
+    """Stands for a gate on another pipeline stage, so that rules see all layers and have the same state on every rank."""
+
+    bias: Tensor
+
+
+def build_thresholds(
+    section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
+) -> ThresholdUpdater | None:
+    """Makes the controller of the thresholds of experts that choose tokens; returns None if tokens choose. See
+    `build_balance` for `routers`."""
+    if not section.router.experts_choose:
+        return None
+    gates_LG: list[Any] = [
+        [_ElsewhereChosen(torch.zeros(3, group.num_experts, device=device)) for group in groups]
+        if router is None
+        else router.gates()  # pyright: ignore[reportCallIssue]
+        for router in routers
+    ]
+    decay = section.router.threshold_decay  # pyright: ignore[reportAttributeAccessIssue]
+    return ThresholdUpdater(gates_LG, decay, dtype=torch.float64)
+
+
+@dataclass
+class _ElsewhereChosen:
+    """As `_Elsewhere`, for experts that choose."""
+
+    buffers_3n: Tensor
+
+    def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        threshold_n, mean_n, steps_n = self.buffers_3n
+        return threshold_n, mean_n, steps_n
 
 
 def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[SelectionScope, SelectionScope | None]:

@@ -28,13 +28,13 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     if mesh.rank == 0:
         print(f"router tuning, on each rank like this one: {savings(parallel, ITEMSIZE[config.optimizer.moments])}")
         if config.model.moe.no_task_gradient:
-            print("router tuning: with top_k=1 and normalised weights cross entropy moves no router, the regulariser alone")
+            print("router tuning: with top_k=1 and normalised weights only the regulariser trains routers, not the loss")
     samples, layers = Samples(section.data), section.chosen_layers(config.model.moe_layers)
     stored = samples.manifest.layers
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # others need a refresh
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # other layers need a refresh
     )
     reader = RoutingReader(
         parallel.model,

@@ -2,8 +2,8 @@
 
     loss = (1 - weight) cross entropy + weight KL(teacher || model)       means over the labels of the step
 
-Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens, or reads what the teacher
-said from a file (`top_logits.py`); neither needs a collective.
+Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens, or reads the teacher's
+output from a file (`top_logits.py`); neither needs a collective.
 """
 
 import json
@@ -47,7 +47,7 @@ class Distillation:
 
 
 class Teacher:
-    """A frozen model, whole on this rank. `group_of_modality` is the index of its expert group of each modality."""
+    """A frozen model, whole on this rank. `group_of_modality` has the index of its expert group for each modality."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
         self._model, self._group_of_modality = model, group_of_modality
@@ -65,7 +65,7 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
     Args:
         path: Run folder, checkpoint or import (`loss.distillation.teacher`).
         student: The model that is to learn from the teacher.
-        manifest: Of the data set on which it learns.
+        manifest: Manifest of the data set on which the student learns.
 
     Raises:
         ConfigError: there is no checkpoint, or its model cannot be the teacher; lists every reason.

@@ -4,7 +4,6 @@ Builds the model on the meta device to check the computed number of parameters. 
 values for a router that chooses all experts of a group, null experts included, with equal probability.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,8 +16,10 @@ from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import EXPERTS, named_parameters
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
+from moe_dist.plan.planner import PlacementPlan
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
+from moe_dist.plan.rank_memory import fullest_rank
+from moe_dist.plan.summary import bytes_text, count_text, per_token
 from moe_dist.train.build import build_model
 
 
@@ -63,13 +64,9 @@ def estimate(config: Config) -> DryRun:
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
     _agree_with_model(config, layout, parts)
-    share = dict(zip((g.name for g in layout.groups), group_shares(layout.groups, layout.token_mix), strict=True))
-    per_token = {"experts_per_token": flops.expected_experts(layout.groups), "token_share": share}
-    forward = flops.forward_flops(model, seq_len=config.data.seq_len, **per_token)
-    plan = expected_plan(layout.placement, layout.token_mix, name=config.placement.policy)
-    ranks = range(layout.placement.num_ranks)
-    memories = [_memory(config, layout, plan, rank, share) for rank in ranks]
-    rank = max(ranks, key=lambda r: memories[r].total)
+    experts = per_token(layout.groups, layout.token_mix)
+    forward = flops.forward_flops(model, seq_len=config.data.seq_len, **experts)
+    rank, rank_memory, plan = fullest_rank(config, layout.placement, layout.token_mix)
     frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
     exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats the dispatch of forward
@@ -77,12 +74,12 @@ def estimate(config: Config) -> DryRun:
         layout=layout,
         world_size=parallel.ep * parallel.edp,
         parts=parts,
-        active_parameters=flops.active_parameters(model, **per_token).total,
+        active_parameters=flops.active_parameters(model, **experts).total,
         forward=forward,
         training_flops=(useful, flops.training_flops(forward, recompute=parallel.recompute, frozen=frozen)),
         plan=plan,
         rank=rank,
-        rank_memory=memories[rank],
+        rank_memory=rank_memory,
         exchange_bytes=exchanges
         * plan.remote_rows_per_token
         * (len(model.moe_layers) - flops.layers_passed_by(model))
@@ -95,7 +92,8 @@ def estimate(config: Config) -> DryRun:
 def render(config: Config, result: DryRun, tokens_per_second: float | None = None) -> Table:
     """Returns the estimates as a table."""
     table = Table(
-        title=f"{config.run.name}: {result.world_size} ranks (ep {config.parallel.ep} x edp {config.parallel.edp})"
+        title=f"{config.run.name}: {result.world_size} ranks (ep {config.parallel.ep} x edp {config.parallel.edp}"
+        f"{config.engine.degrees_text()})"
     )
     for column in ("what", "how much", "of which"):
         table.add_column(column, justify="right" if column == "how much" else "left")
@@ -108,7 +106,8 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
     table.add_section()
     _add_memory_rows(table, config, result)
     what = "adapters and routers alone, " if config.model.has_adapters else ""
-    kept = f"all ranks together, {what}weights and moments{' of the tuned routers' if config.router_tuning else ''} in fp32"
+    whose = " of the tuned routers" if config.router_tuning else ""
+    kept = f"all ranks together, {what}weights in fp32, moments{whose} in {config.optimizer.moments}"
     table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
     table.add_section()
     rows = f"{result.plan.remote_rows_per_token:.3f} remote rows a token and layer; placement {config.placement.policy}"
@@ -137,32 +136,6 @@ def _times(config: Config) -> str:
     return "three times forward" + (", without gradients of frozen weights" if config.model.has_adapters else "")
 
 
-def count_text(number: float) -> str:
-    """Returns a number as text: three digits and a space, and from 1000 on the unit K, M, G, T, P or E."""
-    if number < 1000:
-        return f"{number:.3g} "
-    power = min(6, int(math.log10(number) + 1e-12) // 3)
-    return f"{number / 1000**power:.3g} {'KMGTPE'[power - 1]}"
-
-
-def bytes_text(number: float) -> str:
-    """Returns a number of bytes as text in B, KiB, MiB, GiB, TiB or PiB."""
-    power = min(5, int(math.log2(number)) // 10) if number >= 1 else 0
-    return f"{number / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'][power]}"
-
-
-def _memory(
-    config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
-) -> memory.RankMemory:
-    """Returns the memory of the EP rank `rank`. `plan` counts the rows for one token of the whole EP group. This function
-    counts the rows and (token, expert) pairs for one token on each rank of the EP group."""
-    placement, ranks = layout.placement, layout.placement.num_ranks
-    held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
-    pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
-    rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
-    return memory.rank_memory(config, placement, rank=rank, rows=rows, pairs=pairs)
-
-
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
     """Checks that `parts` sum to the number of parameters, over all EP ranks, of the model that the run would build."""
     placement, total = layout.placement, 0
@@ -182,11 +155,12 @@ def _numel(parameters: list[nn.Parameter]) -> int:
 
 def _add_memory_rows(table: Table, config: Config, result: DryRun) -> None:
     needs, parallel = result.rank_memory, config.parallel
-    sharded = "sharded by FSDP2" if parallel.data == "fsdp2" else "dense ones on every rank"
+    sharded = "sharded by FSDP2" if parallel.data == "fsdp2" else config.engine.dense_text
+    moments = "two moments, one of matrices" if config.optimizer.orthogonal else "two moments"
     table.add_row("memory a rank", bytes_text(needs.total), f"the fullest: EP position {result.rank}; an estimate")
     table.add_row("  parameters", bytes_text(needs.parameters), f"fp32 master weights, {sharded}")
     table.add_row("  gradients", bytes_text(needs.gradients), "fp32")
-    table.add_row("  optimizer state", bytes_text(needs.optimizer), "two moments, fp32")
+    table.add_row("  optimizer state", bytes_text(needs.optimizer), f"{moments}, {config.optimizer.moments}")
     table.add_row("  weights in use", bytes_text(needs.casts), f"{parallel.precision}, while a micro-batch is computed")
     batch = f"{config.train.micro_batch} x {config.data.seq_len} tokens, recompute={parallel.recompute}"
     table.add_row("  activations", bytes_text(needs.activations), f"{batch}; formula in moe_dist/plan/memory.py")

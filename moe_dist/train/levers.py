@@ -9,16 +9,19 @@ from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
 from moe_dist.monitor.statistics import LeverDecision, StepResult
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build import Training
+from moe_dist.placement.replicas import PlacementWithReplicas
+from moe_dist.train.build import COMPUTE_DTYPES, Training
 from moe_dist.train.build_dispatch import dispatch_with
 from moe_dist.train.dealing_lever import DealingLever
 from moe_dist.train.expert_moves import move_experts
+from moe_dist.train.expert_replicas import give_replicas
 from moe_dist.train.moving_lever import MovingLever
+from moe_dist.train.replicating_lever import ReplicatingLever
 from moe_dist.train.router_tuning.loader import SampleLoader
 
 
 class Lever(Protocol):
-    """Changes what ranks do, without a change of the loss beyond rounding. All ranks decide alike."""
+    """Moves work between ranks, without changing the loss beyond rounding. All ranks decide alike."""
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
         """Is called after each step. May issue collectives. Returns a decision if there is one to show.
@@ -49,15 +52,41 @@ def _moving(parts: LeverParts) -> MovingLever | None:
     if section is None or parts.placement.num_ranks == 1:
         return None
 
+    assert training.dispatch is not None, "preflight refuses moves where an engine cannot take them"
+    dispatch = training.dispatch
+
     def move(old: ExpertPlacement, new: ExpertPlacement) -> None:
         move_experts(training.parallel, training.optimizer, old, new)
-        dispatch_with(training.parallel.model, replace(training.dispatch, placement=new))
+        dispatch_with(training.parallel.model, replace(dispatch, placement=new))
         training.step.placement = new
 
     return MovingLever(parts.placement, move, edp=training.parallel.mesh.edp_size, **section.model_dump())
 
 
-LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {"dealing": _dealing, "moving": _moving}
+def _replicating(parts: LeverParts) -> ReplicatingLever | None:
+    section, training, config = parts.config.rank_balance.replicating, parts.training, parts.config
+    if section is None or parts.placement.num_ranks == 1:
+        return None
+
+    assert training.dispatch is not None, "preflight refuses replicas where an engine cannot have them"
+    dispatch, mesh, layers = training.dispatch, training.parallel.mesh, training.parallel.model.moe_modules()
+
+    def replicate(placement: PlacementWithReplicas) -> None:
+        give_replicas(training.parallel, dispatch, placement)
+        training.step.placement = placement
+
+    micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
+    exchanges = micro_batches * (3 if config.parallel.recompute == "block" else 2)
+    size = COMPUTE_DTYPES[config.parallel.precision].itemsize
+    fields = {"edp": mesh.edp_size, "bytes_per_value": exchanges * size, **section.model_dump()}
+    return ReplicatingLever(parts.placement, replicate, layers=len(layers), **fields)
+
+
+LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {
+    "dealing": _dealing,
+    "moving": _moving,
+    "replicating": _replicating,
+}
 
 
 def build_levers(parts: LeverParts) -> dict[str, Lever]:

@@ -6,7 +6,6 @@ experts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,22 +20,12 @@ from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.distillation import TeacherOutput
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.step_load import StepLoad
-from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.losses import AuxSettings, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import DepthStatistics
 from moe_dist.optim.optimizer import coefficient_at
 from moe_dist.placement.counts import FRACTIONAL, StepCounts
 from moe_dist.placement.placement import ExpertPlacement
-
-
-@dataclass(frozen=True)
-class AuxSettings:
-    """Kind and coefficients of a step's auxiliary terms; `null_weight_G` as in `moe_dist.moe.losses.balance_terms`."""
-
-    kind: BalanceKind
-    balance: float
-    z: float
-    null_weight_G: tuple[float, ...] | None = None
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
@@ -62,7 +51,7 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
 
 
 def labels_by_modality(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Returns the number of labels that are not IGNORED by modality of the label: float64 [M]."""
+    """Returns the number of labels of each modality, without those that are IGNORED: float64 [M]."""
     return _labels_of_modalities(labels_BS, modality_BS, num_modalities).sum(0, dtype=torch.float64)
 
 

@@ -1,8 +1,8 @@
 """Decides when experts change ranks, from the routing counts alone: so all ranks and all runs with one seed decide alike.
 
 A window of steps is cut in two. The loads of its first half find swaps of experts, by the placement solver; those of its
-second half judge them. So a placement that fits only the noise of the steps by which it was found has no gain. Each step
-and layer counts by its busiest rank, hence also a hot spot that rotates is spread.
+second half judge them. So a placement that fits only the noise of the steps by which it was found has no gain. A load is
+the sum over steps and layers of the busiest rank's load, so the experts of a rotating hot spot are spread, too.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -13,17 +13,19 @@ import numpy as np
 from pydantic import JsonValue
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.expert_moves import same_shapes
+from moe_dist.train.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # of the busiest rank's load; smaller gains are noise
-# An expert of n parameters moves 12 n bytes (weight and two moments in fp32); forward and backward of a row take 6 n FLOPs.
+LEAST_GAIN = 0.02  # fraction of the busiest rank's load; smaller gains are noise
+# An expert of n parameters moves at most 12 n bytes: weight and two moments in fp32. Muon's one moment and moments in bf16
+# are less, so a move then pays back earlier. Forward and backward of a row take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 
-class MovingLever:
+class MovingLever(LoadLever[ExpertPlacement]):
     """See `moe_dist.train.levers.Lever`. Its state is saved in checkpoints.
 
     Args:
@@ -43,23 +45,10 @@ class MovingLever:
         payback_steps: int,
         flops_per_byte: float,
     ) -> None:
-        self.placement, self._move, self._edp = placement, move, edp
-        self._every, self._payback_steps, self._flops_per_byte = every, payback_steps, flops_per_byte
-        self._width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts])
+        super().__init__(placement, every)
+        self._move, self._edp, self._configured = move, edp, placement.slots
+        self._payback_steps, self._flops_per_byte = payback_steps, flops_per_byte
         self._group_E = np.array([number for number, group in enumerate(placement.groups) for _ in group.experts])
-        self._pairs_SLE: list[np.ndarray] = []  # computed pairs in the steps since the last decision
-
-    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """See `Lever`. Decides in every `every`-th step; a balanced load shows nothing."""
-        counts = result.counts
-        self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
-        if step % self._every:
-            return None
-        pairs_SLE, self._pairs_SLE = np.array(self._pairs_SLE), []
-        decision = self._decide(pairs_SLE * self._width_E) if len(pairs_SLE) > 1 else None
-        if decision is not None and decision.placement is not None:
-            self._place(decision.placement)
-        return decision
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         ranks, rank_E = self.placement.num_ranks, np.array(self.placement.rank_of_expert)
@@ -94,24 +83,26 @@ class MovingLever:
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns where the experts are, and the counts since the last decision."""
+        """Returns where the experts are, where the configuration has them, and the counts since the last decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
-        return {"slots": slots, "pairs": np.array(self._pairs_SLE, np.int64).tolist()}
+        configured: list[JsonValue] = [[*each] for each in self._configured]
+        return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to where they were. Collective. On ranks that cannot hold them so, they stay where the
-        configuration has them.
+        """Moves the experts to where they were. Collective. If the ranks cannot hold the experts in this way, or the
+        configuration has another placement now, they stay where the configuration has them.
 
         Raises:
-            DataError: the state is none of `state`.
+            DataError: the state was not made by `state`.
         """
         try:
             assert isinstance(state, dict)
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore
-            pairs_SLE = [np.array(each, np.int64).reshape(-1, len(self._width_E)) for each in state["pairs"]]  # pyright: ignore
+            pairs_SLE = self._read_pairs(state["pairs"])
             placement = ExpertPlacement(self.placement.groups, slots)
         except (AssertionError, ConfigError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"state of the lever that moves experts: {state!r:.80} is none ({error!s:.80})") from error
-        if same_shapes(self.placement, placement):
+        configured = [[*each] for each in self._configured]
+        if same_shapes(self.placement, placement) and state.get("configured", configured) == configured:
             self._place(placement)
         self._pairs_SLE = pairs_SLE

@@ -28,6 +28,8 @@ class PlacementRows:
         ep_rank: Position of this rank in its EP group.
     """
 
+    own_tokens = True  # a token's row begins at the rank that routes it
+
     def __init__(
         self, placements: Mapping[str, ExpertPlacement], *, ep_rank: int, first: int, device: torch.device
     ) -> None:
@@ -42,7 +44,7 @@ class PlacementRows:
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
-        """Takes a micro-batch. Stays on the device, without a sync."""
+        """Counts the rows of a micro-batch, on the device and without a sync."""
         for report in reports:
             if report.chosen is not None:
                 self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
@@ -54,7 +56,7 @@ class PlacementRows:
         """Nothing is kept on disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """The counted placements stay; `monitor.cost_table` then shows none of other policies."""
+        """Keeps counting the same placements. After a move `monitor.cost_table` shows no other policy."""
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
         """Returns the rows of all ranks by placement. Collective."""
@@ -80,7 +82,7 @@ def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int
     column_TK = column_TK.to(torch.int64)
     taken_TK = (column_TK >= 0) & (column_TK < rank_PE.shape[1])
     rank_PTK = rank_PE[:, torch.where(taken_TK, column_TK, 0)]
-    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # as if the token stayed at home
+    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # as if on the token's own rank
     reached_PTR = torch.zeros(*rank_PTK.shape[:2], num_ranks, dtype=torch.bool, device=column_TK.device)
     reached_PTR.scatter_(2, rank_PTK, True)
     reached_PTR[:, :, ep_rank] = False

@@ -16,10 +16,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_dist.config.schema import Config
+from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 
 PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # of a layer, with a range each
+CALLED_WITHOUT_HOOKS = ("attention", "ffn")  # by `moe_dist.model.two_batches`
 MEMORY_EVENTS = 200_000  # allocations and releases that CUDA's memory history keeps
 MIB = 2**20
 
@@ -32,7 +34,7 @@ class StepProfiler:
     Args:
         model: The transformer, whose `layers` get ranges.
         folder: Folder of the files; created with the first file.
-        name: Begin of the files' names, such as 'rank_0'.
+        name: Beginning of the files' names, such as 'rank_0'.
     """
 
     def __init__(self, model: nn.Module, folder: Path, name: str, *, first: int, last: int, device: torch.device) -> None:
@@ -124,18 +126,24 @@ def profiled_steps(
 
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Gives each part of each layer a range 'layer 3/moe.experts', and the exchanges 'layer 3/dispatch' and 'combine'.
-    Yields functions that take the ranges away. Recomputation in backward has the same ranges."""
+    Yields functions that remove the ranges. Recomputation in backward has the same ranges. If the layers run on halves of a
+    micro-batch, 'layer 3/moe' has three ranges for each half, which end where an exchange is in flight."""
+    halves = model.args.two_batch_overlap if isinstance(model, Transformer) else False
     layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
     entered: list[str] = []  # names of the layers that are running; the last one is the innermost
     for name, layer in layers.items():
         for part in PARTS:
             module = _part(layer, part)
-            if module is not None:
+            if module is not None and halves and part in CALLED_WITHOUT_HOOKS:
+                yield _method_range(module, "forward", [], f"{name}/{part}")
+            elif module is not None:
                 yield from _module_range(module, f"{name}/{part}")
         moe = _part(layer, "moe")
         dispatcher = getattr(moe, "dispatcher", None)
         if moe is None or dispatcher is None:
             continue
+        if halves:
+            yield _pieces_range(moe, name, entered)
         yield moe.register_forward_pre_hook(lambda *_, name=name: entered.append(name), prepend=True).remove
         yield moe.register_forward_hook(lambda *_: (entered.pop(), None)[1], always_call=True).remove
         for method in ("plan", "dispatch", "combine"):
@@ -165,11 +173,32 @@ def _module_range(module: nn.Module, name: str) -> Iterator[Callable[[], None]]:
     yield module.register_forward_hook(end, always_call=True).remove  # also after an error, so that ranges stay nested
 
 
-def _method_range(owner: Any, method: str, entered: list[str]) -> Callable[[], None]:
+def _pieces_range(moe: Any, name: str, entered: list[str]) -> Callable[[], None]:
+    """Gives each piece of `MoELayer.steps` a range."""
+    inner = moe.steps
+
+    def wrapped(*args: Any) -> Any:
+        pieces = inner(*args)
+        while True:
+            entered.append(name)
+            try:
+                with record_function(f"{name}/moe"):
+                    next(pieces)
+            except StopIteration as end:
+                return end.value
+            finally:
+                entered.pop()
+            yield
+
+    moe.steps = wrapped
+    return lambda: delattr(moe, "steps")
+
+
+def _method_range(owner: Any, method: str, entered: list[str], name: str | None = None) -> Callable[[], None]:
     inner = getattr(owner, method)
 
     def wrapped(*args: Any, **options: Any) -> Any:
-        with record_function(f"{entered[-1]}/{method}" if entered else method):
+        with record_function(name or (f"{entered[-1]}/{method}" if entered else method)):
             return inner(*args, **options)
 
     setattr(owner, method, wrapped)

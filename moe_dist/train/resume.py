@@ -5,7 +5,7 @@ values["progress"]                            `Progress`: the step (which sets t
 values["config"], values["data"]              resolved configuration; digests of the data
 values["base"]                                only if adapters are trained: path and content hash of their base
 values["controllers"]                         state of each controller, by name
-values["levers"]                              state of the levers of `rank_balance`, by name; another run may lack them
+values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack some
 rank_values["generators"]                     states of each rank's random number generators
 placement, versions                           to be read by people; a load ignores them
 """
@@ -26,7 +26,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
-from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.state import CheckpointState, RankLayout
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
@@ -145,7 +145,9 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        restored = self._checkpoints.load(newest, self._capture())  # `_capture` creates the moments
+        state = self._capture()  # creates the moments
+        restored = self._checkpoints.load(newest, state)
+        self._training.loaded(state)
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
@@ -170,14 +172,16 @@ class Resumable:
         if saved_part(self._config) == "trained":
             self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
             return report
-        return begin_with_weights(self._config, self._checkpoints, self._capture(), model)
+        state = self._capture()
+        report = begin_with_weights(self._config, self._checkpoints, state, model)
+        self._training.loaded(state)
+        return report
 
     def _capture(
         self, values: Mapping[str, JsonValue] | None = None, rank_values: Mapping[str, JsonValue] | None = None
     ) -> CheckpointState:
-        model, optimizer = self._training.parallel.model, self._training.optimizer
         part = saved_part(self._config)
-        return capture(model, optimizer, self._layout, part=part, values=values, rank_values=rank_values)
+        return self._training.capture(self._layout, part=part, values=values, rank_values=rank_values)
 
     def _check_origin(self, folder: Path, restored: Restored) -> None:
         """Checks that the checkpoint is of this run and that the run's data are unchanged. Runs on rank 0."""

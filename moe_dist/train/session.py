@@ -34,6 +34,7 @@ from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
 from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
+from moe_dist.plan.summary import start_text
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
@@ -41,6 +42,7 @@ from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
+from moe_dist.train.peft_folder import write_adapters
 from moe_dist.train.resume import Progress
 from moe_dist.train.trainer import Finished
 
@@ -150,6 +152,7 @@ def open_sinks(
         yield []
         return
     console = Console()
+    print(start_text(plan, str(folder.path), plan.config.run.root))
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
     attempt.lease.check()  # another attempt may have taken the lease meanwhile
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])
@@ -260,6 +263,8 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: 
         for line in (*console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}"):
             console.print(line)
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
+    if adapters := write_adapters(plan.config, folder, finished.evaluation.step):
+        console.print(adapters)
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
     folder.write_summary(console.export_text())

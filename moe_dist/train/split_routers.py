@@ -13,12 +13,12 @@ from moe_dist.placement.roles import Role, logical_name, role_of_name
 
 @torch.no_grad()
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
-    """Repeats each router row and selection bias of a checkpoint as often as the model has more of them, equal ones next to
-    each other. Returns the number of rows. Every rank has all rows, and reads the checkpoint.
+    """Fills a model's router rows and selection biases from a checkpoint with fewer of them: a model with m times as many
+    gets each one m times, equal ones next to each other. Returns the number of rows. Every rank reads the checkpoint.
 
     Args:
         path: A path for `find_checkpoint`.
-        divides_bias: Whether biases are added to probabilities, which are smaller with more columns.
+        divides_bias: Whether to divide biases by m, as is right if they are added to probabilities, which shrink with m.
 
     Raises:
         DataError: a file or a tensor is damaged.
@@ -30,5 +30,5 @@ def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
         times = own[name].shape[0] // stored.shape[0]
         is_bias = name.endswith(".bias")
         own[name].copy_(stored.repeat_interleave(times, dim=0) / (times if is_bias and divides_bias else 1))
-        rows += 0 if is_bias else own[name].shape[0]
+        rows += own[name].shape[0] if own[name].ndim == 2 else 0
     return rows

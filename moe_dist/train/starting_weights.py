@@ -36,7 +36,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 from moe_dist.train.split_routers import split_routers
 
-# What differs although the function is the same, by rule.
+# By rule: the difference that remains although the model computes the same function.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -50,7 +50,7 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
 }
 # Rules that give the tensors of routers their values, or leave them new on purpose.
 _RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
-STAIR = 0.02  # between the scores of two null experts of a split model, in parts of the score of a row of 0
+STAIR = 0.02  # difference of the biases of two null experts of a split model, as a fraction of the score of a row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
@@ -163,7 +163,7 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     model. Without such reasons it computes the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
-    changes += _shortcut(config, source.get("model"))
+    changes += _other_experts(config, source.get("model"))
     if "split" in config.run.init_rules:
         return changes + _scaled(source.get("model"), taken)
     if "upcycle" not in config.run.init_rules:
@@ -218,11 +218,17 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     return changes
 
 
-def _shortcut(config: Config, before: JsonValue) -> list[str]:
-    """Returns a reason of `_changes` if experts are added behind another layer than in the checkpoint's model."""
-    moe = before.get("moe") if isinstance(before, dict) else None
+def _other_experts(config: Config, before: JsonValue) -> list[str]:
+    """Returns reasons of `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
+    if clamped experts have other limits."""
+    moe, reasons = before.get("moe") if isinstance(before, dict) else None, list[str]()
     old, new = isinstance(moe, dict) and moe.get("shortcut", False), config.model.moe.shortcut
-    return [] if old == new else [f"model.moe.shortcut={str(new).lower()}, the checkpoint's is {str(old).lower()}"]
+    if old != new:
+        reasons.append(f"model.moe.shortcut={str(new).lower()}, the checkpoint's is {str(old).lower()}")
+    here, there = config.model.moe.experts.model_dump(mode="json"), moe.get("experts") if isinstance(moe, dict) else None
+    if here["kind"] == "clamped_ffn" and here != there:
+        reasons.append(f"model.moe.experts={here}, the checkpoint's is {there}")
+    return reasons
 
 
 def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:

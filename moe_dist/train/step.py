@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
-from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
@@ -45,7 +44,7 @@ from moe_dist.train.loss import (
     micro_loss,
     step_counts,
 )
-from moe_dist.train.router_tuning.tuning import RouterTuning
+from moe_dist.train.router_tuning.tuning import RouterTuning, Targets
 from moe_dist.train.tracing import StepWatcher
 
 
@@ -58,8 +57,18 @@ class AfterStep(Protocol):
         ...
 
 
+class Weights(NamedTuple):
+    """Divisor and weights of the terms of a step's loss, from counts over all ranks."""
+
+    labels_in_step: Tensor  # at least 1
+    share_I: Tensor  # weight of each micro-batch's auxiliary terms
+    share_IG: Tensor | None  # the same by group; None for `share_I`
+    batch_info: Sequence[GlobalBatchInfo | None]
+
+
 class TrainingStep:
-    """Takes training steps with one model and optimizer.
+    """Takes training steps with one model and optimizer. A step with tensor or pipeline parallelism
+    (`PipelineStep`) overrides `_losses`, `_norm_squared`, `_apply` and `_clear`.
 
     Args:
         parallel: The model on its mesh.
@@ -114,24 +123,26 @@ class TrainingStep:
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
-        Besides the dispatchers' syncs the host syncs with the device only at the end: for this rank's counts (for the
-        ledger), and for all sums over the ranks.
+        Besides the dispatchers' syncs the host syncs with the device only at the end (on CUDA for the seconds of exchanges,
+        for this rank's counts in the ledger, for all sums over the ranks), and with `needs_global_batch_info`.
 
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
             number: Number of the step (0-based), which is part of the seed of random draws.
-            watchers: See the choices of every token of the step.
+            watchers: Get the choices of every token of the step.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches) if self.parallel.counts_tokens else 0
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = torch.stack(  # [micro-batches, M]: number of labels on this rank
             [labels_by_modality(each.labels_BS, each.label_modality_BS, num_modalities) for each in batches]
         )
+        if not self.parallel.counts_tokens:
+            labels_M.zero_()
         num_groups, needed = len(self.placement.groups), self.needs_global_batch_info
-        members = _count_members(batches, self.group_of_modality, mesh, num_groups, needed=needed)
+        members = self._count_members(batches if needed else [], num_groups)
         weighed = batches if self.load is not None else []
         tokens_IG = _group_tokens(weighed, self.group_of_modality, num_groups, mesh.device)
         # Also gathers the ranks' readings of the previous step. Sums of counts are exact in any order.
@@ -140,56 +151,16 @@ class TrainingStep:
         micro_labels, readings, flat, summed = counts.split([len(part) for part in parts])
         tokens_IG = summed.view_as(tokens_IG)
         labels_in_step = micro_labels.sum().clamp_min(1.0)
-        batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
+        batch_info = self._batch_infos(batches, flat.view_as(members), number)
         self.comm_stats.take()  # drops the bytes of evaluations since the last step
 
         share_I, share_IG = micro_labels / labels_in_step, None
         if self.load is not None:
             share_I = tokens_IG.sum(1) / tokens_IG.sum().clamp_min(1.0)
             share_IG = tokens_IG / tokens_IG.sum(0).clamp_min(1.0)
-        losses: list[MicroLoss] = []
-        own = _OwnCounts(self.placement)
-        for i, batch in enumerate(batches):
-            with self.parallel.micro_batch(last=i + 1 == len(batches)):
-                probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                started: list[Callable[[], StepCounts[Tensor]]] = []
-                start = partial(self._start_counts, started)
-                request = RoutingRequest(batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start)
-                teacher = None if self.distillation is None else self.distillation.outputs(batch)
-                with record_function("forward"):  # these four ranges cost microseconds
-                    found, reports = forward(
-                        self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher
-                    )
-                losses_BS, kl_BS = (found, None) if teacher is None else found.unbind()
-                loss = micro_loss(
-                    losses_BS,
-                    reports,
-                    batch.labels_BS,
-                    batch.label_modality_BS,
-                    num_modalities=num_modalities,
-                    tables=self._tables,
-                    aux=aux,
-                    labels_in_step=labels_in_step,
-                    share=share_I[i],
-                    counts=started[0](),
-                    share_G=None if share_IG is None else share_IG[i],
-                    load=self.load,
-                )
-                for watcher in watchers:
-                    watcher.add(batch, reports)
-                if self.distillation is not None and kl_BS is not None:
-                    loss = self.distillation.add(loss, losses_BS, kl_BS, labels_in_step)
-                del found, losses_BS, kl_BS, teacher  # else the autograd graph would outlive backward
-                if self.tuning is not None and targets is not None:
-                    loss = self.tuning.add(loss, reports, targets[i])
-                with record_function("backward"):
-                    loss.total.backward()
-            # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
-            losses.append(loss._replace(total=loss.total.detach()))
-            del loss
-            own.add(reports)
-        with record_function("reduce gradients"):
-            self.parallel.reduce_gradients()
+        weights = Weights(labels_in_step, share_I, share_IG, batch_info)
+        own = OwnCounts(self.placement)
+        losses = self._losses(batches, aux, weights, own, targets=targets, watchers=watchers)
         inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
         payload, metadata, seconds = self.comm_stats.take()  # host sync: on CUDA the seconds are known only after it
         readings_W4 = np.zeros((mesh.world_size, 4))
@@ -204,6 +175,99 @@ class TrainingStep:
             watcher.finish(number)
         return result
 
+    def _count_members(self, batches: Sequence[Batch], num_groups: int) -> Tensor:
+        """Returns token counts, float64 [R, I, G] by reader (rank, or ranks with the same sequences), micro-batch and
+        group: those of this rank in its own row, zeros in all other rows, so that the sum over the ranks has all counts."""
+        reader, readers = self.parallel.reader
+        tokens_IG = _group_tokens(batches, self.group_of_modality, num_groups, self.parallel.mesh.device)
+        members_RIG = tokens_IG.new_zeros((readers, *tokens_IG.shape))
+        if self.parallel.counts_tokens:
+            members_RIG[reader] = tokens_IG
+        return members_RIG
+
+    def _batch_infos(self, batches: Sequence[Batch], members_RIG: Tensor, step: int) -> list[GlobalBatchInfo | None]:
+        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None if no router needs it.
+
+        The i-th micro-batch must have the same shape on every rank.
+        """
+        if not members_RIG.numel():
+            return [None] * len(batches)
+        # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
+        flat = self.comm_stats.to_host("tokens of each rank and group", members_RIG.to(torch.int64).flatten())
+        counts_RIG, batch_info, first = np.array(flat).reshape(members_RIG.shape), [], 0
+        reader, readers = self.parallel.reader
+        for i, batch in enumerate(batches):
+            length = batch.tokens_BS.numel()
+            batch_info.append(
+                GlobalBatchInfo(
+                    step=step,
+                    first_token=first,
+                    rank=reader,
+                    tokens_W=(length,) * readers,
+                    members_WG=tuple(tuple(row) for row in counts_RIG[:, i].tolist()),
+                )
+            )
+            first += length * readers
+        return batch_info
+
+    def _losses(
+        self,
+        batches: Sequence[Batch],
+        aux: AuxSettings,
+        weights: Weights,
+        own: "OwnCounts",
+        *,
+        targets: Sequence[Targets] | None,
+        watchers: Sequence[StepWatcher],
+    ) -> list[MicroLoss]:
+        """Runs forward and backward of all micro-batches, and sums the gradients over the ranks. Adds this rank's reports
+        to `own`. Returns losses whose sum is this rank's share of the step's loss."""
+        losses: list[MicroLoss] = []
+        for i, batch in enumerate(batches):
+            with self.parallel.micro_batch(last=i + 1 == len(batches)):
+                probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
+                started: list[Callable[[], StepCounts[Tensor]]] = []
+                start = partial(self._start_counts, started)
+                request = RoutingRequest(
+                    weights.batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start
+                )
+                teacher = None if self.distillation is None else self.distillation.outputs(batch)
+                with record_function("forward"):  # the step's four profiler ranges cost microseconds
+                    found, reports = forward(
+                        self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher
+                    )
+                losses_BS, kl_BS = (found, None) if teacher is None else found.unbind()
+                loss = micro_loss(
+                    losses_BS,
+                    reports,
+                    batch.labels_BS,
+                    batch.label_modality_BS,
+                    num_modalities=len(self.group_of_modality),
+                    tables=self._tables,
+                    aux=aux,
+                    labels_in_step=weights.labels_in_step,
+                    share=weights.share_I[i],
+                    counts=started[0](),
+                    share_G=None if weights.share_IG is None else weights.share_IG[i],
+                    load=self.load,
+                )
+                for watcher in watchers:
+                    watcher.add(batch, reports)
+                if self.distillation is not None and kl_BS is not None:
+                    loss = self.distillation.add(loss, losses_BS, kl_BS, weights.labels_in_step)
+                del found, losses_BS, kl_BS, teacher  # else the autograd graph would outlive backward
+                if self.tuning is not None and targets is not None:
+                    loss = self.tuning.add(loss, reports, targets[i])
+                with record_function("backward"):
+                    loss.total.backward()
+            # Frees the autograd graph, whose nodes hold the dispatch plans even after backward.
+            losses.append(loss._replace(total=loss.total.detach()))
+            del loss
+            own.add(reports)
+        with record_function("reduce gradients"):
+            self.parallel.reduce_gradients()
+        return losses
+
     def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
         """Adds the started sum of routing counts to `started`. While the sum waits for the slowest rank, this rank computes
         the output layer and the cross entropy."""
@@ -213,15 +277,14 @@ class TrainingStep:
         self,
         losses: Sequence[MicroLoss],
         labels_M: Tensor,
-        own: "_OwnCounts",
+        own: "OwnCounts",
         traffic: dict[str, int],
         host: list[float],
     ) -> Tensor:
         """Returns a float64 vector with this rank's summands of the squared gradient norm, the losses, the stop requests
         and the statistics, so that one all-reduce sums them all."""
         device = self.parallel.mesh.device
-        replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
-        squared = local_norm_squared(replicas, device=device)
+        squared = self._norm_squared()
         true_choices_G, null_choices_G, tokens_G, sent = own.totals()
         rows_remote, pairs, pairs_remote, rows_padding, overflow = sent
         ledger = compare(
@@ -248,6 +311,24 @@ class TrainingStep:
             ]
         )
 
+    def _norm_squared(self) -> Tensor:
+        """Returns this rank's share of the squared gradient norm, 0-d float64."""
+        replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
+        return local_norm_squared(replicas, device=self.parallel.mesh.device)
+
+    def _apply(self, norm: Tensor, lr: float) -> None:
+        """Clips the gradients, whose norm is `norm`, and updates the weights."""
+        if self.clip_norm is not None:
+            clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
+        set_lr(self.optimizer, lr)
+        with record_function("optimizer"), self.parallel.mesh.tracker.among("the optimizer's step"):
+            self.optimizer.step()
+
+    def _clear(self) -> None:
+        """Forgets the gradients."""
+        # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
+        self.parallel.model.zero_grad(set_to_none=True)
+
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
         """Updates the weights if the sums over all ranks are finite, else skips the step. All ranks have the same sums, so
         all decide alike; a NaN on one rank makes the sum NaN."""
@@ -267,16 +348,10 @@ class TrainingStep:
             raise ResourceError(f"{OVERFLOW} ({overflow:.0f} in this step, on all ranks)")
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
         if finite:
-            norm = summed[0].sqrt()
-            if self.clip_norm is not None:
-                clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
-            set_lr(self.optimizer, lr)
-            with record_function("optimizer"), self.parallel.mesh.tracker.among("the optimizer's step"):
-                self.optimizer.step()
+            self._apply(summed[0].sqrt(), lr)
             for controller in self.controllers:
                 controller.after_step(counts)
-        # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
-        self.parallel.model.zero_grad(set_to_none=True)
+        self._clear()
         return StepResult(
             nll_M=nll_M,
             labels_M=labels_M.astype(np.int64),
@@ -333,7 +408,7 @@ def largest_memory(device: torch.device) -> tuple[float, float, float]:
     return *sizes, float(stats.get("num_alloc_retries", 0))
 
 
-class _OwnCounts:
+class OwnCounts:
     """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and what
     the layers sent."""
 
@@ -343,7 +418,8 @@ class _OwnCounts:
         self._sent_3 = torch.zeros(3, dtype=torch.int64)
 
     def add(self, reports: Sequence[LayerReport]) -> None:
-        """Keeps the counts, because on CUDA a sum of all layers at the end takes fewer launches than sums of each."""
+        """Stores the counts. They are summed at the end, because one sum over all layers takes fewer launches than a sum
+        for each layer."""
         for each in reports:
             on_device = () if each.sent_5 is None else (each.sent_5,)
             self._sums.append((each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G, *on_device))
@@ -372,41 +448,3 @@ def _group_tokens(batches: Sequence[Batch], group_of_modality: Tensor, num_group
         group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
         tokens_IG.append((group_BS.flatten()[:, None] == groups).sum(0, dtype=torch.float64))
     return torch.stack(tokens_IG) if tokens_IG else torch.zeros((0, num_groups), dtype=torch.float64, device=device)
-
-
-def _count_members(
-    batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, needed: bool
-) -> Tensor:
-    """Returns token counts, float64 [W, I, G] by rank, micro-batch and group: this rank's counts in its own row, zeros in
-    all other rows, so that the sum over the ranks has the counts of all ranks. I is 0 unless `needed`."""
-    tokens_IG = _group_tokens(batches if needed else [], group_of_modality, num_groups, mesh.device)
-    members_WIG = tokens_IG.new_zeros((mesh.world_size, *tokens_IG.shape))
-    members_WIG[mesh.rank] = tokens_IG
-    return members_WIG
-
-
-def _batch_infos(
-    batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
-) -> list[GlobalBatchInfo | None]:
-    """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all ranks; None if no router needs it.
-
-    The i-th micro-batch must have the same shape on every rank.
-    """
-    if not members_WIG.numel():
-        return [None] * len(batches)
-    # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
-    flat = comm_stats.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
-    counts_WIG, batch_info, first = np.array(flat).reshape(members_WIG.shape), [], 0
-    for i, batch in enumerate(batches):
-        length = batch.tokens_BS.numel()
-        batch_info.append(
-            GlobalBatchInfo(
-                step=step,
-                first_token=first,
-                rank=mesh.rank,
-                tokens_W=(length,) * mesh.world_size,
-                members_WG=tuple(tuple(row) for row in counts_WIG[:, i].tolist()),
-            )
-        )
-        first += length * mesh.world_size
-    return batch_info

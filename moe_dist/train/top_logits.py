@@ -42,8 +42,8 @@ class TopLogitsManifest(BaseModel):
     content: str  # `checkpoint.base.content_hash` of the teacher's parameters
     vocab_size: int
     top: int  # K
-    drawn: int  # D: the teacher saw so many sequences of the stream, from its first one on
-    stored: int  # N: so many of them differ, and are stored
+    drawn: int  # D, the number of sequences of the stream that the teacher saw, from the first on
+    stored: int  # N, the number of different ones among them, which are stored
     sequences: dict[str, JsonValue]  # what the stream depends on: section `data` without its path, and seed
     data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
 
@@ -89,7 +89,7 @@ def write_top_logits(
     np.save(place / "keys.npy", np.array([*known], np.int64))
     manifest = manifest.model_copy(update={"stored": len(known)})
     (place / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    place.rename(out)  # a folder with this name is whole
+    place.rename(out)  # last, so that a folder with this name is complete
     return manifest
 
 

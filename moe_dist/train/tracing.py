@@ -32,14 +32,21 @@ from moe_dist.train.loss import forward
 
 
 class StepWatcher(Protocol):
-    """Sees the choices of every token of the steps that are due."""
+    """Gets the expert choices of every token, in the steps for which `due` returns True.
+
+    Attributes:
+        own_tokens: Where several ranks share sequences: True if each of them gets the tokens that it routes, in its layers;
+            False if one of them gets all tokens in all layers.
+    """
+
+    own_tokens: bool
 
     def due(self, number: int) -> bool:
-        """Whether it watches step `number` (0-based)."""
+        """Returns whether step `number` (0-based) is watched."""
         ...
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
-        """Takes a micro-batch of the step."""
+        """Is called for each micro-batch of the step."""
         ...
 
     def finish(self, number: int) -> None:
@@ -59,11 +66,13 @@ class StepTracer:
     """Traces every `every`-th step, beginning with step 1.
 
     Args:
-        tokens: Largest number of tokens of a step; None for all.
+        tokens: Largest number of this rank's tokens of a step; None for all.
         weights: Whether the weights are written.
         sequences: Gives for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of the trace's next part, whose manifest has the placement, after a number of steps.
+        begin: Opens the files of a new part of the trace, from its placement and the number of steps before it.
     """
+
+    own_tokens = False
 
     def __init__(
         self,
@@ -84,7 +93,7 @@ class StepTracer:
         return number % self._every == 0
 
     def add(self, batch: Batch, reports: Sequence[LayerReport], losses_BS: Tensor | None = None) -> None:
-        """Takes a micro-batch. Tensors stay on the device until `finish`: 4 bytes a token, layer and choice."""
+        """Keeps a micro-batch's choices, on the device until `finish`: 4 bytes for each token, layer and choice."""
         chosen = [report.chosen for report in reports if report.chosen is not None]
         ids_TLK = torch.stack([each.column_TK for each in chosen], dim=1)
         if losses_BS is not None:
@@ -92,7 +101,7 @@ class StepTracer:
         self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1), losses_BS))
 
     def finish(self, number: int) -> None:
-        """Copies the choices of step `number` (0-based) to the host, a sync after the step's last one, and writes them."""
+        """Copies the choices of step `number` (0-based) to the host (a sync besides those of the step), and writes them."""
         left, found = self._tokens, []
         for numbers, (batch, ids_TLK, weights_TLK, losses_BS) in zip(self._sequences(number), self._parts, strict=True):
             rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these rows leave the device

@@ -62,8 +62,8 @@ class Trainer:
         saver: Saves the state of the run; all ranks call it at the same steps.
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
         progress: The counters of the run, at first those of the loaded checkpoint.
-        profile: Surrounds each step, whose number it takes (the first step is 1).
-        watchers: See every token's choices in the steps that are due.
+        profile: Returns a context manager for the step with a given number (the first step is 1).
+        watchers: Get every token's choices, in the steps for which their `due` returns True.
         levers: Keep the ranks equally busy (`rank_balance`).
         placement_rows: One of `watchers`; None without `monitor.cost_table`.
     """
@@ -161,7 +161,8 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """Lets records, evaluations, traces and checkpoints follow experts that have moved."""
+        """Takes over the placement of experts that have moved or got replicas, for records, evaluations, traces and
+        checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
         for watcher in self.watchers:
@@ -224,7 +225,8 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the run's state. With `must` it waits for the write, else a thread may write during the next steps."""
+        """Saves the run's state. With `must` it returns after the files are written; else a thread may write them during
+        the next steps."""
         for sink in self.sinks:
             sink.flush()  # first, because a run that resumes from this save does not write these records again
         for watcher in self.watchers:
@@ -249,7 +251,7 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns what the last steps sent, beside what other placements and methods would have sent. Collective."""
+        """Returns the traffic of the last steps, and of other placements and methods for the same choices. Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan

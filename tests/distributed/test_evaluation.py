@@ -110,9 +110,9 @@ def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]
     parallel = build(Layout(2), mesh, CommStats())
     manifest = train_only_manifest()
     evaluate = Evaluator(
-        parallel.model, mesh, placement_of("interleaved", 2),
+        parallel.model, mesh, placement_of("interleaved", 2), reader=parallel.reader, counts_tokens=True,
         folder=rank.folder, manifest=manifest, seq_len=12, sequences=4, final_sequences=4, micro_batch=2,
-        group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True,
+        group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True, layer_ranks=mesh.world,
         mapper=Mapper(rank.folder, manifest, GROUPS, sequences=4, pictures=1, lines=1),
     )  # fmt: skip
     result = evaluate(3, final=True)

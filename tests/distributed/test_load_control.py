@@ -136,7 +136,8 @@ class Controlled:
         self.parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
         groups = split_parameters(self.parallel.model, weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-        balance = build_balance(config_of(layout).model.moe, self.parallel.model, placement.groups)
+        routers = [layer.router for layer in self.parallel.model.moe_modules()]
+        balance = build_balance(config_of(layout).model.moe, routers, placement.groups, mesh.device)
         assert balance is not None
         self.balance = balance
         self.step = TrainingStep(

@@ -224,3 +224,38 @@ def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tm
     assert (latest.verdict, committed_step(job.run.checkpoints)) == (StoppedError.exit_code, latest.last_step), printed
     assert latest.last_step >= 5
     assert stopped.returncode == 1, "torchrun has codes of its own"
+
+
+def listening(pids: Sequence[int]) -> set[tuple[str, int]]:
+    found: set[tuple[str, int]] = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(pid).net_connections("inet"):
+                if each.status == psutil.CONN_LISTEN:
+                    found.add((each.laddr.ip, each.laddr.port))
+    return found
+
+
+def test_ports_are_on_the_interface_of_the_job_survive_garbage_and_close(tmp_path: Path, tiny_data: Path) -> None:
+    with Job(tmp_path, tiny_data, srun) as job:
+        job.start("train.steps=100000", "checkpoint.every=2", MOE_DIST_RENDEZVOUS_HOST="127.0.0.1")
+        pids = [rank.pid for rank in job.ranks if rank.pid is not None]
+        while committed_step(job.run.checkpoints) < 2:
+            assert all(rank.is_alive() for rank in job.ranks), job.log.read_text()
+            time.sleep(0.05)
+        ports = listening(pids)
+        assert len(ports) >= RANKS, "each rank listens for gloo"
+        assert {address.removeprefix("::ffff:") for address, _ in ports} == {"127.0.0.1"}
+        for address, port in ports:
+            for garbage in (b"GET / HTTP/1.0\r\n\r\n", random.randbytes(4096)):
+                with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=10.0) as connection:
+                    connection.sendall(garbage)
+        before = committed_step(job.run.checkpoints)
+        while committed_step(job.run.checkpoints) < before + 6:  # the run goes on
+            assert all(rank.is_alive() for rank in job.ranks), job.log.read_text()
+            time.sleep(0.05)
+        os.kill(pids[0], signal.SIGTERM)
+        assert job.codes() == [75, 75], job.log.read_text()
+        for address, port in ports:
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((address, port), timeout=10.0).close()

@@ -49,6 +49,8 @@ from tests.support.worlds import RankContext
 class Choices:
     """Watches a step: the choices [T, L, K], with their weights, and the group of each token."""
 
+    own_tokens = False
+
     def __init__(self) -> None:
         self.ids: list[Tensor] = []
         self.weights: list[Tensor] = []

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from moe_dist.comm import collectives
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import ROUTING_COUNTS
-from moe_dist.model import transformer
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train import step as training_step
@@ -34,7 +33,7 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
         parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=CommStats()
     )
     found, expected = [], []
-    track, counts, losses = collectives.track_collective, training_step.global_counts, transformer.token_losses
+    track, counts, losses = collectives.track_collective, training_step.global_counts, parallel.model.token_losses
 
     def tracked(tracker: Any, name: str, **more: Any) -> Any:
         events.append(name)
@@ -60,7 +59,7 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
     with (
         mock.patch.object(collectives, "track_collective", tracked),
         mock.patch.object(training_step, "global_counts", summed),
-        mock.patch.object(transformer, "token_losses", output_layer),
+        mock.patch.object(parallel.model, "token_losses", output_layer),
     ):
         batches = [batch_of(0, 0, rank.rank, 1), batch_of(1, 0, 2 * rank.rank, 2)]
         step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))

@@ -17,7 +17,8 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.static import StaticDispatcher, StaticRoom
+from moe_dist.moe.dispatch.static import StaticDispatcher
+from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity

@@ -29,7 +29,7 @@ class PlusPlusBlock(nn.Module):
     def _token(self, x: Tensor) -> Tensor:
         p = (self.tensors["gate.weight"] @ x).softmax(-1)
         chosen = p.argsort(descending=True)[: self.config["num_experts_per_tok"]].tolist()
-        total = float(sum(p[i] for i in chosen)) if self.config["norm_topk_prob"] else 1.0
+        total = sum(p[i] for i in chosen) if self.config["norm_topk_prob"] else 1.0
         y = torch.zeros_like(x)
         for i in chosen:
             y = y + p[i] / total * self._expert(i, x)

@@ -1,4 +1,4 @@
-"""The base class of the sections of attention. Their methods take the section `model`, whose keys size every kind."""
+"""The base class of the sections of attention. Their methods take the section `model`, which has the sizes of all kinds."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -15,8 +15,14 @@ class AttentionSection(Section):
     kind: Any
 
     def violations_of(self, model: WholeModel) -> Iterable[Violation]:
-        """Returns the rules that keys of `model` violate; the keys of a violation are relative to it."""
-        return ()
+        """Yields the rules that keys of `model` violate; the keys of a violation are relative to `model`."""
+        lora, there = model.attention_lora, self.widths(model)
+        if lora is not None and (unknown := [target for target in lora.targets if target not in there]):
+            problem = (
+                f"attention_lora.targets has {', '.join(unknown)}: attention.kind={self.kind} has the projections "
+                f"{', '.join(there)}; name some of these"
+            )
+            yield Violation(("attention_lora.targets", "attention.kind"), problem)
 
     @abstractmethod
     def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
@@ -24,7 +30,7 @@ class AttentionSection(Section):
 
     @abstractmethod
     def num_vectors(self, model: WholeModel) -> int:
-        """Returns the number of parameters in a layer that are in no matrix: biases, and norms behind projections."""
+        """Returns the number of an attention layer's parameters that are in no matrix: biases, norms after projections."""
 
     @abstractmethod
     def score_width(self, model: WholeModel) -> int:
@@ -32,8 +38,16 @@ class AttentionSection(Section):
 
     @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
-        """Returns an estimate of the elements per token that autograd keeps behind the norm of the layer's input.
+        """Estimates the elements per token that autograd keeps of the operations after the norm of the layer's input.
 
         Args:
             frozen: Whether the weights are frozen, so that autograd keeps no inputs of projections.
         """
+
+    def rotated(self, model: WholeModel) -> int:
+        """Returns how many elements per token of `kept` a kernel for the rotary embedding saves."""
+        return 0
+
+    def norms_again(self, model: WholeModel) -> bool:
+        """Returns whether kernels compute the norm of the layer's input again in backward."""
+        return False

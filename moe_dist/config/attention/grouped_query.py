@@ -26,3 +26,9 @@ class GroupedQuerySection(AttentionSection):
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
         heads = (model.num_heads + model.num_kv_heads) * model.resolved_head_dim
         return heads * (2 if frozen else 3 if model.qk_norm == "none" else 4)
+
+    def rotated(self, model: WholeModel) -> int:
+        return (model.num_heads + model.num_kv_heads) * model.resolved_head_dim
+
+    def norms_again(self, model: WholeModel) -> bool:
+        return model.attention_bias == "none" and not model.attention_lora

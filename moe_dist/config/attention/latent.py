@@ -9,7 +9,7 @@ from moe_dist.config.section import Violation
 
 class LatentAttentionSection(AttentionSection):
     """Multi-head latent attention (DeepSeek-V3): queries, keys and values come from narrow latents. The last
-    model.rope_dim values of a head have rotary positions, in keys the same for all heads."""
+    model.rope_dim values of a head's query and key are rotated by RoPE; in keys all heads share them."""
 
     kind: Literal["latent"] = "latent"
     q_rank: PositiveInt | None = Field(
@@ -41,6 +41,7 @@ class LatentAttentionSection(AttentionSection):
         return (1 if frozen else 3) * latents + 2 * self.score_width(model)
 
     def violations_of(self, model: WholeModel) -> Iterator[Violation]:
+        yield from super().violations_of(model)
         heads, width, kind = model.num_heads, model.resolved_head_dim, "attention.kind=latent"
         no_part = model.rope_dim is None or model.rope_dim >= width
         broken = {
@@ -51,10 +52,9 @@ class LatentAttentionSection(AttentionSection):
             "rope_dim": (no_part, f"rotates a part of each head; set an even number below head_dim={width}"),
             "qk_norm": (model.qk_norm != "none", "has norms of its latents alone; set it to none"),
             "attention_bias": (model.attention_bias != "none", "has no biases; set it to none"),
-            "attention_lora": (model.attention_lora is not None, "takes no adapters; set it to null"),
         }
         for name, (is_broken, rule) in broken.items():
             if is_broken:
                 value = getattr(model, name)
-                shown = "..." if name == "attention_lora" else "null" if value is None else value
+                shown = "null" if value is None else value
                 yield Violation((name, "attention.kind"), f"{name}={shown}: {kind} {rule}")

@@ -5,8 +5,8 @@ from moe_dist.config.attention.grouped_query import GroupedQuerySection
 
 
 class SinkAttentionSection(GroupedQuerySection):
-    """Grouped-query attention with a sink: a learned score of each head beside the scores of tokens, without a value
-    (gpt-oss)."""
+    """Grouped-query attention with a sink in each head: a learned score in the softmax besides the scores of tokens, to
+    which no value belongs (gpt-oss)."""
 
     kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.controllers.base import ControllerSection
-from moe_dist.config.section import Count, GroupName, Violation, WholeConfig, unknown_name
+from moe_dist.config.section import Count, GroupName, NonNegative, Violation, WholeConfig, unknown_name
 
 
 class ActiveExpertsSection(ControllerSection):
@@ -14,12 +14,17 @@ class ActiveExpertsSection(ControllerSection):
     target: dict[GroupName, PositiveFloat] = Field(min_length=1)
     """Target number of true experts per token, by group. The controller does not change groups that are not named."""
     rate: PositiveFloat
-    """Rate of the first step. A bias changes by rate x (target - load) / (k x n), a part of a probability."""
+    """Rate of the first step. A bias changes by rate x (target - load) / (k x n); load is true experts per token."""
     decay_steps: PositiveInt | None = None
     """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
     ramp_steps: Count = 0
     """Steps in which the target moves in a straight line from all true experts of the group (at most top_k) to `target`, so
     that a trained model gives them up slowly."""
+    schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
+    """Pairs (first step, factor of the targets). [[0, 2.0], [1000, 1.0]] doubles the targets in the first 1,000 steps."""
+    proportional: NonNegative = 0.0
+    """Factor of the last error (target - load) in a bias, besides `rate`, the factor of the sum of all errors: the
+    controller is then a proportional-integral one (DTop-p)."""
     per: Literal["group", "expert"] = "group"
     """group changes the biases of all true experts of a group by the same amount. expert changes each bias by that expert's
     own load, which also balances the experts."""
@@ -28,20 +33,28 @@ class ActiveExpertsSection(ControllerSection):
     def targets(self) -> Mapping[str, float]:
         return self.target
 
+    def violations(self) -> Iterator[Violation]:
+        starts = [start for start, _ in self.schedule]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            yield Violation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}")
+
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        groups = config.model.moe.groups
+        groups, router = config.model.moe.groups, config.model.moe.router
         key = f"model.moe.balance.{config.model.moe.balance.index(self)}.target"
         for name, target in self.target.items():
-            if problem := unknown_name("group", name, groups) or _unreachable(target, groups[name]):
-                where = f"{key}.{name}={target:g}" if name in groups else f"{key}.{name}"
-                yield Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}")
+            for factor in dict.fromkeys(factor for _, factor in self.schedule):
+                if problem := unknown_name("group", name, groups) or _unreachable(factor * target, groups[name], router):
+                    where = f"{key}.{name}={target:g}" if name in groups else f"{key}.{name}"
+                    where += "" if factor == 1.0 else f" times {factor:g} of the schedule"
+                    yield Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}")
+                    break
 
 
-def _unreachable(target: float, group: Any) -> str:
+def _unreachable(target: float, group: Any, router: Any) -> str:
     """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if it can."""
     others = group.num_null + group.num_zero_computation
-    least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
-    if not others:
+    least, most = router.active_range(group)
+    if least == most == group.top_k and not others:
         return (
             "the group has neither null nor zero-computation experts, so that each token takes "
             f"top_k={group.top_k} true experts; set num_null, or remove the group from the target"
@@ -51,6 +64,8 @@ def _unreachable(target: float, group: Any) -> str:
             f"a token takes at most {most} true experts (top_k={group.top_k}, num_experts={group.num_experts}); lower the "
             "target, or raise top_k"
         )
+    if target < least and not others:
+        return f"with {router.name} a token takes at least {least} true expert; raise the target, or set num_null"
     if target < least:
         return (
             f"a token takes at least {least} true experts, because at most {others} of its top_k={group.top_k} choices can "

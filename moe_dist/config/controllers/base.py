@@ -5,7 +5,7 @@ from moe_dist.config.section import Section
 
 
 class ControllerSection(Section):
-    """A controller: after each step it changes the router's selection bias by the load of the experts in that step."""
+    """A controller: after each step it changes the router's selection biases, depending on the experts' loads in it."""
 
     kind: Any
 

@@ -14,8 +14,8 @@ class StaticDispatchSection(DispatchSection):
 
     kind: Literal["static"] = "static"
     room: float = Field(default=1.5, ge=1.0, allow_inf_nan=False)
-    """Room for the rows and (token, expert) pairs of each rank, as a multiple of their number if all modalities have
-    equally many tokens and each expert of a group takes equally many."""
+    """Number of rows and of (token, expert) pairs for which each rank has room, as a multiple of the number under even
+    loads: all modalities have equally many tokens, and all experts of a group take equally many."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel, model = config.parallel, config.model
@@ -35,7 +35,7 @@ class StaticDispatchSection(DispatchSection):
                 f"layers; set model.mixture_of_depths to null, {FIX}",
             ),
             (
-                experts.adapts_ffns,
+                experts.kind != "ffn",
                 "model.moe.experts.kind",
                 f"model.moe.experts.kind={experts.kind} computes numbers of rows that the host knows; {FIX[3:]}",
             ),

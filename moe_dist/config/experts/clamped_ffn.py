@@ -10,7 +10,7 @@ class ClampedFFNExpertsSection(ExpertsSection):
 
     kind: Literal["clamped_ffn"] = "clamped_ffn"
     alpha: PositiveFloat = Field(default=1.702, description="Factor of the gate inside the sigmoid.")
-    limit: PositiveFloat = Field(default=7.0, description="Largest value of the gate, and largest size of up.")
+    limit: PositiveFloat = Field(default=7.0, description="Largest value of the gate, and largest absolute value of up.")
 
     def num_biases(self, hidden_dim: int, ffn_dim: int) -> int:
         return 2 * ffn_dim + hidden_dim

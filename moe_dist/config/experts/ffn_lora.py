@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.ffn import FFNExpertsSection
 from moe_dist.config.experts.lora import AdapterSection
 from moe_dist.config.section import Violation, WholeConfig
 
@@ -21,6 +22,11 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     """Matrices with an adapter. gate and up together have one, as they are one matrix in transformers."""
     shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
     shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
+
+    @property
+    def base(self) -> ExpertsSection:
+        """The section of the base's experts."""
+        return FFNExpertsSection()
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if self.dropout:

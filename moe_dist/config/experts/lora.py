@@ -28,8 +28,9 @@ class AdapterSection(Section):
 class AttentionLoRASection(AdapterSection):
     """LoRA adapters on the attention of every layer."""
 
-    targets: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
-    """Projections that have an adapter: queries, keys, values, output."""
+    targets: tuple[Literal["q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up"], ...] = ("q", "k", "v", "o")
+    """Projections of the attention that have an adapter: q, k, v and o (queries, keys, values, output). Latent attention
+    has the projections q_down and q_up (or q), kv_down, kv_up and o."""
 
 
 class LoRAExpertsSection(AdapterSection, ExpertsSection):
@@ -42,8 +43,8 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
     targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
     """Projections of the FFN that have adapters. All adapters of an expert see the same tokens."""
     weight: Literal["probability", "straight_through", "published"] = "probability"
-    """Weight of a chosen expert. probability: its probability p among all columns. straight_through: p / p, which is 1 and
-    has the gradient of p. published: 1, with which cross entropy does not train the router."""
+    """Weight of a chosen expert. probability: its probability p among all columns. straight_through: 1, with the gradient
+    of log p. published: 1 without a gradient, so cross entropy does not train the router."""
 
     @property
     def input_dropout(self) -> float:
@@ -96,7 +97,7 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
-    """Refuses options that place experts or send rows: every rank holds all LoRA experts, so they would have no effect."""
+    """Refuses options that place experts or send rows: these have no effect, because every rank holds all LoRA experts."""
     parallel, dispatch = config.parallel, config.parallel.dispatch
     found = {}  # key -> the text that shows its value
     if config.placement.policy != "interleaved":
@@ -144,7 +145,8 @@ def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
             "model.mixture_of_depths: neither a frozen base nor adapters have mixture-of-depths routers; set it to null"
         )
         yield Violation(("model.mixture_of_depths", "train.only"), problem)
-    router = config.model.moe.router
-    if there and not router.softmax_top_k:
-        problem = f"{router.name}: adapters need a base with a top-k router; set model.moe.router.kind=top_k"
+    router, experts = config.model.moe.router, config.model.moe.experts
+    if there and not (router.softmax_top_k if experts.over_frozen_ffn else router.adapted):
+        kinds = "top_k" if experts.over_frozen_ffn else "top_k or group_limited"
+        problem = f"{router.name}: adapters need a base with another router; set model.moe.router.kind={kinds}"
         yield Violation(("model.moe.router.kind", "train.only"), problem)

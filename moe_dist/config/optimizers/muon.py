@@ -13,7 +13,7 @@ class MuonSection(OptimizerSection):
     orthogonal: ClassVar[bool] = True
 
     kind: Literal["muon"] = "muon"
-    momentum: Decay = Field(default=0.95, description="Decay rate of the mean gradient of a matrix (Nesterov).")
+    momentum: Decay = Field(default=0.95, description="Decay rate of the running mean of a matrix's gradients (Nesterov).")
 
     @property
     def decays(self) -> tuple[float, ...]:

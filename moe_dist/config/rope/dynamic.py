@@ -6,10 +6,10 @@ from moe_dist.config.rope.base import RopeScalingSection
 
 
 class DynamicRopeSection(RopeScalingSection):
-    """Raise the base of the frequencies with the sequence's length, once it is above the original one (dynamic NTK)."""
+    """Raise the base of the frequencies with the sequence's length, if this is above the original one (dynamic NTK)."""
 
     length_is_longest: ClassVar[bool] = True
-    least_head_dim: ClassVar[int] = 4  # d / (d - 2) is an exponent
+    least_head_dim: ClassVar[int] = 4  # the exponent d / (d - 2) needs d > 2, and d is even
 
     kind: Literal["dynamic"] = "dynamic"
     original_max_position_embeddings: PositiveInt = Field(

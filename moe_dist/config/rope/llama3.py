@@ -8,12 +8,12 @@ from moe_dist.config.section import Violation
 
 
 class Llama3RopeSection(RopeScalingSection):
-    """Divide frequencies of long waves by the factor, keep those of short waves (Llama 3.1, arXiv 2407.21783)."""
+    """Divide low frequencies by the factor, keep high ones (Llama 3.1, arXiv 2407.21783)."""
 
     kind: Literal["llama3"] = "llama3"
     original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")
-    low_freq_factor: PositiveFloat = Field(description="A wave longer than the original length divided by this is long.")
-    high_freq_factor: PositiveFloat = Field(description="A wave shorter than the original length divided by this is short.")
+    low_freq_factor: PositiveFloat = Field(description="Low: the wavelength is above the original length / this factor.")
+    high_freq_factor: PositiveFloat = Field(description="High: the wavelength is below the original length / this factor.")
 
     def violations(self) -> Iterator[Violation]:
         low, high = self.low_freq_factor, self.high_freq_factor

@@ -22,9 +22,10 @@ class RouterSection(Section):
 
     softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over its group's columns
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
-    fixed_choices: ClassVar[bool] = True  # true if each token chooses exactly top_k columns
+    fixed_choices: ClassVar[bool] = True  # true if each token has top_k pairs, of which some may be absent
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
+    adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
 
     @property
     def name(self) -> str:
@@ -65,18 +66,22 @@ class RouterSection(Section):
         """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
+    def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of a group's saved tensors besides router rows and biases, by the end of their names."""
+        return {}
+
     def equal_score(self, group: Any) -> float:
         """Returns the score of each column of a group, without biases, if all logits are 0."""
         return 1.0 / (group.num_experts + group.num_null + group.num_zero_computation)
 
     def equal_share(self, group: Any) -> int | None:
         """Returns N such that scale / N is the weight of each true expert of a group if all scores are equal and a token
-        takes all true experts; None if this router then leaves some out."""
+        takes all true experts; None if a token would not take all of them."""
         return None
 
     def growth_of_scale(self, parts: int) -> int | None:
         """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that these
-        together have the weight of the one; None if tokens then take others."""
+        together have the weight of the one column; None if tokens would then take other columns."""
         return None
 
     @property
@@ -86,12 +91,19 @@ class RouterSection(Section):
 
     @property
     def node_limit(self) -> tuple[int, int]:
-        """Number of node groups of each expert group, and of those whose experts a token may take."""
+        """Number of node groups of each expert group, and number of node groups whose experts a token may take."""
         return (1, 1)
 
-    def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
-        """Returns the share of its group's tokens that each expert takes; None if tokens choose experts."""
+    def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
+        """Returns the mean share of its group's tokens that each expert takes; None if each token chooses top_k columns.
+        `target` is the number of true experts per token at which a controller aims."""
         return None
+
+    def active_range(self, group: Any) -> tuple[float, float]:
+        """Returns the least and the largest mean number of true experts per token to which a controller can move it."""
+        others = group.num_null + group.num_zero_computation
+        most = min(group.top_k, group.num_experts)
+        return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
 
     def counts_unknown(self) -> str:
         """Says why the number of tokens that each rank sends to each expert is unknown before routing; empty if known."""
@@ -118,3 +130,32 @@ class RouterSection(Section):
                     key = f"model.moe.groups.{group}.{name}"
                     problem = f"{key}={count}: {self.name} needs true experts only; set it to 0, or {ROUTER}.kind=top_k"
                     yield Violation((key, f"{ROUTER}.kind"), problem)
+
+
+class AdaptiveRouterSection(RouterSection):
+    """The base of routers in which the number of columns depends on the token, at most the group's top_k. Only controllers
+    with a target may change their selection biases, because these biases set how many columns a token takes."""
+
+    least_columns: ClassVar[int] = 0  # number of columns that each token takes at least
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return True
+
+    def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
+        return None if target is None else target / num_experts
+
+    def active_range(self, group: Any) -> tuple[float, float]:
+        others = group.num_null + group.num_zero_computation
+        return (0 if others else self.least_columns, min(group.top_k, group.num_experts))
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        for section in config.model.moe.balance:
+            if not section.targets:
+                problem = (
+                    f"model.moe.balance with kind {section.kind}: {self.name} takes the mean of the selection biases as "
+                    "the number of experts, which this controller changes without a target; remove it, and set per=expert "
+                    "in active_experts to balance experts"
+                )
+                yield Violation(("model.moe.balance", f"{ROUTER}.kind"), problem)

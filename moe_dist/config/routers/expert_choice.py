@@ -11,7 +11,7 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # no use for null experts: a token need not be taken by any expert
+    only_true_experts: ClassVar[bool] = True  # null experts are useless here: a token may be taken by no expert
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: Share | None = None
@@ -24,8 +24,9 @@ class ExpertChoiceRouterSection(RouterSection):
     """Scale of the Gumbel-sigmoid noise on the logits in training: sigmoid(x + noise (G' - G'')). MoMa uses 1 after
     upcycling."""
     causal: Literal["threshold", "auxiliary"] | None = None
-    """Routing in evaluation, which must not depend on later tokens. threshold: an expert takes tokens above a running mean
-    of its k-th largest score. auxiliary: auxiliary routers, which a second stage trains (train.only). Required."""
+    """Routing in evaluation, which must not depend on later tokens. threshold: an expert takes tokens whose score is above
+    a running mean of the lowest score that it took in training. auxiliary: auxiliary routers, which a second stage trains
+    (train.only). Required."""
     threshold_decay: Decay = 0.99
     """Decay per step of the running means that give the thresholds; they average over about 1 / (1 - decay) steps."""
 
@@ -33,7 +34,12 @@ class ExpertChoiceRouterSection(RouterSection):
     def has_auxiliary_routers(self) -> bool:
         return self.causal == "auxiliary"
 
-    def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
+    def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+        num, inner_dim = group.num_experts, max(1, hidden_dim // 2)
+        auxiliary = {"auxiliary.inner": (inner_dim, hidden_dim), "auxiliary.outer": (num, inner_dim)}
+        return {"threshold": (num,), "statistics": (2, num), **(auxiliary if self.has_auxiliary_routers else {})}
+
+    def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
         return self.capacity or top_k / num_experts
 
     def counts_unknown(self) -> str:
@@ -114,8 +120,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """With mixture of depths, refuses noise and scopes of several ranks: only a layer itself knows which tokens it
-    takes."""
+    """With mixture of depths, refuses noise and scopes of several ranks, because which tokens reach the experts is known
+    only inside the layer."""
     if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
         return
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"

@@ -11,6 +11,7 @@ class TopKRouterSection(RouterSection):
     """Each token takes its top_k columns of one softmax over true, null and zero-computation experts (AdaMoE)."""
 
     softmax_top_k: ClassVar[bool] = True
+    adapted: ClassVar[bool] = True
 
     kind: Literal["top_k"] = "top_k"
     normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = "true_chosen"
@@ -18,10 +19,10 @@ class TopKRouterSection(RouterSection):
     all_chosen: all chosen columns. true_all: all columns without null experts. none: all columns of the group."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
     null_logit: Literal["each", "single"] = "each"
-    """each gives every null expert its own router row. single gives all null experts of a group the logit of one row."""
+    """each: every null expert has its own router row. single: all null experts of a group have the logit of one row."""
     selection_bias: bool = False
     """Choose by softmax + bias. The bias starts at 0 and does not change the weights (LongCat-Flash, Ernie 4.5)."""
-    logit_bias: bool = Field(default=False, description="Add a learned bias to each logit, without null experts (gpt-oss).")
+    logit_bias: bool = Field(default=False, description="Add a learned bias to each logit (gpt-oss). No null experts then.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

@@ -11,16 +11,25 @@ While the mean is below the target the biases rise, so true experts win choices 
 mean bias equally. The update per expert also balances the true experts; the update per group adds one number to all their
 biases, so it keeps the order of true experts.
 
+With `proportional` p the controller is proportional-integral, like the one of DTop-p (arXiv 2512.13996) for the bound of
+top-p. The update then has a second term: the same expression with p instead of mu, and with the change of the bracket since
+the last step instead of the bracket. So the bias is the sum of mu times each bracket, plus p times (last bracket - first
+bracket).
+
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
 true experts per token converges to the target although each step is noisy (Robbins and Monro, 1951), even as the router
 learns.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import torch
+from pydantic import JsonValue
 from torch import Tensor
 
+from moe_dist.errors import DataError
 from moe_dist.placement.placement import ExpertGroup
 
 
@@ -33,6 +42,8 @@ class ActiveExperts:
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
         ramp_steps: Number of updates in which the target moves in a straight line from the most true experts that a token
             can take to `target`.
+        schedule: Pairs (first update, factor of the target), with first updates rising from 0.
+        proportional: p; with 0 the controller is only integral.
     """
 
     def __init__(
@@ -43,8 +54,11 @@ class ActiveExperts:
         decay_steps: int | None = None,
         per: Literal["group", "expert"] = "group",
         ramp_steps: int = 0,
+        schedule: Sequence[tuple[int, float]] = ((0, 1.0),),
+        proportional: float = 0.0,
     ) -> None:
-        self.ramp_steps = ramp_steps
+        self.ramp_steps, self.schedule, self.proportional = ramp_steps, tuple(schedule), proportional
+        self._last: dict[str, Tensor] = {}  # by group, the errors [L, n] of the last update; only with `proportional`
         self.target, self.rate, self.decay_steps, self.per = dict(target), rate, decay_steps, per
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
@@ -52,11 +66,46 @@ class ActiveExperts:
         target = self.target.get(group.name)
         if target is None:
             return None
+        target *= next(factor for first, factor in reversed(self.schedule) if first <= step)
         if step < self.ramp_steps:
             most = min(group.top_k, group.num_experts)
             target = most + (target - most) * step / self.ramp_steps
         mu = self.rate / (1.0 + (step / self.decay_steps if self.decay_steps is not None else 0.0))
-        share_Ln = true_Ln / tokens_L1
+        share_Ln = true_Ln / tokens_L1.clamp_min(1.0)
         if self.per == "group":
             share_Ln = share_Ln.mean(dim=1, keepdim=True).expand_as(share_Ln)
-        return mu / group.top_k * (target / group.num_experts - share_Ln)
+        error_Ln = target / group.num_experts - share_Ln
+        moved_Ln = mu / group.top_k * error_Ln
+        if self.proportional:
+            last_Ln = self._last.get(group.name, torch.full_like(error_Ln, torch.nan))  # NaN: no step had tokens yet
+            change_Ln = torch.where(last_Ln.isnan(), 0.0, error_Ln - last_Ln)
+            moved_Ln = moved_Ln + self.proportional / group.top_k * change_Ln
+            self._last[group.name] = torch.where(tokens_L1 > 0, error_Ln, last_Ln)
+        return moved_Ln
+
+    def state(self) -> JsonValue:
+        """Returns the last errors by group, null before the first step with tokens; empty without `proportional`. Host
+        sync."""
+        return {
+            name: [[None if math.isnan(each) else each for each in row] for row in error_Ln.tolist()]
+            for name, error_Ln in self._last.items()
+        }
+
+    def restore(self, state: JsonValue, device: torch.device) -> None:
+        """Restores a state that `state` returned.
+
+        Raises:
+            DataError: the state is not a table of errors.
+        """
+        try:
+            rows: dict[str, Any] = dict(state)  # pyright: ignore
+            filled = {
+                name: [[math.nan if each is None else each for each in row] for row in error]
+                for name, error in rows.items()
+            }
+            found = {name: torch.tensor(each, dtype=torch.float64) for name, each in filled.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"state of the load controller: {state!r:.80} are not errors by group") from error
+        if any(error_Ln.dim() != 2 or bool(error_Ln.isinf().any()) for error_Ln in found.values()):
+            raise DataError(f"state of the load controller: {state!r:.80} are not errors of layers and experts")
+        self._last = {name: error_Ln.to(device) for name, error_Ln in found.items()}

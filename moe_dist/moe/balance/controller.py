@@ -1,13 +1,15 @@
 """Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
 
-A selection bias changes only which columns a token chooses, not weights, logits or gradients. Only the biases of true (not
-null) experts are updated; the biases of other columns stay 0. So a rule that adds one number to all true experts' biases
-changes how many true experts a token takes. Shape letters: L MoE layers, G expert groups, C choice columns, n true experts
-of a group.
+With the routers top_k, group_limited, top_p and threshold a selection bias changes only which columns a token chooses. With
+relu it is part of the logits, and with predicted_k it is part of the predicted number, so it changes weights and gradients,
+too. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. So a rule that adds one
+number to all true experts' biases changes how many true experts a token takes.
+
+Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import JsonValue
@@ -30,10 +32,20 @@ class Rule(Protocol):
 
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
-            tokens_L1: float64, number of the group's tokens over all ranks, or 1 where a layer has none.
+            tokens_L1: float64, number of the group's tokens over all ranks. Where it is 0, the result is not used.
             step: Number of updates before this update.
         """
         ...
+
+
+@runtime_checkable
+class RememberingRule(Protocol):
+    """A rule whose updates depend on what earlier steps counted, and not only on the number of steps. Checkpoints save
+    its state."""
+
+    def state(self) -> JsonValue: ...
+
+    def restore(self, state: JsonValue, device: torch.device) -> None: ...
 
 
 class BiasController:
@@ -58,7 +70,7 @@ class BiasController:
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
             for rule in self._rules:
-                delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
+                delta_Ln = rule.delta(group, true_Ln, tokens_L1, self.step)
                 if delta_Ln is not None:
                     delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update without tokens
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
@@ -67,16 +79,25 @@ class BiasController:
         self.step += 1
 
     def state(self) -> JsonValue:
-        """Returns the number of updates so far. The biases are buffers of the model, which checkpoints contain."""
-        return {"step": self.step}
+        """Returns the number of updates so far, and the state of each `RememberingRule` by its place in `rules`. The biases
+        are buffers of the model, which checkpoints contain."""
+        remembering = {str(place): rule for place, rule in enumerate(self._rules) if isinstance(rule, RememberingRule)}
+        rules: JsonValue = {place: state for place, rule in remembering.items() if (state := rule.state())}
+        return {"step": self.step, "rules": rules} if rules else {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
         """Restores a state that `state` returned.
 
         Raises:
-            DataError: the state is not a number of updates.
+            DataError: the number of updates is missing or invalid, or a rule refuses its saved state.
         """
-        step = state.get("step") if isinstance(state, dict) else None
+        values = state if isinstance(state, dict) else {}
+        step, rules = values.get("step"), values.get("rules", {})
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise DataError(f"state of the load controller: {state!r:.80} is not a number of updates")
+        if not isinstance(rules, dict):
+            raise DataError(f"state of the load controller: rules={rules!r:.80} is no table of states")
+        for place, rule in enumerate(self._rules):
+            if isinstance(rule, RememberingRule):
+                rule.restore(rules.get(str(place), {}), self._gates_LG[0][0].bias.device)
         self.step = step

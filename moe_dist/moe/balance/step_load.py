@@ -36,8 +36,8 @@ class StepLoad:
         self.tokens_LG = torch.zeros((num_layers, len(groups)), dtype=torch.float64, device=device)
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Takes the counts of a whole step over all ranks. A group without tokens in a layer keeps those it has. Costs no
-        collective and no host sync."""
+        """Stores the counts of a whole step over all ranks. A group without tokens in a layer keeps its earlier counts.
+        Costs no collective and no host sync."""
         seen_LG = counts.tokens_LG > 0
         self.choices_LC = torch.where(seen_LG[:, self._group_C], counts.choices_LC, self.choices_LC)
         self.tokens_LG = torch.where(seen_LG, counts.tokens_LG, self.tokens_LG)

@@ -15,12 +15,14 @@ A layer has one host sync: the method `plan` reads the numbers of rows and of pa
 Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The
 S rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
-slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`); if T x D x item is less than a slice, it counts as one
-slice. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's tokens, 8 for each of
-the S and O rows, and 16 for each of the Q pairs. With Triton kernels it is 20 bytes for each of the N pairs, absent ones
-included, because the lists are made before their lengths are known, and 20 for each of the Q pairs, and 4 for each row that
-has a sum.
+slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, the bound has the
+bytes of a slice in its place. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's
+tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels it is 20 bytes for each of the N
+pairs, absent ones included, because the lists are made before their lengths are known, 20 for each of the Q pairs, and 4
+for each row into which others are summed.
 """
+
+from functools import partial
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
@@ -39,7 +41,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
             - 1) x T rows: all tokens of the other ranks of the EP group.
-        kernels: Sum the rows of a token. Triton's also plan token choice.
+        kernels: Functions that sum the rows of a token. Triton's also make the plans of token choice.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
             from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU need not have
 
             kind = CountingPlanner
-        self.planner = kind(placement, wire, max_receive_rows=max_receive_rows)
+        self._planner_for = partial(kind, wire=wire, max_receive_rows=max_receive_rows)
+        self.planner = self._planner_for(placement)
         self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:

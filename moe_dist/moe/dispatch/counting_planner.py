@@ -13,7 +13,7 @@ from moe_dist.moe.routing import Assignments
 
 
 class CountingPlanner(Planner):
-    """Plans by counting where the pairs are sorted by token (`Assignments.num_choices`), and otherwise as `Planner`."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk, otherwise as `Planner`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:
@@ -57,5 +57,5 @@ class CountingPlanner(Planner):
         row_H, pairs_HX = arriving_HX[:, 0], arriving_HX[:, 1:]
         length_X, first_HX = pairs_HX.T.reshape(-1), starts_of(pairs_HX.reshape(-1)).reshape(pairs_HX.shape)
         of_runs = [length_X, starts_of(length_X), first_HX.T.reshape(-1)]
-        runs = np.concatenate([*of_runs, row_H, starts_of(row_H), starts_of(pairs_HX.sum(1))])
+        runs = np.concatenate([*of_runs, row_H, starts_of(row_H), starts_of(pairs_HX.sum(1)), [length_X.sum()]])
         return runs, int(length_X.max(initial=0)), row_H

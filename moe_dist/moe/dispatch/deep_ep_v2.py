@@ -5,8 +5,8 @@ null choice is -1, so a token whose choices are all null goes to no rank. DeepEP
 for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ from run to run,
 unless the buffer is made as deterministic; then DeepEP sorts the rows once more.
 
-Memory: Q rows, the output y, DeepEP's buffer. The buffer has room for as many tokens as the first plan has; a plan with
-more tokens makes a larger one. Making a buffer is a collective, so all ranks of the EP group need equally many tokens.
+Memory: Q rows, the output y, DeepEP's buffer. The buffer is made for the number of tokens of the first plan; a plan with
+more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many tokens.
 
 Shape letters are those of `kernels`, and K choices per token, so that N = T K.
 """
@@ -23,7 +23,7 @@ from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan,
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-_WEIGHT_BYTES = 4  # of an fp32 weight
+_WEIGHT_BYTES = 4  # bytes of an fp32 weight
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # has the counts, so nothing syncs
-        # DeepEP takes neither the layout nor the number of SMs from the handle, and both must be the same again.
+        handle = plan.arrival.handle  # contains the counts of the first dispatch, so nothing syncs
+        # Layout and number of SMs must be those of the first dispatch; DeepEP does not take them from the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -43,7 +43,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never
             hold more than (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
-        kernels: Sum the rows of a token.
+        kernels: Functions that sum the rows of a token.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
 null choice sets no bool. HybridEP could take expert ids instead, but these cannot express null choices, because it scatters
 the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the
-kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D, a multiple of 16.
+kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be one of 16.
 
 In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends the same
 except the maps. Its dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums them

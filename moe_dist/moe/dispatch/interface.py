@@ -58,8 +58,8 @@ class SentCounts(NamedTuple):
 
 
 class SentOnDevice(NamedTuple):
-    """Stands for `SentCounts` whose numbers are on the device only. The numbers here are 0; for `sent_5` see `LayerReport`
-    (moe/routing.py)."""
+    """Replaces `SentCounts` where the numbers are on the device only, in `sent_5` (see `LayerReport` in moe/routing.py).
+    The other numbers here are 0."""
 
     rows_remote: int
     pairs: int

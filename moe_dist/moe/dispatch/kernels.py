@@ -5,7 +5,8 @@ arrived row for each of its pairs, and sort these pairs by slot, so the experts 
 combine sums the weighted outputs of a token's pairs on their rank, and then over ranks. Four things differ from
 `all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
 kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows`
-cannot be checked before. The first dispatch returns a handle for the calls in combine, backward and recompute.
+cannot be checked before. The first dispatch returns a handle, the library's record of the routes of all rows, which the
+kernels need in combine, backward and recompute.
 
 A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. The counts of the traffic
 ledger (module `ledger`) have then arrived, too.
@@ -69,10 +70,10 @@ def require_card(library: str) -> None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What the kernels' first dispatch returns besides the rows.
+    """The values that the kernels' first dispatch returns besides the rows.
 
     Attributes:
-        handle: Handle of the kernels, for combine and for repeated dispatches.
+        handle: The library's record of the rows' routes, for combine and for repeated dispatches.
         weight_Q: Received weights. A repeated dispatch sends no weights.
         num_rows: Number of arrived rows, one for each (token, this rank).
         slot_counts: See `PairLayout`.
@@ -176,7 +177,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Tensor, Arrival]:
-        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] with all else. Host sync: the
+        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] and the rest. Host sync: the
         kernels wait for the number of arriving rows."""
 
     @abstractmethod
@@ -240,8 +241,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Forward is the kernels' combine; backward is a dispatch with the handle of the first dispatch. The node saves no
-    tensor, so `block` recompute does not repeat combine."""
+    """Forward is the kernels' combine. Backward sends the gradients on the routes in the first dispatch's `Arrival.handle`.
+    The node saves no tensor, so `block` recompute does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_QD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -1,5 +1,5 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers are of one rank, and of forward alone.
+choices. All numbers are of one rank. Rows and pairs are of forward alone, bytes also of backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of
@@ -10,9 +10,9 @@ rank:
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
     rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
-    rows_null_remapped  one row per taken pair, and one per null choice, sent to a true expert with weight 0
+    rows_null_remapped  one row per taken pair, and one per null choice, as if sent to a true expert
     rows_bound          the most that any choices of these tokens send if each token sends one row to a rank: its top_k, or
-                        the ranks of the node groups that it may use (`ExpertPlacement.most_rows`)
+                        the ranks of the node groups that it may use (`ExpertPlacement.most_rows`, without replicas)
 
 CommStats counts bytes, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of the rows that leave
 the node (0 if the dispatcher does not distinguish nodes), and `metadata_bytes` of everything else.

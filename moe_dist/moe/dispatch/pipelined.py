@@ -118,7 +118,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
             chain, rows_RD, weight_Q = EndDispatch.apply(chain, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
-            if index > 0:  # combine of the previous chunk was in flight while this chunk's experts ran
+            if index > 0:  # the previous chunk's combine was in flight while this chunk's experts ran
                 chain, y_TD = EndCombine.apply(chain, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
             chain = StartCombine.apply(chain, out_RD, flight)
@@ -174,7 +174,7 @@ class StartDispatch(torch.autograd.Function):
 
 class _Gate(torch.autograd.Function):
     """Returns its arguments. Its backward runs after the backward of all that is computed from its output, and before the
-    backward of StartDispatch, so that this computation overlaps the exchange in backward too."""
+    backward of StartDispatch, so that backward too overlaps this computation with the exchange."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:

@@ -1,9 +1,10 @@
-"""Makes the plans of `all_to_all` and `pipelined`: which rows and pairs go to which rank. A layer needs one host sync.
+"""Makes the plans of the dispatch methods `all_to_all` and `pipelined`. A plan says which rows (hidden states, one per
+token and destination rank) and which (token, expert) pairs go to which rank. Making a layer's plan needs one host sync.
 
-The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot), and
-rows by (chunk, rank, token); in both orders the own rank comes last. A slot is an expert's place on its rank. The pairs
-received from a rank are then grouped by slot, so they need no sort. A pair is sent as the index of its row among the rows
-to the same rank; its slot follows from the counts.
+The tokens are cut into ranges of equal length, the chunks. Pairs are sorted by (chunk, rank, slot), and rows by (chunk,
+rank, token); in both orders the own rank comes last. A slot is an expert's place on its rank. The pairs received from a
+rank are then grouped by slot, so they need no sort. A pair is sent as the index of its row among the rows to the same rank;
+its slot follows from the counts.
 
 Shape letters: T tokens, N pairs (absent pairs included), E experts, W ranks, C chunks, P taken pairs, S rows sent to other
 ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each slot), H ranks
@@ -56,7 +57,8 @@ def check_receive_rows(rows: int, limit: int | None, position: int, place: str) 
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors on one device. The last entry of the first two is for absent pairs, whose expert is -1.
+    """The placement as tensors on one device. The last entries of `place_E` and `bin_E` are for absent pairs, whose expert
+    is -1.
 
     Attributes:
         place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W if absent.

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.moe.kernels.interface import RowIndex
 
 SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
-CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches and there is memory for few large slices
+CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches, and memory allows large slices
 
 
 def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
     """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
-    in the sum's dtype exists.
-    The sum has the same bits as without slices, because the slices are added in order.
+    in the sum's dtype exists. The sum has the same bits as without slices, because the slices are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -126,7 +125,7 @@ def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
 
 
 class TorchKernels:
-    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. The router chooses by itself."""
+    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. Routers choose without them."""
 
     has_choose = False
     has_plan = False

@@ -18,265 +18,18 @@ S rows for other ranks, O = M own rows, R = O + received rows, J pairs to send a
 that arrive (own, then received), Q pairs computed here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
-from moe_dist.comm.names import COUNTS, PAIR_ROWS
-from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
-from moe_dist.moe.dispatch.interface import DispatchedRows, SentOnDevice, TwoStepDispatcher
-from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.dispatch.rows import TORCH, counting_order
-from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.exchange import Exchange
+from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.static_planning import StaticPlan, StaticPlanner, StaticRoom
+from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
-
-KEPT_SIZES = 8  # numbers of tokens whose tables are kept: training's, and those of evaluation
-
-
-@dataclass(frozen=True)
-class StaticRoom:
-    """The room of one layer, the same on all ranks.
-
-    Attributes:
-        rows_W, pairs_W: Rows and pairs that a rank may send to each other rank.
-        computed_WG: Pairs of each group that each rank may compute.
-    """
-
-    rows_W: tuple[int, ...]
-    pairs_W: tuple[int, ...]
-    computed_WG: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class PaddedIndex(RowIndex):
-    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves these out."""
-
-    padding: int = 0
-
-    @cached_property
-    def items_of_rows(self) -> Items:
-        row_N = torch.cat(self.parts)
-        row_N = torch.where(row_N == self.padding, self.num_rows, row_N).to(torch.int32)
-        return RowIndex((row_N,), self.num_rows).items_of_rows
-
-
-@dataclass(frozen=True)
-class StaticPlan(ExchangePlan):
-    """`order_Q` of the exchange is None; weights are sorted by `arrival_Q` afterwards.
-
-    Attributes:
-        arrival_Q: int64, place in the order of arrival of each pair computed here; A for padding. Pairs are sorted by slot,
-            with the padding of a group after the group's last slot.
-        row_of_pair_Q: int64, row in [0, R) of each pair computed here; T for padding.
-        room_G: Number of pairs of each group, padding included.
-        counts_X: int64, number of pairs of each slot.
-        sent_5: See `LayerReport`.
-    """
-
-    arrival_Q: Tensor
-    row_of_pair_Q: Tensor
-    room_G: tuple[int, ...]
-    counts_X: Tensor
-    sent_5: Tensor
-
-    @cached_property
-    def table_index(self) -> RowIndex:
-        return PaddedIndex((self.row_O, self.row_S), self.table_rows, padding=self.table_rows - 1)
-
-    def pair_index(self, num_rows: int) -> RowIndex:
-        """The row of each pair computed here."""
-        return PaddedIndex((self.row_of_pair_Q,), num_rows, padding=self.table_rows - 1)
-
-    @property
-    def sent(self) -> SentOnDevice:
-        return SentOnDevice(0, 0, 0, self.sent_5)
-
-
-@dataclass(frozen=True)
-class _Places:
-    """The places of all lists for one number of tokens, on the device. They depend on the room alone.
-
-    Attributes:
-        place_J, nth_J: Place of the destination (other ranks in order, then this rank), and number among its pairs.
-        most_rows_J: Rows that the destination has room for.
-        row_J: Place among the S rows of the destination's first row. (Of own pairs nobody reads it.)
-        row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
-        first_H: Place in the order of arrival of the first pair from each rank.
-        token_O: The row of the table of each own row.
-        number_Q: 0 to Q - 1.
-    """
-
-    place_J: Tensor
-    nth_J: Tensor
-    most_rows_J: Tensor
-    row_J: Tensor
-    row_A: Tensor
-    first_H: Tensor
-    token_O: Tensor
-    number_Q: Tensor
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """Tables of the placement and the room, on the device.
-
-    Attributes:
-        first_bin: Bin of the first expert of each place, then E.
-        source_H: Ranks in the order of arrival.
-        group_X: Group of each slot.
-        run_order: Place of each run's length among those of (slot, source rank), then those of each group's padding. Runs
-            are sorted by slot, then source rank; the padding of a group follows its last slot.
-        rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-    """
-
-    first_bin: Tensor
-    source_H: Tensor
-    group_X: Tensor
-    run_order: Tensor
-    rows_W: Tensor
-    pairs_W: Tensor
-    computed_G: Tensor
-
-
-class StaticPlanner(Planner):
-    """Makes plans of fixed sizes. See `StaticDispatcher` for the arguments."""
-
-    def __init__(self, placement: ExpertPlacement, wire: AllToAll, room: StaticRoom) -> None:
-        super().__init__(placement, wire)
-        self.room, own = room, wire.rank
-        self.others = [rank for rank in range(wire.size) if rank != own]
-        self.rows = Splits(split_sizes(room.rows_W, own), split_sizes([room.rows_W[own]] * wire.size, own))
-        self.pairs = Splits(split_sizes(room.pairs_W, own), split_sizes([room.pairs_W[own]] * wire.size, own))
-        self._fixed_on = lru_cache(maxsize=KEPT_SIZES)(self._make_fixed)
-        self._places_on = lru_cache(maxsize=KEPT_SIZES)(self._make_places)
-
-    def static_plan(self, assignments: Assignments, num_tokens: int, layer: str) -> StaticPlan:
-        """Makes the plan by two metadata collectives, without a host sync."""
-        device, num_pairs = assignments.expert_N.device, assignments.expert_N.shape[0]
-        tables, fixed = self._tables_on(device), self._fixed_on(device)
-        places = self._places_on(num_tokens, num_pairs, device)
-        cells = self._cells(assignments, num_tokens, tables)
-        order_N = counting_order(cells.bin_N, self.placement.num_experts + 1)
-        message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
-        arriving_HX = self._exchange(message, layer).index_select(0, fixed.source_H)
-
-        start_W = F.pad(cells.pair_counts.cumsum(0), (1, 0)).index_select(0, fixed.first_bin)
-        count_W = start_W.diff()
-        taken_J = places.nth_J < count_W.index_select(0, places.place_J)
-        at_J = torch.where(taken_J, start_W.index_select(0, places.place_J) + places.nth_J, num_pairs)
-        pair_J = F.pad(order_N, (0, 1), value=num_pairs).index_select(0, at_J)
-        index_J = F.pad(cells.index_N.to(torch.int64), (0, 1), value=-1).index_select(0, pair_J)
-        token_J = F.pad(assignments.token_N, (0, 1), value=num_tokens).index_select(0, pair_J)
-        sent = slice(0, sum(self.pairs.send))
-        lost_S = index_J[sent] >= places.most_rows_J
-        index_S = torch.where(lost_S, -1, index_J[sent])
-        pair_J[sent].masked_fill_(lost_S, num_pairs)
-        arrived = self.wire.start(index_S.to(torch.int32), self.pairs, name=PAIR_ROWS, layer=layer)
-        num_rows = sum(self.rows.send)
-        row_S = torch.full((num_rows + 1,), num_tokens, dtype=torch.int64, device=device)
-        row_S.scatter_(0, torch.where(index_S < 0, num_rows, places.row_J + index_S), token_J[sent])
-
-        arrival_Q, counts_X, over = self._by_slot(arriving_HX, places, fixed)
-        index_A = torch.cat([token_J[sent.stop :], arrived.wait().to(torch.int64)])
-        row_A = torch.where(index_A < 0, num_tokens, places.row_A + index_A)
-        return StaticPlan(
-            layer=layer,
-            prefix="",
-            suffix="",
-            table_rows=num_tokens + 1,
-            rows=self.rows,
-            pairs=self.pairs,
-            row_S=row_S[:-1],
-            row_O=places.token_O,
-            pair_P=pair_J,
-            order_Q=None,
-            arrival_Q=arrival_Q,
-            row_of_pair_Q=F.pad(row_A, (0, 1), value=num_tokens).index_select(0, arrival_Q),
-            room_G=self.room.computed_WG[self.wire.rank],
-            counts_X=counts_X,
-            sent_5=self._sent(cells.row_counts, count_W, over, fixed),
-        )
-
-    def _exchange(self, message: Tensor, layer: str) -> Tensor:
-        """Exchanges the counts, and returns the pairs of each slot from each rank, int64 [W, X]."""
-        if self.wire.group is None:  # a single rank receives its own counts
-            return message[None, 1:]
-        lengths, own, size = [1 + len(slots) for slots in self.placement.slots], self.wire.rank, self.wire.size
-        splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
-        return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])[:, 1:]
-
-    def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X`, and the number of pairs of each group beyond the room [G]."""
-        total_X = arriving_HX.sum(0)
-        total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
-        padding_G = (fixed.computed_G - total_G).clamp_min(0)
-        first_HX = arriving_HX.cumsum(1) - arriving_HX + places.first_H[:, None]
-        end = places.row_A.shape[0]
-        lengths = torch.cat([arriving_HX.t().flatten(), padding_G]).index_select(0, fixed.run_order)
-        first = torch.cat([first_HX.t().flatten(), torch.full_like(padding_G, end)]).index_select(0, fixed.run_order)
-        last = lengths.cumsum(0)
-        run_Q = torch.searchsorted(last, places.number_Q, right=True)
-        arrival_Q = (places.number_Q + (first - last + lengths).index_select(0, run_Q)).clamp_max(end)
-        return arrival_Q, total_X, (total_G - fixed.computed_G).clamp_min(0)
-
-    def _sent(self, row_counts: Tensor, count_W: Tensor, over_G: Tensor, fixed: _Fixed) -> Tensor:
-        rows_W, pairs_W = row_counts[:-1], count_W[:-1]  # the last place is this rank
-        over = (rows_W - fixed.rows_W).clamp_min(0).sum() + (pairs_W - fixed.pairs_W).clamp_min(0).sum() + over_G.sum()
-        rows = rows_W.sum()
-        return torch.stack([rows, count_W.sum(), pairs_W.sum(), sum(self.rows.send) - rows, over])
-
-    def _make_fixed(self, device: torch.device) -> _Fixed:
-        own, slots, groups = self.wire.rank, self.placement.slots, self.placement.groups
-        lengths = [len(slots[rank]) for rank in [*self.others, own]]
-        local = [len(self.placement.local_experts(own, group)) for group in groups]
-        size, num_runs = self.wire.size, sum(local) * self.wire.size
-        runs, at = [], 0
-        for group, count in enumerate(local):
-            runs += [*range(at, at + count * size), num_runs + group]
-            at += count * size
-        tensors = (
-            [0, *accumulate(lengths)],
-            [own, *self.others],
-            [group for group, count in enumerate(local) for _ in range(count)],
-            runs,
-            [self.room.rows_W[rank] for rank in self.others],
-            [self.room.pairs_W[rank] for rank in self.others],
-            self.room.computed_WG[own],
-        )
-        return _Fixed(*(torch.tensor(each, dtype=torch.int64, device=device) for each in tensors))
-
-    def _make_places(self, num_tokens: int, num_pairs: int, device: torch.device) -> _Places:
-        own, room, others = self.wire.rank, self.room, self.others
-        pairs = [*(room.pairs_W[rank] for rank in others), num_pairs]
-        most, arriving = [room.rows_W[rank] for rank in others], [num_pairs] + [room.pairs_W[own]] * len(others)
-        first_rows = [0] + [num_tokens + 1 + nth * room.rows_W[own] for nth in range(len(others))]
-        tensors = (
-            _each(range(len(pairs)), pairs),
-            [nth for count in pairs for nth in range(count)],
-            _each(most, pairs),
-            _each(_starts(most), pairs),
-            _each(first_rows, arriving),
-            _starts(arriving),
-            range(num_tokens + 1),
-            range(sum(room.computed_WG[own])),
-        )
-        return _Places(*(torch.tensor(list(each), dtype=torch.int64, device=device) for each in tensors))
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-
-
-def _each(values: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Repeats each value as often as its count; counts without a value are left out."""
-    return [value for value, count in zip(values, counts, strict=False) for _ in range(count)]
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
@@ -290,7 +43,12 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
     def __init__(
         self, placement: ExpertPlacement, wire: AllToAll, *, room: StaticRoom, kernels: RowKernels = TORCH
     ) -> None:
-        self.planner = StaticPlanner(placement, wire, room)
+        kind = StaticPlanner
+        if kernels.has_plan:  # the module imports Triton, which a CPU need not have
+            from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
+
+            kind = CountingStaticPlanner
+        self.planner = kind(placement, wire, room)
         self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:

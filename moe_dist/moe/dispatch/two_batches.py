@@ -1,6 +1,6 @@
 """Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
 
-`steps` is a generator. It returns to its caller whenever an exchange has been issued and nothing is left to compute without
+`steps` is a generator. It yields to its caller whenever an exchange has been issued and nothing is left to compute without
 it, and the caller then runs the other half up to its next exchange (`moe_dist.model.two_batches`). The autograd nodes are
 those of `pipelined`. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order:
 every rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the
@@ -28,14 +28,15 @@ from moe_dist.moe.dispatch.pipelined import EndCombine, EndDispatch, Flight, Sta
 
 
 class Chain:
-    """The empty tensor that passes through the nodes of both halves; the node that ran last has set it."""
+    """An empty tensor, passed through the autograd nodes of both halves. `end` is the output of the last node so far."""
 
     def __init__(self, like: Tensor) -> None:
         self.end: Any = like.new_empty(0)
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches as `AllToAllDispatcher`, whose `run` it keeps for what is not in halves, as in evaluation."""
+    """Dispatches as `AllToAllDispatcher`. Its `run` dispatches whole micro-batches, as in evaluation; `steps` dispatches
+    one half."""
 
     def steps(
         self,
@@ -47,7 +48,7 @@ class TwoBatchDispatcher(AllToAllDispatcher):
         experts: RunExperts,
         shared: RunShared = None,
     ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
-        """See `Dispatcher.run`. Yields twice: while the rows of dispatch, then while those of combine are in flight."""
+        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again for the rows of combine."""
         flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
         chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)
         shared_TD = None if shared is None else shared(h_TD)

@@ -103,7 +103,8 @@ class RowKernels(Protocol):
     Attributes:
         has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. Otherwise the router chooses by operations
             of torch.
-        has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py`).
+        has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py` and
+            `dispatch/counting_static_planner.py`).
     """
 
     has_choose: bool

@@ -1,7 +1,7 @@
 """Registers functions that launch Triton kernels as operations of torch.
 
-An operation works on real tensors, where it launches its kernel, and on fake ones, where it only makes the result. So a
-count without a GPU sees it as one kernel.
+On real tensors an operation launches its kernel; on fake tensors it only makes the result. So a count of kernels without a
+GPU sees the operation as one kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,9 @@ LARGEST_BLOCK = 1024  # elements of a row that one program of 4 warps has in reg
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
     """Decorates a generator function, which yields the result, not yet filled, and then launches the kernel that fills it.
 
-    Returns a function that calls the operation `moe_dist::NAME` with this schema. It makes its tensors contiguous first,
-    because the kernels read no strides: the gradient of a sum, for example, has stride 0. It has no gradient.
+    Returns a function that calls the operation `moe_dist::NAME` with this schema. The operation makes its tensors
+    contiguous first, because the kernels read no strides: the gradient of a sum, for example, has stride 0. The operation
+    has no gradient.
     """
 
     def decorate(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:

@@ -64,6 +64,18 @@ def count_kernel(
     tl.store(mine + (W + bin) * B, tl.sum(has_bin, 0), mask=bin < E)
 
 
+@triton.jit
+def orders(starts, totals, place, bin, has_place, has_bin, B, W: tl.constexpr, E: tl.constexpr):
+    """The pairs of each bin; the place of each (token, bin) in the order of all pairs, if it is a pair; the index of each
+    token's row among the rows for a place; and the rows for each place before this block."""
+    block, known = tl.program_id(0), bin < E
+    length = tl.load(totals + W + bin, mask=known, other=0)
+    before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)
+    to_pair = tl.cumsum(has_bin, 0) - has_bin + before[None, :]
+    before = tl.load(starts + place * B + block, mask=place < W, other=0)
+    return length, to_pair, tl.cumsum(has_place, 0) - has_place + before[None, :], before
+
+
 @triton.jit(do_not_specialize=["B"])
 def scan_kernel(counts, column_M, starts, totals, message, B, BLOCK: tl.constexpr):
     column = tl.load(column_M + tl.program_id(0))
@@ -101,15 +113,8 @@ def place_kernel(
     PLACES: tl.constexpr,
 ):
     t, place, bin, has_place, has_bin = members(expert, place_E, bin_E, T, K, ROWS, BINS, PLACES)
-    block, rank, known = tl.program_id(0), place < W, bin < E
-    # the place of a pair of each token with each expert, among all pairs
-    length = tl.load(totals + W + bin, mask=known, other=0)
-    before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)
-    to_pair = tl.cumsum(has_bin, 0) - has_bin + before[None, :]
-    # the index of each token's row among the rows of a rank, and the first of these rows
-    before = tl.load(starts + place * B + block, mask=rank, other=0)
-    to_row = tl.cumsum(has_place, 0) - has_place + before[None, :]
-    length = tl.load(totals + place, mask=rank, other=0)
+    _, to_pair, to_row, before = orders(starts, totals, place, bin, has_place, has_bin, B, W, E)
+    length = tl.load(totals + place, mask=place < W, other=0)
     row_start = tl.cumsum(length, 0) - length
     for k in tl.static_range(K):
         e = tl.load(expert + t * K + k, mask=t < T, other=-1)
@@ -154,8 +159,8 @@ def arrive_kernel(own, arrived, runs, order, row, num_own, X, H, BLOCK: tl.const
     tl.store(row + q, first_row + index_at(own, arrived, num_own, at, live), mask=live)
 
 
-@triton.jit(do_not_specialize=["num_own", "X", "H", "steps", "R", "Q"])
-def collect_kernel(own, arrived, runs, order, first, num_own, X, H, steps, R, Q, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_own", "X", "H", "steps", "R"])
+def collect_kernel(own, arrived, runs, order, first, num_own, X, H, steps, R, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     h = tl.program_id(0)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = i < tl.load(runs + 3 * X + h)
@@ -180,10 +185,12 @@ def collect_kernel(own, arrived, runs, order, first, num_own, X, H, steps, R, Q,
     tl.store(order + at, tl.load(runs + X + x, mask=real, other=0)[None, :] + low, mask=found)
     tl.store(first + tl.load(runs + 3 * X + H + h) + i, place, mask=live)
     if (h == 0) & (tl.program_id(1) == 0):
-        tl.store(first + R, Q)
+        tl.store(first + R, tl.load(runs + 3 * X + 3 * H))
 
 
-def _blocks(num_places: int, num_bins: int) -> dict[str, int]:
+def blocks(num_places: int, num_bins: int) -> dict[str, int]:
+    """Returns the sizes of a program: its tokens (ROWS), and the powers of 2 that hold all experts (BINS) and ranks
+    (PLACES)."""
     places, bins = triton.next_power_of_2(max(1, num_places)), triton.next_power_of_2(max(1, num_bins))
     return {"ROWS": max(1, ELEMENTS // max(places, bins)), "BINS": bins, "PLACES": places}
 
@@ -197,12 +204,12 @@ def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> It
         place, bin: int64 [E + 1], place of each expert's rank, and each expert's bin.
     """
     (num_tokens, num_choices), num_experts = expert.shape, place.shape[0] - 1
-    blocks = _blocks(num_ranks, num_experts)
-    num_blocks = triton.cdiv(num_tokens, blocks["ROWS"])
+    sizes = blocks(num_ranks, num_experts)
+    num_blocks = triton.cdiv(num_tokens, sizes["ROWS"])
     counts = expert.new_empty((num_ranks + num_experts, num_blocks), dtype=INT32)
     yield counts
     inputs = (expert, place, bin, counts, num_tokens, num_blocks)
-    launch(count_kernel, (num_blocks,), *inputs, K=num_choices, W=num_ranks, E=num_experts, **blocks)
+    launch(count_kernel, (num_blocks,), *inputs, K=num_choices, W=num_ranks, E=num_experts, **sizes)
 
 
 @operation("plan_scan(Tensor counts, Tensor column) -> (Tensor, Tensor, Tensor)")
@@ -231,8 +238,8 @@ def plan_place(
     first = expert.new_empty(num_tokens + 1, dtype=INT32)
     yield pair, index, token, order, first
     inputs = (expert, place, bin, starts, totals, pair, index, token, order, first, num_tokens, num_blocks)
-    blocks = _blocks(num_ranks, num_experts)
-    launch(place_kernel, (num_blocks,), *inputs, K=num_choices, W=num_ranks, E=num_experts, **blocks)
+    sizes = blocks(num_ranks, num_experts)
+    launch(place_kernel, (num_blocks,), *inputs, K=num_choices, W=num_ranks, E=num_experts, **sizes)
 
 
 @operation("plan_arrive(Tensor own, Tensor arrived, Tensor runs, int num_sources, int longest) -> (Tensor, Tensor)")
@@ -243,8 +250,9 @@ def plan_arrive(
 
     Args:
         own, arrived: int32, row index of each own and of each received pair among the rows of its source rank.
-        runs: int64 [3 X + 3 H]. Of each run, by slot and source rank: its length, its place in the order of slots, and in
-            the order of arrival. Of each source rank: its number of rows, its first row, and the pairs before its first.
+        runs: int64 [3 X + 3 H + 1]. Of each run, by slot and source rank: its length, its place in the order of slots, and
+            in the order of arrival. Of each source rank: its number of rows, its first row, and the pairs before its first.
+            Then the number of all pairs.
         longest: Length of the longest run.
     """
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources
@@ -268,6 +276,6 @@ def plan_collect(
     yield order, first
     slots = triton.next_power_of_2(max(1, num_runs // num_sources))
     rows = max(1, ELEMENTS // 2 // slots)  # four tables of int64 in registers
-    sizes = (own.shape[0], num_runs, num_sources, longest.bit_length(), num_rows, num_pairs)
+    sizes = (own.shape[0], num_runs, num_sources, longest.bit_length(), num_rows)
     grid = (num_sources, triton.cdiv(most_rows, rows))
     launch(collect_kernel, grid, own, arrived, runs, order, first, *sizes, ROWS=rows, SLOTS=slots)

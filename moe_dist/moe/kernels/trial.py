@@ -1,8 +1,9 @@
-"""A trial of kernels on a device before a run uses them: values and gradients of small tensors, held to those of torch.
+"""Tries kernels on a device before a run uses them: compares values and gradients of small tensors with those of torch.
 
 Shape letters are those of `interface`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,8 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.static import StaticDispatcher
+from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
@@ -26,15 +29,21 @@ Results = list[tuple[str, Tensor]]
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels give what torch gives, else what differs or failed. Compiles the kernels, and syncs."""
+    """Returns None if the kernels' results equal torch's, else a text that says what differs or failed. Compiles the
+    kernels, and syncs."""
+    return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
+
+
+def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
+    """Returns None if the results of kernels equal those of torch, else a text that says what differs or failed."""
     try:
-        with device:  # whatever the default device is: models are built on the meta device
-            pairs = list(zip(_results(kernels, dtype), _results(TORCH, dtype), strict=True))
+        with device:  # the default device may be meta, on which models are built
+            pairs = list(zip(ours(), torchs(), strict=True))
         for (_, found), (name, expected) in pairs:
             difference = float((found.double() - expected.double()).norm() / expected.double().norm())
             if not difference <= MOST:  # also for NaN
                 return f"in a trial on {device} the {name} of the Triton kernels differs from torch's by {difference:.2g}"
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers raise errors of any class
         return (
             f"in a trial on {device} the Triton kernels failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         )
@@ -47,21 +56,28 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """The plan of a layer on one rank: three experts for a token, some of them null."""
-    group, num_tokens = GROUPS[0], 500  # several blocks of tokens
+    """The plans of a layer on one rank, so no row is sent: three experts for a token, some of them null."""
+    group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
     expert_N = torch.where(columns_TK < group.num_experts, columns_TK, ABSENT).flatten()
     pairs = Assignments(torch.arange(num_tokens).repeat_interleave(3), expert_N, torch.ones(len(expert_N)), num_choices=3)
     placement = ExpertPlacement((group,), (tuple(group.experts),))
-    plan = AllToAllDispatcher(placement, AllToAll(None, CommStats()), kernels=kernels).plan(pairs, num_tokens)
+    wire = AllToAll(None, CommStats())
+    plan = AllToAllDispatcher(placement, wire, kernels=kernels).plan(pairs, num_tokens)
     rows = RowIndex((plan.row_of_pair_Q,), plan.num_own_rows, plan.row_items)
     items = (*rows.items_of_rows, *plan.table_index.items_of_rows)
     lists = (plan.pair_P, plan.order_Q, plan.row_of_pair_Q, plan.row_O, *items)
+    room = StaticRoom((0,), (0,), ((len(expert_N),),))
+    fixed = StaticDispatcher(placement, wire, room=room, kernels=kernels).plan(pairs, num_tokens)
+    lists += (fixed.pair_P, fixed.arrival_Q, fixed.row_of_pair_Q, fixed.counts_X, fixed.end_X, fixed.sent_5)
+    for index in (fixed.table_index, fixed.pair_index(num_tokens + 1)):
+        order, first = index.items_of_rows
+        lists += (order[: first[-1]], first)
     return [("plan", each.double()) for each in lists if each is not None]
 
 
-def _random(seed: int, *shape: int) -> Tensor:
+def random(seed: int, *shape: int) -> Tensor:
     """Returns the same fp32 numbers on every device."""
     drawn = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return drawn.to(torch.get_default_device())
@@ -71,8 +87,8 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
     """One expert on all pairs, with its gradients; and sums of base, own and received rows. Some rows have no pair."""
     row_Q = torch.arange(PAIRS) * 7 % (ROWS - 3)
     shapes = ((ROWS, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (ROWS, HIDDEN))
-    rows_RD, gate, up, down, grad_RD = (_random(n, *each).to(dtype) for n, each in enumerate(shapes))
-    leaves = {"rows": rows_RD, "gate": gate, "up": up, "down": down, "weights": _random(5, PAIRS).sigmoid()}
+    rows_RD, gate, up, down, grad_RD = (random(n, *each).to(dtype) for n, each in enumerate(shapes))
+    leaves = {"rows": rows_RD, "gate": gate, "up": up, "down": down, "weights": random(5, PAIRS).sigmoid()}
     for leaf in leaves.values():
         leaf.requires_grad_()
     index = RowIndex((row_Q,), ROWS)
@@ -81,7 +97,7 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
     out_RD = kernels.sum_pairs(hidden_QF @ down / WIDTH**0.5, leaves["weights"], index, dtype)
     out_RD.backward(grad_RD)
     tables = RowIndex((row_Q[:ROWS], row_Q[ROWS:]), ROWS)
-    received_SD = _random(6, PAIRS - ROWS, HIDDEN).to(dtype)
+    received_SD = random(6, PAIRS - ROWS, HIDDEN).to(dtype)
     with torch.no_grad():
         summed_MD = kernels.sum_rows(rows_RD, lambda: received_SD, tables, rows_RD)
     gradients = [(f"gradient of {name}", leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
@@ -93,8 +109,8 @@ def _experts_choice(kernels: RowKernels) -> Results:
     groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
     router = ExpertChoiceRouter(HIDDEN, groups, kernels=kernels)
     for n, parameter in enumerate(router.parameters()):
-        parameter.data = _random(10 + n, *parameter.shape) / HIDDEN**0.5
-    pairs, sums, *_ = router(_random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
+        parameter.data = random(10 + n, *parameter.shape) / HIDDEN**0.5
+    pairs, sums, *_ = router(random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
     assert sums.choice is not None
     named = {"experts' choice": pairs.expert_N, "scores": sums.prob_C, "entropies of scores": sums.entropy_G}
     named |= {"k-th scores": sums.choice.kth_score_E, "tokens without an expert": sums.choice.unrouted_G + 1}
@@ -103,10 +119,10 @@ def _experts_choice(kernels: RowKernels) -> Results:
 
 def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
     """Choices of tokens of two groups with null experts, and of padding; weights, sums, and the gradient of the input."""
-    h_TD = _random(7, ROWS, HIDDEN).requires_grad_()
+    h_TD = random(7, ROWS, HIDDEN).requires_grad_()
     router = TopKRouter(HIDDEN, GROUPS, normalise=normalise, kernels=kernels)
     for n, parameter in enumerate(router.parameters()):
-        parameter.data = _random(8 + n, *parameter.shape) / HIDDEN**0.5
+        parameter.data = random(8 + n, *parameter.shape) / HIDDEN**0.5
     pairs, sums, *_ = router(h_TD, torch.arange(ROWS) % 3 - 1)
     results = [("choice", pairs.expert_N), ("weights", pairs.weight_N), ("numbers of choices", sums.choices_C)]
     results += [("probabilities", sums.prob_C), ("squares of log z", sums.log_z_squared_G), ("entropies", sums.entropy_G)]

@@ -13,6 +13,7 @@ hidden size, E experts of all groups, n experts of one group, G groups, K expert
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         seed, layer: Parts of the name of each noise value, beside step, token and expert.
         known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
             no host sync.
-        kernels: If they have `experts_choose`, they choose where the scope is one rank, and sum.
+        kernels: If they have `experts_choose`, they make the choice in a scope of one rank, and the sums.
     """
 
     group_of_expert_E: Tensor
@@ -150,13 +151,13 @@ class ExpertChoiceRouter(ChoosingRouter):
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
-            noisy_TE = self._with_noise(logits_TE, cache.batch_info)
+            noisy_TE = self._with_noise(logits_TE, cache)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
             if cache.choice is None:
                 with torch.no_grad():
                     if by_choice:
-                        cache.choice = self._experts_choose(logits_TE, group_T, cache.batch_info)
+                        cache.choice = self._experts_choose(logits_TE, group_T, cache)
                     else:
                         cache.choice = self._tokens_pass(h_TD, logits_TE, self._inside(group_T))
             sums = self._sums(logits_TE, cache.choice, group_T)
@@ -178,7 +179,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups than the expert's."""
-        return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
+        return F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
@@ -188,24 +189,25 @@ class ExpertChoiceRouter(ChoosingRouter):
             logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
-    def _with_noise(self, logits_TE: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
+    def _with_noise(self, logits_TE: Tensor, cache: RoutingCache) -> Tensor:
         """Returns the logits of this rank's tokens plus noise, or the same tensor if there is no noise."""
         if not (self.training and self.noise):
             return logits_TE
+        batch_info, token_T = cache.batch_info, cache.token_T
         assert batch_info is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
-        token_T = torch.arange(logits_TE.shape[0], device=logits_TE.device) + batch_info.first_token_of(batch_info.rank)
+        token_T = torch.arange(logits_TE.shape[0], device=logits_TE.device) if token_T is None else token_T
+        token_T = token_T + batch_info.first_token_of(batch_info.rank)
         return logits_TE + self._draw(token_T, batch_info, logits_TE.dtype)
 
     def _draw(self, token_T: Tensor, batch_info: GlobalBatchInfo, dtype: torch.dtype) -> Tensor:
         expert_E = torch.arange(self.num_experts, device=token_T.device)
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
-    def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
+    def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
         """Lets experts choose, as in training. Every rank computes the noise of the whole scope, so that only logits are
         sent."""
-        where, device = self.selection_scope, logits_TE.device
+        where, device, batch_info = self.selection_scope, logits_TE.device, cache.batch_info
         lengths = where.lengths(logits_TE.shape[0], batch_info)
-        assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
 
         def add_noise(logits_UE: Tensor) -> Tensor:
             assert batch_info is not None
@@ -219,7 +221,8 @@ class ExpertChoiceRouter(ChoosingRouter):
             taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, self._tables, noise)
             return ExpertsChoice(taken_TE, order_TE, kth_score_E)
         masked_TE = logits_TE.masked_fill(~self._inside(group_T), OUTSIDE)
-        choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
+        options: dict[str, Any] = {"layer": f"layers.{self.layer}", "add_noise": noise, "token_T": cache.token_T}
+        choice = where.choose(masked_TE, self.capacity_E, lengths, **options)
         # An expert with a capacity of 1 takes all tokens of its group, so its threshold must be 0.
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 

@@ -7,8 +7,8 @@ integer L this is plain top-k.
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws random numbers too, so that the mean is L as in training. It has no step, so it numbers tokens inside their
-batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers too, so that the mean is L as in training. It has no step; its tokens are numbered inside
+their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
-from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
+from moe_dist.moe.routing import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 HELD_OUT = -1  # stands for the step in the names of evaluation's random numbers
@@ -67,14 +67,16 @@ class ScheduledTopKRouter(TopKRouter):
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         chosen = super()._choose(masked_TC, probs_TC, group_T, cache)
-        kept_TK = chosen.valid_TK & self._kept(group_T, cache.batch_info)
+        kept_TK = chosen.valid_TK & self._kept(group_T, cache)
         return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
 
-    def _kept(self, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
+    def _kept(self, group_T: Tensor, cache: RoutingCache) -> Tensor:
         """Returns a bool [T, K] that marks each token's first floor(L) or floor(L) + 1 choices; recomputation marks the
         same."""
+        batch_info = cache.batch_info
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
-        token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
+        place_T = torch.arange(group_T.shape[0], device=group_T.device) if cache.token_T is None else cache.token_T
+        token_T = place_T + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
         # float64, because fp32 rounds numbers near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.collectives import CommStats, from_host
+from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
@@ -113,9 +113,11 @@ class SelectionScope:
 
     Attributes:
         group: Process group of the scope's ranks; None for a single rank.
-        ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list.
+        ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list. Ranks that
+            share sequences count as one rank, as in `GlobalBatchInfo`.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
         comm_stats, tracker: They count the all-gather's bytes, and show the running all-gather to the watchdog.
+        shares: Process groups of the ranks that share sequences: each rank has some of the tokens of a micro-batch.
     """
 
     kind: ScopeKind = "rank"
@@ -125,10 +127,15 @@ class SelectionScope:
     ep_ranks: tuple[int, ...] = (0,)
     comm_stats: CommStats | None = None
     tracker: CollectiveTracker | None = None
+    shares: tuple[dist.ProcessGroup, ...] = ()
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """Returns T of each rank of the scope. Without `batch_info` (evaluation, mixture of depths) all have the same T."""
-        return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
+        """Returns the number of tokens of each rank's micro-batch; `num_tokens` are on this rank. Without
+        `batch_info` (evaluation, mixture of depths) all have the same number."""
+        own = num_tokens * math.prod(group.size() for group in self.shares)
+        lengths = [own if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
+        assert lengths[self.own] == own, f"{own} tokens here, {lengths} were announced"
+        return lengths
 
     def choose(
         self,
@@ -139,9 +146,10 @@ class SelectionScope:
         name: str = CHOICE_LOGITS,
         layer: str = "",
         add_noise: Callable[[Tensor], Tensor] | None = None,
+        token_T: Tensor | None = None,
     ) -> ExpertsChoice:
         """Selects which of this rank's tokens each chooser takes, in competition with all tokens of the scope. Costs at
-        most one collective.
+        most one collective, and one more for each group of `shares`.
 
         Args:
             logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
@@ -150,12 +158,21 @@ class SelectionScope:
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
             add_noise: Adds noise to the logits of the scope [U, E] before the comparison. The reported k-th scores contain
                 no noise.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if the tokens are in this order.
         """
+        if token_T is not None:
+            local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
+            logits_TE[token_T] = local_TE
+            for group in self.shares:  # each token is on one rank, so every bit stays
+                sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
         first = sum(lengths[: self.own])
         mine = slice(first, first + lengths[self.own])
-        return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
+        if token_T is None:
+            return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
+        found = choose(logits_UE, noisy_UE, capacity_E, mine)
+        return found._replace(taken_TE=found.taken_TE[token_T])
 
     def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
         """Returns the logits of the scope's tokens [U, E], by one all-gather if the scope has several ranks."""
@@ -225,7 +242,7 @@ def counted_pairs(
     ep_ranks: Sequence[int],
 ) -> Assignments:
     """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, a sum of capacities."""
-    assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
+    assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(
             capacity_of_tokens(capacity, batch_info.members_WG[rank][group])
@@ -236,7 +253,7 @@ def counted_pairs(
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
     token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # no sync: host counts
     expert_N = _expert_of_pairs(mine, token_N.device)
-    cell_N = token_N * weight_TE.shape[1] + expert_N
+    cell_N = torch.add(expert_N, token_N, alpha=weight_TE.shape[1])
     # Not weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
     return Assignments(token_N, expert_N, weight_TE.flatten().index_select(0, cell_N), counts_WE)
 

@@ -43,7 +43,7 @@ class GroupGate(nn.Module):
 
     role = Role.ROUTER
     bias: Tensor
-    initial_values: ClassVar = {"offset": 0.0}
+    initial_values: ClassVar = {"offset": 0.0, "level": 0.0}
 
     def __init__(
         self, hidden_dim: int, group: ExpertGroup, *, null_logit: NullLogit = "each", logit_bias: bool = False
@@ -59,8 +59,8 @@ class GroupGate(nn.Module):
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
         """Sets all rows to 0, so that all columns get the same score. Biases of null columns become stairs, -step, -2 step
-        and so on: if all true experts lose r steps, a token gives up r of them, and not all at once. Returns the number
-        of rows."""
+        and so on: if the biases of all true experts fall by r steps, a token drops r of them, and not all at once.
+        Returns the number of rows."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -83,6 +83,7 @@ class _Chosen(NamedTuple):
     valid_TK: Tensor  # bool, false for choices beyond the group's own k and for padding
     true_TK: Tensor  # valid choices of true experts
     null_TK: Tensor  # valid choices of null experts
+    factor_TK: Tensor | None = None  # factor of each weight, with gradient; only where the number of choices is predicted
 
 
 class TopKRouter(nn.Module):
@@ -247,12 +248,20 @@ class TopKRouter(nn.Module):
 
     def _bias(self, dtype: torch.dtype) -> Tensor:
         """Returns the selection biases of all columns [C]."""
-        parts = [self._gate(group, "bias").split(list(column_counts(group).values())) for group in self.groups]
+        return self._of_columns("bias", dtype)
+
+    def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns a value of each column [C] from the gates' tensors `name`, which are in the order of `KINDS`."""
+        parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
         """Returns the probabilities [T, C] for weights and balance loss; 0 for columns of other groups than the token's."""
         return masked_TC.softmax(dim=-1)
+
+    def _shares(self, probs_TC: Tensor) -> Tensor:
+        """Returns the distribution [T, C] whose entropy is reported, from the result of `_probs`."""
+        return probs_TC
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
         """Returns the scores [T, C] by which tokens choose, without gradient; -inf outside of the token's group."""
@@ -298,7 +307,7 @@ class TopKRouter(nn.Module):
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
         """Returns the softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
         true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_zero_computation), dim=1)
-        # cat makes a contiguous copy, because the bits of a softmax may depend on the stride of its rows.
+        # cat also makes a contiguous copy: the bits of a softmax may depend on the stride of its rows.
         kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
         return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
@@ -338,8 +347,9 @@ class TopKRouter(nn.Module):
         log_z_T = masked_TC.logsumexp(dim=-1)
         member = member_TG.to(log_z_T.dtype)
         with torch.no_grad():
+            share_TC = self._shares(probs_TC)
             # xlogy, because p log p must be 0 at p = 0
-            entropy_T = -torch.xlogy(probs_TC, probs_TC).sum(-1)
+            entropy_T = -torch.xlogy(share_TC, share_TC).sum(-1)
         return RouterSums(
             choices_C=self._count(chosen.column_TK, chosen.valid_TK, masked_TC.shape[1]),
             prob_C=(probs_TC * routed_T[:, None]).sum(0),

@@ -1,5 +1,5 @@
-"""Calibrates the thresholds of routers before a held-out evaluation. By its threshold, each expert and each
-mixture-of-depths layer must take the same fraction of training tokens as it takes in training.
+"""Calibrates the thresholds of routers before a held-out evaluation. With its threshold, each expert and each
+mixture-of-depths layer must select the same fraction of tokens as in training.
 
 The model runs on training batches in evaluation mode, but each expert or layer selects tokens as in training. Then each
 threshold is set so that the number of tokens with a higher score, over all ranks and batches, equals the number of selected
@@ -44,15 +44,17 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place. Without batches all thresholds stay. An expert for which no token was
-    selected keeps its threshold.
+    """Sets the thresholds of all layers in place; `world` are the ranks with these layers. Without batches all thresholds
+    stay. An expert for which no token was selected keeps its threshold.
 
     Collective: every rank must pass the same number of batches.
     """
     routers = by_threshold(model)
-    if not routers or not batches:
+    if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
+    if not routers:  # the forward passes were for ranks with other layers
+        return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
     low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)  # scores are probabilities in [0, 1]

@@ -5,19 +5,20 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
+from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, reduce_known, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.evaluation.balance import BalanceEfficiency, balance_efficiency
-from moe_dist.train.evaluation.calibration import by_threshold, calibrate
+from moe_dist.train.evaluation.calibration import calibrate
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.heldout import Heldout, heldout_losses
 from moe_dist.train.loss import depth_statistics
@@ -30,13 +31,17 @@ class Evaluator:
     """Evaluates the model on the held-out documents of every source.
 
     Attributes:
+        reader: This rank's position among the ranks that read different sequences, and their number.
+        counts_tokens: False on a rank whose tokens and losses another rank counts.
         folder, manifest: Folder and manifest of the data set.
         sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last one.
         micro_batch: Sequences per batch of a rank.
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
+        layer_ranks: The ranks with the same layers as this one; None for this rank alone.
         mapper: Makes the compute map; None without `monitor.compute_map`.
+        experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
             thresholds.
     """
@@ -45,6 +50,8 @@ class Evaluator:
     mesh: Mesh
     placement: ExpertPlacement
     _: KW_ONLY
+    reader: tuple[int, int]
+    counts_tokens: bool
     folder: str | Path
     manifest: Manifest
     seq_len: int
@@ -54,13 +61,11 @@ class Evaluator:
     group_of_modality: Tensor
     measure_balance: bool
     ablate: bool
+    layer_ranks: dist.ProcessGroup | None
     mapper: Mapper | None = None
+    experts_choose: bool = False
     calibration: int = 0
     _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches` by its argument
-
-    def __post_init__(self) -> None:
-        if not by_threshold(self.model):
-            self.calibration = 0
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
         """Evaluates the model after step `step`. Collective. Changes the thresholds that it calibrates, but no gradients,
@@ -73,13 +78,14 @@ class Evaluator:
         """
         mesh, groups = self.mesh, self.group_of_modality
         with mesh.tracker.among("calibration"):
-            calibrate(self.model, trained, group_of_modality=groups, world=mesh.world, tracker=mesh.tracker)
+            calibrate(self.model, trained, group_of_modality=groups, world=self.layer_ranks, tracker=mesh.tracker)
         batches = self._batches(self.final_sequences if final else self.sequences)
         heldout = self._losses(batches)
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
-        noncausal, routers = Heldout({}, {}, None), [layer.router for layer in self.model.moe_modules()]
-        if final and any(isinstance(router, ChoosingRouter) for router in routers):
-            with choice_of_training(routers):  # experts choose tokens as in training, which depends on later tokens
+        noncausal = Heldout({}, {}, None)
+        if final and self.experts_choose:
+            # Experts choose tokens as in training, which depends on later tokens.
+            with choice_of_training([layer.router for layer in self.model.moe_modules()]):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:
@@ -116,6 +122,7 @@ class Evaluator:
                 world=self.mesh.world,
                 tracker=self.mesh.tracker,
                 experts_off=experts_off,
+                counts_tokens=self.counts_tokens,
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
@@ -151,8 +158,8 @@ class Evaluator:
                     seq_len=self.seq_len,
                     sequences=sequences,
                     micro_batch=self.micro_batch,
-                    rank=self.mesh.rank,
-                    world_size=self.mesh.world_size,
+                    rank=self.reader[0],
+                    world_size=self.reader[1],
                 )
             ]
         return self._cached[sequences]

@@ -48,6 +48,7 @@ def heldout_losses(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
     experts_off: bool = False,
+    counts_tokens: bool = True,
 ) -> Heldout:
     """Computes held-out losses and routing counts. Collective: every rank must pass the same number of batches.
 
@@ -55,6 +56,7 @@ def heldout_losses(
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], index of the expert group of each modality.
         experts_off: Leave out the output of routed experts. The loss then rises by what the experts contribute.
+        counts_tokens: False on a rank whose tokens and losses another rank counts.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs
@@ -65,7 +67,8 @@ def heldout_losses(
     for batch in batches:
         on_device = batch.to(device)
         losses_BS, reports = forward(model, on_device, group_of_modality, request, losses=True)
-        sums_4M += _sums(losses_BS, on_device, len(modalities))
+        if counts_tokens:
+            sums_4M += _sums(losses_BS, on_device, len(modalities))
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))

@@ -22,8 +22,8 @@ _BATCH_LOGITS = 1 << 26  # most logits per batch: 256 MiB in fp32, and as much a
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
     """Divides rows into batches of rows with similar lengths; returns the row indices of each batch of this rank.
 
-    Every rank gets equally many batches, of which the last may be empty, because a rank's experts take part in the forward
-    pass of every rank.
+    Every rank gets equally many batches, because a rank's experts take part in the forward passes of every rank. A rank's
+    last batch may be empty.
 
     Args:
         lengths: Number of tokens of each row; equal on all ranks.

@@ -72,7 +72,7 @@ class NeighbourIndex:
         number_K = found[found != sample][: self._k]
         own_E = self._embeddings_SE[sample].astype(np.float64)
         squared_K = np.square(self._embeddings_SE[number_K].astype(np.float64) - own_E).sum(1)
-        order_K = np.lexsort((number_K, squared_K))  # by distance, then by index
+        order_K = np.lexsort((number_K, squared_K))  # sorted by distance, then by index
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:

@@ -20,6 +20,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from moe_dist.comm.collectives import queue_copy
 from moe_dist.data.batch import Batch
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
@@ -39,10 +40,8 @@ def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, 
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables the gradients of all parameters except the routers of `layers`.
-
-    Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters. Backward then ends at the
-    lowest of `layers`.
+    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first of them.
+    Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
     """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
@@ -67,9 +66,9 @@ def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
 class Chosen:
     """The layers whose routers are trained."""
 
-    layers: tuple[int, ...]  # their indices among all layers
-    places: tuple[int, ...]  # their indices among the MoE layers
-    stored: tuple[int, ...]  # their indices among the layers whose routing the folder of samples contains
+    layers: tuple[int, ...]  # indices of these layers among all layers
+    places: tuple[int, ...]  # indices of these layers among the MoE layers
+    stored: tuple[int, ...]  # indices of these layers among those whose routing the folder of samples contains
 
 
 class RouterTuning:
@@ -119,8 +118,8 @@ class RouterTuning:
         for row, each in enumerate(found):
             rows_BKR[row, : len(each.number_K)] = self._rows(each.number_K)
             weight_BK[row, : len(each.weight_K)] = each.weight_K
-        on_device = [torch.from_numpy(part).to(device) for part in (rows_BKR, weight_BK)]
-        return Targets(batch.probe_tokens_B.to(device), *on_device)
+        parts = (batch.probe_tokens_B, torch.from_numpy(rows_BKR), torch.from_numpy(weight_BK))
+        return Targets(*(queue_copy(part, device) for part in parts))
 
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
         """Returns the routing [K, R] of the samples `number_K` in the chosen layers."""
@@ -136,7 +135,8 @@ class RouterTuning:
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Returns the samples' digest, and step and router weights of the last refresh, so that `restore` can repeat it."""
+        """Returns the samples' digest, and the step and router weights of the last refresh of the routing, so that
+        `restore` can repeat this refresh."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 

@@ -59,7 +59,7 @@ def test_windows_by_layer() -> None:
                 "rope_dim=null: attention.kind=latent rotates a part",
                 "qk_norm=head",
                 "attention_bias=qkv",
-                "attention_lora=...: attention.kind=latent takes no adapters",
+                "attention_lora.targets has k, v: attention.kind=latent has the projections q, kv_down, kv_up, o",
             ),
         ),
         ({"attention": {"kind": "latent", "kv_rank": 8}}, ("value_dim",)),

@@ -39,7 +39,7 @@ def test_an_unknown_name_is_told_the_near_ones(
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ("adamoe_moma_tiny_cup", "did you mean adamoe_moma_tiny_cpu?"),
+        ("adamoe_moma_tiny_cup", "did you mean adamoe_moma_tiny_cpu or adamoe_moma_megatron_cpu?"),
         ("olmoe", "did you mean olmoe_1b7b_8gpu?"),
         ("configs/nope.yaml", "configs/ has adamoe_"),
     ],

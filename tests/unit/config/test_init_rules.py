@@ -131,6 +131,8 @@ def test_what_would_not_begin_as_it_was_is_refused(
         ({"run__init_rules": ["split_experts"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
          "equal router rows change the choice; take kind=top_k"),
         ({"run__init_rules": ["split_experts"], "model__moe__groups__image__num_constant": 1}, "cannot be cut into parts"),
+        ({"run__init_rules": ["split_experts"], "model__moe__experts": {"kind": "clamped_ffn"}}, "each part would add"),
+        ({"run__init_rules": ["split"], "model__moe__experts": {"kind": "clamped_ffn"}}, "each part would add"),
     ],
 )  # fmt: skip
 def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:

@@ -143,7 +143,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["monitor.sinks.7.every=1"], "monitor.sinks.7.every: monitor.sinks.7 is not there"),
         (["train.steps"], "'train.steps': an override is key=value"),
         (["=5"], "'=5': an override is key=value"),
-        (["train.steps=[1"], "train.steps: while parsing a flow sequence"),
+        (["train.steps=[1"], "train.steps: line 1, column 3"),
         (["model.moe.groups.text.top_k=5"], "top_k=5 is larger than the group's 3 true + 1 null choices; lower top_k"),
         (["model.num_kv_heads=3"], "model: num_heads=4 must be a multiple of num_kv_heads=3"),
         (["model.hidden_dim=30"], "model: hidden_dim=30 must be a multiple of num_heads=4; or set head_dim"),

@@ -115,6 +115,70 @@ def test_what_does_not_is_named_with_the_way_out(changes: dict[str, Any], text: 
     assert any(text in fault and way_out in fault for fault in problems), problems
 
 
+NULLS = {name: {**group, "num_null": 2} for name, group in GROUPS.items()}
+
+
+def of_target(**changes: Any) -> dict[str, Any]:
+    return {"model.moe.balance": [{"kind": "active_experts", "target": {"text": 1.5}, "rate": 1.0, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "way_out"),
+    [
+        (
+            {"model.moe.router": {"kind": "top_p"}, **of_target(target={"text": 0.5})},
+            "target.text=0.5: with model.moe.router.kind=top_p a token takes at least 1 true expert",
+            "raise the target, or set num_null",
+        ),
+        (
+            {"model.moe.router": {"kind": "relu"}, **of_target(target={"text": 5.0})},
+            "target.text=5: a token takes at most 4 true experts",
+            "lower the target, or raise top_k",
+        ),
+        (
+            {"model.moe.router": {"kind": "relu"}, **of_target(schedule=[[0, 4.0], [9, 1.0]])},
+            "target.text=1.5 times 4 of the schedule: a token takes at most 4 true experts",
+            "lower the target, or raise top_k",
+        ),
+        (
+            {"model.moe.router": {"kind": "threshold"}, "model.moe.balance": [{"kind": "loss_free"}]},
+            "model.moe.balance with kind loss_free: model.moe.router.kind=threshold takes the mean of the selection biases",
+            "set per=expert in active_experts",
+        ),
+        (
+            {"model.moe.router": {"kind": "expert_threshold"}, "parallel.dispatch": {"kind": "known_counts"}},
+            "with model.moe.router.kind=expert_threshold they depend on the thresholds",
+            "set model.moe.router.kind=expert_choice with model.moe.router.scope=rank",
+        ),
+        (
+            {"model.moe.router": {"kind": "expert_threshold"}, "model.moe.groups": NULLS},
+            "model.moe.groups.text.num_null=2: model.moe.router.kind=expert_threshold needs true experts only",
+            "set it to 0",
+        ),
+    ],
+    ids=lambda each: "" if isinstance(each, dict) else None,
+)
+def test_rules_of_adaptive_routers(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], text: str, way_out: str
+) -> None:
+    groups = {name: {**group, "top_k": group["num_experts"]} for name, group in GROUPS.items()}
+    with pytest.raises(ConfigError) as raised:
+        check(tiny_config(tiny_data, tmp_path, {**SOUND, "model.moe.groups": groups, **changes}))
+    assert text in str(raised.value)
+    assert way_out in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["top_p", "relu", "threshold", "predicted_k", "expert_threshold"])
+def test_adaptive_routers_pass_with_what_fits(tiny_data: Path, tmp_path: Path, kind: str) -> None:
+    groups = {name: {**group, "top_k": group["num_experts"]} for name, group in GROUPS.items()}
+    fits = {} if kind == "expert_threshold" else of_target()
+    run = check(
+        tiny_config(tiny_data, tmp_path, {**SOUND, "model.moe.groups": groups, "model.moe.router": {"kind": kind}, **fits})
+    )
+    expected = 4.0 if kind == "expert_threshold" else 1.5  # of text: c = top_k / n, or the target
+    assert run.placement.groups[0].expected_experts_per_token == expected
+
+
 def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_data: Path, tmp_path: Path) -> None:
     broken = tiny_config(tiny_data, tmp_path, {**SOUND, "model.moe.router": {"kind": "expert_choice"}, "loss.z": 0.1})
     with pytest.raises(ConfigError) as raised:

@@ -1,7 +1,10 @@
 """Experts over slot-sorted rows: against loops, empty experts, and the row budget's chunks."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
@@ -11,7 +14,7 @@ from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import RoutingRequest
+from moe_dist.moe.routing import Assignments, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
 from tests.reference.layer import ReferenceWeights, moe_forward
@@ -158,3 +161,31 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
     for loop, grouped in zip(*results, strict=True):
         bound = 16 * torch.finfo(dtype).eps * float(loop.abs().max())
         torch.testing.assert_close(grouped, loop, rtol=0, atol=bound)
+
+
+class Joined(TorchDispatchMode):
+    """Counts the tensors that are made by joining others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "cat"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("num_groups", "joined"), [(1, 0), (2, 1)])
+def test_outputs_of_one_group_are_not_copied(num_groups: int, joined: int) -> None:
+    groups = tuple(ExpertGroup(name, 2, 0, 1, 8, 2 * i, (name,)) for i, name in enumerate(("text", "image")[:num_groups]))
+    placement = ExpertPlacement(groups, (tuple(range(2 * num_groups)),))
+    dispatcher = AllToAllDispatcher(placement, AllToAll(None, CommStats()))
+    experts = Experts(8, groups, [2] * num_groups, gemm="grouped")
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows_RD = torch.randn(6, 8)
+    assignments = Assignments(torch.arange(6), torch.arange(6) % (2 * num_groups), torch.ones(6))
+    (plan,), _ = dispatcher.planner.plan(assignments, 6, "layer")
+    with Joined() as seen:
+        experts(DispatchedRows(rows_RD, torch.ones(6)), plan)
+    assert seen.count == joined

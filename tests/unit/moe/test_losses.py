@@ -172,7 +172,7 @@ def test_the_split_pulls_all_true_columns_alike_and_none_where_there_is_no_other
     torch.testing.assert_close(value, torch.ones(1, 1, dtype=torch.double))
 
 
-@pytest.mark.parametrize("kind", ["null_averaged", "null_split"])
+@pytest.mark.parametrize("kind", ["null_averaged", "null_split", "weighted"])
 def test_a_null_weight_makes_another_load_even(kind: str) -> None:
     """n = 4, m = 2, k = 3, w = 3: even is k n / (n + m w) = 1.2 true experts a token; there all are pulled alike."""
     group = ExpertGroup("text", 4, 2, 3, 8, 0, ("text",))
@@ -180,7 +180,7 @@ def test_a_null_weight_makes_another_load_even(kind: str) -> None:
     share = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.double) / 10
     prob_LC = (share * 100).requires_grad_()
     terms = balance_terms(prob_LC, share * 300, torch.tensor([[100]]), tables, kind=kind, null_weight_G=(3.0,))  # pyright: ignore
-    torch.testing.assert_close(terms, torch.full((1, 1), 3.0 if kind == "null_averaged" else 1.0, dtype=torch.double))
+    torch.testing.assert_close(terms, torch.full((1, 1), 1.0 if kind == "null_split" else 3.0, dtype=torch.double))
     (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
     torch.testing.assert_close(pull, pull[:, :1].expand_as(pull))
     logits = (torch.randn(30, 7, dtype=torch.double) @ torch.randn(7, 7, dtype=torch.double)).requires_grad_()
@@ -192,6 +192,33 @@ def test_a_null_weight_makes_another_load_even(kind: str) -> None:
         torch.testing.assert_close(ours[0, 0], theirs)
         g1, g2 = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (ours[0, 0], theirs))
         torch.testing.assert_close(g1, g2)
+
+
+def test_the_weighted_loss_equals_the_sum_of_mixture_plus_plus() -> None:
+    """Per group sum_i eta_i f_i P_i, eta = 1 for true columns and tau for all others, times n + tau^-1 others; by loops."""
+    groups = (
+        ExpertGroup("text", 3, 2, 2, 8, 0, ("text",), num_identity=1, num_constant=1),
+        ExpertGroup("image", 2, 0, 2, 8, 3, ("image",), num_constant=2),
+    )
+    tables, taus = ColumnTables.on(groups, torch.device("cpu")), (0.25, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    prob_LC = torch.rand(2, 11, dtype=torch.double, generator=generator, requires_grad=True)
+    choices_LC, tokens_LG = torch.randint(0, 9, (2, 11), generator=generator), torch.tensor([[7, 5], [9, 0]])
+    weights = tuple(1.0 / tau for tau in taus)
+    ours = balance_terms(prob_LC, choices_LC, tokens_LG, tables, kind="weighted", null_weight_G=weights)
+    # columns: text 0-2, image 3-4 true; text 5-6 null; text 7 identity; text 8, image 9-10 constant
+    columns = {0: ([0, 1, 2], [5, 6, 7, 8]), 1: ([3, 4], [9, 10])}
+    expected = torch.zeros(2, 2, dtype=torch.double)
+    for layer in range(2):
+        for index, (true, others) in columns.items():
+            tokens = max(1, int(tokens_LG[layer, index]))
+            for column in true + others:
+                eta = taus[index] if column in others else 1.0
+                term = eta * choices_LC[layer, column] / tokens * prob_LC[layer, column] / tokens
+                expected[layer, index] = expected[layer, index] + term * (len(true) + len(others) / taus[index])
+    torch.testing.assert_close(ours, expected)
+    g1, g2 = (torch.autograd.grad(each.sum(), prob_LC, retain_graph=True)[0] for each in (ours, expected))
+    torch.testing.assert_close(g1, g2)
 
 
 def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:

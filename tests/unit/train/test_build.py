@@ -59,7 +59,8 @@ def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
 
     assert even() == {}
     assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 0.5}
-    assert even(loss={"balance": {"kind": "null_split", "null_weight": {"text": 3.0}}}) == {"text": 0.5}
+    for kind in ("null_split", "weighted"):
+        assert even(loss={"balance": {"kind": kind, "null_weight": {"text": 3.0}}}) == {"text": 0.5}
     values["model"]["moe"]["balance"] = [{"kind": "active_experts", "target": {"text": 1.25}, "rate": 0.1}]
     assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 1.25}
 

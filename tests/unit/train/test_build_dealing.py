@@ -49,6 +49,7 @@ def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
     assert build_dealing(tiny_config(Path("none"), Path("runs")), ["text"]) is None
     assert mix(loss__balance__schedule=off)
     assert not mix()
+    assert mix(loss__balance__scope="step", loss__z=1e-3)
     assert not mix(loss__balance__schedule=[[0, 0.0], [9, 0.1]])
     assert not mix(loss__balance__schedule=off, loss__z=1e-3)
 

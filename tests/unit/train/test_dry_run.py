@@ -20,6 +20,8 @@ PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
         ("olmoe_1b7b_8gpu.yaml", 6.92, 1.28),
         ("adamoe_mixtral8x7b_64gpu.yaml", 46.7, 10.1),  # 1.5 of 8 experts where Mixtral's 12.9 takes 2
         ("moma_1b4_4t4i_32gpu.yaml", 7.09, 1.47),
+        ("adamoe_mixtral8x7b_64gpu_megatron.yaml", 46.7, 10.1),
+        ("adamoe_grok1_512gpu_megatron.yaml", 316.5, 65.2),
     ],
 )
 def test_large_presets_have_the_published_sizes(name: str, billions: float, active: float) -> None:
@@ -110,4 +112,4 @@ def test_counts_in_short(number: float, text: str) -> None:
 
 
 def test_bytes_in_short() -> None:
-    assert [bytes_text(n) for n in (0, 1023, 1024, 3 << 30)] == ["0 B", "1.02e+03 B", "1 KiB", "3 GiB"]
+    assert [bytes_text(n) for n in (0, 1023, 1024, 3 << 30)] == ["0 B", "1023 B", "1 KiB", "3 GiB"]

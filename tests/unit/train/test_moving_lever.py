@@ -159,3 +159,16 @@ def test_on_other_ranks_the_configured_placement_stays() -> None:
     other = Played(two)
     other.lever.restore(saved)
     assert (other.lever.placement, other.moves) == (two, [])
+
+
+def test_another_configured_placement_is_not_undone() -> None:
+    played = Played(CONTIGUOUS)
+    saved: Any = played.lever.state()
+    saved["slots"] = [[*each] for each in reversed(CONTIGUOUS.slots)]
+    same = Played(CONTIGUOUS)
+    same.lever.restore(saved)
+    assert len(same.moves) == 1
+    saved["configured"] = saved["slots"]
+    other = Played(CONTIGUOUS)
+    other.lever.restore(saved)
+    assert (other.lever.placement, other.moves) == (CONTIGUOUS, [])

@@ -30,25 +30,31 @@ def hooks(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def trainer_of(one: OneRank, profiler: StepProfiler) -> Trainer:
+    config, plan = one.plan.config, one.plan
+    trainer = Trainer(
+        build.build_plan(config, plan.manifest, plan.placement),
+        one.training.step,
+        build.build_loader(config, plan.manifest, rank=0, world_size=1),
+        build.build_evaluator(config, plan.manifest, one.training, plan.placement),
+        sinks=[],
+        devices=None,
+        saver=one.resumable,
+        stop=None,  # pyright: ignore[reportArgumentType]: replaced below
+        progress=one.resumable.restore(),
+        profile=profiler.step,
+    )
+    trainer.stop = type("Never", (), {"requested": False})()
+    return trainer
+
+
 def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> None:
     with world_of_one():
         one = OneRank(tiny_data, tmp_path)
-        config, plan, model = one.plan.config, one.plan, one.training.parallel.model
+        config, model = one.plan.config, one.training.parallel.model
         before = hooks(model)
         profiler = StepProfiler(model, tmp_path / "p", "rank_0", first=2, last=2, device=torch.device("cpu"))
-        trainer = Trainer(
-            build.build_plan(config, plan.manifest, plan.placement),
-            one.training.step,
-            build.build_loader(config, plan.manifest, rank=0, world_size=1),
-            build.build_evaluator(config, plan.manifest, one.training, plan.placement),
-            sinks=[],
-            devices=None,
-            saver=one.resumable,
-            stop=None,  # pyright: ignore[reportArgumentType]: replaced below
-            progress=one.resumable.restore(),
-            profile=profiler.step,
-        )
-        trainer.stop = type("Never", (), {"requested": False})()
+        trainer = trainer_of(one, profiler)
         for _ in range(3):
             trainer._step()
     found = ranges(tmp_path / "p")
@@ -66,6 +72,23 @@ def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> Non
     assert memory["parameters_mib"] == pytest.approx(parameters / 2**20)
     assert memory["process_mib"] > memory["parameters_mib"]
     assert memory["ranges_mib"].keys() >= found.keys()
+
+
+def test_a_trace_names_layers_in_halves(tiny_data: Path, tmp_path: Path) -> None:
+    """Which run without the hooks of their modules, and in pieces between exchanges."""
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path, parallel__two_batch_overlap=True, train__micro_batch=2)
+        model = one.training.parallel.model
+        names = [*vars(model.layers[0].attention)]
+        profiler = StepProfiler(model, tmp_path / "p", "rank_0", first=1, last=1, device=torch.device("cpu"))
+        trainer_of(one, profiler)._step()
+    found = ranges(tmp_path / "p")
+    halves = 2 * found["forward"]
+    for layer in one.plan.config.model.moe_layers:
+        for part, times in (("attention", 1), ("moe", 3), ("moe.router", 1), ("moe.experts", 1), ("plan", 1)):
+            assert found[f"layer {layer}/{part}"] == times * halves, part
+    assert [*vars(model.layers[0].attention)] == names
+    assert not any("steps" in vars(moe) for moe in model.moe_modules())
 
 
 def profiler_of(folder: Path, last: int) -> StepProfiler:

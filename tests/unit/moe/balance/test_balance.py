@@ -133,6 +133,40 @@ def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
         torch.testing.assert_close(delta, torch.ones(1, 4))
 
 
+def test_the_schedule_multiplies_the_target() -> None:
+    rule = ActiveExperts({"text": 1.5}, rate=1.0, schedule=[(0, 2.0), (3, 1.0)])
+    true, tokens = torch.full((1, 4), 1.5 / 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    deltas = [rule.delta(TEXT, true, tokens, step) for step in (0, 2, 3, 9)]
+    by_hand = [1.5 / 12, 1.5 / 12, 0.0, 0.0]
+    assert [float(each[0, 0]) for each in deltas if each is not None] == pytest.approx(by_hand)
+
+
+def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_one() -> None:
+    """b = (rate sum e + p (e - first e)) / k after each step; a step without tokens changes nothing; a state goes on."""
+    rule = {"rate": 0.3, "proportional": 0.7}
+    moved, gates = controller(ActiveExperts({"text": 1.5}, **rule), layers=1)
+    trues = [[0, 0, 0, 0], [2, 3, 1, 4], [9, 1, 1, 1], [0, 0, 0, 0], [0, 2, 0, 0]]
+    tokens, errors = [0, 10, 10, 0, 10], list[float]()
+    for number, (true, count) in enumerate(zip(trues, tokens, strict=True)):
+        if number in (1, 3):
+            kept = moved.state()
+            again, others = controller(ActiveExperts({"text": 1.5}, **rule), layers=1)
+            others[0][0].bias.copy_(gates[0][0].bias)
+            again.restore(kept)
+            moved, gates = again, others
+        moved.after_step(counts_of(true, count))
+        if count:
+            errors.append((1.5 - sum(true) / count) / 4)
+        bias = (0.3 * sum(errors) + 0.7 * (errors[-1] - errors[0])) / 3 if errors else 0.0
+        assert gates[0][0].bias[:4].tolist() == pytest.approx([bias] * 4)
+
+
+@pytest.mark.parametrize("rules", [[1], {"0": 3}, {"0": {"text": [1.0]}}, {"0": {"text": "x"}}], ids=str)
+def test_a_state_without_errors_is_a_data_error(rules: Any) -> None:
+    with refused(DataError):
+        controller(ActiveExperts({"text": 1.5}, rate=1.0, proportional=1.0))[0].restore({"step": 3, "rules": rules})
+
+
 def test_the_rate_halves_after_its_steps() -> None:
     rule = ActiveExperts({"text": 1.5}, rate=0.4, decay_steps=100)
     true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)

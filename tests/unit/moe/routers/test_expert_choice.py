@@ -17,11 +17,14 @@ from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
+from tests.reference.adaptive import expert_threshold
 from tests.reference.expert_choice import (
     auxiliary_loss,
     choice_by_score,
@@ -32,6 +35,7 @@ from tests.reference.expert_choice import (
     room,
 )
 from tests.reference.layer import ReferenceWeights
+from tests.support.counts import counts_with
 from tests.support.messages import refused
 
 D = 5
@@ -288,3 +292,34 @@ def test_a_choice_drawn_by_hand() -> None:
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
     above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
     assert pairs_of(router.eval(), table, group_T) == above
+
+
+def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean() -> None:
+    """After the first update each token is judged alone; a calibration of evaluation does not move training."""
+    group = ExpertGroup("all", 4, 0, 1, 8, 0, ("text",))
+    router = ExpertThresholdRouter(6, (group,), warmup_steps=1).double()
+    with torch.no_grad():
+        router.gates()[0].get_parameter("true").normal_(generator=torch.Generator().manual_seed(0))
+    h_TD = torch.randn(40, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    group_T = torch.zeros(40, dtype=torch.int64)
+    group_T[7] = -1
+    scores_TE = router.scores(h_TD, group_T)
+    competed = router(h_TD, group_T)
+    assert competed.sums.choices_C.tolist() == [10] * 4
+    assert competed.sums.choice is not None
+    counts = counts_with(kth_score_LE=competed.sums.choice.kth_score_E[None], tokens_LG=torch.tensor([[39.0]]).double())
+    ThresholdUpdater([router.gates()], 0.5).after_step(counts)
+    threshold_n, mean_n, _ = router.gates()[0].running_mean()
+    torch.testing.assert_close(mean_n, scores_TE.sort(dim=0, descending=True).values[9])
+    threshold_n += 0.3  # as a calibration may
+    routing = router(h_TD, group_T)
+    table_TE = torch.zeros(40, 4, dtype=torch.double)
+    pairs = routing.assignments.taken()
+    table_TE = table_TE.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
+    expected_TE = expert_threshold((h_TD @ router.gates()[0].get_parameter("true").T).sigmoid(), mean_n.tolist())
+    expected_TE = expected_TE * (group_T >= 0)[:, None]
+    torch.testing.assert_close(table_TE, expected_TE, rtol=0, atol=1e-12)
+    assert routing.sums.choices_C.tolist() == [9] * 4, "strictly above the 10th score"
+    score_TE = torch.randn(40, 4, dtype=torch.double)
+    fast, slow = (torch.autograd.grad((each * score_TE).sum(), h_TD, retain_graph=True) for each in (table_TE, expected_TE))
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)

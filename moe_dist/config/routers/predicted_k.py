@@ -1,0 +1,18 @@
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat
+
+from moe_dist.config.routers.base import AdaptiveRouterSection
+
+
+class PredictedKRouterSection(AdaptiveRouterSection):
+    """A linear head predicts the number of columns that a token takes, at most top_k."""
+
+    kind: Literal["predicted_k"] = "predicted_k"
+    normalise: Literal["true_chosen", "none"] = "none"
+    """Routing weights before the factor of the last column. none: softmax over all columns of the group. true_chosen:
+    softmax over the taken columns without null experts; all weights then jump when a column is added."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
+
+    def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"number": (1, hidden_dim)}

@@ -1,0 +1,20 @@
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveFloat
+
+from moe_dist.config.routers.base import AdaptiveRouterSection
+from moe_dist.config.section import Share
+
+
+class TopPRouterSection(AdaptiveRouterSection):
+    """Each token takes its most probable columns until their probabilities add up to p, at most top_k (DTop-p)."""
+
+    least_columns: ClassVar[int] = 1
+
+    kind: Literal["top_p"] = "top_p"
+    p: Share = 0.4
+    """Sum of probabilities at which a token has enough columns. model.moe.balance moves it in each layer and group."""
+    normalise: Literal["true_chosen", "none"] = "none"
+    """Routing weights. none: the probabilities. true_chosen: the probabilities of the taken columns without null experts,
+    divided by their sum."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")

@@ -1,0 +1,73 @@
+"""Base of the routers with which the number of experts depends on the token, up to the group's `top_k`.
+
+    T(x) = the first columns of the token by score, those that the router's rule keeps
+    y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
+
+A choice that the rule does not keep is an absent pair, as a null choice is. The rule of each router sees one token alone,
+so evaluation is causal. A recomputed forward keeps the same choices.
+
+Load controllers (`moe_dist.moe.balance`) hold the mean number of true experts per token. For this each column has a
+selection bias. The mean bias of a group's true columns is called the budget shift: it changes the number of columns that
+tokens take. In `top_p` and `predicted_k` only the deviations from the budget shift change the order of the columns; in
+`relu` and `threshold` the whole bias of a column moves the column's threshold.
+
+Shape letters: T tokens, C columns, K choices, G expert groups, E true experts.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class AdaptiveRouter(TopKRouter):
+    """Routes T tokens, each inside its expert group, to as many columns as `_kept` says.
+
+    Args:
+        hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        normalise: Normalise = "none",
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, selection_bias=True, capacity=capacity)
+
+    @abstractmethod
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        """Returns a bool [T, K]: which of a token's columns, the best first, the token takes. Has no gradient."""
+
+    def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
+        return False
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
+        chosen = super()._choose(masked_TC, probs_TC, group_T, cache)
+        if cache.kept_TK is None:
+            with torch.no_grad():
+                cache.kept_TK = self._kept(masked_TC, probs_TC, chosen.column_TK, group_T, cache)
+        kept_TK = chosen.valid_TK & cache.kept_TK
+        return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
+
+    def _shift(self, dtype: torch.dtype) -> Tensor:
+        """Returns the budget shift of each group [G + 1]; the last entry, 0, is for padding (group -1)."""
+        means = [self._gate(group, "bias")[: group.num_experts].mean() for group in self.groups]
+        return torch.stack([*means, torch.zeros_like(means[0])]).to(dtype)
+
+    def _by_probability(self, probs_TC: Tensor, masked_TC: Tensor) -> Tensor:
+        """Returns the scores [T, C] that order the columns: probability plus deviation of the bias; -inf outside the
+        group."""
+        bias_C = self._bias(probs_TC.dtype)
+        true_E = bias_C[: self.num_experts] - self._shift(probs_TC.dtype)[self.group_of_expert_E]
+        score_TC = probs_TC.detach() + torch.cat([true_E, bias_C[self.num_experts :]])
+        return score_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))

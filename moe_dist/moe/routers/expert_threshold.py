@@ -1,0 +1,76 @@
+"""Expert Threshold: an expert takes each token whose score exceeds the expert's running threshold, in training too (arXiv
+2603.11535).
+
+    s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
+    y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
+
+`thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as expert
+choice does. So the choice of training depends on earlier steps and on the token alone, and an expert takes about, but not
+exactly, the share c of tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`), because m
+is not known yet. Evaluation takes m plus the correction of the last calibration. Training takes m alone, so that
+calibrations do not change the training.
+
+Shape letters: T tokens of this rank, E experts of all groups.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.selection import Causal, SelectionScope
+from moe_dist.moe.routing import ExpertsChoice, RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class ExpertThresholdRouter(ExpertChoiceRouter):
+    """Routes T tokens by thresholds of experts.
+
+    Args:
+        hidden_dim, groups, capacity, noise, causal, threshold_decay, selection_scope, seed, layer, kernels: See
+            `ExpertChoiceRouter`.
+        warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        warmup_steps: int = 100,
+        capacity: float | None = None,
+        noise: float = 0.0,
+        causal: Causal = "threshold",
+        threshold_decay: float = 0.99,
+        selection_scope: SelectionScope | None = None,
+        seed: int = 0,
+        layer: int = 0,
+        kernels: RowKernels = TORCH,
+    ) -> None:
+        super().__init__(
+            hidden_dim,
+            groups,
+            capacity=capacity,
+            noise=noise,
+            causal=causal,
+            threshold_decay=threshold_decay,
+            selection_scope=selection_scope,
+            seed=seed,
+            layer=layer,
+            kernels=kernels,
+        )
+        self.warmup_steps = warmup_steps
+
+    def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
+        """Lets experts choose, as in training: by thresholds, but by competition in the first steps and where `noncausal`
+        asks for it. The competition runs in each case, because it finds the k-th largest scores."""
+        choice = super()._experts_choose(logits_TE, group_T, cache)
+        if not self.training:
+            return choice
+        mean_E, steps_E = torch.cat([gate.statistics for gate in self.gates()], dim=1)
+        above_TE = (logits_TE.sigmoid() > mean_E.to(logits_TE.dtype)) & self._inside(group_T)
+        taken_TE = torch.where(steps_E >= self.warmup_steps, above_TE, choice.taken_TE)
+        return ExpertsChoice(taken_TE, None, choice.kth_score_E)  # without an order, tokens not taken become absent pairs

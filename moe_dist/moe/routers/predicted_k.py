@@ -1,0 +1,81 @@
+"""Predicted k: a linear head predicts from the token how many columns it takes (as in Ada-K, arXiv 2410.10456).
+
+    k(x) = top_k sigmoid(<u, x> + b),   T(x) = the ceil(k(x)) most probable columns of softmax(x W^T)
+    m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
+    w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
+
+Ada-K draws a whole k and trains its predictor by policy gradient. Here the last column's weight has the rest of k(x) as
+its factor, like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u gets a gradient from the loss.
+With the softmax over all columns the output is a continuous function of k(x). With the softmax over T(x) all weights change
+when a column is added. b is the budget shift of `adaptive`.
+
+Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.moe.dispatch.rows import accumulation_dtype
+from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.top_k import _Chosen
+from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class PredictedKRouter(AdaptiveRouter):
+    """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the u above.
+
+    Args:
+        hidden_dim, groups, scale, capacity: See `TopKRouter`.
+        normalise: `true_chosen` or `none`, the v above.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        normalise: Literal["true_chosen", "none"] = "none",
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
+        for group in groups:
+            self.gate(group).register_parameter("number", nn.Parameter(torch.empty(1, hidden_dim)))
+
+    def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
+        """See `TopKRouter.forward`."""
+        cache = cache or RoutingCache()
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
+            cache.number_T = self._number(h_TD.to(accumulation_dtype(h_TD.dtype)), group_T)
+        return super().forward(h_TD, group_T, cache)
+
+    def _number(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
+        """Returns k(x) [T], 0 for padding."""
+        rows_GD = torch.cat([self._gate(group, "number") for group in self.groups]).to(h_TD.dtype)
+        number_TG = (h_TD @ rows_GD.T + self._shift(h_TD.dtype)[:-1]).sigmoid() * self.top_k_G[:-1]
+        member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
+        return torch.where(member_TG, number_TG, 0.0).sum(1)
+
+    def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
+        return self._by_probability(probs_TC, masked_TC)
+
+    def _factor(self, cache: RoutingCache) -> Tensor:
+        """Returns m [T, K], at most 1; 0 or less for columns that are not taken."""
+        assert cache.number_T is not None
+        place_K = torch.arange(self.num_choices, device=cache.number_T.device)
+        return (cache.number_T[:, None] - place_K).clamp_max(1.0)
+
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        return self._factor(cache) > 0
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
+        return super()._choose(masked_TC, probs_TC, group_T, cache)._replace(factor_TK=self._factor(cache))
+
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
+        assert chosen.factor_TK is not None
+        return super()._weights(masked_TC, probs_TC, chosen) * chosen.factor_TK

@@ -1,0 +1,55 @@
+"""ReLU routing: a token takes the columns whose logit is positive (ReMoE, arXiv 2412.14711).
+
+    r    = ReLU(x W^T + b)
+    T(x) = the columns with r_i > 0, at most the top_k largest
+    w_i  = scale r_i
+
+Where a column's logit is 0 its weight is 0, so the output is a continuous function of x and of W while at most top_k logits
+are positive. b is the selection bias of a controller. ReMoE controls the number of experts by the coefficient of an L1 loss
+instead: it multiplies the coefficient by 1.2 after each step with too many experts and divides it after each with too few.
+That loss, with its load f_i, is the balance loss `vanilla` of this router up to the factor k, because the "probabilities"
+of the balance loss are r, not normalised; here its coefficient follows `loss.balance.schedule`. The reported entropy is of
+r divided by its sum.
+
+A token may take no expert. A null column that is taken adds 0 and only uses up one of the top_k places. Shape
+letters: T tokens, D hidden size, C columns, K choices.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class ReLURouter(AdaptiveRouter):
+    """Routes T tokens by positive logits. Args: see `TopKRouter`."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, scale=scale, capacity=capacity)
+
+    def _logits(self, h_TD: Tensor) -> Tensor:
+        return super()._logits(h_TD) + self._bias(h_TD.dtype)
+
+    def _probs(self, masked_TC: Tensor) -> Tensor:
+        return masked_TC.relu()  # 0 where the logit is -inf, outside the token's group
+
+    def _shares(self, probs_TC: Tensor) -> Tensor:
+        return probs_TC / probs_TC.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_TC.dtype).tiny)
+
+    def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
+        return masked_TC.detach()
+
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        return masked_TC.gather(1, column_TK) > 0

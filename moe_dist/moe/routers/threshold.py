@@ -1,0 +1,84 @@
+"""Trained thresholds: a token takes each column whose score exceeds the column's own, learned threshold (DynMoE, arXiv
+2405.14297, the top-any gate).
+
+    s    = sigmoid(cos(x, W_i) / temperature),   c = sigmoid(G)
+    T(x) = the columns with s_i - c_i + b_i > 0, at most the top_k largest
+    w_i  = scale / (number of columns of T(x) that are not null)
+
+b is the selection bias of a controller; with b = 0 the rule is the published one. The gradient passes through the sign
+function as if it were the identity: the derivative of w_i by s_i - c_i is scale / number where the column is taken, and 0
+elsewhere, as in the authors' DeepSpeed code. DynMoE also has a temperature that divides G, losses for diverse and small
+router rows and for the mean of the gates, and a number of experts that changes during training; and in evaluation a token
+without experts takes its best expert. None of these is implemented here; the last would change the number of experts in
+evaluation.
+
+The balance loss and the entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
+choices.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.top_k import KINDS, _Chosen
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+TINY = 1e-20  # prevents 0 / 0 where all scores underflow
+
+
+class ThresholdRouter(AdaptiveRouter):
+    """Routes T tokens by learned thresholds. Each group's gate also has `level` [columns], the G above, which starts at 0.
+
+    Args:
+        hidden_dim, groups, scale, capacity: See `TopKRouter`.
+        temperature: Divisor of the cosines. DynMoE's Tutel code starts at 0.1 and learns it.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        temperature: float = 0.1,
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, scale=scale, capacity=capacity)
+        self.temperature = temperature
+        for group in groups:
+            self.gate(group).register_parameter("level", nn.Parameter(torch.zeros(group.num_columns)))
+
+    def _gate(self, group: ExpertGroup, name: str) -> Tensor:
+        found = super()._gate(group, name)
+        return F.normalize(found, dim=-1) if name in KINDS else found
+
+    def _logits(self, h_TD: Tensor) -> Tensor:
+        return super()._logits(F.normalize(h_TD, dim=-1)) / self.temperature
+
+    def _probs(self, masked_TC: Tensor) -> Tensor:
+        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf, outside the token's group
+        return score_TC / (score_TC.sum(dim=-1, keepdim=True) + TINY)
+
+    def _margins(self, masked_TC: Tensor) -> Tensor:
+        """Returns s - c [T, C]; -inf outside of the token's group."""
+        margin_TC = masked_TC.sigmoid() - self._of_columns("level", masked_TC.dtype).sigmoid()
+        return margin_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
+
+    def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._margins(masked_TC) + self._bias(masked_TC.dtype)
+
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        return self._selection_scores(masked_TC, probs_TC).gather(1, column_TK) > 0
+
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
+        counted_TK = chosen.valid_TK ^ chosen.null_TK  # null choices are valid
+        # -inf in places that are not taken would give NaN gradients despite the mask
+        margin_TK = torch.where(counted_TK, self._margins(masked_TC).gather(1, chosen.column_TK), 0.0)
+        number_T1 = counted_TK.sum(1, keepdim=True).clamp_min(1)
+        return self.scale * torch.where(counted_TK, 1.0 + (margin_TK - margin_TK.detach()), 0.0) / number_T1

@@ -1,0 +1,57 @@
+"""Top-p: a token takes its most probable columns until their probabilities add up to p (Huang et al., arXiv 2403.07652).
+
+    q    = softmax(x W^T) over the group's columns, in falling order q_1 >= q_2 >= ...
+    T(x) = the columns i with q_1 + ... + q_(i-1) < p + b,  at least one and at most top_k
+    w_i  = scale q_i, or scale times a softmax over T(x) without null columns
+
+b is the budget shift of `adaptive`, by which a controller moves p per layer and group so that the mean number of true
+experts is its target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral controller and
+learns a norm of the logits in each layer. Here each layer has its own p, which the controller `active_experts` moves; with
+its key `proportional` it is a proportional-integral controller, too. Huang et al. also add the entropy of q to the loss;
+here the controller holds the number of experts, and the entropy is not in the loss.
+
+Shape letters: T tokens, C columns, K choices.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class TopPRouter(AdaptiveRouter):
+    """Routes T tokens by cumulative probability. `p` is the bound before a controller has moved it.
+
+    Args:
+        hidden_dim, groups, scale, capacity: See `TopKRouter`.
+        normalise: `none`: weights are probabilities, as published. `true_chosen`: they sum to `scale` over the taken
+            columns that are not null.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        p: float = 0.4,
+        normalise: Literal["true_chosen", "none"] = "none",
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
+        self.p = p
+
+    def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
+        return self._by_probability(probs_TC, masked_TC)
+
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        prob_TK = probs_TC.gather(1, column_TK)
+        before_TK = prob_TK.cumsum(1) - prob_TK  # exactly 0 for the first column
+        bound_T = (self.p + self._shift(prob_TK.dtype)[group_T]).clamp_min(torch.finfo(prob_TK.dtype).tiny)
+        return before_TK < bound_T[:, None]

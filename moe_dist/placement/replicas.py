@@ -1,0 +1,112 @@
+"""Replicas: in single layers a hot expert has, beside its own slot, slots on other ranks for a while.
+
+A rank sends its tokens to the replica on the rank itself if there is one. The ranks without a replica take turns. So each
+rank knows the slot of its tokens without an exchange, and about as many tokens reach each slot of an expert, because the
+tokens of all ranks are drawn from the same data.
+
+Shape letters: L MoE layers, E true experts, R ranks of an EP group.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+class Replica(NamedTuple):
+    """A slot on `rank` of the expert with a logical id, whose own slot is on another rank."""
+
+    expert: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class PlacementWithReplicas(ExpertPlacement):
+    """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
+    saved. `replicas` has those of each layer, sorted; all other layers have none.
+
+    Raises:
+        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or not on other ranks.
+    """
+
+    replicas: tuple[tuple[Replica, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for layer, each in enumerate(self.replicas):
+            places = {(e, r) for e, r in each if 0 <= e < self.num_experts and 0 <= r < self.num_ranks}
+            if tuple(sorted(places)) != each or any(self.rank_of_expert[expert] == rank for expert, rank in each):
+                raise ConfigError(f"replicas of layer {layer}: {each} must be sorted, each on a rank without the expert")
+
+    def in_layer(self, layer: int) -> ExpertPlacement:
+        """Returns a placement in which each replica is an expert of a further group, with the ids E, E + 1, ... in the
+        order of `ordered`."""
+        first, groups = self.num_experts, list(self.groups)
+        slots, ids = [list(each) for each in self.slots], itertools.count(first)
+        for group in self.groups:
+            of_group = self.ordered(layer, group)
+            name = f"{group.name} replicas"
+            groups.append(replace(group, name=name, num_experts=len(of_group), num_null=0, first_expert=first))
+            first += len(of_group)
+            for replica in of_group:
+                slots[replica.rank].append(next(ids))
+        return ExpertPlacement(tuple(groups), tuple(map(tuple, slots)))
+
+    def ordered(self, layer: int, group: ExpertGroup) -> list[Replica]:
+        """Returns a group's replicas in one layer, in the order in which their weights arrive: by the rank of the own slot,
+        then by id."""
+        of_group = (each for each in self.replicas[layer] if each.expert in group.experts)
+        return sorted(of_group, key=lambda each: (self.rank_of_expert[each.expert], each))
+
+    def id_of_expert(self, layer: int, source: int) -> list[int]:
+        """Returns for each expert the id in `in_layer` of the slot to which the tokens of rank `source` go."""
+        replicas = [each for group in self.groups for each in self.ordered(layer, group)]
+        ids = {replica: self.num_experts + place for place, replica in enumerate(replicas)}
+        found = list(range(self.num_experts))
+        for expert, hosts in self.hosts(layer).items():
+            server = servers(hosts, self.num_ranks)[source]
+            found[expert] = ids.get(Replica(expert, server), expert)
+        return found
+
+    def hosts(self, layer: int) -> dict[int, list[int]]:
+        """Returns the ranks of each expert with replicas: those of the replicas, then that of its own slot."""
+        return hosts_of(self.replicas[layer], self.rank_of_expert)
+
+    def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
+        """See `ExpertPlacement.by_rank`. Of an expert with replicas each rank gets the share that its slot serves if all
+        ranks have equally many of the pairs: an expected number."""
+        found_LR = super().by_rank(pairs_LE).astype(np.float64)
+        for layer in range(len(self.replicas)):
+            for expert, hosts in self.hosts(layer).items():
+                found_LR[layer, self.rank_of_expert[expert]] -= pairs_LE[layer, expert]
+                found_LR[layer] += pairs_LE[layer, expert] * shares(hosts, self.num_ranks)
+        return found_LR
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """See `ExpertPlacement.line`."""
+        return super().line | {"replicas": [[[*each] for each in layer] for layer in self.replicas]}
+
+
+def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
+    """Returns the ranks of each expert with replicas, its own rank last, so that it serves the fewest other ranks."""
+    found: dict[int, list[int]] = {}
+    for expert, rank in sorted(replicas):
+        found.setdefault(expert, []).append(rank)
+    return {expert: [*ranks, rank_of_expert[expert]] for expert, ranks in found.items()}
+
+
+def servers(hosts: Sequence[int], ranks: int) -> list[int]:
+    """Returns for each source rank the host of the slot that serves it: itself, or the hosts in turns."""
+    turns = itertools.cycle(hosts)
+    return [rank if rank in hosts else next(turns) for rank in range(ranks)]
+
+
+def shares(hosts: Sequence[int], ranks: int) -> np.ndarray:
+    """Returns the share of the source ranks that each rank serves, float64 [R]."""
+    return np.bincount(servers(hosts, ranks), minlength=ranks) / ranks

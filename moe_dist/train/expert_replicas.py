@@ -1,0 +1,22 @@
+"""Gives experts replicas on other ranks of their EP group. It sends nothing: each forward brings the weights of replicas
+(`moe/replicas.py`)."""
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.replicas import ReplicaDispatcher
+from moe_dist.moe.replicas import ExpertsWithReplicas, ReplicaWeights
+from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.replicas import PlacementWithReplicas
+from moe_dist.train.build_dispatch import DispatchParts
+
+
+def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: PlacementWithReplicas) -> None:
+    """Lets all MoE layers use the replicas of `placement` instead of those until now. All ranks call it between steps."""
+    mesh, layers = parallel.mesh, parallel.model.moe_modules()
+    # not `parts.all_to_all`, which may check rows by checksums, for which an expert is too long
+    wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)
+    names = [str(layer.name) for layer in layers]
+    dispatcher = ReplicaDispatcher(placement, parts.all_to_all, layers=names, device=mesh.device, **parts.options)
+    for number, layer in enumerate(layers):
+        assert isinstance(layer.experts, ExpertsWithReplicas), "the configuration refuses replicas of other experts"
+        layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]
+        layer.experts.replicas = ReplicaWeights.of(placement, number, names[number], wire)

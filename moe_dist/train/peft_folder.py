@@ -1,0 +1,27 @@
+"""The adapters of a finished run in PEFT's form: `adapters/step_N` in the folder of the run."""
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.run_folder import RunFolder
+
+
+def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
+    """Writes the folder, unless it exists, from the newest checkpoint, which is that of `step`.
+
+    Returns a line for the summary: the folder, or why PEFT has no such adapters; "" if the run trains none.
+
+    Raises:
+        DataError: the base of the adapters is missing or has another content hash.
+        CheckpointError: the folder cannot be written.
+    """
+    if config.train.only != "adapters":
+        return ""
+    from moe_dist.hf.adapters import export_adapters  # here, because few runs need it
+
+    out = folder.path / "adapters" / f"step_{step}"
+    try:
+        if not out.exists():
+            export_adapters(folder.checkpoints, out)
+    except ConfigError as error:
+        return f"no adapters in PEFT's form: {error.problems[0]}"
+    return f"adapters in PEFT's form: {out}"

@@ -1,0 +1,136 @@
+"""Replicas of hot experts change no number beyond rounding: weights, moments and gradient norms are those of a run without.
+
+Four runs of three steps: one on a single rank; one without replicas; one that gets replicas after the first step, and
+others after the second; and one that resumes from a checkpoint of the third run, made with its first replicas in place. The
+last two are equal to the last bit. The first two differ from them by rounding alone, because the gradients of an expert are
+summed over its slots: in float64 they are equal to 1e-9.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.names import REPLICAS
+from moe_dist.moe.replicas import ExpertsWithReplicas
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.train.build_dispatch import DispatchParts
+from moe_dist.train.expert_replicas import give_replicas
+from tests.distributed.test_expert_moves import AUX, Run
+from tests.support.agreement import Arrays, merged
+from tests.support.cover import full
+from tests.support.layouts import HIDDEN_DIM, MICRO_BATCHES, SEQUENCES, Layout, batch_of, config_of, placement_for
+from tests.support.whole_tensors import carry
+from tests.support.worlds import RankContext
+
+LAYOUTS = [
+    Layout(2, 1, replicas=True),
+    Layout(2, 2, "interleaved", "fsdp2", "block", replicas=True),
+    full(Layout(4, 1, "uneven", pair_budget=7, replicas=True)),  # a rank without experts of its own
+    full(Layout(4, 1, "uneven", "fsdp2", "experts", replicas=True)),
+    full(Layout(2, 2, replicas=True, optimizer="muon")),
+    full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", replicas=True)),
+]
+
+
+class ReplicatedRun(Run):
+    """A model of a layout in training, whose experts may get replicas."""
+
+    def __init__(self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement) -> None:
+        super().__init__(rank, layout, mesh, placement)
+        self.comm_stats.events, self.norms, self.pairs_remote = [], list[float](), list[int]()
+
+    def step(self, number: int) -> None:
+        each = SEQUENCES // self.rank.world_size
+        batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+        result = self.training_step(batches, lr=1e-2, aux=AUX, number=number)
+        self.norms.append(result.grad_norm)
+        self.pairs_remote.append(result.ledger["pairs_remote"])
+
+    def replicate(self, *replicas: list[Replica]) -> None:
+        placement = PlacementWithReplicas(self.placement.groups, self.placement.slots, tuple(map(tuple, replicas)))
+        wire = AllToAll(self.mesh.ep, self.comm_stats)
+        give_replicas(self.parallel, DispatchParts(config_of(self.layout).parallel, placement, wire, HIDDEN_DIM), placement)
+
+    @property
+    def exchanges(self) -> int:
+        """The exchanges of replicas' weights and gradients."""
+        return sum(event.startswith(f"wait {REPLICAS}") for event in self.comm_stats.events or [])
+
+
+class Seen(NamedTuple):
+    """What one rank of several saw: the tensors of the three runs, of the first two the gradient norms and the pairs that
+    left their rank in each step, and of the second the exchanges of replicas."""
+
+    plain: Arrays
+    replicated: Arrays
+    resumed: Arrays
+    norms: list[list[float]]
+    pairs_remote: list[list[int]]
+    exchanges: list[int]
+
+
+def on_others(placement: ExpertPlacement, expert: int, number: int) -> list[Replica]:
+    """Replicas of an expert on the next ranks after its own."""
+    home, ranks = placement.rank_of_expert[expert], placement.num_ranks
+    return sorted(Replica(expert, (home + after) % ranks) for after in range(1, number + 1))
+
+
+def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]:
+    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
+    run = ReplicatedRun(rank, layout, mesh, placement_for(layout))
+    for number in range(3):
+        run.step(number)
+    return run.tensors(), run.norms
+
+
+def three_runs(rank: RankContext, layout: Layout) -> Seen:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    start = placement_for(layout)
+    image = start.groups[1].first_expert
+    # an expert on all ranks, and one of the other group; then replicas of two experts of one group, in another layer only
+    first = [sorted(on_others(start, 0, layout.ep - 1) + on_others(start, image, 1)), []]
+    second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
+    plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))
+    exchanges = []
+    for number, replicas in enumerate(([[], []], first, second)):
+        plain.step(number)
+        replicated.replicate(*replicas)
+        before = replicated.exchanges
+        replicated.step(number)
+        exchanges.append(replicated.exchanges - before)
+        if number == 1:
+            for run in (replicated, resumed):  # the first writes, the second reads
+                carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
+    resumed.replicate(*second)
+    resumed.step(2)
+    assert isinstance(replicated.parallel.model.moe_modules()[0].experts, ExpertsWithReplicas)
+    assert plain.exchanges == 0
+    found = (plain.tensors(), replicated.tensors(), resumed.tensors())
+    two = (plain, replicated)
+    return Seen(*found, [each.norms for each in two], [each.pairs_remote for each in two], exchanges)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_replicas_change_rounding_alone(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    ((one, norms),) = run_in_world(1, on_one_rank, Layout(optimizer=layout.optimizer))
+    seen = run_in_world(layout.world_size, three_runs, layout)
+    plain, replicated, resumed = (merged([getattr(each, field) for each in seen]) for field in Seen._fields[:3])
+    assert one.keys() == plain.keys() == replicated.keys() == resumed.keys()
+    assert any("exp_avg" in name and ".experts." in name for name in plain)
+    for name, value in plain.items():
+        np.testing.assert_array_equal(resumed[name], replicated[name], err_msg=f"resumed: {name}")
+        np.testing.assert_allclose(replicated[name], value, rtol=0, atol=1e-9, err_msg=f"plain: {name}")
+        np.testing.assert_allclose(replicated[name], one[name], rtol=0, atol=1e-9, err_msg=f"one rank: {name}")
+    passes = MICRO_BATCHES * (3 if layout.recompute == "block" else 2)
+    for each in seen:
+        np.testing.assert_allclose(each.norms, [norms] * 2, rtol=1e-9)
+        without, kept = np.array(each.pairs_remote)
+        assert kept[0] == without[0]
+        assert all(kept[1:] < without[1:]), "ranks with a replica keep its pairs"
+        assert each.exchanges == [0, 2 * passes, passes], "of each group with replicas"
