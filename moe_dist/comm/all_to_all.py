@@ -14,8 +14,8 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items that this rank sends to, and receives from, each rank of the process group; 0 for this rank
-    itself."""
+    """Numbers of items that this rank sends to, and receives from, each rank of the process group. For rows the entry of
+    this rank itself is 0 (`split_sizes`), for metadata it need not be."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -69,8 +69,8 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective. `issue` uses it, because the first call may wait for
-        other ranks; `wait` uses it, too. Between these two the rank computes, and the watchdog sees no collective."""
+        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call it: a group's first
+        collective may wait for other ranks in `issue` already. Between the two the watchdog sees no collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -114,7 +114,8 @@ class AllToAll:
         because a peer may have something to send.
 
         Args:
-            layer, name: See `Pending`.
+            layer: See `Pending`.
+            name: See `Pending`.
             payload: True if the items are hidden states or their gradients, False if they are metadata.
             out: Contiguous tensor [sum(receive), ...] for the received items; None allocates one.
         """

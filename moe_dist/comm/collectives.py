@@ -68,8 +68,8 @@ class CommStats:
         return counts.tolist()  # host sync
 
     def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts to copy integers [n] to the host. Returns a function that returns them as a list; it waits only if the
-        copy has not ended. Call it where something else has made the host wait for later work of the device."""
+        """Starts to copy integers [n] to the host. Returns a function that returns them as a list, and waits only if the
+        copy has not ended. Call that function where the host has already waited for later work of the device."""
         if counts.device.type != "cuda":
             return counts.tolist
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -124,7 +124,11 @@ class CommStats:
 
 def from_host(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns numbers of the host as a tensor [n] on the device. On CUDA the copy is queued, and the host does not wait."""
-    tensor = torch.tensor(values, dtype=dtype)
+    return queue_copy(torch.tensor(values, dtype=dtype), device)
+
+
+def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host to the device. On CUDA the copy is queued, and the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -141,8 +145,9 @@ def sum_over(
 def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
-    """Starts `sum_over` and returns a function that waits for the sum and returns it, with the same bits. What is queued on
-    the device before this wait runs beside the sum. The tracker is told at the start and at the wait."""
+    """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
+    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker is told at the start and at
+    the wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

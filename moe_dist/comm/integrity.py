@@ -47,7 +47,7 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so that no change of a word vanishes
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd and so not 0: a changed word changes the sum
     return (words_NW * weight_W).sum(1)
 
 
@@ -86,7 +86,7 @@ class CheckedAllToAll(AllToAll):
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS  # before the exchange can damage rows
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # of the rows as they are before the exchange
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)

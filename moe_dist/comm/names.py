@@ -14,9 +14,9 @@ DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
 
 # Collectives that the training step and evaluation issue outside of the layers.
 LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"
-STEP_SUMS = "norm, vote and statistics"
+STEP_SUMS, TRACED_CHOICES = "norm, vote and statistics", "traced choices"
 ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"
-MOVED_EXPERTS = "moved experts"
+MOVED_EXPERTS, REPLICAS = "moved experts", "weights of replicas"
 CALIBRATION_COUNTS, EVALUATION_COUNTS, EVALUATION_SUMS = "calibration counts", "evaluation counts", "evaluation sums"
 SAMPLE_ROUTING, SLOWEST_RANK = "routing of samples", "seconds of the slowest rank"
 MAPPED_EXPERTS, PLACEMENT_ROWS = "experts of mapped tokens", "rows under other placements"

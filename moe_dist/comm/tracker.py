@@ -94,8 +94,8 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """Returns the unfinished collective that was entered first. If all are finished, returns the position inside
-        `among`, or None outside of `among`."""
+        """Returns the unfinished collective that was entered first. If all are finished, returns the position of the
+        enclosing `among`, or None if there is none."""
         with self._lock:
             self._remove_finished(all=True)
             for position, _ in self._unfinished.values():

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import Entry, LayerCache
-from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, RopePairs, rotate
+from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, RopePairs, project, rotate
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.routing import GlobalBatchInfo
 
@@ -72,8 +72,8 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # torch compiles each shape separately, with and without gradient: that of a whole sequence, and with mixture of depths
-    # up to 8 in evaluation. Beyond its limit (8 by default) torch runs flex attention uncompiled, with S x S scores.
+    # torch compiles each shape anew, with and without gradient. The shapes are that of whole sequences and, with mixture of
+    # depths, up to 8 in evaluation. Beyond its limit (8 by default) it runs flex attention uncompiled, with S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
@@ -91,15 +91,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
 class CausalAttention(nn.Module, ABC):
     """Computes norm, attention and output projection. The caller adds the residual.
 
-    A subclass has the projections, and says what a cache keeps of a token.
+    A subclass has the projections, and defines the entry of a token in a cache.
 
     Attributes:
         entry: Shapes of the key and of the value that a cache keeps of a token.
         scale: Factor of the scores; None: 1 / sqrt(width of a query).
+        rotate, project, norm_and_rotate: Functions of `kernels.interface.DenseKernels`.
     """
 
     entry: Entry
     scale: float | None = None
+    rotate = staticmethod(rotate)
+    project = staticmethod(project)
+    norm_and_rotate: Callable[..., Tensor | None] = staticmethod(lambda *_: None)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -111,7 +115,8 @@ class CausalAttention(nn.Module, ABC):
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """Takes and returns [B, S, D]. `batch_info` has the step and tokens that seed the LoRA adapters' dropout."""
+        """Returns the output [B, S, D] for x [B, S, D]. `batch_info` has the step and tokens that seed the LoRA adapters'
+        dropout."""
         if self.recompute and x_BSD.requires_grad:
             return recomputed(self._forward, x_BSD, rotary, mask, batch_info)
         return self._forward(x_BSD, rotary, mask, batch_info)
@@ -134,17 +139,17 @@ class CausalAttention(nn.Module, ABC):
     def _attend(
         self, q: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, batch_info: GlobalBatchInfo | None
     ) -> Tensor:
-        out = attend(q, *self._expand(key, value), mask, self.scale)
+        out = attend(q, *self._expand(key, value, batch_info), mask, self.scale)
         return self._linear("o", out.transpose(1, 2).flatten(2), batch_info)
 
     @abstractmethod
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries [B, H, S, d], after rotation, and what a cache keeps of the tokens, as `entry` says."""
+        """Returns queries [B, H, S, d], after rotation, and the tokens' cache entries, of the shapes in `entry`."""
 
-    def _expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values, as `attend` takes them, from what a cache keeps."""
+    def _expand(self, key: Tensor, value: Tensor, batch_info: GlobalBatchInfo | None) -> tuple[Tensor, Tensor]:
+        """Returns keys and values, as `attend` takes them, from the entries of a cache."""
         return key, value
 
     def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
@@ -174,10 +179,19 @@ class Attention(CausalAttention):
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.norm(x_BSD)
-        q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary, self.rope_pairs)
-        k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary, self.rope_pairs)
-        return q, k, self._heads(self._linear("v", h, batch_info))
+        if self.adapters is None:
+            q, k, v = self.project(x_BSD, self.norm, self.q, self.k, self.v)
+        else:
+            h = self.norm(x_BSD)
+            q, k, v = (self._linear(name, h, batch_info) for name in "qkv")
+        return self._rotated(q, self.q_norm, rotary), self._rotated(k, self.k_norm, rotary), self._heads(v)
+
+    def _rotated(self, x_BSE: Tensor, norm: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        turned = None
+        if isinstance(norm, RMSNorm):
+            x_BSHd = x_BSE.unflatten(-1, (-1, self.head_dim))
+            turned = self.norm_and_rotate(x_BSHd, norm.weight, norm.eps, rotary, self.rope_pairs)
+        return self.rotate(self._normed_heads(x_BSE, norm), rotary, self.rope_pairs) if turned is None else turned
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
         # Qwen3 normalises each head after the split into heads; OLMoE normalises the whole projection before the split.

@@ -11,7 +11,7 @@ from moe_dist.moe.draws import dropped
 from moe_dist.moe.lora import Adapter, adapter_draw
 from moe_dist.moe.routing import GlobalBatchInfo
 
-PROJECTIONS = ("q", "k", "v", "o")
+PROJECTIONS = ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up")
 
 
 class AttentionLoRA(nn.Module):

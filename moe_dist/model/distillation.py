@@ -3,8 +3,8 @@ temperature 1).
 
     KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
 
-If only the K most likely words of the teacher are known, all other words are one more word, with the probability that is
-left. This KL is at most the KL over all words. Shape letters: B sequences, S positions, V vocabulary, K words per token.
+If only the K most likely words of the teacher are known, all other words count as one more word, with the probability that
+is left. This KL is at most the KL over all words. Shape letters: B sequences, S positions, V vocabulary, K words per token.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.attention import CausalAttention
-from moe_dist.model.layers import ModelArgs, Projection, RMSNorm, rotate
+from moe_dist.model.layers import ModelArgs, Projection, RMSNorm
 from moe_dist.model.rope import YarnScaling
 from moe_dist.moe.routing import GlobalBatchInfo
 
@@ -73,13 +73,16 @@ class LatentAttention(CausalAttention):
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = self.norm(x_BSD)
-        q_BSE = self.q(h) if self.q_rank is None else self.q_up(self.q_norm(self.q_down(h)))
+        if self.q_rank is None:
+            q_BSE = self._linear("q", h, batch_info)
+        else:
+            q_BSE = self._linear("q_up", self.q_norm(self._linear("q_down", h, batch_info)), batch_info)
         plain, turned = q_BSE.unflatten(-1, self.heads).transpose(1, 2).split(self.query_parts, dim=-1)
-        latent_BSc, key_BSr = self.kv_down(h).split(self.latent_parts, dim=-1)
-        query = torch.cat([plain, rotate(turned, rotary, self.rope_pairs)], dim=-1)
-        return query, rotate(key_BSr[:, None], rotary, self.rope_pairs), self.kv_norm(latent_BSc)[:, None]
+        latent_BSc, key_BSr = self._linear("kv_down", h, batch_info).split(self.latent_parts, dim=-1)
+        query = torch.cat([plain, self.rotate(turned, rotary, self.rope_pairs)], dim=-1)
+        return query, self.rotate(key_BSr[:, None], rotary, self.rope_pairs), self.kv_norm(latent_BSc)[:, None]
 
-    def _expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        both_BHSe = self.kv_up(value[:, 0]).unflatten(-1, self.heads).transpose(1, 2)
+    def _expand(self, key: Tensor, value: Tensor, batch_info: GlobalBatchInfo | None) -> tuple[Tensor, Tensor]:
+        both_BHSe = self._linear("kv_up", value[:, 0], batch_info).unflatten(-1, self.heads).transpose(1, 2)
         plain, values = both_BHSe.split(self.head_parts, dim=-1)
         return torch.cat([plain, key.expand(-1, plain.shape[1], -1, -1)], dim=-1), values

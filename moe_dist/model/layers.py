@@ -62,10 +62,22 @@ class ModelArgs:
     two_batch_overlap: bool = False
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight over the last dim, in the dtype of x."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def norm_for_router(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns `rms_norm` in the dtype of x, and in the dtype in which a router computes."""
+    normed = rms_norm(x, weight, eps)
+    return normed, normed.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim."""
 
     role = Role.NORM
+    function = staticmethod(rms_norm)  # `kernels.choice.use` replaces it
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -73,7 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return self.function(x, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -90,6 +102,12 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def project(x: Tensor, norm: RMSNorm, *projections: Projection) -> tuple[Tensor, ...]:
+    """Returns the result of each projection of the normed x."""
+    h = norm(x)
+    return tuple(projection(h) for projection in projections)
 
 
 class SwiGLU(nn.Module):

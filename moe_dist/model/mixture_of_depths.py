@@ -122,11 +122,11 @@ class DepthRouter(ChoosingRouter):
         least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # so the auxiliary loss changes no other parameter
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # else the auxiliary loss would train other weights
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # [T, 1]: only the layer chooses
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # [T, 1]: one column, the layer
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
@@ -182,7 +182,7 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounded up, so that C has few values
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # C is rounded up to a multiple of `step`
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]

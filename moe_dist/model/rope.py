@@ -37,7 +37,8 @@ class DynamicScaling:
     """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n tokens, more
     than the original length L; f is the factor.
 
-    transformers takes n over the whole batch and keeps the largest n until a short batch. Here each sequence has its own n.
+    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. Here each sequence has its
+    own n.
     """
 
     factor: float
@@ -86,7 +87,7 @@ class YarnScaling:
         return self.size(1.0)
 
     def size(self, scale: float) -> float:
-        """Returns 0.1 scale ln(factor) + 1, by which YaRN scales queries or keys; 1 without a longer context."""
+        """Returns 0.1 scale ln(factor) + 1, by which YaRN scales queries or keys; 1 if the factor is at most 1."""
         return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 

@@ -23,7 +23,7 @@ def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, word
     gradient in a batch of any number of sequences, to the last bit. Sums over tiles are fp32, whatever the dtype of x.
 
     Args:
-        weight_VD: Output weight; may have another dtype than x, in which it is then multiplied.
+        weight_VD: Output weight, which is converted to the dtype of x.
         labels_BS: int64, below V; a negative label is ignored.
     """
     return _TiledLosses.apply(x_BSD, weight_VD, labels_BS, words)  # pyright: ignore[reportReturnType]
@@ -64,7 +64,7 @@ class _TiledLosses(torch.autograd.Function):
                 error_Nv = F.linear(x_BSD[tile], part_vD).to(dtype).sub_(log_z_BS[tile][:, None]).exp_()  # probabilities
                 error_Nv.scatter_(
                     1, column_N1, error_Nv.gather(1, column_N1) - inside_N1.to(dtype)
-                )  # adds nothing in place
+                )  # subtracts 1 in the label's column
                 error_Nv = error_Nv.mul_(scale_BS[tile][:, None]).to(x_BSD.dtype)
                 x_gradient[tile] += error_Nv @ part_vD
                 if weight_gradient is not None:

@@ -66,7 +66,12 @@ class Transformer(nn.Module):
         make_depths: Makes the depth router of each layer index in `args.depth_layers`, which must be MoE layers.
         make_adapters: Makes the LoRA adapters of the attention of each layer index.
         make_attention: Makes the attention of a layer.
+
+    Attributes:
+        token_losses: Computes cross entropies from all logits (`kernels.choice.use`).
     """
+
+    token_losses = staticmethod(token_losses)
 
     def __init__(
         self,
@@ -112,8 +117,8 @@ class Transformer(nn.Module):
             documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
             group_BS: int64 expert group of each token, -1 for padding.
             request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
-            labels_BS: int64. With labels, the cross entropies [B, S] in fp32 take the place of the logits: FSDP2 has the
-                output weight gathered only inside forward.
+            labels_BS: int64. With labels, the cross entropies [B, S] in fp32 are returned in place of the logits. They are
+                computed inside forward, because FSDP2 gathers the output weight only there.
             teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
         """
         rotary = self._rotary(positions_BS, group_BS)
@@ -277,7 +282,7 @@ class Transformer(nn.Module):
         return tiled_token_losses(self.norm(x_BSD), self._output, labels_BS, self.args.loss_words)
 
     def _whole_losses(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
-        return token_losses(self._logits(x_BSD), labels_BS)
+        return self.token_losses(self._logits(x_BSD), labels_BS)
 
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """Returns the MoE layers, in order."""
@@ -287,7 +292,6 @@ class Transformer(nn.Module):
 def _joined(
     x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
 ) -> tuple[Tensor, Tensor | None, LayerReport | None]:
-    """Adds what the layer before has left for this one, and takes what this layer leaves for the next one from its
-    report."""
+    """Adds the late output of the layer before, and takes this layer's late output, for the next layer, from its report."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))

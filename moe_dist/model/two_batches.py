@@ -1,7 +1,7 @@
 """Runs a transformer's layers on the two halves of a micro-batch in turns, so that the exchanges of one half are in flight
 while the other computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
 
-Each half is a generator, which returns at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Routing is
+Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Routing is
 by token, so the halves together route as the whole micro-batch does. Their reports are added up, so the losses are those of
 the whole micro-batch, too.
 """
@@ -48,7 +48,7 @@ def _steps(
     request: RoutingRequest,
     chain: Chain,
 ) -> Generator[None, None, tuple[Tensor, list[LayerReport]]]:
-    """Runs all layers on one half. It calls `forward` instead of the modules, because FSDP2's hooks of a module would
+    """Runs all layers on one half. It calls each module's `forward` directly, because FSDP2's hooks of a module would
     gather and reduce between the exchanges of the other half. ParallelModel gathers all parameters before the layers."""
     reports = []
     for layer in layers:
@@ -63,7 +63,8 @@ def _steps(
 
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
-    """Returns the report on the tokens of both. Expert choice and mixture of depths, which have more, have no halves."""
+    """Returns the joint report of both halves. Expert choice and mixture of depths, whose reports have further fields, do
+    not run in halves."""
     fields: Any = zip(first.sums, second.sums, strict=True)
     sums: list[Any] = [None if one is None else one + other for one, other in fields]
     chosen = None

@@ -1,9 +1,10 @@
 """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) with moments in fp32 or, between steps, in bf16.
 
-A moment in bf16 is widened, updated in the parameter's dtype, and rounded to the nearest value. Rounding is element by
-element and draws no random numbers, so a moment has the same bits on any layout. It loses a change of less than 2^-9 of the
-moment: a moment whose gradient has become 0 shrinks by 1 - beta in a step, so the configuration allows betas up to 0.99.
-(Stochastic rounding would allow larger ones, and cost a random number of each element's global index.)
+A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest value. Rounding is element by
+element and draws no random numbers, so a moment has the same bits on any layout. Rounding loses changes of less than 2^-9
+of the moment. A moment whose gradient has become 0 shrinks by the share 1 - beta in a step, which must be more than this,
+so the configuration allows betas up to 0.99. (Stochastic rounding would allow larger betas, at the cost of a random number
+for each element, drawn by its global index.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WIDE_BYTES = 256 << 20  # most bytes of widened moments at a time, unless one parameter has more
+WIDE_BYTES = 256 << 20  # most bytes of converted moments at a time, unless one parameter has more
 Moments = Literal["fp32", "bf16"]
 
 
 class AdamW(torch.optim.AdamW):
-    """Takes parameter groups from `split_parameters`; leaves out those with the key "moments".
+    """Takes parameter groups from `split_parameters`. Its `step` skips those with the key "moments", which Muon updates.
 
     Attributes:
         moment_dtype: Dtype of moments; None: that of the parameter.
@@ -86,7 +87,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _slices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields parameters whose widened moments together have at most WIDE_BYTES, or one parameter."""
+    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or of a single parameter."""
     part: list[Tensor] = []
     size = 0
     for parameter in parameters:
@@ -121,6 +122,6 @@ def moment_dtype(optimizer: Optimizer) -> torch.dtype | None:
 
 
 def counts_by_group(optimizer: Optimizer) -> bool:
-    """Returns whether step counts are of groups."""
+    """Returns whether the optimizer has one step count per parameter group."""
     # Apex stores one step count per parameter group, torch one step tensor per parameter.
     return not isinstance(optimizer, torch.optim.AdamW)

@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     at least 0.002 of the Frobenius norm end between 0.68 and 1.21. Computes in `dtype`."""
     x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(LEAST_NORM)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the product below then has the smaller side
+    x = x.mT if tall else x  # so that x x^T has the smaller side
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = A * x + (B * gram + C * gram @ gram) @ x
@@ -40,9 +40,9 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(AdamW):
     """Takes parameter groups from `split_parameters(..., orthogonal=True)`.
 
-    A matrix that FSDP2 has cut is gathered: each of its ranks computes the whole matrix and keeps its own rows. Under DDP
-    each rank computes all dense matrices. A stack whose experts are whole costs no collective. Every rank must call `step`,
-    and with gradients of the same parameters.
+    A matrix that FSDP2 has sharded is gathered: each of its ranks computes the update of the whole matrix and keeps its own
+    rows. Under DDP each rank computes the updates of all dense matrices. A stack whose experts are whole costs no
+    collective. Every rank must call `step`, with gradients for the same parameters.
 
     Args:
         dtype: Dtype of the Newton-Schulz iterations; float64 parameters use float64.

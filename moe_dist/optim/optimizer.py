@@ -21,7 +21,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
 from moe_dist.placement.roles import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
-MATRIX_MOMENTS = MOMENTS[:1]  # of matrices under an optimizer that orthogonalises them
+MATRIX_MOMENTS = MOMENTS[:1]  # the moment of matrices under an optimizer that orthogonalises them
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
 
 
@@ -45,8 +45,9 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
     have only MATRIX_MOMENTS (see `moments_of`) also have the key "moments".
 
     A fused kernel needs parameters of one kind. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
-    the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters, and
-    parameters that are empty on this rank, are left out; but not shards of matrices, which all ranks must gather.
+    the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters and
+    parameters that are empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS stays, because the
+    gather of the matrix needs all its ranks.
     """
     groups: dict[tuple[bool, object, object], dict[str, Any]] = {}
     for named in named_parameters(model):

@@ -1,16 +1,17 @@
 """Draws initial weights from (seed, logical name), so that they are bit-identical for every layout of ranks."""
 
-import hashlib
 import math
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.model.transformer import Transformer
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import ADAPTERS, EXPERTS, NamedParameter, Role, named_parameters
+from moe_dist.placement.roles import ADAPTERS, EXPERTS, Role, named_parameters, role_of_name
 
 
 def initialise(
@@ -24,14 +25,41 @@ def initialise(
     The host draws one whole tensor at a time, and copies this rank's shard to the device.
     """
     allocate(model, device)
-    residual = std / math.sqrt(2 * model.args.num_layers)
     for each in named_parameters(model):
-        scale = residual if each.name.endswith((".o.weight", ".down.weight", ".down")) else std
-        owner, _, leaf = each.path.rpartition(".")
-        constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-        drawn = constant is None  # constants are set here, because the meta device stores no values
-        shape = each.parameter.shape
-        set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale) if drawn else torch.full(shape, constant))
+        draw = partial(initial_value, model, each.path, seed=seed, std=std, num_layers=model.args.num_layers)
+        shape = tuple(each.parameter.shape)
+        if each.role in EXPERTS:
+            experts = [draw(name, shape[1:]) for name in logical_expert_names(each.name, placement, ep_rank)]
+            set_whole(each.parameter, torch.stack(experts) if experts else torch.empty(shape))
+        else:
+            set_whole(each.parameter, draw(each.name, shape))
+
+
+def initial_value(
+    model: nn.Module, path: str, name: str, shape: tuple[int, ...], *, seed: int, std: float, num_layers: int
+) -> Tensor:
+    """Returns the whole (not sharded) initial value of a logical tensor, fp32 on the host. It is the same for every engine.
+
+    Args:
+        path: Name in `model` of the parameter that holds the tensor, alone or with others. Its module can set a constant.
+        name: Logical name, with the index of an expert. It decides the value if the module does not.
+        shape: Shape of the logical tensor.
+    """
+    owner, _, leaf = path.rpartition(".")
+    constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
+    if constant is not None:  # set here, because the meta device stores no values
+        return torch.full(shape, constant)
+    role = role_of_name(name)
+    if role is Role.NORM:
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if role in ADAPTERS:
+        if name.endswith("b"):  # B = 0: outputs start equal to the base model's
+            return torch.zeros(shape)
+        return normal_tensor(name, shape, seed=seed, std=(3 * shape[-1]) ** -0.5)
+    into_residual = name.endswith((".o.weight", ".down.weight", ".down"))
+    return normal_tensor(name, shape, seed=seed, std=std / math.sqrt(2 * num_layers) if into_residual else std)
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
@@ -49,31 +77,6 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
     group = next(group for group in placement.groups if group.name == group_name)
     local = placement.local_experts(ep_rank, group)
     return [f"{prefix}.{group_name}.{expert - group.first_expert}.{tensor}" for expert in local]
-
-
-def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
-    """Returns the whole (not sharded) initial value of a parameter, on the host."""
-    name, shape = named.name, tuple(named.parameter.shape)
-    if named.role is Role.NORM:
-        return torch.ones(shape)
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if named.role in ADAPTERS:
-        if name.endswith("b"):  # B = 0: outputs start equal to the base model's
-            return torch.zeros(shape)
-        scale = (3 * shape[-1]) ** -0.5
-    if named.role in EXPERTS:
-        names = logical_expert_names(name, placement, ep_rank)
-        experts = [normal_tensor(each, shape[1:], seed=seed, std=scale) for each in names]
-        return torch.stack(experts) if experts else torch.empty(shape)
-    return normal_tensor(name, shape, seed=seed, std=scale)
-
-
-def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """Returns the initial value of the tensor with this logical name: fp32, normal with `std`, drawn from (seed, name)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()  # Python's hash() differs in each process
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()

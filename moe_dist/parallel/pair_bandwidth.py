@@ -15,8 +15,8 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-# Further measurements of a pair that looks slow: it is slow only if all of them find it slow. A slow node makes all its
-# pairs slow, so the number of pairs limits the looks at each; otherwise a large cluster would exceed the job's time limit.
+# Further measurements (looks) of a pair that looks slow: it is slow only if all of them find it slow. All pairs of a slow
+# node are slow, so each pair gets fewer looks the more there are, or a large cluster would exceed the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 

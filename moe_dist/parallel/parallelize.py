@@ -1,7 +1,7 @@
 """Makes a single-device model parallel, in these steps:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
-2. Recompute: set inside each FSDP2 unit when it is built, so that FSDP2 gathers a unit's parameters before recomputation.
+2. Recompute: inside each FSDP2 unit, set when the model is built, so that FSDP2 gathers a unit before recomputation.
 3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
@@ -62,6 +62,21 @@ class ParallelModel:
 
     def __call__(self, *args: Any) -> Any:
         return self._module(*args)
+
+    @property
+    def reader(self) -> tuple[int, int]:
+        """This rank's position among the ranks that read different sequences, and their number."""
+        return self.mesh.rank, self.mesh.world_size
+
+    @property
+    def layer_ranks(self) -> dist.ProcessGroup | None:
+        """The ranks with the same layers as this one."""
+        return self.mesh.world
+
+    @property
+    def counts_tokens(self) -> bool:
+        """False on a rank whose tokens and losses another rank counts; always True here."""
+        return True
 
     def replicas(self, named: NamedParameter) -> int:
         """Returns the number of ranks that hold the same part of a parameter (1 for a shard); gradient norms divide by
@@ -129,7 +144,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     parameters.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
-    collective between the layer's two exchanges. A unit for the experts inside it would run its reduce-scatter between the
+    collective between the layer's two exchanges. A unit of the experts' own would run its reduce-scatter between the
     exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
     plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
 
@@ -177,7 +192,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:
         return None
-    try:  # here, so that an older torch can import this file
+    try:  # imported here, so that this file works with an older torch
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
     except ImportError as error:
         raise ConfigError(

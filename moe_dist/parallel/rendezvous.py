@@ -74,7 +74,7 @@ class Mailbox:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
-        """Returns the messages that came since the last call. Costs one request to the store if none came."""
+        """Returns the messages that came since the last call. If there are none, this costs one request to the store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
         here = [number for number in due if self._store.check([str(number)])]  # the poster may have died before `set`
@@ -135,7 +135,8 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """Yields the store that all ranks of a start open. Rank 0, or torchrun's agent, owns it."""
+    """Yields the store that all ranks of a start open. Rank 0 or torchrun's agent owns it,
+    unless it is a file."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:

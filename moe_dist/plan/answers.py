@@ -1,4 +1,4 @@
-"""What a plan says in words, and its picture. Imports no torch."""
+"""Describes the result of `moe-dist plan` in sentences, and draws its picture. Imports no torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -23,7 +23,8 @@ WORDS = {
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best of each other choice, on the same number of GPUs."""
+    """Yields sentences that compare the best layout with the best ones of other choices, such as another EP size, on as
+    many GPUs."""
     same = [each for each in fitting if each.gpus == best.gpus]
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
@@ -57,8 +58,8 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
 
 
 def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
-    """Returns for which shares of the second group's modality the best pinned layout wins over the same layout with
-    interleaved experts; empty without pinned layouts of two groups."""
+    """Returns a sentence that says for which shares of the second group's modality the best pinned layout is faster than
+    the same layout with interleaved experts; empty without pinned layouts of two groups."""
     pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
     if not pinned or len(pinned[0].placement.groups) != 2:
         return ""
@@ -95,8 +96,8 @@ def is_interleaved(placement: ExpertPlacement) -> bool:
 
 
 def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlacement) -> str:
-    """Returns which expert of which layer adds most to the work of the busiest ranks over the mean of its layer's experts,
-    from measured loads."""
+    """Names the expert and layer whose load above the layer's mean load adds most to the work of the busiest ranks, by
+    measured loads."""
     rank_E, ranks = np.array(placement.rank_of_expert), placement.num_ranks
     work_LR = rank_loads(load_LE, rank_E, ranks)
     pace, worst = work_LR.max(1).sum(), (0.0, 0, 0)

@@ -1,7 +1,7 @@
 """Seconds of the parts of a micro-batch on one rank, by FLOPs, bytes and the rates of a machine. Imports no torch.
 
 Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a product, plus bytes at the copy rate. On a GPU the
-host's launches run beside them, so the longer of the two counts; on a CPU the launches come on top.
+host launches operations while the GPU computes, so the longer of the two times counts. On a CPU they are added.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,9 @@ PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (
 
 @dataclass(frozen=True)
 class Launches:
-    """Operations in forward that the host starts, counted (docs/gpu.md, docs/planning.md): of attention; of an MoE layer
-    the norm, router and plan; the packing of rows, which occurs twice; the experts of one piece; and each expert of it."""
+    """Numbers of operations that the host launches in forward, in the order of the fields: in attention; in norm, router
+    and plan of an MoE layer; in each of the two packings of rows; for the experts of one piece (rows that are computed at
+    once); and for each expert of it."""
 
     attention: int
     router: int
@@ -35,7 +36,7 @@ class Launches:
     expert: int
 
 
-LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # on a CPU a loop over the experts
+LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU loops over experts
 
 
 class Costs:
@@ -53,19 +54,20 @@ class Costs:
         self.launches = LAUNCHES["cpu" if rates.cores else "cuda"]
 
     def _seconds(self, scale: float, flop: Any, rate: Any, num_bytes: Any, launches: Any = 0) -> Any:
-        """Seconds of compute, times their factor, and of the launches."""
+        """Seconds of compute, multiplied by the fitted factor `scale`, together with those of the launches."""
         compute = scale * (flop / rate + num_bytes / self.rates.copy_rate)
         host = self.rates.scale.launch * launches * self.rates.launch
         return compute + host if self.rates.cores else np.maximum(compute, host)
 
     @property
     def backward(self) -> float:
-        """Seconds of backward over those of forward: products with frozen weights have one product there, others two."""
+        """Seconds of backward over seconds of forward. In backward, a product with a frozen weight takes one product, any
+        other takes two."""
         return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
     def _attention(self) -> float:
-        """Attention with its norms; scores at their own rate."""
+        """Seconds of attention with its norms. The products of scores have the rate `Rates.attention`."""
         model, layers = self.model, self.model.num_layers
         widths = model.attention_widths
         products = 2 * sum(inputs * outputs for inputs, outputs in widths.values())
@@ -77,19 +79,19 @@ class Costs:
         return float(self._seconds(self.rates.scale.dense, flop, rate, self.tokens * passes, self.launches.attention))
 
     def head(self) -> float:
-        """Output layer and loss of one micro-batch in forward."""
+        """Seconds of output layer and loss of one micro-batch in forward."""
         product = self.tokens * self.parts.output / float(self.rates.gemm.at(self.tokens))
         logits = self.tokens * self.model.vocab_size * memory.FP32
         return self.rates.scale.dense * (product + logits / self.rates.loss)
 
     def dense_layer(self) -> LayerCost:
-        """A layer without experts."""
+        """Returns the costs of a layer without experts."""
         flop = self.tokens * self.parts.dense_ffn / max(1, self.model.num_dense_layers)
         seconds = self._seconds(self.rates.scale.dense, flop, self.rates.gemm.at(self.tokens), 0.0)
         return LayerCost(dense=self._attention, shared=float(seconds))
 
     def moe_layer(self, load: Load, layer: int, order: Order) -> LayerCost:
-        """The MoE layer at index `layer` of the load."""
+        """Returns the costs of the MoE layer at index `layer` of the load."""
         model, rates, count, scale = self.model, self.rates, len(self.model.moe_layers), self.rates.scale
         rate = rates.gemm.at(self.tokens)
         router = self._seconds(scale.dense, self.tokens * self.parts.router / count, rate, 0.0, self.launches.router)
@@ -123,7 +125,7 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # One machine may stand for several nodes; then both hops stay inside it.
+            # Several nodes of the dispatcher may be on one machine; then both hops stay inside the machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)

@@ -1,7 +1,7 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Sums and gathers over data-parallel ranks fill the time in which the exchanges leave the wire free, and prolong the step
-beyond it. An EP group waits for all others in each micro-batch.
+Sums and gathers over data-parallel ranks run while the exchanges leave the wire free; what does not fit into that time
+prolongs the step. The estimate assumes that EP groups wait for each other in each micro-batch.
 """
 
 import math
@@ -22,23 +22,23 @@ from moe_dist.plan.step_model import Order, Played, collective_seconds, expected
 
 LIBRARIES = 1.5e9  # bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
 SLACK = 0.05  # share of tensors that the allocator loses between blocks
-SLOWED = 20 / 132  # share of a GPU that collectives take from the compute beside them (DeepSeek-V3 report, section 3.2.2)
+SLOWED = 20 / 132  # share of a GPU that a collective takes from simultaneous compute (DeepSeek-V3 report, section 3.2.2)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the planner says of one layout.
+    """The planner's estimates of one layout.
 
     Attributes:
         config: The configuration with this layout.
-        seconds: Of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and syncs with
-            its host, the wait for the busiest rank, the part of exchanges that no compute covers, and sums, gathers and
-            optimizer.
-        wire: Seconds of a step in which the rank with most to send exchanges, covered or not.
-        bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step, by level.
+        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and
+            syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers, and sums,
+            gathers and optimizer.
+        wire: Seconds of a step in which the rank that sends most exchanges rows, also those that compute covers.
+        bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
         memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
-        mark: How sure the time is; `rows_mark` how sure bytes and memory are.
+        mark, rows_mark: How sure the time is, and how sure bytes and memory are; see `moe_dist.plan.rates.MARKS`.
     """
 
     config: Config
@@ -90,7 +90,7 @@ class Planner:
         self._memory: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def take(self, rates: Rates) -> None:
-        """Goes on with other rates of the same machine; rows and memory stay."""
+        """Uses other rates of the same machine from now on; computed rows and memory stay valid."""
         self.rates = rates
         self._played.clear()
 
@@ -143,7 +143,7 @@ class Planner:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores; an EP group has its part of them.
+        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of them.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -168,8 +168,8 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns seconds of sums, gathers and the optimizer that no micro-batch covers, and by which those that run beside
-        compute slow it."""
+        """Returns the seconds that sums, gathers and the optimizer add to a step: where no compute covers them, and by
+        slowing the compute that runs at the same time."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
@@ -184,15 +184,15 @@ class Planner:
             ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
             gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
             summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
-        # Ranks that share cores hide nothing: what runs beside the compute of one rank takes a core from another one.
+        # With shared cores no collective is hidden: while it runs beside one rank's compute, another rank lacks a core.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
-            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends twice, beside the last backward
+            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice; it runs during the last backward
         elif parallel.fsdp_gather == "step":
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
-            pairs = [(2 * gathered + summed, free)] * times  # gathered in forward and in backward
-        # The first layer's gather and the last layer's sum have no compute beside them.
+            pairs = [(2 * gathered + summed, free)] * times  # FSDP2 gathers in forward and again in backward
+        # No compute runs during the gather for the first layer and the sum of the last layer.
         uncovered = sum(max(each - beside, each / config.model.num_layers) for each, beside in pairs)
         slowed = SLOWED * sum(min(each, beside) for each, beside in pairs)
         state = max(memory.trained_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
@@ -202,7 +202,8 @@ class Planner:
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int
     ) -> tuple[tuple[float, float, float], float]:
-        """Returns bytes of the fullest rank at three quantiles, and the probability that a step runs out somewhere."""
+        """Returns the fullest rank's bytes at three quantiles, and the probability that some rank runs out of memory in a
+        step."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
         if key not in self._memory:
@@ -223,8 +224,8 @@ class Planner:
 
 
 def _linear_memory(config: Config, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns a rank's bytes without rows, for each row and for each pair per token, each [R]; `rank_memory` is linear in
-    both. Ranks with the same numbers of experts share a result."""
+    """Returns for each rank the coefficients of its memory, which is linear in rows and pairs, three times [R]: bytes
+    without rows, bytes for a row per token, bytes for a pair per token. Computed once for ranks with as many experts."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank in range(placement.num_ranks):

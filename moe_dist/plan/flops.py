@@ -49,8 +49,8 @@ def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of parameters in `expert_adapters` that are on the ranks of their experts; every rank holds a
-    shared adapter."""
+    """Returns those parameters of `expert_adapters` that only the ranks of their experts hold. An adapter that all
+    experts share is on every rank and is left out."""
     section = model.moe.experts
     shared = isinstance(section, AdaptedFFNExpertsSection) and section.shared
     return 0 if shared else expert_adapters(model, experts)
@@ -98,7 +98,7 @@ class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
     embedding: float = 0  # embedding table; if tied, it is also the output projection
-    attention: float = 0  # projections with biases and norms; FLOPs include the products over positions
+    attention: float = 0  # projections with biases and norms; FLOPs also of queries x keys and scores x values
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
@@ -180,7 +180,7 @@ def forward_flops(
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
-    # Each expert that a token takes multiplies by a shared adapter, whose parameters `weights` has once.
+    # Each expert that a token takes multiplies by the shared adapter, whose parameters are counted once in `weights`.
     beyond_one = {name: each - 1 for name, each in taken.items()}
     repeated = expert_adapters(model, beyond_one) - own_adapters(model, beyond_one)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
@@ -217,10 +217,10 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
 
-    Backward ends at the lowest tuned layer. In that layer, the router computes its weights' gradient, and the experts
-    compute their input's gradient, because one autograd node exchanges rows and weights together. Above the lowest tuned
-    layer, a product with a frozen weight computes only its input's gradient, which costs as much as forward. Attention
-    scores are products of two activations and compute both gradients.
+    Backward ends at the first tuned layer, the one nearest to the input. In that layer, the router computes its weights'
+    gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights together.
+    In the layers after it, a product with a frozen weight computes only its input's gradient, which costs as much as
+    forward. Attention scores are products of two activations and compute both gradients.
 
     Args:
         forward: Result of `forward_flops` for a model without mixture of depths.
@@ -262,7 +262,8 @@ def model_flops_per_token(
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """Returns FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
-    The FLOPs of recomputation are an upper bound, because the last product of a recomputed module need not be repeated.
+    The FLOPs of recomputation are an upper bound: they include the last product of a recomputed module, which backward
+    does not repeat.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 

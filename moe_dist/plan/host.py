@@ -15,7 +15,14 @@ from moe_dist.runtime.secrets import secrets_of
 
 def host_violations(config: Config) -> list[Violation]:
     """Returns the rules that the configuration violates on this machine."""
-    checks = (apex_violations, _dispatch_violations, _kernel_violations, group_violations, _secret_violations)
+    checks = (
+        apex_violations,
+        _dispatch_violations,
+        _engine_violations,
+        _kernel_violations,
+        group_violations,
+        _secret_violations,
+    )
     return [violation for check in checks for violation in check(config)]
 
 
@@ -61,6 +68,18 @@ def _dispatch_violations(config: Config) -> list[Violation]:
         "parallel.dispatch.kind=all_to_all"
     )
     return [Violation(("parallel.dispatch.kind",), problem)]
+
+
+def _engine_violations(config: Config) -> list[Violation]:
+    """Checks that the engine's packages are installed. Like the check for Apex, does nothing if torch is missing."""
+    missing = [name for name in config.engine.needs_modules if not installed(name)]
+    if not missing or importlib.util.find_spec("torch") is None:
+        return []
+    problem = (
+        f"engine.kind={config.engine.kind}: the package {' and '.join(missing)} is not installed here; "
+        f"{config.engine.source}, or set engine.kind=moe_dist"
+    )
+    return [Violation(("engine.kind",), problem)]
 
 
 def _kernel_violations(config: Config) -> list[Violation]:

@@ -45,6 +45,7 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                                 "fsdp_gather": gather,
                                 "recompute": recompute,
                                 "dispatch": dispatch,
+                                "two_batch_overlap": False,  # refuses other dispatchers, and is not timed
                             }
                         )
                         for size in micro:

@@ -1,9 +1,9 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
-The memory of states is exact: fp32 master weights, fp32 gradients and AdamW's two moments of the rank's parameters.
-Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only weights. The memory of
-activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements per token, of `a` bytes
-each (2 in bf16, 4 in fp32):
+The memory of weights, gradients and optimizer is exact: fp32 master weights, fp32 gradients and AdamW's two moments of the
+rank's parameters. Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only
+weights. The memory of activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements
+per token, of `a` bytes each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
                 2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
@@ -17,14 +17,22 @@ each (2 in bf16, 4 in fp32):
                 or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
                                                                 sequence v, and 8 v bytes in fp32
 
-`recompute: experts` does not keep the tensors of (token, expert) pairs. `recompute: block` keeps the inputs of a layer's
-attention and of its MoE layer or FFN, and the returned rows. `experts` and `block` need the other tensors once, for one
-layer. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the lowest trained router.
-`block` cannot repeat the layer of that router, since the layer's input has no gradient:
+With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less; of attention and output not
+with `parallel.compile`, because torch fuses these parts itself:
 
-    attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
+    attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
+                                                                the projections before the rotation
+    MoE         2 D + 4 D bytes in fp32 + pairs (D + 3 F)       neither rows nor the pairs' outputs
+    output      D + 2 V                                         no fp32 logits
+
+With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` it keeps only
+the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. The other tensors exist only for one
+layer at a time. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the first
+trained router. `block` cannot repeat the layer of that router, since the layer's input has no gradient:
+
+    attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
-    MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
+    MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
 RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
@@ -46,13 +54,13 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that each use of memory takes on one rank."""
+    """Bytes on one rank by their use; those of activations are an estimate."""
 
     parameters: float  # fp32 master weights; gradients are fp32 too
-    gradients: float  # with fsdp_gather=step also the gradients of gathered parameters, in fp32
+    gradients: float  # fp32 gradients; with fsdp_gather=step also those of gathered parameters
     optimizer: float
     # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
-    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them.
+    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them. Also those of replicas.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -63,10 +71,10 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Returns the memory of the rank at position `rank` of an EP group.
+    """Estimates the memory of the rank at position `rank` of an EP group.
 
     Args:
-        rows, pairs: Expected received rows and (token, expert) pairs that the rank computes, per token of its own.
+    rows, pairs: Expected rows that the rank receives, and (token, expert) pairs that it computes, per token of its own.
     """
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
@@ -78,9 +86,9 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     return RankMemory(
         parameters=held * FP32,
         gradients=(trained + summed) * FP32,
-        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, _local(placement, rank))))
+        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, held_experts(placement, rank))))
         * ITEMSIZE[config.optimizer.moments],
-        casts=_casts(config, placement, rank) * itemsize,
+        casts=(_casts(config, placement, rank) + _replicas(config)) * itemsize,
         activations=tokens * _activation_bytes_per_token(config, rows, pairs),
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
     )
@@ -90,8 +98,8 @@ def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) ->
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
     over all ranks, and experts with their own adapters over the edp ranks, which hold the same experts. Routers are not
     sharded."""
-    parts = parameters(config.model, experts_held=_local(placement, rank))
-    experts = parts.experts + own_adapters(config.model, _local(placement, rank))
+    parts = parameters(config.model, experts_held=held_experts(placement, rank))
+    experts = parts.experts + own_adapters(config.model, held_experts(placement, rank))
     return parts.router + _sharded(config, parts.total - parts.router - experts, experts)
 
 
@@ -108,7 +116,7 @@ def _with_one_moment(config: Config, experts_held: dict[str, float] | None = Non
         return 0.0, 0.0
     model, parts = config.model, parameters(config.model, experts_held=experts_held)
     attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # whose gate is a vector
+    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # a shared gate is a vector
     held = experts_held or {name: group.num_experts for name, group in model.moe.groups.items()}
     groups, each = model.moe.groups.items(), model.moe.experts.num_biases
     biases = sum(held[name] * each(model.hidden_dim, group.ffn_dim) for name, group in groups)
@@ -136,7 +144,7 @@ def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
 
 def trained_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Returns the number of trained parameters on a rank, as `held_parameters` counts them."""
-    trained = trained_parts(config, _local(placement, rank))
+    trained = trained_parts(config, held_experts(placement, rank))
     return trained.router + _sharded(config, trained.dense, trained.experts)
 
 
@@ -157,11 +165,12 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Returns the most bytes that a run's checkpoints take on disk: `checkpoint.keep` checkpoints, and one in writing."""
+    """Returns the most bytes of a run's checkpoints on disk: `checkpoint.keep` of them, and one that is being written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
-def _local(placement: ExpertPlacement, rank: int) -> dict[str, float]:
+def held_experts(placement: ExpertPlacement, rank: int) -> dict[str, float]:
+    """Returns the number of experts of each group on the rank at position `rank` of an EP group."""
     return {group.name: len(placement.local_experts(rank, group)) for group in placement.groups}
 
 
@@ -171,7 +180,7 @@ def _gathers_once(config: Config) -> bool:
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
     """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
-    model, held = config.model, _local(placement, rank)
+    model, held = config.model, held_experts(placement, rank)
     parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # FSDP2 does not shard experts then
     if model.has_adapters or config.router_tuning:
         return parts.adapters - (own_adapters(model, held) if alone else 0.0)
@@ -179,7 +188,7 @@ def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 
 def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    model, held = config.model, _local(placement, rank)
+    model, held = config.model, held_experts(placement, rank)
     parts = parameters(model, experts_held=held)
     experts = parts.experts + own_adapters(model, held)
     plain = experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
@@ -195,12 +204,26 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
+def _replicas(config: Config) -> float:
+    """Returns the most parameters of replicas that a rank keeps until backward, and of their gradients in one layer."""
+    section, model = config.rank_balance.replicating, config.model
+    if section is None or config.parallel.ep == 1:
+        return 0.0
+    layers = 1 if config.parallel.recompute == "block" else len(model.moe_layers)
+    widest = max(group.ffn_dim for group in model.moe.groups.values())
+    return section.slots * 3 * model.hidden_dim * widest * (layers + 1)
+
+
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
+    return layer_bytes_per_token(config, rows, pairs) + output_bytes_per_token(config)
+
+
+def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
+    """Returns the bytes per token that autograd keeps for all layers."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
     columns, mean_ffn = sum(group.num_columns for group in groups), _mean_ffn(model)
-    output = _output_bytes_per_token(config)
     if tuned := tuned_layers(config):
         attention, dense = a * (dim + model.attention.kept(model, frozen=True)), a * (dim + 3 * ffn)
         moe = a * (2 * dim + rows * dim + 3 * ffn_for_all) + FP32 * 3 * columns
@@ -210,30 +233,50 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
         if recompute == "block":
             kept = above * a * dim * (2 + rows) + num_dense * (a * dim + dense)
             once = attention + moe + inside if above else 0.0
-            return moe - a * dim + inside + kept + once + output
+            return moe - a * dim + inside + kept + once
         times = 1 if recompute == "experts" else num_moe_layers
         layers = (num_layers - 1) * attention + num_moe_layers * moe - a * dim
-        return layers + times * inside + num_dense * dense + output
+        return layers + times * inside + num_dense * dense
     attention, dense = a * (2 * dim + model.attention.kept(model, frozen=False)), a * (2 * dim + 4 * ffn)
+    if _has_dense_kernels(config):
+        attention -= a * (model.attention.rotated(model) + dim * model.attention.norms_again(model))
     free = any(group.num_identity or group.num_constant for group in groups)
-    inside = pairs * a * (2 * dim + (1 if model.moe.experts.over_frozen_ffn else 4) * mean_ffn)
-    moe = a * (3 * dim + rows * dim + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
+    if model.moe.experts.over_frozen_ffn:
+        kept, inside = 3 * dim + rows * dim, pairs * a * (2 * dim + mean_ffn)
+    elif _has_triton(config):
+        kept, inside = 2 * dim + (rows * dim if recompute == "experts" else 0), pairs * a * (dim + 3 * mean_ffn)
+    else:
+        kept, inside = 3 * dim + rows * dim, pairs * a * (2 * dim + 4 * mean_ffn)
+    moe = a * (kept + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
     num_moe_layers, num_dense = len(model.moe_layers), model.num_dense_layers
     if recompute == "block":
         kept = a * dim * 2 + rows * a * dim
         once = attention + moe + inside
-        return num_moe_layers * kept + num_dense * (a * dim + dense) + once + output
+        return num_moe_layers * kept + num_dense * (a * dim + dense) + once
     moe += 0 if recompute == "experts" else inside
     once = inside if recompute == "experts" else 0.0
     passed_by = layers_passed_by(model)
-    return (
-        (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense + once + output
-    )
+    return (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense + once
 
 
-def _output_bytes_per_token(config: Config) -> float:
+def _has_triton(config: Config) -> bool:
+    """Returns whether the run uses Triton kernels. A run in bf16 that states no device is assumed to have GPUs."""
+    parallel = config.parallel
+    on_gpu = parallel.device == "cuda" or (parallel.device == "auto" and parallel.precision == "bf16")
+    return config.engine.own_kernels and on_gpu and parallel.kernels.kind != "torch"
+
+
+def _has_dense_kernels(config: Config) -> bool:
+    """Whether norms, rotary embedding and loss run Triton kernels; torch fuses compiled parts itself."""
+    return _has_triton(config) and not config.parallel.compile
+
+
+def output_bytes_per_token(config: Config) -> float:
+    """Returns the bytes per token that the output projection and the cross entropy keep."""
     model, a = config.model, ITEMSIZE[config.parallel.precision]
     words = config.parallel.loss_words_of(model.vocab_size)
+    if words is None and _has_dense_kernels(config):
+        return a * (model.hidden_dim + 2 * model.vocab_size)
     if words is None:
         return a * model.hidden_dim + model.vocab_size * (a + 2 * FP32)
     return (a + FP32) * model.hidden_dim + words * (a + 2 * FP32) / config.train.micro_batch

@@ -11,7 +11,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Demand:
-    """What a rank requires of its node."""
+    """The properties that a rank requires of its node."""
 
     feature: str | None = None  # Slurm feature
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
@@ -25,8 +25,8 @@ def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """Returns the demand of each position in an EP group. At most one expert group makes demands on a rank's node, because
-    pinned groups share no rank."""
+    """Returns the demand of each position in an EP group. Only one group can make demands on a rank's node, because only
+    pinned groups make them, and these share no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -39,16 +39,17 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 
 
 def pack(
-    demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
+    demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None, stage: int | None = None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain;
-    without domains, all EP groups are one block.
+    without domains, all EP groups are one block. If pipeline stages fit into a domain, a block has whole stages only.
 
     Args:
         demand_of_position: Demand of each position in an EP group.
         edp: Number of EP groups.
         capacity: Largest number of ranks on a node.
         domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
+        stage: Number of EP groups in a pipeline stage, a divisor of `edp`; `edp` or None without a pipeline.
 
     Returns:
         Demand and ranks of each node. A node's ranks are in the order of local ranks; a block's nodes are in the order of
@@ -65,12 +66,14 @@ def pack(
         kinds = len({(d.feature, *sorted(d.labels.items()), d.owner) for d in demand_of_position})
         raise ConfigError(
             f"parallel.ep={ep}: an EP group needs {needed} nodes of {capacity} ranks (its ranks ask for {kinds} kinds of "
-            f"nodes), but the cluster's fastest domain is {domain_nodes} (domain_nodes in the cluster file); lower "
-            "parallel.ep, or ask less in placement.groups.<group>.node, or declare another domain"
+            f"nodes), but the cluster file has domain_nodes={domain_nodes}; lower parallel.ep, ask less in "
+            "placement.groups.<group>.node, or raise domain_nodes, so that rows may cross the network between nodes"
         )
     together = 1
     while together < edp and len(_pack_block(demand_of_position, range(together + 1), capacity)) <= domain_nodes:
         together += 1
+    if stage is not None and together > stage:
+        together -= together % stage
     blocks = [range(first, min(first + together, edp)) for first in range(0, edp, together)]
     return [node for block in blocks for node in _pack_block(demand_of_position, block, capacity)]
 
@@ -79,7 +82,7 @@ def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
-    places, first beside ranks of their own EP group, then beside others, and last on new nodes."""
+    places: first on nodes with ranks of their own EP group, then on other ones, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

@@ -31,13 +31,13 @@ class PlacementPlan:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean load / maximum load of the ranks: an upper bound of the throughput, relative to equal loads."""
+        """Returns mean load / maximum load of the ranks: the throughput is at most this share of that with equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Returns the rows per token that ranks send to other ranks. A row takes D x itemsize bytes in dispatch, in
-        combine, and in backward of each."""
+        """Returns the rows per token that ranks send to other ranks. A row has D x itemsize bytes, and is sent four times:
+        in dispatch, in combine, and in the backward of each."""
         return sum(self.remote_R)
 
 

@@ -30,7 +30,7 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 modalities=section.modalities or (name,),
                 num_identity=section.num_identity,
                 num_constant=section.num_constant,
-                capacity=moe.router.expert_capacity(section.top_k, section.num_experts),
+                capacity=moe.router.expert_capacity(section.top_k, section.num_experts, moe.active_targets.get(name)),
                 node_groups=node_groups,
                 topk_node_groups=topk_node_groups,
             )
@@ -64,13 +64,13 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Groups) -> ExpertPlacement:
-    """Returns the placement of all experts on one rank: of a whole model, or of LoRA experts, which every rank holds."""
+    """Returns the placement of all experts on one rank: for a whole model, or LoRA experts, which every rank holds."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Returns a group's work: its modalities' tokens (1 if the mix is empty) x expected true experts per token x
-    ffn_dim."""
+    """Returns the work of an expert group: tokens x expected true experts per token x `ffn_dim`. The tokens are those of
+    the group's modalities in `token_mix`; 1 if `token_mix` has no tokens."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 

@@ -22,7 +22,7 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # with data.weights, the token mix is that of a million tokens drawn by the weights
+_MIX_SCALE = 1_000_000  # tokens in the token mix of a run with data.weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # training tokens by modality, drawn by data.weights; empty (all equal) without data
+    token_mix: Mapping[str, int]  # result of `token_mix`; empty without data, which counts as equally many tokens of all
     config: Config
 
 
@@ -108,16 +108,17 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     violations += check_tuning_data(config, manifest, data_problems)
     if world_size not in (None, config.parallel.ep * config.parallel.edp):
         ep, edp = config.parallel.ep, config.parallel.edp
+        fitting = f", or set parallel.edp={world_size // ep}" if world_size % ep == 0 else ""
         problem = (
-            f"{world_size} ranks were started, but parallel.ep={ep} x parallel.edp={edp} = {ep * edp}; start that many, or "
-            f"set parallel.edp to ranks / {ep}"
+            f"{world_size} ranks were started, but parallel.ep={ep} x parallel.edp={edp} = {ep * edp}; start that many, as "
+            f"`moe-dist launch local` does{fitting}"
         )
         violations.append(Violation(("parallel.ep", "parallel.edp"), problem))
     sound = manifest is not None and not data_problems
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path was wrong and replaced: faults of other data
+    if not read.broken([Violation(("data.path",), "")]):  # data.path was replaced, so these are faults of other data
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -148,7 +149,8 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
             yield Violation((key, "data.path"), f"{key}: {modality!r}: {problem}")
     for name in weights:
         if problem := unknown_name("source", name, sources):
-            yield Violation(("data.weights", "data.path"), f"data.weights.{name}: {problem}")
+            fix = "remove it, or set data.weights={} to draw from all sources by their sizes"
+            yield Violation(("data.weights", "data.path"), f"data.weights.{name}: {problem}; {fix}")
     used = [source for name, source in sources.items() if not weights or name in weights]
     documents, ranks = sum(source.train.documents for source in used), config.parallel.ep * config.parallel.edp
     if used and documents < ranks:

@@ -26,7 +26,7 @@ def weakest(*marks: Mark) -> Mark:
 
 
 class CurveSection(Section):
-    """A rate by size, between the sizes by logarithms; beyond them the rate of the nearest size."""
+    """A rate as a function of size: interpolated in logarithms between the given sizes, and constant beyond them."""
 
     sizes: tuple[PositiveFloat, ...] = Field(description="Rows of a product, rising.")
     rates: tuple[PositiveFloat, ...] = Field(description="FLOP/s at each size.")
@@ -51,14 +51,14 @@ class LinkSection(Section):
 
 
 class ScaleSection(Section):
-    """Factors that are fitted to measured steps; 1 and 0 without a fit."""
+    """Factors (1 without a fit) and constant seconds (0 without a fit), fitted to measured steps."""
 
-    dense: PositiveFloat = Field(default=1.0, description="Seconds of everything but experts, over those by the rates.")
-    experts: PositiveFloat = Field(default=1.0, description="Seconds of experts, over those by the rates.")
-    launch: PositiveFloat = Field(default=1.0, description="Seconds of the host's launches, over those by the rates.")
+    dense: PositiveFloat = Field(default=1.0, description="Measured seconds of all but experts, over those by the rates.")
+    experts: PositiveFloat = Field(default=1.0, description="Measured seconds of experts, over those by the rates.")
+    launch: PositiveFloat = Field(default=1.0, description="Measured seconds of host launches, over those by the rates.")
     recompute: PositiveFloat = Field(default=1.0, description="Seconds of a repeated forward, over those of the first.")
-    exchange: PositiveFloat = Field(default=1.0, description="Seconds of exchanges, over those by the rates.")
-    step: NonNegative = Field(default=0.0, description="Seconds of a step beside its micro-batches.")
+    exchange: PositiveFloat = Field(default=1.0, description="Measured seconds of exchanges, over those by the rates.")
+    step: NonNegative = Field(default=0.0, description="Seconds of a step outside its micro-batches.")
 
 
 class Rates(Section):
@@ -69,12 +69,12 @@ class Rates(Section):
     source: Mark = Field(description="Whether rates are measured, fitted to measured steps, or from data sheets.")
     memory: PositiveFloat = Field(description="Bytes of memory of a rank.")
     gemm: CurveSection = Field(description="Products with one weight.")
-    grouped: CurveSection = Field(description="Products of several experts, by rows of an expert.")
-    attention: PositiveFloat = Field(description="FLOP/s of the products over positions.")
+    grouped: CurveSection = Field(description="Products of several experts at once; a size is the rows of one expert.")
+    attention: PositiveFloat = Field(description="FLOP/s of the products of attention scores.")
     copy_rate: PositiveFloat = Field(description="Bytes that a rank reads and writes per second.")
     loss: PositiveFloat = Field(description="Bytes of logits per second in the forward of cross entropy.")
-    launch: NonNegative = Field(description="Seconds in which the host starts a kernel, with its part of autograd.")
-    sync: NonNegative = Field(description="Seconds of a host sync, until the device has work again.")
+    launch: NonNegative = Field(description="Seconds that the host takes to launch a kernel, autograd included.")
+    sync: NonNegative = Field(description="Seconds from the begin of a host sync until the device has work again.")
     cores: PositiveInt | None = Field(default=None, description="Cores that the ranks of a node share; null for GPUs.")
     ranks_per_node: PositiveInt = Field(description="Ranks of a node.")
     inside: tuple[LinkSection, ...] = Field(description="Exchanges inside a node, by rising number of ranks.")
@@ -144,7 +144,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
     memory_rate, link, capacity = PUBLISHED[card.upper()]
     copy, sizes, shares = 0.8 * memory_rate, (1.0, 64.0, 256.0, 1024.0, 4096.0), (1.0, 1.0, 0.7, 0.9, 1.0)
 
-    def curve(share: float) -> CurveSection:  # few rows: the weights' bytes set the pace
+    def curve(share: float) -> CurveSection:  # with few rows, reading the weights limits the rate
         rates = (min(size * copy, part * share * peak) for size, part in zip(sizes, shares, strict=True))
         return CurveSection(sizes=sizes, rates=tuple(rates))
 

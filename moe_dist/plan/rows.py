@@ -21,16 +21,16 @@ DRAWS = 16  # micro-batches that are drawn from a trace
 
 @dataclass(frozen=True)
 class Load:
-    """What each rank sends and computes. All arrays are [S, L, R], for one micro-batch.
+    """The rows and pairs that each rank sends and computes. All arrays are [S, L, R], for one micro-batch.
 
     Attributes:
-        inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, on each level. With the
-            dispatcher hierarchical they are those of its two hops.
+        inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
+        nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
         sent_inside, sent_between: Rows that a rank sends, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
         pairs, own: Pairs that the rank computes, and those of its own tokens.
         work: Sum of the FFN widths of the pairs.
-        spread: Standard deviations of rows and of pairs of a rank between micro-batches, mean over layers, [2, R].
+        spread: Standard deviation over micro-batches of a rank's rows and of its pairs, of their mean over layers, [2, R].
     """
 
     inside: np.ndarray
@@ -47,8 +47,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Wire:
-    """Which rows a dispatcher sends: `node` ranks share a node; `hops` is 2 if a node gets each token once; `each_pair` if
-    each pair is a row."""
+    """Which rows a dispatcher sends: `node` ranks share a node; `hops` is 2 if a node gets each token once; `each_pair` is
+    True if each pair is a row."""
 
     node: int
     hops: int = 1
@@ -64,17 +64,17 @@ class Expected:
         self.token_mix = token_mix
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the expected load; spreads are those of tokens that choose independently.
+        """Returns the expected load. For `spread`, tokens are taken to choose independently.
 
         Args:
             tokens: Tokens of a rank in a micro-batch.
-            layers: MoE layers, over which independent spreads average out.
+            layers: Number of MoE layers; the spread of a mean over more independent layers is smaller.
         """
         groups, ranks = placement.groups, placement.num_ranks
         share_G = np.array(group_shares(groups, self.token_mix))
         here_RG = np.array([[len(placement.local_experts(rank, group)) for group in groups] for rank in range(ranks)])
         taken_G = np.array([g.expected_experts_per_token / g.num_experts for g in groups])
-        pair_RG = share_G * taken_G * here_RG  # pairs per token of any rank
+        pair_RG = share_G * taken_G * here_RG  # mean pairs per token, by group and by the rank that has the experts
         row_R = pair_RG.sum(1) if wire.each_pair else _reached(groups, share_G, here_RG)
         nodes = np.arange(ranks) // wire.node
         node_N = _reached(groups, share_G, np.stack([here_RG[nodes == node].sum(0) for node in range(nodes[-1] + 1)]))
@@ -104,8 +104,8 @@ def _reached(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_XG: np.nda
 
 
 def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: np.ndarray) -> float:
-    """Variance of the number of these experts that one token takes: hypergeometric; 0 in expert choice, whose experts take
-    fixed numbers of tokens."""
+    """Variance of the number of the experts in `here_G` that one token takes: hypergeometric; 0 in expert choice, whose
+    experts take fixed numbers of tokens."""
     mean = square = 0.0
     for group, share, here in zip(groups, share_G, here_G, strict=True):
         if group.capacity is not None:
@@ -135,7 +135,7 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
     far_RN = np.where(node_R[:, None] == np.arange(nodes_RN.shape[1]), 0.0, nodes_RN)
     nodes, local = nodes_RN.shape[1], np.arange(ranks) % wire.node
     arrived_R, forward_R, taken_R = np.zeros(ranks), near_RR.sum(1), near_RR.sum(0)
-    for rank in range(ranks):  # the rank with the same place in its node forwards what other nodes send
+    for rank in range(ranks):  # a row from another node comes by the rank with the sender's place in its node
         sources = [node * wire.node + local[rank] for node in range(nodes) if node != node_R[rank]]
         arrived_R[rank] = far_RN[sources, node_R[rank]].sum()
         on_R = same_RR[rank] & (np.arange(ranks) != rank)
@@ -166,7 +166,7 @@ class Traced:
         return np.repeat(np.arange(len(self.first_Q)), self.tokens_Q)
 
     def pairs_of_experts(self, num_experts: int) -> np.ndarray:
-        """Pairs of each sequence with each true expert, [Q, L, E]; dropped and null choices are none."""
+        """Pairs of each sequence with each true expert, [Q, L, E]; dropped and null choices do not count."""
         found = np.zeros((len(self.first_Q), self.ids_TLK.shape[1], num_experts))
         token, layer, place = np.nonzero((self.ids_TLK >= 0) & (self.ids_TLK < num_experts))
         np.add.at(found, (self._sequence_of_token[token], layer, self.ids_TLK[token, layer, place]), 1)
@@ -176,7 +176,7 @@ class Traced:
         """Tokens of each sequence that take an expert of each part (rank or node), [Q, L, parts]."""
         parts, layers = int(part_E.max()) + 1, self.ids_TLK.shape[1]
         found = np.zeros((len(self.first_Q), layers, parts))
-        part_C = np.append(part_E, parts)  # the last one: null, dropped or no choice
+        part_C = np.append(part_E, parts)  # the last column stands for null, dropped and missing choices
         for layer in range(layers):
             ids_TK = self.ids_TLK[:, layer]
             goes_TP = np.zeros((len(ids_TK), parts + 1), bool)
@@ -198,7 +198,7 @@ class Traced:
         rows_QLR = pairs_QLR if wire.each_pair else reach_QLR
         rng = np.random.default_rng(self.seed)
         found: list[list[np.ndarray]] = [[] for _ in range(8)]
-        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # of a rank and micro-batch
+        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # sequences in a micro-batch of a rank
         for _ in range(DRAWS):
             drawn_RM = rng.integers(0, len(self.first_Q), (ranks, sequences))
             scale_R11 = (tokens / self.tokens_Q[drawn_RM].sum(1))[:, None, None]

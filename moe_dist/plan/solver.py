@@ -31,8 +31,8 @@ def solve(
     Args:
         load_LE: Work of each expert in each layer.
         slots_R: Most experts of each rank, as its memory allows.
-        allowed_ER: Whether a rank may hold an expert: the ranks of a pinned group, or the node that an expert must not
-            leave. None allows all.
+        allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
+        allows all.
 
     Raises:
         ConfigError: the slots cannot hold the experts.
@@ -62,8 +62,7 @@ def solve_with_copies(
 ) -> Copied:
     """Fills free slots with copies of experts, if this lowers the pace. For arguments and errors see `solve`.
 
-    The next copy goes to the expert with the largest work for each of its copies (the rule of highest averages, which EPLB
-    uses, too).
+    The next copy goes to the expert with the largest work per copy (the rule of highest averages, which EPLB uses, too).
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
@@ -75,19 +74,19 @@ def solve_with_copies(
     def filled(expert_P: np.ndarray, steps: int) -> Copied:
         return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
 
-    # Work by the sum over layers, and by each expert's heaviest layer; all free slots, or some.
+    # Tries an expert's work summed over layers, and that in its heaviest layer; each with all free slots, and with parts.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
         for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
-            with suppress(ConfigError):  # the ranks of a pinned group have no room for so many
+            with suppress(ConfigError):  # raised if the ranks of a pinned group have no room for so many copies
                 tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))
     best = sorted(tried, key=lambda each: each.pace(load_LE, ranks))[:SWAPPED]
     return min([once, *(filled(each.expert_P, steps) for each in best)], key=lambda each: each.pace(load_LE, ranks))
 
 
 def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
-    """Returns the experts that get a further slot, in order."""
+    """Returns the experts that get one more slot each, in the order in which they get it."""
     copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
     for place in range(free):
         order[place] = (load_E / copies_E).argmax()
@@ -126,7 +125,8 @@ def slots_of(rank_E: np.ndarray, ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _greedy(load_P: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray) -> np.ndarray:
-    """Gives the heaviest item to the least loaded rank that may hold it, and so on; items with fewest ranks first."""
+    """Gives each item to the least loaded rank that may hold it and has a free slot. Items that fewest ranks may hold come
+    first, and among these the heaviest."""
     rank_P, work_R, left_R = np.zeros(len(load_P), np.int64), np.zeros(len(slots_R)), slots_R.copy()
     for item in np.lexsort((-load_P, allowed_PR.sum(1))):
         open_R = allowed_PR[item] & (left_R > 0)
@@ -151,10 +151,10 @@ def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group
     after `steps` steps, or if all such experts were tried in vain."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
-    tried = np.zeros(len(rank_S), bool)  # since the last swap
+    tried = np.zeros(len(rank_S), bool)  # items that were tried in vain since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)
-        # What an expert adds to the pace: its load in the layers whose busiest rank holds it.
+        # The load that each expert adds to the busiest ranks: its load in the layers whose busiest rank holds the expert.
         blame_S = np.where(rank_S == busiest_L[:, None], load_LS, 0.0).sum(0)
         blame_S[tried] = -1.0
         one = int(blame_S.argmax())
@@ -163,7 +163,7 @@ def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group
         home = rank_S[one]
         top_L3 = np.argsort(-work_LR, axis=1)[:, :3]
         others_LR = _largest_without(work_LR, top_L3, home)
-        change_LS = load_LS - load_LS[:, [one]]  # of the home rank
+        change_LS = load_LS - load_LS[:, [one]]  # change of the load of the rank that holds `one`, for each swap
         new_LS = np.maximum(work_LR[:, [home]] + change_LS, work_LR[:, rank_S] - change_LS)
         pace_S = np.maximum(new_LS, others_LR[:, rank_S]).sum(0)
         barred_S = (rank_S == home) | ~allowed_SR[one, rank_S] | ~allowed_SR[:, home] | (group_S != group_S[one])
@@ -181,7 +181,7 @@ def _largest_without(work_LR: np.ndarray, top_L3: np.ndarray, home: int) -> np.n
     """Returns for each layer and rank r the largest work of all ranks but `home` and r, [L, R]; 0 if there is none."""
     layers, ranks = work_LR.shape
     found_LR = np.zeros((layers, ranks))
-    for place in reversed(range(top_L3.shape[1])):  # the best place that is neither wins
+    for place in reversed(range(top_L3.shape[1])):  # ends with the busiest rank that is neither `home` nor r
         rank_L1 = top_L3[:, [place]]
         fits_LR = (rank_L1 != home) & (rank_L1 != np.arange(ranks))
         found_LR = np.where(fits_LR, np.take_along_axis(work_LR, rank_L1, 1), found_LR)

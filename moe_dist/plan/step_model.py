@@ -7,7 +7,7 @@ slowest rank sets the pace. Seconds of an event differ between ranks and between
 Shape letters: S draws of the routing, R ranks of an EP group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Played:
 
 
 def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
-    """Plays a queue.
+    """Simulates the events of a queue.
 
     Args:
         cores: Number of cores that the ranks share, below 1 if other ranks share them too; None if each rank computes on a
@@ -99,7 +99,7 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
                 left_R[runs_R] -= (nearest - now) * speed
                 now = nearest
                 continue
-            done_R = runs_R & (left_R == least)  # named, since a rounded difference may never become 0
+            done_R = runs_R & (left_R == least)  # chosen by equality, since a rounded difference may never become 0
             left_R[runs_R] -= least
             now += least / speed
             end_R[done_R] = now
@@ -108,18 +108,18 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
 
 
 def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
-    """Returns the mean of the longest of `groups` independent draws from these seconds: EP groups that wait for each
-    other. The k-th smallest of S values is the longest with probability (k / S)^groups - ((k - 1) / S)^groups."""
+    """Returns the mean time until the slowest of `groups` EP groups is done: of the longest of so many independent draws.
+    The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) / S)^groups."""
     share = (np.arange(len(seconds_S) + 1) / len(seconds_S)) ** groups
     return float(np.sort(seconds_S) @ np.diff(share))
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
-    """Returns the seconds of one exchange, by bytes that a rank sends or receives, whichever are more, on each level. The
-    levels work at the same time.
+    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
+    are more, inside its node and between nodes. Both are sent at the same time.
 
     Args:
-        ranks: Ranks of a node that take part.
+        ranks: Number of ranks of a node that take part.
     """
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
@@ -130,7 +130,7 @@ def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds
 
 def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node: int) -> float:
     """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. `ranks_of_node` of the ranks are
-    on one node, and use the links of this node between nodes together."""
+    on one node, and share its links to other nodes."""
     if ranks == 1:
         return 0.0
     here = min(ranks, ranks_of_node)
@@ -144,15 +144,16 @@ def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. Backward takes `Order.backward` times that.
+    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. In backward, attention and experts take
+    `Order.backward` times as long.
 
     Attributes:
         dense: Attention, norms and the router.
-        shared: What all tokens compute in the MoE layer beside the router: shared expert, or a dense FFN.
+        shared: The FFN that computes all tokens: shared expert, or a dense FFN.
         own, others: Experts for the rank's own tokens, and for tokens of other ranks.
         pack: Packing of rows before an exchange, and summing after it.
         counts: Exchange of row counts and indices; 0 if there is none.
-        sync: Host sync for the split sizes.
+        sync: Host sync that reads the split sizes.
         weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if rows bring them along.
         hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same. Empty with one rank.
     """
@@ -168,12 +169,12 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # a product has two products in backward, if its weight has a gradient
+BACKWARD = 2.0  # seconds of backward over forward: a product has two products in backward, if its weight has a gradient
 
 
 @dataclass(frozen=True)
 class Order:
-    """How the dispatcher orders a layer; see parallel.dispatch and parallel.recompute.
+    """The order of exchanges and products in a layer; see parallel.dispatch and parallel.recompute.
 
     Attributes:
         backward: Seconds of backward over those of forward.
@@ -193,7 +194,7 @@ def micro_batch(
     """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward.
 
     Args:
-        backward: Costs of the layers for their backward, which are multiplied by `BACKWARD`; None: those of forward.
+        backward: Costs of the layers in backward, before the factor `order.backward`; None: those of forward.
     """
     queue = Queue()
     last: tuple[int, ...] = ()
@@ -207,8 +208,64 @@ def micro_batch(
     return queue.events
 
 
+def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
+    """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
+    each half runs up to its next exchange, and then the other half runs. Costs are those of one half."""
+    queue = Queue()
+    last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
+    last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
+    _in_turns([_half_backward(queue, backward, last) for _ in range(2)])
+    return queue.events
+
+
+def _in_turns(halves: Sequence[Iterator[int]]) -> tuple[int, ...]:
+    """Runs both halves in turns, and returns the last event of each."""
+    last = [0 for _ in halves]
+    for events in zip(*halves, strict=True):
+        last = list(events)
+    return tuple(last)
+
+
+def _half_forward(queue: Queue, layers: Sequence[LayerCost]) -> Iterator[int]:
+    last: tuple[int, ...] = ()
+    for layer in layers:
+        last = (queue.add("dense", COMPUTE, layer.dense, *last),)
+        if not layer.hops:
+            last = (queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, *last),)
+            continue
+        counted = queue.add("exchange", WIRE, layer.counts, *last)
+        start = queue.add("sync", COMPUTE, layer.sync, counted)
+        sent = _send(queue, layer, 1, queue.add("pack", COMPUTE, layer.pack, start), weights=layer.weights)
+        yield queue.add("experts", COMPUTE, layer.shared)
+        sent = yield from _experts_of_half(queue, layer, 1.0, sent)
+        last = (queue.add("pack", COMPUTE, layer.pack, sent),)
+    yield from last
+
+
+def _half_backward(queue: Queue, layers: Sequence[LayerCost], last: tuple[int, ...]) -> Iterator[int]:
+    for layer in reversed(layers):
+        if not layer.hops:
+            experts = layer.shared + layer.own + layer.others + layer.pack
+            done = queue.add("experts", COMPUTE, BACKWARD * experts, *last)
+            last = (queue.add("dense", COMPUTE, BACKWARD * layer.dense, done),)
+            continue
+        sent = _send(queue, layer, 1, queue.add("pack", COMPUTE, layer.pack, *last))
+        yield sent
+        sent = yield from _experts_of_half(queue, layer, BACKWARD, sent)
+        summed = queue.add("pack", COMPUTE, layer.pack, sent)
+        last = (queue.add("dense", COMPUTE, BACKWARD * (layer.shared + layer.dense), summed),)
+    yield from last
+
+
+def _experts_of_half(queue: Queue, layer: LayerCost, times: float, sent: int) -> Generator[int, None, int]:
+    done = queue.add("experts", COMPUTE, times * (layer.own + layer.others), sent)
+    back = _send(queue, layer, 1, done)
+    yield done
+    return back
+
+
 def _times(layer: LayerCost, factor: float) -> LayerCost:
-    """Returns the layer with other seconds of compute."""
+    """Returns the layer with its seconds of compute multiplied by `factor`."""
     names = ("dense", "shared", "own", "others", "pack")
     return replace(layer, **{name: factor * getattr(layer, name) for name in names})
 
@@ -225,7 +282,8 @@ def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Sec
 
 
 def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...], *, repeated: bool = False) -> int:
-    """Adds a layer's forward and returns its last event. The wire has dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
+    """Adds a layer's forward and returns its last event. Exchanges of chunks have the order dispatch 0, dispatch 1,
+    combine 0, dispatch 2, ..."""
     start = queue.add("dense", COMPUTE, layer.dense, *after)
     if not layer.hops:
         return queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, start)

@@ -1,14 +1,15 @@
-"""The time that the rates of a card make of a counted step. It is a model: no GPU measured it.
+"""Computes the time of a counted step from the rates of a card. The time is that of a model: no GPU measured it.
 
-An operation takes its FLOPs at the rate of its kind, or its bytes at the rate of a copy, whichever is longer. Operations
-run one after the other. A part takes its operations or the host's launches, whichever are longer. An exchange takes latency
-+ bytes / rate, in the order of the dispatcher (`moe_dist.plan.step_model`). Gathers of parameters run beside forward and
-sums of gradients beside backward, where no exchange has the wire. All ranks are alike.
+The time of an operation is its FLOPs at the rate of its kind, or its bytes at the rate of a copy, whichever is longer.
+Operations run one after the other. The time of a part is that of its operations or of the host's launches, whichever is
+longer. An exchange takes latency + bytes / rate, in the order of the dispatcher, or of two halves
+(`moe_dist.plan.step_model`); it slows no computation beside it. Gathers of parameters run beside forward and sums of
+gradients beside backward, while no exchange runs; with two halves nothing runs beside them. All ranks are alike.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rich.table import Table
@@ -21,12 +22,21 @@ from moe_dist.plan import flops
 from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import Rates, published_rates
-from moe_dist.plan.step_model import BACKWARD, LayerCost, Order, collective_seconds, exchange_seconds, micro_batch, play
+from moe_dist.plan.step_model import (
+    BACKWARD,
+    LayerCost,
+    Order,
+    collective_seconds,
+    exchange_seconds,
+    micro_batch,
+    micro_batch_in_halves,
+    play,
+)
 from tools.bench.fake_cuda import Sent, Work
 from tools.bench.fake_step import MICRO_BATCHES, Counted, scaled
 from tools.bench.least import Key, masked_scores
 
-CLUSTER = "h100_infiniband"  # has the GPUs of a node and the rate between nodes
+CLUSTER = "h100_infiniband"  # gives the number of GPUs of a node and the rate between nodes
 FP32_SHARE = 1 / 16  # rate of fp32 products over that of bf16, without TF32
 GATHERS, SUMS = "_allgather_base_", "_reduce_scatter_base_"
 
@@ -36,13 +46,15 @@ class CardTime:
     """Seconds of one rank.
 
     Attributes:
-        parts, launches: Of a micro-batch on the device, and of the host for its launches, by part and phase.
+        parts, launches: Of a micro-batch, by part and phase: seconds of the device, and of the host for launches.
         kinds: Of a micro-batch on the device, by kind of operation.
-        exchange, sync: Of a micro-batch in exchanges, and in which the device waits after host syncs.
+        exchange, sync: Of a micro-batch: seconds in exchanges, and seconds in which the device waits after host syncs.
         micro_batch: Of a micro-batch.
-        once: Of what a step has once, as the update.
-        gathers, sums, uncovered: Of a step's collectives of parameters, and those that no computation covers.
-        model_flops, masked: Of a step, not seconds: FLOPs without recomputation and masked scores, and of masked scores.
+        once: Of the parts that a step has once, such as the optimizer's update.
+        gathers, sums, uncovered: Of a step: seconds of gathers of parameters, of sums of gradients, and those of both that
+            no computation covers.
+        model_flops, masked: FLOPs of a step, not seconds: without recomputation and masked scores, and of masked scores
+            alone.
     """
 
     rates: Rates
@@ -67,8 +79,8 @@ class CardTime:
         return self.micro_batches * self.micro_batch + self.once + self.uncovered
 
     def mfu(self, *, all_scores: bool = False) -> float:
-        """FLOPs of the model over those that the card's peak allows. With `all_scores` as in perf/mfu, where attention
-        counts positions after a token's own."""
+        """FLOPs of the model over those that the card's peak allows. With `all_scores` attention also counts positions
+        after a token's own, as perf/mfu does."""
         return (self.model_flops + all_scores * self.masked) / self.seconds / self.peak
 
 
@@ -102,17 +114,24 @@ def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rate
         seconds = number * operation_seconds(work, rates)
         parts[work.part, work.phase] += seconds
         kinds[work.kind] += seconds
-        launches[work.part, work.phase] += number * rates.launch * (work.kind != "attention")  # its kernel is a copy, too
+        launches[work.part, work.phase] += number * rates.launch
     once = sum(number * operation_seconds(work, rates) for work, number in two) - MICRO_BATCHES * sum(parts.values())
     sync = rates.sync * sum(n for name, n in counted.syncs.items() if name.startswith("forward")) / MICRO_BATCHES
     ring = {name: _ring_seconds(counted, config, rates, name, times) for name in (GATHERS, SUMS)}
     longest = {key: max(seconds, launches[key]) for key, seconds in parts.items()}
     grouped, dispatch = _grouped(more, rates), config.parallel.dispatch
-    order = Order(getattr(dispatch, "overlap", False), getattr(dispatch, "chunks", 1))  # work of recomputation is counted
+    order = Order(getattr(dispatch, "overlap", False), getattr(dispatch, "chunks", 1))  # the counts include recomputation
     layers = {phase: _layers(counted, config, longest, grouped, rates, phase, sync) for phase in ("forward", "backward")}
     head = sum(each for (part, _), each in longest.items() if part in ("model", "loss")) / (1 + BACKWARD)
-    played = play(micro_batch(layers["forward"], head, order, layers["backward"]), 1, 1)
+    if config.parallel.two_batch_overlap:
+        halves = {phase: [_half(each) for each in costs] for phase, costs in layers.items()}
+        events = micro_batch_in_halves(halves["forward"], head, halves["backward"])
+    else:
+        events = micro_batch(layers["forward"], head, order, layers["backward"])
+    played = play(events, 1, 1)
     seconds, free = float(played.seconds_S[0]), float((played.seconds_S - played.wire_S)[0])
+    if config.parallel.two_batch_overlap:  # all gathers come before the first layer, and all sums after the last one
+        free = 0.0
     covers = {GATHERS: free / (1 + BACKWARD), SUMS: free * BACKWARD / (1 + BACKWARD)}
     tokens, layout = times * config.train.micro_batch * config.data.seq_len, layout_without_data(config)
     shares = dict(zip((group.name for group in layout.groups), group_shares(layout.groups, {}), strict=True))
@@ -174,7 +193,8 @@ def _layers(
     phase: str,
     sync: float,
 ) -> list[LayerCost]:
-    """Returns the costs of the layers in forward, or those in backward, which `micro_batch` multiplies by `BACKWARD`."""
+    """Returns the costs of each layer in forward or in backward, as `phase` says. Seconds of compute in backward are
+    divided by `BACKWARD`, because `micro_batch` multiplies them by it."""
     number, ep, times = counted.layers, config.parallel.ep, 1.0 if phase == "forward" else BACKWARD
     exchanges = list(_exchanges(counted, config, rates, phase))
     dense = seconds["attention", phase] / number["attention"] / times
@@ -191,6 +211,14 @@ def _layers(
     )
     ffn = LayerCost(dense=dense, shared=seconds.get(("ffn", phase), 0.0) / max(1, number.get("ffn", 0)) / times)
     return [moe if layer in config.model.moe_layers else ffn for layer in range(config.model.num_layers)]
+
+
+def _half(layer: LayerCost) -> LayerCost:
+    """Returns the costs of one half of a micro-batch from `layer`, the costs of both halves together."""
+    each = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    return LayerCost(
+        **{name: tuple(hop / 2 for hop in cost) if name == "hops" else cost / 2 for name, cost in each.items()}
+    )
 
 
 def _ring_seconds(counted: Counted, config: Config, rates: Rates, name: str, times: int) -> float:

@@ -1,6 +1,6 @@
-"""The contenders of the dispatch benchmark. Each takes a case (routing and rows of a measured point on this rank) and
-returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an expert or null; a
-pair is a choice of an expert.
+"""The contenders of the dispatch benchmark. Each is a function of a case (routing and rows of a measured point on this
+rank), and returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an expert
+or null; a pair is a choice of an expert.
 
 The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 

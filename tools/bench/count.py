@@ -1,16 +1,18 @@
-"""Kernels, bytes, FLOPs, host syncs and collectives of a training step by part of the model and phase, counted without a
-GPU, beside the least possible."""
+"""Kernels, bytes, FLOPs, host syncs, collectives and memory of a training step by part of the model and phase, counted
+without a GPU, beside the least possible."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from moe_dist.config.bundled import find_config
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.preflight import layout_without_data
+from moe_dist.plan.rates import Rates
 from tools.bench.card_time import card_rates, card_time
 from tools.bench.card_time import table as time_table
 from tools.bench.fake_cuda import Work, child
@@ -41,51 +43,117 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
     return least_bytes(config, layout, counted.rank), least_flops(config, layout)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one more micro-batch adds to a step, and what a step has once; by part and phase."""
+
+    micro_batch: Counter[Key]
+    once: Counter[Key]
+
+
+def kernels(counted: Counted) -> Share:
+    """Returns the numbers of kernels."""
+    return _share(counted, lambda work: 1)
+
+
+def num_bytes(counted: Counted) -> Share:
+    """Returns the bytes that kernels read and write."""
+    return _share(counted, lambda work: work.num_bytes)
+
+
+def _share(counted: Counted, value: Callable[[Work], int]) -> Share:
+    found = Share(Counter(), Counter())
+    for listed, number_of in ((counted.more_work, found.micro_batch), (counted.work, found.once)):
+        for *key, number in listed:
+            work = Work(*key)
+            number_of[work.part, work.phase] += number * value(work)
+    for key, number in found.micro_batch.items():
+        found.once[key] -= MICRO_BATCHES * number
+    return found
+
+
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
-    """The counts per micro-batch, and of the rest of the step; attention and MoE layers per layer.
+    """What one more micro-batch adds to a step, and the kernels and bytes that a step has once; attention and MoE layers
+    per layer. Collectives: half of those in a step of two micro-batches. Memory in GB: what a part allocates less what it
+    frees (kept), and the most that all tensors had while it ran (live).
 
     Args:
         leasts: The fewest bytes and FLOPs, which stand beside those counted.
     """
     made = Table(title=f"{counted.config}: rank {counted.rank} of {counted.ranks}, {counted.layers['attention']} layers")
-    for column in ("part", "phase", "kernels", "GB", "least GB", "TFLOP", "least", "collectives"):
+    columns = (
+        "part",
+        "phase",
+        "kernels",
+        "once",
+        "GB",
+        "least GB",
+        "once",
+        "TFLOP",
+        "least",
+        "kept",
+        "live",
+        "collectives",
+    )
+    for column in columns:
         made.add_column(column, justify="left" if column in ("part", "phase", "collectives") else "right")
-    flops: Counter[str] = Counter()
-    for *key, number in counted.work:
-        work = Work(*key)
-        flops[f"{work.part} {work.phase}"] += number * work.flops
-    for key, kernels in counted.kernels.items():
-        part, phase = key.split()
-        layers = counted.layers.get(part)
+    flops = _share(counted, lambda work: work.flops).micro_batch
+    launched, moved = kernels(counted), num_bytes(counted)
+    for part, phase in sorted(launched.once.keys() | launched.micro_batch.keys()):
+        key, layers = (part, phase), counted.layers.get(part)
         times = (MICRO_BATCHES if phase != "step" else 1) * (layers or 1)
         collectives = {
-            name.split()[2]: number / times for name, number in counted.collectives.items() if name.startswith(f"{key} ")
+            name.split()[2]: number / times
+            for name, number in counted.collectives.items()
+            if name.startswith(f"{part} {phase} ")
         }
-        label = f"{part}, a layer" if layers else part
         text = ", ".join(f"{number:g} {name.strip('_')}" for name, number in collectives.items())
-        gb, tera = counted.num_bytes[key] / times / 1e9, flops[key] / times / 1e12
+        tera = flops[key] / (layers or 1) / 1e12
         least_gb, least_tera = (
-            f"{each[part, phase] / (layers or 1) / unit:.2f}" if (part, phase) in each else ""
+            f"{each[key] / (layers or 1) / unit:.2f}" if key in each else ""
             for each, unit in zip(leasts, (1e9, 1e12), strict=True)
         )
-        made.add_row(
-            label, phase, f"{kernels / times:.0f}", f"{gb:.2f}", least_gb, f"{tera:.2f}" if tera else "", least_tera, text
-        )
+        number, once = (each[key] / (layers or 1) for each in (launched.micro_batch, launched.once))
+        gb, gb_once = (each[key] / (layers or 1) / 1e9 for each in (moved.micro_batch, moved.once))
+        counts = (f"{number:.0f}", f"{once:.0f}", f"{gb:.2f}", "" if phase == "step" else least_gb)
+        kept, live, _ = counted.memory.get(f"{part} {phase}", (0, 0, 0))
+        memory = (f"{kept / times / 1e9:.2f}", f"{live / 1e9:.2f}")
+        rest = (f"{gb_once:.2f}", f"{tera:.2f}" if tera else "", least_tera, *memory, text)
+        made.add_row(f"{part}, a layer" if layers else part, phase, *counts, *rest)
     for name, noted in (("host waits for a value", counted.syncs), ("host waits for a copy", counted.copies)):
         made.add_section()
         for key, number in noted.items():
-            made.add_row(name, key.partition(" ")[0], f"{number}", "", "", "", "", key.partition(" ")[2] + ", a step")
+            words = key.partition(" ")
+            made.add_row(name, words[0], f"{number}", *[""] * 8, words[2] + ", a step")
     return made
+
+
+def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
+    """Raises ResourceError if the live tensors of a step take more bytes than the card has. Names the layer where they are
+    most, or another part if no layer passes the bound."""
+    over = {place: each for place, each in counted.memory.items() if each[1] > rates.memory}
+    in_layers = {place: each for place, each in over.items() if place.partition(" ")[0] in counted.layers}
+    if over:
+        place, (_, most, layer) = max((in_layers or over).items(), key=lambda each: each[1][1])
+        part, _, phase = place.partition(" ")
+        where = f"layer {layer} ({part}, {phase})" if in_layers else f"{part}, {phase}"
+        raise ResourceError(
+            f"{counted.config} on {counted.ranks} ranks: in {where} the tensors of rank {counted.rank} take "
+            f"{most / 1e9:.1f} GB, and {rates.card} has {rates.memory / 1e9:.0f}; take more --ranks, a smaller "
+            "train.micro_batch, or parallel.recompute=block; without --card the counts are printed all the same"
+        )
 
 
 def report(path: Path, ranks: int, overrides: Sequence[str], *, card: str | None) -> list[Table]:
     """The counts of a step, and with a card the time that its rates make of them.
 
     Raises:
-        ConfigError, ResourceError: from `count`; there are no rates of the card.
+        ConfigError, ResourceError: from `count`; there are no rates of the card, or a layer does not fit on it.
     """
     rates = None if card is None else card_rates(card)
     counted = count(path, ranks, overrides)
+    if rates is not None:
+        refuse_what_cannot_fit(counted, rates)
     tables = [table(counted, leasts(counted, path, overrides))]
     if rates is not None:
         tables.append(time_table(card_time(counted, str(find_config(path)), overrides, rates)))

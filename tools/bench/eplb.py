@@ -60,7 +60,7 @@ def main(
 
 
 def eplb_solver(module: Any) -> Solver:
-    """Returns EPLB's policy without node groups as a solver of one map for all layers."""
+    """Returns EPLB's policy without node groups as a solver. It makes one map from experts to slots for all layers."""
     import torch
 
     def solver(load_LE: np.ndarray, slots_R: np.ndarray) -> Copied:

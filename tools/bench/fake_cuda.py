@@ -1,7 +1,7 @@
 """Fake CUDA tensors on a machine without a GPU: they have shapes, dtypes and devices, but no values and no memory.
 
 `preloaded` is the environment of a process in which autograd accepts such tensors. It needs a C++ compiler. In the process,
-`stand_ins` replaces what would call a driver, and `Recorder` counts each operation on a fake CUDA tensor.
+`stand_ins` replaces the calls of a driver, and `Recorder` counts each operation on a fake CUDA tensor.
 """
 
 import ctypes
@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_dist.errors import ResourceError
-from tools.bench.megatron_cpu import Idle
+from moe_dist.megatron.cpu_trial import Idle
+from tools.bench.live_memory import LiveMemory
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 # Operations that launch no kernel, beside views and questions about a tensor: allocations, and changes of its metadata.
@@ -36,7 +38,13 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "_grouped_mm": 0}  # place of the first factor among the arguments
+# In-place operations that do not read what they write; all others count as if they did. Names may begin with `_foreach_`,
+# too.
+WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
+PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # place of the first factor among the arguments
+# Operations, and arguments that their schema marks as written although they are not: AdamW writes gradients only with a
+# gradient scale.
+UNCHANGED = {("_fused_adamw_", "grads")}
 WAIT_SECONDS = 1e-3  # between any two fake events
 
 
@@ -81,9 +89,10 @@ def enter() -> None:
 
 
 class Work(NamedTuple):
-    """One operation. `kind` is "copy" for what has no products, else "gemm", "grouped" or "attention", and "fp32" behind a
-    gemm of fp32 numbers. `rows` is the middle one of a product's three sides, because its bytes tell how long a narrow one
-    takes; in a grouped product the rows of an expert. `num_bytes` are read or written."""
+    """One operation. `kind` is "copy" for an operation without products, else "gemm", "grouped" or "attention"; "fp32" is
+    appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a narrow
+    product follows from its bytes; in a grouped product it is the number of rows of an expert. `num_bytes` are read or
+    written."""
 
     part: str
     phase: str
@@ -117,6 +126,7 @@ class Recorder(TorchDispatchMode):
         mixed: Source lines of operations with tensors of both devices.
         sorted_sums: Number of backward passes of an index, by part; on CUDA each sorts, to add without atomics.
         order: Names of all collectives, in order.
+        memory: Bytes of live tensors, by (part, phase).
     """
 
     def __init__(self) -> None:
@@ -132,16 +142,19 @@ class Recorder(TorchDispatchMode):
         self.mixed: Counter[str] = Counter()
         self.sorted_sums: Counter[str] = Counter()
         self.order: list[str] = []
+        self.memory = LiveMemory()
+        self.inside: tuple[str, int, int] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, place = func.overloadpacket.__name__, (self.part, self.phase)
-        taken = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        taken = _tensors((args, kwargs))
+        made = _tensors(out)
         tensors = [*taken, *(each for each in made if not any(each is other for other in taken))]
         on_device = [each for each in tensors if each.device.type == "cuda"]
         if not on_device:
             return out
+        self.memory.note(on_device, place)
         if func.namespace == "c10d":
             self.collectives[(*place, name)] += 1
             self.sent[Sent(*place, name, *_sent(name, args))] += 1
@@ -160,14 +173,19 @@ class Recorder(TorchDispatchMode):
         if name in ("index_put", "index_put_", "_index_put_impl_") and self.phase == "backward":
             self.sorted_sums[self.part] += 1
         self.kernels[place] += 1
-        moved = sum(each.nbytes for each in on_device)
+        moved = sum(each.nbytes for each in (*on_device, *_changed(func, args, kwargs or {})))
         self.num_bytes[place] += moved
-        self.work[Work(*place, *_product(name, args), moved)] += 1
+        self.work[Work(*place, *(self.inside or _product(name, args)), moved)] += 1
         return out
 
-    def computed(self, kind: str, flops: int) -> None:
-        """Notes products inside an operation that is counted without them."""
-        self.work[Work(self.part, self.phase, kind, 0, flops, 0)] += 1
+    @contextmanager
+    def computing(self, kind: str, flops: int) -> Iterator[None]:
+        """Sets the kind, and the FLOPs of each, for the operations inside the context, which stand for other kernels."""
+        self.inside = (kind, 0, flops)
+        try:
+            yield
+        finally:
+            self.inside = None
 
     def read(self, name: str) -> None:
         """Notes that the host waits for a value."""
@@ -178,6 +196,25 @@ def source_line() -> str:
     """The innermost line of moe_dist that runs now."""
     ours = [each for each in traceback.extract_stack() if f"{os.sep}moe_dist{os.sep}" in each.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among values; of a sharded one this rank's part."""
+    found = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+    return [each._local_tensor if isinstance(each, DTensor) else each for each in found]
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors on the device that an operation both reads and writes."""
+    name = func.overloadpacket.__name__
+    if name.removeprefix("_foreach_") in WRITE_ONLY:
+        return []
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        writes = argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
+        if writes and (name, argument.name) not in UNCHANGED:
+            found += _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+    return [each for each in found if each.device.type == "cuda"]
 
 
 def _product(name: str, args: Any) -> tuple[str, int, int]:
@@ -210,7 +247,8 @@ class _Event(Idle):
 
 
 class _OneKernel(torch.autograd.Function):
-    """An operation that is one kernel on CUDA, and in backward one per input; on the host torch would divide it."""
+    """An operation that counts as one kernel in forward, and in backward as one per input, as on CUDA. On the host torch
+    would divide it into several."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
@@ -229,13 +267,13 @@ class _Attention(_OneKernel):
     def forward(ctx: Any, recorder: "Recorder", *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v = inputs
         ctx.recorder, ctx.flops = recorder, q.numel() // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-        recorder.computed("attention", ctx.flops)
-        return _OneKernel.forward(ctx, *inputs)[..., : v.shape[-1]]
+        with recorder.computing("attention", ctx.flops):
+            return _OneKernel.forward(ctx, *inputs)[..., : v.shape[-1]]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.recorder.computed("attention", ctx.flops * 5 // 2)  # five products instead of two
-        return None, *_OneKernel.backward(ctx, gradient)
+        with ctx.recorder.computing("attention", ctx.flops * 5 // 6):  # five products instead of two, in three kernels
+            return None, *_OneKernel.backward(ctx, gradient)
 
 
 def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
@@ -288,7 +326,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0),
         "set_device": lambda device: None,
         "stream": lambda stream: nullcontext(),
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: recorder.read(source_line()),
     }
     tensor = {
         **dict(_reads(recorder)),
@@ -296,17 +334,26 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
         "pin_memory": lambda self, *_: self,
         "is_pinned": lambda self, *_: False,
     }
+    accelerator = {"current_stream": cuda["current_stream"]}
     functions = {
         "rms_norm": lambda x, _, *weight, **__: _OneKernel.apply(x, *(each for each in weight if isinstance(each, Tensor)))
     }
     with ExitStack() as stack:
+        stack.enter_context(recorder.memory.resizes())
         fake = {"tolist": tensor["tolist"]}  # a fake tensor's own would read one number after the other
-        for owner, names in ((torch.cuda, cuda), (Tensor, tensor), (FakeTensor, fake), (torch.nn.functional, functions)):
+        replaced = (
+            (torch.cuda, cuda),
+            (torch.accelerator, accelerator),
+            (Tensor, tensor),
+            (FakeTensor, fake),
+            (torch.nn.functional, functions),
+        )
+        for owner, names in replaced:
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, *_: _Attention.apply(recorder, q, k, v)))
         stack.enter_context(mock.patch.object(transformer, "make_mask", attention.dense_mask))
-        stack.enter_context(mock.patch.object(trial, "why_not", return_value=None))  # fake values would all differ
+        stack.enter_context(mock.patch.object(trial, "why_differ", return_value=None))  # fake values would all differ
         yield
 
 

@@ -9,8 +9,8 @@ DDP's wrapper is left out, because its reducer reads memory. torch.compile is le
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,8 +28,9 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.model.transformer import Layer
+from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel import parallelize
-from moe_dist.parallel.mesh import make_mesh, pretend_world
+from moe_dist.parallel.mesh import Mesh, make_mesh, pretend_world
 from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.train import build, step
@@ -56,6 +58,8 @@ class Counted:
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
         work, sent: `fake_cuda.Work` and `fake_cuda.Sent`, each with its number at the end.
         more_work, more_sent: What a step with one micro-batch more has beyond these.
+        memory: By "part phase": bytes that it allocates less those that it frees, the most that all tensors had, and the
+            layer that ran then.
     """
 
     config: str
@@ -76,6 +80,7 @@ class Counted:
     sent: list[list[Any]] = field(default_factory=list)
     more_work: list[list[Any]] = field(default_factory=list)
     more_sent: list[list[Any]] = field(default_factory=list)
+    memory: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
@@ -96,13 +101,19 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 
 class Uniform:
-    """Answers of a uniform router to the reads of counts, by the name of the read."""
+    """Answers of a uniform router to the reads of counts, by the name of the read. It routes a half of a micro-batch, if
+    the layers run on halves, or a `whole` one, until `route` sets another number of tokens."""
 
-    def __init__(self, config: Config, layout: PlannedLayout, rank: int) -> None:
+    def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
-        tokens = config.train.micro_batch * config.data.seq_len // (1 + config.parallel.two_batch_overlap)
-        tokens_G = [tokens * share for share in group_shares(layout.groups, {})]
-        self.tokens_of_groups = list(zip(layout.groups, tokens_G, strict=True))
+        tokens = config.train.micro_batch * config.data.seq_len // (1 + (config.parallel.two_batch_overlap and not whole))
+        self.groups = layout.groups
+        self.route(tokens)
+
+    def route(self, tokens: int) -> None:
+        """Sets the number of tokens that a layer routes on this rank; modalities have equal shares."""
+        tokens_G = [tokens * share for share in group_shares(self.groups, {})]
+        self.tokens_of_groups = list(zip(self.groups, tokens_G, strict=True))
         self.pairs_E = [
             tokens * group.expected_experts_per_token / group.num_experts
             for group, tokens in self.tokens_of_groups
@@ -149,26 +160,67 @@ class Uniform:
 def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
     """Makes the recorder know which part of the model runs, in forward and in backward. Returns the number of layers with
     each part."""
-    parts = [("model", model)]
-    for layer in model.layers:  # pyright: ignore
+    names = []
+
+    def at(name: str, layer: int) -> None:
+        recorder.part, recorder.memory.layer = name, layer
+
+    def enter(name: str, layer: int) -> None:
+        at(name, layer)
+        if name == "model":
+            recorder.phase = "forward"
+
+    def leave(name: str, layer: int, output: Any) -> None:
+        """Its gradient comes first in the part's backward."""
+        out = output[0] if isinstance(output, tuple) else output
+        if out.requires_grad:
+            out.register_hook(lambda _: at(name, layer))
+        recorder.part = "model" if name != "model" else "loss"
+
+    def in_halves(name: str, layer: int, steps: Any) -> Any:
+        """`MoELayer.steps`, whose exchanges divide it; the chain passes between its pieces."""
+
+        def run(*args: Any) -> Any:
+            chain, pieces = args[3], steps(*args)
+            while True:
+                enter(name, layer)
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    leave(name, layer, end.value)
+                    return end.value
+                leave(name, layer, chain.end)
+                yield
+
+        return run
+
+    def watch(name: str, layer: int, module: nn.Module) -> None:
+        names.append(name)
+        module.register_forward_pre_hook(
+            lambda *_: enter(name, layer), prepend=True
+        )  # before FSDP2's own hook, which gathers
+        module.register_forward_hook(lambda *every: leave(name, layer, every[2]))
+        if name == "model" or not model.in_halves:
+            return
+        if name == "moe":
+            module.steps = in_halves(name, layer, module.steps)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        forward = module.forward
+
+        def run(*args: Any) -> Any:  # halves call no hooks
+            enter(name, layer)
+            made = forward(*args)
+            leave(name, layer, made)
+            return made
+
+        module.forward = run
+
+    for number, layer in enumerate(model.layers):  # pyright: ignore
         assert isinstance(layer, Layer)
-        parts += [("attention", layer.attention), ("moe", layer.moe) if layer.has_experts else ("ffn", layer.ffn)]
-    for name, module in parts:
-
-        def enter(_module: Any, _inputs: Any, name: str = name) -> None:
-            recorder.part = name
-            if name == "model":
-                recorder.phase = "forward"
-
-        def leave(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-            out = output[0] if isinstance(output, tuple) else output
-            if out.requires_grad:
-                out.register_hook(lambda _: setattr(recorder, "part", name))
-            recorder.part = "model" if name != "model" else "loss"
-
-        module.register_forward_pre_hook(enter, prepend=True)  # before FSDP2's own hook, which gathers
-        module.register_forward_hook(leave)
-    return Counter(name for name, _ in parts[1:])
+        watch("attention", number, layer.attention)
+        watch(*(("moe", number, layer.moe) if layer.has_experts else ("ffn", number, layer.ffn)))
+    watch("model", 0, model)
+    return Counter(names[:-1])
 
 
 def batch_of(config: Config) -> Batch:
@@ -189,8 +241,31 @@ class _NoMeta:
         return torch.device("cuda:0") if args == ("meta",) else torch.device(*args)
 
 
-def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Counted:
-    """Builds the model, takes two steps, and returns the counts of the second."""
+@dataclass(frozen=True)
+class Built:
+    """A model on fake CUDA tensors with its training step, as one rank has them.
+
+    Attributes:
+        manifest: Has names of modalities, and no token ids.
+        told: Seconds in exchanges that the busy clock subtracted, one number for each step.
+    """
+
+    config: Config
+    layout: PlannedLayout
+    manifest: Any
+    mesh: Mesh
+    recorder: fake_cuda.Recorder
+    training: build.Training
+    told: list[float]
+
+    @property
+    def aux(self) -> AuxSettings:
+        return AuxSettings(self.config.loss.balance.kind, 0.01, self.config.loss.z)
+
+
+@contextmanager
+def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterator[Built]:
+    """Builds the model as rank `rank` of `ranks`. The stand-ins stay until the end of the block."""
     config = scaled(overrides, path, ranks)
     layout, recorder = layout_without_data(config), fake_cuda.Recorder()
     uniform = Uniform(config, layout, rank)
@@ -199,35 +274,50 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
         recorder.read(name)
         return uniform(stats, name, counts)
 
+    real_route = MoELayer._route
+
+    def route(layer: MoELayer, x_TD: Tensor, *args: Any) -> Any:  # evaluation and mixture of depths have other sizes
+        uniform.route(len(x_TD))
+        return real_route(layer, x_TD, *args)
+
     told: list[float] = []
     with ExitStack() as stack:
         stack.enter_context(fake_cuda.stand_ins(recorder))
         seconds = mock.patch.object(step._BusyClock, "seconds", lambda clock, waited: told.append(waited) or 0.0)
         stack.enter_context(seconds)
         stack.enter_context(mock.patch.object(CommStats, "to_host", to_host))
+        stack.enter_context(mock.patch.object(MoELayer, "_route", route))
         stack.enter_context(mock.patch.object(build, "torch", _NoMeta()))
         stack.enter_context(mock.patch.object(parallelize, "_wrap_ddp", lambda model, mesh: model))
         pretend_world(rank=rank, world_size=ranks)
+        stack.callback(dist.destroy_process_group)
         size = config.parallel.dispatch.node_size
         mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cuda:0"), timeout=TIMEOUT, ranks_per_node=size)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         names = [name for group in layout.groups for name in group.modalities]
-        manifest: Any = SimpleNamespace(modalities={name: () for name in dict.fromkeys(names)})
+        modalities = {name: () for name in dict.fromkeys(names)}
+        manifest: Any = SimpleNamespace(modalities=modalities, pad_id=0)
         training = build.build_training(config, manifest, layout.placement, mesh)
-        model = training.parallel.model
-        layers = watch_parts(model, recorder)
-        aux = AuxSettings(config.loss.balance.kind, 0.01, config.loss.z)
+        yield Built(config, layout, manifest, mesh, recorder, training, told)
+
+
+def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Counted:
+    """Builds the model, takes two steps, and returns the counts of the second."""
+    with built(path, rank, ranks, overrides) as each:
+        config, recorder, training = each.config, each.recorder, each.training
+        layers = watch_parts(training.parallel.model, recorder)
 
         def take(number: int, micro_batches: int) -> Any:
             recorder.part = recorder.phase = "step"
             before = recorder.work.copy(), recorder.sent.copy()
             with recorder:
-                training.step([batch_of(config) for _ in range(micro_batches)], lr=1e-4, aux=aux, number=number)
+                training.step([batch_of(config) for _ in range(micro_batches)], lr=1e-4, aux=each.aux, number=number)
             return recorder.work - before[0], recorder.sent - before[1]
 
         take(0, MICRO_BATCHES)
         for counter in (recorder.kernels, recorder.num_bytes, recorder.collectives, recorder.syncs, recorder.copies):
             counter.clear()
+        recorder.memory.clear()
         work, sent = take(1, MICRO_BATCHES)
         counted = Counted(
             config=config.run.name,
@@ -242,8 +332,12 @@ def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Co
             mixed=dict(recorder.mixed),
             sorted_sums=dict(recorder.sorted_sums),
             order=" ".join(recorder.order),
-            tracked=len(mesh.tracker._unfinished),
-            exchange_seconds=told[-1],
+            tracked=len(each.mesh.tracker._unfinished),
+            exchange_seconds=each.told[-1],
+            memory={
+                " ".join(at): (recorder.memory.grown[at], most, recorder.memory.layer_of_most[at])
+                for at, most in recorder.memory.most.items()
+            },
             work=_listed(work),
             sent=_listed(sent),
         )

@@ -125,10 +125,10 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     nulls = [f"model.moe.groups.{name}.num_null=8" for name in ("text", "image")]  # half of the choices are null
     changes = [f"parallel.ep={mesh.ep_size}", groups, *nulls, "model.moe.router.normalise=true_chosen"]
     config = load_config(DEFAULT_JOB, changes)
-    batches = _random_batches(config, mesh, effort.seed)
+    batches = random_batches(config, mesh, effort.seed)
     steps = {
-        "ours": _training_step(config, mesh, None),
-        **{name: _training_step(config, mesh, variant) for name, variant in variants(nulls=True).items()},
+        "ours": training_step(config, mesh, None),
+        **{name: training_step(config, mesh, variant) for name, variant in variants(nulls=True).items()},
     }
     aux = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
     contenders = {name: (lambda step=step: step(batches, lr=LEARNING_RATE, aux=aux)) for name, step in steps.items()}
@@ -141,7 +141,7 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     return measured_row(contenders, mesh, effort, hidden=config.model.hidden_dim, point=shape, pairs=pairs)
 
 
-def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
+def random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
     """Draws this rank's micro-batches of one step: half of the documents are random text tokens, half picture codes."""
     vocabulary = config.model.vocab_size
     boundary = vocabulary * 8 // 9
@@ -156,7 +156,7 @@ def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
     return [maker.make(rows[at : at + size]) for at in range(0, count, size)]
 
 
-def _training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
+def training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
     """Makes a training step over a new model. Its MoE layers are ours if `variant` is None, else Megatron-Core's."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
@@ -170,7 +170,7 @@ def _training_step(config: Config, mesh: Mesh, variant: Variant | None) -> Train
                 moe.norm, moe.router, placement, variant, hidden=config.model.hidden_dim, ep_rank=mesh.ep_rank
             )
             copy_experts(moe.experts, theirs.experts)
-            layer.moe = theirs
+            layer.moe = theirs.to(mesh.device)
     parameters = split_parameters(model, weight_decay=0.1)
     optimizer = make_optimizer(parameters, backend="torch", lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
     return TrainingStep(

@@ -1,8 +1,8 @@
 """Takes training steps of several layouts in turn on this machine, and stores their seconds, bytes, memory and choices.
 
 The processes of each number of ranks stay alive, and wait on a pipe while others work. So a round visits all layouts within
-minutes, and other load of the machine meets all layouts alike. Each visit is one line of `visits.jsonl`; what the file has
-is not measured again. A step is timed as `Trainer` times it, without the record and the sinks. The learning rate is 0, so
+minutes, and other load of the machine affects all layouts alike. Each visit is one line of `visits.jsonl`; visits in this
+file are not repeated. A step is timed as `Trainer` times it, without the record and the sinks. The learning rate is 0, so
 that the routing of later rounds is that of the first.
 """
 
@@ -27,7 +27,7 @@ from tools.bench.ranks import RANK_ENV
 from tools.bench.workloads import WorkloadShape, workload_step
 
 TIMEOUT = 900.0
-FIRST, STEPS = 1, 7  # steps of a visit that are not timed, and that are
+FIRST, STEPS = 1, 7  # numbers of untimed and of timed steps of a visit
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Ranks:
 
 @dataclass(frozen=True)
 class Visit:
-    """What one rank found.
+    """The measurements of one rank in a visit.
 
     Attributes:
         seconds, cpu: Wall time and CPU time of each timed step.
@@ -157,7 +157,7 @@ def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         job = make()
-        job.take()  # makes the optimizer's state
+        job.take()  # the first step allocates the optimizer's state
         with record_function("counted step"):
             job.take()
     events = profiled.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]

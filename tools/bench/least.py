@@ -1,10 +1,10 @@
 """The fewest FLOPs of a training step, and the fewest bytes that its parts can read and write.
 
-All tensors between operations have the compute dtype. Each product reads its factors once and writes its result once; those
-with the same input are one product. Norms, rotary embeddings, SwiGLU and residuals are part of the products beside them.
-Logits are never in memory, and attention keeps no scores. One kernel packs the rows to send, one sums each row's pairs, one
-sums each token's rows. Nothing is computed again. Shape letters: T tokens of the rank, D hidden size, F hidden width of an
-expert.
+All tensors between operations have the compute dtype. Each product reads its factors once and writes its result once;
+products with the same input count as one. Norms, rotary embeddings, SwiGLU and residuals are part of the products beside
+them. Logits are never in memory, and attention keeps no scores. One kernel packs the rows to send, one sums each row's
+pairs, one sums each token's rows. Nothing is computed again. Shape letters: T tokens of the rank, D hidden size, F hidden
+width of an expert.
 """
 
 from moe_dist.config.schema import Config
@@ -14,13 +14,12 @@ from moe_dist.plan.preflight import PlannedLayout
 from tools.bench.fake_step import Uniform
 
 Key = tuple[str, str]  # part and phase
-OPTIMIZER = (
-    32  # bytes of a parameter in fp32: weight, gradient and moments are read, three of them written; the norm's read
-)
+OPTIMIZER = 32  # bytes of a parameter in fp32: reads of weight, gradient and two moments, three writes, the norm's read
 
 
 def least_flops(config: Config, layout: PlannedLayout) -> dict[Key, float]:
-    """FLOPs of one micro-batch on a mean rank, over all layers. Attention skips the positions after a token's own."""
+    """The fewest FLOPs of one micro-batch on an average rank, over all layers, by part and phase. Attention skips the
+    positions after a token's own."""
     model, tokens = config.model, config.train.micro_batch * config.data.seq_len
     shares = dict(zip((group.name for group in layout.groups), group_shares(layout.groups, {}), strict=True))
     taken = flops.expected_experts(layout.groups)
@@ -36,19 +35,19 @@ def least_flops(config: Config, layout: PlannedLayout) -> dict[Key, float]:
 
 
 def masked_scores(config: Config) -> float:
-    """Forward FLOPs of a token for positions after its own. `flops` counts them, and a kernel for causal attention skips
-    them."""
+    """Forward FLOPs of a token's attention scores for positions after its own. `moe_dist.plan.flops` counts these FLOPs; a
+    kernel for causal attention skips them."""
     return config.model.num_layers * config.model.attention.score_width(config.model) * config.data.seq_len
 
 
 def least_bytes(config: Config, layout: PlannedLayout, rank: int) -> dict[Key, float]:
-    """Bytes of one micro-batch on this rank, over all layers, and of a step's update. For models without LoRA, shared
-    experts and mixture of depths."""
+    """The fewest bytes that a rank reads and writes in memory, by part and phase: those of one micro-batch over all layers,
+    and those of a step's optimizer update. For models without LoRA, shared experts and mixture of depths."""
     model, item = config.model, memory.ITEMSIZE[config.parallel.precision]
     tokens, dim = config.train.micro_batch * config.data.seq_len, model.hidden_dim
     widths, ffn = model.attention_widths, model.dense_ffn_dim or 0
     weights, results = sum(i * o for i, o in widths.values()), sum(o for _, o in widths.values())
-    inputs = sum(i for name, (i, _) in widths.items() if name not in ("k", "v", "kv_down"))  # which share that of queries
+    inputs = sum(i for name, (i, _) in widths.items() if name not in ("k", "v", "kv_down"))  # k and v read the input of q
     products, heads = tokens * (inputs + results) + weights, widths["o"][0]
     scores = tokens * (results - dim + heads)  # query, key, value and output
     vocabulary, stream = model.vocab_size * dim, tokens * dim
@@ -67,8 +66,9 @@ def least_bytes(config: Config, layout: PlannedLayout, rank: int) -> dict[Key, f
 
 
 def experts(config: Config, layout: PlannedLayout, rank: int) -> dict[str, float]:
-    """Elements that the experts of one MoE layer read and write, by phase: their products, and the rows around them."""
-    uniform, dim, ranks = Uniform(config, layout, rank), config.model.hidden_dim, config.parallel.ep
+    """Number of elements that the experts of one MoE layer read and write, by phase: in matrix products, and in packing and
+    summing rows."""
+    uniform, dim, ranks = Uniform(config, layout, rank, whole=True), config.model.hidden_dim, config.parallel.ep
     width_E = [group.ffn_dim for group in layout.groups for _ in group.experts]
     slots = layout.placement.slots[uniform.own]
     own, *pairs = uniform.entry(uniform.own)

@@ -1,4 +1,4 @@
-"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `megatron_cpu`
+"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `cpu_trial`
 replaces its names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
 
     default     expects K experts for each token
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.moe.layer import Router
 from moe_dist.moe.routing import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
@@ -60,16 +60,8 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         use_cpu_initialization=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
         moe_permute_fusion=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **PLAIN,
     )
 
 
@@ -101,7 +93,7 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
     shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to an added last column
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
-    taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
+    taken = torch.zeros(shape, dtype=torch.bool, device=expert_TK.device).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
 
 
@@ -130,6 +122,8 @@ def megatron_dispatch(case: Case, variant: Variant) -> Run:
 
 class MegatronMoE(nn.Module):
     """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s."""
+
+    _column_E: Tensor
 
     def __init__(
         self,
@@ -161,7 +155,7 @@ class MegatronMoE(nn.Module):
         self.norm, self.router, self.experts = norm, router, layer.experts
         self.remapped = variant.remapped
         self._dispatcher = layer.token_dispatcher
-        self._column_E = column_of_expert(placement)
+        self.register_buffer("_column_E", column_of_expert(placement), persistent=False)
         self._group_of_E = torch.tensor([i for i, group in enumerate(groups) for _ in range(group.num_experts)])
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:

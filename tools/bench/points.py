@@ -38,7 +38,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # without nulls; as many choices in total as taken_TK has of experts, evenly over tokens
+    equal_active_TK: np.ndarray  # as many experts in total as taken_TK, divided evenly among the tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 

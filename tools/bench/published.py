@@ -18,7 +18,8 @@ from moe_dist.plan.rows import Expected
 
 
 class Row(NamedTuple):
-    """A published measurement. `measured`: tokens/s of a GPU; `between`: bytes/s of a GPU to other nodes of `node` GPUs."""
+    """A published measurement. `measured`: tokens/s of a GPU; `between`: bytes/s of a GPU to other nodes; a node has `node`
+    GPUs."""
 
     model: str
     source: str
@@ -81,6 +82,7 @@ def tokens_per_second(row: Row) -> tuple[float, float]:
         f"train.micro_batch={row.micro}",
         f"parallel.ep={row.ep}",
         f"parallel.edp={row.gpus // row.ep}",
+        "parallel.two_batch_overlap=false",  # which the planner does not time
     ]
     config = load_config("olmoe_1b7b_8gpu", overrides)
     peak = peak_tflops(row.card)

@@ -93,8 +93,9 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
     try:
         import torch
 
+        from moe_dist.megatron.cpu_trial import megatron_on_cpu
+        from moe_dist.megatron.process_groups import model_parallel
         from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
-        from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
         torch.set_num_threads(1)
         cpu = torch.device("cpu")

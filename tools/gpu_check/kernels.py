@@ -1,4 +1,5 @@
-"""Holds each Triton kernel to operations of torch in float64, by values and gradients, and to the trial of a run's start.
+"""Compares values and gradients of each Triton kernel with operations of torch in float64, and runs the trial of a run's
+start.
 
 Shape letters: Q (token, expert) pairs, R rows, D hidden size.
 """
@@ -32,10 +33,12 @@ def kernels(job: CheckJob) -> list[Reading]:
     device, readings = torch.device(job.device), []
     if reason := why_not_triton(device, torch.bfloat16):
         raise NotPossibleError(reason)
+    from moe_dist.model.kernels import trial as dense_trial
+    from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
     for dtype, most in MOST.items():
-        if reason := trial.why_not(TRITON, device, dtype):
+        if reason := trial.why_not(TRITON, device, dtype) or dense_trial.why_not(DENSE, device, dtype):
             raise AssertionError(reason)
         for name, run in {"gather": _gather, "weighted pairs": _weighted_pairs, "sums of rows": _sum_rows}.items():
             shapes = SHAPES if job.rehearse else (*SHAPES, *LARGE_SHAPES)

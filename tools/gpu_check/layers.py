@@ -4,7 +4,8 @@ Shape letters: T tokens, D hidden size, B sequences, S positions.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from moe_dist.config.load import load_config
 from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts import ExpertGemm, Experts
 from moe_dist.moe.kernels.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.static_experts import StaticExperts
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.own_model import build_moe_layer
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher, room_for
 from tools.gpu_check.kernels import difference
-from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
+from tools.gpu_check.training import MODES, RandomRun, configure
 
 CONFIG = "adamoe_moma_small_1gpu"
 MOST = {"fp32": 1e-5, "bf16": 0.03}
@@ -40,6 +44,7 @@ DISPATCH = (
     "kind: hierarchical, ranks_per_node: 1",
     "kind: hierarchical, ranks_per_node: WORLD",
 )
+ROOM = 1.5  # the default of parallel.dispatch.room
 CASES = ("uneven tokens", "a rank without tokens", "all null", "one expert takes all")
 
 
@@ -55,16 +60,29 @@ def single_group(experts: int, null: int, top_k: int, ffn: int) -> tuple[ExpertG
     return (ExpertGroup("text", experts, null, top_k, ffn, 0, ("text",)),)
 
 
-def make_layer(hidden: int, groups: Any, *, gemm: ExpertGemm = "auto", kernels: RowKernels = TORCH) -> MoELayer:
-    """A layer with all experts, whose weights are the same for any device, kernels and dtype."""
-    placement = ExpertPlacement.interleaved(groups, 1)
-    layer = MoELayer(
-        norm=nn.Identity(),
-        router=TopKRouter(hidden, groups, kernels=kernels),
-        experts=Experts(hidden, groups, [group.num_experts for group in groups], gemm=gemm, kernels=kernels),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(None, CommStats()), kernels=kernels),
-    )
-    generator = torch.Generator().manual_seed(1)
+def make_layer(
+    hidden: int,
+    groups: Any,
+    *,
+    gemm: ExpertGemm = "auto",
+    kernels: RowKernels = TORCH,
+    mesh: Mesh | None = None,
+    made_on: str | torch.device = "cpu",
+) -> MoELayer:
+    """A layer with all experts, or with those of a rank. Its weights are the same for any kernels, and drawn on `made_on`:
+    the CPU, where they are the same for all cards, or a GPU, where large ones take less time."""
+    rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
+    placement = ExpertPlacement.interleaved(groups, ranks)
+    local = [len(placement.local_experts(rank, group)) for group in groups]
+    wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
+    with torch.device(made_on):
+        layer = MoELayer(
+            norm=nn.Identity(),
+            router=TopKRouter(hidden, groups, kernels=kernels),
+            experts=Experts(hidden, groups, local, gemm=gemm, kernels=kernels),
+            dispatcher=AllToAllDispatcher(placement, wire, kernels=kernels),
+        )
+    generator = torch.Generator(made_on).manual_seed(1 + rank)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0.0, hidden**-0.5, generator=generator)
@@ -77,11 +95,14 @@ def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | Non
     x_TD = x_TD.detach().requires_grad_()
     layer.zero_grad(set_to_none=True)
     y_TD, _ = layer(x_TD, group_T)
-    if direction_TD is None:
-        direction_TD = torch.cos(torch.arange(y_TD.numel())).view(y_TD.shape).to(y_TD)  # CUDA's cos has other last bits
-    y_TD.backward(direction_TD)
+    y_TD.backward(same_direction(y_TD) if direction_TD is None else direction_TD)
     grads = [parameter.grad for parameter in layer.parameters()]
     return [y_TD.detach(), *(each for each in (x_TD.grad, *grads) if each is not None)]
+
+
+def same_direction(y_TD: Tensor) -> Tensor:
+    """A gradient for an output [T, D], the same for any device."""
+    return torch.cos(torch.arange(y_TD.numel())).view(y_TD.shape).to(y_TD)  # CUDA's cos has other last bits
 
 
 def layer(job: CheckJob) -> list[Reading]:
@@ -104,9 +125,10 @@ def layer(job: CheckJob) -> list[Reading]:
 
 
 def dispatch(job: CheckJob) -> list[Reading]:
-    """On one GPU two ranks share it, over gloo."""
-    world = max(2, job.gpus)
-    found = on_ranks(_dispatched, job, world=world)
+    """The largest relative differences on 2, 4 and 8 ranks, and on all GPUs; a rehearsal has two ranks. Ranks share GPUs if
+    there are fewer, and then communicate over gloo."""
+    worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
+    found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
 
 
@@ -180,7 +202,8 @@ def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequen
 
 
 def attention(job: CheckJob) -> list[Reading]:
-    """Packed documents, grouped-query attention, a window; on CUDA by compiled flex attention."""
+    """Compares grouped-query attention inside packed documents, with and without a window; on CUDA it is compiled flex
+    attention."""
     device, readings = torch.device(job.device), []
     length, width = (48, 16) if job.rehearse else (1024, 64)
     generator = torch.Generator().manual_seed(3)
@@ -206,21 +229,62 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def syncs(job: CheckJob) -> list[Reading]:
-    """Counts the waits of the host in forward and backward of a layer, which torch warns of."""
-    if job.rehearse:
-        raise NotPossibleError("torch counts syncs of CUDA only")
-    made = make_layer(
-        512, single_group(8, 4, 3, 768), kernels=triton_or_none(torch.device("cuda"), torch.bfloat16) or TORCH
-    )
-    made, x_TD = made.to("cuda"), torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16)
-    group_T = _groups(1024, "cuda")
-    for _ in range(2):
-        passes(made, x_TD, group_T, x_TD)
+    """Counts the waits of the host, which torch warns of: in forward and backward of a layer, also with exchanges of fixed
+    sizes. A rehearsal counts nothing, because only CUDA has waits."""
+    tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
+    device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
+    # The interpreter takes long, and other checks rehearse the kernels.
+    kernels = None if job.rehearse else triton_or_none(device, torch.bfloat16)
+    known = make_layer(hidden, groups, kernels=kernels or TORCH).to(device)
+    x_TD = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+    group_T, readings = _groups(tokens, device), []
+    fixed = static_layer(known, hidden, groups, tokens).to(device)
+    for name, made, most in (("sizes read", known, 1), ("fixed sizes", fixed, 0)):
+        if not job.rehearse:  # compiles kernels
+            passes(made, x_TD, group_T, x_TD)
+        with counted_waits(device) as waits:
+            passes(made, x_TD, group_T, x_TD)
+        readings.append(Reading(f"syncs of a layer, {name}", len(waits), most=most))
+    (found, most) = on_ranks(_step_waits, job, world=1)[0]
+    return [*readings, Reading("syncs of a step with two micro-batches", found, most=most)]
+
+
+def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
+    """The waits of a step, and how many there may be: one in each layer and micro-batch, and two at the end."""
+    config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
+    run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
+    run.take(2)
+    with counted_waits(mesh.device) as waits:
+        run.take(1)
+    print("\n".join(waits))
+    return len(waits), batches * len(config.model.moe_layers) + 2
+
+
+@contextmanager
+def counted_waits(device: torch.device) -> Iterator[list[str]]:
+    """Collects torch's warnings of waits inside the block; none on a CPU."""
+    waits: list[str] = []
+    on_gpu = device.type == "cuda"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        passes(made, x_TD, group_T, x_TD)
-        torch.cuda.set_sync_debug_mode("default")
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
     # The mode itself warns once that it is a prototype, so only this text counts.
-    waits = sum("called a synchronizing" in str(each.message) for each in caught)
-    return [Reading("syncs, forward and backward", waits, most=1)]
+    waits += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
+
+
+def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Mesh | None = None) -> MoELayer:
+    """A layer with exchanges of fixed sizes, and with the router, the weights and the kernels of `like`."""
+    rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
+    placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
+    local = [len(placement.local_experts(rank, group)) for group in groups]
+    experts = StaticExperts(hidden, groups, local, kernels=kernels)
+    experts.load_state_dict(like.experts.state_dict())
+    wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
+    dispatcher = StaticDispatcher(placement, wire, room=room_for(placement, tokens, room=ROOM), kernels=kernels)
+    return MoELayer(norm=like.norm, router=like.router, experts=experts, dispatcher=dispatcher)

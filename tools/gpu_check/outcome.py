@@ -1,4 +1,4 @@
-"""The input of a check (`CheckJob`), its readings with the bars that they must keep, and its outcome."""
+"""The input of a check (`CheckJob`), its readings with their limits (called bars), and its outcome."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class CheckJob:
-    """What to check, and with which sizes. Each check's process gets a copy.
+    """Settings of a check. Each check's process gets a copy.
 
     Attributes:
         gpus: Number of ranks, and on CUDA of GPUs.
@@ -81,7 +81,7 @@ class Outcome:
 
     Attributes:
         verdict: One of four words, which docs/gpu.md explains.
-        reason: The readings that missed their bars, the error, or what the machine lacks; empty if the check passed.
+        reason: The readings outside their bars, the error, or the thing that the machine lacks; empty if the check passed.
         seconds: Time that the check took.
     """
 
@@ -92,7 +92,7 @@ class Outcome:
 
     @classmethod
     def of(cls, readings: Sequence[Reading]) -> "Outcome":
-        """Judges readings: the check passes if all of them keep their bars."""
+        """Judges readings: the check passes if all readings are within their bars."""
         missed = [str(each) for each in readings if not each.good]
         return cls("fail" if missed else "pass", "; ".join(missed), readings=tuple(readings))
 

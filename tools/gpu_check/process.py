@@ -59,7 +59,8 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """The beginning of what faulthandler wrote, which has the innermost call first; else the end of the text."""
+    """Returns the beginning of faulthandler's output, which has the innermost call first; without such output the end of
+    the text."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 
@@ -134,7 +135,7 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
                     values[rank], error = json.loads(file.read_text())
                 else:
                     error = f"{_end(ended.exitcode)}: {_quoted(log.read_text()) if log.is_file() else ''}"
-                if error:  # its peers may wait for it
+                if error:  # other ranks may wait for this rank
                     kind = NotPossibleError if error.startswith(NotPossibleError.__name__) else RuntimeError
                     raise kind(f"rank {rank} of {world} on {device}: {error}")
     finally:

@@ -1,4 +1,5 @@
-"""Measures rates of the card, and the times of kernels, products and layers over the least that these rates allow.
+"""Measures rates of the card, and the times of kernels, products and layers divided by the least times that these rates
+allow.
 
 Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs with null ones, D hidden size, F hidden width of experts,
 E experts, K choices of a token.
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
+from moe_dist.megatron.cpu_trial import megatron_on_cpu
+from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.experts import grouped_product, why_not_grouped
 from moe_dist.moe.kernels.choice import why_not_triton
@@ -19,26 +22,37 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts
-from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
+from tools.gpu_check.profiled import profiled
 
 BF16 = 2  # bytes
 TIMED_SECONDS = 0.5  # of each measurement
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
+SHAPES = {  # T, D, F, E and K of other models
+    "Mixtral": (8192, 4096, 14336, 8, 2),
+    "DeepSeek-V3, 32 of 256 experts": (16_384, 7168, 2048, 32, 2),
+    "MoMa, a group": (16_384, 2048, 5440, 4, 1),
+    "OLMoE, 32,768 tokens": (32_768, 2048, 1024, 64, 8),
+}
+OLMOE = "OLMoE"
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
-H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of the 3.35e12 B/s and 989e12 FLOP/s of its data sheet
+H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of its data sheet's 3.35e12 B/s and 989e12 FLOP/s
 
 
-def seconds_of(job: CheckJob, run: Callable[[], Any]) -> float:
+def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
     """Median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches overlap with
-    work. In a rehearsal it times one run."""
+    work. In a rehearsal it times one run.
+
+    Args:
+        times: Number of runs, equal on all ranks, for a run with collectives; their mean is returned.
+    """
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median
     run()  # compiles; the timer chooses the number of queued runs by the time of its own first one
-    return timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
+    return timer.timeit(times).mean if times else timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
@@ -78,6 +92,10 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
     """The bytes are those that a kernel must read and write; a row that several pairs use is read for each."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
+    from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
+    from moe_dist.model.kernels.norm import rms_norm, rms_norm_backward
+    from moe_dist.model.kernels.normed_rotary import normed_rotary, normed_rotary_backward
+    from moe_dist.model.kernels.rotary import rotate
     from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
     from moe_dist.moe.kernels.gather import gather_rows
     from moe_dist.moe.kernels.row_sum import row_sum
@@ -108,6 +126,21 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
             0.0,
         ),
     }
+    V, heads = (64, 2) if job.rehearse else (50304, 16)
+    norm_D, words, labels = torch.rand(D, device=job.device), drawn(job, T, V), row_Q[:T] % V
+    x, tables = table.view(T, heads, D // heads), [torch.rand(T, D // heads // 2, device=job.device) for _ in range(2)]
+    loss, log_z = cross_entropy(words, labels)
+    half = BF16 * T * D
+    measured |= {
+        "rms_norm": (lambda: rms_norm(table, norm_D, 1e-5, False), 2 * half, 0.7),
+        "rms_norm, for the router": (lambda: rms_norm(table, norm_D, 1e-5, True), 4 * half, 0.7),
+        "rms_norm_backward": (lambda: rms_norm_backward(table, None, table, norm_D, 1e-5), 3 * half, 0.7),
+        "rotate": (lambda: rotate(x, *tables, False, False), 2 * half, 0.7),
+        "normed_rotary": (lambda: normed_rotary(x, norm_D, *tables, 1e-5, False), 2 * half, 0.7),
+        "normed_rotary_backward": (lambda: normed_rotary_backward(x, x, norm_D, *tables, 1e-5, False), 3 * half, 0.7),
+        "cross_entropy": (lambda: cross_entropy(words, labels), BF16 * T * V, 0.7),
+        "cross_entropy_backward": (lambda: cross_entropy_backward(words, labels, log_z, loss), 2 * BF16 * T * V, 0.7),
+    }
     readings = []
     for name, (run, num_bytes, least) in measured.items():
         seconds = seconds_of(job, run)
@@ -131,44 +164,67 @@ def grouped(job: CheckJob) -> list[Reading]:
 
 
 def layer_rate(job: CheckJob) -> list[Reading]:
-    """Forward and backward of one OLMoE layer with all experts here. The least time is that of its matrix products at the
-    dense rate, and of the bytes at the copy rate that gathers, SwiGLU and sums must read and write."""
-    gemm, copy, (T, D, F, _, K) = job.rate("gemm"), job.rate("copy"), sizes(job)
-    Q = T * K
-    forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements of gather, SwiGLU and sum
-    backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum has the rows of gate's and of up's gradient
-    flops = 3 * 3 * 2 * Q * D * F  # gate, up and down; each with two products in backward
-    least = flops / gemm + BF16 * (forward + backward) / copy
+    """Forward and backward of one layer with all experts here, in the shapes of four models. The least time is that of its
+    matrix products at the dense rate, and of the bytes at the copy rate that gathers, SwiGLU and sums must read and write.
+    """
+    gemm, copy, readings = job.rate("gemm"), job.rate("copy"), []
     found = on_ranks(_layer_seconds, job, world=1)[0]
-    readings = [
-        job.timed("forward and backward", found["ours"] * 1e3, "ms"),
-        job.timed("its least time", least * 1e3, "ms"),
-        job.timed("seconds / least", found["ours"] / least, most=1.25),
-    ]
-    if "megatron" in found:
-        readings.append(job.timed("ours / Megatron-Core's sequential experts", found["ours"] / found["megatron"], most=1.0))
+    for name, (T, D, F, _, K) in layer_shapes(job).items():
+        Q, each = T * K, found[name]
+        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements of gather, SwiGLU and sum
+        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum has the rows of gate's and of up's gradient
+        flops = 3 * 3 * 2 * Q * D * F  # gate, up and down; each with two products in backward
+        least = flops / gemm + BF16 * (forward + backward) / copy
+        readings += [
+            job.timed(f"{name}: router", each["router"] * 1e3, "ms"),
+            job.timed(f"{name}: plan", each["plan"] * 1e3, "ms"),
+            Reading(f"{name}: kernels of forward and backward", each["launches"]),
+            job.timed(f"{name}: forward and backward", each["ours"] * 1e3, "ms"),
+            job.timed(f"{name}: its least time", least * 1e3, "ms"),
+            job.timed(f"{name}: seconds / least", each["ours"] / least, most=1.25),
+        ]
+        if "megatron" in each:
+            ratio = each["ours"] / each["megatron"]
+            readings.append(job.timed(f"{name}: ours / Megatron-Core's sequential experts", ratio, most=1.0))
     return readings
+
+
+def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
+    """T, D, F, E and K of each model. With experts of one rank of many, T has the tokens that reach them."""
+    return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
 
 
 def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
     """A layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
-    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH).to(device)
+    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
     made.experts.to(torch.bfloat16)
     return made
 
 
-def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    T, D, F, E, K = sizes(job)
-    device, groups = mesh.device, single_group(E, 0, K, F)
-    ours = _bf16_layer(D, groups, device)
-    x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
-    found = {"ours": seconds_of(job, lambda: passes(ours, x_TD, group_T, x_TD))}
-    try:
-        found["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
-    except Exception as error:  # what fails in Megatron-Core on a GPU is no fault of this project
-        if job.rehearse and not isinstance(error, ImportError):
-            raise
-        print(f"Megatron-Core is not measured: {type(error).__name__}: {error}")
+def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, (T, D, F, E, K) in layer_shapes(job).items():
+        ours = _bf16_layer(D, single_group(E, 0, K, F), mesh.device)
+        x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=mesh.device)
+        pairs = ours.router(x_TD, group_T)[0]
+
+        def run(ours: MoELayer = ours, x_TD: torch.Tensor = x_TD, group_T: torch.Tensor = group_T) -> Any:
+            return passes(ours, x_TD, group_T, x_TD)
+
+        found[name] = {
+            "ours": seconds_of(job, run),
+            "router": seconds_of(job, lambda ours=ours, x_TD=x_TD, group_T=group_T: ours.router(x_TD, group_T)),
+            "plan": seconds_of(job, lambda ours=ours, pairs=pairs, T=T: ours.dispatcher.plan(pairs, T)),
+            "launches": profiled(job, run).launches,
+        }
+        if name != OLMOE:
+            continue
+        try:
+            found[name]["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
+        except Exception as error:  # an error in Megatron-Core on a GPU is no fault of this project
+            if job.rehearse and not isinstance(error, ImportError):
+                raise
+            print(f"Megatron-Core is not measured: {type(error).__name__}: {error}")
     return found
 
 
@@ -183,7 +239,8 @@ def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: tor
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
-    """Milliseconds of forward and backward as null experts, beside 8 others, take up to about 0.9 of the choices."""
+    """Measures the milliseconds of forward and backward with 8 true experts, while null experts take 0 to about 0.9 of the
+    choices."""
     T, D, F, _, K = sizes(job)
     device, experts = torch.device(job.device), 8
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Runs the checks in order within a time budget, writes results after each, and goes on with the results of a cut run."""
+"""Runs the checks in order within a time budget, writes results after each, and continues an interrupted run."""
 
 import json
 import platform
@@ -25,7 +25,7 @@ class Check:
     Attributes:
         target: Function 'module:name' that takes a `CheckJob` and returns its readings.
         seconds: Time limit, several times what the check should take on a GPU.
-        says: What the check compares or measures, for the printed table.
+        says: The text of the printed table about what the check compares or measures.
     """
 
     target: str
@@ -34,7 +34,8 @@ class Check:
 
 
 def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What results must share to stand in one file: code, machine and versions. `found` is what the card says."""
+    """Returns the facts that all results in one file share: code, machine and versions. `found` are the facts about the
+    card."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -65,7 +66,7 @@ def run_checks(
     show: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
     """Runs each check that the file `path` has no result of, and returns all outcomes. Results with another header are
-    dropped. A check that finds no time is `not run`, and a later call runs it."""
+    dropped. A check for which no time is left is `not run`, and a later call runs it."""
     head, end = header(job, found), time.monotonic() + 60 * minutes
     outcomes = {} if fresh else read_outcomes(path, head)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def run_checks(
                 readings = [each for outcome in outcomes.values() for each in outcome.readings]
                 rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
-                if made.verdict != "fail" or time.monotonic() < end:  # otherwise the end of the time may have cut it
+                if made.verdict != "fail" or time.monotonic() < end:  # else it may have been cut short
                     outcome = made
             outcomes[name] = outcome
             known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}
@@ -86,7 +87,7 @@ def run_checks(
 
 
 def read_outcomes(path: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
-    """Reads the results of a cut run with the same header; none if there are none."""
+    """Returns the results of an interrupted run with the same header, by check; empty if there are none."""
     try:
         read = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

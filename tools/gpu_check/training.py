@@ -1,4 +1,5 @@
-"""Checks of training steps, of checkpoints and generation from the GPU, and the speed of a preset cut to fit.
+"""Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset with as many layers as
+fit.
 
 Tokens are random. Step and number of a sequence determine its tokens, so any number of ranks trains on the same sequences.
 Shape letter: M modalities.
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
@@ -40,6 +43,7 @@ from tools.bench.count import count
 from tools.bench.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
+from tools.gpu_check.profiled import profiled
 
 SMALL = "adamoe_moma_small_1gpu"
 VOCABULARY = 512
@@ -60,7 +64,7 @@ MODES = {
     "FSDP2, fp32": ("parallel.data=fsdp2", "parallel.precision=fp32"),
     "FSDP2, bf16": ("parallel.data=fsdp2", "parallel.precision=bf16", "parallel.fsdp_gather=step"),
 }
-MOST = {"fp32": 1e-4, "bf16": 0.02}  # of losses and gradient norms, relative
+MOST = {"fp32": 1e-4, "bf16": 0.02}  # largest relative difference of losses and gradient norms
 STEPS = 3
 LEARNING_RATE = 1e-3
 
@@ -128,8 +132,11 @@ class RandomRun:
     def _manager(self, folder: str) -> CheckpointManager:
         return CheckpointManager(Path(folder), keep=1, lease_check=lambda: None, process_group=self.mesh.checkpoint)
 
-    def save(self, folder: str) -> None:
-        self._manager(folder).save(self.step, self._state())
+    def save(self, folder: str) -> CheckpointWriter:
+        """Starts an asynchronous save. Returns its writer, whose `wait` waits for the end."""
+        writer = CheckpointWriter(self._manager(folder), asynchronous=True)
+        writer.write(self.step, self._state(), durable=False)
+        return writer
 
     def load(self, folder: str) -> None:
         manager = self._manager(folder)
@@ -152,36 +159,93 @@ def steps(job: CheckJob) -> list[Reading]:
 def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float]]:
     made = {}
     for mode in modes:
-        results = RandomRun(mesh, configure(job, mesh, MODES[mode])).take(STEPS)
-        made[mode] = [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
+        made[mode] = losses_and_norms(RandomRun(mesh, configure(job, mesh, MODES[mode])).take(STEPS))
     return made
 
 
+def losses_and_norms(results: Sequence[StepResult]) -> list[float]:
+    """Loss and gradient norm of each step."""
+    return [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
+
+
 def repeat(job: CheckJob) -> list[Reading]:
-    """The number of ranks whose weights and moments have the same bits again."""
+    """The number of ranks whose weights and moments have the same bits in a second run, and in processes that go on from an
+    asynchronous save of processes that ended without a farewell; and the price of determinism in time."""
+    usual = on_ranks(_paced, job, False)[0]
     make_deterministic()  # here too, because NCCL reads its variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
-        found = on_ranks(_repeated, job, folder)
-    names = found[0]
+        found, resumed = on_ranks(_repeated, job, folder), on_ranks(_resumed, job, folder)
+    slow = on_ranks(_paced, job, True)[0]
+    again = sum(each["again"] == each["bits"] for each in found)
+    restored = sum(each == first["bits"] for each, first in zip(resumed, found, strict=True))
     return [
-        Reading(f"{name}: ranks with equal bits", sum(each[name] for each in found), least=len(found)) for name in names
+        Reading("the same run twice: ranks with equal bits", again, least=len(found)),
+        Reading("resumed from a checkpoint: ranks with equal bits", restored, least=len(found)),
+        job.timed("seconds of a deterministic step / of a usual one", slow / usual),
     ]
 
 
-def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, bool]:
+def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
     make_deterministic()
-    config = configure(job, mesh, (*MODES["DDP, bf16"], "parallel.deterministic=true"))
-    bits = []
-    for _ in range(2):
-        run = RandomRun(mesh, config)
-        run.take(2)
-        run.save(folder)
-        run.take(1)
-        bits.append(run.bits())
-    resumed = RandomRun(mesh, config)
-    resumed.load(folder)
-    resumed.take(1)
-    return {"the same run twice": bits[0] == bits[1], "resumed from a checkpoint": resumed.bits() == bits[1]}
+    return RandomRun(mesh, configure(job, mesh, (*MODES["DDP, bf16"], "parallel.deterministic=true")))
+
+
+def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
+    """The bits of two runs of three steps. The first run saves after its second step, while the third is computed."""
+    first = _deterministic(job, mesh)
+    first.take(2)
+    writer = first.save(folder)
+    first.take(1)
+    writer.wait()
+    second = _deterministic(job, mesh)
+    second.take(3)
+    return {"bits": first.bits(), "again": second.bits()}
+
+
+def _resumed(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, int]:
+    run = _deterministic(job, mesh)
+    run.load(folder)
+    run.take(1)
+    return run.bits()
+
+
+def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
+    """Seconds of a step."""
+    run = _deterministic(job, mesh) if deterministic else RandomRun(mesh, configure(job, mesh, MODES["DDP, bf16"]))
+    run.take(2)
+    steps, began = 1 if job.rehearse else 5, time.perf_counter()
+    run.take(steps)
+    return (time.perf_counter() - began) / steps
+
+
+def long_run(job: CheckJob) -> list[Reading]:
+    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and neither device nor
+    host may hold more at the end than after 20 steps."""
+    found = on_ranks(_long, job)
+    losses = found[0]["losses"]
+    return [
+        Reading("loss of the last step / of the first", losses[1] / losses[0], most=0.95),
+        Reading("growth of the GPU's memory", max(each["allocated"] for each in found), "MiB", most=1.0),
+        Reading("growth of the host's memory", max(each["resident"] for each in found), "MiB", most=64.0),
+        Reading("unfinished collectives", max(each["unfinished"] for each in found), most=8),
+    ]
+
+
+def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
+    settled, last = (3, 8) if job.rehearse else (20, 100)
+    run, results, held = RandomRun(mesh, configure(job, mesh, MODES["FSDP2, bf16"])), [], []
+    for number in range(last):
+        run.step = 0  # the same tokens
+        results += run.take(1)
+        if number + 1 in (settled, last):
+            held.append((_allocated(mesh), psutil.Process().memory_info().rss))
+    (before, host_before), (after, host_after) = held
+    return {
+        "losses": losses_and_norms([results[0], results[-1]])[::2],
+        "allocated": (after - before) / 2**20,
+        "resident": (host_after - host_before) / 2**20,
+        "unfinished": len(mesh.tracker._unfinished),
+    }
 
 
 def generation(job: CheckJob) -> list[Reading]:
@@ -203,7 +267,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 def preset(job: CheckJob) -> list[Reading]:
     """Trains OLMoE, with as many layers as fit by the dry run, on full sequences of random tokens."""
-    name, sequences, layers, timed = (SMALL, 2, 1, 2) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
+    name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]
     rate = tokens * found["flops"] / seconds / job.gpus
@@ -214,6 +278,8 @@ def preset(job: CheckJob) -> list[Reading]:
     ]
     if (peak := peak_tflops(job.card)) is not None:
         readings.append(job.timed("MFU", rate / 1e12 / peak, least=0.4))
+    # The trace of this step is in the folder of logs.
+    readings.append(job.timed("share of a step in which the GPU waits", found["idle"], most=0.05))
     if "gemm" in job.rates:
         readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
     if "copy" in job.rates:
@@ -244,11 +310,12 @@ def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: in
     else:
         raise NotPossibleError(f"{name} with one layer needs {needed / 2**30:.0f} GiB on each rank")
     run = RandomRun(mesh, config)
-    run.take(2)
+    run.take(1 if job.rehearse else 2)
     held = _allocated(mesh)
     began = time.perf_counter()
     results = run.take(timed)  # each step ends with a read from the device
     seconds = (time.perf_counter() - began) / timed
+    idle = profiled(job, lambda: run.take(1), job.folder / "trace.json" if mesh.rank == 0 else None).idle
     groups = run.layout.groups
     share = dict(zip((group.name for group in groups), group_shares(groups, {}), strict=True))
     return {
@@ -258,6 +325,7 @@ def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: in
         "seconds": seconds,
         "flops": model_flops_per_token(expected_experts(groups), share, config=config),
         "estimate": needed,
+        "idle": idle,
         "growth": _allocated(mesh) - held,
         "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "reserved": torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated() if on_gpu else 0,

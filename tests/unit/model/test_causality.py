@@ -25,6 +25,8 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     ),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
+    "expert_threshold": (Layout(choice="rank", adaptive="expert_threshold"), {}),
+    **{f"router {kind}": (Layout(adaptive=kind, free=True), {}) for kind in ("top_p", "relu", "threshold", "predicted_k")},
     "threshold, under depths": (Layout(choice="rank", mixture_of_depths="rank"), {"causal": "threshold"}),
     "auxiliary, under depths": (
         Layout(choice="rank", mixture_of_depths="rank", depth_causal="auxiliary"),

@@ -26,6 +26,8 @@ IMPORTED = {
     "torch.utils._pytree.tree_leaves",
 }
 LAZY = {
+    "torch._dynamo.utils",  # gpu-check; so is the sanitizer
+    "torch.cuda._sanitizer.CUDASanitizerDispatchMode",
     "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
     "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # not in torch 2.11
     "torch.testing._internal.distributed.fake_pg.FakeStore",

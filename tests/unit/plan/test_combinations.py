@@ -25,6 +25,7 @@ from tests.support.cover import full
 from tests.support.one_rank import world_of_one
 from tests.support.tiny import IMAGE_IDS
 
+ADAPTIVE = ("top_p", "relu", "threshold", "predicted_k")
 NAMES = [
     "text",
     "noise",
@@ -61,7 +62,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         return value() if callable(value) else value
 
     lora = rng.random() < 0.15
-    kinds = (_top_k, _expert_choice, _scheduled_top_k, _group_limited)
+    kinds = (_top_k, _expert_choice, _scheduled_top_k, _group_limited, _adaptive)
     router = (_top_k if lora and rng.random() < 0.9 else rng.choice(kinds))(rng)
     names = rng.sample(NAMES, rng.choice((1, 2)))
     plain = router["kind"] in ("expert_choice", "scheduled_top_k")
@@ -88,7 +89,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
     elif router.get("causal") == "auxiliary" or rng.random() < 0.03:
         only, init = {"only": "auxiliary_routers"}, {"init_from": "runs/first"}
     target = {"kind": "active_experts", "target": {names[0]: rng.choice((0.5, 1.0))}, "rate": 0.1}
-    biased = router.get("selection_bias", router["kind"] == "group_limited")
+    biased = router.get("selection_bias", router["kind"] in ("group_limited", *ADAPTIVE))
     balance = rare([], [{"kind": "loss_free"}], [target], [target, {"kind": "loss_free"}], p=0.4 if biased else 0.02)
     experts_choose = router["kind"] == "expert_choice"
     moe = {
@@ -142,7 +143,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         },
         "loss": {
             "balance": {
-                "kind": rare("null_averaged", "vanilla", "null_split"),
+                "kind": rare("null_averaged", "vanilla", "null_split", "weighted"),
                 "schedule": [[0, 0.0 if experts_choose and rng.random() < 0.95 else 0.01]],
             },
             "z": 0.0 if experts_choose else rare(0.0, 1e-3),
@@ -185,6 +186,10 @@ def _expert_choice(rng: random.Random) -> dict[str, Any]:
 
 def _scheduled_top_k(rng: random.Random) -> dict[str, Any]:
     return {"kind": "scheduled_top_k", "normalise": rng.choice(("true_chosen", "none"))}
+
+
+def _adaptive(rng: random.Random) -> dict[str, Any]:
+    return {"kind": rng.choice(ADAPTIVE)}
 
 
 def _group_limited(rng: random.Random) -> dict[str, Any]:

@@ -46,6 +46,13 @@ def test_listed_layouts_are_distinct_and_keep_the_rules() -> None:
     assert kinds == {"all_to_all", "hierarchical", "known_counts"}
 
 
+def test_a_configuration_in_halves_gets_layouts_without_them() -> None:
+    config = load_config("olmoe_1b7b_8gpu")
+    assert config.parallel.two_batch_overlap
+    for each, _ in [*layouts(config, 8, RATES, Placements(config, {}))][::53]:
+        assert not rule_violations(each)
+
+
 def test_bytes_are_those_of_the_dispatch_contract() -> None:
     config = load_config("olmoe_1b7b_8gpu")
     found = estimated(config)
@@ -63,10 +70,11 @@ def test_bytes_are_those_of_the_dispatch_contract() -> None:
 def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     config = load_config("olmoe_1b7b_8gpu")
     placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), 8)
-    load = Expected({}).load(placement, Wire(RATES.ranks_per_node), tokens=8192, layers=16)
-    rows, pairs = load.rows[0, 0, 0] / 8192, load.pairs[0, 0, 0] / 8192
+    tokens = config.train.micro_batch * config.data.seq_len
+    load = Expected({}).load(placement, Wire(RATES.ranks_per_node), tokens=tokens, layers=16)
+    rows, pairs = load.rows[0, 0, 0] / tokens, load.pairs[0, 0, 0] / tokens
     states = memory.rank_memory(config, placement, rank=0, rows=rows, pairs=pairs).total
-    buffers = (2 * rows - rows / 8 + 1) * 8192 * 2048 * 2
+    buffers = (2 * rows - rows / 8 + 1) * tokens * 2048 * 2
     found = estimated(config)
     assert found.memory[0] == pytest.approx((1 + SLACK) * (states + buffers) + LIBRARIES)
     assert found.memory[0] < found.memory[1] < found.memory[2]
@@ -97,7 +105,7 @@ def test_gathers_slow_the_compute_beside_them_and_the_first_shows() -> None:
     )
     assert slow.busy == quick.busy
     number = sum(vars(parameters(config.model)).values())
-    micro_batches = 1024 // (2 * 4)
+    micro_batches = 1024 // (config.train.micro_batch * 4)
     seconds = 3 / 4 * number * (2 * 2 + 4) / 1e12  # gathered twice in bf16, summed in fp32
     assert slow.tail - quick.tail == pytest.approx(micro_batches * seconds * (1 / 16 + SLOWED), rel=0.01)
 

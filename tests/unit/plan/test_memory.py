@@ -6,10 +6,17 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.schema import Config
 from moe_dist.model.layers import token_losses
 from moe_dist.plan.flops import parameters
-from moe_dist.plan.memory import checkpoint_bytes, held_parameters, rank_memory
+from moe_dist.plan.memory import (
+    checkpoint_bytes,
+    held_parameters,
+    layer_bytes_per_token,
+    output_bytes_per_token,
+    rank_memory,
+)
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
@@ -123,6 +130,24 @@ def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() 
     assert estimate("experts", 3) < estimate("none", 3)
 
 
+FROZEN_FFN = {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 96}},
+              "experts": {"kind": "lora", "rank": 2, "alpha": 4.0}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [{}, FROZEN_FFN], ids=["experts", "LoRA experts"])
+def test_compiled_dense_parts_have_no_triton_kernels(model: dict[str, Any]) -> None:
+    """Attention keeps the norm and what rotates, three times, and the loss logits in fp32 and their gradient."""
+
+    def estimate(**parallel: Any) -> tuple[float, float]:
+        cfg = config(parallel={"device": "cuda", "precision": "bf16", **parallel}, **model)
+        return layer_bytes_per_token(cfg, 1.0, 2.0), output_bytes_per_token(cfg)
+
+    kernels, compiled, torchs = estimate(), estimate(compile=True), estimate(kernels={"kind": "torch"})
+    assert compiled[0] - kernels[0] == 3 * 2 * (64 + (4 + 2) * 16)
+    assert compiled[1] == torchs[1] == kernels[1] + 128 * (2 * 4 - 2)
+    assert (compiled[0] == torchs[0]) == (model == FROZEN_FFN)
+
+
 def test_recompute_keeps_less() -> None:
     cfg = config()
     groups = expert_groups(cfg.model.moe)
@@ -150,6 +175,17 @@ def test_states_of_a_rank() -> None:
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4  # each way, three other ranks' micro-batches of 256 tokens
     bounded = rank_memory(config(parallel={"ep": 4, "max_receive_rows": 100}), placement, rank=0, rows=1.0, pairs=1.0)
     assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4
+
+
+@pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
+def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> None:
+    """Of two replicas on a rank in each layer the weights from forward to backward, and the gradients in one layer."""
+    plain = config(parallel={"ep": 2, "recompute": recompute})
+    section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
+    more = plain.model_copy(update={"rank_balance": section})
+    placement = make_placement(plain.placement, expert_groups(plain.model.moe), num_ranks=2, token_mix={})
+    one, two = (rank_memory(each, placement, rank=0, rows=1.0, pairs=2.0) for each in (plain, more))
+    assert two.total - one.total == 2 * (3 * 64 * 96) * (layers + 1) * 4
 
 
 def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:

@@ -352,6 +352,7 @@ STATIC = "parallel.dispatch.kind=static"
         (["parallel.max_receive_rows=8"], "parallel.max_receive_rows=8: parallel.dispatch.room bounds the rows already"),
         (["parallel.device=cuda"], "parallel.precision=fp32 and parallel.expert_gemm=auto; set them to bf16 and auto"),
         (["model.moe.experts={kind: ffn_lora, rank: 2, alpha: 4}"], "model.moe.experts.kind=ffn_lora computes"),
+        (["model.moe.experts={kind: clamped_ffn}"], "model.moe.experts.kind=clamped_ffn computes"),
         (["parallel.dispatch.chunks=2"], "parallel.dispatch.chunks"),
         (["parallel.dispatch.room=0.5"], "parallel.dispatch.room"),
     ],
@@ -387,6 +388,12 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     site.check(*sound)
 
 
+def test_a_new_number_of_tokens_in_each_step_is_not_compiled(site: Site) -> None:
+    asked = ("parallel.compile=true", "model.mixture_of_depths={capacity: 0.5, scope: world}")
+    assert "with model.mixture_of_depths.scope=world the number of computed tokens differs" in site.problems(*asked)
+    site.check(asked[0])
+
+
 def test_two_halves_of_a_micro_batch_name_what_they_cannot_be_combined_with(site: Site) -> None:
     key = "parallel.two_batch_overlap=true"
     text = site.problems(
@@ -403,8 +410,10 @@ def test_two_halves_of_a_micro_batch_name_what_they_cannot_be_combined_with(site
     ):
         assert f"{key}: " in text
         assert fault in text
+    loads = "model.moe.router={kind: scheduled_top_k, active_experts: {text: [1.5, 1.5], image: [1.0, 1.0]}}"
+    assert "a token's experts depend on its micro-batch" in site.problems(key, "train.micro_batch=2", loads)
     choice = "model.moe.router={kind: expert_choice, causal: threshold}"
-    assert "compete for an expert; take a router by tokens" in site.problems(key, "train.micro_batch=2", choice)
+    assert "a token's experts depend on its micro-batch" in site.problems(key, "train.micro_batch=2", choice)
     site.check(key, "train.micro_batch=2", "parallel.recompute=experts")
 
 

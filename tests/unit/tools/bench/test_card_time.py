@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ResourceError
 from tools.bench.card_time import FP32_SHARE, assumptions, card_rates, card_time, operation_seconds, table
+from tools.bench.count import refuse_what_cannot_fit
 from tools.bench.fake_cuda import Work
 from tools.bench.fake_step import Counted
 
+TWO = ("model.num_layers=2", "train.micro_batch=2", "parallel.two_batch_overlap=false")
 OLMOE = "configs/olmoe_1b7b_8gpu.yaml"
 RATES = card_rates("H100")
 MICRO_BATCHES = 1024 // (2 * 8)
@@ -51,7 +53,7 @@ def counted(**changes: Any) -> Counted:
 
 
 def test_parts_exchanges_and_syncs_follow_each_other() -> None:
-    time = card_time(counted(), OLMOE, ["model.num_layers=2"], RATES)
+    time = card_time(counted(), OLMOE, [*TWO], RATES)
     layer = (2 + 4 + 5 + 8) * MS + RATES.sync + 4 * (7 * MS + LINK.latency) + LINK.latency  # the last: counts
     few = 3 * RATES.launch  # of operations without work
     assert time.micro_batch == pytest.approx(2 * layer + 10 * MS, abs=few)
@@ -72,29 +74,33 @@ def test_parts_exchanges_and_syncs_follow_each_other() -> None:
 def test_launches_count_where_they_take_longer() -> None:
     few = counted()
     many = counted(more_work=[*few.more_work, ["attention", "forward", "copy", 0, 0, 0, 2000]])
-    difference = (
-        card_time(many, OLMOE, ["model.num_layers=2"], RATES).micro_batch
-        - card_time(few, OLMOE, ["model.num_layers=2"], RATES).micro_batch
-    )
+    difference = card_time(many, OLMOE, [*TWO], RATES).micro_batch - card_time(few, OLMOE, [*TWO], RATES).micro_batch
     assert difference == pytest.approx(2002 * RATES.launch - 4 * MS)
 
 
 def test_overlap_hides_an_exchange_under_the_pairs_of_the_own_tokens() -> None:
-    options = ["model.num_layers=2", "parallel.dispatch.overlap=true"]
-    hidden = [card_time(counted(), OLMOE, options[:n], RATES).micro_batch for n in (1, 2)]
+    options = [*TWO, "parallel.dispatch.overlap=true"]
+    hidden = [card_time(counted(), OLMOE, each, RATES).micro_batch for each in (TWO, options)]
     own = (3 + 6) / 8 * MS  # products for the rank's own tokens, in each of two layers
     assert hidden[0] - hidden[1] == pytest.approx(2 * own)
 
 
+def test_halves_hide_exchanges_that_are_shorter_than_what_the_other_half_computes() -> None:
+    hop = 0.1 * MS
+    sent = [["moe", phase, "alltoall_base_", 0, round(hop * LINK.bytes_per_second), False, 4]
+            for phase in ("forward", "backward")]  # fmt: skip
+    options = [*TWO[:2], "parallel.two_batch_overlap=true"]
+    apart, halves = (card_time(counted(more_sent=sent), OLMOE, each, RATES).micro_batch for each in (TWO, options))
+    assert apart - halves == pytest.approx(8 * (hop + LINK.latency))  # two in forward and two in backward of two layers
+
+
 def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
     """The experts' edp ranks are on eight nodes, and the dense parameters on all ranks."""
-    free = card_time(counted(), OLMOE, ["model.num_layers=2"], RATES).micro_batch - 2 * (
-        4 * (7 * MS + LINK.latency) + LINK.latency
-    )
+    free = card_time(counted(), OLMOE, [*TWO], RATES).micro_batch - 2 * (4 * (7 * MS + LINK.latency) + LINK.latency)
     second = round(RATES.between.bytes_per_second)  # pyright: ignore[reportOptionalMemberAccess]
     sent = [*counted().sent, ["moe", "forward", "_allgather_base_", 8, second, False, 1]]
     sent.append(["attention", "backward", "_reduce_scatter_base_", 64, 8 * second, False, 3])
-    options = ["model.num_layers=2", "parallel.edp=8"]
+    options = [*TWO, "parallel.edp=8"]
     given = counted(sent=sent)
     time = card_time(Counted(**{**vars(given), "ranks": 64}), OLMOE, options, RATES)
     latency = RATES.between.latency  # pyright: ignore[reportOptionalMemberAccess]
@@ -115,3 +121,13 @@ def test_an_operation_takes_its_products_or_its_bytes() -> None:
 def test_a_card_without_rates_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"T4: no published rates of this card; take one of .*H100"):
         card_rates("T4")
+
+
+def test_a_step_that_does_not_fit_names_the_layer_and_the_bound() -> None:
+    memory = {"model backward": (0, 95 * 10**9, 0), "moe forward": (0, 92 * 10**9, 3), "moe backward": (0, 90 * 10**9, 2)}
+    with pytest.raises(ResourceError, match=r"in layer 3 \(moe, forward\) .* take 92\.0 GB, and H100 has 80; take more"):
+        refuse_what_cannot_fit(counted(memory=memory), RATES)
+    small = {place: (0, 79 * 10**9, 0) for place in memory}
+    refuse_what_cannot_fit(counted(memory=small), RATES)
+    with pytest.raises(ResourceError, match=r"in loss, forward the tensors"):
+        refuse_what_cannot_fit(counted(memory={**small, "loss forward": (0, 81 * 10**9, 0)}), RATES)

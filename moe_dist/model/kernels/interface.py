@@ -1,0 +1,28 @@
+"""The interface of the kernels of dense parts. `TORCH` is operations of torch, on any device, and the reference of
+`triton_kernels.TRITON`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_dist.model.layers import norm_for_router, project, rms_norm, rotate, token_losses
+
+
+class DenseKernels(NamedTuple):
+    """Functions with the arguments, results and gradients of those of `layers` with the same names.
+
+    `norm_and_rotate` takes queries or keys [B, S, H, d], weight [d] or [H d] and eps of their norm, and table and pairs of
+    `rotate`. It returns the result of `rms_norm` and then `rotate`, [B, H, S, d]; or None, and then the caller calls these
+    two.
+    """
+
+    rotate: Callable[..., Tensor] = rotate
+    token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    norm_for_router: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = norm_for_router
+    project: Callable[..., tuple[Tensor, ...]] = project
+    norm_and_rotate: Callable[..., Tensor | None] = lambda *_: None
+
+
+TORCH = DenseKernels()

@@ -1,0 +1,37 @@
+"""Estimates the memory of a rank for each engine, from the expected rows of its placement. Imports no torch.
+
+`MEMORY` has a function for each `engine.kind`."""
+
+from collections.abc import Mapping
+
+from moe_dist.config.schema import Config
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan import memory
+from moe_dist.plan.pipeline_memory import stage_memory
+from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
+
+MEMORY = {"moe_dist": memory.rank_memory, "megatron": stage_memory}
+
+
+def fullest_rank(
+    config: Config, placement: ExpertPlacement, token_mix: Mapping[str, int]
+) -> tuple[int, memory.RankMemory, PlacementPlan]:
+    """Returns the position in an EP group that needs most memory, its memory, and the plan of `placement`."""
+    plan = expected_plan(placement, token_mix, name=config.placement.policy)
+    memories = [_expected(config, placement, plan, rank, token_mix) for rank in range(placement.num_ranks)]
+    rank = max(range(placement.num_ranks), key=lambda r: memories[r].total)
+    return rank, memories[rank], plan
+
+
+def _expected(
+    config: Config, placement: ExpertPlacement, plan: PlacementPlan, rank: int, token_mix: Mapping[str, int]
+) -> memory.RankMemory:
+    """Returns the memory of the EP rank `rank`. `plan` has rows per token of the whole EP group; here they are converted
+    to rows and (token, expert) pairs per token of each rank."""
+    ranks, groups = placement.num_ranks, placement.groups
+    shares = group_shares(groups, token_mix)
+    held = [len(placement.local_experts(rank, group)) / group.num_experts for group in groups]
+    chosen = [group.expected_experts_per_token for group in groups]
+    pairs = ranks * sum(share * own * number for share, own, number in zip(shares, held, chosen, strict=True))
+    rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
+    return MEMORY[config.engine.kind](config, placement, rank=rank, rows=rows, pairs=pairs)

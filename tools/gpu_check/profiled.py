@@ -1,0 +1,41 @@
+"""Reads from torch's profiler how many kernels a function launches, and how long the GPU waits between them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tools.gpu_check.outcome import CheckJob
+
+
+class Profiled(NamedTuple):
+    """`idle` is the share of the time from the first kernel to the end of the last one in which none runs."""
+
+    launches: int
+    idle: float
+
+
+def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -> Profiled:
+    """Calls `run` once. A rehearsal counts the operations of the CPU. `trace` is a file for Chrome's viewer of traces."""
+    activities = [ProfilerActivity.CPU, *([] if job.rehearse else [ProfilerActivity.CUDA])]
+    with profile(activities=activities) as found:
+        run()
+        if not job.rehearse:
+            torch.cuda.synchronize()
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
+    kind = "CPU" if job.rehearse else "CUDA"
+    events: list[Any] = list(found.events() or [])
+    return idle_share([(each.time_range.start, each.time_range.end) for each in events if each.device_type.name == kind])
+
+
+def idle_share(spans: list[tuple[float, float]]) -> Profiled:
+    """From the begin and the end of each kernel; kernels may overlap."""
+    busy, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    whole = end - min((first for first, _ in spans), default=end)
+    return Profiled(len(spans), 1.0 - busy / whole if spans and whole > 0.0 else 0.0)

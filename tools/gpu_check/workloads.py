@@ -1,0 +1,107 @@
+"""Checks an MoE layer under the eight token-imbalance workloads, W0 to W7, and runs the kernels under compute-sanitizer."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.routing import Assignments
+from tools.bench.workloads import WORKLOADS, WorkloadShape, WorkloadStep, workload_step
+from tools.gpu_check.kernels import difference
+from tools.gpu_check.layers import MOST, make_layer, same_direction, single_group, triton_or_none
+from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.rates import seconds_of, sizes
+
+STEPS = {"W6": (0, 1), "W7": (3, 4)}  # where the hot experts change; of others the first
+
+
+def workloads(job: CheckJob) -> list[Reading]:
+    """The largest relative difference in bf16 of outputs and gradients from float64 on the CPU, and the time at the size of
+    an OLMoE layer; and of all these steps together the memory that the allocator reserved over what was allocated."""
+    tokens, experts, widths = (32, 8, (16, 8)) if job.rehearse else (4096, 64, (256, 128))
+    shape, device = WorkloadShape(tokens, experts, top_k=4, num_shards=4), torch.device(job.device)
+    kernels, readings = triton_or_none(device, torch.bfloat16) or TORCH, []
+    T, D, F, E, K = sizes(job)
+    timed = WorkloadShape(T, E, K, num_shards=4)
+    for name in WORKLOADS:
+        worst, seconds = 0.0, []
+        for step in STEPS.get(name, (0,)):
+            drawn = workload_step(name, seed=0, step=step, shape=shape)
+            exact = _passes(shape, widths, drawn, TORCH, (torch.device("cpu"), torch.float64))()
+            found = _passes(shape, widths, drawn, kernels, (device, torch.bfloat16))()
+            worst = max([worst, *map(difference, found, exact)])
+            large = workload_step(name, seed=0, step=step, shape=timed)
+            run = _passes(timed, (D, F), large, kernels, (device, torch.bfloat16), made_on=device)
+            seconds.append(seconds_of(job, run))
+        readings.append(Reading(f"{name}: difference", worst, most=MOST["bf16"]))
+        readings.append(job.timed(f"{name}: forward and backward of an OLMoE layer", max(seconds) * 1e3, "ms"))
+    if not job.rehearse:
+        reserved = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()
+        readings.append(Reading("memory: reserved / allocated at the peak", reserved, most=1.1))
+    return readings
+
+
+def _passes(
+    shape: WorkloadShape,
+    widths: tuple[int, int],
+    drawn: WorkloadStep,
+    kernels: RowKernels,
+    where: tuple[torch.device, torch.dtype],
+    made_on: str | torch.device = "cpu",
+) -> Callable[[], list[Tensor]]:
+    """Makes a function that plans and runs dispatch, experts and combine for these choices. It returns the output, and the
+    gradients of tokens, weights and experts."""
+    (hidden, ffn), (device, dtype), tokens, top_k = widths, where, shape.num_tokens, shape.top_k
+    groups = single_group(shape.num_experts, 0, top_k, ffn)
+    layer = make_layer(hidden, groups, kernels=kernels, made_on=made_on).to(device, dtype)
+    h_TD = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    h_TD = h_TD.to(device, dtype).requires_grad_()
+    expert_N, weight_N = (torch.from_numpy(each).flatten() for each in (drawn.expert_TK, drawn.weight_TK))
+    weight_N = weight_N.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    token_N = torch.arange(tokens, device=device).repeat_interleave(top_k)
+    pairs = Assignments(token_N, expert_N.to(device), weight_N, num_choices=top_k)
+    direction_TD = same_direction(h_TD)
+
+    def run() -> list[Tensor]:
+        plan = layer.dispatcher.plan(pairs, tokens)
+        y_TD, _ = layer.dispatcher.run(h_TD, weight_N, plan, experts=layer.experts)
+        leaves = [h_TD, weight_N, *layer.experts.parameters()]
+        return [y_TD.detach(), *torch.autograd.grad(y_TD, leaves, direction_TD)]
+
+    return run
+
+
+def sanitizer(job: CheckJob) -> list[Reading]:
+    """Errors of memory accesses in the trials of all kernels, found by NVIDIA's tool. A rehearsal runs them without it."""
+    tool = [] if job.rehearse else ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    if tool and shutil.which(tool[0]) is None:
+        raise NotPossibleError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
+    command = [*tool, sys.executable, "-m", "tools.gpu_check.workloads", job.device]
+    # each tensor in an allocation of its own, because the tool sees only allocations
+    alone, root = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, timeout=job.seconds)
+    print(done.stdout, done.stderr)
+    if done.returncode not in (0, 9):
+        raise AssertionError(f"the trials ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-300:]}")
+    return [Reading("memory errors found", float(done.returncode == 9), most=0.0)]
+
+
+def trials(device: torch.device) -> str | None:
+    """Runs the trials of all kernels. Returns None, or what differs."""
+    from moe_dist.model.kernels import trial as dense_trial
+    from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
+    from moe_dist.moe.kernels import trial
+    from moe_dist.moe.kernels.triton_kernels import TRITON
+
+    return trial.why_not(TRITON, device, torch.bfloat16) or dense_trial.why_not(DENSE, device, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    sys.exit(trials(torch.device(sys.argv[1])))
