@@ -19,7 +19,7 @@ from moe_dist.runtime.files import make_writable, write_atomically
 from moe_dist.runtime.signals import child_of
 from tools.bench.ranks import RANK_ENV
 
-QUIET = 0.25  # quantile of the repeats that counts, since other load of the machine only adds
+QUIET = 0.25  # quantile of the repeats' seconds that is taken, since other load of the machine only makes repeats slower
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
 LAUNCHED = 64  # operations of a chain whose forward and backward are timed
 EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
@@ -33,7 +33,7 @@ class CalibrateOptions:
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Data type of the products.")] = "fp32"
     hidden: Annotated[int, typer.Option(min=8, help="model.hidden_dim of the runs to plan.")] = 1024
     ffn: Annotated[int, typer.Option(min=8, help="ffn_dim of the runs to plan.")] = 1024
-    ranks: Annotated[int, typer.Option(min=1, help="Most ranks that exchange; on CUDA at most the GPUs.")] = 2
+    ranks: Annotated[int, typer.Option(min=1, help="Most processes that exchange data; on CUDA at most the GPUs.")] = 2
     seconds: Annotated[float, typer.Option(min=0.001, help="Seconds of each measurement.")] = 0.5
 
 
@@ -52,14 +52,14 @@ def main(options: CalibrateOptions) -> None:
     found = torch.cuda.device_count() if cuda else options.ranks
     if options.ranks > found:
         raise ResourceError(f"--ranks {options.ranks}: there are {found} GPUs; take at most --ranks {found}")
-    torch.set_num_threads(1)  # as a rank computes on a CPU
+    torch.set_num_threads(1)  # each rank of a run on a CPU computes with one thread
     rates = measure(options, "cuda" if cuda else "cpu")
     write_atomically(options.out, rates_text(rates).encode())
     print_done(f"{options.out}: rates of {rates.machine}; plan with moe-dist plan CONFIG --rates {options.out}")
 
 
 def measure(options: CalibrateOptions, device: str) -> Rates:
-    """Measures all rates: products, copies and launches in this process, exchanges in processes of their own."""
+    """Measures all rates: products, copies and launches in this process, and exchanges between child processes."""
     import torch
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -133,7 +133,7 @@ def _seconds(run: Callable[[], Any], least: float) -> float:
 
 def exchange(ranks: int, device: str, least: float) -> LinkSection:
     """Starts `ranks` processes on this machine, which send each other messages of each size in `EXCHANGED`. Fits latency
-    and bytes per second of an exchange to the quiet seconds of each size.
+    and bytes per second to the quantile `QUIET` of the seconds of each size.
 
     Raises:
         ResourceError: a rank failed; its traceback is on standard error.
@@ -155,7 +155,7 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
-    """Returns latency and rate that fit seconds of exchanges by the bytes that a rank sends; relative errors are least."""
+    """Fits seconds = latency + bytes / rate, where a rank sends so many bytes in an exchange; minimises relative errors."""
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
@@ -165,7 +165,8 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
 
 
 def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges each size for `least` seconds, at least five times; rank 0 writes the quantile `QUIET`."""
+    """Exchanges each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the seconds
+    without those of the first exchange."""
     child_of(parent, ignore_stop=False)()
     import torch
     import torch.distributed as dist
@@ -188,7 +189,7 @@ def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent:
             target[:1].item()  # waits for the device
             taken.append(time.perf_counter() - start)
             go.fill_(float(len(taken) < 6 or time.perf_counter() - began < least))
-            dist.broadcast(go, 0)  # ranks stop together
+            dist.broadcast(go, 0)  # rank 0 decides when all ranks stop
         found.append(float(np.quantile(taken[1:], QUIET)))
     if rank == 0:
         np.savetxt(Path(folder) / "seconds", found)

@@ -1,5 +1,6 @@
 """Checks a machine or cluster for a run: python -m tools.doctor CONFIG [key=value ...] [--on slurm|ray|local] [--probe]"""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ def main(
 ) -> None:
     """Check a machine or cluster for a run, and print each check with its fix. The worst result is the exit code: 0 all is
     well, 1 there are warnings, 78, 69 or 65 the run would end with this code."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     found: list[CheckResult] = []
     for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
         found.append(result)

@@ -32,7 +32,7 @@ class EvaluateOptions:
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, names or YAML files, with commas.")] = ""
-    split: Annotated[Side, typer.Option(help="Side of the questions.")] = Side.TEST
+    split: Annotated[Side, typer.Option(help="Ask the questions of this side.")] = Side.TEST
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500
     rotations: Annotated[
         bool, typer.Option("--rotations", help="List the choices; an answer must be right in every rotation of them.")
@@ -169,7 +169,7 @@ def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
 
 
 def _show(options: EvaluateOptions, record: dict[str, Any], path: Path) -> None:
-    """Prints a line for each task: the accuracy by each measure with its 95 % interval."""
+    """Prints a line for each task: for each measure the accuracy with its 95 % interval."""
     if options.as_json:
         print(json.dumps(record))
         return

@@ -53,11 +53,11 @@ class GenerateOptions:
         """Raises ConfigError if the options do not select exactly one task."""
         options = {"--prompt": self.prompt, "--picture": self.picture, "--sheet": self.sheet}
         wanted = [name for name, given in options.items() if given is not None]
+        given = (" ".join(wanted) or "no --prompt, --picture or --sheet") + " --draw" * self.draw
         if not wanted or ("--sheet" in wanted and len(wanted) > 1) or (self.draw and wanted != ["--prompt"]):
             raise ConfigError(
-                f"{' '.join(wanted) or 'nothing'}{' --draw' if self.draw else ''}: give --prompt (text to go on with), "
-                "--prompt with --draw (a caption to draw), --picture (to be described; a --prompt begins the caption), or "
-                "--sheet alone"
+                f"{given}: give --prompt (text to go on with), --prompt with --draw (a caption to draw), --picture (to be "
+                "described; a --prompt begins the caption), or --sheet alone"
             )
         if self.originals and self.sheet is None:
             raise ConfigError("--originals: stands on a sheet; give --sheet as well, or leave it out")

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,23 +31,28 @@ from moe_dist.plan.rows import EXCHANGES, Expected, Traced
 from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
+from tools.plan_megatron import plan_layouts
 
-LIKELY = 0.01  # largest probability of running out of memory of a layout that is ranked
+LIKELY = 0.01  # a layout is ranked if its probability of running out of memory is at most this
 SHOWN = 10
+LISTS = {"megatron": plan_layouts}  # engine.kind -> function that lists layouts, for engines without simulated step times
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     config: Annotated[Path, typer.Argument(help="YAML file of the run, or its name in configs/.")]
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.global_batch=4096.")] = None
-    gpus: Annotated[str, typer.Option(help="Number of GPUs, or a range whose doublings are taken, as 8..10240.")] = "8"
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Number of GPUs, or a range whose doublings are taken, as 8..10240; by default the configured."),
+    ] = None
     trace: Annotated[Path | None, typer.Option(help="A run or trace of this model, for real routing.")] = None
     nulls: Annotated[Literal["traced", "real"], typer.Option(help="real: null choices become true experts.")] = "traced"
     capacity: Annotated[float | None, typer.Option(min=0.01, help="Capacity factor for the traced choices.")] = None
     cluster: Annotated[str | None, typer.Option(help="Cluster file with gpus.type and between_gbytes.")] = None
     rates: Annotated[Path | None, typer.Option(help="Rates that moe-dist calibrate measured.")] = None
     machine: Annotated[str, typer.Option(help="Machine of --rates, if it is not this one.")] = platform.node()
-    memory: Annotated[float | None, typer.Option(min=0.1, help="GB of a GPU; by default those of the card.")] = None
+    memory: Annotated[float | None, typer.Option(min=0.1, help="Memory of a GPU in GB; by default the card's.")] = None
     price: Annotated[float | None, typer.Option(min=0.0, help="Price of a GPU for an hour.")] = None
     out: Annotated[Path, typer.Option("--out", "-o", help="Configuration of the best layout; its picture: .svg.")] = Path(
         "plan.yaml"
@@ -61,9 +66,17 @@ def main(options: PlanOptions) -> None:
     if options.out.suffix != ".yaml":
         raise ConfigError(f"--out {options.out}: the name must end with .yaml; take plan.yaml")
     make_writable(options.out.parent, option=f"--out {options.out}")
-    counts = gpu_counts(*gpu_range(options.gpus))
     planned = layout_without_data(load_config(options.config, options.overrides or ()))
+    configured = planned.config.parallel.ep * planned.config.parallel.edp
+    counts = gpu_counts(*gpu_range(str(configured) if options.gpus is None else options.gpus))
     config, mix, rates = planned.config, dict(planned.token_mix), rates_of(options, max(counts))
+    if not config.engine.planned:
+        refuse_unused(options, config.engine.kind)
+        best = LISTS[config.engine.kind](config, counts, mix, node=rates.ranks_per_node, most=most_memory(options, rates))
+        write_plan(best.config, options.out)
+        options.out.with_suffix(".svg").unlink(missing_ok=True)  # an earlier plan's picture shows other layouts
+        print_done(f"{options.out}; {_launch(best.config, options.out, rates.ranks_per_node)}")
+        return
     source, routing = Expected(mix), None
     if options.trace is not None:
         routing = changed(routing_of(options.trace, config), options, config.train.micro_batch)
@@ -71,7 +84,7 @@ def main(options: PlanOptions) -> None:
         source = Traced(routing.tokens.ids_TLK, routing.tokens.sequence_T)
         counted = np.bincount(routing.tokens.modality_T, minlength=len(routing.modalities))
         mix = dict(zip(routing.modalities, counted.tolist(), strict=True))
-    most = options.memory * 1e9 if options.memory is not None else rates.memory
+    most = most_memory(options, rates)
     planner, load_LE = Planner(rates, source, mix, most), None
     if isinstance(source, Traced):
         width_E = planned.placement.width_of_expert
@@ -85,8 +98,8 @@ def main(options: PlanOptions) -> None:
     best = next((each for each in ranked if not problems_of(each)), None)
     if best is None:
         raise ConfigError(
-            f"--gpus {options.gpus}: {len(ranked)} layouts fit into memory, but each breaks a rule; the nearest is "
-            f"{ranked[0].name}, and {problems_of(ranked[0])[0]}",
+            f"--gpus {options.gpus or configured}: {len(ranked)} layouts fit into memory, but each breaks a rule; the "
+            f"nearest is {ranked[0].name}, and {problems_of(ranked[0])[0]}",
             see=GUIDE,
         )
     print_plan(ranked, best, len(every), rates, options)
@@ -96,15 +109,50 @@ def main(options: PlanOptions) -> None:
     if load_LE is not None and routing is not None:
         spread = next((each for each in ranked if each.config.parallel.ep > 1), best)
         says.append(hot_expert(load_LE, routing.layers, spread.placement))
+    console = Console(highlight=False)
     for sentence in filter(None, says):
-        print(f"- {sentence}")
-    text = resolved_yaml(best.config)
-    write_atomically(options.out, text.encode())
+        console.print(f"- {sentence}", markup=False, soft_wrap=not console.is_terminal)
+    write_plan(best.config, options.out)
     shown = best_of_each(ranked, counts) if len(counts) > 1 else unlike(ranked)
     title = f"{config.run.name}: seconds of a step on {rates.card} ({rates.machine})"
     write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
-    assert load_config(options.out) == best.config
-    print_done(f"{options.out}, {options.out.with_suffix('.svg')}; start it with moe-dist launch local {options.out}")
+    start = _launch(best.config, options.out, rates.ranks_per_node)
+    print_done(f"{options.out}, {options.out.with_suffix('.svg')}; {start}")
+
+
+def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
+    if config.parallel.ep * config.parallel.edp <= ranks_per_node:
+        return f"start it with moe-dist launch local {path}"
+    return f"start it with moe-dist launch slurm {path} --cluster SITE (or launch ray)"
+
+
+def refuse_unused(options: PlanOptions, engine: str) -> None:
+    """Refuses options for step times, which are not simulated for this engine, and engines whose layouts are unknown."""
+    values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
+    given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: no step times are simulated for engine.kind={engine}; leave the option out, or set "
+            "engine.kind=moe_dist",
+            see=GUIDE,
+        )
+    if engine not in LISTS:
+        raise ConfigError(
+            f"engine.kind={engine}: its layouts are not known; take a dry run (python -m moe_dist.train CONFIG "
+            "--dry-run), or add a function to LISTS in tools/plan.py",
+            see=GUIDE,
+        )
+
+
+def most_memory(options: PlanOptions, rates: Rates) -> float:
+    """Returns the bytes of memory of a GPU: those of `--memory`, else those of the card."""
+    return options.memory * 1e9 if options.memory is not None else rates.memory
+
+
+def write_plan(config: Config, path: Path) -> None:
+    """Writes the configuration of a layout, and checks that it reads back as the same."""
+    write_atomically(path, resolved_yaml(config).encode())
+    assert load_config(path) == config
 
 
 def problems_of(each: Estimate) -> list[str]:
@@ -115,7 +163,7 @@ def problems_of(each: Estimate) -> list[str]:
 def left_out(
     config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
 ) -> Iterator[str]:
-    """Yields which numbers of GPUs are not ranked, and why."""
+    """Yields sentences that say which numbers of GPUs are not ranked, and why."""
     batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
     if odd := [count for count in counts if count not in listed]:
         numbers = ", ".join(map(str, odd))
@@ -192,7 +240,7 @@ def routing_of(path: Path, config: Config) -> Routing:
 
 
 def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing:
-    """Returns the routing under another null policy or capacity."""
+    """Returns the routing after the options --nulls and --capacity have changed the traced choices."""
     tokens, groups = routing.tokens, routing.groups
     assert tokens is not None
     group_T, ids_TLK = group_of_modality(groups, routing.modalities)[tokens.modality_T], tokens.ids_TLK
@@ -204,7 +252,8 @@ def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing
 
 
 def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
-    """Prints what the traced choices send under the placement of each EP size, and the seconds of its best layout."""
+    """Prints, for each EP size, the rows and bytes that the traced choices send under its placement, and the seconds of its
+    best layout."""
     tokens = routing.tokens
     assert tokens is not None
     table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")
@@ -253,7 +302,7 @@ def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
 
 
 def cost(each: Estimate, price: float | None) -> float:
-    """What the ranking minimises: GPU seconds of a token if a price is given, else seconds of a token."""
+    """Returns the value that the ranking minimises: GPU seconds per token if a price is given, else seconds per token."""
     return (each.gpus if price is not None else 1) / each.tokens_per_second
 
 
@@ -273,7 +322,7 @@ def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
-    """Returns the error if nothing can be ranked; names what would fit."""
+    """Returns the error for the case that no layout can be ranked; it names the nearest layout or size that would fit."""
     if not every:
         batch, least = config.train.global_batch, min(counts)
         near = max((n for n in range(1, batch + 1) if batch % n == 0 and n <= least), default=1)
@@ -291,32 +340,52 @@ def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], 
     )
 
 
+# Columns of the table of layouts: head and cell.
+COLUMNS: dict[str, Callable[[Estimate], str]] = {
+    "GPUs": lambda each: str(each.gpus),
+    "layout": lambda each: each.name,
+    "s a step": lambda each: f"{each.seconds:.3g}",
+    "tokens/s": lambda each: f"{each.tokens_per_second:,.0f}",
+    "exchange": lambda each: f"{each.exchange / each.seconds:.0%}",
+    "GB inside": lambda each: f"{each.bytes_inside / 1e9:,.0f}",
+    "GB between": lambda each: f"{each.bytes_between / 1e9:,.0f}",
+    "GB of memory, 50 %, 99 %": lambda each: f"{each.memory[0] / 1e9:.1f}, {each.memory[2] / 1e9:.1f}",
+    "P(full)": lambda each: f"{each.out_of_memory:.2g}",
+}
+WIDE_ONLY = ("GB inside", "GB between", "P(full)")
+WIDE = 120  # terminal columns from which on all columns fit
+
+
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
-    """Prints the best layouts, or with a range the best of each number of GPUs, and where the numbers come from."""
+    """Prints the best layouts, or with a range the best of each number of GPUs, and the sources of the numbers."""
     counts = sorted({each.gpus for each in ranked})
     shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
-    table = Table(title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left")
+    table = Table(
+        title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left", caption_justify="left"
+    )
     table.caption = (
         f"Time: {best.mark}, by rates of {rates.card} ({rates.machine}: {rates.source}). Rows, bytes and memory: "
         f"{best.rows_mark}, from {where}. Exchange: share of the step that no compute covers. P(full): probability that a "
         "step runs out of memory."
     )
-    heads = ("GPUs", "layout", "s a step", "tokens/s", "exchange", "GB inside", "GB between", "GB of memory, 50 %, 99 %")
-    for head in (*heads, "P(full)", *(["price of 1e9 tokens"] if options.price is not None else [])):
-        table.add_column(head, justify="left" if head == "layout" else "right")
+    console = Console(width=None if Console().is_terminal else 200, highlight=False)
+    columns, widest = dict(COLUMNS), None
+    if console.width < WIDE:
+        widest = len("GB of memory,")  # where its head is wrapped; the layouts get the rest
+        columns = {head: cell for head, cell in columns.items() if head not in WIDE_ONLY}
+        table.caption += f" A terminal of {WIDE} columns also shows {', '.join(WIDE_ONLY)}."
+    if options.price is not None:
+        price = options.price * 1e9 / 3600
+        columns["price of 1e9 tokens"] = lambda each: f"{price * each.gpus / each.tokens_per_second:,.2f}"
+    for head in columns:
+        if head == "layout":
+            table.add_column(head)
+        else:
+            table.add_column(head, justify="right", max_width=widest)
     for each in shown:
-        cells = [str(each.gpus), each.name, f"{each.seconds:.3g}", f"{each.tokens_per_second:,.0f}"]
-        cells += [
-            f"{each.exchange / each.seconds:.0%}",
-            f"{each.bytes_inside / 1e9:,.0f}",
-            f"{each.bytes_between / 1e9:,.0f}",
-        ]
-        cells += [f"{each.memory[0] / 1e9:.1f}, {each.memory[2] / 1e9:.1f}", f"{each.out_of_memory:.2g}"]
-        if options.price is not None:
-            cells.append(f"{options.price * each.gpus * 1e9 / each.tokens_per_second / 3600:,.2f}")
-        table.add_row(*cells, style="bold" if each is best else None)
-    Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
+        table.add_row(*(cell(each) for cell in columns.values()), style="bold" if each is best else None)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Holds the step model of `moe-dist plan` to measured layouts: fits it on half of them, and predicts the other half.
+"""Compares the step model of `moe-dist plan` with measured layouts: fits it on half of them, and predicts the other half.
 
     python -m tools.plan_holdout FOLDER --rates rates.yaml           # measures what FOLDER lacks, then judges
     python -m tools.plan_holdout FOLDER --rates rates.yaml --judge   # judges what is there
@@ -44,8 +44,8 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours differ in one factor, so that both halves (even and odd places) have every factor. W4 is left out: the ranks of
-# a training step have equally many tokens.
+# Neighbours differ in one factor, so that both halves (even and odd places) have every factor. The workload W4 is left out,
+# because its ranks have different numbers of tokens, and those of a training step have equally many.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
@@ -69,10 +69,10 @@ class Observed:
     """One layout.
 
     Attributes:
-        seconds: Of a step, by clock. `cpu`: mean of the ranks, and lower quartile of the steps. `wall`: the shortest step,
-            since other load of the machine only adds.
-        spread: By which the median is above `seconds`, as a share.
-        sent, replayed: Bytes of the traced step, and those that its choices are counted to send.
+        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: the
+        shortest step, since other load of the machine only makes steps longer.
+        spread: By clock, the relative difference between the median over steps and `seconds`.
+        sent, replayed: Bytes that the traced step sent, and those that `replay` counts for its choices.
         memory: Bytes of all tensors of the fullest rank, at their peak in the traced step.
     """
 
@@ -151,7 +151,7 @@ def observed(folder: Path) -> list[Observed]:
 
 
 class Predicted:
-    """Estimates of runs. What does not depend on the fitted factors is computed once."""
+    """Estimates of runs. Values that do not depend on the fitted factors are computed once."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
         self._runs = [(run, Planner(rates, run.source, run.mix, rates.memory)) for run in runs]
@@ -165,7 +165,7 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Seconds of a step; by the CPU's clock those in which the mean rank computes, exchanges and sums."""
+    """Predicted seconds of a step; for the clock `cpu` only the time in which the mean rank computes, exchanges or sums."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
@@ -179,8 +179,8 @@ FACTORS = ("dense", "experts", "launch", "recompute", "exchange")
 
 def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
     """Fits the factors of `ScaleSection` to measured seconds, by Gauss-Newton steps on the logarithms of seconds. A small
-    pull to 1 keeps a factor that no run shows there."""
-    count = len(FACTORS) + 1  # the last is 1 + seconds of a step / the shortest measured step
+    penalty keeps a factor at 1 if no run depends on it."""
+    count = len(FACTORS) + 1  # the last value is 1 + ScaleSection.step / the shortest measured step
     logs, shortest = np.zeros(count), float(measured.min())
 
     def with_scale(values: np.ndarray) -> Rates:
@@ -210,8 +210,8 @@ def judged(
     rates: Rates,
     predict: Callable[[Sequence[Observed], Rates], Callable[[Rates], Sequence[Estimate]]] = Predicted,
 ) -> tuple[bool, list[str]]:
-    """Fits on runs at even places and predicts those at odd places, for each clock. Returns whether the pass rule is kept,
-    and lines, with failures first."""
+    """For each clock, fits on the runs at even places and predicts those at odd places. Returns whether all rules hold, and
+    the lines to print, with failures first."""
     if len(runs) < 4:
         raise DataError(f"{len(runs)} layouts: a fit and its test need at least four; run the command without --judge")
     learnt, held = predict(runs[::2], rates), predict(runs[1::2], rates)

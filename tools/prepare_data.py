@@ -97,14 +97,15 @@ def main(
     skipped: list[DataError] = []
     with shown_progress() as report:
         manifest, built = prepare(out, inputs, recipe, report, refuse if strict else skipped.append)
-    if not built:
-        print(f"{out} is finished; nothing to do")
-        return
-    _show(manifest)
+    if built:
+        _show(manifest)
     for problem in skipped[:SHOWN]:
         print(f"left out: {problem}")
     if len(skipped) > SHOWN:
         print(f"left out: {len(skipped) - SHOWN} more; {out / RECIPE_FILE} names them")
+    if not built:
+        print(f"{out} is finished; nothing to do")
+        return
     print(f"{out} made in {time.monotonic() - began:.0f} s")
 
 

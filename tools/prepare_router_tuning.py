@@ -83,7 +83,7 @@ def main(options: PrepareOptions) -> None:
             mesh=mesh,
         )
         routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank computes a part
-    if env.rank == 0:  # the process group is gone, so no collective can time out during a slow embedding
+    if env.rank == 0:  # after the end of the process group, so that no collective can time out during a slow embedding
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
             options.out, scored, embeddings_SE, routing_SLC, _manifest(options, trained, embedder, layers)
@@ -95,7 +95,7 @@ def _faults(config: Config) -> list[str]:
     """Returns the reasons why a run's routing cannot be tuned."""
     router, problems = config.model.moe.router, []
     if not router.softmax_top_k:
-        problems.append(f"{router.name}: router tuning compares a softmax by which tokens choose; take a top_k run")
+        problems.append(f"{router.name}: router tuning compares softmax probabilities of a top-k choice; take a top_k run")
     if config.model.mixture_of_depths is not None:
         problems.append(
             "model.mixture_of_depths: a token that a layer passes by has no routing there; take a run without depths"

@@ -1,4 +1,4 @@
-"""Draws the routing of a run, or of a trace, also another system's, into one HTML file. See docs/monitoring.md."""
+"""Draws the routing of a run, or of a trace (also one of another system), into one HTML file. See docs/monitoring.md."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from moe_dist.checkpoint.directory import CheckpointDirectory
+from moe_dist.checkpoint.directory import CheckpointDirectory, run_path
 from moe_dist.config.load import load_stored_config
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
@@ -20,6 +20,7 @@ from moe_dist.data.codebook import load_codebook
 from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.inference.loaded_run import trained_placement
+from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.page import render
 from moe_dist.monitor.report.routing import (
     FRAMES,
@@ -43,7 +44,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 MOST_BYTES = 5_000_000
 MOST_RANKS = 4096
-LARGEST_EP = 64  # of the EP sizes that the byte ledger has without --ep
+LARGEST_EP = 64  # largest EP size in the byte ledger without --ep
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,16 @@ def main(options: ReportOptions) -> None:
     subject = Subject(routing, against, layouts, node_sizes)
     page = page_of(subject)
     write_atomically(options.out, page)
+    wrong = problems(routing)
+    print(verdict(routing, wrong)[1])
+    for sentence in (*wrong, *facts(routing)):
+        print(f"- {sentence}")
     print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
 
 
 def page_of(subject: Subject) -> bytes:
-    """Renders the report. If the page has more than MOST_BYTES, this renders it again with one range of steps in place of
-    twelve. If that is still too large, it renders a third page, which also has no matrix of co-activation, whatever its
+    """Renders the report. A page of more than MOST_BYTES is rendered again, with one range of steps in place of twelve. If
+    that page is still too large, a third one also leaves out the co-activation matrices, and is returned whatever its
     size."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
@@ -97,7 +102,7 @@ def page_of(subject: Subject) -> bytes:
 
 
 def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Reads the placement of a file that has the keys of the section `placement` with the policy explicit."""
+    """Reads a placement from a file with the keys of the configuration section `placement` (policy explicit)."""
     try:
         values, problems = read_mapping(path, "policy and slots")
     except (OSError, ValueError) as error:
@@ -128,9 +133,10 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
         ConfigError: `path` is neither a run nor a trace.
         DataError: files are damaged, empty, or of different models.
     """
+    path = run_path(path)
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
-    # Records beside a trace are those of a model that another trainer trains, see `moe_dist.monitor.attach`.
+    # Records beside a trace belong to a model that another trainer trains, see `moe_dist.monitor.attach`.
     counted = not experts and RunFolder(path).metrics_jsonl.is_file()
     if experts:
         trace = read_foreign(path, experts)
@@ -247,7 +253,7 @@ def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> E
 
 
 def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
-    """The run's own placement, then pinned and interleaved at powers of two and at `sizes`, where they are possible."""
+    """Yields the run's own placement, and the possible pinned and interleaved ones at EP sizes 2, 4, ... and `sizes`."""
     own, tokens = routing.placement, routing.tokens
     known = {1, *(2**i for i in range(1, 20) if 2**i <= min(own.num_experts, LARGEST_EP))}
     counts = np.zeros(0) if tokens is None else tokens.modality_T

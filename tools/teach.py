@@ -1,5 +1,5 @@
-"""Writes a teacher's most likely words for all sequences of a run, which `loss.distillation.top_logits` then reads instead
-of running the teacher. See docs/adapt.md."""
+"""Writes a teacher's most likely next tokens at all positions of a run's sequences. A run with
+`loss.distillation.top_logits` reads them instead of running the teacher. See docs/adapt.md."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(
     config: Annotated[Path, typer.Argument(help="Configuration of the run, with loss.distillation.teacher.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes of the configuration, key=value.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")] = Path("top-logits"),
-    top: Annotated[int, typer.Option(min=1, help="Words kept of each position; the others are one bucket.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="Tokens kept per position; the others are one bucket.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Run a teacher once over the sequences of a run. One process, one device."""

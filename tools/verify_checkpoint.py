@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is whole: every tensor exists once, has the right shape, is finite, and has its saved bits."""
+"""Checks that a checkpoint is whole: every tensor exists once, has the right shape, is finite, and has the saved bits."""
 
 import json
 from collections.abc import Mapping

@@ -170,3 +170,44 @@ def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, 
         slots = moved.get(line["step"], slots)
     shown = EventAccumulator(str(run.tensorboard)).Reload().Tags()["tensors"]
     assert {"rank_balance/dealing/text_summary", "rank_balance/moving/text_summary"} <= set(shown)
+
+
+REPLICATING = {**MOVING, "rank_balance": {"replicating": {"every": 2, "slots": 4, "flops_per_byte": 1e-3}}}
+
+
+@pytest.mark.full
+def test_a_rank_killed_with_replicas_loses_nothing(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank dies in the first step with replicas, when some weights have arrived and others have not, and once more
+    after the run has resumed with replicas. It ends with the bits of an undisturbed run, whose records show them."""
+
+    def started(name: str) -> tuple[int, RunFolder]:
+        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, **REPLICATING, "run.name": name})
+        return launch(write_config(config, tmp_path / f"{name}.yaml"), program=PROGRAM), RunFolder.of(config)
+
+    code, whole = started("whole")
+    assert code == 0
+    expected = records(whole)
+    found = {line["step"]: each for line in expected for each in line.get("rank_balance", []) if each["taken"]}
+    assert min(found) == 2
+    for step, phase in ((2, "in_replicas"), (4, "before_step")):
+        with monkeypatch.context() as patch:
+            for variable, value in fault(rank=1, step=step, phase=phase, kind="kill").items():
+                patch.setenv(variable, value)
+            code, run = started("killed")
+        assert code not in (0, 75)
+        assert (run.checkpoints / "latest").read_text().strip() == f"step_{2 if phase == 'in_replicas' else 3}"
+    code, run = started("killed")
+    assert code == 0
+    assert [reproducible_part(line) for line in records(run)] == [reproducible_part(line) for line in expected]
+    steps = {line["step"]: line for line in expected if line["kind"] == "step"}
+    replicas, widths = found[2]["replicas"], np.array([16.0] * 6 + [24.0] * 6)
+    assert any(replicas)
+    for layer, replicated in enumerate(replicas):  # on two ranks each slot of an expert with a replica has half of its load
+        load_E = widths * np.array(steps[3]["arrays"]["choices_LC"])[layer, :12]
+        shared, first = {expert for expert, _ in replicated}, {e for e in range(12) if e in found[2]["slots"][0]}
+        expected_0 = sum(each / 2 if e in shared else each * (e in first) for e, each in enumerate(load_E))
+        assert steps[3]["arrays"]["weighted_rows_LR"][layer] == pytest.approx([expected_0, load_E.sum() - expected_0])
+    shown = EventAccumulator(str(run.tensorboard)).Reload().Tags()["tensors"]
+    assert "rank_balance/replicating/text_summary" in shown

@@ -1,49 +1,40 @@
 """The fine-tuning of docs/huggingface.md, as written: from a Hugging Face folder and a JSONL file to an adapter of PEFT."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moe_dist.hf.adapters import CONFIG_FILE, WEIGHTS_FILE
-
-ROOT = Path(__file__).parents[2]
+from moe_dist.hf.data_files import README
+from tests.support.guides import guide_commands, run_commands, text_losses
+from tests.support.served import run_readme
 
 
 @pytest.mark.full
-def test_the_guide_leads_from_conversations_to_an_adapter(tmp_path: Path) -> None:
+def test_three_commands_lead_from_conversations_to_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     import transformers
     from peft import PeftModel
 
-    page = (ROOT / "docs" / "huggingface.md").read_text()
-    part = page.partition("## Fine-tune a mixture on your own conversations")[2].partition("```console\n")[2]
-    commands = re.sub(r"\\\n\s*", "", part.partition("```")[0]).splitlines()
-    assert [command.split()[:3] for command in commands][1:4] == [
-        ["$", "moe-dist", "import-hf"],
-        ["$", "moe-dist", "prepare-data"],
-        ["$", "moe-dist", "launch"],
+    commands = guide_commands("huggingface.md", "## Fine-tune a mixture on your own conversations")
+    assert [command.split()[:2] for command in commands[1:]] == [
+        ["moe-dist", "import-hf"],
+        ["moe-dist", "prepare-data"],
+        ["moe-dist", "launch"],
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for command in commands:
-        python = command.removeprefix("$ ").replace("moe-dist", f"{sys.executable} -m moe_dist", 1)
-        python = re.sub(r"^python ", f"{sys.executable} ", python)
-        done = subprocess.run(
-            python, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    records = [json.loads(line) for line in (tmp_path / "runs/chat/metrics.jsonl").read_text().splitlines()]
-    losses = [record["losses"]["text"] for record in records if "losses" in record]
+    run_commands(commands, tmp_path)
+    losses = text_losses(tmp_path / "runs/chat")
     assert losses[-1] < losses[0]
-    adapter = tmp_path / ".cache/hf/chat-adapter"
-    assert {each.name for each in adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    adapter = tmp_path / "runs/chat/adapters/step_20"
+    assert {each.name for each in adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, README}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / ".cache/hf/chat", attn_implementation="eager")
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         before = model(tokens).logits
         after = PeftModel.from_pretrained(model, str(adapter))(tokens).logits
     assert (after - before).abs().max() > 1e-3
+    capsys.readouterr()
+    run_readme(adapter, monkeypatch, lines=4)
+    assert capsys.readouterr().out.startswith("The")

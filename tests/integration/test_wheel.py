@@ -54,8 +54,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "clone" / name)
     pip, offline = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"], ["--no-deps", "--no-index"]
-    built = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "clone")]
-    subprocess.run(built, check=True)
+    built = [*pip, "wheel", *offline, "--no-build-isolation", str(folder / "clone"), "--wheel-dir"]
+    for target in (folder, folder / "again"):
+        subprocess.run([*built, str(target)], check=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"})
     shutil.rmtree(folder / "clone")
     venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -65,6 +66,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The .pth files inside a folder that a .pth file names are not read: so the editable clone stays out.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "venv"
+
+
+def test_a_wheel_built_twice_has_equal_bits(environment: Path) -> None:
+    first, again = (next(folder.glob("*.whl")) for folder in (environment.parent, environment.parent / "again"))
+    assert first.read_bytes() == again.read_bytes()
 
 
 @pytest.fixture

@@ -29,12 +29,13 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import check_new
 
 RESAMPLES = 10_000
-MOST_SHARE, MOST_LOSS, MOST_ACCURACY = 0.55, 0.2, 0.1  # the rules, see `verdicts`
+MOST_SHARE, MOST_LOSS, MOST_ACCURACY = 0.55, 0.2, 0.1  # limits of the rules in `verdicts`
 
 
 @dataclass
 class Words:
-    """The tokenizer of a Hugging Face folder, as `Prompts` asks for one: a prompt begins with its text, without a mark."""
+    """The tokenizer of a Hugging Face folder, with the interface that `Prompts` needs. A prompt has no begin mark, which
+    only data sets of moe_dist have."""
 
     tokenizer: Tokenizer
 
@@ -44,11 +45,11 @@ class Words:
 
 @dataclass
 class Measured:
-    """What one model does: nats a token of each held-out sequence, its experts, its answers by task."""
+    """The results of one model: nats per token of each held-out sequence, its experts, and its answers by task."""
 
     nats_S: np.ndarray
     true_experts: float  # per token, mean over the MoE layers, on the held-out sequences
-    share: float  # of the group's experts
+    share: float  # share of the group's experts that a token takes
     right: dict[str, np.ndarray]  # bool for each question
     record: dict[str, Any]
 
@@ -80,7 +81,7 @@ def heldout(trained: LoadedRun, *, sequences: int, length: int) -> list[Continua
 
 
 def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, sequences: int, length: int) -> Measured:
-    """Scores sequences and questions in bf16 on this rank, as the adapted run computes."""
+    """Scores sequences and questions in bf16 on this rank; the run of the adapted model computed in bf16, too."""
     config = trained.config
     parallel = config.parallel.model_copy(update={"precision": "bf16", "device": "cpu"})
     trained = replace(trained, config=config.model_copy(update={"parallel": parallel}))
@@ -113,7 +114,7 @@ def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, s
 
 
 def check_one_group(config: Config, folder: Path) -> None:
-    """Raises ConfigError if the model has several expert groups, whose shares of experts would be several."""
+    """Raises ConfigError if the model has several expert groups, each of which would have its own share of experts."""
     if len(groups := config.model.moe.groups) > 1:
         raise ConfigError(
             f"{folder}: model.moe.groups are {', '.join(groups)}: the share of experts is that of one group; "
@@ -122,7 +123,7 @@ def check_one_group(config: Config, folder: Path) -> None:
 
 
 def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
-    """Returns mean and 95 % bounds of the mean over `differences` of their means, each resampled by itself."""
+    """Returns the mean of the means of `differences` and its 95 % bounds, by a bootstrap that resamples each array."""
     rng = np.random.default_rng(0)
     means = np.mean([each[rng.integers(len(each), size=(RESAMPLES, len(each)))].mean(1) for each in differences], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])

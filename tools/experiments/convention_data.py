@@ -5,8 +5,8 @@
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
 convention to use. An instruction is one of many paraphrases, some of which are held out. Training and held-out pictures and
-captions are those of the base data, so that a model trained on these can be adapted. All conventions ask about the same
-pictures and captions.
+captions are the training and held-out ones of the base data, because a model trained on the base data is adapted. All
+conventions ask about the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +122,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Takes a caption and a picture alternately from the documents of a split, each from another document."""
+    """Takes captions and pictures in turn from the documents of a split, one caption or picture from a document."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()

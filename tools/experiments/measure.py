@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
 Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
-send, the curve of loss over FLOPs and seconds, the arm's probes. Then removes all checkpoints but the last one, because
-only the curve needs them.
+send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then removes all
+checkpoints but the last, because only the curve needs the others.
 """
 
 import json
@@ -41,6 +41,7 @@ from tools.experiments.study import CurveSection, MeasureSection, QuestionsSecti
 from tools.experiments.tokens import (
     ROWS,
     SentRows,
+    accuracy,
     answers,
     binned,
     evaluate,
@@ -121,6 +122,8 @@ class Measurement:
             "curve": curve,
             "probes": {name: getattr(self, f"_probe_{name}")(batches) for name in wanted},
         }
+        if section.accuracy:
+            found["accuracy"] = accuracy(model, batches, self._groups)
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)

@@ -3,7 +3,7 @@
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
 The fitted r is an offset of the router logits in the chosen layers, at the last token of the prompt and at the answer's
-tokens. The accuracy is only an estimate: a longer fit may reach more, and no router knows the label at inference.
+tokens. The accuracy is only an estimate: a longer fit may reach a higher one. No router knows the label at inference.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
@@ -28,8 +28,8 @@ from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # number of steps of Adam, and its learning rate in logits
-# The gradient of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon of 1e-8, full
-# steps would go in the direction of that noise.
+# The gradient of the logit of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon
+# of 1e-8, Adam would take full steps in the direction of that noise.
 EPSILON = 1e-4
 _BATCH = 16  # questions per batch
 
@@ -72,7 +72,8 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits, float32 [B, L, C]. The loss is a sum, so each question is fitted alone."""
+        """Fits the offsets of the logits, float32 [B, L, C]. Questions do not influence each other, because the loss is the
+        sum over questions, and Adam scales each offset by itself."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)

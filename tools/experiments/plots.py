@@ -52,7 +52,7 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """Draws a dot for each run. A grey line joins the runs with the same seed, because arms are compared seed by seed."""
+    """Draws a dot for each run, and a grey line through the runs with the same seed, because arms are compared by seed."""
     judged = {arm for rule in study.rules for arm in rule.arms}
     starts = {arm.after for arm in study.arms.values()} - judged  # arms that only provide initial weights
     shown = [name for name in study.arms if name not in starts]

@@ -121,7 +121,7 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """Makes the random generator for a layer and batch. Its seed follows from the choices, not from the percentage."""
+    """Makes the random generator for a layer and batch. Its seed depends on the choices, but not on the percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 

@@ -65,7 +65,7 @@ def _section(
     lines = [f"## {study.name}", "", study.question.strip(), ""]
     lines += [
         f"Rules of commit `{str(header['rules'])[:12]}` (configs/reproduce/{study.name}.yaml), {done} of {len(jobs)} runs; "
-        f"code of {_commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}, other arms the first "
+        f"code of {commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}, other arms the first "
         f"{len(study.seeds.other)}. `make reproduce-{study.name}` made it; raw records: reproductions/{study.name}.jsonl.",
         "",
     ]
@@ -95,7 +95,7 @@ def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     rows = [[each.rule.claim, _numbers(each), f"**{each.outcome}**"] for each in verdicts]
-    return _table(["claim", "mean difference, one-sided 95 % bounds, seeds", "verdict"], rows)
+    return table(["claim", "mean difference, one-sided 95 % bounds, seeds", "verdict"], rows)
 
 
 def _numbers(verdict: Verdict) -> str:
@@ -126,7 +126,7 @@ def _arms(study: Study, records: Records) -> list[str]:
             ]
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
-    return _table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+    return table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
 
 
 def _answers(study: Study, records: Records) -> list[str]:
@@ -134,7 +134,7 @@ def _answers(study: Study, records: Records) -> list[str]:
     sources = _parts(records, "answers", "by_source")
     metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
     rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
-    return _table(["arm", "accuracy", *sources], rows) if sources else []
+    return table(["arm", "accuracy", *sources], rows) if sources else []
 
 
 def _questions(study: Study, records: Records) -> list[str]:
@@ -155,7 +155,7 @@ def _questions(study: Study, records: Records) -> list[str]:
     if not rows:
         return []
     about = "Share of held-out questions of four choices that are answered right, by log-likelihood a token"
-    return [f"{about}; mean over tasks.", "", *_table(["arm", "questions", "accuracy", *tasks], rows)]
+    return [f"{about}; mean over tasks.", "", *table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
 def _parts(records: Records, kind: str, by: str) -> list[str]:
@@ -175,7 +175,7 @@ def _wire(study: Study, records: Records) -> list[str]:
         [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
         for name, mine in _per_arm(study, records)
     ]
-    return [*lines, *_table(["arm", *ROWS.values()], rows)]
+    return [*lines, *table(["arm", *ROWS.values()], rows)]
 
 
 def _loads(study: Study, records: Records) -> list[str]:
@@ -187,7 +187,7 @@ def _loads(study: Study, records: Records) -> list[str]:
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
         rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
     heads = [f"{kind.replace('_', ' ')} ({of})" for of in ("token", "next") for kind in kinds]
-    return _table(["arm", "by layer", "no expert", *heads], rows)
+    return table(["arm", "by layer", "no expert", *heads], rows)
 
 
 def _probes(study: Study, records: Records) -> list[str]:
@@ -203,7 +203,7 @@ def _probes(study: Study, records: Records) -> list[str]:
             rise, load = (_mean(values) for values in zip(*pairs, strict=True))
             rows.append([f"`{name}`", kind, f"{at:g}", f"{load:.3f}", f"{rise:+.4f}"])
     heads = ["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"]
-    return _table(heads, rows) if rows else []
+    return table(heads, rows) if rows else []
 
 
 def _etas(study: Study, records: Records) -> list[str]:
@@ -227,7 +227,7 @@ def _etas(study: Study, records: Records) -> list[str]:
         f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "
         "another arm's weights have no value, because that training is not counted.",
         "",
-        *_table(["arm", *heads], rows),
+        *table(["arm", *heads], rows),
     ]
 
 
@@ -254,7 +254,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         rows.append([f"`{name}`", *cells])
     most = max(map(len, rows), default=0)
     heads = ["arm", *(f"bin {place}" for place in range(1, most))]
-    return _table(heads, [[*row, *["-"] * (most - len(row))] for row in rows]) if rows else []
+    return table(heads, [[*row, *["-"] * (most - len(row))] for row in rows]) if rows else []
 
 
 def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int = 4, plain: bool = False) -> str:
@@ -265,12 +265,12 @@ def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int =
     return f"{_mean(values):.{digits}f}{spread}"
 
 
-def _commits(records: Iterable[Mapping[str, Any]]) -> str:
+def commits(records: Iterable[Mapping[str, Any]]) -> str:
     codes = {(str(each["code"]["commit"])[:12], each["code"]["changed"]) for each in records}
     return ", ".join(f"`{commit}`{' with changes' if changed else ''}" for commit, changed in sorted(codes))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(each) + " |" for each in lines]
 

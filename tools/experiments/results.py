@@ -15,12 +15,12 @@ import moe_dist
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.provenance import code_state
-from tools.experiments.study import PILOT, RESULTS, ROOT, Study, fingerprint
+from tools.experiments.study import PILOT, ROOT, Study, fingerprint
 
 
 def results_path(study: Study, *, pilot: bool) -> Path:
     """Returns the path of the records. The records of a pilot are not committed."""
-    return ROOT / f"{study.name}-{PILOT}" / "results.jsonl" if pilot else RESULTS / f"{study.name}.jsonl"
+    return ROOT / f"{study.name}-{PILOT}" / "results.jsonl" if pilot else Path(study.records) / f"{study.name}.jsonl"
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:
@@ -38,12 +38,12 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
     files = [str(study_path), study.base]
     if _git("ls-files", "--error-unmatch", "--", *files) is None:
         raise ConfigError(
-            f"{' and '.join(files)} must be committed before runs that count: the rules stand before the results; commit "
+            f"{' and '.join(files)} must be committed before runs that count: the rules come before the results; commit "
             "them, or run --pilot"
         )
     if _git("diff", "--quiet", "HEAD", "--", *files) is None:
         raise ConfigError(
-            f"{' or '.join(files)} differs from what is committed: the rules stand before the results; commit the change, "
+            f"{' or '.join(files)} differs from what is committed: the rules come before the results; commit the change, "
             "undo it, or run --pilot"
         )
     commit = (_git("log", "-1", "--format=%H", "--", *files) or "").strip()

@@ -1,4 +1,4 @@
-"""Runs the jobs of an experiment, two at the same time, each with one rank and one thread.
+"""Runs the jobs of an experiment, `side_by_side` at the same time, each with one rank and one thread.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
 unfinished training resumes from its last checkpoint. Child processes end with this process, however it ends.
@@ -24,7 +24,7 @@ MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
 STOP_SECONDS = 300.0  # seconds in which a stopped run must save and end
-# Each process has one thread, because the runs are small and two of them fill two cores.
+# Each process has one thread, because the runs are small and several of them share the cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
@@ -36,7 +36,7 @@ class JobFailedError(MoeDistError):
 class _Running:
     job: StudyJob
     process: subprocess.Popen[bytes]
-    training: bool  # true: the process trains; false: it measures a finished run
+    training: bool  # true: the process trains; false: the process measures a finished run
 
 
 @dataclass

@@ -36,7 +36,7 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
-LEFT = 500  # training questions per task that are only used to tune routers, never to train a base model
+LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
@@ -138,7 +138,7 @@ class ValueRule(Part):
         return found
 
 
-# --- the measurements of a finished run
+# --- the sections that a finished run's measurements need
 
 
 class CurveSection(Part):
@@ -175,6 +175,7 @@ class MeasureSection(Part):
     """The measurements of each finished run."""
 
     sequences: PositiveInt = 256
+    accuracy: bool = False  # also measures the share of labels that are the model's most likely token
     curve: CurveSection | None = None
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
@@ -232,6 +233,8 @@ class Study(Part):
     seeds: Seeds
     pilot: PilotSection
     measure: MeasureSection = Field(default_factory=MeasureSection)
+    runs: str = str(ROOT)  # folder of the runs
+    records: str = str(RESULTS)  # folder of the records
     not_testable: str = ""  # why no rule can be judged on these runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[ValueRule, ...] = ()
@@ -248,7 +251,7 @@ class Study(Part):
         wanted |= {name for rule in self.rules for name in rule.arms}
         wanted |= {*self.pilot.arms, *self.pilot.variants}
         if unknown := sorted(wanted - set(self.arms)):
-            raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
+            raise ValueError(f"{', '.join(unknown)}: no such arm; there are {', '.join(self.arms)}")
         seen: set[str] = set()
         for name, arm in self.arms.items():
             if late := sorted(set(arm.needs) - seen):
@@ -260,20 +263,20 @@ class Study(Part):
         values = [value for rule in self.rules for value in (rule.lower, rule.higher) if isinstance(value, EtaValue)]
         costed = {name for value in values for name in (value.eta, value.of)} | reference
         if part := sorted(costed - set(self.with_whole_cost())):
-            raise ValueError(f"eta needs what all of {part[0]}'s training cost; set arms.{part[0]}.carry, or leave it out")
+            raise ValueError(f"eta needs the whole training cost of {part[0]}; set arms.{part[0]}.carry, or leave it out")
         question_round = [name for name, arm in self.arms.items() if arm.asks]
         if question_round and self.measure.questions is None:
             raise ValueError(f"arms.{question_round[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):
-            raise ValueError(f"pilot.seeds has {both}, which count: a pilot runs on other seeds")
+            raise ValueError(f"pilot.seeds has {both}, which are not the pilot's alone: give it other seeds")
         return self
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include their whole training cost: an arm that starts from another arm's weights
-        is one of them only with `carry`."""
+        """Returns the arms whose records include their whole training cost. For an arm that starts from another arm's
+        weights this needs `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -350,7 +353,9 @@ def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> Stud
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
-    return ROOT / (f"{study.name}-{PILOT}" if pilot else study.name) / label.replace(VARIANT, "_") / f"seed-{seed}"
+    return (
+        Path(study.runs) / (f"{study.name}-{PILOT}" if pilot else study.name) / label.replace(VARIANT, "_") / f"seed-{seed}"
+    )
 
 
 def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:

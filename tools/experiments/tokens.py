@@ -162,6 +162,20 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 
 
 @torch.no_grad()
+def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> dict[str, float]:
+    """Returns the share of labels that the model finds most likely: of all labels, of text and of picture codes."""
+    right, kinds = [], []
+    for batch in batches:
+        logits_BSV, _ = forward(model, batch, group_of_modality)
+        scored_BS = batch.labels_BS != IGNORED
+        right.append((logits_BSV.argmax(-1) == batch.labels_BS)[scored_BS])
+        kinds.append((batch.label_modality_BS > 0)[scored_BS])
+    right_N, image_N = torch.cat(right).double(), torch.cat(kinds)
+    parts = {"all": torch.ones_like(image_N), "text": ~image_N, "image": image_N}
+    return {name: float(right_N[part].mean()) for name, part in parts.items() if part.any()}
+
+
+@torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
     """Counts scored documents, and those answered right, in each source; averages the accuracy over sources.
 

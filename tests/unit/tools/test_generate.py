@@ -105,7 +105,7 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 78, "nothing: give --prompt"),
+        ((), 78, "no --prompt, --picture or --sheet: give --prompt"),
         (("--picture", "x.png", "--draw"), 78, "--picture --draw: give --prompt"),
         (("--sheet", "x.png", "--prompt", "a"), 78, "--prompt --sheet: give"),
         (("--picture", "nowhere.png"), 78, "--picture nowhere.png: no such file"),

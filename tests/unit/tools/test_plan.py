@@ -33,6 +33,13 @@ def plan(folder: Path, *arguments: str, overrides: list[str] = SMALL) -> tuple[i
     return done.exit_code, done.output
 
 
+@pytest.mark.parametrize(("gpus", "command"), [("4", "moe-dist launch local "), ("16", "moe-dist launch slurm ")])
+def test_the_last_line_says_how_to_start(tmp_path: Path, gpus: str, command: str) -> None:
+    code, said = plan(tmp_path, "--gpus", gpus)
+    assert code == 0
+    assert f"start it with {command}" in " ".join(said.split())
+
+
 def test_a_plan_without_a_trace(tmp_path: Path) -> None:
     code, said = plan(tmp_path, "--gpus", "2..8", "--price", "2")
     assert code == 0, said
@@ -50,6 +57,18 @@ def test_a_plan_without_a_trace(tmp_path: Path) -> None:
     drawn = (tmp_path / "plan.svg").read_text()
     assert drawn.count("extrapolated</text>") == 3
     assert "waiting for the busiest rank" in drawn
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    code, said = plan(tmp_path, "--gpus", "4")
+    assert code == 0, said
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()]
+    assert "…" not in said
+    assert max(map(len, lines[:-1])) <= 80
+    assert "GB between" not in said.partition("Time:")[0]
+    assert "A terminal of 120 columns also shows GB inside, GB between, P(full)." in " ".join(lines)
 
 
 def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +161,14 @@ def test_measured_rates_are_read_for_their_machine_alone(tmp_path: Path) -> None
         (["--gpus", "8..2"], SMALL, "--gpus 8..2: the range is empty"),
         (["--gpus", "8.5"], SMALL, "--gpus 8.5: write a number or a range"),
         (["--gpus", "12"], SMALL, r"train.global_batch=16 must be a multiple .*--gpus 8, or train.global_batch=24"),
-        (["--memory", "0.5"], SMALL, r"--memory 0.5: no layout of \d+ keeps .* nearest needs [\d.]+ GB on 8 GPUs: ep "),
+        (
+            ["--gpus", "8", "--memory", "0.5"],
+            SMALL,
+            r"--memory 0.5: no layout of \d+ keeps .* nearest needs [\d.]+ GB on 8 GPUs: ep ",
+        ),
         (["--out", "plan.json"], SMALL, "--out plan.json: the name must end with .yaml"),
         (["--cluster", "cpu"], SMALL, "gpus.type=None: the plan needs the card"),
-        (["--cluster", "{site}"], SMALL, r"between_gbytes=null: 8 GPUs are more than the 4 of a node"),
+        (["--gpus", "8", "--cluster", "{site}"], SMALL, r"between_gbytes=null: 8 GPUs are more than the 4 of a node"),
         (["--rates", "nowhere.yaml"], SMALL, "--rates nowhere.yaml: cannot be read"),
     ],
 )

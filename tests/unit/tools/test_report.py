@@ -142,6 +142,9 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     done = call(run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2", "--placement", placed)
     assert done.exit_code == 0, done.output
     text = out.read_text()
+    first, *printed, _ = done.output.splitlines()
+    assert f"<h2>{first}</h2>" in text
+    assert len(printed) == text.count("<li>", 0, text.index("<nav"))
     page = Tags(text)
     assert page.open == []
     assert all(place.startswith(("data:", "#")) for place in page.loads)

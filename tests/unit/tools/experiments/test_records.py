@@ -129,7 +129,7 @@ def test_pilot_has_its_arms_with_what_they_need_and_variants(study: tuple[Path, 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("  b: {about: second, after: c}", "c are named and not among them"),
+        ("  b: {about: second, after: c}", "c: no such arm"),
         ("  b: {about: second, after: b}", "which must stand before it"),
         ("  b: {about: second, seeds: decisive, after: a}", "has seeds that a lacks"),
         ("  b: {about: second, later: a}", "Extra inputs"),

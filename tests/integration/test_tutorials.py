@@ -1,0 +1,20 @@
+"""Each notebook of docs/tutorials runs in an empty folder, but those for clusters, which run in tests/clusters."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.notebooks import TUTORIALS, run_tutorial
+
+DATA = Path(__file__).parents[2] / ".cache" / "data"
+HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in ("slurm", "ray")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", HERE, ids=lambda path: path.stem)
+def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if (DATA / "openmoji" / "manifest.json").exists():  # else the notebooks that need it make it in a minute
+        (tmp_path / ".cache").mkdir()
+        (tmp_path / ".cache" / "data").symlink_to(DATA)
+    run_tutorial(path, tmp_path, monkeypatch)

@@ -1,0 +1,154 @@
+"""A comparison of methods: what it refuses, that each method fits its budget, and the table and figure of given records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.bundled import find_config
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import check
+from tests.support.tiny import tiny_config, write_config
+from tools.experiments.comparison import Comparison, make_study, write_comparison
+from tools.experiments.methods import METHODS
+from tools.experiments.results import results_path
+from tools.experiments.study import config_of, fingerprint, jobs_of
+
+GROUP = {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}
+CHANGES: dict[str, Any] = {
+    "model.moe.groups": {"all": GROUP},
+    "parallel.ep": 1,
+    "placement.policy": "interleaved",
+    "train.steps": 20,
+}
+
+
+def asked(root: Path, data: Path, changes: dict[str, Any] | None = None, **other: Any) -> Comparison:
+    base = write_config(tiny_config(data, root / "runs", {**CHANGES, **(changes or {})}), root / "base.yaml")
+    plain: dict[str, Any] = {
+        "name": "here", "budget": 1.5, "methods": ("fixed", "adamoe", "remoe"), "seeds": (1, 2, 3), "base": str(base),
+        "overrides": {}, "root": root,
+    }  # fmt: skip
+    return Comparison(**{**plain, **other})
+
+
+def record(arm: str, seed: int, loss: float, load: float = 1.5) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "seed": seed,
+        "code": {"commit": "c" * 40, "changed": False},
+        "steps": 20,
+        "loss": {"all": loss},
+        "accuracy": {"all": 0.25},
+        "load": {"all": load, "by_input": {"text": load, "image": load}},
+        "wire": {"rows_remote": 0.5},
+    }
+
+
+UNREACHABLE = {(0.5, "top_p"), (0.5, "top_k"), (1.5, "top_k")}
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.5, 2.0])
+def test_each_method_passes_the_rules_or_says_why_not(tiny_data: Path, tmp_path: Path, budget: float) -> None:
+    for name in METHODS:
+        one = asked(tmp_path, tiny_data, name=name, budget=budget, methods=(name, "remoe" if name == "fixed" else "fixed"))
+        if (budget, name) in UNREACHABLE:
+            with pytest.raises(ConfigError, match=name):
+                make_study(one)
+            continue
+        study = make_study(one)
+        for job in jobs_of(study):
+            config = config_of(study, job)
+            assert check(config, world_size=1).placement.groups[0].num_experts == 4
+            assert config.even_active.get("all", budget) == pytest.approx(budget), (
+                "its balance loss or controller aims at it"
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "other", "text"),
+    [
+        ({}, {"methods": ("fixed", "nothing")}, "--methods nothing: the methods are fixed, top_k, adamoe"),
+        ({}, {"methods": ("fixed",)}, "a comparison needs two methods and two seeds at least"),
+        ({}, {"seeds": (1, 1)}, "each named once"),
+        ({}, {"methods": ("fixed", "top_k")}, "top_k: each token takes a whole number of experts, and 1.5 is none"),
+        ({}, {"budget": 2.5}, "adamoe: 2.5 is above half of the 4 experts"),
+        ({}, {"methods": ("fixed", "top_p"), "budget": 0.5}, "top_p: model.moe.balance.0.target.all=0.5"),
+        ({}, {"methods": ("fixed", "single_null"), "budget": 1.1}, "single_null: 1.1 needs"),
+        ({"model.moe.groups": {"all": {**GROUP, "num_null": 2}}}, {}, "methods cannot be compared: model.moe.groups.all"),
+        ({"model.moe.router": {"kind": "relu"}}, {}, "methods cannot be compared: model.moe.router"),
+        ({"loss.balance.kind": "weighted"}, {}, "methods cannot be compared: loss.balance.kind"),
+        ({}, {"ranks": (1, 3)}, "--ranks 3: fixed: train.global_batch"),
+        ({"model.mixture_of_depths": {}}, {}, "methods cannot be compared: model.mixture_of_depths"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_refused(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], other: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        make_study(asked(tmp_path, tiny_data, changes, **other))
+    assert text in str(raised.value)
+    assert not (tmp_path / "here" / "here.jsonl").exists()
+
+
+def test_ranks_share_the_overridden_batch(tiny_data: Path, tmp_path: Path) -> None:
+    make_study(asked(tmp_path, tiny_data, overrides={"train.global_batch": 6, "train.micro_batch": 6}, ranks=(1, 2)))
+
+
+def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path) -> None:
+    make_study(asked(tmp_path, tiny_data))
+    make_study(asked(tmp_path, tiny_data))
+    before = (tmp_path / "here" / "study.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="another comparison"):
+        make_study(asked(tmp_path, tiny_data, budget=1.0))
+    assert (tmp_path / "here" / "study.yaml").read_bytes() == before
+
+
+def test_a_changed_base_is_refused_once_a_run_is_finished(tiny_data: Path, tmp_path: Path) -> None:
+    study = make_study(asked(tmp_path, tiny_data))
+    header = {"fingerprint": fingerprint(tmp_path / "here" / "study.yaml", study)}
+    results_path(study, pilot=False).write_text(json.dumps(header) + "\n")
+    make_study(asked(tmp_path, tiny_data))
+    with pytest.raises(ConfigError, match="has changed since the finished runs"):
+        make_study(asked(tmp_path, tiny_data, {"optimizer.lr": 0.5}))
+
+
+def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budget(tiny_data: Path, tmp_path: Path) -> None:
+    one = asked(tmp_path, tiny_data)
+    records = {
+        (arm, seed): record(arm, seed, loss + seed, load)
+        for arm, loss, load in (("fixed", 3.0, 1.5), ("adamoe", 2.9, 1.5), ("remoe", 3.1, 1.6))
+        for seed in (1, 2, 3)
+    }
+    records["adamoe", 3]["loss"]["all"] += 0.3
+    study = make_study(one)
+    times = [
+        {"round": turn, "method": "fixed", "ranks": 2, "seconds": seconds, "kilobytes": 1.0}
+        for turn, seconds in enumerate((0.3, 0.1, 0.2))
+    ]
+    (one.folder / "rank_seconds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    text = write_comparison(one, study, records)
+    rows = {line.split("`")[1]: [cell.strip() for cell in line.split("|")] for line in text.splitlines() if "| `" in line}
+    # differences -.1 -.1 .2: mean 0, sd sqrt(.03), bound 2.92 sd / sqrt 3
+    assert rows["adamoe"][7] == "+0.0000 [-0.2920, +0.2920]"
+    assert rows["remoe"][7] == "+0.1000 [+0.1000, +0.1000]"
+    assert rows["remoe"][4] == "1.600 (off budget)"
+    assert rows["fixed"][6:8] == ["5.0000", "-"]
+    # half a row x 2 layers x 32 numbers x 4 bytes x 4 exchanges
+    assert rows["fixed"][10:12] == ["0.51", "0.200 [0.100, 0.300]"]
+    assert rows["adamoe"][11] == "-"
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert (one.folder / f"figure.{kind}").read_bytes().startswith(start)
+    before = (one.folder / "figure.svg").read_bytes()
+    write_comparison(one, make_study(one), records)
+    assert (one.folder / "figure.svg").read_bytes() == before
+
+
+def test_the_default_base_has_what_the_methods_need() -> None:
+    base = load_config("configs/compare/base.yaml")
+    assert find_config("configs/compare/base.yaml").is_file()
+    for method in METHODS.values():
+        assert json.loads(json.dumps(method.settings(base, 1.5)))

@@ -1,0 +1,96 @@
+"""Trains several routing methods at one mean number of true experts per token, and compares them:
+
+moe-dist compare-methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
+
+Each method is trained with each seed. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl,
+table.md, and the figure as PNG, SVG and PDF. After a stop, the same command keeps the finished runs and does the others.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from filelock import FileLock, Timeout
+
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.signals import StopRequest
+from tools.experiments.comparison import Comparison, make_study, write_comparison
+from tools.experiments.methods import METHODS
+from tools.experiments.rank_seconds import measure
+from tools.experiments.results import read_records, results_path
+from tools.experiments.runner import STOP_SECONDS, Runner
+from tools.experiments.study import jobs_of
+
+ROOT = Path("runs/compare")
+DEFAULT = "fixed,adamoe,longcat,top_p,remoe,dynmoe,predicted_k,expert_threshold,expert_choice"
+
+
+@reports_errors()
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides of the base, for all methods.")] = None,
+    budget: Annotated[float, typer.Option(min=0.01, help="Mean number of true experts per token, in each group.")] = 1.5,
+    methods: Annotated[str, typer.Option(help=f"Methods, separated by commas: {', '.join(METHODS)}.")] = DEFAULT,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method has a run with each.")] = "1,2,3",
+    base: Annotated[str, typer.Option(help="Configuration of what all methods share.")] = "configs/compare/base.yaml",
+    name: Annotated[str, typer.Option(help="Name of the comparison's folder; by default from the budget.")] = "",
+    root: Annotated[Path, typer.Option(help="Folder of all comparisons.")] = ROOT,
+    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous runs, one thread each.")] = 2,
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks (EP sizes) on which steps are timed after training; '' times none.")
+    ] = "1,2,4",
+    report: Annotated[
+        bool, typer.Option("--report", help="Write table and figure of the runs so far; start none.")
+    ] = False,
+) -> None:
+    """Compare routing methods at one number of experts per token. Ctrl-C saves and stops; the same command continues."""
+    asked = Comparison(
+        name=name or f"budget-{budget:g}",
+        budget=budget,
+        methods=tuple(each for each in methods.split(",") if each),
+        seeds=_numbers(seeds, "--seeds"),
+        base=base,
+        overrides=_values(overrides or []),
+        root=root,
+        ranks=_numbers(ranks, "--ranks"),
+    )
+    study = make_study(asked)
+    records = results_path(study, pilot=False)
+    if not report:
+        lock = asked.folder / ".lock"
+        try:
+            with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
+                runner = Runner(asked.study_path, study, False, None, processes, lambda: stop.requested)
+                runner.run(jobs_of(study))
+                measure(study, asked.ranks, asked.folder, lambda: stop.requested)
+        except Timeout as error:
+            raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs it; wait for it") from error
+    print(write_comparison(asked, study, read_records(records)))
+    print(f"table and figure: {asked.folder}/table.md, figure.png, figure.svg, figure.pdf")
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in text.split(",") if each)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: give whole numbers, separated by commas, as in 1,2,3") from error
+
+
+def _values(overrides: list[str]) -> dict[str, Any]:
+    found = {}
+    for each in overrides:
+        key, mark, text = each.partition("=")
+        if not mark:
+            raise ConfigError(f"{each}: an override has the form key=value")
+        values, problems = load_yaml(f"value: {text}")
+        if problems:
+            raise ConfigError([f"{each}: {problem}" for problem in problems])
+        found[key] = json.loads(json.dumps(values))["value"]
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main)

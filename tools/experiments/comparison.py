@@ -1,0 +1,298 @@
+"""A comparison of methods at one budget: its study, which the runner of the experiments runs, its table and its figure.
+
+The methods have the same seeds, data, order of data, model and true experts. They differ in the router, and in the
+mechanism that holds the number of true experts per token at the budget. Differences are paired by seed, with one-sided 95 %
+bounds to both sides.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config.bundled import find_config
+from moe_dist.config.load import load_config
+from moe_dist.config.routers.top_k import TopKRouterSection
+from moe_dist.config.schema import Config
+from moe_dist.config.yaml_text import dump_yaml
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import check
+from moe_dist.runtime.files import write_atomically
+from tools.experiments.methods import METHODS
+from tools.experiments.rank_seconds import ROUNDS, RankTime, check_ranks, read_rank_times
+from tools.experiments.report import commits, table
+from tools.experiments.results import read_header, results_path
+from tools.experiments.study import Study, config_of, fingerprint, jobs_of, load_study
+from tools.experiments.verdicts import Paired, Record, Records, number_at, of_arm, paired
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
+BYTES = 4  # size of an fp32 number
+EXCHANGES = 4  # dispatch and combine, forward and backward
+COLOUR, FAINT = "#0072B2", "#999999"  # from the palette of Okabe and Ito, for colour-blind readers
+FORMATS = ("png", "svg", "pdf")
+INCHES = (10.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The options of the command line."""
+
+    name: str
+    budget: float
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    base: str
+    overrides: Mapping[str, Any]
+    root: Path
+    ranks: tuple[int, ...] = ()  # on which steps are timed
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def study_path(self) -> Path:
+        return self.folder / "study.yaml"
+
+    @property
+    def reference(self) -> str:
+        """The method from which differences are taken: `fixed` if it is compared, else the first one."""
+        return "fixed" if "fixed" in self.methods else self.methods[0]
+
+
+def make_study(asked: Comparison) -> Study:
+    """Writes the study's file, unless the folder has it already, and returns the study.
+
+    Raises:
+        ConfigError: lists each method that cannot reach the budget or cannot train on the configuration, and why; or the
+            folder has another comparison.
+    """
+    base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
+    _check_base(base)
+    unknown = [name for name in asked.methods if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"--methods {', '.join(unknown)}: the methods are {', '.join(METHODS)}")
+    twice = sorted({name for name in asked.methods if asked.methods.count(name) > 1})
+    if twice or len(asked.methods) < 2 or len(set(asked.seeds)) < len(asked.seeds) or len(asked.seeds) < 2:
+        raise ConfigError(
+            f"--methods {','.join(asked.methods)} --seeds {','.join(map(str, asked.seeds))}: a comparison needs two "
+            "methods and two seeds at least, each named once"
+        )
+    problems = [
+        f"{name}: {problem}"
+        for name in asked.methods
+        for group in base.model.moe.groups.values()
+        if (problem := METHODS[name].refused(group, asked.budget))
+    ]
+    if problems:
+        raise ConfigError([*problems, f"--budget {asked.budget:g} --methods: take another budget, or leave them out"])
+    values = {
+        "name": asked.name,
+        "question": f"{len(asked.methods)} methods at {asked.budget:g} true experts per token",
+        "base": str(find_config(asked.base)),
+        "set": dict(asked.overrides),
+        "seeds": {"decisive": list(asked.seeds), "other": list(asked.seeds)},
+        "pilot": {"seeds": [max(asked.seeds) + 100]},
+        "measure": {"accuracy": True, "sequences": 64},
+        "runs": str(asked.root),
+        "records": str(asked.folder),
+        "arms": {
+            name: {"about": METHODS[name].about, "seeds": "decisive", "set": METHODS[name].settings(base, asked.budget)}
+            for name in asked.methods
+        },
+    }
+    text = dump_yaml(values)
+    if asked.study_path.exists() and asked.study_path.read_text() != text:
+        raise ConfigError(
+            f"{asked.study_path} is of another comparison (other methods, seeds, budget or settings), and nothing is "
+            "overwritten; give another --name"
+        )
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(asked.study_path, text)
+    study = load_study(asked.study_path)
+    header = read_header(results_path(study, pilot=False))
+    if header is not None and header["fingerprint"] != fingerprint(asked.study_path, study):
+        raise ConfigError(
+            f"{study.base} has changed since the finished runs in {asked.folder}, and new runs would not compare; put it "
+            "back, or give another --name"
+        )
+    _check_arms(study)
+    check_ranks(study, asked.ranks)
+    return study
+
+
+def _check_base(base: Config) -> None:
+    """Refuses configurations on which the methods cannot be compared."""
+    moe, reasons = base.model.moe, []
+    if len({group.num_experts for group in moe.groups.values()}) > 1:
+        reasons.append("model.moe.groups have different numbers of experts, so that one budget is not one share of them")
+    for name, group in moe.groups.items():
+        if group.num_null or group.num_zero_computation:
+            reasons.append(
+                f"model.moe.groups.{name} has null or zero-computation experts, which the methods set themselves"
+            )
+    if moe.balance or moe.router != TopKRouterSection():
+        reasons.append("model.moe.router and model.moe.balance must have their defaults; the methods set them")
+    if base.loss.balance.kind != "null_averaged" or base.loss.balance.null_weight:
+        reasons.append("loss.balance.kind and null_weight must have their defaults; the methods set them")
+    if base.model.mixture_of_depths is not None:
+        reasons.append("model.mixture_of_depths decides, too, which tokens are computed; set it to null")
+    if base.train.only is not None or moe.experts.kind != "ffn":
+        reasons.append("the methods train whole models; set train.only to null and model.moe.experts.kind to ffn")
+    if reasons:
+        raise ConfigError([f"{base.run.name}: methods cannot be compared: {reason}" for reason in reasons])
+
+
+def _check_arms(study: Study) -> None:
+    """Refuses methods whose configuration breaks a rule, all at once."""
+    problems = []
+    for job in {job.label: job for job in jobs_of(study)}.values():
+        try:
+            check(config_of(study, job), world_size=1)
+        except ConfigError as error:
+            problems.append(f"{job.label}: {error}")
+    if problems:
+        raise ConfigError([*problems, "leave these methods out, or change the configuration"])
+
+
+# --- table and figure
+
+
+def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
+    """Writes table.md and the figure from the existing records, and returns the table."""
+    text = "\n".join([*_lines(asked, study, records), ""])
+    write_atomically(asked.folder / "table.md", text)
+    if any(of_arm(records, name) for name in asked.methods):
+        draw(asked, records, asked.folder / "figure")
+    return text
+
+
+def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
+    rows, times = [], read_rank_times(asked.folder)
+    ranks = sorted({number for _, number in times})
+    for name in asked.methods:
+        mine = of_arm(records, name)
+        load = _mean(mine, "load.all")
+        off = load is not None and abs(load / asked.budget - 1.0) > OFF_BUDGET
+        rows.append(
+            [
+                f"`{name}`",
+                METHODS[name].about,
+                str(len(mine)),
+                f"{_text(load, 3)}{' (off budget)' if off else ''}",
+                _text(_mean(mine, "load.by_input.text"), 2) + " / " + _text(_mean(mine, "load.by_input.image"), 2),
+                _text(_mean(mine, "loss.all"), 4),
+                _difference(asked, records, name, "loss.all", 4),
+                _text(_mean(mine, "accuracy.all", 100.0), 2),
+                _difference(asked, records, name, "accuracy.all", 2, 100.0),
+                _text(_mean({seed: {"kb": _sent(study, each)} for seed, each in mine.items()}, "kb"), 2),
+                *(_seconds(times.get((name, number))) for number in ranks),
+            ]
+        )
+    heads = [
+        "method", "what", "seeds", "true experts per token", "text / image", "loss, nats", f"less {asked.reference}",
+        "accuracy, %", f"less {asked.reference}", f"kB sent per token at EP {study.measure.wire.ep}",
+        *(f"seconds of a step, EP {number}" for number in ranks),
+    ]  # fmt: skip
+    code = f"code of {commits(records.values())}" if records else "no run is finished"
+    return [
+        f"Budget: {asked.budget:g} true experts per token and layer. Seeds {', '.join(map(str, asked.seeds))}; "
+        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. Seconds: median, lowest and "
+        f"highest of {ROUNDS} rounds; {code}.",
+        "",
+        *table(heads, rows),
+    ]
+
+
+def _sent(study: Study, record: Record) -> float:
+    """Returns kB of rows that a token sends in all layers: dispatch and combine, forward and backward, in fp32."""
+    model = config_of(study, jobs_of(study)[0]).model
+    return record["wire"]["rows_remote"] * len(model.moe_layers) * model.hidden_dim * BYTES * EXCHANGES / 1e3
+
+
+def differences(records: Records, name: str, of: str, metric: str, factor: float = 1.0) -> list[float]:
+    """Returns the paired differences of a number, `name` less `of`, for the seeds that both have."""
+    mine, theirs = of_arm(records, name), of_arm(records, of)
+    pairs = [(number_at(mine[seed], metric), number_at(theirs[seed], metric)) for seed in mine if seed in theirs]
+    return [factor * (one - other) for one, other in pairs if one is not None and other is not None]
+
+
+def _paired(records: Records, name: str, of: str, metric: str, factor: float = 1.0) -> Paired | None:
+    found = differences(records, name, of, metric, factor)
+    return paired(found) if len(found) > 1 and name != of else None
+
+
+def _difference(asked: Comparison, records: Records, name: str, metric: str, digits: int, factor: float = 1.0) -> str:
+    found = _paired(records, name, asked.reference, metric, factor)
+    if found is None:
+        return "-"
+    return f"{found.mean:+.{digits}f} [{found.lower:+.{digits}f}, {found.upper:+.{digits}f}]"
+
+
+def _mean(mine: Mapping[int, Record], metric: str, factor: float = 1.0) -> float | None:
+    values = [value for each in mine.values() if (value := number_at(each, metric)) is not None]
+    return factor * sum(values) / len(values) if values else None
+
+
+def _seconds(time: RankTime | None) -> str:
+    return f"{median(time.seconds):.3f} [{min(time.seconds):.3f}, {max(time.seconds):.3f}]" if time else "-"
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
+    """Writes the figure in each format: by method, the differences of loss and accuracy with bounds, and the experts per
+    token. A dot is a seed."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # takes seconds to import; needs no window system
+
+    others = [name for name in asked.methods if name != asked.reference]
+    written = []
+    # Fixed ids in the SVG and no dates, so that equal records give equal files.
+    with mpl.rc_context({"svg.hashsalt": "compare", "font.size": 9}):
+        figure = Figure(figsize=INCHES, layout="constrained")
+        loss, accuracy, load = figure.subplots(1, 3, sharey=True)
+        _bounds(loss, asked, records, others, "loss.all", "held-out loss, nats", 1.0)
+        _bounds(accuracy, asked, records, others, "accuracy.all", "held-out accuracy, points", 100.0)
+        _loads(load, asked, records, others)
+        loss.set_yticks(range(len(others)), others)
+        loss.set_ylim(len(others) - 0.5, -0.5)  # the first method on top
+        figure.suptitle(f"{asked.budget:g} true experts per token; differences from {asked.reference}, paired by seed")
+        for format in FORMATS:
+            target = path.with_suffix(f".{format}")
+            empty = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[format]
+            figure.savefig(target, dpi=200, metadata=empty)
+            written.append(target)
+    return written
+
+
+def _bounds(
+    axes: "Axes", asked: Comparison, records: Records, names: Sequence[str], metric: str, label: str, factor: float
+) -> None:
+    for place, name in enumerate(names):
+        seeds = differences(records, name, asked.reference, metric, factor)
+        axes.plot(seeds, [place] * len(seeds), ".", color=FAINT)
+        found = _paired(records, name, asked.reference, metric, factor)
+        if found is not None:
+            reach = [[found.mean - found.lower], [found.upper - found.mean]]
+            axes.errorbar(found.mean, place, xerr=reach, fmt="o", color=COLOUR, capsize=3, markersize=5)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _loads(axes: "Axes", asked: Comparison, records: Records, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        loads = [each["load"]["all"] for each in of_arm(records, name).values()]
+        axes.plot(loads, [place] * len(loads), "o", color=COLOUR, markersize=4)
+    axes.axvline(asked.budget, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("true experts per token (dashed: budget)")
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,161 @@
+"""The methods of `moe-dist compare-methods`: by name, how a configuration is set so that tokens take a given mean number of
+true (not null) experts. This number is called the budget.
+
+These rules apply to all methods. A group keeps its true experts. Softmax weights that are not normalised are scaled so that
+they add up to 1 for a token that takes the budget's number of experts under an even router. The positive logits of `remoe`
+get the same factor, although they are no probabilities. The sigmoids of methods in which experts choose are not scaled. In
+methods with null experts, a group has as many null as true experts (except `single_null`). A controller has the rate RATE
+if its biases are added to probabilities, and ten times this rate if they are added to logits.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_dist.config.model_schema import GroupSection
+from moe_dist.config.schema import Config
+
+Settings = dict[str, Any]
+RATE = 1.0  # rate of controllers whose biases are added to probabilities
+LOGIT_RATE = 10.0
+DECAY_SHARE = 1.0  # share of the steps after which a controller's rate has halved; at 0.25 loads lagged behind routers
+WARMUP_SHARE = 0.1  # share of the steps in which experts compete before thresholds replace the competition
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the comparison.
+
+    Attributes:
+        about: The method in a few words, for the table.
+        settings: Function of a base configuration and a budget that returns the overrides of the base.
+        refused: Function of a group and a budget that returns why the method cannot reach it; empty if it can. Cases that
+            the rules of a configuration refuse need not be repeated there.
+    """
+
+    about: str
+    settings: Callable[[Config, float], Settings]
+    refused: Callable[[GroupSection, float], str] = lambda group, budget: ""
+
+
+def _groups(base: Config, **changes: Callable[[GroupSection], Any]) -> Settings:
+    """Returns overrides that set keys of each group."""
+    return {
+        f"model.moe.groups.{name}.{key}": value(group)
+        for name, group in base.model.moe.groups.items()
+        for key, value in changes.items()
+    }
+
+
+def _held(base: Config, budget: float, rate: float, per: str = "group") -> Settings:
+    """Returns the override with the controller that holds the budget in each group."""
+    target = dict.fromkeys(base.model.moe.groups, budget)
+    decay = max(1, round(DECAY_SHARE * base.train.steps))
+    controller = {"kind": "active_experts", "target": target, "rate": rate, "decay_steps": decay, "per": per}
+    return {"model.moe.balance": [controller]}
+
+
+def _choices(budget: float) -> int:
+    """Returns k, twice the budget: with as many null as true experts, about half of a token's k choices are true."""
+    return math.ceil(2.0 * budget)
+
+
+def _null_weights(base: Config, budget: float) -> Settings:
+    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), where m = n."""
+    weight = (_choices(budget) - budget) / budget
+    return {"loss.balance.null_weight": dict.fromkeys(base.model.moe.groups, weight)}
+
+
+def _adamoe(base: Config, budget: float) -> Settings:
+    groups = _groups(base, num_null=lambda group: group.num_experts, top_k=lambda _: _choices(budget))
+    return {**groups, **_null_weights(base, budget), "model.moe.router": {"kind": "top_k"}}
+
+
+def _single_null(base: Config, budget: float) -> Settings:
+    nulls = _groups(
+        base,
+        num_null=lambda group: round(group.num_experts * (_choices(budget) - budget) / budget),
+        top_k=lambda _: _choices(budget),
+    )
+    return {**nulls, "loss.balance.kind": "vanilla", "model.moe.router": {"kind": "top_k", "null_logit": "single"}}
+
+
+def _longcat(base: Config, budget: float) -> Settings:
+    groups = _groups(base, num_identity=lambda group: group.num_experts, top_k=lambda _: _choices(budget))
+    columns = 2.0 * max(group.num_experts for group in base.model.moe.groups.values())
+    router = {"kind": "top_k", "normalise": "none", "selection_bias": True, "scale": columns / _choices(budget)}
+    split = {"loss.balance.kind": "null_split"}
+    return {
+        **groups,
+        **_null_weights(base, budget),
+        **split,
+        **_held(base, budget, RATE, "expert"),
+        "model.moe.router": router,
+    }
+
+
+def _adaptive(kind: str, rate: float, *, scaled: bool = True) -> Callable[[Config, float], Settings]:
+    def settings(base: Config, budget: float) -> Settings:
+        experts = max(group.num_experts for group in base.model.moe.groups.values())
+        router = {"kind": kind, **({"scale": experts / budget} if scaled else {})}
+        every = _groups(base, top_k=lambda group: group.num_experts)
+        return {**every, "loss.balance.kind": "vanilla", **_held(base, budget, rate), "model.moe.router": router}
+
+    return settings
+
+
+def _experts(**router: Any) -> Callable[[Config, float], Settings]:
+    def settings(base: Config, budget: float) -> Settings:
+        counts = {group.num_experts for group in base.model.moe.groups.values()}
+        warmup = {"warmup_steps": max(1, round(WARMUP_SHARE * base.train.steps))}
+        more = warmup if router["kind"] == "expert_threshold" else {}
+        share = {"capacity": min(1.0, budget / max(counts))}
+        off = {"loss.balance.schedule": [[0, 0.0]], "loss.z": 0.0}
+        return {**off, "model.moe.router": {**router, **share, **more, "causal": "threshold"}}
+
+    return settings
+
+
+def _fixed(base: Config, budget: float) -> Settings:
+    loads = {name: [budget] * len(base.model.moe_layers) for name in base.model.moe.groups}
+    groups = _groups(base, top_k=lambda _: math.ceil(budget))
+    return {**groups, "model.moe.router": {"kind": "scheduled_top_k", "active_experts": loads}}
+
+
+def _top_k(base: Config, budget: float) -> Settings:
+    return {**_groups(base, top_k=lambda _: round(budget)), "model.moe.router": {"kind": "top_k"}}
+
+
+def _needs_room(group: GroupSection, budget: float) -> str:
+    return f"{budget:g} is above half of the {group.num_experts} experts" if 2.0 * budget > group.num_experts else ""
+
+
+def _needs_whole_nulls(group: GroupSection, budget: float) -> str:
+    nulls = group.num_experts * (_choices(budget) - budget) / budget
+    if abs(nulls - round(nulls)) > 1e-6:
+        return f"{budget:g} needs {nulls:.2f} null experts beside {group.num_experts} true ones, which is no whole number"
+    return _needs_room(group, budget)
+
+
+def _needs_equal(group: GroupSection, budget: float) -> str:
+    return f"{budget:g} is above {group.num_experts} experts" if budget > group.num_experts else ""
+
+
+def _whole(group: GroupSection, budget: float) -> str:
+    return "" if budget == round(budget) else f"each token takes a whole number of experts, and {budget:g} is none"
+
+
+METHODS: Mapping[str, Method] = {
+    "fixed": Method("fixed number, the fraction by a random draw", _fixed),
+    "top_k": Method("the same number for each token", _top_k, _whole),
+    "adamoe": Method("null experts, held by the balance loss", _adamoe, _needs_room),
+    "single_null": Method("null experts with one logit, vanilla balance loss", _single_null, _needs_whole_nulls),
+    "longcat": Method("identity experts, biases for each expert", _longcat, _needs_room),
+    "top_p": Method("probabilities up to a held p", _adaptive("top_p", RATE)),
+    "remoe": Method("positive logits, held by a bias", _adaptive("relu", LOGIT_RATE)),
+    "dynmoe": Method("learned thresholds, held by a bias", _adaptive("threshold", RATE, scaled=False)),
+    "predicted_k": Method("a linear head predicts the number", _adaptive("predicted_k", LOGIT_RATE)),
+    "expert_choice": Method("experts choose in training", _experts(kind="expert_choice"), _needs_equal),
+    "expert_threshold": Method("running thresholds of experts", _experts(kind="expert_threshold"), _needs_equal),
+}
