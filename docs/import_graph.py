@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import fsum
 from pathlib import Path
 from typing import Literal
 
@@ -255,7 +256,7 @@ def level(node: Node, floors: dict[str, int]) -> int:
 
 
 def mean(values: list[float], otherwise: float) -> float:
-    return sum(values) / len(values) if values else otherwise
+    return fsum(values) / len(values) if values else otherwise  # in any order: they come from a set
 
 
 def spread(row: list[Node], wish: dict[Node, float], x: dict[Node, float]) -> None:

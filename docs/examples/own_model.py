@@ -7,6 +7,8 @@ from torch import nn
 import moe_dist
 
 GROUPS = [moe_dist.ExpertGroup("text", num_experts=4, num_null=4, top_k=2, ffn_dim=64)]
+TOKENS_BT = torch.randint(100, (8, 17), generator=torch.Generator().manual_seed(1))
+STEPS, BALANCE = 10, 0.01
 
 
 class Model(nn.Module):
@@ -22,26 +24,36 @@ class Model(nn.Module):
         return self.head(x_TD + y_TD), report
 
 
-def train(token_BT: torch.Tensor, steps: int = 3) -> Model:
-    """Learns each sequence's next tokens; every rank takes its share of the B sequences."""
+def sum_loss(model: nn.Module, token_BT: torch.Tensor) -> tuple[torch.Tensor, moe_dist.LayerReport]:
+    """The summed loss of the next tokens of each sequence."""
+    logits_TV, report = model(token_BT[:, :-1].flatten())
+    return nn.functional.cross_entropy(logits_TV, token_BT[:, 1:].flatten(), reduction="sum"), report
+
+
+def train(token_BT: torch.Tensor = TOKENS_BT, steps: int = STEPS) -> Model:
+    """Every rank takes its share of the B sequences."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     model = Model(group if size > 1 else None).to(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        own_BT = token_BT.chunk(size)[rank]
-        logits_TV, report = model(own_BT[:, :-1].flatten())
-        # Sums over the global count: nothing is averaged, so gradients add up over ranks.
-        loss = nn.functional.cross_entropy(logits_TV, own_BT[:, 1:].flatten(), reduction="sum") / token_BT[:, 1:].numel()
-        (loss + 0.01 * moe_dist.balance_loss(report, GROUPS, group)).backward()
-        for name, parameter in model.named_parameters():
-            if not name.startswith("moe.experts."):  # an expert lives on one rank, which has the gradient of all tokens
-                dist.all_reduce(parameter.grad)
+        loss, report = sum_loss(model, token_BT.chunk(size)[rank])
+        # Divided by the number of all ranks' tokens, so that losses and gradients add up over ranks.
+        loss = loss / token_BT[:, 1:].numel() + BALANCE * moe_dist.balance_loss(report, GROUPS, group)
+        loss.backward()
+        moe_dist.finish_gradients(model, group)
         optimizer.step()
         optimizer.zero_grad()
     return model
 
 
+def print_loss(model: nn.Module) -> None:
+    """Rank 0 prints the mean loss of all tokens. All ranks must call it, because the layer exchanges rows."""
+    loss = sum_loss(model, TOKENS_BT)[0] / TOKENS_BT[:, 1:].numel()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"loss {loss.item():.9f}")
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    train(torch.randint(100, (8, 33), generator=torch.Generator().manual_seed(1)), steps=100)
+    print_loss(train())
     dist.destroy_process_group()
