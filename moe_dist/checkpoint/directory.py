@@ -52,7 +52,7 @@ class CheckpointDirectory:
         """
         path = self.folder / LATEST_FILE
         try:
-            content = read_regular(path, most_bytes=64, links=False)  # read at once: another process may replace it
+            content = read_regular(path, most_bytes=64, links=False)  # one read: another process may replace the file
         except IrregularFileError as error:
             raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
@@ -98,13 +98,21 @@ class CheckpointDirectory:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def run_path(path: Path) -> Path:
+    """Returns `path`; if only `runs/<path>` exists, returns that, because `runs` is the default place of runs."""
+    named = Path("runs") / path
+    return named if not path.exists() and named.is_dir() else path
+
+
 def find_checkpoint(path: Path) -> Path:
-    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints.
+    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints. The
+    run may be named as in `run_path`.
 
     Raises:
         ConfigError: there is no checkpoint.
         DataError: `latest` names no checkpoint.
     """
+    path = run_path(path)
     looks_like_one = _COMMITTED.fullmatch(path.name) or any((path / name).exists() for name in (INDEX_FILE, STATE_FILE))
     if looks_like_one and path.is_dir():
         return path

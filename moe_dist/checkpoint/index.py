@@ -129,7 +129,7 @@ class StateFile(StoredModel):
 
 
 def shard_file(number: int) -> str:
-    """Returns the name of shard file `number`. An index has only numbers, so it cannot name a file outside its folder."""
+    """Returns the name of shard file `number`. An index has numbers, not names, so it cannot name a file elsewhere."""
     return f"shard_{number:05d}.safetensors"
 
 

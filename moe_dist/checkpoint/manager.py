@@ -84,7 +84,7 @@ class CheckpointManager:
             process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
         tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may
-            run `write`: each rank then mixes them with those of the training in an order of its own.
+            run `write`: they then alternate with those of the training in another order on each rank.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks, if a rank could not write or the disk is full. `latest` is unchanged, and the
                 files of this save are deleted, so that a later save may succeed.
-            MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
+            MoeDistError: the lease check failed on rank 0, which raises that error; the others raise a MoeDistError.
         """
         self._check_layout(snapshot.layout)  # with a wrong layout, tensors would be written twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:  # a resumed run may have no step left, and saves the step that it has loaded
+        if committed:  # a resumed run without a step left saves the step that it has loaded
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -145,7 +145,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: a file cannot be deleted.
-            MoeDistError: the lease check failed on rank 0; the other ranks raise an error of the same class.
+            MoeDistError: the lease check failed on rank 0, which raises that error; the others raise a MoeDistError.
         """
 
         def remove() -> None:
@@ -165,15 +165,15 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If it fails, all ranks raise its error, an OSError as a `kind`. Costs one all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise; an OSError becomes a `kind`. Costs one all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
         return self._status.first(what, action, kind=kind)
 
     def on_each(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T:
-        """Runs `action` on every rank and returns its result. If it fails on one, all ranks raise, an OSError as a `kind`.
-        Costs one all-reduce."""
+        """Runs `action` on every rank and returns its result. If it fails on one, all ranks raise; an OSError becomes a
+        `kind`. Costs one all-reduce."""
         return self._status.phase(what, action, kind=kind)
 
     def broadcast(self, what: str, action: Callable[[], int]) -> int:
@@ -214,7 +214,7 @@ class CheckpointManager:
             path: A path for `find_checkpoint`.
             sources: Function that maps each parameter to load to its source in the checkpoint, equally on all ranks. By
                 default it selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base` have
-                other functions. The parts of a tensor that one group loads must together be the tensor.
+                other functions. The parts (`Cut`) of a stored tensor that one expert group loads must make up that tensor.
             check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
 
         Raises:
@@ -340,7 +340,7 @@ class CheckpointManager:
         that tells all ranks of an error."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()
-        # The parts of a stored tensor that one group loads are counted under the name of the first of them.
+        # The parts of a stored tensor that one expert group loads are added up under the name of the first of them.
         cuts = {name: there for name, there in sources.items() if isinstance(there, Cut)}
         first = {(cut.name, _group_of(name)): name for name, cut in cuts.items() if cut.start == 0}
         whole = {name: first[cuts[name].name, _group_of(name)] if name in cuts else name for name in sources}

@@ -120,7 +120,7 @@ class CheckpointWriter:
 
     def _write_snapshot(self, snapshot: Snapshot, began: float) -> None:
         try:
-            path = self._checkpoints.write(snapshot)  # its collectives use the process group of `checkpoints`
+            path = self._checkpoints.write(snapshot)  # collectives in the process group of `checkpoints`
         except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return

@@ -1,6 +1,6 @@
 """Splits a dense FFN into fine-grained experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive
-neurons): expert j of n has the j-th n-th of the FFN's hidden values, so it has the rows of gate and up and the columns of
-down that belong to them. The sum of all experts' outputs is the output of the FFN.
+neurons): the FFN's hidden values are divided into n equal parts, and expert j has the j-th part: the rows of gate and up
+and the columns of down that belong to these hidden values. The sum of all experts' outputs is the output of the FFN.
 
 The FFN is the one that upcycling would copy (`upcycle.py`). The router starts with rows of 0, see `config/split_rule.py`.
 """
@@ -15,7 +15,7 @@ from moe_dist.checkpoint.upcycle import experts_by_layer, norms, nothing, source
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
 
-HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that has the hidden values
+HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight whose index is that of a hidden value
 
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:

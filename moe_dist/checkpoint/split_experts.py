@@ -1,5 +1,5 @@
-"""Splits each expert of a trained mixture into m finer experts, as `split.py` splits a dense FFN: expert m e + i has the
-i-th m-th of the hidden values of the checkpoint's expert e. Its router row is that of e, see
+"""Splits each expert of a trained mixture into m finer experts, as `split.py` splits a dense FFN: the hidden values of the
+checkpoint's expert e are divided into m equal parts, and expert m e + i has the i-th part. Its router row is that of e, see
 `config/split_experts_rule.py`."""
 
 from collections.abc import Mapping

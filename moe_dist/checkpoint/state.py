@@ -134,7 +134,7 @@ def moment_specs(
     model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
     """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
-    `orthogonal` as in `moments_of`, `dtype` as `moment_dtype`."""
+    `orthogonal` as in `moments_of`, `dtype` as `moment_dtype` returns it."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():
@@ -145,7 +145,7 @@ def moment_specs(
 
 
 def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
-    """Names of the parameters that have each moment."""
+    """Maps each moment to the names of the parameters that have it."""
     moments = {each.name: moments_of(each, orthogonal=orthogonal) for each in named_parameters(model)}
     return {moment: {name for name, has in moments.items() if moment in has} for moment in MOMENTS}
 

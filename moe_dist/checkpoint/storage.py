@@ -9,6 +9,7 @@ with the header entry `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReade
 import json
 import os
 import platform
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,13 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from moe_dist import __version__
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, Source, StateFile, shard_file, stored_name
 from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
+from moe_dist.config.bundled import VERSION
 from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import step_count
 
@@ -57,8 +58,8 @@ class Piece:
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece shares the memory of its tensor. Pieces
-    without elements are left out."""
+    """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece is a view into the memory of its
+    tensor. Pieces without elements are left out."""
     planner = DefaultSavePlanner(**_DIALECT)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     pieces: dict[str, Piece] = {}
@@ -90,7 +91,7 @@ class Snapshot:
         """Returns the content of state.json."""
         placement = self.layout.placement
         groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
-        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": __version__}
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": VERSION}
         return StateFile(
             save_id=save_id,
             step=self.step,
@@ -163,8 +164,15 @@ def write_shard(
         step=step,
         rank_values=rank_values,
     )
-    path = folder / shard_file(number)
-    save_file(data, path, metadata=metadata)
+    write_tensors(folder / shard_file(number), data, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions that the umask leaves, and syncs it to disk."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)  # which makes a file that only its owner can read
+    path.chmod(stat.S_IMODE(mode))
     sync(path)
 
 
@@ -194,7 +202,8 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)  # from the disk, so no rank must send its header to rank 0
+        # From the disk: in a save rank 0 calls this function, and the other ranks then need not send it their headers.
+        header = read_shard_header(folder, number)
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():

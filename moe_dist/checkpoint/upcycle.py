@@ -1,5 +1,5 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): initialises the experts of a model as copies of a checkpoint's
-dense FFNs, or of its single experts as in MoMa (arXiv 2407.21770), which starts with one expert per modality.
+dense FFNs or, as in MoMa (arXiv 2407.21770), of the only experts of its groups (one per modality).
 
 In each layer all experts of a group become copies of one FFN of the checkpoint, the first of these that exists:
 

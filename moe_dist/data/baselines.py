@@ -1,8 +1,8 @@
 """Baselines for held-out loss: unigram and bigram models counted on the training tokens.
 
-As in the loader, every token is a label except the first of a document and those of a prompt. A label has the modality of
-its id. The unigram and bigram models are told the label's modality, which a language model has to predict. This makes their
-loss slightly lower, so a language model with a still lower loss is better than them.
+As in the loader, every token is a label except the first of a document and those of a prompt. The modality of a label
+follows from its id. The unigram and bigram models are given the label's modality, which a language model must predict too.
+This lowers their loss slightly, so a language model with a lower loss than theirs is better than they are.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -18,7 +18,7 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.data.indexed import IndexedSplit
 
-BIGRAM_PRIOR = 200.0  # gives nearly the lowest loss for text and for image codes of the default corpus
+BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss, for text and for image codes of the default corpus
 
 
 class _Labels:

@@ -32,7 +32,8 @@ class Batch:
     padding_BS: torch.Tensor  # bool, true if the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns a copy of this batch on another device. On CUDA it is one copy from pinned memory, which is queued."""
+        """Returns a copy of this batch on another device. For CUDA all tensors are one asynchronous copy from pinned
+        memory."""
         tensors = {field.name: getattr(self, field.name) for field in fields(Batch)}
         if torch.device(device).type != "cuda":
             return Batch(**{name: each.to(device) for name, each in tensors.items()})

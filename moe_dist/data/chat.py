@@ -1,9 +1,10 @@
 """Documents of conversations and texts, encoded by the tokenizer of a Hugging Face folder.
 
 Token ids and labels of a conversation are those of transformers' `apply_chat_template(..., return_dict=True,
-return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as transformers runs them. The mask comes from
-the template's {% generation %} blocks. A template without these blocks gets the mask of the text that each assistant turn
-adds to the conversation before it, without the generation prompt (`_by_turns`).
+return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as transformers runs them, and in a process with
+a time limit, which the sandbox lacks. The mask of labels comes from the template's {% generation %} blocks. For a template
+without these blocks, the labels are the text that each assistant turn adds to the conversation before the turn, without
+the generation prompt (`_by_turns`).
 """
 
 import json
@@ -16,10 +17,12 @@ import numpy as np
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from moe_dist.data.picture_coding import Document
+from moe_dist.data.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/data.md"
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as the library transformers finds {% generation %}
+TEMPLATE_SECONDS = 60  # time limit for one conversation; a usual template takes less than a thousandth of it
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers finds {% generation %}
 _WAY_OUT = "put {% generation %} and {% endgeneration %} around what an assistant writes, and pass it with --chat-template"
 
 
@@ -68,16 +71,17 @@ class HubTokenizer:
         self.eos_id = int(found.eos_token_id)
         self.pad_id = self.eos_id if found.pad_token_id is None else int(found.pad_token_id)
         self._check_fit(folder / "config.json")
+        self._encoded = TimedCalls(self._encode, TEMPLATE_SECONDS)
 
     def text(self, text: str) -> Document:
-        """The document of a text: as the tokenizer begins and ends a text, and with the end token. Special tokens that
-        stand in the text are encoded as plain text."""
+        """The document of a text: its tokens with those that the tokenizer puts around a text, then the end token. Names of
+        special tokens in the text are encoded as plain text."""
         ids = self._tokenizer(text, split_special_tokens=True)["input_ids"]
         ids += [self.eos_id] * (ids[-1:] != [self.eos_id])
         return Document(np.array(ids, np.int64), np.zeros(len(ids), bool))
 
     def conversation(self, row: dict[str, Any], where: str) -> Document:
-        """The document of a conversation. What assistants write are its labels, all other tokens are prompt.
+        """The document of a conversation. The tokens that assistants write are its labels; all other tokens are prompt.
 
         Args:
             row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or its JSON
@@ -85,9 +89,23 @@ class HubTokenizer:
             where: Place of the row, for error texts.
 
         Raises:
-            ConfigError: there is no chat template, or it is invalid or leaves jinja's sandbox.
+            ConfigError: there is no chat template, or it is invalid, leaves jinja's sandbox or does not come to an end.
             DataError: the conversation is malformed, has nothing of an assistant, or the template fails on it.
         """
+        try:
+            return self._encoded({key: row[key] for key in ("messages", "tools") if key in row}, where)
+        except (TimeoutError, ChildProcessError) as error:
+            problem = (
+                f"{where}: the chat template of {self._named} {error} on messages; correct its loops or its use of memory, "
+                "and pass it with --chat-template FILE, or remove the row"
+            )
+            raise ConfigError(problem, see=GUIDE) from error
+        except RecursionError as error:
+            raise DataError(
+                f"{where}: values are nested too deeply; make them flatter, or remove the row", see=GUIDE
+            ) from error
+
+    def _encode(self, row: dict[str, Any], where: str) -> Document:
         messages, tools = _checked_messages(row, where), _checked_tools(row, where)
         try:
             template = self._tokenizer.get_chat_template(self._template, tools)
@@ -130,9 +148,9 @@ class HubTokenizer:
         return found["input_ids"], found["assistant_masks"]
 
     def _by_turns(self, messages: list[Any], tools: Any, where: str) -> tuple[Sequence[int], Sequence[bool]]:
-        """Ids and labels without {% generation %} blocks. Labels are the tokens in what an assistant's turn adds to the
-        text of the conversation before the turn with its generation prompt. White space after the turn's last special token
-        belongs to the template. Renders the conversation twice for each turn of an assistant."""
+        """Ids and labels without {% generation %} blocks. Labels are the tokens of the text that an assistant's turn adds
+        to the conversation before the turn, which ends with the generation prompt. White space after the turn's last
+        special token belongs to the template. Renders the conversation twice for each turn of an assistant."""
         whole, spans = self._rendered(messages, tools), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":

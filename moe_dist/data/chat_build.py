@@ -20,7 +20,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 MESSAGES = "messages"  # name of the source of conversations
-_Found = Iterable[tuple[str, Document]]  # family and document; documents of a family are all training or all held out
+_Found = Iterable[tuple[str, Document]]  # (family, document); of a family all documents are held out, or none
 
 
 def build_chat(
@@ -39,7 +39,7 @@ def build_chat(
 
     Args:
         messages: JSONL file, parquet file or datasets folder of conversations; None for none.
-        texts: The same, or a folder of texts, by name of the source.
+        texts: By name of the source, a file or folder as for `messages`, or a folder of texts.
         tokenizer: The Hugging Face folder.
 
     Returns:

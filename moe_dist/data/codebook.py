@@ -60,11 +60,11 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
     distinct_PV, counts_P = np.unique(patches_PV, axis=0, return_counts=True)
     if len(distinct_PV) < codes:
         most = len(distinct_PV)
-        raise DataError(f"codes={codes}: the pictures have only {most} distinct patches; give --codes {most} or less")
+        raise DataError(f"--codes {codes}: the pictures have only {most} distinct patches; give --codes {most} or less")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # K-means weights each distinct patch by its number of occurrences, so that a very frequent patch, such as a plain
-    # background, usually gets an entry equal to it.
+    # K-means weights each distinct patch by its number of occurrences. So for a very frequent patch, such as a plain
+    # background, there is usually an entry equal to it.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)

@@ -20,7 +20,7 @@ def refuse(error: DataError) -> None:
 
 
 class HoldOut(StrEnum):
-    """What is held out: whole families of pictures, or single pictures (variants) of families that stay in training. No
+    """The pictures that are held out: whole families, or single pictures (variants) of families that stay in training. No
     training picture is near-equal to a held-out variant."""
 
     FAMILIES = "families"
@@ -51,7 +51,7 @@ class Instruction:
     """A prompt with its answer."""
 
     family: str  # instructions of a family are all training or all held out
-    prompt: str  # its tokens are inputs, but no labels
+    prompt: str  # the prompt's tokens are inputs, but no labels
     answer: str
     image: Path | None = None  # picture before the prompt
     side: str = ""  # train or valid; '' if the random split decides

@@ -31,7 +31,9 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
         raise ConfigError(f"text {str(path)!r}: no such file or folder")
     texts = tuple(Text(key, content_family(text.encode()), text) for key, text in found if text.strip())
     if not texts:
-        raise ConfigError(f"text {str(path)!r}: holds no UTF-8 text")
+        raise ConfigError(
+            f"text {str(path)!r}: holds no UTF-8 text; convert other files (iconv -t UTF-8), or name another folder"
+        )
     return Source(name, texts, licence)
 
 

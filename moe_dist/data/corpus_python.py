@@ -10,8 +10,8 @@ from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# In these folders all files follow one template. They are one family, else held-out files would have near copies in
-# training.
+# In these folders all files follow one template. The files of a folder are one family, because otherwise held-out files
+# would have near copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 

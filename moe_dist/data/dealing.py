@@ -1,8 +1,7 @@
-"""Deals the sequences of a step to the ranks so that the ranks' expected costs are equal.
-
-The batch alone decides, so every rank computes the same without an exchange, and a resumed run decides the same again.
-Shape letters: Q sequences of a step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of
-a part, S tokens of a sequence, M modalities.
+"""Deals the sequences of a step to the ranks so that the ranks' expected costs are equal. The deal depends on the batch
+alone, so every rank computes the same deal without an exchange, and so does a resumed run. Shape letters: Q sequences of a
+step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of a part, S tokens of a sequence,
+M modalities.
 """
 
 import heapq
@@ -18,17 +17,17 @@ class SequenceCosts:
     """The expected cost of sequences, in FLOPs of forward.
 
     Attributes:
-        document_S: float64 [S + 1], the cost of a document of each length without its experts: what a token costs, and its
-            attention, which grows with the square of the length. Padding counts as a document.
-        expert_M: float64, the cost of the true experts that a token of each modality takes on average. A group with more
-            null choices costs less.
+        document_S: float64 [S + 1], by a document's length its cost without experts: the cost of its tokens, and of its
+        attention, which grows with the square of the length. Padding counts as a document.
+        expert_M: float64, by modality the cost of the true experts that a token takes on average. More null choices make
+        it lower.
     """
 
     document_S: np.ndarray
     expert_M: np.ndarray
 
     def of(self, lengths: Sequence[int], tokens_M: np.ndarray) -> tuple[float, float]:
-        """Returns the cost of a sequence on the rank that has it, and the cost of its experts, on whatever rank.
+        """Returns the cost of a sequence without experts, which its own rank computes, and the cost of its experts.
 
         Args:
             lengths: Tokens of each document of the sequence.
@@ -51,8 +50,8 @@ class Deal(NamedTuple):
 
     Attributes:
         place_IWB: int64, for each micro-batch and rank the sequences, as places in the step.
-        undealt, dealt: Cost of the busiest rank over that of the mean rank, summed over the micro-batches, in the order of
-            the stream and as dealt. All ranks meet in each micro-batch, so the busiest rank of each counts.
+        undealt, dealt: Costs of the busiest rank of each micro-batch over those of the mean rank, both summed over the
+        micro-batches: in the order of the stream, and as dealt. In each micro-batch all ranks wait for the busiest one.
     """
 
     place_IWB: np.ndarray
@@ -61,12 +60,13 @@ class Deal(NamedTuple):
 
 
 def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: bool) -> Deal:
-    """Deals the sequences of a step. Each rank gets as many as before. If dealing gains nothing, the order is unchanged.
+    """Deals the sequences of a step to the ranks. No rank's number of sequences changes. If dealing gains nothing, the
+    order stays.
 
     Args:
         cost_Q2: Result of `SequenceCosts.of` of each sequence, in the order of the stream.
         ep: Ranks of an EP group, which are consecutive. They share the cost of the experts of all their sequences.
-        mix: Whether a sequence may change its micro-batch. Only then can sequences of a like cost share one.
+        mix: Whether a sequence may move to another micro-batch, which lets sequences of similar cost share one.
     """
     place_IK = np.arange(len(cost_Q2)).reshape(micro_batches, -1)
     place_IWB = place_IK.reshape(micro_batches, ranks, -1)
@@ -83,12 +83,13 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     [P, N].
 
     The balanced largest differencing method (Yakir 1996): the sorted items are cut into rows of one item for each part. The
-    two rows that differ most become one, in which the largest sum of the one meets the smallest of the other, and so on.
+    two rows that differ most become one, in which the part with the largest sum in one row joins the part with the smallest
+    sum in the other, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # the smallest is the row with the largest difference; numbers decide between equal ones
+    heapq.heapify(rows)  # first comes the row with the largest difference; of equal ones the row with the lowest number
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)
@@ -100,15 +101,15 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns what each sequence costs its own rank: with ep=1 also its experts."""
+    """Returns the cost of each sequence that its own rank computes. With ep=1 this includes the experts."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
 
 def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
-    """Returns the sequences of each micro-batch, [I, W B]: runs of W sequences of a like cost, one for each rank. Each
-    micro-batch has runs from dear to cheap."""
+    """Returns the sequences of each micro-batch, [I, W B]: B runs of W sequences of similar cost, one sequence for each
+    rank. Each micro-batch gets expensive and cheap runs."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
-    runs[1::2] = runs[1::2, ::-1].copy()  # there and back, so that no micro-batch gets the dearest run of each turn
+    runs[1::2] = runs[1::2, ::-1].copy()  # reversed every second turn, so that no micro-batch gets all expensive runs
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 

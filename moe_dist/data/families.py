@@ -55,7 +55,7 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
-    for start in range(0, len(grids_NC), 128):  # 128 grids at a time, to bound the memory for `differ`
+    for start in range(0, len(grids_NC), 128):  # 128 grids at a time, because `differ` has an element for each pair
         block = grids_NC[start : start + 128]
         differ = np.zeros((len(block), others_CN.shape[1]), np.uint16)
         for cell, others_N in enumerate(others_CN):

@@ -160,6 +160,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hides warnings that Transformer Engine and Apex, unused here, are missing
+        warnings.simplefilter("ignore")  # Megatron warns if Transformer Engine or Apex is missing; neither is used here
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -36,8 +36,8 @@ class TrainLoader:
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a micro-batch of a rank.
-        dealing: How the sequences of a step are dealt to ranks; None for the order of the stream. Every rank then reads
-            the whole step, to know what its sequences cost.
+        dealing: How the sequences of a step are dealt to ranks; None for the order of the stream. Every rank then reads the
+            whole step, to know the costs of its sequences.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -60,7 +60,7 @@ class TrainLoader:
         dealing: Dealing | None = None,
     ) -> None:
         self._dealing = dealing
-        self._dealt: dict[int, Deal] = {}  # of the last steps, by position
+        self._dealt: dict[int, Deal] = {}  # position -> deal, for the last steps
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
@@ -92,8 +92,8 @@ class TrainLoader:
         return (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
 
     def dealt(self, position: int) -> Deal:
-        """How the step that starts at `position` is dealt. The last steps are remembered, so that a trace, which asks
-        while the next step is read, reads nothing."""
+        """How the step that starts at `position` is dealt. The deals of the last steps are kept: a trace calls this while
+        a thread reads the next step, and must not read data itself then."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing
@@ -111,8 +111,8 @@ class TrainLoader:
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Returns by modality how often on average a training token was drawn in the first `position` sequences of the
-        stream; 0 if the sources in use have no token of the modality."""
+        """Returns by modality how often the first `position` sequences of the stream have drawn a training token, mean over
+        tokens; 0 if the sources in use have no token of the modality."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}

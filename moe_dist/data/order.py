@@ -3,7 +3,7 @@
 `cut` and `pack` put documents into sequences of a fixed length; a document longer than a sequence is cut into pieces.
 `Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` gives the sequences of a
 source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Attention and
-positions restart at each piece, so the packing changes only the amount of padding.
+positions restart at each piece, so the other pieces of a sequence have no influence on a piece.
 
 Shape letters: D documents, P pieces, Q sequences, S sources.
 """
@@ -145,7 +145,7 @@ class ShuffledEpochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, position: int) -> int:
-        """Index of the item at a position of the stream of epochs."""
+        """Index of the item at a position in the sequence of all epochs."""
         epoch, within = divmod(position, self._count)
         if epoch not in self._orders:
             # The orders of neighbouring epochs are kept, because a step may straddle two epochs.

@@ -56,14 +56,16 @@ def rasterise_all(
         DataError: no picture can be read, or `skip` refuses one that cannot.
     """
     found: list[tuple[Picture, np.ndarray]] = []
+    damaged: list[DataError] = []
     for number, picture in enumerate(pictures):
         try:
             found.append((picture, rasterise(picture.path)))
         except DataError as error:
             skip(error)
+            damaged.append(error)
         report("rasterise pictures", number + 1, len(pictures))
     if not found:
-        raise DataError(f"none of {len(pictures)} pictures can be read; the first is {str(pictures[0].path)!r}")
+        raise DataError(f"none of {len(pictures)} pictures can be read; the first: {damaged[0]}")
     readable, rasters = zip(*found, strict=True)
     return readable, np.stack(rasters)
 

@@ -49,7 +49,7 @@ def rasterise(path: str | Path) -> np.ndarray:
         else:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from there on Pillow raises
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises for a picture with more pixels
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
     except (OSError, ValueError) as error:
         raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error

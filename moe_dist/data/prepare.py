@@ -54,16 +54,18 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
     try:
         return _prepare(out, inputs, recipe, report, skip)
     except OSError as error:
-        raise StorageError(f"{error}; the data set --out {out} was not made") from error
+        raise StorageError(
+            f"--out {out}: {error}; nothing was made: free or mend that disk, or choose another folder"
+        ) from error
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    out = out.resolve()  # the rename must replace a link's target and not the link
+    out = out.resolve()  # if `out` is a link, the rename must replace the folder behind it
     asked = _as_json(inputs, recipe)
-    if done := _finished(out, asked):
+    if done := _finished(out, asked, skip):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # where it fails at once, the lock would wait forever
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access, where the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -71,7 +73,7 @@ def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Sk
         report("wait for another writer", 0, 1)
         held = lock.acquire()
     with held:
-        if done := _finished(out, asked):
+        if done := _finished(out, asked, skip):
             return done, False
         skipped: list[str] = []
 
@@ -91,8 +93,9 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
     return json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
 
 
-def _finished(out: Path, asked: dict) -> Manifest | None:
-    """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing."""
+def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
+    """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing. Calls
+    `skip` for each file that was left out."""
     from moe_dist.config.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -121,6 +124,8 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
     for source in manifest.sources.values():
         for split in filter(None, (source.train, source.valid)):
             check_split(out, split)
+    for problem in written.get("skipped", []):
+        skip(DataError(f"{out} was made without a file: {problem}"))
     return manifest
 
 

@@ -41,7 +41,8 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
     `Dataset.save_to_disk` wrote; before each row its place, for error texts.
 
-    A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of its rows.
+    A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of the yielded
+    rows.
 
     Args:
         option: Option of the command line that names `path`, for error texts.

@@ -54,7 +54,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"tokenizer {str(path)!r} cannot be read: {error}") from error
+        raise DataError(
+            f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data: {error}"
+        ) from error
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -68,6 +70,6 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. Its file lacks this setting.
+    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. tokenizer.json has no such key.
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -5,8 +5,12 @@ PEFT joins the adapters of the n experts of a layer, with A_e [r, I] and B_e [O,
     lora_A [n r, I]   A_e in the rows e r to (e + 1) r
     lora_B [O, r n]   column j of B_e in the column j n + e
 
-It wraps the parameters of a module in their order, so that the module of `down_proj` holds that of `gate_up_proj`, as
-`base_layer`. A shared adapter is written once for each expert.
+The experts' matrices are [n, O, I] in most families, and transposed, [n, I, O], in gpt-oss; lora_A and lora_B have the same
+shapes for both. But the outputs of gate and up, which are rows of lora_B, have the family's order: in gpt-oss they
+alternate, gate 0, up 0, gate 1, up 1, ...
+
+PEFT wraps the parameters of a module one after the other, so the wrapper of `down_proj` holds the wrapper of `gate_up_proj`
+as its `base_layer`. An adapter that all experts share is written once for each expert.
 
 Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
@@ -17,24 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.storage import sync, write_durably
+from moe_dist.checkpoint.storage import write_durably, write_tensors
+from moe_dist.config.experts.clamped_ffn_lora import AdaptedClampedFFNExpertsSection
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
+from moe_dist.hf.data_files import README, TOKENIZER_FILE, run_lines
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
-from moe_dist.hf.forms import choose_form
-from moe_dist.hf.importing import imported_values
+from moe_dist.hf.forms import Form, choose_form
+from moe_dist.hf.importing import HUGGINGFACE, imported_values
+from moe_dist.hf.names import projection_name
 from moe_dist.moe.lora import PROJECTIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
-_SHARED = "mlp.shared_expert"  # of Qwen2-MoE
+_SHARED = "mlp.shared_expert"  # name of the shared expert's module in Qwen2-MoE
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
@@ -43,11 +49,12 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
     Args:
         checkpoint: Folder of a checkpoint of adapters, or of its run.
-        base_name: Name or folder of the base in Hugging Face's form, for `base_model_name_or_path`.
+        base_name: Name or folder of the base in Hugging Face's form, for `base_model_name_or_path`. None: the folder that
+            was imported, if the import did not change the model.
 
     Raises:
         ConfigError: `out` exists, or the adapters have no form in PEFT, or the base none in transformers; gives the reason.
-        DataError: the checkpoint is damaged, or its base is missing or another one.
+        DataError: the checkpoint is damaged, or its base is missing or is not the one that it was trained on.
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
@@ -55,24 +62,26 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
     base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses another base
     model = checked_config(contents).model
-    if problems := _problems(model) or _problems_of_base(model, base):
+    form, original = _form_of_base(base)
+    if problems := _problems(model) or _problems_of_base(model, base, form):
         fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
     tensors = dict(peft_tensors(model, tensor_reader(contents)))
+    base_name = base_name or original
     with new_folder(out) as folder:
         write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
-        sync(folder / WEIGHTS_FILE)
+        write_durably(folder / README, _readme(base_name, base))
+        write_tensors(folder / WEIGHTS_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
     return len(tensors)
 
 
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
-    """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, the attention's are in
-    the patterns."""
+    """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, those of the attention
+    are in rank_pattern and alpha_pattern."""
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
-    parts = [f"{target}_proj" for target in attention.targets] if attention else []
+    parts = [projection_name(target) for target in attention.targets] if attention else []
     shared = [f"{_SHARED}.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
     return {
         "peft_type": "LORA",
@@ -91,14 +100,14 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
 
 
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name; a linear
-    function of the tensors, such as their gradients, may take their place."""
+    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name. It may
+    return another tensor of that shape, such as the gradient, because the values are only moved."""
     attention = model.attention_lora
     experts: Any = model.moe.experts
     for layer in range(model.num_layers):
         for target in attention.targets if attention else ():
             for matrix in "ab":
-                name = f"{_MODEL}.{layer}.self_attn.{target}_proj.lora_{matrix.upper()}.weight"
+                name = f"{_MODEL}.{layer}.self_attn.{projection_name(target)}.lora_{matrix.upper()}.weight"
                 yield name, read(f"layers.{layer}.attention.adapters.{target}.{matrix}")
         for part in PROJECTIONS if _on_shared_expert(model) and layer in model.moe_layers else ():
             for matrix in "ab":
@@ -109,6 +118,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
                 inner = ".base_layer" if target == "gate_up" and "down" in experts.targets else ""
                 prefix = f"{_MODEL}.{layer}.mlp.experts{inner}"
                 a, b = (torch.stack([read(name) for name in names]) for names in adapter_names(model, layer, target))
+                if target == "gate_up" and isinstance(experts, AdaptedClampedFFNExpertsSection):
+                    b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # rows of gate and up alternate
                 yield f"{prefix}.lora_A.weight", a.flatten(0, 1)
                 yield f"{prefix}.lora_B.weight", b.permute(1, 2, 0).flatten(1)
 
@@ -140,14 +151,35 @@ def _problems(model: ModelSection) -> list[str]:
     return problems
 
 
-def _problems_of_base(model: ModelSection, base: Contents) -> list[str]:
+def _form_of_base(base: Contents) -> tuple[Form, str | None]:
+    """Returns the base's form, and the folder from which it was imported; None if its family has changed since."""
     noted, _ = imported_values(base.state.values)
     form = choose_form(checked_config(base).model, tensor_reader(base), noted, must=False)
-    if form.family.layout != "plain":
-        return [f"{base.folder}: this base is no model of transformers: {each}" for each in form.reasons or ["it has code"]]
+    said = base.state.values.get(HUGGINGFACE)
+    folder = said.get("folder") if isinstance(said, dict) and form.family.name == noted else None
+    return form, folder if isinstance(folder, str) else None
+
+
+def _problems_of_base(model: ModelSection, base: Contents, form: Form) -> list[str]:
+    if form.family.layout not in ("plain", "interleaved"):
+        reasons = form.reasons or [f"the form {form.family.name} has another layout of layers, or brings its own code"]
+        return [f"{base.folder}: PEFT cannot name the layers of this base: {each}" for each in reasons]
     if _on_shared_expert(model) and form.family.shared and form.family.shared.module != _SHARED:
         return [
             f"model.moe.experts.shared_expert=true: PEFT takes {form.family.shared.module}.gate_proj of {form.family.name} "
             "for a routed expert"
         ]
     return []
+
+
+def _readme(base_name: str | None, base: Contents) -> bytes:
+    """Returns README.md of a folder of adapters: how to run them."""
+    name = base_name or "BASE"
+    told = ["LoRA adapters in PEFT's form, exported by moe_dist."]
+    if base_name is None:
+        told[0] += f" moe_dist made their base; this command writes it for transformers as the folder `{name}`:"
+        told += ["", "```console", f"$ moe-dist export-hf {base.folder.absolute()} --out {name}", "```"]
+    tokenizer = name if (base.folder.parent / HUGGINGFACE / TOKENIZER_FILE).is_file() else None
+    model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
+    lines = ["from peft import PeftModel", *run_lines(model, tokenizer=tokenizer)]
+    return "\n".join([*told, "", "```python", *lines, "```", ""]).encode()

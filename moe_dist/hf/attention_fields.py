@@ -21,12 +21,12 @@ ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
 }
 _LENGTH = "original_max_position_embeddings"
 
-# How a family says which layers have a sliding window. none: it has no window. always: all layers if `sliding_window` has a
-# value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names. alternate: as layers,
-# without a flag; if `layer_types` is absent, every other layer from the first on.
+# How the config.json of a family says which layers have a sliding window. none: there is no window. always: all layers if
+# `sliding_window` has a value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names.
+# alternate: as layers, without a flag; if `layer_types` is absent, every other layer from the first on.
 Windows = Literal["none", "always", "flag", "layers", "alternate"]
-DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # of Qwen2-MoE and Qwen3-MoE
-DEFAULT_ALTERNATE = 128  # of gpt-oss
+DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # defaults of Qwen2-MoE and Qwen3-MoE
+DEFAULT_ALTERNATE = 128  # default window of gpt-oss
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -43,7 +43,7 @@ def read_rope(
     `default` stands in for absent rope_parameters.
 
     transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
-    them overrides the field of the same name beside them, except the original length.
+    them overrides the field of the same name outside of them, except the original length.
     """
     scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
     if default is not None and read.get("rope_parameters", None, null=None) is None:
@@ -72,7 +72,7 @@ def read_rope(
             raise ConfigError(f"config.json: {name}.{_LENGTH}: {kind} takes max_position_embeddings instead; remove it")
         values[_LENGTH] = max_seq_len
     elif _LENGTH in scaled.model_fields:
-        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the field beside them overrides
+        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the outer field overrides that of `values`
     given = {key: value for key, value in values.items() if value is not None or key not in scaled.null_is_default}
     return section | {"rope_scaling": {"kind": kind, **given}}
 
@@ -125,7 +125,7 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
     else:
-        read.get("sliding_window", None, null=None)  # counts as read: without the flag it has no effect
+        read.get("sliding_window", None, null=None)  # marks the field as read: it has no effect without the flag
     if window is not None:
         types = [_SLIDING] * num_layers
         if windows == "layers":
@@ -166,7 +166,7 @@ def layer_types(section: ModelSection) -> list[str]:
 
 
 def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
-    """Returns the fields of sliding windows of a section for which `windows_fit` returns True."""
+    """Returns config.json's fields of sliding windows, for a section `model` for which `windows_fit` returns True."""
     fields: Mapping[Windows, dict[str, Any]] = {
         "none": {},
         "always": {"sliding_window": section.sliding_window},
@@ -185,7 +185,7 @@ def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
 
 
 def windows_fit(section: ModelSection, windows: Windows) -> bool:
-    """Whether a family can say the section's sliding windows."""
+    """Returns whether the config.json of a family can express the section's sliding windows."""
     if windows == "none":
         return section.sliding_window is None
     return windows in ("layers", "alternate") or len(set(section.windows)) == 1

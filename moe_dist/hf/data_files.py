@@ -1,4 +1,5 @@
-"""What the data set of a run says about its model: the modality of each token id, the end mark, and the tokenizer."""
+"""Facts about a model that come from the data set of its run: the modality of each token id, the end mark, and the
+tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -64,26 +65,37 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
 
 def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: bool) -> bytes:
     """Returns README.md of an exported folder: how to run the model."""
-    folder = '".", trust_remote_code=True' if brings_code else '"."'
-    model = f"AutoModelForCausalLM.from_pretrained({folder})"
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer, model = AutoTokenizer.from_pretrained("."), {model}',
-        'print(tokenizer.decode(model.generate(tokenizer("The", return_tensors="pt").input_ids, max_new_tokens=20)[0]))',
-    ]
-    if not tokenizer:
-        lines = [
+    told, folder = [f"A language model of the type `{family}`, exported by moe_dist."], "."
+    if brings_code:
+        told[0] += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
+    if not in_transformers:
+        folder = "served"
+        told[0] += (
+            " transformers has no class for it. `zeda/transformers` and `zeda/sglang` of https://github.com/TsinghuaC3I/ZEDA"
+            " have one; moe_dist's tests do not run it. Two commands of moe_dist, run in this folder, write the same model "
+            f"with code, for transformers 5.4 or later, as the folder `{folder}`:"
+        )
+        told += ["", "```console", "$ moe-dist import-hf . --out imported"]
+        told += [f"$ moe-dist export-hf imported --out {folder} --family moe_dist", "```"]
+    options = ", trust_remote_code=True" if brings_code or not in_transformers else ""
+    model = f'AutoModelForCausalLM.from_pretrained("{folder}"{options})'
+    lines = run_lines(model, tokenizer=folder if tokenizer else None)
+    return "\n".join([*told, "", "```python", *lines, "```", ""]).encode()
+
+
+def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
+    """Returns lines of Python that run the model of an expression, with the tokenizer of a folder or on token ids."""
+    if tokenizer is None:
+        return [
             "import torch",
             "from transformers import AutoModelForCausalLM",
             f"model = {model}",
             "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
         ]
-    told = f"A language model of the type `{family}`, exported by moe_dist."
-    if brings_code:
-        told += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
-    if not in_transformers:
-        return (
-            f"{told} transformers has no class for it; ZEDA's transformers and SGLang do. An export of the same "
-            "checkpoint with `--family moe_dist` runs in transformers.\n"
-        ).encode()
-    return "\n".join([told, "", "```python", *lines, "```", ""]).encode()
+    # Else transformers asks whether to run the model's code when it looks for the class of the tokenizer.
+    trust = ", trust_remote_code=True" if "trust_remote_code" in model else ""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'tokenizer, model = AutoTokenizer.from_pretrained("{tokenizer}"{trust}), {model}',
+        'print(tokenizer.decode(model.generate(tokenizer("The", return_tensors="pt").input_ids, max_new_tokens=20)[0]))',
+    ]

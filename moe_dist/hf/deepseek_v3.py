@@ -17,5 +17,12 @@ FAMILY = replace(
     layers=glm4_moe.DenseFirst(first=3),
     heads=LatentHeads(),
     rope_pairs={"adjacent": {"rope_interleave": True}, "halves": {"rope_interleave": False}},
-    must_be={"attention_bias": ((False,), "the projections of latent attention have no biases")},
+    # transformers does not read the last three, nor those of training; the code that DeepSeek published does.
+    must_be={
+        "attention_bias": ((False,), "the projections of latent attention have no biases"),
+        "scoring_func": (("sigmoid",), "transformers' DeepSeek-V3 has sigmoid scores whatever the field says"),
+        "topk_method": (("noaux_tc",), "transformers' DeepSeek-V3 chooses by scores plus bias inside the best groups"),
+        "moe_layer_freq": ((1,), "in transformers' DeepSeek-V3 every layer behind the dense ones has experts"),
+    },
+    training=("aux_loss_alpha", "seq_aux", "ep_size"),
 )

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.base import KEY as BASE
@@ -27,7 +26,7 @@ from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES as OURS
 from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
-from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
+from moe_dist.checkpoint.storage import open_tensors, sync, write_durably, write_tensors
 from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
@@ -50,13 +49,13 @@ SHARD_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """The result of an export."""
 
     family: str  # `model_type`
     tensors: int
     shards: int
     folded: int  # number of null experts per layer that were left out
-    like: Path | None  # folder from which fields of config.json and tokenizer files were taken
+    like: Path | None  # folder from which tokenizer files and fields of config.json were copied
     merged: bool = False  # LoRA adapters were merged into their base
     reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the form was asked for
 
@@ -81,12 +80,12 @@ def export_model(
             else `moe_dist`, with its modelling code beside the weights.
         like: Folder with a config.json and tokenizer files to take over. None: the folder `huggingface` of the import that
             the checkpoint is in, or of `run.init_from`, if it exists.
-        data: Folder of the run's data set, which says the token ids of each modality; needed for several expert groups.
+        data: Folder of the run's data set, which gives the token ids of each modality; needed for several expert groups.
             None: `data.path` of the run.
 
     Raises:
         ConfigError: `out` exists, no form fits the model, or the data set is missing; gives the reasons.
-        DataError: the checkpoint is damaged or incomplete.
+        DataError: the checkpoint is damaged or incomplete, or has numbers that are not finite or too large for `dtype`.
         CheckpointError: `out` cannot be written.
     """
     if os.path.lexists(out):
@@ -98,7 +97,7 @@ def export_model(
         read = tensor_reader(contents)
     config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # no dtypes of an import, because a merged matrix needs more bits than its base
+    dtypes = {} if merged else dtypes  # not the dtypes before the import: a merged matrix needs more bits than its base
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
     like = like or _like(contents.folder, config)
@@ -200,10 +199,10 @@ def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool)
 def _said_fields(
     family: ModelFamily, section: ModelSection, like: Path | None, data: DataFiles | MoeDistError
 ) -> dict[str, Any]:
-    """Returns the fields of config.json that the model says.
+    """Returns the fields of config.json that follow from the model.
 
     Raises:
-        ConfigError: the model has several groups, and neither `like` nor the data set says the ids of their tokens.
+        ConfigError: the model has several groups, and neither `like` nor the data set gives the ids of their tokens.
     """
     marks = data.marks if isinstance(data, DataFiles) and like is None else {}
     if family is not SERVED:
@@ -216,9 +215,7 @@ def _said_fields(
         said = base.get("expert_groups") if base.get("model_type") == SERVED.name else None
         ids = {group.get("name"): group.get("token_ids") for group in said or ()}
         if len(groups) > 1 and not all(ids.get(name) for name in groups):
-            problem = (
-                f"model.moe.groups: {', '.join(groups)}: the group of a token follows from its id, which the data set says"
-            )
+            problem = f"model.moe.groups: {', '.join(groups)}: the data set has the ids of each group's tokens"
             raise ConfigError([problem, *data.problems], see="docs/huggingface.md")
     return {**write_served(section, ids), **marks}
 
@@ -226,8 +223,8 @@ def _said_fields(
 def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the fields of config.json: those of `like` if they describe the model; else the fields that the section says,
-    and all other fields of `like`."""
+    """Returns the fields of config.json: those of `like` if they describe the model; else the fields that follow from the
+    section, and all other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
@@ -273,13 +270,17 @@ def tensor_reader(contents: Contents) -> Read:
     The function raises DataError if the tensor is missing or damaged.
     """
 
+    checked: set[int] = set()
+
     def read(name: str) -> Tensor:
         entry = contents.index.tensors.get(name)
         if entry is None:
             raise DataError(f"{contents.folder}: {name}: is missing")
         whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
         for chunk in entry.chunks:
-            open_shard(contents, chunk.shard)
+            if chunk.shard not in checked:  # checked once, because the header names every tensor of the shard
+                open_shard(contents, chunk.shard)
+                checked.add(chunk.shard)
             with open_tensors(contents.folder, chunk.shard) as file:
                 box = tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.shape, strict=True))
                 whole[box] = file.get_tensor(name)
@@ -294,7 +295,7 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the folder, and the parts of logical tensors in it: (name, rows, place). Without parts it is zero."""
+    """One tensor to write, and the logical tensors of which it has rows: (name, rows, place). Without any it is zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -313,11 +314,24 @@ class StoredTensor:
                 whole.as_strided(part.shape, place.strides, place.begin).copy_(part)
             else:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
+        # In pieces, because `isfinite` makes tensors of its argument's size.
+        if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
+            raise DataError(self._not_finite(read, whole))
         return whole
+
+    def _not_finite(self, read: Read, whole: Tensor) -> str:
+        count = int((~torch.isfinite(whole)).sum())
+        damaged = [name for name, rows, _ in self.parts if not torch.isfinite(read(name)[rows]).all()]
+        cause = (
+            f"{', '.join(damaged)} of the checkpoint has such numbers; export an earlier checkpoint"
+            if damaged
+            else f"some weights are too large for {self.dtype}; take --dtype float32 or bfloat16"
+        )
+        return f"{self.name}: {count} of {whole.numel()} numbers would be infinite or NaN: {cause}"
 
 
 def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:
-    """Lists the tensors of the folder. One with parts of several dtypes has the dtype that represents all of them."""
+    """Lists the tensors to write. If the parts of a tensor have several dtypes, it gets one that represents all of them."""
     stored: dict[str, StoredTensor] = {}
     for slot in found:
         for place, rows in slot.pieces():
@@ -340,8 +354,7 @@ def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes
             tensors[each.name] = each.make(read)
             done += 1
             report("export", done, len(stored))
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        sync(folder / name)
+        write_tensors(folder / name, tensors, {"format": "pt"})
     if len(parts) > 1:
         weight_map = {each.name: name for name, shard in zip(names, parts, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(each.nbytes for each in stored)}, "weight_map": weight_map}

@@ -141,8 +141,8 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         },
     }
     if family.layers.names:
-        read.get(family.dense_ffn, None)  # counts as read, although only dense layers use it
-    family.multi_token(read, ())  # its fields count as read
+        read.get(family.dense_ffn, None)  # marks the field as read, although only dense layers use it
+    family.multi_token(read, ())  # marks the fields of multi-token prediction as read
     return family, section, read.unread()
 
 
@@ -151,6 +151,8 @@ def _check_plain(family: ModelFamily, read: Fields) -> None:
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
     for name, (allowed, why) in {**_ANY_FAMILY, **family.must_be}.items():
         read.must_be(name, allowed, why)
+    for name in family.training:
+        read.get(name, None, null=None)  # marks the field as read
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:

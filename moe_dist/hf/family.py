@@ -1,7 +1,6 @@
-"""What a Hugging Face model family consists of. A family is a file with one `ModelFamily`, and one line in `families`.
-
-The parts of a family read the fields of its config.json as values of the section `model`, write them, and tell whether they
-can say the values of a section.
+"""The parts of a Hugging Face model family. A family is a file with one `ModelFamily`, and one line in `families`. The
+parts of a family read the fields of its config.json as values of the section `model`, write them, and tell whether
+config.json can express the values of a section.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +32,8 @@ class RouterFields(Protocol):
     def write(self, router: RouterSection) -> dict[str, Any]: ...
 
     def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
-        """Returns whether the family can say a setting, by key and value. An unknown kind of router is one setting."""
+        """Maps each setting, such as 'kind=top_k', to whether config.json can express it. If the family lacks the kind of
+        router, the kind is the only setting."""
         ...
 
 
@@ -87,7 +87,7 @@ class SoftmaxRouter:
     normalise: Choices  # fields by value of `router.normalise`; the first is the default
     selection_bias: bool = False
     logit_bias: bool = False
-    scale: float | None = None  # routed_scaling_factor if it is absent; None: the family has no such field
+    scale: float | None = None  # default of routed_scaling_factor; None: the family has no such field
 
     def read(self, read: Fields) -> dict[str, Any]:
         scale = {} if self.scale is None else {"scale": read.positive("routed_scaling_factor", self.scale)}
@@ -147,7 +147,7 @@ class SharedExpert:
     field: str  # name of the field with its width
     module: str  # name of its module
     gated: bool = False  # a sigmoid gate multiplies its output
-    counted: bool = False  # the field says how many times as wide it is as a routed expert
+    counted: bool = False  # the field has the width of the shared expert as a multiple of that of a routed one
     least: int = 1  # smallest value of the field
 
     def read(self, read: Fields, ffn_dim: int) -> dict[str, Any]:
@@ -186,12 +186,13 @@ class ModelFamily:
     zero_computation: ZeroComputationFields | None = None
     layout: Layout = "plain"
     heads: HeadFields = field(default_factory=GroupedHeads)
-    rope_base: float = 10000.0  # base of the rotary frequencies if config.json says none
-    rope_scaling: Mapping[str, Any] | None = None  # rope_parameters if there are none
+    rope_base: float = 10000.0  # base of the rotary frequencies if config.json has none
+    rope_scaling: Mapping[str, Any] | None = None  # default of rope_parameters
     rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
-    windows: Windows = "none"  # how config.json says sliding windows
-    tied: bool = False  # tie_word_embeddings if it is absent
+    windows: Windows = "none"  # how config.json expresses sliding windows
+    tied: bool = False  # default of tie_word_embeddings
     must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
+    training: tuple[str, ...] = ()  # fields that act in training alone
     # Names of tensors of a layer. An export writes the first of several. `part` is gate, up or down; `old` is w1, w3 or w2.
     gates: tuple[str, ...] = ("mlp.gate.weight",)
     expert: str = "mlp.experts.{expert}.{part}_proj.weight"
@@ -201,6 +202,6 @@ class ModelFamily:
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
 
     def place(self, layer: int) -> tuple[str, str]:
-        """Returns the beginning of the names of a layer's tensors, and the end of the names of its norms and attention."""
+        """Returns how the names of a layer's tensors begin, and how those of its norms and attention end."""
         theirs, part = divmod(layer, self.layers_each)
         return f"model.layers.{theirs}", "" if self.layers_each == 1 else f".{part}"

@@ -61,7 +61,7 @@ class Fields:
         """Returns a field's value, `default` if the field is absent, or `null` if it is null.
 
         Raises:
-            ConfigError: the field is absent or null, and nothing stands for that.
+            ConfigError: the field is absent and there is no `default`, or it is null and there is no `null`.
         """
         self._read.add(name)
         value = self._values.get(name, default)
@@ -72,7 +72,7 @@ class Fields:
         return value
 
     def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
-        """Returns the value of a field that must be an integer above 0, or what stands for it."""
+        """Returns the value of a field that must be an integer above 0; `default` and `null` as in `get`."""
         return self._fitting(name, default, null, "a whole number above 0", lambda v: type(v) is int and v > 0)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:
@@ -93,7 +93,7 @@ class Fields:
         return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
 
     def many(self, name: str, default: Any = None, *, null: Any = _MISSING) -> Any:
-        """Returns the value of a field that must be a list, or what stands for it."""
+        """Returns the value of a field, which must be a list. `get` explains `default` and `null`."""
         return self._fitting(name, default, null, "a list", lambda value: isinstance(value, list))
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -110,7 +110,8 @@ class Fields:
         return next(choice for choice, fields in choices.items() if fields == values)
 
     def _fitting(self, name: str, default: Any, null: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
-        """Returns the value of a field, which must satisfy `fits`, or what stands for it. `rule` names what it must be."""
+        """Returns the value of a field, which must satisfy `fits`; `default` and `null` as in `get`. `rule` says `fits` in
+        words."""
         value = self.get(name, default, null=null)
         if self._values.get(name) is not None and not fits(value):
             raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")

@@ -1,4 +1,4 @@
-"""The forms in which a model can leave: plain families of transformers, Qwen3-MoE++, and a form with its own code.
+"""The forms of an export: plain families of transformers, Qwen3-MoE++, and a form with its own code.
 
 Plain families have no null experts. An export can leave out null experts only if the router rows of the null experts are
 bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them: the model then computes the
@@ -122,7 +122,7 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
-    same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts
+    same = {"true_all": "none", "all_chosen": "true_chosen"}  # names of the same weights once there are no null experts
     if group.num_experts == 1:
         same = {"true_all": "true_chosen", "all_chosen": "true_chosen", "none": "true_chosen"}
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -130,8 +130,8 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
 
 
 def _with_router(model: ModelSection, moe: MoESection, same: Mapping[str, str]) -> ModelSection:
-    """Returns the model with the section `moe`, whose softmax router gets the value of `router.normalise` that `same` says.
-    A sigmoid router stays as it is."""
+    """Returns the model with the section `moe`. A softmax router gets the value to which `same` maps its
+    `router.normalise`; a sigmoid router stays as it is."""
     router = moe.router
     if isinstance(router, TopKRouterSection):
         router = router.model_copy(update={"normalise": same.get(router.normalise, router.normalise), "null_logit": "each"})
@@ -141,7 +141,7 @@ def _with_router(model: ModelSection, moe: MoESection, same: Mapping[str, str]) 
 def _only_group(model: ModelSection) -> tuple[str, GroupSection]:
     groups = model.moe.groups
     if len(groups) > 1:
-        raise ConfigError(f"model.moe.groups: {', '.join(groups)}: families have one group of experts, not one a modality")
+        raise ConfigError(f"model.moe.groups: {', '.join(groups)}: families have one group of experts, not several")
     return next(iter(groups.items()))
 
 
@@ -158,20 +158,18 @@ def _folded(model: ModelSection, read: Read) -> int:
     """
     name, group = _only_group(model)
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
-    out = "no plain family has null experts, which can be left out only as copies of true rows, as an import makes them"
+    out = "no plain family has null experts, and they can be left out only if their router rows are copies of true rows"
     router = model.moe.router
     if group.num_zero_computation:
         raise ConfigError(f"{key}: {out}; num_identity={group.num_identity}, num_constant={group.num_constant}")
     if not isinstance(router, TopKRouterSection) or router.selection_bias:
         raise ConfigError(f"{key}: {out}; copies change the choices of a router with {router.said}")
     if router.normalise not in ("true_chosen", "true_all"):
-        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={router.normalise}")
+        raise ConfigError(f"{key}: {out}, and the weights do not depend on them; router.normalise={router.normalise}")
     if problem := uneven_twins(group.num_experts, group.num_null):
         raise ConfigError(f"{key}: {out}: {problem}")
     for layer in model.moe_layers:
         true, null = (read(router_name(model, layer, kind)) for kind in ("true", "null"))
         if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
-            raise ConfigError(
-                f"{key}: {out}; in layer {layer} they are not: the number of experts that a token takes is learned there"
-            )
+            raise ConfigError(f"{key}: {out}; in layer {layer} they are not, since training has changed them")
     return folded_choices(group.num_experts, group.num_null, group.top_k)

@@ -16,7 +16,7 @@ from moe_dist.hf.head_fields import GroupedHeads
 @dataclass(frozen=True)
 class SigmoidRouter:
     """The top k of sigmoids plus bias, inside the best groups of experts (`router.kind=group_limited`). The attributes are
-    the values of absent fields."""
+    the defaults of fields."""
 
     n_group: int = 1
     topk_group: int = 1
@@ -47,7 +47,7 @@ class SigmoidRouter:
 class DenseFirst:
     """The first layers are dense."""
 
-    first: int = 1  # their number if the field is absent
+    first: int = 1  # default of the field with their number
     names: Sequence[str] = ("first_k_dense_replace",)
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
@@ -61,7 +61,7 @@ class DenseFirst:
 
 
 def _multi_token(read: Fields, names: Collection[str]) -> list[str]:
-    """The layers behind the last one, if they have the projection of two joined hidden states."""
+    """Names of the layers after the last one of the model, if they have the projection of two joined hidden states."""
     layers, extra = read.whole("num_hidden_layers"), read.count("num_nextn_predict_layers", read.count("num_mtp_layers", 1))
     behind = [f"model.layers.{layer}." for layer in range(layers, layers + extra)]
     return [prefix for prefix in behind if f"{prefix}eh_proj.weight" in names]

@@ -12,7 +12,7 @@ from moe_dist.hf.head_fields import GroupedHeads
 
 @dataclass(frozen=True)
 class _ClampedExperts:
-    """The fields of the experts' form."""
+    """The fields of the clamped SwiGLU."""
 
     def read(self, read: Fields) -> dict[str, Any]:
         form = {"alpha": read.positive("swiglu_alpha", 1.702), "limit": read.positive("swiglu_limit", 7.0)}

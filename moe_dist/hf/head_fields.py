@@ -15,12 +15,12 @@ class HeadFields(Protocol):
 
     @property
     def kv_heads(self) -> int | None:
-        """num_key_value_heads if it is absent; None: num_attention_heads, also if it is null."""
+        """Default of num_key_value_heads; None: num_attention_heads, also if the field is null."""
         ...
 
     @property
     def rope_share(self) -> float | None:
-        """partial_rotary_factor if it is absent; None: the family has no such field."""
+        """Default of partial_rotary_factor; None: the family has no such field."""
         ...
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
@@ -30,7 +30,7 @@ class HeadFields(Protocol):
     def write(self, section: ModelSection) -> dict[str, Any]: ...
 
     def held(self, section: ModelSection) -> Mapping[str, bool]:
-        """Returns whether the family can say a setting, by key and value."""
+        """Returns, by key and value, whether config.json can express a setting."""
         ...
 
 
@@ -39,7 +39,7 @@ class GroupedHeads:
     """Heads of grouped-query attention, of a `kind` that computes with the same widths."""
 
     kind: str = "grouped_query"  # `model.attention.kind`
-    width: int | None = None  # head_dim if it is absent; None: hidden_size / num_attention_heads
+    width: int | None = None  # default of head_dim; None: hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None
@@ -77,7 +77,7 @@ class LatentHeads:
 
     kv_heads: int | None = 128
     rope_share: float | None = None
-    head_dim: int | None = None  # head_dim if it is absent; None: qk_rope_head_dim
+    head_dim: int | None = None  # default of head_dim; None: qk_rope_head_dim
     plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
     scaled: bool = False
 

@@ -41,7 +41,7 @@ from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.runtime.progress import Report
 
-HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and key in state.json of the import's family and dtypes
+HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and of the key in state.json with facts about the original
 SHARD_BYTES = 512 << 20
 
 _PLAN_FILE, _TREE = "plan.json", "tree"
@@ -49,7 +49,7 @@ _PLAN_FILE, _TREE = "plan.json", "tree"
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import read and wrote."""
+    """The result of an import."""
 
     family: str  # `model_type`
     tensors: int
@@ -93,7 +93,7 @@ def import_model(
             kept = _write_shards(place, source, plan, options, save_id, report)
             values = {
                 "config": config.model_dump(mode="json"),
-                HUGGINGFACE: {"family": family.name, "dtypes": {**plan.dtypes}},
+                HUGGINGFACE: {"folder": str(folder.absolute()), "family": family.name, "dtypes": {**plan.dtypes}},
             }
             _conclude(place / _TREE, source, plan, config, values, save_id)
             if os.path.lexists(out):
@@ -143,19 +143,21 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
+    router = plan.section.moe.router
+    only = "auxiliary_routers" if router.has_auxiliary_routers else None
     values = {
         "run": {"name": f"{name}-tuned", "seed": options.seed, "init_from": str(out)},
         "model": plan.section.model_dump(),
         "data": {"path": data_path, "seq_len": min(1024, plan.section.max_seq_len)},
-        "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1},
+        "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1, "only": only},
         "optimizer": {"lr": 1e-5, "schedule": {"kind": "cosine", "warmup_steps": 50}},
-        "loss": {"balance": {"scope": "step", "schedule": ((0, 0.0 if dense else 0.001),)}},
+        "loss": {"balance": {"scope": "step", "schedule": ((0, 0.0 if dense or router.experts_choose else 0.001),)}},
         "evaluation": {"every": 200},
     }
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise refused("the configuration that would be written cannot be", error) from error
+        raise refused("the configuration to write would be invalid", error) from error
     if broken := rule_violations(config):
         problems = [f"the model of config.json cannot be: {each.problem}" for each in broken]
         raise ConfigError(problems, see="docs/huggingface.md")
@@ -165,7 +167,7 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
     """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes it at the end of the
-    `with` block and after a DataError, which no later import of the same files can avoid, but after no other error."""
+    `with` block, and after a DataError, which the same files would cause again. After any other error keeps it."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -227,7 +229,7 @@ def _write_shards(
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            # No variable refers to the shard's tensors, so that their memory is freed before the next shard is read.
+            # No variable may refer to the shard's tensors, so that their memory is freed before the next shard is read.
             write_shard(
                 writing,
                 number,

@@ -1,4 +1,4 @@
-"""LongCat-Flash: a layer has two attentions and two FFNs, and experts beside them, of which some are the identity.
+"""LongCat-Flash: a layer has two attentions, two FFNs, and experts, of which some are the identity.
 
     a = x + attention_0(norm(x)),  h = norm(a),  b = a + ffn_0(h)
     c = b + attention_1(norm(b)),  y = c + ffn_1(norm(c)) + experts(h)
@@ -16,7 +16,7 @@ from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
 from moe_dist.hf.head_fields import LatentHeads
 
-# Older names of fields. transformers lets either one win, by their order.
+# Other names of fields. If config.json has both, transformers may use either value, so the two must be equal.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
     "num_experts_per_tok": "moe_topk",

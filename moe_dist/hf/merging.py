@@ -1,7 +1,7 @@
 """Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
 
-All tokens must use the same adapters with the same weights. In attention and on the experts of an MoE base they do. With
-LoRA experts on an FFN this requires
+All tokens that a matrix multiplies must use the same adapters with the same weights. For attention and for the experts of
+an MoE base they do. For LoRA experts on an FFN this requires
 
 - one expert group, because tokens of another group use other adapters,
 - no null experts, because a token that chooses a null expert uses the FFN without an adapter, and
@@ -26,7 +26,7 @@ from moe_dist.placement.roles import EXPERT_NAME
 
 Read = Callable[[str], Tensor]
 
-_ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[qkvo])\.weight")
+_ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[a-z_]+)\.weight")
 _SHARED = re.compile(r"(layers\.\d+\.moe\.shared\.(?:gate|up|down))\.weight")
 _TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # adapter of a matrix of an FFN expert
 _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
@@ -42,9 +42,11 @@ def check_mergeable(model: ModelSection) -> None:
     for name, group in groups.items():
         key = f"model.moe.groups.{name}"
         if group.num_null:
-            problems.append(f"{key}.num_null={group.num_null}: a token that chooses null experts passes the FFN as it is")
+            problems.append(f"{key}.num_null={group.num_null}: a token that chooses null experts takes no adapter")
         if group.top_k < group.num_experts:
-            problems.append(f"{key}.top_k={group.top_k} of num_experts={group.num_experts}: which adapters act is learned")
+            problems.append(
+                f"{key}.top_k={group.top_k} of num_experts={group.num_experts}: the router chooses the adapters"
+            )
         elif group.num_experts > 1 and experts.weight == "probability":
             problems.append(
                 f"model.moe.experts.weight=probability: the weights of {key}'s experts differ from token to token"
@@ -73,7 +75,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
         for a, b, scale in _pairs(name, ffn_names, model):
             if a in adapter_index.tensors:
                 rows = adapters(b)
-                if rows.shape[-2] == 2 * len(whole):  # of gate and up together
+                if rows.shape[-2] == 2 * len(whole):  # the adapter is one of gate and up together
                     rows = rows.chunk(2, dim=-2)[name.endswith(".up")]
                 whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
         return whole
@@ -86,7 +88,8 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
-    if (match := EXPERT_NAME.fullmatch(name)) and isinstance(experts := model.moe.experts, AdaptedFFNExpertsSection):
+    match, experts = EXPERT_NAME.fullmatch(name), model.moe.experts
+    if match and match["tensor"] in _TARGETS and isinstance(experts, AdaptedFFNExpertsSection):
         target, stem = _TARGETS[match["tensor"]], f"{match['layer']}.moe.experts.{match['group']}"
         prefix = f"{stem}.adapters.{target}." if experts.shared else f"{stem}.{match['expert']}.{target}_"
         return [(f"{prefix}a", f"{prefix}b", experts.alpha / experts.rank)]

@@ -1,9 +1,10 @@
-"""Maps each logical tensor of moe_dist to its place in the tensors of a Hugging Face family, in both layouts of the latter.
+"""Maps each logical tensor of moe_dist to its place in the tensors of a Hugging Face family, in both layouts of the family.
 
 By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
 the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
 down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element. gpt-oss has
-gate_up_proj [n, D, 2 F] with gate and up in turn, and down_proj [n, F, D]; there the place also has strides.
+gate_up_proj [n, D, 2 F] in which columns of gate and up alternate, and down_proj [n, F, D]; there the place also has
+strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,6 +120,11 @@ def _grouped_query(section: ModelSection, ours: str, theirs: str) -> Iterator[Sl
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_norm.weight", size)
 
 
+def projection_name(part: str) -> str:
+    """Returns the families' name of a projection of attention."""
+    return _LATENT.get(part, f"{part}_proj")
+
+
 _LATENT = {"q": "q_proj", "q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_up": "kv_b_proj",
            "o": "o_proj"}  # fmt: skip
 
@@ -126,7 +132,7 @@ _LATENT = {"q": "q_proj", "q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "
 def _latent(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
     widths = section.attention_widths
     for part, (columns, rows) in widths.items():
-        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{_LATENT[part]}.weight", rows, columns)
+        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{projection_name(part)}.weight", rows, columns)
     for part in ("q", "kv"):
         if f"{part}_up" in widths:
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_a_layernorm.weight", widths[f"{part}_up"][0])
@@ -189,7 +195,7 @@ def _router_rows(section: ModelSection, group: GroupSection, ours: str, theirs: 
 
 
 def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Qwen3-MoE++: the zero-computation experts stand behind the others, in the router and in the list of experts."""
+    """Qwen3-MoE++: the zero-computation experts come after the others, in the router and in the list of experts."""
     ((name, group),) = section.moe.groups.items()
     dim = section.hidden_dim
     yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{theirs}.mlp.gate.weight")
@@ -201,7 +207,7 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
 
 
 def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """LongCat-Flash: the rows and biases of identity experts stand behind those of the others."""
+    """LongCat-Flash: the rows and biases of identity experts come after those of the others."""
     ((name, group),) = section.moe.groups.items()
     router, (gate,), (bias,) = f"{ours}.moe.router.{name}", family.gates, family.selection_bias
     yield from _router_rows(section, group, router, f"{theirs}.{gate}")
@@ -230,7 +236,7 @@ def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: 
 
 
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """`modeling_moe_dist.py`: every part of every group."""
+    """Yields the tensors of `modeling_moe_dist.py`: every part of every group."""
     dim, router = section.hidden_dim, section.moe.router
     for index, (name, group) in enumerate(section.moe.groups.items()):
         to = f"{theirs}.mlp.groups.{index}"
@@ -240,6 +246,8 @@ def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) 
             yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
         if router.has_logit_bias:
             yield _whole(f"{ours}.moe.router.{name}.offset", f"{to}.router.bias", group.num_experts)
+        for tensor, shape in router.further_tensors(group, dim).items():
+            yield _whole(f"{ours}.moe.router.{name}.{tensor}", f"{to}.router.{tensor.replace('.', '_')}", *shape)
         yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", to)
         for expert in range(group.num_experts) if section.moe.experts.num_biases(dim, group.ffn_dim) else ():
             for part, (rows, _) in _matrices(dim, group.ffn_dim).items():

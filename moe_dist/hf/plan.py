@@ -1,4 +1,4 @@
-"""Plans an import: where the values of each logical tensor come from, and which shard, of limited size, gets the tensor.
+"""Plans an import: where the values of each logical tensor come from, and which shard of limited size stores them.
 
 A plan depends only on the headers of the files and on the options, so a killed import continues with the same plan.
 """
@@ -22,8 +22,8 @@ from moe_dist.hf.fields import Fields
 from moe_dist.hf.forms import parsed_section
 from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, shards, slots
 from moe_dist.hf.source import Source
+from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.routers.copy_init import uneven_twins
-from moe_dist.parallel.initialise import normal_tensor
 from moe_dist.placement.roles import Role, role_of_name
 
 ITEMSIZE = torch.float32.itemsize  # bytes per element: checkpoints have fp32 weights
@@ -45,9 +45,9 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Some rows of a logical tensor, and the origin of their values (`kind`): the stored tensor `source` from element
+    """Some rows of a logical tensor, and the origin of their values (`kind`): elements of the stored tensor `source` from
     `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name. With `others`
-    each row is a stored tensor of its own: `source` is the first."""
+    each row is a stored tensor of its own, and `source` is the first one."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
@@ -138,7 +138,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
                 "that copies of router rows would change its choices; import it without null experts"
             )
         group |= _with_nulls(group, options)
-        if router["normalise"] == "none":  # the softmax over n true and m null columns has smaller weights
+        if router["normalise"] == "none":  # with m null columns, a softmax over all columns would give true ones less
             router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
@@ -147,11 +147,12 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     try:
         return parsed_section({**section, "moe": moe})
     except ValidationError as error:
-        raise refused("config.json and the options say a model that cannot be", error) from error
+        raise refused("config.json and the options describe an invalid model", error) from error
 
 
 def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model to which no option may add experts, as one with zero-computation experts."""
+    """Returns the section of a model that is imported as it is, such as one with zero-computation experts: options that add
+    experts are refused."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
@@ -164,7 +165,7 @@ def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options:
     try:
         return parsed_section({**section, "moe": {**section["moe"], "groups": groups}})
     except ValidationError as error:
-        raise refused("config.json says a model that cannot be", error) from error
+        raise refused("config.json describes an invalid model", error) from error
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
@@ -174,7 +175,7 @@ def refused(what: str, error: ValidationError) -> ConfigError:
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
         value = "" if each["type"] == "value_error" else f"={each['input']!r:.80}"
         prefix = f"{where}{value}: " if where else ""
-        problems.append(f"{what} (in this system's words): {prefix}{rule}; change that field, or the option it comes of")
+        problems.append(f"{what} (with moe_dist's keys): {prefix}{rule}; change that field, or the option that sets it")
     return ConfigError(problems, see="docs/huggingface.md")
 
 
@@ -185,9 +186,9 @@ def _with_nulls(group: Mapping[str, Any], options: ImportOptions) -> dict[str, i
     allowed = identity_choices(num, null, top_k)
     if options.top_k is None or options.top_k not in allowed:
         raise ConfigError(
-            f"--top-k={options.top_k}: with {null} null experts beside {num} true ones, top-{top_k} stays as it was for "
-            f"{allowed.start} <= top_k <= {allowed.stop - 1} and no other: every true expert has {null // num} twins, and "
-            f"ties go to the true one"
+            f"--top-k={options.top_k}: with {null} null experts beside {num} true ones, a token takes the same {top_k} "
+            f"true experts as before only for {allowed.start} <= top_k <= {allowed.stop - 1}: each true expert's router "
+            f"row has {null // num} copies, and ties go to the true expert"
         )
     return {"num_null": null, "top_k": options.top_k}
 
@@ -240,10 +241,10 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
-    """Compares the tensors that the folder stores twice, in parts of at most `shard_bytes`.
+    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`.
 
     Raises:
-        DataError: they differ; the model then has two tensors where config.json says one.
+        DataError: the copies differ, so the model has two tensors where it has one according to config.json.
     """
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
@@ -261,7 +262,7 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
     """Returns initial router rows for a dense model, which has none."""
-    kind = "zeros" if slot.shape[0] == 1 else "normal"  # the row of a layer's only expert has no effect
+    kind = "zeros" if slot.shape[0] == 1 else "normal"  # with one expert the router's row has no effect on the output
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
@@ -276,7 +277,7 @@ def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(
-            f"--null-experts={group.num_null}: copies of router rows stand beside trained ones, a dense model has none"
+            f"--null-experts={group.num_null}: null experts copy router rows, and a dense model has none; leave it out"
         )
     layer = int(gate.name.split(".")[1])
     shape = (group.num_null, section.hidden_dim)

@@ -36,7 +36,7 @@ class _ZeroComputation:
         "num_null": "zero",
         "num_identity": "copy",
         "num_constant": "constant",
-    }  # in the order of our columns
+    }  # in the order of the columns of moe_dist's routers
 
     def read(self, read: Fields) -> dict[str, int]:
         kinds, counts = read.many("zce_types"), read.many("zce_nums")

@@ -25,7 +25,7 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
-    "AutoModel": "modeling_moe_dist.MoeDistModel",  # vLLM builds the decoder, and the output layer itself
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # vLLM builds only the decoder, and has its own output layer
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
 OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # of older exports
@@ -56,12 +56,24 @@ _MOE_FIELDS = {  # by key of the section `model.moe`
 }
 
 
+# The keys of ROUTERS in modeling_moe_dist.py.
+ROUTERS = frozenset(
+    ("top_k", "group_limited", "top_p", "relu", "threshold", "predicted_k", "expert_choice", "expert_threshold")
+)
+
+
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model; none for a router by which tokens choose."""
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model; none if it has the router, and the router's
+    rule of evaluation sees one token alone."""
     router = section.moe.router
-    if router.experts_choose:
-        return [f"{router.name}: an export needs tokens that choose their experts; train with router.kind=top_k"]
-    return [problem] if (problem := router.not_causal()) else []
+    if problem := router.not_causal():
+        return [problem]
+    if router.kind not in ROUTERS:
+        problem = (
+            f"{router.name}: the exported code has no such router; train with another model.moe.router.kind, such as top_k"
+        )
+        return [f"{problem}, or add a class to ROUTERS in moe_dist/hf/served/modeling_moe_dist.py"]
+    return []
 
 
 TokenIds = list[list[int]]  # ranges [first, last + 1]

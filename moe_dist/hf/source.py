@@ -1,7 +1,7 @@
 """Opens a Hugging Face folder for an import. Reads only config.json and safetensors files in the folder, and runs no code.
 
-Tensors are read by plain reads, because a memory-mapped file would count as a whole against a limit of the process's
-memory.
+Tensors are read by plain reads and not memory-mapped, because a whole mapped file would count against a memory limit of the
+process.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from moe_dist.hf.fields import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Files that an import copies along with config.json. It reads only tokenizer.json of them.
+# Files that an import copies along with config.json. Of these files only tokenizer.json is read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -67,7 +67,7 @@ class Source:
     tensors: Mapping[str, Stored]
     files: Mapping[str, tuple[int, int, str]]  # safetensors files: bytes, time of change, digest of the header
     pickles: Sequence[str]  # pickle files, which are never opened, because reading them can run code
-    companions: Sequence[str]  # those of COMPANIONS that the folder contains
+    companions: Sequence[str]  # files of COMPANIONS that the folder contains
 
     def read(self, name: str, begin: int, shape: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
         """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.

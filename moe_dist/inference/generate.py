@@ -13,14 +13,14 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences per batch; guidance adds as many copies without captions
+_BATCH = 64  # sequences per batch; with guidance a batch also has a copy of each without its caption
 
 
 @dataclass(frozen=True)
 class Request:
     """Settings of a generation."""
 
-    max_new_tokens: int  # per prompt; a picture starts only if all its tokens fit into what is left
+    max_new_tokens: int  # per prompt; no picture starts whose tokens would exceed this number
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0  # sequence b draws from a random stream of its own, with the seed (seed, b)
     one_picture: bool = False  # if true, stops after the end mark of a picture
@@ -35,7 +35,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
         ConfigError: a prompt does not fit or is empty, or `max_new_tokens` is below 1.
     """
     if not all(prompts) or max_new_tokens < 1:
-        raise ConfigError("there must be a prompt of one token at least, and one token to make")
+        raise ConfigError("a prompt must have at least one token, and max_new_tokens must be at least 1")
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > max_seq_len:
         room = max_seq_len - longest

@@ -17,7 +17,7 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """What may come next in a sequence: in CODE a code of a picture, in END_OF_PICTURE the end mark of a picture."""
+    """What may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: the end mark of a picture."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
     TEXT_ONLY = 1  # text or the end of the document: no picture fits into the tokens that are left
@@ -84,7 +84,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # even if pad_id is the same id, as in some data
+    text[manifest.eos_id] = True  # also in data whose pad_id is the same id
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

@@ -17,7 +17,7 @@ from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
-_MAX_NEW_TOKENS = 256  # for tasks that set no limit
+_MAX_NEW_TOKENS = 256  # largest number of new tokens for tasks that set no limit
 
 
 class HarnessModel(LM):
@@ -61,7 +61,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)  # for a restarted harness
+            self.cache_hook.add_partial("generate_until", request.args, text)  # a restarted harness reads this result
             texts.append(text)
         return texts
 
@@ -85,7 +85,7 @@ class HarnessModel(LM):
         return text
 
     def _pair(self, context: str, continuation: str) -> Continuation:
-        # Spaces at the context's end go to the continuation, because byte-level BPE joins a space to the word after it.
+        # Spaces at the context's end are moved to the continuation, because byte-level BPE joins a space to the next word.
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation

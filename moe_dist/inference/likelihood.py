@@ -1,7 +1,7 @@
 """Computes log-likelihoods of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
-Sequences of similar length share a batch, padded at the end. The model runs on each context once per continuation. With a
-key-value cache once per context would do, but the ranks of an EP group would have to agree on their caches' lengths.
+Sequences of similar length share a batch, padded at the end. The model computes a context again for each of its
+continuations. A key-value cache would avoid this, but the ranks of an EP group would have to agree on the caches' lengths.
 """
 
 from collections.abc import Sequence

@@ -3,10 +3,10 @@
 The measure `plain` is the choice's log-likelihood, which favours short choices. The default measure `normalised` is the
 log-likelihood divided by the choice's number of tokens.
 
-Without rotations the text of a question does not list the choices, so their order matters only if two measures are equal:
-the first choice is taken. With rotations the text lists the choices, and the model answers once per choice, with that
-choice first. The question counts as right only if every answer is right, so a model that always takes the second choice
-gets none right.
+Without rotations the text of a question does not list the choices, so their order matters only if two choices have the same
+measure: then the first one is taken. With rotations the text lists the choices, and the question is asked once for each
+choice, with that choice first. The question counts as right only if every answer is right, so a model that always takes the
+second choice gets none right.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # without marks: the context has the start mark, the end mark is certain
+            return self._tokens(choice)[1:-1]  # without marks: the start mark ends the context, and the end mark is certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -100,7 +100,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # before the model is loaded
+    check_lengths(flat(written), max_seq_len)  # here, because the model is not loaded yet, and loading takes long
     return written
 
 

@@ -1,4 +1,4 @@
-"""Draws the next token of each sequence from logits, with temperature and nucleus sampling. Pure functions.
+"""Draws the next token of each sequence from logits, with temperature and nucleus sampling.
 
 Shape letters: B sequences, V vocabulary.
 """
@@ -59,7 +59,7 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's number in
     `uniform_B`, which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
+    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is multiplied by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 
@@ -78,8 +78,8 @@ def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
 
 
 class UniformDraws:
-    """Holds a stream of random numbers, uniform in [0, 1), for each sequence. It depends only on the seed and the
-    sequence's index, so that a sequence's draws do not depend on the other sequences of the batch."""
+    """Holds a stream of random numbers, uniform in [0, 1), for each sequence. A stream depends only on the seed and the
+    sequence's index, and not on the other sequences of the batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]

@@ -23,7 +23,7 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """The tokens that were generated for one prompt, and what they mean."""
+    """The tokens that were generated for one prompt, and their meaning as text and pictures."""
 
     tokens: list[int]  # ids of the new tokens
     modalities: list[str]  # modality of each new token

@@ -24,14 +24,14 @@ _SCALE = 8  # a pixel of a picture becomes 8 x 8 pixels of the PNG file
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """The first picture of a document. The document is held out, except if `pictured` reads training documents."""
+    """The first picture of a document, which is held out unless `pictured` reads training documents."""
 
     caption: str  # the document's text
     codes: np.ndarray  # int64 [cells], indices into the codebook
 
 
 class Vocabulary:
-    """Encodes and decodes texts and pictures by one data set's rules. `vocab_size` is the model's number of token ids."""
+    """Encodes and decodes texts and pictures as one data set does. `vocab_size` is the model's number of token ids."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size

@@ -1,4 +1,4 @@
-"""Watches the routers of a model that another trainer trains: the same records, pictures and traces as of our runs.
+"""Watches the routers of a model that another trainer trains, with the records, pictures and traces of moe_dist's runs.
 
     with attach(model, "runs/mixtral") as watch:
         for batch in batches:
@@ -34,7 +34,7 @@ from moe_dist.monitor.trace.format import Manifest
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 
-GIVEN = 4  # numbers after the sums: loss and gradient norm, each with the number of ranks that gave one
+GIVEN = 4  # numbers summed after the counts: loss and gradient norm, each with the number of ranks that gave one
 # Scalars that only a trainer of moe_dist knows.
 UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped_steps", "perf/mfu")
 NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")
@@ -105,7 +105,7 @@ class Attached:
         self._handles = [
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
             model.register_forward_hook(counts.forget, always_call=True),
-            *(  # first of the hooks: before FSDP2 shards the weight again, and before another one replaces the output
+            *(  # prepended: it must run before FSDP2 shards the weight again, and before another hook replaces the output
                 router.register_forward_hook(RouterHook(counts, routers.kind, layer), prepend=True)
                 for layer, router in enumerate(routers.modules)
             ),
@@ -205,7 +205,7 @@ attach = Attached
 
 
 def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:
-    """What the byte ledger of a report needs, under the keys of a run's configuration."""
+    """The values that the byte ledger of a report needs, under the keys of a run's configuration."""
     hidden = cast(Tensor, routers.modules[0].weight).shape[-1]
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
     return {

@@ -51,7 +51,7 @@ def _tensorboard(folder: Path, subject: Subject, step: int) -> Sink:
     return TensorBoardSink(folder=folder / "tensorboard", subject=subject, modalities=modalities, resume_step=step)
 
 
-# Name of a sink -> its maker, from the folder, what is shown, and the last step before.
+# Name of a sink -> function that makes it, from the folder, the subject of its pictures, and the last step before.
 SINKS: dict[str, Callable[[Path, Subject, int], Sink]] = {
     "hints": lambda folder, subject, step: HintSink(subject),
     "jsonl": lambda folder, subject, step: JsonlSink(path=folder / METRICS, resume_step=step),
@@ -74,7 +74,7 @@ def open_together(
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
     """Opens the sinks on rank 0, and on each rank the files of the trace. With a group, all ranks make two small
-    all-reduces, and an error of one rank is an error of all.
+    all-reduces, and all raise an error if one rank fails.
 
     Returns:
         The writer of this rank's trace, if `manifest` has one, and on rank 0 the sinks.
@@ -151,7 +151,7 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
     place = _place(folder, manifest.from_step, attempt)
     try:
         place.mkdir(exist_ok=True)
-        with (place / MANIFEST).open("x") as file:  # only one of several groups makes the file
+        with (place / MANIFEST).open("x") as file:  # fails if another group of processes has made the file
             file.write(replace(manifest, attempt=attempt).to_json())
     except FileExistsError as error:
         raise ConfigError(
@@ -159,7 +159,7 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
             see=GUIDE,
         ) from error
     except OSError as error:
-        (place / MANIFEST).unlink(missing_ok=True)  # a part of a manifest would keep later starts out
+        (place / MANIFEST).unlink(missing_ok=True)  # a half-written manifest would make later starts fail
         raise _unusable(folder, error) from error
     return attempt
 
@@ -195,7 +195,7 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
-    """Makes the sinks that are given by name.
+    """Makes the sinks that are given by name; other sinks stay as they are.
 
     Raises:
         ConfigError: a name is unknown, or a sink cannot be opened.
@@ -229,17 +229,17 @@ class ChoiceWriter:
     """
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
-        place.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on another disk
+        place.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, but perhaps on another node's disk
         self._writer = TraceWriter(place, rank, weights=True)
         self._rank, self._manifest, self._sequence_first = rank, manifest, sequence_first
-        self._sequences = 0  # of this rank's traced steps
+        self._sequences = 0  # number of sequences in this rank's traced steps
 
     def due(self, step: int) -> bool:
         """Whether `step` (from 1) is traced."""
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
-        """Takes the forwards of each layer. Each forward is copied to the host, which waits for the device."""
+        """Writes the forwards of each layer. Copies the choices of each forward to the host, which waits for the device."""
         if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
             logger.error("step %d is not traced, because the routers saw different tokens", step)
             return

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 
 GUIDE = "docs/monitoring.md"
-EXTRA = 2  # numbers after the E counts of a layer: tokens and entropy
+EXTRA = 2  # further numbers after the E counts of a layer: its tokens and entropy
 
 
 class Choices(NamedTuple):
-    """What a router decided: experts int64 [T, K], the best first, their weights, and the logits [T, E]."""
+    """The decisions of a router: experts int64 [T, K], the best first, their weights, and the logits [T, E]."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -26,13 +26,13 @@ class Choices(NamedTuple):
 
 
 class RouterKind(NamedTuple):
-    """How the routers of one system are read.
+    """Describes how to read the routers of one system.
 
     Attributes:
         shape: Gives the numbers of experts and choices, and of the ranks that share the experts.
         read: Gives the choices from the router, its input and its output.
         sequence_first: Whether tokens are ordered [S, B], and not [B, S].
-        fault: Says why the output of a router does not tell its choices; "" if it does.
+        fault: Returns why a router's choices cannot be read from its output; "" if they can.
     """
 
     shape: Callable[[Any], tuple[int, int, int]]
@@ -42,7 +42,7 @@ class RouterKind(NamedTuple):
 
 
 def _of_transformers(router: Any, hidden: Tensor, output: Any) -> Choices:
-    # The logits are computed anew, as versions of transformers return logits or probabilities under the same name.
+    # The logits are computed anew, because the router returns logits or probabilities, depending on transformers' version.
     _, weights_TK, ids_TK = output
     return Choices(ids_TK, weights_TK, F.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight))
 
@@ -100,8 +100,8 @@ def find_routers(model: nn.Module) -> Routers:
     """Finds the routers of a model.
 
     Raises:
-        ConfigError: there is none of a known class, their shapes or kinds differ, one is watched already, or its output
-            does not tell its choices.
+        ConfigError: there is none of a known class, their shapes or kinds differ, one is watched already, or the choices
+            cannot be read from its output.
     """
     found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
     if not found:
@@ -172,7 +172,7 @@ class Counts:
         self._start()
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Takes the arguments of a forward of the model, before it."""
+        """Stores the arguments of a forward of the model, before it runs."""
         found = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._batch = MicroBatch(*(each if isinstance(each, Tensor) and each.ndim == 2 else None for each in found))
 
@@ -193,7 +193,7 @@ class Counts:
             self._parts[layer].append(Traced(ids_TK.to(torch.int16), choices.weights_TK.detach().half(), batch))
 
     def take(self) -> tuple[Tensor, list[list[Traced]]]:
-        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; begins anew."""
+        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; resets both."""
         sums, parts = torch.stack([each.to(self._sums[0].device) for each in self._sums]), self._parts
         self._start()
         return sums, parts
@@ -205,7 +205,7 @@ class Counts:
         self._parts: list[list[Traced]] = [[] for _ in devices]
 
     def _real(self, mask_BS: Tensor | None, ids_TK: Tensor) -> Tensor:
-        """Which tokens are no padding, bool [T]. A mask of other tokens says nothing about these."""
+        """Which tokens are no padding, bool [T]. A mask of another size is ignored."""
         if mask_BS is None or mask_BS.numel() != len(ids_TK):
             return torch.ones(len(ids_TK), dtype=torch.bool, device=ids_TK.device)
         ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
@@ -216,7 +216,7 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. It counts in training mode only, and not what a backward recomputes."""
+    """The forward hook of one router. It counts in training mode only, and not when backward recomputes a forward."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
         self._counts, self._kind, self._layer = counts, kind, layer

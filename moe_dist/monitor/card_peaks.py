@@ -2,8 +2,8 @@
 
 import re
 
-# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. A card must have all words of a name;
-# the first such name counts, so a name with more words stands before one with fewer.
+# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key whose words are all in
+# the card's name counts, so a key with more words stands before one with fewer.
 PEAK_BF16_TFLOPS: dict[str, float] = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -26,7 +26,7 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
     "L40": 181.0,
     "L40S": 362.0,
 }
-PARTIAL = "MIG"  # a part of a card, whose rate is not the card's
+PARTIAL = "MIG"  # in the name of a part of a card, which does not have the card's rate
 
 
 def peak_tflops(card: str) -> float | None:

@@ -70,7 +70,8 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value). A list of numbers is one value, because arrays are compared as a whole."""
+    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers is one value, because arrays are
+    compared as a whole."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

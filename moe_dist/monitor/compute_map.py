@@ -24,15 +24,15 @@ from moe_dist.monitor.heatmaps import (
 )
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 
-HEAD, LABEL, GAP = 74, 22, 14  # pixels: title, line of words, space between pictures
+HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, space between pictures
 SIDE = 112  # pixels of the longer side of a picture, at most
 LINE = 22  # pixels from a line of text to the next
-SHADES = " .:-=+*#%@"  # for consoles: from no expert to the largest possible number
+SHADES = " .:-=+*#%@"  # characters for consoles: from no expert to the largest possible number of experts
 SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Says the mean of each kind of token: 'text 1.9, drawn cells 1.8, ... true experts a token'."""
+    """Returns the mean of each kind of token in words: 'text 1.9, drawn cells 1.8, ... true experts a token'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 
@@ -95,11 +95,11 @@ def console_text(found: ComputeMap, width: int) -> list[Text]:
     """Rows of as many pictures as `width` columns hold, beside their maps, then lines of text above the numbers of their
     tokens' experts. A line that is too long is cut.
 
-    A darker character means more experts, so that a log without colours shows the map, too.
+    Characters with more ink mean more experts, so that a log without colours shows the map, too.
     """
     scale = linear_scale("", float(found.most))
     texts = [Text(f"Compute map of held-out tokens: {loads_text(found)}", style="bold")]
-    of_one = 4 * found.pictures[0].experts.shape[1] + 4 if found.pictures else 1  # columns of a picture and its map
+    of_one = 4 * found.pictures[0].experts.shape[1] + 4 if found.pictures else 1  # characters of a picture and its map
     some = found.pictures[: min(SHOWN, max(1, (width - 2) // of_one))]
     if some:
         shades = f"'{SHADES[0]}' 0 to '{SHADES[-1]}' {found.most}"

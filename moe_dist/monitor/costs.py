@@ -1,4 +1,5 @@
-"""Compares what a step sends with what other placements and methods would send for the same choices. Pure functions."""
+"""Compares the rows and bytes that a step sends with those of other placements and methods for the same choices. Pure
+functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method sends in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes of forward
-    and backward. Both are None if the method cannot take these choices."""
+    """The traffic of a method in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes of
+    forward and backward. Both are None if the method cannot handle these choices."""
 
     method: str
-    row_per: str  # what has one row
+    row_per: str  # text of the column "one row per"
     rows: float | None
     bytes: float | None
-    seconds: str = "counted"  # measured seconds in dispatch and combine; "counted" for a method that did not run
+    seconds: str = "counted"  # text: measured seconds in dispatch and combine, or "counted" for a method that did not run
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def cost_table(
 ) -> CostTable:
     """Compares methods on the choices of the steps `results`.
 
-    A method's bytes are its rows times the bytes of a row of this run (forward, backward and what is recomputed). All rows
-    are those of the ledger (`moe_dist.moe.dispatch.ledger`), except those of other placements. Megatron-Core's all-to-all
-    dispatcher sends one row for each pair with an expert on another rank (docs/benchmarks.md counts the same at its
-    collectives), and needs equally many experts on each rank.
+    A method's bytes are its rows times the bytes of a row of this run (forward, backward and what is recomputed). All
+    numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except those of other placements. Megatron-Core's
+    all-to-all dispatcher sends one row for each pair with an expert on another rank, and needs equally many experts on
+    each rank. For docs/benchmarks.md the rows were counted at its collectives; the numbers are equal.
 
     Args:
         policy: Placement policy of the run.
@@ -75,7 +76,7 @@ def cost_table(
         (f"top-{choices}, no null experts", per_expert, ledger["rows_topk"]),
     ]
     seconds = "not timed" if untimed else f"{sum(each.comm_seconds for each in results) / steps:.3f}"
-    own_per = per_rank if comparable else "hop"  # dispatch over two hops
+    own_per = per_rank if comparable else "hop"  # dispatch `hierarchical` sends a row over two hops
     own = Cost(f"this run: experts {policy}", own_per, num_rows, ledger["payload_bytes"], seconds)
     others = [Cost(name, per, count, None if count is None else count * row_bytes) for name, per, count in rows]
     return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed)

@@ -28,7 +28,7 @@ class DeviceMonitor:
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # first call: the next call measures since this one
+        psutil.cpu_percent()  # the next call returns the mean since this one
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
@@ -93,7 +93,7 @@ class _Gpu:
             return None
         try:
             return get(self._nvml, self._handle)
-        except Exception as error:  # pynvml raises one class for 'not supported' (power on some cards) and 'GPU is lost'
+        except Exception as error:  # one class of pynvml for 'not supported' (power on some cards) and for 'GPU is lost'
             self._say(name, f"no reading of the GPU's {name} (NVML: {error})")
             return None
 

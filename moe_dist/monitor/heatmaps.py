@@ -83,7 +83,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # few columns: shows all names, however long
+    if num_columns * label_width <= CANVAS // 2:  # few columns: all names are shown, even long ones
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
@@ -114,8 +114,8 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
-    """Names the largest value and its cell, and the number of cells that are exactly 0 if the scale marks them. Cells
-    without written numbers need these words. `values` must not be nan everywhere."""
+    """Names the largest value and its cell, and the number of cells that are exactly 0 if the scale marks them. For
+    heat maps whose cells show no numbers. `values` must not be nan everywhere."""
     row, column = divmod(int(np.nanargmax(values)), values.shape[1])
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "

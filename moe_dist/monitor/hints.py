@@ -1,4 +1,4 @@
-"""Warns during a run in words. A hint names the number, its expected value, the place to look and the key to try.
+"""Warns during a run by hints. A hint names the number, its expected value, the place to look and the key to try.
 
 Most hints are judged over a window of steps, because a single odd batch proves nothing.
 """
@@ -14,13 +14,13 @@ from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_RANK = 1.5  # times the mean rank's work from which a rank counts as busy
-LOSS_RISE = 1.05  # times the previous window's mean loss, above which the loss has risen
-LOSS_FALL = 0.99  # times the first window's mean loss, below which the loss has fallen
-SLOW_RANK = 1.5  # times the median seconds of the other ranks from which a rank counts as slow
-SLOW_SECONDS = 0.005  # least difference in seconds; smaller ones are noise
-SPEED_DROP = 0.6  # times the median speed of the previous steps, below which the speed has dropped
-RECENT = 10  # steps in the median of the current speed
+BUSY_RANK = 1.5  # a hint warns if each layer's busiest rank has, over all layers, this many times the mean rank's work
+LOSS_RISE = 1.05  # the loss has risen if its mean is above this many times that of the previous window
+LOSS_FALL = 0.99  # the loss has fallen if its mean is below this many times that of the first window
+SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
+SLOW_SECONDS = 0.005  # and if they are longer by at least so much: smaller differences are noise
+SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the previous steps
+RECENT = 10  # steps whose median is the current speed
 
 
 class HintWatch:
@@ -45,7 +45,7 @@ class HintWatch:
         self._said: dict[str, int] = {}  # kind -> step of its last hint
 
     def update(self, record: Record) -> list[Hint]:
-        """Takes the record of the next step; returns its hints, except repeats within `quiet` steps."""
+        """Adds the record of the next step; returns its hints, except repeats within `quiet` steps."""
         self._records.append(record)
         loss, speed = record.scalars["loss/total"], record.scalars["perf/tokens_per_second"]
         if loss is not None and math.isfinite(loss):
@@ -65,7 +65,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the run's first window is used, because in a later attempt the loss falls slowly anyway.
+        # Only the run's first window counts: a later attempt begins with a low loss, which falls slowly anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)

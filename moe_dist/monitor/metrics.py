@@ -130,7 +130,7 @@ def build_record(
             "tokens_LG": counts.tokens_LG,
             "rows_LR": rows_LR,
             "dropped_LG": dropped_LG,
-            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # mean per token
+            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # mean over tokens
             "weighted_rows_LR": weighted_LR,
             **({"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG} if counts.unrouted_LG.size else {}),
         },
@@ -281,8 +281,8 @@ def group_metrics(
     """Computes each of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts after a capacity dropped pairs; the other families count all choices.
-    capacity_used is the busiest expert's load over an even share, which a capacity factor of 1 allows: k T / (columns of
-    the group) if tokens choose, c T if experts choose.
+    capacity_used is the busiest expert's load over an even share, which is the load that a capacity factor of 1 allows:
+    k T / (columns of the group) if tokens choose, c T if experts choose.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -325,15 +325,13 @@ def group_scalars(
 
 
 def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Sums the true experts' columns of `pairs_LC` by the experts' EP position, [L, R]. If `pairs_LC` counts the pairs that
-    a capacity kept, the result is the pairs that each position computes, over all EP groups."""
-    rank_E = np.array(placement.rank_of_expert)
-    pairs_LE = pairs_LC[:, : placement.num_experts]
-    return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
+    """Sums the true experts' columns of `pairs_LC` by the EP rank that holds the expert, [L, R]. If `pairs_LC` counts the
+    pairs that a capacity kept, the result is the pairs that each EP rank computes, summed over all EP groups."""
+    return placement.by_rank(pairs_LC[:, : placement.num_experts])
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Work of each EP position, float64 [L, R]: its computed pairs times their mean FFN width."""
+    """Work of each EP rank, float64 [L, R]: the pairs that it computes times their mean FFN width."""
     width_E = np.array(placement.width_of_expert, dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
@@ -343,7 +341,7 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
     """Scalars of the step's communication. Metadata bytes are not included.
 
-    The bytes of other methods are estimated as their rows times this step's bytes per row, which padding rows have too.
+    The bytes of other methods are estimated as their rows times this step's bytes per row (padding rows included).
     """
     ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
     row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation

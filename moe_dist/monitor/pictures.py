@@ -74,6 +74,18 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     yield "moe/relative_entropy", draw(entropy_LG, layers, by_group, scale=scale, title="Entropy of the router")
 
 
+def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement, steps: str) -> np.ndarray:
+    """Draws what a lever of `rank_balance` changes: the load of each rank over the mean rank's for the same choices, with
+    the placement of `subject` and with that of `after`."""
+    load_LE = choices_LC[:, : after.num_experts] * np.array(after.width_of_expert)
+    values = np.concatenate([over_mean(each.by_rank(load_LE)) for each in (subject.placement, after)], axis=1)
+    ranks, layers = [str(rank) for rank in range(after.num_ranks)], [str(layer) for layer in subject.moe_layers]
+    when = ["before"] * len(ranks) + ["after"] * len(ranks)
+    scale = ratio_scale(f"rows x FFN width over the mean rank's, {steps}")
+    columns = Axis("rank of the EP group, before and after", ranks * 2, when)
+    return draw(values, Axis("layer", layers), columns, scale=scale, title="Load of the ranks before and after a change")
+
+
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
     """Yields each group, and its true experts' choices over the mean of the group's experts in a layer, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):

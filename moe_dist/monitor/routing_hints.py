@@ -1,7 +1,8 @@
 """Hints about the routing counts of a window of steps. Each rule is relative to the loads that are possible.
 
 A token takes an expert at most once, so an expert's load is at most the number of the group's tokens; of k choices at most
-min(k, m) are null. Cells with fewer than `ENOUGH` expected choices are not judged. Shape letters as in `metrics.py`.
+min(k, m) are null. Layers and experts with fewer than `ENOUGH` expected choices are not judged. Shape letters as in
+`metrics.py`.
 """
 
 import re
@@ -14,14 +15,14 @@ import numpy as np
 from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # times the even load from which an expert counts as busy
-BUSY_SPAN = 0.8  # an expert also counts as busy if its load is this far on the way from the even to the largest load
-BUSY_ROOM = 1.5  # least possible load, in even loads, for which experts are judged as busy
-DROPPED = 0.1  # share of a layer's (token, expert) pairs that a capacity drops, from which a hint warns and few_drops fails
-NULL_EDGE = 0.02  # distance of the null fraction from its limits below which a hint warns
-IDLE = 0.02  # times the even number of experts per token, below which a layer counts as dead
-STARVED = 0.1  # times the even number of experts per token, below which a group counts as starved
-ENOUGH = 20.0  # expected choices below which chance could explain a number
+BUSY_EXPERT = 3.0  # an expert is busy if its load is at least this many times the even load
+BUSY_SPAN = 0.8  # an expert is also busy if its load has this share of the way from the even to the largest possible load
+BUSY_ROOM = 1.5  # experts are judged as busy only if the largest possible load is at least this many times the even load
+DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this share of a layer's pairs
+NULL_EDGE = 0.02  # a hint warns if the null fraction is nearer than this to its least or largest possible value
+IDLE = 0.02  # a layer is dead if its tokens take less than this many times the even number of experts
+STARVED = 0.1  # a group is starved if its tokens take less than this many times the even number of experts
+ENOUGH = 20.0  # with fewer expected choices than this, chance could explain a number
 NAMED = 4  # largest number of experts or layers that a hint names
 
 
@@ -112,9 +113,19 @@ def busy_expert(window: GroupWindow) -> Iterator[Hint]:
     name = group.name
     yield Hint(
         f"busy/{name}",
-        f"{name} expert {expert} takes {true_Ln[layer, expert] / most_L[layer]:.0%} of its group's tokens in layer "
-        f"{window.moe_layers[layer]} (even: {even_L[layer] / most_L[layer]:.1%}); see moe/load/{name} in TensorBoard; "
-        f"try a larger coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
+        f"{busy_text(group, true_Ln, window.tokens_L, window.moe_layers, layer, expert)}; see moe/load/{name} in "
+        f"TensorBoard; try a larger coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
+    )
+
+
+def busy_text(
+    group: ExpertGroup, true_Ln: np.ndarray, tokens_L: np.ndarray, moe_layers: Sequence[int], layer: int, expert: int
+) -> str:
+    """The load of an expert as hints and reports give it; its quotient is the expert's cell in the heat map moe/load."""
+    load, mean = true_Ln[layer, expert], true_Ln[layer].mean()
+    return (
+        f"{group.name} expert {expert} takes {load / tokens_L[layer]:.0%} of its group's tokens in layer "
+        f"{moe_layers[layer]}, {load / mean:.3g} x the mean expert ({100 * mean / tokens_L[layer]:.2g}%)"
     )
 
 
@@ -159,12 +170,14 @@ def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
     layer = int(share_L.argmax())
     if share_L[layer] < DROPPED:
         return
-    taken = true_Ln[layer].max() / (window.even[layer] / window.group.num_experts)
+    used_L = np.nan_to_num(divide(true_Ln.max(1), window.even / window.group.num_experts))  # as moe/capacity_used
+    fullest = int(used_L.argmax())
     yield Hint(
         f"dropped/{window.group.name}",
         f"model.moe.capacity drops {dropped_L.sum() / true_Ln.sum():.0%} of the {window.group.name} group's (token, "
-        f"expert) pairs, {share_L[layer]:.0%} in layer {window.moe_layers[layer]}, whose busiest expert takes "
-        f"{taken:.1f} x an even share; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
+        f"expert) pairs, {share_L[layer]:.0%} in layer {window.moe_layers[layer]}; the busiest expert "
+        f"(layer {window.moe_layers[fullest]}) takes {used_L[fullest]:.2f} x an even share of all choices; see "
+        f"moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
         f"a larger coefficient in loss.balance.schedule (now {window.balance_coefficient:g})",
     )
 

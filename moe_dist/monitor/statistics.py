@@ -75,14 +75,14 @@ class StepResult:
 
 
 class LeverDecision(NamedTuple):
-    """What a lever of `rank_balance` did, or refused to do.
+    """A decision of a lever of `rank_balance`: a change that it made or refused.
 
     Attributes:
-        taken: False if it was refused.
-        before, after: Load of the busiest rank over that of the mean rank, without and with it; 1 is even.
-        cost_steps: Steps that it costs once, as a share of a step's time.
+        taken: False if the change was refused.
+        before, after: Load of the busiest rank over that of the mean rank, without and with the change; 1 is even.
+        cost_steps: Time that the change takes, in units of the time of a step: once, or until the lever's next decision.
         why: The reason.
-        placement: Where the experts are after this step, if the lever moved any.
+        placement: Where the experts are after this step, if the lever moved any or changed their replicas.
     """
 
     lever: str
@@ -95,22 +95,22 @@ class LeverDecision(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Returns the share of the busiest rank's load that it saves in each step."""
+        """Returns the share of the busiest rank's load that the change saves in each step."""
         return 1.0 - self.after / self.before if self.before else 0.0
 
     @property
     def line(self) -> dict[str, Any]:
         """Returns the decision for metrics.jsonl."""
-        slots = {} if self.placement is None else {"slots": [[*each] for each in self.placement.slots]}
-        return {name: value for name, value in self._asdict().items() if name != "placement"} | {"gain": self.gain} | slots
+        where = {} if self.placement is None else self.placement.line
+        return {name: value for name, value in self._asdict().items() if name != "placement"} | {"gain": self.gain} | where
 
     @property
     def text(self) -> str:
-        """Returns the decision in one line."""
+        """Returns one line: whether the lever acted, and how the load of the busiest rank changes."""
         verdict = "done" if self.taken else "refused"
         return (
             f"{self.lever} {verdict}: busiest rank over mean {self.before:.3f} -> {self.after:.3f}, a gain of "
-            f"{self.gain:.1%} of its load in each step, for {self.cost_steps:.2g} steps once; {self.why}"
+            f"{self.gain:.1%} of its load in each step, for {self.cost_steps:.2g} steps; {self.why}"
         )
 
 
@@ -185,7 +185,8 @@ class EvaluationResult:
         ablated_loss: The held-out losses with the experts' output set to zero.
         balance_efficiency: Throughput with the real routing divided by throughput with evenly spread routing; None if not
             measured.
-        balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): what the counts allow.
+        balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
+        were proportional to work.
         balance_note: How balance_efficiency was measured, or why not.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.

@@ -19,7 +19,7 @@ TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
 RENAMED_KEYS = {"depths": "mixture_of_depths"}  # former -> present first part of a key or tag
-DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
+DEPTH_FAMILY = "computed"  # its full tag is mixture_of_depths/computed
 
 # Tag family -> meaning; a family with a label, such as a group, ends in {label}. Prometheus shows these texts.
 MEANING: dict[str, str] = {
@@ -33,8 +33,8 @@ MEANING: dict[str, str] = {
     "data/epochs/{modality}": "Passes over the modality's training data so far; 'max' is the largest of many modalities.",
     "moe/experts_per_token/{group}": "True experts per token, mean over tokens and layers.",
     "moe/null_fraction/{group}": "Share of the router's choices that went to null experts.",
-    "moe/load_imbalance/{group}": "Load of the busiest true expert over the mean load, mean over layers; 1 is even.",
-    "moe/capacity_used/{group}": "Load of the busiest expert of any layer over an even share of the step's choices. A "
+    "moe/load_imbalance/{group}": "Load of the busiest true expert in x the mean expert, mean over layers; 1 is even.",
+    "moe/capacity_used/{group}": "Load of the busiest expert of any layer in x an even share of all choices. A "
     "capacity counts single micro-batches, so it needs a larger factor to drop nothing.",
     "moe/rank_imbalance": "Rows x FFN width of the busiest rank over the mean rank, mean over layers; 1 is even.",
     "moe/dropped": "(token, expert) pairs that a capacity dropped.",
@@ -57,7 +57,7 @@ MEANING: dict[str, str] = {
     "device/power": "GPU power of rank 0 in watts.",
 }
 
-# Further tags of models with mixture-of-depths layers, so that fewer families can be split by group.
+# Further tags of models with mixture-of-depths layers; these models split fewer families by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that mixture-of-depths layers compute in training.",
     "mixture_of_depths/agreement": "Share of tokens whose causal decision equals the selection of training.",
@@ -70,6 +70,7 @@ PICTURE_MEANING: dict[str, str] = {
     "moe/load": "Choices of an expert over the mean expert's, by layer and expert, with the rank that holds the expert.",
     "moe/load_histogram": "Choices of an expert over the mean expert's, of all layers: one narrow peak at 1 is even load.",
     "moe/rank_load": "Rows x FFN width of a rank over the mean rank's, by layer and rank.",
+    "rank_balance/change": "Rows x FFN width of a rank over the mean rank's, before and after a change of the placement.",
     "moe/null_fraction": "Share of choices that went to null experts, by layer and group.",
     "moe/zero_computation_fraction": "Share of choices that went to identity and constant experts, by layer and group.",
     "moe/dropped_fraction": "Share of (token, expert) pairs that a capacity dropped, by layer and group.",

@@ -121,10 +121,11 @@ class Attempt:
         return self._lease
 
     def check_commit(self) -> None:
-        """Checks that a checkpoint may be committed. Call it on every rank right before each commit.
+        """Checks that a checkpoint may be committed. `CheckpointManager` calls it on rank 0, before anything is written and
+        before each rename.
 
         Raises:
-            LeaseError: on rank 0, another attempt has taken over the run.
+            LeaseError: another attempt has taken over the run.
             CheckpointError: from the function that `require` set.
         """
         if self._lease is not None:

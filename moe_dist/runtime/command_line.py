@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from moe_dist.config.bundled import VERSION
 from moe_dist.errors import EXIT_FAILED, MoeDistError
 
 Options = TypeVar("Options")
@@ -39,6 +40,13 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
             raise
         print(f"{error}; {storage}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
+
+
+def print_version(asked: bool) -> None:
+    """Prints the version and ends the command if the option --version was given."""
+    if asked:
+        print(f"moe_dist {VERSION}")
+        raise typer.Exit
 
 
 def print_done(text: str) -> None:

@@ -88,7 +88,7 @@ class RankEnv:
             )
         drawn = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or step_id or drawn
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # it becomes part of file names
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # the id becomes part of file names
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
             raise ConfigError(problems)

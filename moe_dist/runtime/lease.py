@@ -143,7 +143,7 @@ class Lease:
         before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file
-        except IrregularFileError:  # somebody put a link or a device in its place
+        except IrregularFileError:  # somebody put a link or a device in the file's place
             holder = None
         if holder != self._me:  # also compares the token, which is new in each lease
             raise LeaseError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from moe_dist.runtime.environment import THREADS
 
 _ALL_CPUS = range(4096)
-_WORD = 64  # CPUs in one number of NVML's answer
+_WORD = 64  # bits of each of the numbers in which NVML returns a set of CPUs
 
 
 def bind_near_gpu(
@@ -17,7 +17,7 @@ def bind_near_gpu(
     binding.
 
     Changes nothing without NVML or a GPU, if the kernel refuses, if someone has bound the process already, or if the cgroup
-    of the process lacks one of the CPUs: the others could be too few.
+    of the process lacks one of these CPUs: the rest could be too few.
 
     Args:
         variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.

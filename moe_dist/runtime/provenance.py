@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import moe_dist
+from moe_dist.config.bundled import VERSION
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 from moe_dist.runtime.environment import THREADS
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.secrets import without_secrets
 
+PACKAGE = Path(__file__).parents[1]
 _GIT_SECONDS = 20.0
-SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of the clone, stored in its snapshot
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of a git clone, in its snapshot
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
@@ -27,7 +28,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     DataError if provenance.json is damaged."""
     path = folder / "provenance.json"
     entries = _earlier(path)
-    commit, raw, untracked = code_state(Path(moe_dist.__file__).parent)
+    commit, raw, untracked = code_state(PACKAGE)
     # latin-1 keeps bytes that are not valid UTF-8, and secrets in ASCII are still found.
     diff = without_secrets(raw.decode("latin-1"), os.environ).encode("latin-1")
     patch = None
@@ -40,7 +41,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "attempt_id": attempt_id,
             "time": time.time(),
             "command": [without_secrets(argument, os.environ) for argument in sys.argv],
-            "moe_dist": moe_dist.__version__,
+            "moe_dist": VERSION,
             "commit": commit,
             "diff": patch,
             "untracked": untracked,

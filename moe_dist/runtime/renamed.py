@@ -24,5 +24,5 @@ class RenamedFinder:
 
 def name_renamed_modules() -> None:
     """Installs the finder. The packages `launchers` and `tools` call it when they are imported."""
-    if RenamedFinder not in sys.meta_path:  # the other package may have installed it
+    if RenamedFinder not in sys.meta_path:  # `launchers` or `tools` may have installed the finder
         sys.meta_path.append(RenamedFinder)

@@ -114,7 +114,7 @@ class StartWait:
 
 @dataclass(frozen=True)
 class Greeting:
-    """What rank 0 tells each rank that comes.
+    """The message of rank 0 to each rank that comes.
 
     Attributes:
         attempt_id: The attempt's name for all ranks.
@@ -134,7 +134,7 @@ class Greeting:
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
-        """Returns what keeps this rank from starting with rank 0; empty if nothing does. On several nodes waits up to
+        """Returns the reason why this rank cannot start with rank 0; empty if it can. On several nodes waits up to
         SHARED_SECONDS for the file `probe`: if each node had its own local folder, a checkpoint would be scattered over the
         nodes and could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"

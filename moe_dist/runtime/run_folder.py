@@ -5,7 +5,7 @@
     status.json, lease.json                       verdict of each attempt; the current writer
     slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
-Only rank 0 opens the folder for writing; the other ranks only read it (`inspect`), before the process group is created.
+Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read it (`inspect`).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # nam
 
 
 class Start(Enum):
-    """What a start does: begin a run, resume it, or only print the summary of a finished run."""
+    """The action of a start: begin a run, resume it, or only print the summary of a finished run."""
 
     NEW = "new"
     RESUME = "resume"
@@ -73,7 +73,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Says what a start with `config` would do. It only reads files, so every rank may call it.
+        """Returns what a start with `config` would do. Only reads files, so every rank may call it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
@@ -97,6 +97,11 @@ class RunFolder:
     def _inspect(self, config: Config) -> Start:
         if not self.config_yaml.exists():
             self._refuse_strangers()
+            if config.run.init_from is not None and not Path(config.run.init_from).exists():
+                raise ConfigError(
+                    f"run.init_from={config.run.init_from!r}: no such folder; give a run folder, an import, or a folder of "
+                    "checkpoints, or set it to null"
+                )
             return Start.NEW
         if changes := changes_on_resume(self.read_config(), config):
             raise ConfigError(

@@ -30,7 +30,7 @@ class AttemptRecord:
         verdict: Exit code; None as long as `ended` is None.
         rank: The rank that recorded the verdict.
         last_step: Last completed step at the end; while the attempt runs, the last step of the attempts before it.
-        rank_host: Host of `rank`; empty if a launcher recorded the verdict, because its reason names the node.
+        rank_host: Host of `rank`; empty if a launcher recorded the verdict, because `reason` then names the node.
     """
 
     attempt_id: str
@@ -63,7 +63,7 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # read at once: writers replace the file
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # in one read: writers replace the file
     except FileNotFoundError:
         return Status()
     try:

@@ -91,7 +91,9 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
         assert all((image[int(y), int(x)] != image[3, 3]).any() for x, y in cells)
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
     first = page.value("document.querySelector('main').innerText.split('\\n')[0]")
-    assert first.startswith("What is wrong" if case in ("sick", "attached") else "No rule finds a fault"), first
+    assert first.startswith("What is wrong" if case in ("sick", "attached") else "No rule finds a fault in the routing"), (
+        first
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

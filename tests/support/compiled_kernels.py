@@ -10,16 +10,25 @@ import sys
 import tempfile
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from moe_dist.model.kernels.cross_entropy import BLOCK, cross_entropy_backward_kernel, cross_entropy_kernel
+from moe_dist.model.kernels.norm import blocks, rms_norm_backward_kernel, rms_norm_kernel
+from moe_dist.model.kernels.normed_rotary import normed_rotary_backward_kernel, normed_rotary_kernel
+from moe_dist.model.kernels.normed_rotary import sizes as rotary_sizes
+from moe_dist.model.kernels.rotary import rotate_kernel
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
 from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_kernel, take_kernel
 from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
+from moe_dist.moe.kernels.static_plan import arrive_kernel as static_arrive_kernel
+from moe_dist.moe.kernels.static_plan import pad_kernel, runs_kernel
+from moe_dist.moe.kernels.static_plan import place_kernel as static_place_kernel
 from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 WIDTH = {"BLOCK": 1024}
@@ -80,6 +89,11 @@ KERNELS["plan: scan"] = (
     "counts:*i32 column_M:*i64 starts:*i32 totals:*i32 message:*i64 B:i32",
     {"BLOCK": 256},
 )
+KERNELS["plan: static arrive"] = (
+    static_arrive_kernel,
+    f"{LISTS} order:*i64 row:*i64 num_own:i32 num_pairs:i32 X:i32 H:i32 T:i32 Q:i32 steps:i32",
+    {"BLOCK": 256},
+)
 KERNELS["plan: arrive"] = (arrive_kernel, f"{LISTS} order:*i64 row:*i64 num_own:i32 X:i32 H:i32", {"BLOCK": 256})
 for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts", 300, 64, 8), ("8 experts", 8, 8, 3)):
     bins, places = triton.next_power_of_2(experts), triton.next_power_of_2(ranks)
@@ -88,21 +102,66 @@ for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts",
     KERNELS[f"plan: count, {words}"] = (count_kernel, f"{tables} counts:*i32 T:i32 B:i32", sizes)
     lists = "starts:*i32 totals:*i32 pair:*i64 index:*i32 token:*i64 order:*i32 first:*i32 T:i32 B:i32"
     KERNELS[f"plan: place, {words}"] = (place_kernel, f"{tables} {lists}", sizes)
+    firsts = "first_bin:*i64 first_pair:*i64 first_row:*i64"
+    lists = "pair:*i64 index:*i32 row:*i64 order:*i32 first:*i32 T:i32 B:i32"
+    arguments = f"{tables} starts:*i32 totals:*i32 {firsts} {lists}"
+    KERNELS[f"plan: static place, {words}"] = (static_place_kernel, arguments, sizes)
+    lists = "pair:*i64 index:*i32 row:*i64 first:*i32 pairs_W:*i64 T:i32 N:i32"
+    blocks_of = {"W": ranks, "E": experts, "BLOCK": 256, "BINS": bins, "PLACES": places}
+    KERNELS[f"plan: static pad, {words}"] = (pad_kernel, f"totals:*i32 {firsts} {lists}", blocks_of)
     slots = triton.next_power_of_2(-(-experts // ranks))
+    arguments = (
+        "received:*i64 totals:*i32 pairs_W:*i64 first_pair:*i64 first_row:*i64 source_H:*i64 group_X:*i64 computed_G:*i64 "
+        "runs:*i64 counts_X:*i64 end_X:*i32 sent_5:*i64 M:i32 N:i32 row_room:i32 pair_room:i32 S:i32 G:i32"
+    )
+    table = {"X": -(-experts // ranks), "W": ranks, "SLOTS": slots, "SOURCES": places}
+    KERNELS[f"plan: static runs, {words}"] = (runs_kernel, arguments, table)
     KERNELS[f"plan: collect, {words}"] = (
         collect_kernel,
-        f"{LISTS} order:*i32 first:*i32 num_own:i32 X:i32 H:i32 steps:i32 R:i32 Q:i32",
+        f"{LISTS} order:*i32 first:*i32 num_own:i32 X:i32 H:i32 steps:i32 R:i32",
         {"ROWS": 512 // slots, "SLOTS": slots},
     )
+
+HEAD = {"H": 16, "D": 128, "HALF": 64, "STEP": 1, "FAR": 64, "SIGN": 1.0, "HEADS": 16, "PAIRS": 64, "REST": 1}
+PART = {**HEAD, "D": 192, "HALF": 32, "FAR": 32, "PAIRS": 32, "REST": 128}
+NEIGHBOURS = {**HEAD, "STEP": 2, "FAR": 1}
+for words, shape in (("halves", HEAD), ("part of a head", PART), ("neighbours", NEIGHBOURS)):
+    KERNELS[f"rotate, {words}"] = (rotate_kernel, "x:*bf16 cos:*fp32 sin:*fp32 out:*bf16", shape)
+for width in (128, 2048, 7168):
+    norm = {"D": width, **blocks(width)}
+    for words, wide in (("", False), (", for the router", True)):
+        arguments = "x:*bf16 weight:*bf16 out:*bf16 wide:*fp32 eps:fp32 M:i32"
+        KERNELS[f"norm, {width}{words}"] = (rms_norm_kernel, arguments, {**norm, "WIDE": wide})
+        arguments = "grad:*bf16 grad_wide:*fp32 x:*bf16 weight:*bf16 out:*bf16 sums:*fp32 eps:fp32 M:i32 steps:i32"
+        KERNELS[f"norm backward, {width}{words}"] = (rms_norm_backward_kernel, arguments, {**norm, "WIDE": wide})
+for words, heads, width, weights, adjacent in (
+    ("16 heads", 16, 128, 2048, False),
+    ("64 heads, each", 64, 128, 128, False),
+    ("3 heads, neighbours", 3, 80, 240, True),
+):
+    constants = rotary_sizes(torch.empty(1, heads, width), torch.empty(weights), adjacent)
+    arguments = "x:*bf16 weight:*bf16 cos:*fp32 sin:*fp32 out:*bf16 eps:fp32"
+    KERNELS[f"normed rotary, {words}"] = (normed_rotary_kernel, arguments, constants)
+    arguments = "grad:*bf16 x:*bf16 weight:*bf16 cos:*fp32 sin:*fp32 out:*bf16 sums:*fp32 eps:fp32 T:i32 steps:i32"
+    KERNELS[f"normed rotary backward, {words}"] = (normed_rotary_backward_kernel, arguments, constants)
+LOSS = {"V": 50304, "BLOCK": BLOCK}
+KERNELS["cross entropy"] = (cross_entropy_kernel, "logits:*bf16 label_T:*i64 loss:*fp32 log_z:*fp32", LOSS)
+KERNELS["cross entropy backward"] = (
+    cross_entropy_backward_kernel,
+    "logits:*bf16 label_T:*i64 log_z:*fp32 grad:*fp32 out:*bf16",
+    LOSS,
+)
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:
     """Registers of a thread, bytes that are spilled, and bytes of shared memory of a block."""
     signature = dict(each.split(":") for each in arguments.split())
+    options = {"num_warps": constants.get("num_warps", 4)}
+    constants = {name: value for name, value in constants.items() if name != "num_warps"}
     aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
         file.flush()

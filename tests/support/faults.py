@@ -4,7 +4,8 @@ the rank, step and phase that MOE_DIST_TEST_FAULT names.
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
 Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (the second MoE layer's forward in that
-step), before_commit (of the checkpoint of that step), in_move (of experts after that step, in its fourth exchange).
+step), before_commit (of the checkpoint of that step), in_move (of experts after that step, in its fourth exchange),
+in_replicas (in the fourth exchange of their weights after that step).
 Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself),
 sleep (for ever, its threads alive).
 """
@@ -45,7 +46,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.comm.all_to_all import AllToAll
-    from moe_dist.comm.names import MOVED_EXPERTS
+    from moe_dist.comm.names import MOVED_EXPERTS, REPLICAS
     from moe_dist.moe.layer import MoELayer
     from moe_dist.train.step import TrainingStep
     from moe_dist.train.trainer import Trainer
@@ -74,7 +75,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         return original(self, *args, **kwargs)
 
     def exchange(original: Callable[..., Any], self: AllToAll, *args: Any, **kwargs: Any) -> Any:
-        if spec["phase"] == "in_move" and kwargs["name"] == MOVED_EXPERTS:
+        if kwargs["name"] == {"in_move": MOVED_EXPERTS, "in_replicas": REPLICAS}.get(spec["phase"]):
             steps["exchanges"] += steps["taken"] == spec["step"] - first["step"]
             if steps["exchanges"] == 4:
                 strike(spec["kind"])

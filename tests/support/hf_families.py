@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.hf.families import read_section
+from moe_dist.hf.forms import read_config
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.names import slots
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
@@ -139,14 +139,15 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
     Args:
         config: Its config.json.
     """
-    family, plain, _ = read_section(config)
+    family, plain, _ = read_config(config)
     found: dict[str, Tensor] = {}
     for slot in slots(changed_section(plain, family, ImportOptions()), family):
-        place = next((place for place in slot.places if place.name in named), None)
-        found[slot.name] = torch.zeros(slot.shape)
-        if place is not None:
-            strides = place.strides or torch.empty(slot.shape).stride()
-            found[slot.name] = named[place.name].contiguous().as_strided(slot.shape, strides, place.begin)
+        ours = found[slot.name] = torch.zeros(slot.shape)
+        places = [place for place in slot.places if place.name in named][:1] or slot.places[:1]
+        boxes = ours.split(1) if slot.next_rows else [ours]
+        for box, place in zip(boxes, (*places, *slot.next_rows), strict=bool(slot.places)):  # a dense FFN has no router
+            if place.name in named:
+                box.copy_(named[place.name].contiguous().as_strided(box.shape, place.strides or box.stride(), place.begin))
     return arrays(found)
 
 

@@ -13,11 +13,12 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model import compiled
+from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.monitor.statistics import StepResult
-from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
+from moe_dist.parallel.initialise import initialise, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -65,6 +66,7 @@ class Layout:
     balance_per: str = "expert"  # or group
     limited: bool = False  # sigmoid scores, limited to one node group of two
     fixed: bool = False  # fixed loads; groups have no null experts
+    adaptive: str | None = None  # kind of a router in which the number of experts depends on the token
     overlap: bool = False
     chunks: int = 1
     halves: bool = False  # two halves of a micro-batch in turns
@@ -90,7 +92,9 @@ class Layout:
     optimizer: str = "adamw"
     compiled: bool = False  # dense parts by torch.compile, without code generation
     tied: bool = False  # the output weight is the embedding's
+    replicas: bool = False  # experts may get replicas
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
+    form: str | None = None  # a key of FORMS
 
     @property
     def world_size(self) -> int:
@@ -104,7 +108,7 @@ class Layout:
             return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
         if self.limited:
             return replace(GROUPS[0], num_experts=4), replace(GROUPS[1], num_experts=4, first_expert=4, num_constant=1)
-        if self.fixed:
+        if self.fixed or (self.form or "").startswith("gpt_oss"):
             return tuple(replace(group, num_null=0, top_k=2) for group in GROUPS)
         if not self.free:
             return GROUPS
@@ -116,6 +120,7 @@ class Layout:
         budget += f"-balance-{self.balance_per}" if self.balance else ""
         budget += "-fixed" if self.fixed else ""
         budget += "-limited" if self.limited else ""
+        budget += f"-{self.adaptive}" if self.adaptive else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
         budget += f"-ffn_lora-{self.ffn_lora}" if self.ffn_lora else ""
         budget += f"-depths-{self.mixture_of_depths}-{self.depth_causal}" if self.mixture_of_depths else ""
@@ -129,6 +134,7 @@ class Layout:
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += "-compiled" if self.compiled else ""
         budget += "-distilled" if self.distilled else ""
+        budget += (f"-{self.form}" if self.form else "") + ("-replicas" if self.replicas else "")
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-over_step-parts{self.parts}" if self.balance_scope == "step" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
@@ -142,6 +148,55 @@ CONTROLLERS = (
     {"kind": "loss_free", "rate": 0.01},
 )
 LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
+# Parts of published families that the layouts above lack: their keys of the section `model`, and of `model.moe`.
+FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
+    None: ({}, {}),
+    "longcat_flash": (
+        {
+            "num_layers": 4,
+            "num_kv_heads": 4,
+            "qk_norm": "none",
+            "rope_dim": 2,
+            "rope_pairs": "adjacent",
+            "head_dim": 6,
+            "dense_ffn_dim": 10,
+            "attention": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "value_dim": 3, "scaled": True},
+        },
+        {"every": 2, "shortcut": True, "shared_ffn_dim": 10},
+    ),
+    "gpt_oss": (
+        {
+            "qk_norm": "none",
+            "attention_bias": "qkvo",
+            "attention": {"kind": "sinks"},
+            "sliding_window": 5,
+            "sliding_layers": (0,),
+        },
+        {"experts": {"kind": "clamped_ffn", "limit": 0.5}, "router": {"kind": "top_k", "logit_bias": True}},
+    ),
+    "gpt_oss, adapted": (
+        {"qk_norm": "none", "attention_bias": "qkvo", "attention": {"kind": "sinks"}},
+        {
+            "experts": {"kind": "clamped_ffn_lora", "rank": 2, "alpha": 3.0, "swiglu_limit": 0.5},
+            "router": {"kind": "top_k", "logit_bias": True},
+        },
+    ),
+    "deepseek_v3, adapted": (
+        {
+            "num_kv_heads": 4,
+            "qk_norm": "none",
+            "rope_dim": 2,
+            "head_dim": 6,
+            "attention": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "value_dim": 3},
+            "attention_lora": {"rank": 3, "alpha": 4.0, "targets": ("q_down", "q_up", "kv_down", "kv_up", "o")},
+        },
+        {},
+    ),
+    "clamped experts, nulls": (
+        {"attention": {"kind": "sinks"}},
+        {"experts": {"kind": "clamped_ffn", "limit": 0.5}},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -197,6 +252,8 @@ def config_of(layout: Layout) -> Config:
     experts: dict[str, Any] = {"kind": "ffn"}
     only: dict[str, str] = {"only": "adapters"} if layout.lora or layout.ffn_lora else {}
     controllers = ({**CONTROLLERS[0], "per": layout.balance_per}, *CONTROLLERS[1:]) if layout.balance else ()
+    if layout.adaptive and not layout.choice:
+        controllers = ({**CONTROLLERS[0], "proportional": 0.2},)
     if layout.lora:
         router["normalise"] = "none"
         experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
@@ -209,9 +266,13 @@ def config_of(layout: Layout) -> Config:
         only = {"only": "auxiliary_routers"} if layout.choice_causal == "auxiliary" else {}
     if layout.limited:
         router = {"kind": "group_limited", "n_group": 2, "topk_group": 1, "scale": 2.5}
+    if layout.adaptive:
+        more = {"warmup_steps": 1} if layout.choice else {}
+        router = {**(router if layout.choice else {}), "kind": layout.adaptive, **more}
     if layout.fixed:
         router = {"kind": "scheduled_top_k", "active_experts": LOADS}
     each = max(1, SEQUENCES // layout.world_size)
+    of_model, of_moe = FORMS[layout.form]
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -234,6 +295,7 @@ def config_of(layout: Layout) -> Config:
                     "threshold_decay": 0.5,
                 },
                 "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora or layout.attention_lora else None,
+                **of_model,
                 "moe": {
                     "shared_ffn_dim": 0 if layout.lora else 4,
                     "experts": experts,
@@ -251,6 +313,7 @@ def config_of(layout: Layout) -> Config:
                     "router": router,
                     "balance": controllers,
                     "capacity": None if layout.capacity is None else {"factor": layout.capacity},
+                    **of_moe,
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
@@ -274,6 +337,7 @@ def config_of(layout: Layout) -> Config:
                 "dispatch": dispatch,
             },
             "evaluation": {"every": 1},
+            "rank_balance": {"replicating": {} if layout.replicas else None},
         }
     )
 
@@ -366,10 +430,10 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)
     optimizer = build_optimizer(config_of(layout), parallel.model)
-    layers = len(parallel.model.moe_modules())
-    load = StepLoad(placement.groups, layers, mesh.device) if layout.balance_scope == "step" else None
+    routers = [layer.router for layer in parallel.model.moe_modules()]
+    load = StepLoad(placement.groups, len(routers), mesh.device) if layout.balance_scope == "step" else None
     controllers = [
-        build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
+        build_balance(config_of(layout).model.moe, routers, placement.groups, mesh.device),
         ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
         depth_thresholds(parallel.model),
         load,
@@ -390,7 +454,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
     gaps: list[float] = []
-    if not (layout.choice or layout.fixed):
+    if not (layout.choice or layout.fixed or layout.adaptive):
         for layer in parallel.model.moe_modules():
             layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(gap_of_choices(router, *inputs[:2])))
 

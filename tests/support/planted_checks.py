@@ -40,15 +40,15 @@ def wrong_for_three_pairs(job: CheckJob) -> list[Reading]:
 
 def forgotten_checkpoint(job: CheckJob) -> list[Reading]:
     module: Any = training
-    module._repeated = _forgets
+    module._resumed = _forgets
     return training.repeat(job)
 
 
-def _forgets(job: CheckJob, mesh: Any, folder: str) -> dict[str, bool]:
+def _forgets(job: CheckJob, mesh: Any, folder: str) -> dict[str, int]:
     """Runs on a rank, where `training` is as it was, and resumes from new weights instead of those of the checkpoint."""
     run: Any = training.RandomRun
     run.load = lambda *_: None
-    return training._repeated(job, mesh, folder)
+    return training._resumed(job, mesh, folder)
 
 
 def missed_bar(job: CheckJob) -> list[Reading]:

@@ -1,10 +1,14 @@
 """Models of a few thousand weights that leave as Hugging Face folders, from configurations of `tests.support.tiny`."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.state import RankLayout, capture
@@ -12,14 +16,20 @@ from moe_dist.config.manifest import load_manifest
 from moe_dist.config.split_files import data_digest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups
+from tests.support.agreement import Arrays, arrays
 from tests.support.causal_models import evaluated_model
+from tests.support.hf_families import gradients, under_our_names
 from tests.support.imported import manager
 from tests.support.tiny import IMAGE_IDS, tiny_config
 
 GROUP: dict[str, Any] = {"num_experts": 4, "num_null": 3, "top_k": 3, "ffn_dim": 16, "modalities": ["text", "image"]}
 ONE = {"model.moe.groups": {"all": GROUP}}  # one group, and null rows that are no copies
+
+
+def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
+    return ExpertPlacement(tuple(groups), (tuple(range(sum(group.num_experts for group in groups))),))
 
 
 def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies: bool = False) -> Transformer:
@@ -33,8 +43,7 @@ def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies:
     for module in model.modules() if copies else ():
         if isinstance(module, GroupGate):
             module.copy_true_rows()
-    groups = expert_groups(config.model.moe)
-    placement = ExpertPlacement(groups, (tuple(range(sum(group.num_experts for group in groups))),))
+    placement = one_rank_placement(expert_groups(config.model.moe))
     values = {"config": config.model_dump(mode="json"), "data": data_digest(data, load_manifest(data))}
     manager(folder).save(3, capture(model, None, RankLayout(placement), values=values))  # pyright: ignore[reportArgumentType]
     return model
@@ -61,6 +70,32 @@ def logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
     return model(tokens_BS, positions, torch.zeros_like(tokens_BS), group_of(model, tokens_BS))[0]
 
 
+def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+
+def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
+    """Gradients of the next-token loss in evaluation mode, by logical name; 0 for a parameter that it does not use."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    found = model(tokens_BS, positions, torch.zeros_like(tokens_BS), group_of(model, tokens_BS))[0]
+    next_token_loss(found, tokens_BS).backward()
+    return arrays(gradients(model, one_rank_placement(model.moe_modules()[0].router.groups), 0))  # pyright: ignore
+
+
+def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Mapping[str, Tensor] | None = None) -> Arrays:
+    """The same of a model in an exported folder, and 0 for its buffers.
+
+    Args:
+        more: Tensors besides the model's parameters.
+    """
+    next_token_loss(model(tokens_BS).logits, tokens_BS).backward()
+    trained = dict(model.named_parameters()) | dict(more or {})
+    named = {name: tensor.grad for name, tensor in trained.items() if tensor.grad is not None}
+    return under_our_names(named, json.loads((folder / "config.json").read_text()))
+
+
 @torch.no_grad()
 def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool) -> Tensor:
     """The prompts with `count` more tokens, each the likeliest: by our cache, or from the logits of the whole sequences."""
@@ -75,3 +110,11 @@ def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool
         new = found[:, -1:].argmax(-1)
         tokens_BS = torch.cat([tokens_BS, new], dim=1)
     return tokens_BS
+
+
+def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *, lines: int) -> None:
+    """Runs the lines of Python in the README.md of an exported folder, as its reader would there."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == lines
+    monkeypatch.chdir(folder)
+    exec(code, {})

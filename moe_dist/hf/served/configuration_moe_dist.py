@@ -22,8 +22,8 @@ class MoeDistConfig(PreTrainedConfig):
         expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of the tokens that it computes; null
             if it is the only group), `num_experts`, `num_null`, `num_identity`, `num_constant`, `top_k` and `ffn_dim`.
         experts: `kind` of FFN experts: `ffn`, or `clamped_ffn` with biases, the factor `alpha` and the bound `limit`.
-        router: `kind` (`top_k` scores by a softmax, `group_limited` by sigmoids), `normalise`, `scale`, `selection_bias`,
-            and `null_logit` and `logit_bias`, or `n_group` and `topk_group`.
+        router: `kind` and its options. `top_k` scores by a softmax, `group_limited` by sigmoids. In `top_p`, `relu`,
+            `threshold`, `predicted_k`, `expert_threshold` and `expert_choice` the number of choices depends on the token.
         shared_expert_intermediate_size: Width of the expert that computes every token; 0 if there is none.
         moe_shortcut: Whether the output of experts other than the shared one is added behind the next layer.
         shared_expert_gate: Whether a sigmoid gate scales the output of the shared expert.

@@ -1,8 +1,8 @@
 """A decoder with groups of experts, as moe_dist trains it, for transformers. It needs transformers only.
 
-A token takes the `top_k` best columns of its group's router. The columns are, in this order, FFN experts, null experts
-(which add nothing and cost nothing), identity experts (which add the token's normed input) and constant experts (which mix
-the input with a learned vector). The group follows from the token id.
+A token takes some of the columns of its group's router; the router's kind decides how many. The columns are, in this order,
+FFN experts, null experts (which add nothing and cost nothing), identity experts (which add the token's normed input) and
+constant experts (which mix the input with a learned vector). The group follows from the token id.
 """
 # ruff: noqa: RUF012
 
@@ -27,7 +27,7 @@ from .configuration_moe_dist import MoeDistConfig
 
 # Added (times the scale of attention) to the score of a token that skipped the layer: its probability is exactly 0.
 SKIPPED = -1e4
-# What transformers calls the cache of keys and values: `past_key_values` before version 5.24.
+# The name of the cache of keys and values in transformers: `past_key_values` before version 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -92,7 +92,7 @@ EXPERTS = {"ffn": MoeDistMLP, "clamped_ffn": MoeDistClampedMLP}
 
 
 class MoeDistAttention(nn.Module):
-    """What all kinds of attention share. A subclass has the projections."""
+    """The base class of all kinds of attention. A subclass has the projections."""
 
     o_proj: nn.Linear
     eager = staticmethod(eager_attention)
@@ -232,12 +232,17 @@ ATTENTIONS = {
 
 
 class MoeDistRouter(nn.Module):
-    """Chooses `top_k` columns for each token, and weighs them. Computes in fp32."""
+    """Chooses columns for each token, and weighs them: here the best `top_k` of a softmax. Computes in fp32.
+
+    A router of another kind overrides how columns are scored and ranked, and which of the best ones a token takes.
+    """
+
+    has_selection_bias = False  # where config.router does not say it
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__()
         self.options = config.router
-        self.sigmoid = config.router["kind"] == "group_limited"
+        self.normalise, self.scale = config.router.get("normalise", "none"), config.router.get("scale", 1.0)
         self.top_k = group["top_k"]
         self.num_experts, self.num_null = group["num_experts"], group["num_null"]
         # Rows are multiplied in parts of `num_experts` rows, as in training: the bits of a product depend on its shape, and
@@ -250,58 +255,205 @@ class MoeDistRouter(nn.Module):
             else:
                 starts = range(0, count, self.num_experts)
                 self.parts += [(min(self.num_experts, count - start),) * 2 for start in starts]
+        self.num_columns = sum(columns for _, columns in self.parts)
         self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), config.hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if config.router.get("logit_bias") else None
-        if config.router["selection_bias"]:
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(sum(columns for _, columns in self.parts)))
+        self.has_selection_bias = config.router.get("selection_bias", self.has_selection_bias)
+        if self.has_selection_bias:
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_columns))
 
     def forward(self, x):
-        """Takes [tokens, hidden_size]; returns the chosen columns and their weights [tokens, top_k]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = self.weight.to(dtype).split([rows for rows, _ in self.parts])
-        products = [F.linear(x.to(dtype), each).expand(-1, part[1]) for each, part in zip(rows, self.parts, strict=True)]
-        logits = torch.cat(products, dim=-1)
-        if self.bias is not None:
-            logits = logits + self.bias.to(dtype)
-        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        """Takes [tokens, hidden_size]; returns columns and their weights [tokens, choices].
 
-        ranking = scores if self.sigmoid else logits
-        if self.options["selection_bias"]:
-            bias = self.e_score_correction_bias.to(dtype)
-            ranking = scores + bias if self.sigmoid else torch.where(bias.any(), scores + bias, logits)
-        if self.sigmoid and self.options["topk_group"] < self.options["n_group"]:
-            ranking = self._within_best_groups(ranking)
+        A choice that the token does not take has the column `num_columns`, which is no expert's.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        logits = self.logits(x)
         # A stable sort gives ties to the first columns, the experts.
-        chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        is_null = (chosen >= self.num_experts) & (chosen < self.num_experts + self.num_null)
-        weights = self._weights(logits, scores, chosen, is_null)
-        return chosen, self.options["scale"] * weights.masked_fill(is_null, 0.0)
+        chosen = self.ranking(logits).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        shares = self.shares(x, logits, chosen)
+        taken = shares > 0
+        counted = taken & ((chosen < self.num_experts) | (chosen >= self.num_experts + self.num_null))
+        weights = self.scale * shares * self.weights(logits, chosen, counted)
+        return chosen.masked_fill(~taken, self.num_columns), weights.masked_fill(~counted, 0.0)
 
-    def _within_best_groups(self, ranking):
-        """Leaves the experts of the `topk_group` node groups with the largest sums of their two best scores."""
-        experts, others = ranking.split([self.num_experts, ranking.shape[1] - self.num_experts], dim=1)
+    def logits(self, x):
+        logits = self.products(x, self.weight)
+        return logits if self.bias is None else logits + self.bias.to(x.dtype)
+
+    def products(self, x, rows):
+        rows = rows.to(x.dtype).split([rows for rows, _ in self.parts])
+        products = [F.linear(x, each).expand(-1, part[1]) for each, part in zip(rows, self.parts, strict=True)]
+        return torch.cat(products, dim=-1)
+
+    def scores(self, logits):
+        return logits.softmax(-1)
+
+    def ranking(self, logits):
+        """Returns the values [tokens, columns] of which the largest are chosen."""
+        if not self.has_selection_bias:
+            return logits
+        bias = self.e_score_correction_bias.to(logits.dtype)
+        return torch.where(bias.any(), self.scores(logits) + bias, logits)
+
+    def shares(self, x, logits, chosen):
+        """Returns the factor of each choice's weight: 1, or 0 if the token does not take it."""
+        return torch.ones_like(chosen, dtype=logits.dtype)
+
+    def weights(self, logits, chosen, counted):
+        """`counted`: true for choices that the token takes, unless they are null."""
+        if self.normalise == "none":
+            return self.scores(logits).gather(1, chosen)
+        if self.normalise == "true_all":
+            null = slice(self.num_experts, self.num_experts + self.num_null)
+            logits = logits.clone()
+            logits[:, null] = float("-inf")
+            return logits.softmax(-1).gather(1, chosen)
+        logits = logits.gather(1, chosen)
+        if self.normalise == "true_chosen":
+            logits = logits.masked_fill(~counted, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1)
+
+
+class MoeDistGroupLimitedRouter(MoeDistRouter):
+    """The best `top_k` sigmoids, of experts in the best node groups (DeepSeek-V3)."""
+
+    def scores(self, logits):
+        return logits.sigmoid()
+
+    def ranking(self, logits):
+        ranking = self.scores(logits)
+        if self.has_selection_bias:
+            ranking = ranking + self.e_score_correction_bias.to(logits.dtype)
+        if self.options["topk_group"] == self.options["n_group"]:
+            return ranking
+        # Leaves the experts of the `topk_group` node groups with the largest sums of their two best scores.
+        experts, others = ranking.split([self.num_experts, self.num_columns - self.num_experts], dim=1)
         experts = experts.unflatten(1, (self.options["n_group"], -1))
         best = experts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
         order = best.sort(dim=-1, descending=True, stable=True).indices[:, : self.options["topk_group"]]
         outside = torch.ones_like(best, dtype=torch.bool).scatter(1, order, False)
         return torch.cat([experts.masked_fill(outside[..., None], float("-inf")).flatten(1), others], dim=1)
 
-    def _weights(self, logits, scores, chosen, is_null):
-        normalise = self.options["normalise"]
-        if self.sigmoid:
-            weights = scores.gather(1, chosen).masked_fill(is_null, 0.0)
-            return weights if normalise == "none" else weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if normalise == "none":
-            return scores.gather(1, chosen)
-        if normalise == "true_all":
-            null = slice(self.num_experts, self.num_experts + self.num_null)
-            logits = logits.clone()
-            logits[:, null] = float("-inf")
-            return logits.softmax(-1).gather(1, chosen)
-        logits = logits.gather(1, chosen)
-        if normalise == "true_chosen":
-            logits = logits.masked_fill(is_null, torch.finfo(logits.dtype).min)
-        return logits.softmax(-1)
+    def weights(self, logits, chosen, counted):
+        weights = self.scores(logits).gather(1, chosen).masked_fill(~counted, 0.0)
+        return weights if self.normalise == "none" else weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+class MoeDistAdaptiveRouter(MoeDistRouter):
+    """The number of choices depends on the token, at most `top_k`.
+
+    The mean bias of the experts shifts how many columns a token takes; the rest of the biases changes their order.
+    """
+
+    has_selection_bias = True
+
+    def shift(self):
+        return self.e_score_correction_bias[: self.num_experts].mean()
+
+    def ranking(self, logits):
+        experts, others = self.e_score_correction_bias.tensor_split([self.num_experts])
+        return self.scores(logits) + torch.cat([experts - self.shift(), others]).to(logits.dtype)
+
+
+class MoeDistTopPRouter(MoeDistAdaptiveRouter):
+    """A token takes its most probable columns until their probabilities add up to `p`."""
+
+    def shares(self, x, logits, chosen):
+        probabilities = self.scores(logits).gather(1, chosen)
+        before = probabilities.cumsum(1) - probabilities
+        bound = (self.options["p"] + self.shift().to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).tiny)
+        return (before < bound).to(logits.dtype)
+
+
+class MoeDistReLURouter(MoeDistAdaptiveRouter):
+    """A token takes the columns with a positive logit, which is the weight (ReMoE)."""
+
+    def logits(self, x):
+        return super().logits(x) + self.e_score_correction_bias.to(x.dtype)
+
+    def scores(self, logits):
+        return logits.relu()
+
+    def ranking(self, logits):
+        return logits
+
+    def shares(self, x, logits, chosen):
+        return (logits.gather(1, chosen) > 0).to(logits.dtype)
+
+
+class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
+    """A token takes the columns whose score exceeds the column's learned threshold, all with the same weight (DynMoE)."""
+
+    def __init__(self, config: MoeDistConfig, group: dict):
+        super().__init__(config, group)
+        self.level = nn.Parameter(torch.empty(self.num_columns))
+
+    def logits(self, x):
+        return self.products(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)) / self.options["temperature"]
+
+    def margins(self, logits):
+        return logits.sigmoid() - self.level.to(logits.dtype).sigmoid()
+
+    def ranking(self, logits):
+        return self.margins(logits) + self.e_score_correction_bias.to(logits.dtype)
+
+    def shares(self, x, logits, chosen):
+        taken = self.ranking(logits).gather(1, chosen) > 0
+        margins = self.margins(logits).gather(1, chosen)  # the gradient is that of the margins, as in training
+        return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
+
+    def weights(self, logits, chosen, counted):
+        return 1.0 / counted.sum(-1, keepdim=True).clamp(min=1)
+
+
+class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
+    """A linear head predicts the number of columns. What is left of it for the last column is a factor of its weight."""
+
+    def __init__(self, config: MoeDistConfig, group: dict):
+        super().__init__(config, group)
+        self.number = nn.Parameter(torch.empty(1, config.hidden_size))
+
+    def shares(self, x, logits, chosen):
+        number = self.top_k * (F.linear(x, self.number.to(x.dtype)) + self.shift().to(x.dtype)).sigmoid()
+        return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
+
+
+class MoeDistExpertChoiceRouter(MoeDistRouter):
+    """An expert takes every token that its rule admits: a threshold of its sigmoid, or two layers that have learned it."""
+
+    def __init__(self, config: MoeDistConfig, group: dict):
+        super().__init__(config, group)
+        self.top_k = self.num_experts
+        self.threshold = nn.Buffer(torch.zeros(self.num_experts))
+        self.statistics = nn.Buffer(torch.zeros(2, self.num_experts))  # only training reads these
+        self.has_auxiliary = config.router["causal"] == "auxiliary"
+        if self.has_auxiliary:
+            inner_size = max(1, config.hidden_size // 2)
+            self.auxiliary_inner = nn.Parameter(torch.empty(inner_size, config.hidden_size))
+            self.auxiliary_outer = nn.Parameter(torch.empty(self.num_experts, inner_size))
+
+    def scores(self, logits):
+        return logits.sigmoid()
+
+    def shares(self, x, logits, chosen):
+        if self.has_auxiliary:
+            margins = F.linear(F.silu(F.linear(x, self.auxiliary_inner.to(x.dtype))), self.auxiliary_outer.to(x.dtype))
+        else:
+            margins = self.scores(logits) - self.threshold.to(x.dtype)
+        return (margins > 0).to(x.dtype).gather(1, chosen)
+
+
+ROUTERS = {
+    "top_k": MoeDistRouter,
+    "group_limited": MoeDistGroupLimitedRouter,
+    "top_p": MoeDistTopPRouter,
+    "relu": MoeDistReLURouter,
+    "threshold": MoeDistThresholdRouter,
+    "predicted_k": MoeDistPredictedKRouter,
+    "expert_threshold": MoeDistExpertChoiceRouter,
+    "expert_choice": MoeDistExpertChoiceRouter,  # by its rule of evaluation; that of training looks at later tokens
+}
 
 
 class MoeDistExpertGroup(nn.Module):
@@ -310,7 +462,7 @@ class MoeDistExpertGroup(nn.Module):
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__()
         self.num_identity, self.num_constant = group["num_identity"], group["num_constant"]
-        self.router = MoeDistRouter(config, group)
+        self.router = ROUTERS[config.router["kind"]](config, group)
         make_expert = EXPERTS[config.experts["kind"]]
         self.experts = nn.ModuleList(make_expert(config, group["ffn_dim"]) for _ in range(group["num_experts"]))
         if self.num_constant:
@@ -432,7 +584,7 @@ class MoeDistPreTrainedModel(PreTrainedModel):
 
     @property
     def _supports_sdpa(self):  # pyright: ignore
-        return self.config.attention["kind"] != "sinks"  # torch's kernel takes no sinks
+        return self.config.attention["kind"] != "sinks"  # torch's kernel lacks attention sinks
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -1,4 +1,4 @@
-"""A fact is what is asked, and the right answer. A question is a fact with wrong choices."""
+"""A fact is a thing to ask about, and the right answer. A question is a fact with wrong choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Part = str | Codes
 
 @dataclass(frozen=True)
 class Fact:
-    """What is asked, and the right answer.
+    """A thing to ask about, and the right answer.
 
     Attributes:
         id: Id of the fact, unique within the fact's task. It does not depend on other facts.
@@ -26,7 +26,7 @@ class Fact:
         keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
             common. A WordNet fact has a key for every lemma of its synsets, so two facts about one synset have common keys.
         wrong: Other answers that are right or nearly right, and so must not become wrong choices.
-        pool: Name of a set of facts. The wrong choices are right answers of other facts of the set.
+        pool: Name of the fact's set. The wrong choices are right answers of other facts of this set.
         closed: All possible answers, if there are few. The wrong choices are then taken from these, on every side.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """

@@ -15,7 +15,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents read per source: enough, because one picture per caption will do
+_TRAINED_ON = 8000  # training documents read per source; enough, because only one picture of each caption is needed
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
@@ -30,7 +30,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
-    first = {each.caption: each for each in reversed(documents) if each.caption}  # by caption, the first document
+    first = {each.caption: each for each in reversed(documents) if each.caption}  # the first document of each caption
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
     if side is not Side.TRAIN:

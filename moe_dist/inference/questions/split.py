@@ -2,8 +2,8 @@
 
 A hash puts each key (a lemma, a picture family) on a side. A fact whose keys are all on one side is on that side; other
 facts are dropped. So no test fact shares a synset, lemma or picture family with a training fact, even of another task.
-Putting all facts that share keys, directly or by other facts, on one side would drop none, but would put nearly all of
-WordNet on one side. A key's side depends on no file, so leaving out a task does not change the other tasks.
+If facts that share keys, directly or through other facts, were put on one side instead, none would be dropped, but nearly
+all of WordNet would be on one side. A key's side depends on no file, so leaving out a task does not change the other tasks.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 
 # Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
-_DRAWS = 64  # random draws of an answer, before all answers are tried in order
+_DRAWS = 64  # number of random draws of a wrong choice; if too few fit, all answers are tried in order
 
 
 class Side(StrEnum):

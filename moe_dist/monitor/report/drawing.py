@@ -15,7 +15,7 @@ from PIL import Image
 
 from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on, labelled
 
-WIDTH, MARK = 860, 7  # user units: width of the cells of a wide picture, and of a character
+WIDTH, MARK = 860, 7  # widths in SVG units: of all cells of a wide picture, of one character
 MOST_FRAMES = 12
 WRITTEN = 400  # largest number of cells with written numbers, which need 80 bytes each
 CURVES = 6  # colours of curves
@@ -23,8 +23,8 @@ _numbers = count()
 
 
 def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> str:
-    """A heat map: an image of one pixel a cell, so that its size hardly grows with the cells. nan is grey. Cells that are
-    large enough have their number; a line below names the largest one."""
+    """A heat map. It is an image with one pixel for each cell, so that many cells take few bytes. nan is grey. Cells that
+    are large enough show their number; a line below names the largest number."""
     num_rows, num_columns = values_RC.shape
     width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(3, 480 // num_rows))
     width = max(width, max(len(label) for label in (*columns.labels, *columns.sublabels)) * MARK if num_columns < 9 else 0)
@@ -98,7 +98,7 @@ def curves(
 
 
 def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -> str:
-    """Horizontal bars: by name the value and a note behind it."""
+    """Horizontal bars; `values` has the value and the note at the end of the bar, by the name of the bar."""
     left = MARK * max(map(len, values)) + 14
     top = max(value for value, _ in values.values()) or 1.0
     parts = []

@@ -1,4 +1,4 @@
-"""The first lines of a report: what is wrong, by the rules of the hints, and the extremes in words.
+"""The first lines of a report: what is wrong by the rules of the hints, and the largest and smallest loads in words.
 
 Shape letters as in `metrics.py`.
 """
@@ -13,17 +13,17 @@ from moe_dist.monitor.hints import busy_rank
 from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
 from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
-from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, for_another_trainer, routing_hints
+from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, busy_text, for_another_trainer, routing_hints
 
-NAMED = 6  # dead experts that a line names
+NAMED = 6  # most dead experts that a line names
 
 
 def problems(routing: Routing) -> list[str]:
-    """What the rules of the hints find in the last recorded steps; empty for a healthy run."""
+    """Returns the faults that the rules of the hints find in the last recorded steps; empty for a healthy run."""
     window = routing.window
     sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
-    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # the places in TensorBoard
+    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes the places in TensorBoard
     texts += _starved_modalities(routing)
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
@@ -31,6 +31,18 @@ def problems(routing: Routing) -> list[str]:
     if not routing.configuration or "attached" in routing.configuration:
         texts = [for_another_trainer(text) for text in texts]
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
+
+
+HEALTHY = "No rule finds a fault in the routing"
+
+
+def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
+    """Returns the state (bad; few, if no expert was judged; else empty) and the headline of the problems `wrong`."""
+    unjudged, few = too_few(routing)
+    if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
+        return "few", few[0].upper() + few[1:]
+    state, head = ("bad", f"What is wrong in {routing.window.words}") if wrong else ("", HEALTHY)
+    return state, f"{head}; {few}" if few else head
 
 
 def facts(routing: Routing) -> list[str]:
@@ -43,7 +55,7 @@ def work_of_ranks(routing: Routing) -> np.ndarray:
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):
-        kept_L = 1 - np.nan_to_num(divide(window.dropped_LG[:, g], part.true_Ln.sum(1)))  # spread over the group's experts
+        kept_L = 1 - np.nan_to_num(divide(window.dropped_LG[:, g], part.true_Ln.sum(1)))  # drops counted as evenly spread
         choices_LC[:, routing.groups[g].experts] *= kept_L[:, None]
     return weighted_rows(choices_LC, rows_by_rank(choices_LC, placement), placement)
 
@@ -100,21 +112,16 @@ def _busiest(routing: Routing) -> Iterator[str]:
         evenness_L = np.maximum(evenness_L, over_Ln.max(1))
         layer, expert = np.unravel_index(over_Ln.argmax(), over_Ln.shape)
         if over_Ln[layer, expert] > best[0]:
-            tokens = window.tokens_LG[layer, g]
-            share, even = part.true_Ln[layer, expert] / tokens, part.true_Ln[layer].mean() / tokens
-            text = (
-                f"Busiest expert: layer {routing.layers[layer]}, {group.name} expert {expert} takes {share:.0%} of the "
-                f"tokens of its group ({over_Ln[layer, expert]:.2f} x the mean expert, which takes {even:.0%})."
-            )
-            best = (float(over_Ln[layer, expert]), text)
+            text = busy_text(group, part.true_Ln, window.tokens_LG[:, g], routing.layers, int(layer), int(expert))
+            best = (float(over_Ln[layer, expert]), f"Busiest expert: {text}.")
     if not best[1]:
         yield "No token took a true expert in these steps."
         return
     yield best[1]
     layer = int(evenness_L.argmax())
     yield (
-        f"Least even layer: layer {routing.layers[layer]}, whose busiest expert has {evenness_L[layer]:.2f} x the mean "
-        f"load (mean over layers: {evenness_L.mean():.2f} x)."
+        f"Least even layer: layer {routing.layers[layer]}, whose busiest expert takes {evenness_L[layer]:.2f} x the mean "
+        f"expert (mean over layers: {evenness_L.mean():.2f} x)."
     )
     work_R = work_of_ranks(routing).sum(0)
     if len(work_R) > 1 and work_R.any():
@@ -132,8 +139,8 @@ def _capacity(routing: Routing) -> Iterator[str]:
     pairs_L = window.choices_LC[:, : routing.placement.num_experts].sum(1)
     layer, group = (int(i) for i in np.unravel_index(used_LG.argmax(), used_LG.shape))
     most = (
-        f"the fullest expert (layer {routing.layers[layer]}, {routing.groups[group].name}) takes {used_LG.max():.2f} x an "
-        "even share"
+        f"the busiest expert (layer {routing.layers[layer]}, {routing.groups[group].name}) takes {used_LG.max():.2f} x an "
+        "even share of all choices"
     )
     dropped, pairs = int(window.dropped_LG.sum()), int(pairs_L.sum())
     if dropped:

@@ -22,14 +22,14 @@ def lorenz(load_Xn: np.ndarray) -> np.ndarray:
 
 def gini(load_Xn: np.ndarray) -> np.ndarray:
     """Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all (Gini 1912). It is
-    the part of the triangle below the diagonal that the Lorenz curve cuts off."""
+    the area between the diagonal and the Lorenz curve, as a share of the triangle below the diagonal."""
     curve = lorenz(load_Xn)
     return 1 - (curve[:, 1:] + curve[:, :-1]).sum(1) / load_Xn.shape[1]
 
 
 def distance(first_XC: np.ndarray, second_XC: np.ndarray) -> np.ndarray:
-    """Total variation distance of the choices of each row: the share of choices that would have to move, from 0 to 1. nan
-    without choices."""
+    """Total variation distance between each row of `first_XC` and that of `second_XC`: the share of choices, from 0 to 1,
+    that differ. nan without choices."""
     first_share_XC, second_share_XC = (divide(counts, counts.sum(1, keepdims=True)) for counts in (first_XC, second_XC))
     return np.abs(first_share_XC - second_share_XC).sum(1) / 2
 
@@ -57,14 +57,14 @@ class Special(NamedTuple):
 
     token: int
     times: int  # how often the expert takes it
-    share: float  # of the token's occurrences
+    share: float  # share of the token's occurrences that the expert takes
     lift: float  # that share over the expert's share of all tokens
     row: int  # one occurrence that the expert takes
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
-    """For each expert the token ids that tell most of it: count x log(lift), as in the log-likelihood of its tokens. Ids
-    that it takes fewer than `least_count` times are left out."""
+    """For each expert the token ids that characterise it most: largest count x log(lift), as in the log-likelihood of its
+    tokens. Ids that it takes fewer than `least_count` times are left out."""
     ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
     found = []
     for taken_T in taken_Tn.T:

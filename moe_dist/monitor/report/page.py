@@ -4,11 +4,11 @@ import re
 from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
-from moe_dist.monitor.report.findings import facts, problems, too_few
+from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 
-# Each colour by its name in the style sheet: in light mode and print, and in dark mode. c0, c1 ... are those of curves.
+# Name in the style sheet -> colour in light mode and print, and in dark mode. c0, c1 ... are the colours of curves.
 COLOURS = {
     "page": ("#fff", "#16181c"),
     "ink": ("#202124", "#e8eaed"),
@@ -83,12 +83,7 @@ def render(subject: Subject) -> str:
 
 def _findings(routing: Routing) -> str:
     wrong = problems(routing)
-    unjudged, few = too_few(routing)
-    state, head = ("bad", f"What is wrong in {routing.window.words}") if wrong else ("", "No rule finds a fault")
-    if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
-        state, head = "few", few[0].upper() + few[1:]
-    elif few:
-        head = f"{head}; {few}"
+    state, head = verdict(routing, wrong)
     lines = "".join(f"<li>{escape(text)}</li>" for text in wrong)
     numbers = "".join(f"<li>{escape(text)}</li>" for text in facts(routing))
     return (

@@ -139,7 +139,7 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """How far the choices of earlier steps, and of another run, are from the last ones."""
+    """Total variation distance of the choices of earlier steps, and of another run's, from those of the last steps."""
     routing, against = subject.routing, subject.against
     frames = routing.frames
     parts = []
@@ -169,7 +169,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """The counts of both that are compared, and whose tokens these are: held-out tokens if both traces have them."""
+    """Returns the two counts to compare, and a text that names their tokens: held-out tokens if both traces have them."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]
@@ -191,7 +191,7 @@ def _same_tokens(routing: Routing, against: Routing) -> str:
     first, second = (tokens.sequence_T * 2**31 + tokens.position_T for tokens in (one, two))
     _, mine, other = np.intersect1d(first, second, return_indices=True)
     differ = one.token_T[mine] != two.token_T[other]
-    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # a token equal by chance has another text
+    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # drops sequences with a differing token
     mine, other = mine[same], other[same]
     if not len(mine):
         return "<p>The two traces have no sequence in common.</p>"

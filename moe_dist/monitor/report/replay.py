@@ -39,8 +39,8 @@ def replay(
     row_bytes: int,
     exchanges: int,
 ) -> Replayed:
-    """Counts what a run with this placement sends for these choices. Each rank takes `micro_batch` consecutive sequences in
-    turn, as in training.
+    """Counts what a run with this placement sends for these choices. Ranks take `micro_batch` consecutive sequences each,
+    one rank after the other, as in training.
 
     Args:
         row_bytes: Bytes of one row.
@@ -54,8 +54,8 @@ def replay(
 
 
 def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[ExpertGroup], *, seed: int = 0) -> np.ndarray:
-    """Gives each choice that is no true expert a true expert of the token's group that the token has not chosen, at random:
-    what fixed top-k routing would send. A trace does not have the runners-up of the router."""
+    """Replaces each choice that is no true expert by a true expert of the token's group that the token has not chosen, to
+    imitate fixed top-k routing. The expert is random, because a trace does not contain the router's next best experts."""
     num_experts = sum(group.num_experts for group in groups)
     rng, made = np.random.default_rng(seed), ids_TLK.copy()
     column_TLK = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
@@ -69,7 +69,7 @@ def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[Exp
             free_Tn = np.argsort(noise_Tn, axis=1) + group.first_expert
             null_TK = ids_TK >= num_experts
             nth_TK = null_TK.cumsum(1) - 1
-            # A token with fewer true experts than choices keeps no choice in the rest.
+            # If the group has fewer true experts than a token has choices, the other choices stay empty.
             possible_TK = null_TK & (nth_TK < np.isfinite(noise_Tn).sum(1)[:, None])
             spare_TK = np.take_along_axis(free_Tn, np.minimum(nth_TK, group.num_experts - 1).clip(0), axis=1)
             made[rows, layer] = np.where(null_TK, np.where(possible_TK, spare_TK, -1), made[rows, layer])

@@ -1,4 +1,5 @@
-"""What a report draws: counts over steps, from the records of a run or from a trace, and single tokens, from a trace.
+"""The data that a report draws: counts over steps, from the records of a run or from a trace, and single tokens, from a
+trace.
 
 Shape letters as in `metrics.py`; F frames, T tokens, K choices of a token.
 """
@@ -132,8 +133,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about: a routing, another one to compare with, the layouts and node sizes of the ledger, the largest
-    number of positions of a slider, and that of the cells of all co-activation matrices."""
+    """The input of a report: a routing, another routing to compare with, the layouts and node sizes of the ledger, and the
+    largest numbers of positions of a slider and of cells of all co-activation matrices."""
 
     routing: Routing
     against: Routing | None
@@ -144,7 +145,8 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Adds up equally many neighbours, so that at most `most` frames are left. The last one also takes the rest."""
+    """Joins consecutive frames into sums of equally many frames each, so that at most `most` sums are left. The last sum
+    also takes the rest."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
     return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)
@@ -171,14 +173,14 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
-    width, inside, coefficient = 1, 1, float("nan")  # records in a full frame, and in the last frame
+    width, inside, coefficient = 1, 1, float("nan")  # width: records in a full frame; inside: records in the last frame
     for frame, coefficient in _recorded(path, shape):  # noqa: B007  # the last one is returned
         window.append(frame)
         if inside < width:
             frames[-1], inside = total([frames[-1], frame]), inside + 1
         else:
             frames, inside = [*frames, frame], 1
-        if len(frames) > 2 * FRAMES:  # joins pairs: the file may be larger than the memory
+        if len(frames) > 2 * FRAMES:  # joins pairs of frames while reading, because the file may be larger than the memory
             frames, width = [total(frames[i : i + 2]) for i in range(0, len(frames), 2)], 2 * width
     if not frames:
         raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")
@@ -200,7 +202,7 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
                             f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but the model has "
                             f"{shapes[name]} by config.yaml or {MANIFEST}; put back the files of one run"
                         )
-                coefficient = line["balance_coefficient"]  # null where another trainer has it
+                coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
                 yield Frame(line["step"], line["step"], **arrays), float("nan" if coefficient is None else coefficient)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error

@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
 SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # co-activation matrices that are drawn, and strongest pairs that are listed
-MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # pictures and texts with a compute map, and tokens of a text
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures and texts that get a compute map; most tokens of such a text
 AROUND = 5  # tokens of an example's text on each side
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
@@ -140,7 +140,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def specialisation(subject: Subject, tokens: Tokens) -> str:
-    """Tables of the tokens that tell most of an expert, with an example of each expert."""
+    """Tables of the tokens that characterise each expert most, with an example for each expert."""
     routing = subject.routing
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
@@ -237,8 +237,8 @@ def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
 
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the rows of each whole picture, and the rows of each text between pictures. Pictures may follow each other
-    with no token between. Cells that are no multiple of a picture's cells are left out: where a picture begins is unknown,
-    because one is cut off."""
+    with no token between. If the number of consecutive cells is no multiple of a picture's, a picture is cut off, so it
+    is unknown where pictures begin: these cells are left out."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])
@@ -264,7 +264,7 @@ def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale:
 def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
     for row in rows.tolist():
         text = _token(tokens, int(tokens.token_T[row]), plain=True)
-        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # the indentation begins the next line
+        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # an indentation begins the next line
 
 
 def _coloured(experts: float, html: str, scale: Scale) -> str:
@@ -274,7 +274,7 @@ def _coloured(experts: float, html: str, scale: Scale) -> str:
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:
-    """The rows of each class of tokens, by its name, bool [T]. Picture tokens are of one colour, or drawn."""
+    """The rows of each class of tokens, by its name, bool [T]. Picture tokens have two classes: of one colour, drawn."""
     ids, first, at = np.unique(tokens.token_T, return_index=True, return_inverse=True)
     names = []
     for token, row in zip(ids.tolist(), first.tolist(), strict=True):

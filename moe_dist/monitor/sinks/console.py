@@ -1,5 +1,6 @@
 """The console sink: a progress bar on a terminal, else plain lines; evaluations, hints, and the final table."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
+logger = logging.getLogger(__name__)
+
 SHOWN_GROUPS = 3  # most groups that fit into a line
+EVALUATING = "evaluating"  # after the last step, in place of the time left
 WIDE = 120  # terminal columns from which on the bar shows group names
 
 
@@ -35,7 +39,7 @@ class ConsoleSink(Sink):
 
     Args:
         total_steps: Number of steps of the run.
-        every: Steps between plain lines if the console is no terminal.
+        every: Steps between plain lines if the console is no terminal, or cannot redraw a line (TERM=dumb).
         resume_step: Last step of the earlier attempt.
         hints: Source of the hints; None shows no hints.
         console: Destination; standard output by default.
@@ -57,12 +61,12 @@ class ConsoleSink(Sink):
         self._began_at, self._began_step = clock(), resume_step  # start of this attempt, for the time left
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_interactive:  # a terminal that can redraw a line, so not with TERM=dumb
             self._progress = Progress(
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
-                # The estimate of rich is not used, because it omits the time between steps.
+                # Not the estimate of rich, which leaves out the time between steps.
                 TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, min_width=len("3h04m"))),
                 console=self._console,
                 expand=True,
@@ -71,14 +75,16 @@ class ConsoleSink(Sink):
             self._progress.start()
 
     def step(self, record: Record) -> None:
-        left = self._time_left(record.step)
+        left = f"{self._time_left(record.step)} left" if record.step < self._total else EVALUATING
         if self._progress is not None:
             numbers = bar_numbers(record.scalars, named=self._console.width >= WIDE)
-            self._progress.update(self._task, completed=record.step, numbers=escape(numbers), left=left)
+            short = left.removesuffix(" left")
+            self._progress.update(self._task, completed=record.step, numbers=escape(numbers), left=short)
         elif record.step % self._every == 0 or record.step == self._total or record.step == self._began_step + 1:
-            self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left} left")
+            self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left}")
         for hint in self._hints.update(record) if self._hints else []:
             self._print(f"hint (step {record.step}): {hint.text}", style="yellow")
+            logger.info("hint: %s", hint.text)  # for rank 0's log file, which has no standard output
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")
@@ -99,7 +105,7 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message is one line, however long
+        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long one
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
@@ -125,7 +131,13 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
     rate = f"{_thousands(scalars.get('perf/tokens_per_second'))} tokens/s"
     experts = f"experts/token {_by_group(scalars, 'experts_per_token', True)}"
     imbalance = f"imbalance {_by_group(scalars, 'load_imbalance', True)}"
-    return "  ".join([loss, rate, experts, imbalance])
+    return "  ".join([loss, rate, experts, imbalance, *_dropped(scalars)])
+
+
+def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
+    """The number of pairs that a capacity dropped in this step, if any."""
+    pairs = scalars.get("moe/dropped") or 0.0
+    return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
@@ -163,7 +175,7 @@ def choice_lines(result: EvaluationResult) -> list[str]:
 
 
 def depth_text(depths: DepthStatistics) -> str:
-    """The share of held-out tokens that the mixture-of-depths layers computed, beside the target share."""
+    """The share of held-out tokens that the mixture-of-depths layers computed, and the target share."""
     computed_L = depth_metrics(depths)["computed"]
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]

@@ -32,7 +32,7 @@ STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficie
 
 
 class JsonlSink(Sink):
-    """Appends lines to `path`. Each line is written at once, so that a reader who follows the file sees whole steps.
+    """Appends each record to `path` as a line. A line is written at once, so that a reader can follow the file.
 
     Args:
         resume_step, evaluation_owed: See `Sink`.
@@ -54,7 +54,7 @@ class JsonlSink(Sink):
         drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
         self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
-        self._told = False  # a failing disk is logged once, not at every step
+        self._told = False  # true once a failing disk has been logged, which is not repeated at every step
 
     def step(self, record: Record) -> None:
         line = {
@@ -169,7 +169,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         while text := old.readline(_MAX_LINE_BYTES):
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # torn, or a block that was never written
+            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # cut short, or not all on disk
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1
@@ -188,7 +188,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
 
 def _is_json(text: bytes) -> bool:
     try:
-        from_json(text)  # reads some hundred MB a second
+        from_json(text)  # parses some hundred MB per second
     except ValueError:
         return False
     return True

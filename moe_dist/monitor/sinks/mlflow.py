@@ -11,8 +11,8 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class MlflowSink(Sink):
-    """Starts an MLflow run for each attempt, because MLflow keeps every value of a step. The tag `moe_dist.run` joins the
-    attempts. Threads of MLflow send the values, so a slow server does not delay a step.
+    """Starts an MLflow run for each attempt, because MLflow would show both values of a step that a resume repeats. The tag
+    `moe_dist.run` joins the attempts. Threads of MLflow send the values, so a slow server does not delay a step.
 
     Args:
         experiment: Name of the experiment.

@@ -22,7 +22,7 @@ PREFIX = "moe_dist_"
 
 
 class PrometheusSink(Sink):
-    """Replaces `path` at each step by a rename, so that a reader never sees a partial file.
+    """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
         path: The textfile. node_exporter reads it only if its name ends in .prom.
@@ -71,8 +71,8 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def metric_name(family: str) -> str:
-    """The metric of a family of tags. Prometheus reserves some last words for counters and histograms; a gauge takes their
-    plural."""
+    """The metric name of a family of tags. Prometheus reserves endings such as `_count` for counters and histograms; this
+    function adds an s to them."""
     name = PREFIX + family.replace("/", "_")
     return f"{name}s" if name.endswith(("_bucket", "_count", "_sum", "_total")) else name
 

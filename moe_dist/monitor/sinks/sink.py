@@ -14,7 +14,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
-CLOSE_SECONDS = 30.0  # time in which all sinks must close; below the 60 s after which srun kills ranks that outlive others
+CLOSE_SECONDS = 30.0  # time in which all sinks must close; srun kills rank 0 if it outlives another rank by 60 s
 
 
 class Sink:
@@ -27,17 +27,18 @@ class Sink:
     """
 
     def step(self, record: Record) -> None:
-        """Takes the record of a step. Steps arrive in order, each once."""
+        """Is called with the record of each step, in order, once for each step."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Takes a held-out evaluation and its scalars (`evaluation_metrics`), after the record of the same step."""
+        """Is called with a held-out evaluation and its scalars (`evaluation_metrics`), after the record of the same
+        step."""
 
     def text(self, tag: str, markdown: str) -> None:
-        """Takes a page of text, such as the configuration."""
+        """Is called with a page of text, such as the configuration."""
 
     def flush(self) -> None:
-        """Makes all records so far durable. The caller flushes before it commits a checkpoint, because a resume from it
-        does not make these records again."""
+        """Writes all records so far to the disk. Is called before a checkpoint is committed, because a run that resumes
+        from the checkpoint does not make these records again."""
 
     def close(self) -> None:
         """Flushes and releases files and threads. A second call of `close` does nothing."""
@@ -89,7 +90,7 @@ class GuardedSinks(Sink):
 
     def flush(self) -> None:
         """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # Assigned only after all sinks, because the thread that writes checkpoints may read it at any time.
+        # Assigned only when all sinks have flushed, because the thread that writes checkpoints may read it at any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:
@@ -98,7 +99,8 @@ class GuardedSinks(Sink):
             raise self._unwritten
 
     def close(self) -> None:
-        """Closes every sink, each on a thread. Returns after CLOSE_SECONDS at the latest. Logs errors, and raises none."""
+        """Closes all sinks at the same time, each in its own thread. Waits for at most CLOSE_SECONDS; a sink that is not
+        closed by then is left. Logs errors, and raises none."""
         deadline = time.monotonic() + CLOSE_SECONDS
         threads = [threading.Thread(target=_close, args=(sink,), daemon=True) for sink in self._sinks]
         for thread in threads:
@@ -127,5 +129,5 @@ class GuardedSinks(Sink):
 def _close(sink: Sink) -> None:
     try:
         sink.close()
-    except Exception:  # whatever a display does at its end, the run has its result
+    except Exception:  # an error of a sink must not change the result of the run
         logger.exception("%s failed to close", type(sink).__name__)

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import FileWriter, summary
 from moe_dist.monitor.compute_map import draw_map
 from moe_dist.monitor.heatmaps import Axis, draw, draw_against_targets, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
-from moe_dist.monitor.pictures import Subject, heat_maps, loads
+from moe_dist.monitor.pictures import Subject, change_map, heat_maps, loads
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import (
@@ -42,8 +42,8 @@ GROUP_CHARTS = dict(  # tag family -> title of its chart
         (
             "true experts per token",
             "share of choices that are null",
-            "load of the busiest expert, over the mean expert's",
-            "load of the busiest expert, over an even share of all choices",
+            "busiest expert, x the mean expert (mean over layers)",
+            "busiest expert of any layer, x an even share of all choices",
         ),
         strict=True,
     )
@@ -57,7 +57,7 @@ class TensorBoardSink(Sink):
         folder: Folder of the event files, runs/<name>/tensorboard.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
-        mean_over: Steps whose mean is one point of a curve of the routing (`NOISY`); single steps would be a solid block.
+        mean_over: Steps whose mean is one point of a curve of the routing (`NOISY`); single steps would vary too much.
         resume_step, evaluation_owed: See `Sink`.
     """
 
@@ -79,7 +79,7 @@ class TensorBoardSink(Sink):
         self._folder, self._closed = Path(folder), False
         for each in (self._folder, *(path for path in self._folder.glob("*") if path.is_dir())):
             drop_events_after(each, resume_step, evaluation_owed=evaluation_owed)
-        self._writers: dict[str, FileWriter] = {}  # by sub-run; '' is the main run
+        self._writers: dict[str, FileWriter] = {}  # sub-run -> writer; '' is the main run
         self._described: set[tuple[str, str]] = set()
         self._writer("").add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
@@ -92,7 +92,10 @@ class TensorBoardSink(Sink):
         for each in record.levers:
             self._writer("").add_summary(summary.text(f"rank_balance/{each.lever}", each.text), record.step)
             if each.placement is not None:
-                self._subject = replace(self._subject, placement=each.placement)  # of the pictures from here on
+                words = f"the choices of step {record.step}"
+                picture = change_map(record.arrays["choices_LC"], self._subject, each.placement, words)
+                self._add_picture(summary.image("rank_balance/change", picture, dataformats="HWC"), record.step)
+                self._subject = replace(self._subject, placement=each.placement)  # for all later pictures
         if record.step % self._mean_over == 0:
             self._add_means()
         self._window.add(record)
@@ -138,7 +141,7 @@ class TensorBoardSink(Sink):
                 sub_run, shown = curve_of(tag)
                 value = summary.scalar(shown, number).value[0]
                 curves.setdefault(sub_run, []).append(self._with_meaning(value, sub_run, meaning(tag)))
-        for sub_run, values in curves.items():  # one event for all scalars is smaller than one for each
+        for sub_run, values in curves.items():  # one event for all scalars of a sub-run takes fewer bytes than one for each
             self._writer(sub_run).add_summary(Summary(value=values), step)
 
     def _add_means(self) -> None:
@@ -150,7 +153,7 @@ class TensorBoardSink(Sink):
         if (sub_run, value.tag) not in self._described:
             plugin, data_class = PLUGINS[value.WhichOneof("value")]
             value.metadata.summary_description = text
-            value.metadata.plugin_data.plugin_name = plugin  # TensorBoard's fast server drops descriptions without both
+            value.metadata.plugin_data.plugin_name = plugin  # without name and data_class the text is dropped
             value.metadata.data_class = data_class
             self._described.add((sub_run, value.tag))
         return value
@@ -187,7 +190,7 @@ class Window:
         self._steps: list[int] = []
         self._load: list[Mapping[str, Mapping[str, float | None]]] = []
         self._depths: DepthStatistics | None = None
-        self.by_rank: dict[str, np.ndarray] = {}  # of the last record; empty with a single rank
+        self.by_rank: dict[str, np.ndarray] = {}  # arrays by rank of the last record; empty with a single rank
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
@@ -309,7 +312,7 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
 
 
 def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
-    """Drops these events from one file. Returns True if the file has steps and none was dropped."""
+    """Drops the events of `drop_events_after` from one file. Returns True if the file has steps and none was dropped."""
     kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
     kept_steps = dropped = False
     with kept_path.open("wb") as file:

@@ -17,7 +17,7 @@ from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
-FLAME_TOKENS = 1 << 16  # tokens that are read from each file of FLAME-MoE-Traces
+FLAME_TOKENS = 1 << 16  # number of tokens that are read from each file of FLAME-MoE-Traces
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
 
 
@@ -35,7 +35,7 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
     """Reads the file `path`, or all files of one format in the folder `path`.
 
     Args:
-        num_experts: Experts of a layer, which no format tells.
+        num_experts: Experts of a layer; no format has this number.
 
     Raises:
         ConfigError: no file has a known name.
@@ -90,8 +90,8 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
 
 
 def _megatron(files: Sequence[Path]) -> Parts:
-    """The router trace of Megatron-Core (`--moe-routing-trace-path`): a JSON line for each step, block and layer. A layer
-    that fires again in a step has another micro-batch. Blocks of multi-token prediction are left out."""
+    """The router trace of Megatron-Core (`--moe-routing-trace-path`): a JSON line for each step, block and layer. A second
+    line of a layer in a step is the next micro-batch. Blocks of multi-token prediction are left out."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         with open_file(file) as stream:
@@ -128,7 +128,7 @@ def _arrays(files: Sequence[Path]) -> Parts:
             )
         moe_L = np.flatnonzero(ids.any((0, 2))) if ids.shape[2] > 1 and ids.size else np.arange(ids.shape[1])
         if ids.size and not len(moe_L):
-            raise DataError(f"{file}: all ids are 0, as where a server recorded no routing; record it anew")
+            raise DataError(f"{file}: all ids are 0, as if the server recorded no routing; record it again")
         yield 1, tuple(moe_L.tolist()), ids[:, moe_L]
 
 

@@ -4,8 +4,8 @@
     rank_R.tokens    one `TOKEN` for each traced token
     rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first
     rank_R.weights   float16 [tokens, L, K], the routing weights; only if the manifest says so
-    rank_R.losses    float16 [tokens], the loss of the prediction at the token in nats; nan without a label; as above
-    rank_R.index     one `ENTRY` for each step, written after the step's tokens: what no entry covers does not count
+    rank_R.losses    float16 [tokens], the loss of the prediction at the token in nats; nan without a label; likewise
+    rank_R.index     one `ENTRY` for each step, written after the step's tokens; tokens without an entry do not count
 
 Column c is the logical id of a true expert, then come the null, identity and constant experts of all groups. The id of a
 dropped pair is -2 - c; -1 is no choice (a group with a smaller k). All numbers are little-endian.
@@ -34,7 +34,7 @@ ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the numbers of an attempt's files mean.
+    """The facts that are needed to read an attempt's files.
 
     Attributes:
         attempt: Number of the attempt in this trace, from 1.
@@ -79,7 +79,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Takes the parsed text of `to_json`. Raises KeyError or TypeError if fields are missing or unknown."""
+        """Makes a manifest from the parsed text of `to_json`. Raises KeyError or TypeError if fields are missing or
+        unknown."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
         values["groups"] = tuple(ExpertGroup(**{**g, "modalities": tuple(g["modalities"])}) for g in content["groups"])
         del values["format"], values["version"]

@@ -37,7 +37,7 @@ class TracedStep(NamedTuple):
         tokens: `format.TOKEN` [T].
         ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 no choice.
         weights: float16 [T, L, K], or None.
-        manifest: Of the attempt that took the step.
+        manifest: Manifest of the attempt that took the step.
         losses: float16 [T], loss of the prediction at each token in nats; nan without a label, or None.
     """
 

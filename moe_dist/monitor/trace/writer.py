@@ -39,14 +39,14 @@ class TraceWriter:
     def add(
         self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
     ) -> None:
-        """Takes the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K] and [T]. The arrays must not change
+        """Queues the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K] and [T]. The arrays must not change
         later."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
         self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
-        """Waits until all steps so far are on disk. Call it before a checkpoint, whose resume does not repeat them."""
+        """Waits until all steps so far are on disk. Call it before a checkpoint: a resume from it repeats none of them."""
         self._queue.join()
         self._guarded(self._sync)
 
@@ -72,7 +72,7 @@ class TraceWriter:
             self._queue.task_done()
         self._guarded(self._sync)
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # after a failed write the close tries that write again
+            with contextlib.suppress(OSError):  # `close` tries a failed write again, and may fail again
                 file.close()
         self._queue.task_done()
 
@@ -89,12 +89,12 @@ class TraceWriter:
         self._rows += len(parts["tokens"])
 
     def _sync(self) -> None:
-        for file in self._files.values():  # the index is last
+        for file in self._files.values():  # syncs the index last
             os.fsync(file.fileno())
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action` unless the trace has ended. Any error ends the trace, because `add` must not wait for a thread that
-        has died."""
+        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not this thread: without
+        the thread, `add` would wait forever."""
         if self._failed:
             return
         try:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.index import Index, StateFile, shard_file
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard
+from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard, write_tensors
 from moe_dist.errors import DataError
 
 TENSORS = {
@@ -127,3 +127,12 @@ def test_planted_pickles_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=shard_file(1)):
         read_tensors(contents, blank())
     assert not target.exists()
+
+
+def test_the_umask_says_who_may_read_a_shard(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640

@@ -12,6 +12,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import Manifest
+from moe_dist.data import chat
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.corpus import Recipe
@@ -221,6 +222,34 @@ def test_a_template_that_fails_is_refused(tmp_path: Path, folders: dict[str, Pat
         hub.conversation({"messages": SHORT + SHORT}, "lines.jsonl, line 7")
 
 
+BOMBS = {
+    "loops": "{% for _ in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "power": "{{ 9 ** (9 ** (messages|length + 5)) }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_without_an_end_is_stopped(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
+    """The error names row, tokenizer, seconds and the way out. Other conversations are encoded before and after."""
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1)
+    (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
+    hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
+    expected = theirs(folders["chatml"], [{"messages": SHORT}])[0][0]
+    assert hub.conversation({"messages": SHORT}, "").tokens.tolist() == expected
+    with refused(ConfigError, "lines.jsonl, line 7", "more than 1 s", "--chat-template FILE", "remove the row"):
+        hub.conversation({"messages": SHORT + SHORT}, "lines.jsonl, line 7")
+    assert hub.conversation({"messages": SHORT}, "").tokens.tolist() == expected
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 CONVERSATIONS: dict[str, Any] = {
     "no messages": {"text": "a"},
     "no list": {"messages": "a"},
@@ -230,13 +259,14 @@ CONVERSATIONS: dict[str, Any] = {
     "picture": {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SHORT[1]]},
     "tools": {"messages": SHORT, "tools": "[1"},
     "tools of no objects": {"messages": SHORT, "tools": "[1]"},
+    "nested": {"messages": [{"role": "user", "content": nested(600)}, SHORT[1]]},
 }
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 def test_a_malformed_conversation_is_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
     lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}, CONVERSATIONS[case]])
-    with refused(DataError, "lines.jsonl, line 2", "tools" if "tools" in case else "messages"):
+    with refused(DataError, "lines.jsonl, line 2", *(word for word in ("tools", "nested") if word in case)):
         made(tmp_path / "set", folders["chatml"], messages=str(lines))
     assert not (tmp_path / "set").exists()
 

@@ -41,7 +41,7 @@ def test_fit_finds_clusters_and_gives_flat_colours_their_own_entry() -> None:
 
 
 def test_fit_refuses_more_codes_than_patches() -> None:
-    with refused(DataError, "codes=5"):
+    with refused(DataError, "--codes 5"):
         fit(np.zeros((100, 48), np.uint8), codes=5, seed=0)
 
 

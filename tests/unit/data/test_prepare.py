@@ -413,6 +413,10 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
     assert len(recipe["skipped"]) == 8
     assert "00.png" in recipe["skipped"][-1]
     assert recipe["figures"]["train_pictures"] + recipe["figures"]["valid_pictures"] == 39
+    again = command("--out", tmp_path / "set", *asked)
+    assert again.output.count("left out: ") == 6
+    assert "nothing to do" in again.output
+    assert command("--out", tmp_path / "set", *asked, "--strict").exit_code == 65
     strict = command("--out", tmp_path / "strict", *asked, "--strict")
     assert strict.exit_code == 65
     assert "latin0.txt: not UTF-8 at byte 3" in strict.output
@@ -422,7 +426,7 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
 def test_no_picture_that_can_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"none of 1 pictures can be read; the first is .*a\.png"):
+    with pytest.raises(DataError, match=r"none of 1 pictures can be read; the first: picture .*a\.png.* cannot be read"):
         prepare(tmp_path / "set", Inputs(images=str(tmp_path / "pictures")), RECIPE, silent, lambda _: None)
 
 
@@ -438,7 +442,7 @@ def test_a_set_without_a_held_out_side_says_so(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_made_is_told_at_once(own: Path, out: str) -> None:
     result = command("--out", out, "--text", own / "texts.jsonl", *OPTIONS)
     assert result.exit_code == 1
-    assert f"the data set --out {out} was not made" in result.output
+    assert "nothing was made" in result.output
 
 
 def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +450,7 @@ def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(StorageError, match=r"No space left on device; the data set --out .*/set was not made"):
+    with pytest.raises(StorageError, match=r"--out .*/set: .*No space left on device; nothing was made"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
@@ -457,4 +461,4 @@ def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"pictures/{number}.png")
     result = command("--out", tmp_path / "set", "--images", tmp_path / "pictures")
     assert result.exit_code == 65
-    assert "codes=512: the pictures have only" in result.output
+    assert "--codes 512: the pictures have only" in result.output

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.source import open_source
@@ -181,7 +182,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "more choices than experts": (
         config(num_experts_per_tok=99),
         ConfigError,
-        r"top_k=99.*change that field, or the option it comes of",
+        r"top_k=99.*change that field, or the option that sets it",
     ),
     "heads that do not divide": (config(num_key_value_heads=3), ConfigError, "num_kv_heads=3.*change that field"),
     "odd heads": (config(head_dim=5), ConfigError, "head_dim.*change that field"),
@@ -289,15 +290,19 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_fine_is_taken(theirs: Path) -> None:
-    """Pickles beside safetensors are not opened, a smaller tokenizer fits, links inside the folder are files."""
+    """Pickles beside safetensors are not opened, a smaller tokenizer fits, links inside the folder are files. The files of
+    the tokenizer go in and out, SentencePiece's among them."""
     (theirs / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
     tokenizer(60)(theirs)
+    (theirs / "tokenizer.model").write_bytes(b"pieces")
     (theirs / SECOND).rename(theirs / "blob.safetensors")
     (theirs / SECOND).symlink_to("blob.safetensors")
     config(something_new=3)(theirs)
     done = import_model(theirs, theirs.parent / "ours")
     assert (list(done.ignored), list(done.unread)) == (["training_args.bin"], ["something_new"])
-    assert (theirs.parent / "ours/huggingface/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+    export_model(theirs.parent / "ours", theirs.parent / "back")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        assert (theirs.parent / "back" / name).read_bytes() == (theirs / name).read_bytes()
     assert not (theirs.parent / "ours/huggingface/training_args.bin").exists()
 
 

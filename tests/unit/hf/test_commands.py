@@ -1,5 +1,7 @@
 """`tools.import_hf` and `tools.export_hf` as they are called: what they print, their options, and how they refuse."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,7 @@ def test_an_export_says_why_it_brings_its_code(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("--null-experts", 3, "--top-k", 3), 78, "import_hf: --null-experts=3: "),
-        (("--modalities", ""), 78, "change that field, or the option it comes of"),
+        (("--modalities", ""), 78, "change that field, or the option that sets it"),
         (("--out", "."), 78, ". exists; nothing is overwritten"),
     ],
     ids=str,
@@ -101,3 +103,13 @@ def test_exports_that_are_refused(imported: Path, tmp_path: Path, arguments: tup
     assert done.exit_code == 78, done.output
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_fifo_is_refused_by_name(theirs: Path, tmp_path: Path, name: str) -> None:
+    planted = shutil.copytree(theirs, tmp_path / "planted")
+    (planted / name).unlink()
+    os.mkfifo(planted / name)
+    done = invoke(import_hf, planted, "--out", tmp_path / "ours")
+    assert (done.exit_code, f"{name}: is no file" in done.stderr) == (65, True), done.output
+    assert not (tmp_path / "ours").exists()

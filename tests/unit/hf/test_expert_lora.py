@@ -2,6 +2,7 @@
 same model. The frozen base has no gradient, and backward no product for one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,42 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.adapters import export_adapters, peft_tensors
+from moe_dist.hf.adapters import WEIGHTS_FILE, export_adapters, peft_tensors
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.roles import EXPERTS, named_parameters
-from tests.support.adapted import Adapted
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.train.peft_folder import write_adapters
+from tests.support.adapted import MOLE, Adapted
 from tests.support.agreement import arrays, assert_agree
+from tests.support.chat_folders import chat_folder
 from tests.support.cover import full
 from tests.support.imported import load_imported, logits_of
+from tests.support.invoked import invoke
 from tests.support.messages import refused
+from tests.support.served import run_readme
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
+from tools.export_hf import main as export_hf
 
 LORA, SMALLER = {"rank": 3, "alpha": 5.0}, {"rank": 2, "alpha": 3.0, "targets": ["q", "o"]}
+CLAMPED = {**LORA, "kind": "clamped_ffn_lora"}
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH)))
 CASES: dict[str, dict[str, Any]] = {
     "each": {"ffn": LORA, "attention": SMALLER},
     "shared": {"ffn": {**LORA, "shared": True}},
     "down": {"ffn": {**LORA, "targets": ["down"]}},
     "shared expert": {"ffn": {**LORA, "shared_expert": True}, "attention": SMALLER},
+    "clamped": {"ffn": {**CLAMPED, "swiglu_limit": 1.5}, "attention": SMALLER},
+    "clamped, shared": {"ffn": {**CLAMPED, "shared": True, "targets": ["gate_up"]}},
+    "latent": {"ffn": LORA, "attention": {**SMALLER, "targets": ["q_down", "q_up", "kv_down", "kv_up", "o"]}},
+    "latent keys": {"ffn": {**LORA, "targets": ["gate_up"]}, "attention": {**SMALLER, "targets": ["q", "kv_down"]}},
 }
 
 
@@ -66,12 +80,18 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
         ("mixtral", "each"),
         ("mixtral", "shared"),
         ("qwen2_moe", "shared expert"),
+        ("gpt_oss", "clamped"),
+        ("glm4_moe", "each"),
+        ("deepseek_v3", "latent"),
         full("ernie4_5_moe", "each"),
+        full("gpt_oss plain", "clamped, shared"),
+        full("glm4_moe plain", "shared"),
+        full("deepseek_v3 plain", "latent keys"),
         *(full("qwen2_moe", case) for case in ("each", "shared", "down")),
     ],
 )
 def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
-    """Logits and every gradient to 1e-5 of the largest entry."""
+    """Logits and every gradient to 1e-5 of the largest entry, over both layouts of the experts' matrices."""
     import transformers
     from peft import PeftModel
 
@@ -154,12 +174,65 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path) -> None:
     assert all(name.endswith((".a", ".b", "_a", "_b")) for name in names)
 
 
+@pytest.mark.parametrize(("kind", "experts"), [("mixtral", 1), ("llama", 4)])
+def test_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, experts: int
+) -> None:
+    """It finds the base, or says how to write it where the import made experts; its text is the merged model's."""
+    from peft import PeftModel
+
+    chat_folder(save(tiny_model(kind, vocab_size=512, intermediate_size=24), tmp_path / "theirs"), "chatml")
+    import_model(tmp_path / "theirs", tmp_path / "ours", ImportOptions(experts=experts, experts_top_k=min(experts, 2)))
+    adapted = Adapted(tmp_path / "ours", tmp_path / "run", **CASES["each"])
+    adapted.draw()
+    adapted.save()
+    export_adapters(tmp_path / "run", tmp_path / "adapter")
+    told = (tmp_path / "adapter/README.md").read_text()
+    if experts > 1:
+        (command,) = re.findall(r"^\$ moe-dist export-hf (.*) --out BASE$", told, re.MULTILINE)
+        done = invoke(export_hf, command, "--out", tmp_path / "adapter/BASE")
+        assert done.exit_code == 0, done.output
+    capsys.readouterr()
+    run_readme(tmp_path / "adapter", monkeypatch, lines=4)  # three, and PEFT
+    with_adapters = capsys.readouterr().out
+    export_model(tmp_path / "run", tmp_path / "merged")
+    run_readme(tmp_path / "merged", monkeypatch, lines=3)
+    assert capsys.readouterr().out == with_adapters
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda model, folder: model)
+    run_readme(tmp_path / "adapter", monkeypatch, lines=4)
+    assert capsys.readouterr().out != with_adapters
+
+
+def test_a_finished_run_writes_them(tmp_path: Path) -> None:
+    """Once, beside its checkpoints; and says why where PEFT has no such adapters."""
+    adapted = Adapted(imported(tmp_path), tmp_path / "run/checkpoints", **CASES["each"])
+    adapted.save()
+    folder, out = RunFolder(tmp_path / "run"), tmp_path / "run/adapters/step_3"
+    for _ in range(2):
+        assert write_adapters(adapted.config, folder, 3) == f"adapters in PEFT's form: {out}"
+    assert len(load_file(out / WEIGHTS_FILE)) == 2 * (4 + 4)  # A and B of two stacks and two projections, in two layers
+    (tmp_path / "dense").mkdir()
+    experts = Adapted(imported(tmp_path / "dense", "llama"), tmp_path / "mole/checkpoints", group=MOLE, experts=LORA)
+    experts.save()
+    told = write_adapters(experts.config, RunFolder(tmp_path / "mole"), 3)
+    assert told.startswith("no adapters in PEFT's form: model.moe.experts.kind=lora: PEFT has no router")
+    assert not (tmp_path / "mole/adapters").exists()
+    whole = adapted.config.model_copy(update={"train": adapted.config.train.model_copy(update={"only": None})})
+    assert write_adapters(whole, folder, 4) == ""
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = imported(tmp_path)
     with refused(ConfigError, "model.moe.experts.dropout=0.1"):
         Adapted(base, tmp_path / "other", ffn={**LORA, "dropout": 0.1})
     with refused(ConfigError, "model.moe.experts.shared_expert=true"):
         Adapted(base, tmp_path / "other", ffn={**LORA, "shared_expert": True})
+    (tmp_path / "gpt").mkdir()
+    for fields in (LORA, CLAMPED):  # over limits of 1.5
+        with refused(
+            ConfigError, f"kind={fields.get('kind', 'ffn_lora')} adapts the experts", "limit: 1.5", "swiglu_limit"
+        ):
+            Adapted(imported(tmp_path / "gpt" / str(len(fields)), "gpt_oss"), tmp_path / "other", ffn=fields)
     with refused(ConfigError, "holds no adapters"):
         export_adapters(base, tmp_path / "adapter")
     Adapted(base, tmp_path / "run", ffn=LORA).save()

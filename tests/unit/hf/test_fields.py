@@ -318,6 +318,20 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     assert 70 < sum(accepted) < len(accepted) - 30
 
 
+# Fields of DeepSeek-V3's published config.json that no class of transformers has, and other values of them.
+PUBLISHED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,
+             "aux_loss_alpha": 0.001}  # fmt: skip
+OTHERS = {"scoring_func": "softmax", "topk_method": "greedy", "moe_layer_freq": 2}
+
+
+def test_what_transformers_does_not_read_of_deepseek_is_judged() -> None:
+    values = base_of("deepseek_v3")
+    assert read_section({**values, **PUBLISHED})[1:] == (read_section(values)[1], [])
+    for name, other in OTHERS.items():
+        with pytest.raises(ConfigError, match=f"{name}={other!r} is not supported: "):
+            read_section({**values, **PUBLISHED, name: other})
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
     """Those that logits of a few tokens of a tiny model do not show."""

@@ -153,10 +153,11 @@ def test_what_merges_computes_the_same_in_transformers(tmp_path: Path, case: str
         assert_agree({"logits": theirs(TOKENS).logits.numpy()}, {"logits": expected.numpy()})
 
 
-def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe"])
+def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path, kind: str) -> None:
     import transformers
 
-    adapted = Adapted(imported(tmp_path, "mixtral"), tmp_path / "run", attention=LORA)
+    adapted = Adapted(imported(tmp_path, kind), tmp_path / "run", attention=LORA)
     adapted.draw()
     with torch.no_grad():  # routers are trained as well
         for layer in adapted.model.moe_modules():

@@ -1,6 +1,7 @@
 """Qwen3-MoE++, the published form of models with null, copy and constant experts: into it and out of it to the last bit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
+from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported, logits_of
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.plus_plus import their_model
-from tests.support.served import GROUP, ONE, saved_model
+from tests.support.served import GROUP, ONE, logits, our_gradients, run_readme, saved_model, their_gradients
 from tests.support.tiny import tiny_dataset
 from tests.support.tiny_hf import VOCAB, save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
+from tools.export_hf import main as export_hf
+from tools.import_hf import main as import_hf
 
 HEAD = {"model.qk_norm": "head"}
 
@@ -93,7 +98,6 @@ def test_its_experts_stay_as_they_are(tmp_path: Path) -> None:
         import_model(folder, tmp_path / "ours", ImportOptions(null_experts=8, top_k=9))
 
 
-@torch.no_grad()
 def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
     tiny_dataset(tmp_path / "data")
     free = {"model.moe.groups": {"all": {**GROUP, "num_identity": 1, "num_constant": 2, "top_k": 4}}} | HEAD
@@ -101,10 +105,35 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
         run, out = tmp_path / f"run{number}", tmp_path / f"out{number}"
         ours = saved_model(run, tmp_path / "data", free | {"model.moe.router": {"kind": "top_k", "normalise": normalise}})
         assert export_model(run, out, family="qwen3_moe_plus_plus").folded == 0
+        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # a padding token has no gradient there
+        torch.testing.assert_close(model(tokens).logits, logits(ours, tokens), rtol=1e-5, atol=1e-5)
+        blocks = {
+            f"model.layers.{layer}.mlp.{name}": tensor.requires_grad_()
+            for layer, each in enumerate(model.model.layers)
+            for name, tensor in each.mlp.tensors.items()
+        }
+        assert_agree(their_gradients(out, model, tokens, blocks), our_gradients(ours, tokens))
         import_model(out, tmp_path / f"again{number}")
         again, _ = load_imported(tmp_path / f"again{number}")
         for (name, wanted), (_, found) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
             assert torch.equal(found, wanted), name
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its commands write the model with code; its lines then generate the reference's tokens."""
+    folder = published(tmp_path / "theirs", {"zero": 2, "copy": 2, "constant": 3}, normalise=True)
+    import_model(folder, tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    commands = {"import-hf": import_hf, "export-hf": export_hf}
+    for command, arguments in re.findall(r"^\$ moe-dist (\S+) (.*)$", Path("README.md").read_text(), re.MULTILINE):
+        done = invoke(commands.pop(command), *arguments.split())
+        assert done.exit_code == 0, done.output
+    assert not commands
+    capsys.readouterr()
+    run_readme(tmp_path / "out", monkeypatch, lines=4)  # three, and torch in place of a tokenizer
+    expected = their_model(folder).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20)
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,15 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.exporting import export_model
+from moe_dist.hf.exporting import StoredTensor, export_model
 from moe_dist.hf.importing import import_model
+from moe_dist.hf.names import TensorPlace
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.plan.flops import parameters
 from moe_dist.train.build import state_specs
+from tests.support.imported import load_imported
 from tests.support.messages import refused
+from tests.support.served import continued, logits
 from tests.support.tiny_hf import save, tiny_model
 
 KINDS = (
@@ -123,7 +126,8 @@ def test_dtypes_of_single_tensors_come_back_and_can_be_asked_for(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_loads_what_is_written_without_the_original(tmp_path: Path, kind: str) -> None:
+@torch.no_grad()
+def test_transformers_computes_and_generates_ours_without_the_original(tmp_path: Path, kind: str) -> None:
     import transformers
 
     model = tiny_model(kind)
@@ -136,9 +140,13 @@ def test_transformers_loads_what_is_written_without_the_original(tmp_path: Path,
     )
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
-    ids = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        assert float((again(ids).logits - model(ids).logits).abs().max()) < 1e-4
+    ids, (ours, _) = torch.arange(24).view(2, 12), load_imported(tmp_path / "ours")
+    for expected in (model(ids).logits, logits(ours, ids)):
+        assert float((again(ids).logits - expected).abs().max()) <= 1e-5
+    again.generation_config.eos_token_id = None  # so that all of them go on
+    for cache in (True, False):
+        made = again.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
+        assert torch.equal(made, continued(ours, ids, 6, cached=cache)), cache
 
 
 def test_a_model_that_no_family_can_hold_is_refused_with_reasons(tmp_path: Path) -> None:
@@ -191,6 +199,25 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     with refused(DataError):
         export_model(tmp_path / "ours", tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
+
+
+def test_weights_too_large_for_the_dtype_are_not_written_as_infinite(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[3, 2] = 1e5  # float16 ends at 65,504
+    import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
+    with pytest.raises(DataError, match=r"lm_head.weight: 1 of .* take --dtype float32 or bfloat16"):
+        export_model(tmp_path / "ours", tmp_path / "back", dtype="F16")
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_tensor_that_is_not_finite_is_named_and_not_written(number: float) -> None:
+    parts = [("good", slice(None), TensorPlace("w", (4,))), ("bad", slice(None), TensorPlace("w", (4,), 2))]
+    stored = StoredTensor("w", (4,), torch.float32, parts)
+    values = {"good": torch.ones(2), "bad": torch.tensor([1.0, number])}
+    with pytest.raises(DataError, match=r"w: 1 of 4 numbers .*: bad of the checkpoint has such numbers"):
+        stored.make(values.__getitem__)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -3,24 +3,40 @@
 import ast
 import json
 import math
-import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 
 from moe_dist.config.manifest import load_manifest
+from moe_dist.config.routers.relu import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, token_ids
+from moe_dist.hf.served import modeling_moe_dist
+from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, ROUTERS, read_served, served_problems, token_ids
+from moe_dist.inference.loaded_run import find_trained
+from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported
 from tests.support.messages import refused
+from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
-from tests.support.served import GROUP, ONE, continued, logits, saved_model, theirs
+from tests.support.served import (
+    GROUP,
+    ONE,
+    continued,
+    group_of,
+    logits,
+    our_gradients,
+    run_readme,
+    saved_model,
+    their_gradients,
+    theirs,
+)
 from tests.support.tiny import tiny_config, tiny_dataset
 from tests.support.tiny_hf import save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
@@ -44,6 +60,7 @@ FREE = {"num_identity": 2, "num_constant": 2, "top_k": 4}
 LENGTHS = {"original_max_position_embeddings": 8}
 SHALLOW = {"model.mixture_of_depths": None, "model.sliding_window": None}
 DEPTHS = {"every": 2, "first": 0, "capacity": 0.5}
+TRUE_ONLY = {name: {"num_experts": 3, "top_k": 2, "ffn_dim": 16} for name in ("text", "image")}
 CASES: dict[str, dict[str, Any]] = {
     "groups": {},
     "moved nulls": ONE,
@@ -88,13 +105,28 @@ CASES: dict[str, dict[str, Any]] = {
     "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
     "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
     "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
+    "top_p": router("top_p", p=0.6, scale=1.5),
+    "top_p free": one(**FREE) | router("top_p", p=0.5, normalise="true_chosen"),
+    "relu": router("relu", scale=0.7),
+    "relu free": one(**FREE) | router("relu"),
+    "threshold": router("threshold", temperature=0.2),
+    "threshold free": one(**FREE) | router("threshold", scale=2.0),
+    "predicted_k": router("predicted_k", normalise="true_chosen", scale=1.5),
+    "predicted_k free": one(**FREE) | router("predicted_k"),
+    "expert_threshold": one(num_null=0) | router("expert_threshold"),
+    "expert_threshold groups": router("expert_threshold") | {"model.moe.groups": TRUE_ONLY},
+    "expert_choice auxiliary": router("expert_choice", causal="auxiliary") | {"model.moe.groups": TRUE_ONLY},
+    "expert_choice depths": one(num_null=0) | router("expert_choice", causal="threshold") | {
+        "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"},
+    },
     "depths sigmoid": ONE | router("group_limited") | {"model.mixture_of_depths": {**DEPTHS, "every": 1}},
 }  # fmt: skip
 
 COVER = (
     "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "adapted",
     "shared gate", "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "shortcut",
-    "sinks", "depths", "depths window",
+    "sinks", "depths", "depths window", "top_p free", "relu", "threshold free", "predicted_k", "expert_threshold groups",
+    "expert_choice auxiliary", "expert_choice depths",
 )  # fmt: skip
 
 
@@ -116,8 +148,7 @@ def prompts() -> torch.Tensor:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in COVER else pytest.mark.full) for case in CASES], ids=list(CASES)
 )
-@torch.no_grad()
-def test_logits_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> None:
+def test_logits_gradients_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
     done = export_model(tmp_path / "run", tmp_path / "hf")
     assert done.family == "moe_dist"
@@ -126,6 +157,9 @@ def test_logits_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> No
     expected = logits(ours, tokens)
     assert expected.std() > 0.1
     torch.testing.assert_close(model(tokens).logits, expected, rtol=BOUND, atol=BOUND)
+    wanted = our_gradients(ours, tokens)
+    found = their_gradients(tmp_path / "hf", model, tokens)
+    assert_agree({name: found[name] for name in wanted}, wanted)  # `found` also has names of buffers
     model.generation_config.eos_token_id = None  # so that all of them go on  # pyright: ignore
     for cache in (True, False):
         made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
@@ -224,18 +258,19 @@ def test_routers_stay_in_fp32_in_a_bfloat16_model(tmp_path: Path, data: Path) ->
     assert (model(tokens).logits.float() - logits(ours, tokens)).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("case", ["moved nulls", "top_p free", "relu", "threshold free", "predicted_k", "expert_threshold"])
 @torch.no_grad()
-def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
-    """Experts see the rows that took them, and no other."""
-    ours = saved_model(tmp_path / "run", data, ONE)
+def test_choices_that_count_for_nothing_do_no_work(tmp_path: Path, data: Path, case: str) -> None:
+    """An expert computes the rows of the tokens that took it, and no others. A null choice computes nothing."""
+    ours = saved_model(tmp_path / "run", data, CASES[case])
     export_model(tmp_path / "run", tmp_path / "hf")
     model, tokens, rows = theirs(tmp_path / "hf"), prompts(), []
     for layer in model.model.layers:  # pyright: ignore
-        for expert in layer.mlp.groups[0].experts:
+        for expert in (expert for group in layer.mlp.groups for expert in group.experts):
             expert.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     model(tokens)
     positions, zeros = torch.arange(14).expand(3, 14), torch.zeros_like(tokens)
-    pairs = sum(report.pairs for report in ours(tokens, positions, zeros, zeros)[1])
+    pairs = sum(report.pairs for report in ours(tokens, positions, zeros, group_of(ours, tokens))[1])
     assert sum(rows) == pairs < 2 * tokens.numel() * GROUP["top_k"]
     assert min(rows) > 0
 
@@ -252,6 +287,9 @@ def test_null_choices_do_no_work(tmp_path: Path, data: Path) -> None:
         "latent attention",
         "shortcut",
         "sinks",
+        "threshold free",
+        "predicted_k",
+        "expert_choice auxiliary",
     ],
 )
 def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:
@@ -303,13 +341,32 @@ def test_a_data_set_of_other_modalities_is_refused(tmp_path: Path, data: Path) -
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"kind": "expert_choice", "causal": "threshold"}, {"kind": "scheduled_top_k", "active_experts": {"all": [2, 1]}}],
+    ("fields", "key"),
+    [
+        ({"kind": "expert_choice", "causal": None}, "causal=null"),
+        ({"kind": "scheduled_top_k", "active_experts": {"all": [2, 1]}}, "kind=scheduled_top_k"),
+    ],
+    ids=["later tokens", "position"],
 )
-def test_tokens_must_choose_and_alone(tmp_path: Path, data: Path, fields: dict[str, Any]) -> None:
+def test_a_token_must_be_routed_alone(tmp_path: Path, data: Path, fields: dict[str, Any], key: str) -> None:
     saved_model(tmp_path / "run", data, one(num_null=0) | router(**fields))
-    with refused(ConfigError, fields["kind"]):
+    with refused(ConfigError, key):
         export_model(tmp_path / "run", tmp_path / "hf")
+
+
+def test_a_router_of_ones_own_is_refused(data: Path, tmp_path: Path) -> None:
+    class Own(ReLURouterSection):
+        kind: Literal["own"] = "own"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    model = tiny_config(data, tmp_path, router("relu")).model
+    assert served_problems(model) == []
+    own = model.model_copy(update={"moe": model.moe.model_copy(update={"router": Own()})})
+    (problem,) = served_problems(own)
+    assert problem.startswith("model.moe.router.kind=own: the exported code has no such router; train with another")
+
+
+def test_the_exported_code_has_the_routers_that_are_exported() -> None:
+    assert modeling_moe_dist.ROUTERS.keys() == ROUTERS
 
 
 def test_a_plain_family_comes_first(tmp_path: Path, data: Path) -> None:
@@ -346,11 +403,35 @@ def test_the_tokenizer_of_the_data_comes_along(
     assert capsys.readouterr().out.startswith("The")
 
 
-def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *, lines: int) -> None:
-    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) == lines
-    monkeypatch.chdir(folder)
-    exec(code, {})
+def test_a_dense_model_that_was_adapted_leaves(tmp_path: Path, data: Path) -> None:
+    """docs/adapt.md in small: split, null experts, a teacher and a controller; then the folder, with the run's logits."""
+    import_model(
+        save(tiny_model("llama"), tmp_path / "theirs"), tmp_path / "dense", ImportOptions(modalities=("text", "image"))
+    )
+    model = yaml.safe_load((tmp_path / "dense/config.yaml").read_text())["model"]
+    changes = {f"model__{name}": value for name, value in model.items() if name != "moe"}
+    with world_of_one():
+        run = OneRank(
+            data,
+            tmp_path / "runs",
+            run__init_from=str(tmp_path / "dense"),
+            run__init_rules=["split"],
+            model__moe__groups={"all": {**GROUP, "num_experts": 8, "num_null": 8, "top_k": 8, "ffn_dim": 5}},
+            model__moe__router={"kind": "group_limited", "normalise": "none", "scale": 2.0},
+            model__moe__balance=[{"kind": "active_experts", "target": {"all": 4.0}, "rate": 0.5, "ramp_steps": 2}],
+            loss__balance__schedule=[[0, 0.0]],
+            loss__distillation={"teacher": str(tmp_path / "dense"), "weight": 0.5},
+            **changes,
+        )
+        run.train_and_save()
+    done = export_model(run.folder.parent, tmp_path / "hf")
+    assert (done.family, "num_null=8" in done.reasons[0]) == ("moe_dist", True)
+    ours = find_trained(run.folder.parent).load(torch.device("cpu"))
+    tokens = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = theirs(tmp_path / "hf")(tokens).logits, logits(ours, tokens)
+    assert (found - expected).abs().max() <= BOUND * expected.abs().max()
+    assert (expected - logits(load_imported(tmp_path / "dense")[0], tokens)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("file", CODE_FILES)

@@ -2,6 +2,7 @@
 
 A run with random weights is exported in each form, gets a tokenizer in Hugging Face's form beside it, and is loaded by
 `HFLM`. The published form with null, copy and constant experts has no class in transformers: there the reference computes.
+Adapters are merged, or put on their base by PEFT.
 """
 
 import json
@@ -18,12 +19,16 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 
+from moe_dist.hf.adapters import export_adapters
 from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.harness import HarnessModel
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.vocabulary import Vocabulary
+from tests.support.adapted import Adapted
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
 from tests.support.plus_plus import their_model
@@ -76,14 +81,56 @@ FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leave
         "model__rope_dim": 4,
         "model__rope_pairs": "adjacent",
     },
+    "longcat_flash": {
+        "model__moe__groups": {"all": {**ONE["all"], "num_identity": 2, "top_k": 3}},
+        "model__moe__router": {"kind": "top_k", "normalise": "none", "scale": 1.5, "selection_bias": True},
+        "model__moe__every": 2,
+        "model__moe__shortcut": True,
+        "model__moe__shared_ffn_dim": 20,
+        "model__dense_ffn_dim": 20,
+        "model__attention": {"kind": "latent", "q_rank": 12, "kv_rank": 10, "value_dim": 6, "scaled": True},
+        "model__num_kv_heads": 4,
+        "model__head_dim": 12,
+        "model__rope_dim": 4,
+        "model__rope_pairs": "adjacent",
+    },
+    "gpt_oss": {
+        "model__attention": {"kind": "sinks"},
+        "model__attention_bias": "qkvo",
+        "model__sliding_window": 7,
+        "model__sliding_layers": (0,),
+        "model__moe__experts": {"kind": "clamped_ffn", "limit": 1.5},
+        "model__moe__router": {"kind": "top_k", "logit_bias": True},
+    },
 }
+MERGED, PEFT = "adapters, merged", "adapters of PEFT"
 
-# A plain family, the published form, and the form that brings its code; test-full takes all.
-COVER = ("mixtral", "qwen3_moe_plus_plus", "moe_dist")
+# A plain family, the published form, the form that brings its code, and adapters; test-full takes all.
+COVER = ("mixtral", "qwen3_moe_plus_plus", "moe_dist", PEFT)
+
+
+def adapted(root: Path, form: str) -> tuple[Path, Any]:
+    """Saves adapters on the exported Mixtral in `root` as `root / "adapted"`. Returns the folder of the model with them and
+    what the harness loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import_model(root / "hf", root / "base", ImportOptions(modalities=("text", "image")))
+    lora = {"rank": 3, "alpha": 5.0}
+    made = Adapted(root / "base", root / "adapted", ffn=lora, attention=lora)
+    made.draw()
+    made.save()
+    if form == MERGED:
+        assert export_model(root / "adapted", root / "merged").merged
+        return root / "merged", str(root / "merged")
+    export_adapters(root / "adapted", root / "peft")
+    base = AutoModelForCausalLM.from_pretrained(root / "hf")  # given its name, the harness would cut its vocabulary
+    return root / "hf", PeftModel.from_pretrained(base, str(root / "peft"))
 
 
 @pytest.fixture(
-    scope="module", params=[form if form in COVER else pytest.param(form, marks=pytest.mark.full) for form in FORMS]
+    scope="module",
+    params=[form if form in COVER else pytest.param(form, marks=pytest.mark.full) for form in (*FORMS, MERGED, PEFT)],
 )
 def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
@@ -91,27 +138,29 @@ def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytes
 
     root = tmp_path_factory.mktemp("exported")
     shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
-    shape |= {"model__moe__groups": ONE, **FORMS[request.param]}
+    form = "mixtral" if request.param in (MERGED, PEFT) else request.param
+    shape |= {"model__moe__groups": ONE, **FORMS[form]}
     with world_of_one():  # weights so large that log-likelihoods differ by whole nats
         made = OneRank(own_data, root / "runs", model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
-    assert export_model(run, root / "hf", family=request.param).family == request.param
+    assert export_model(run, root / "hf", family=form).family == form
+    folder: Path = root / "hf"
+    loaded: Any = their_model(folder) if form == "qwen3_moe_plus_plus" else str(folder)
+    if request.param != form:
+        run, (folder, loaded) = root / "adapted", adapted(root, request.param)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
-    tokenizer.save_pretrained(root / "hf")
+    tokenizer.save_pretrained(folder)
 
-    trained = find_trained(run)
+    trained = find_trained(run, data=own_data)
     model = trained.load(torch.device("cpu"))
     vocabulary = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
-    options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
-    likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, vocabulary.grammar, **options)
+    shared: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
+    likelihood, generator = Likelihood(model, trained.manifest, **shared), Generator(model, vocabulary.grammar, **shared)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
-    loaded: Any = their_model(root / "hf") if request.param == "qwen3_moe_plus_plus" else str(root / "hf")
-    theirs, unmarked = (
-        HFLM(loaded, tokenizer=str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False)
-    )
+    theirs, unmarked = (HFLM(loaded, tokenizer=str(folder), add_bos_token=marked, **settings) for marked in (True, False))
     return Both(run, HarnessModel(likelihood, generator, vocabulary, max_seq_len=LONGEST), theirs, unmarked)
 
 

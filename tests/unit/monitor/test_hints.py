@@ -35,8 +35,8 @@ def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) 
     (hint,) = routing(choices(EVEN, [5, 5, 5, 85]), groups)
     assert hint.kind == "busy/image"
     assert hint.text == (
-        "image expert 3 takes 85% of its group's tokens in layer 1 (even: 25.0%); see moe/load/image in TensorBoard; "
-        "try a larger coefficient in loss.balance.schedule (now 0.02)"
+        "image expert 3 takes 85% of its group's tokens in layer 1, 3.4 x the mean expert (25%); see moe/load/image in "
+        "TensorBoard; try a larger coefficient in loss.balance.schedule (now 0.02)"
     )
     assert not routing(choices(EVEN, [10, 10, 10, 70]), groups)
 
@@ -44,7 +44,7 @@ def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) 
 def test_a_limit_that_no_load_can_reach_is_not_the_limit(groups: tuple[ExpertGroup, ...]) -> None:
     """With 100 choices of 40 tokens among 4 experts at most 40 choices are possible, 1.6 x the even load."""
     (hint,) = (each for each in routing(choices(EVEN, [20, 20, 20, 40]), groups, tokens=40) if each.kind == "busy/image")
-    assert "image expert 3 takes 100% of its group's tokens in layer 1 (even: 62.5%)" in hint.text
+    assert "image expert 3 takes 100% of its group's tokens in layer 1, 1.6 x the mean expert (62%)" in hint.text
     assert not routing(choices(EVEN, [22, 22, 22, 34]), groups, tokens=40)
     assert not routing(choices(EVEN, [20, 20, 20, 30]), groups, tokens=30), "less than 1.5 x the even load is possible"
 
@@ -88,8 +88,9 @@ def test_drops_are_said_with_the_load_of_the_busiest_expert(groups: tuple[Expert
     )
     # An even share is k T / columns = 2 x 100 / 6.
     assert hint.text == (
-        "model.moe.capacity drops 13% of the image group's (token, expert) pairs, 13% in layer 1, whose busiest expert "
-        "takes 2.1 x an even share; see moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
+        "model.moe.capacity drops 13% of the image group's (token, expert) pairs, 13% in layer 1; the busiest expert "
+        "(layer 1) takes 2.10 x an even share of all choices; see "
+        "moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
         "a larger coefficient in loss.balance.schedule (now 0.02)"
     )
     assert not routing(choices(EVEN, EVEN), groups, dropped=9)

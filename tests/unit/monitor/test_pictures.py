@@ -4,10 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_dist.monitor import pictures
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, heat_maps, loads, relative_entropy
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
 
 MakeRecord = Callable[..., Record]
 
@@ -42,6 +44,17 @@ def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
     assert by_name["text"].tolist() == [[2, 0, 1, 1], [1, 1, 1, 1]]
     assert by_name["image"][0].tolist() == [0.5, 0.5, 0.5, 2.5]
     assert np.isnan(by_name["image"][1]).all()
+
+
+def test_a_change_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first expert has half of the load; a replica on rank 2 takes half of it, since each serves two of four ranks."""
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(pictures, "draw", lambda values, *_, **__: drawn.append(values))
+    after = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),),))
+    width_E = np.array(subject.placement.width_of_expert)
+    load_E = np.array([[12, 0, 4, 0, 4, 0, 4, 0]]) * width_E.max()
+    pictures.change_map(load_E / width_E, replace(subject, moe_layers=(1,)), after, "")
+    np.testing.assert_allclose(drawn[0], [[2, 2 / 3, 2 / 3, 2 / 3, 1, 2 / 3, 5 / 3, 2 / 3]])
 
 
 def test_relative_entropy_is_one_for_an_even_choice(groups: tuple[ExpertGroup, ...]) -> None:

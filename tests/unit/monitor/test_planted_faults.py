@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
     "collapse, half of the experts": (
         Run(HALF, tokens=(96,), bias={"text": towards(slice(0, 4), 9, slice(2, 3))}),
         "busy/text",
-        "takes 100% of its group's tokens in layer 2 (even: 50.0%)",
+        "takes 100% of its group's tokens in layer 2, 2 x the mean expert (50%)",
     ),
     "one dead expert": (Run(bias={"text": towards(slice(2, 3), -50, slice(1, 2))}), "dead/text", "text expert 2 (layer 1)"),
     "one dead layer": (

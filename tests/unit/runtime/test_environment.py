@@ -1,14 +1,8 @@
 """Rank and rendezvous from environment variables."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 
-from launchers.restart import FINAL
-from moe_dist.config.bundled import find_config
-from moe_dist.config.load import load_config
-from moe_dist.errors import EXIT_DONE, ConfigError, StoppedError
+from moe_dist.errors import ConfigError
 from moe_dist.runtime.environment import ALONE, PUBLISHED, RankEnv, limit_fragmentation, share_cores
 
 FULL = {
@@ -143,29 +137,3 @@ def test_the_allocator_grows_its_segments_unless_the_user_chose(given: dict[str,
     variables = dict(given)
     limit_fragmentation(variables)
     assert variables == {**given, **added}
-
-
-def test_the_manifest_for_kubernetes_gives_each_pod_its_rank_and_a_command_that_is_valid() -> None:
-    guide = (Path(__file__).parents[3] / "docs" / "reliability.md").read_text()
-    service, job = yaml.safe_load_all(guide.partition("```yaml\n")[2].partition("```")[0])
-    spec, template = job["spec"], job["spec"]["template"]["spec"]
-    (container,) = template["containers"]
-    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    for rank in range(spec["completions"]):
-        fields = {index: str(rank)}  # as Kubernetes sets it in an Indexed Job
-        env = {
-            each["name"]: each.get("value") or fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
-            for each in container["env"]
-        }
-        found = RankEnv.from_environment(env)
-        assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (rank, spec["parallelism"], 0, 1)
-        assert found.init_method == "env://"
-        assert env["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{template['subdomain']}", "the pod of rank 0"
-    assert service["metadata"]["name"] == template["subdomain"]
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    python, *program, config = container["command"][:4]
-    assert (python, program) == ("python", ["-m", "moe_dist.train"])
-    parallel = load_config(find_config(config), container["command"][4:]).parallel
-    assert parallel.ep * parallel.edp == spec["completions"]
-    ((rule,),) = [spec["podFailurePolicy"]["rules"]]
-    assert rule["onExitCodes"]["values"] == sorted(FINAL - {EXIT_DONE, StoppedError.exit_code})

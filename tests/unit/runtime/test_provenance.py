@@ -56,7 +56,7 @@ def test_an_installed_package_has_no_commit_even_inside_somebody_elses_clone(clo
 def test_each_attempt_adds_an_entry_and_equal_diffs_are_kept_once(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_dist.__file__", str(clone / "code" / "__init__.py"))
+    monkeypatch.setattr("moe_dist.runtime.provenance.PACKAGE", clone / "code")
     folder = tmp_path / "run"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     folder.mkdir()

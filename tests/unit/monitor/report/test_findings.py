@@ -34,7 +34,7 @@ def test_a_healthy_run_is_not_accused(routing: Routing) -> None:
     text = "\n".join(facts(routing))
     assert "Dead experts: none" in text
     assert "no pair was dropped" in text
-    assert ">No rule finds a fault</h2>" in page_of(routing)
+    assert ">No rule finds a fault in the routing</h2>" in page_of(routing)
     assert "Every expert was taken" in page_of(routing)
 
 
@@ -67,7 +67,7 @@ def test_a_part_without_enough_choices_is_counted() -> None:
     routing = replace(routing, window=routing.window._replace(choices_LC=choices_LC))
     words = "too few choices to judge 16 of 64 (layer, expert) pairs (fewer than 20 an expert)"
     page = page_of(routing)
-    assert f">No rule finds a fault; {words}</h2>" in page
+    assert f">No rule finds a fault in the routing; {words}</h2>" in page
     assert f"Dead experts: none of 48 (layer, expert) pairs; {words}." in page
     choices_LC[2, 3] = 0
     page = page_of(routing)
@@ -79,9 +79,9 @@ def test_a_part_without_enough_choices_is_counted() -> None:
 def test_all_tokens_to_one_expert() -> None:
     routing = draw_routing(bias=towards(1, slice(4, 5), 50, slice(2, 3)))
     first = problems(routing)[0]
-    assert first.startswith("Image expert 4 takes 100% of its group's tokens in layer 3 (even: ")
+    assert first.startswith("Image expert 4 takes 100% of its group's tokens in layer 3, 3.35 x the mean expert (30%)")
     assert "TensorBoard" not in first
-    assert "layer 3, image expert 4 takes 100% of the tokens of its group" in facts(routing)[0]
+    assert "image expert 4 takes 100% of its group's tokens in layer 3, 3.35 x the mean expert (30%)" in facts(routing)[0]
     assert "(now 0.01)" in first
     assert "now" not in problems(replace(routing, balance_coefficient=float("nan")))[0]
 

@@ -48,6 +48,7 @@ def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRec
     lines = output(console).splitlines()
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 10", "step 20", "step 25"]
     scalars = make_record(10).scalars
+    assert lines[-1].endswith("  evaluating")
     assert lines[1] == (
         f"step 10/25  loss {scalars['loss/total']:.3f} (text {scalars['loss/text']:.3f}, image {scalars['loss/image']:.3f})"
         f"  2.0k tokens/s  experts/token text {scalars['moe/experts_per_token/text']:.2f},"
@@ -107,7 +108,19 @@ def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
     assert "- tokens/s" in output(console)
 
 
-def test_hints_are_printed_once(make_record: MakeRecord, subject: Subject) -> None:
+def test_a_terminal_that_cannot_redraw_a_line_gets_plain_lines(make_record: MakeRecord) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
+    sink = ConsoleSink(total_steps=25, every=10, console=console)
+    for step in range(1, 26):
+        sink.step(make_record(step))
+    sink.close()
+    assert re.findall(r"^step (\d+)/25", output(console), re.MULTILINE) == ["1", "10", "20", "25"]
+
+
+def test_hints_are_printed_and_logged_once(
+    make_record: MakeRecord, subject: Subject, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     console = plain()
     sink = ConsoleSink(total_steps=99, every=50, console=console, hints=HintWatch(subject.groups, subject.moe_layers))
     for step in (2, 3, 4):
@@ -115,6 +128,8 @@ def test_hints_are_printed_once(make_record: MakeRecord, subject: Subject) -> No
     hints = [line for line in output(console).splitlines() if line.startswith("hint")]
     assert len(hints) == 1
     assert hints[0].startswith("hint (step 2): step 2 was skipped on all ranks")
+    (logged,) = caplog.messages  # which rank 0's log file gets
+    assert f"hint (step 2): {logged.removeprefix('hint: ')}" == hints[0]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from moe_dist.monitor.evaluation_metrics import evaluation_scalars
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
-from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
+from moe_dist.monitor.statistics import ComputeMap, EvaluationResult, LeverDecision
 from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
 from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
@@ -238,6 +239,18 @@ def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: 
     loads = sum(record.arrays["choices_LC"][:, :4] for record in records[:4])
     assert histogram.num == loads.size
     assert histogram.max == pytest.approx((loads / loads.mean(1, keepdims=True)).max())
+
+
+def test_a_change_of_the_placement_is_a_picture(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    placement = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),), (), ()))
+    taken = LeverDecision("replicating", True, before=2.0, after=1.0, cost_steps=0.5, why="", placement=placement)
+    not_taken = taken._replace(taken=False, placement=None)
+    write(tmp_path, subject, [replace(make_record(1), levers=(not_taken,)), replace(make_record(2), levers=(taken,))])
+    accumulator = read(tmp_path)
+    (event,) = accumulator.Images("rank_balance/change")
+    assert event.step == 2
+    assert accumulator.SummaryMetadata("rank_balance/change").summary_description == picture_meaning("rank_balance/change")
+    assert [each.step for each in accumulator.Tensors("rank_balance/replicating/text_summary")] == [1, 2]
 
 
 def test_histograms_of_the_ranks(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:

@@ -1,0 +1,65 @@
+"""Calls of a function in a child process, which ends itself if a call takes too long."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class TimedCalls:
+    """Calls a function in one child process, forked from this one at the first call.
+
+    The child sets an alarm before each call. The alarm ends the child even inside C code, and even if this process is gone.
+
+    Args:
+        function: Takes and returns what can be pickled.
+        seconds: Time limit of a call.
+    """
+
+    def __init__(self, function: Callable[..., Any], seconds: int) -> None:
+        self._function, self._seconds = function, seconds
+        self._child: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Returns the function's value, or raises its exception. Arguments, value and exception must survive pickling.
+
+        Raises:
+            TimeoutError: the call took longer than the limit.
+            ChildProcessError: the child was ended by something else, such as a lack of memory.
+        """
+        if self._child is None:
+            fork = multiprocessing.get_context("fork")
+            self._calls, other = fork.Pipe()
+            self._child = fork.Process(target=self._serve, args=(other, self._calls), daemon=True)
+            self._child.start()
+            other.close()
+        try:
+            self._calls.send(arguments)
+            returned, value = self._calls.recv()
+        except (EOFError, OSError) as error:
+            self._child.join()
+            ended, self._child = self._child.exitcode, None
+            if ended == -signal.SIGALRM:
+                raise TimeoutError(f"took more than {self._seconds} s") from error
+            raise ChildProcessError(f"ended its process with exit code {ended}") from error
+        if returned:
+            return value
+        raise value
+
+    def _serve(self, calls: Connection, others: Connection) -> None:
+        others.close()  # the parent's end of the pipe: while a copy is open here, `recv` cannot see that the parent is gone
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        while True:
+            try:
+                arguments = calls.recv()
+            except EOFError:
+                return
+            signal.alarm(self._seconds)
+            try:
+                answer = True, self._function(*arguments)
+            except Exception as error:  # raised again in the other process
+                answer = False, error
+            signal.alarm(0)
+            calls.send(answer)

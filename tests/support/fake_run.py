@@ -1,0 +1,90 @@
+"""What a run does beside training steps, on fake CUDA tensors: a held-out evaluation, and the copies of asynchronous saves.
+
+`python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.bench.fake_cuda.child`
+started, prints JSON of `observed`.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from moe_dist.checkpoint.storage import Snapshot
+from moe_dist.data.batch import Batch
+from moe_dist.train import resume
+from moe_dist.train.build import build_evaluator
+from moe_dist.train.evaluation.evaluator import Evaluator
+from tools.bench import fake_cuda, fake_step
+
+
+def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:
+    """Takes two training steps, the last evaluation of a run, on `held_out` batches, and two saves.
+
+    Returns for "first step", "step", "evaluation", "first save" and "save": reads of the host by name, or by file where the
+    name is a source line; copies for which the host waits, by file; operations with tensors of both devices; and the names
+    of collectives in order. Under "snapshot": of the second save the number of tensors and of copies, whether all tensors
+    are on the host, and whether they are those of the first save.
+    """
+    found: dict[str, Any] = {}
+    recorder, training = run.recorder, run.training
+
+    def generators(_: torch.device) -> dict[str, Any]:
+        recorder.read("state of the device's generator")
+        return {}
+
+    def note(name: str, act: Callable[[], object]) -> None:
+        recorder.part = recorder.phase = name
+        noted, order = (recorder.syncs, recorder.copies, recorder.mixed), recorder.order
+        for each in (*noted, order):
+            each.clear()
+        with recorder:
+            act()
+        reads, copies, mixed = (_by_file(each) for each in noted)
+        found[name] = {"reads": reads, "copies": copies, "mixed": mixed, "order": " ".join(order)}
+
+    for number, name in enumerate(("first step", "step")):
+        note(name, lambda number=number: training.step(trained, lr=1e-4, aux=run.aux, number=number))
+    evaluator = build_evaluator(run.config, run.manifest, training, run.layout.placement)
+    batches = [fake_step.batch_of(run.config) for _ in range(held_out)]
+    with mock.patch.object(Evaluator, "_batches", return_value=batches):
+        note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))
+
+    snapshots: list[Snapshot] = []
+    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # not rank 0, which logs the committed folder
+    saver = resume.Resumable(training, run.layout.placement, checkpoints, run.config, run.manifest)
+    with mock.patch.object(resume, "generator_states", generators):
+        for name in ("first save", "save"):
+            note(name, lambda: saver.save(resume.Progress(step=1), durable=True))
+    first, second = ([piece.tensor for piece in each.pieces.values()] for each in snapshots)
+    found["snapshot"] = {
+        "tensors": len(second),
+        "copies": recorder.kernels["save", "save"],
+        "on host": all(each.device.type == "cpu" for each in second),
+        "same memory": all(one is two for one, two in zip(first, second, strict=True)),
+    }
+    return found
+
+
+def _by_file(noted: Counter[Any]) -> dict[str, int]:
+    """Leaves out phases, and the numbers of source lines, which any change of a file moves."""
+    found: Counter[str] = Counter()
+    for key, number in noted.items():
+        found[(key if isinstance(key, str) else key[-1]).split(".py:")[0]] += number
+    return dict(+found)
+
+
+def main() -> None:
+    path, rank, ranks, *overrides = sys.argv[1:]
+    fake_cuda.enter()
+    with fake_step.built(path, int(rank), int(ranks), overrides) as run:
+        trained = [fake_step.batch_of(run.config) for _ in range(fake_step.MICRO_BATCHES)]
+        print(json.dumps(observed(run, trained)))
+
+
+if __name__ == "__main__":
+    main()

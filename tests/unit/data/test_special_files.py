@@ -1,0 +1,33 @@
+"""A FIFO in place of a file of a data set: the file is named, and nobody waits for a writer."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.plan.preflight import check
+from moe_dist.train.build import build_loader
+from tests.support.tiny import tiny_config
+
+FILES = [
+    "manifest.json",
+    *(
+        f"{source}_{split}.{kind}"
+        for source in ("captions", "prose")
+        for split in ("train", "valid")
+        for kind in ("bin", "idx")
+    ),
+    "captions_train.filler",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_fifo_is_refused_by_name(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / name).unlink()
+    os.mkfifo(data / name)
+    config = tiny_config(data, tmp_path / "runs")
+    with pytest.raises((ConfigError, DataError), match=name):
+        build_loader(config, check(config).manifest, rank=0, world_size=1).batches(0)

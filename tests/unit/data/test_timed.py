@@ -1,0 +1,49 @@
+"""Calls in a child process: values, errors and the two ways of its end."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from moe_dist.data.timed import TimedCalls
+from moe_dist.errors import DataError
+
+
+def work(what: str, *values: int) -> object:
+    if what == "pid":
+        return os.getpid()
+    if what == "raise":
+        raise DataError(["one", "two"], see="docs/data.md")
+    if what == "sleep":
+        time.sleep(600)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sum(values)
+
+
+def test_calls_have_values_errors_and_an_end() -> None:
+    call = TimedCalls(work, 1)
+    child = call("pid")
+    assert child != os.getpid()
+    assert (call("sum", 2, 3), call("pid")) == (5, child)
+    with pytest.raises(DataError) as raised:
+        call("raise")
+    assert raised.value.problems == ("one", "two")
+    assert "see docs/data.md" in str(raised.value)
+    assert call("pid") == child
+    with pytest.raises(TimeoutError, match="more than 1 s"):
+        call("sleep")
+    assert call("pid") != child
+    with pytest.raises(ChildProcessError, match="exit code -9"):
+        call("die")
+    assert call("sum", 2) == 2
+
+
+def test_the_child_ends_with_its_owner() -> None:
+    call = TimedCalls(work, 60)
+    call("pid")
+    process = call._child  # pyright: ignore[reportPrivateUsage]
+    del call
+    process.join(600)
+    assert process.exitcode == 0

@@ -1,0 +1,156 @@
+"""Mistakes of new users: the exit code, and the words that name the field, the value, the rule and the fix."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from moe_dist.__main__ import make_app
+from tests.support.tiny import tiny_config, tiny_dataset, write_config
+
+FILES = {
+    "bad.yaml": "run: {name: a\nmodel: [\n",
+    "tab.yaml": "run:\n\tname: a\n",
+    "twice.yaml": "run: {name: a}\nrun: {name: b}\n",
+    "list.yaml": "- 1\n",
+    "novalue.yaml": "run:\n  name:\n",
+    "notes.txt": "hello\nworld\n",
+    "bad.jsonl": '{"text": "a"}\n{oops\n',
+    "nokey.jsonl": '{"body": "a"}\n',
+    "site.yaml": "acount: x\n",
+    "late.yaml": "signal_seconds: 90000\n",
+    "pictures/a.png": "no picture",
+    "texts/a.txt": "hello",
+    "latin/a.txt": b"caf\xe9",
+    "folder/x": "",
+}
+MISTAKES: tuple[tuple[str, int, str], ...] = (
+    ("launch local x.yaml train.stpes=3", 78, "train.stpes: unknown key; did you mean train.steps?"),
+    ("launch local x.yaml train.steps=many", 78, "train.steps='many': must be whole number, 1 or more"),
+    ("launch local x.yaml --train.steps=3", 2, "has no dashes; write train.steps=3"),
+    ("launch local x.yaml train.steps", 78, "an override is key=value"),
+    ("launch local x.yaml train.steps = 3", 78, "an override is key=value"),
+    ("launch local nope.yaml", 78, "cannot be read: No such file or directory; configs/ has"),
+    ("launch local adamoe_moma_tiny", 78, "did you mean adamoe_moma_tiny_cpu?"),
+    ("launch local folder", 78, "cannot be read: is a folder"),
+    ("launch local bad.yaml", 78, "bad.yaml: line 2, column 6 ('model: [')"),
+    ("launch local tab.yaml", 78, "tab.yaml: line 2, column 1"),
+    ("launch local twice.yaml", 78, "'run' is in line 1 and again in line 2; keep one"),
+    ("launch local list.yaml", 78, "must be a mapping of sections (run, model, data, ...), got list"),
+    ("launch local novalue.yaml", 78, "run.name=None: must be text"),
+    ("launch local x.yaml data.path=/nowhere", 78, "make the default data with `moe-dist prepare-data --out /nowhere`"),
+    ("launch local x.yaml model.vocab_size=8", 78, "smaller than the data's 64 ids"),
+    ("launch local x.yaml data.seq_len=4096", 78, "longer than model.max_seq_len=64; lower it, or raise max_seq_len"),
+    ("launch local x.yaml --nproc 3", 78, "3 ranks: must be a positive multiple of parallel.ep=2"),
+    ("launch local x.yaml --nproc 0", 2, "greater than or equal to 1"),
+    ("launch local x.yaml train.global_batch=7", 78, "take 4 or 8"),
+    ("launch local x.yaml train.micro_batch=0", 78, "train.micro_batch=0: must be whole number, 1 or more"),
+    ("launch local x.yaml model.moe.groups.text.top_k=99", 78, "lower top_k, or raise num_experts or num_null"),
+    ("launch local x.yaml model.moe.groups.text.modalities=[video]", 78, "'video': no such modality in the data"),
+    ("launch local x.yaml placement.policy=pinnd", 78, "did you mean 'pinned'?"),
+    ("launch local x.yaml model.moe.router.kind=topk", 78, "did you mean 'top_k'?"),
+    ("launch local x.yaml placement.groups.text.ranks=[9]", 78, "take ranks below parallel.ep=2, or raise it"),
+    ("launch local x.yaml model.num_heads=5", 78, "num_heads=5 must be a multiple of num_kv_heads=2"),
+    ("launch local x.yaml optimizer.backend=apex", 78, "its kernels need CUDA, but parallel.device=cpu"),
+    ("launch local x.yaml run.name=a/b", 78, "run.name='a/b': must be text of 1 to 64 letters"),
+    ("launch local x.yaml run.init_from=nowhere", 78, "run.init_from='nowhere': no such folder; give a run folder"),
+    ("launch local x.yaml data.weights.pictures=1.0", 78, "remove it, or set data.weights={} to draw from all sources"),
+    ("launch local x.yaml parallel.device=cuda", 69, "this machine shows no GPU"),
+    ("launch local x.yaml model.depths=1", 78, "has been renamed; write model.mixture_of_depths"),
+    ("launch local x.yaml optimizer.lr=-1", 78, "optimizer.lr=-1: must be number, above 0"),
+    ("launch local x.yaml optimizer.lr=.nan", 78, "optimizer.lr=nan: must be number, above 0"),
+    ("launch local x.yaml parallel.data=fsdp", 78, "did you mean 'fsdp2'?"),
+    ("launch slurm x.yaml --cluster nowhere --dry-run", 78, "give a path, or one of those in configs/clusters"),
+    ("launch slurm x.yaml --cluster site.yaml --dry-run", 78, "acount: unknown key; did you mean account?"),
+    ("launch slurm x.yaml --cluster late.yaml --dry-run", 78, "must be shorter than time='24:00:00'"),
+    ("launch slurm x.yaml --time tomorrow --dry-run", 78, "--time='tomorrow': must be minutes, HH:MM:SS"),
+    ("launch slurm x.yaml --dependency 12 --dry-run", 78, "must have the form afterok:1234"),
+    ("launch ray x.yaml run.root=runs", 78, "must be absolute on a cluster"),
+    ("launch ray x.yaml --submit http://127.0.0.1:9", 69, "it must be the address of the dashboard"),
+    ("launch ray x.yaml --env NOPE_VARIABLE --submit http://127.0.0.1:9", 78, "this variable is not set; export it first"),
+    ("launch ray", 78, "CONFIG is missing: name the YAML file of the run"),
+    ("launch kubernetes x.yaml", 78, "kubernetes.image=null: must name a container image"),
+    ("launch slrm x.yaml", 2, "Did you mean 'slurm'?"),
+    ("trian x.yaml", 2, "Did you mean 'train'"),
+    ("prepare x", 2, "Did you mean 'prepare-data'"),
+    ("status nope", 78, "no run of that name in runs"),
+    ("explain optimizer.lrr", 78, "did you mean optimizer.lr?"),
+    ("show nope.yaml", 78, "cannot be read"),
+    ("prepare-data --text notes.txt --out a", 65, "give plain texts as files of a folder"),
+    ("prepare-data --text bad.jsonl --out a", 65, "bad.jsonl, line 2: is not JSON"),
+    ("prepare-data --text nokey.jsonl --out a", 65, 'line 1: needs an object like {"text": "..."}'),
+    ("prepare-data --images folder --out a", 78, "holds no .png, .jpg, .jpeg file"),
+    ("prepare-data --images pictures --strict --out a", 65, "picture 'pictures/a.png' cannot be read"),
+    ("prepare-data --text missing --out a", 78, "text 'missing': no such file or folder"),
+    ("prepare-data --text texts --out /proc/x", 1, "nothing was made: free or mend that disk, or choose another folder"),
+    (
+        "prepare-data --text texts --tokenizer notes.txt --out a",
+        65,
+        "'notes.txt': must be a tokenizer.json of Hugging Face",
+    ),
+    ("prepare-data --text latin --out a", 78, "holds no UTF-8 text; convert other files (iconv -t UTF-8)"),
+    ("prepare-data --text latin --strict --out a", 65, "a.txt: not UTF-8 at byte 3; convert the file"),
+    ("prepare-data --images pictures --out a", 65, "none of 1 pictures can be read; the first: picture 'pictures/a.png'"),
+    ("prepare-data --images one --out a", 65, "--codes 512: the pictures have only 31 distinct patches; give --codes 31"),
+    ("import-hf nowhere --out a", 65, "no such folder; give a folder with config.json and model.safetensors in it"),
+    ("export-hf runs/nope --out a", 78, "contains no checkpoint; give the folder of a checkpoint"),
+    ("evaluate runs/nope", 78, "nothing to evaluate: give --tasks or --harness"),
+    ("verify runs/nope", 78, "contains no checkpoint"),
+    ("inspect runs/nope", 78, "contains no checkpoint"),
+    ("report runs/nope", 78, "neither a run (config.yaml and metrics.jsonl) nor a trace"),
+    ("compare runs/nope runs/other", 78, "give a run folder (runs/<name>) or its metrics.jsonl"),
+    ("plan x.yaml --gpus 0", 78, "the range is empty; write the smaller number first"),
+    ("plan x.yaml --gpus 8 --trace nowhere", 78, "neither a run (config.yaml and metrics.jsonl) nor a trace"),
+    ("calibrate --out rates.txt", 78, "the name must end with .yaml"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    tiny_dataset(folder / "data")
+    write_config(tiny_config(folder / "data", folder / "runs"), folder / "x.yaml")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "one/a.png")
+    return folder
+
+
+def made(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".lock")  # a lock's file stays, for the next process
+
+
+@pytest.mark.parametrize(("line", "code", "words"), MISTAKES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = made(folder)
+    done = CliRunner().invoke(make_app(), line.split())
+    shown = done.output + done.stderr
+    assert words in " ".join(shown.split()), shown
+    assert done.exit_code == code, shown
+    assert "Traceback" not in shown
+    assert made(folder) == before, "nothing is made of a wrong input"
+
+
+def test_one_rank_of_a_run_of_two_is_told_to_use_a_launcher(folder: Path) -> None:
+    command = [sys.executable, "-m", "moe_dist", "train", str(folder / "x.yaml")]  # a rank ends its process by itself
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "1 ranks were started" in done.stderr
+    assert "as `moe-dist launch local` does" in done.stderr
+
+
+def test_a_python_without_the_packages_is_told() -> None:
+    command = [sys.executable, "-S", "-m", "moe_dist", "status"]  # without its site-packages
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "lacks the package typer; start the Python that moe_dist was installed for" in done.stderr
+    assert "Traceback" not in done.stderr
