@@ -144,7 +144,7 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
     if run.tokens_per_second is not None:
         left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds else ""
         if run.remaining_seconds == 0.0:
-            left = "; all steps are done: evaluates, then saves"
+            left = "; after its last step: evaluates, then saves"
         facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
     if run.losses:
         facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in run.losses.items())))

@@ -81,7 +81,7 @@ def test_a_run_after_its_last_step_evaluates(tmp_path: Path) -> None:
     finally:
         lease.release()
     shown = " ".join(text(one_run(run)).split())
-    assert "0.5 s a step; all steps are done: evaluates, then saves" in shown
+    assert "0.5 s a step; after its last step: evaluates, then saves" in shown
 
 
 @pytest.mark.parametrize(
