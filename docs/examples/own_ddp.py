@@ -10,7 +10,7 @@ import moe_dist
 dist.init_process_group("gloo")
 group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
 model = Model(group if size > 1 else None).to(torch.float64)
-moe_dist.average_over_ranks(model, group)  # DDP leaves the experts out
+moe_dist.average_over_ranks(model, group)  # DDP then leaves the experts out
 wrapped = DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 own = TOKENS_BT.chunk(size)[rank]

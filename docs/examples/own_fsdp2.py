@@ -12,7 +12,7 @@ dist.init_process_group("gloo")
 group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
 model = Model(group if size > 1 else None).to(torch.float64)
 moe_dist.average_over_ranks(model, group)
-experts = moe_dist.expert_parameters(model)  # are sharded over the ranks already
+experts = moe_dist.expert_parameters(model)  # already spread over the ranks
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)), ignored_params=set(experts))
 dense = [parameter for parameter in model.parameters() if all(parameter is not expert for expert in experts)]
 optimizer = torch.optim.AdamW([{"params": dense}, {"params": experts}], lr=1e-2)  # DTensors and tensors apart

@@ -14,13 +14,13 @@ STEPS, BALANCE = 10, 0.01
 class Model(nn.Module):
     def __init__(self, ep_group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        torch.manual_seed(0)  # the dense weights, the same on every rank; experts are drawn by their names
+        torch.manual_seed(0)  # the dense weights, the same on every rank; expert weights are drawn by parameter name
         self.embedding, self.norm, self.head = nn.Embedding(100, 32), nn.RMSNorm(32), nn.Linear(32, 100)
         self.moe = moe_dist.build_moe_layer(32, GROUPS, ep_group=ep_group, std=0.2)
 
     def forward(self, token_T: torch.Tensor) -> tuple[torch.Tensor, moe_dist.LayerReport]:
         x_TD = self.embedding(token_T)
-        y_TD, report = self.moe(self.norm(x_TD), torch.zeros_like(token_T))  # all tokens are of group 0
+        y_TD, report = self.moe(self.norm(x_TD), torch.zeros_like(token_T))  # all tokens belong to group 0
         return self.head(x_TD + y_TD), report
 
 
