@@ -9,7 +9,7 @@ the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
-    published           w_e = 1, as in the paper's public code. The task's loss then gives the router no gradient
+    published           w_e = 1, as in the paper's public code. The router then gets no gradient from the task's loss
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
 assignments, Q of them taken (not absent), E experts of all groups, n experts of one group, I inputs and O outputs of a
@@ -197,7 +197,7 @@ class LoRALayer(nn.Module):
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
-        # x_TD.requires_grad would not do here: if the base model is frozen, the first LoRA layer's input needs no gradient.
+        # Does not test x_TD.requires_grad: if the base model is frozen, the first LoRA layer's input needs no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)

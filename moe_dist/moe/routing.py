@@ -146,9 +146,9 @@ class LayerReport(NamedTuple):
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
         sent_5: None if the three numbers above are known on the host. Else they are 0, and this int64 tensor has them, the
-            padding rows sent to other ranks, and how many rows and pairs found no room.
+            number of padding rows sent to other ranks, and the number of rows and pairs beyond the fixed sizes.
         depth: Sums of a mixture-of-depths layer; None in other layers.
-        members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
+        members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
             other layers.
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
@@ -223,8 +223,8 @@ class ExpertsChoice(NamedTuple):
         taken_TE: bool, true if the expert takes this rank's token.
         order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
             ranks.
-        kth_score_E: For each expert the k-th largest score, without noise, in the selection scope, where it takes k tokens;
-            0 if it takes none or, by its capacity, all tokens of its group.
+        kth_score_E: For each expert, which takes k tokens, the k-th largest score without noise in the selection scope; 0
+            if the expert takes no token or, by its capacity, all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -235,12 +235,12 @@ class ExpertsChoice(NamedTuple):
 @dataclass
 class RoutingCache:
     """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
-    the recomputed forward reads them. It must not decide again: recomputed logits may differ in the last bits, and another
-    choice would change the sizes that this rank sends.
+    the recomputed forward reads them. The recomputed forward must not decide again: recomputed logits may differ in the
+    last bits, and another choice would change the sizes that this rank sends.
     """
 
     choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
-    kept_TK: Tensor | None = None  # which of them a token takes, where their number depends on the token
+    kept_TK: Tensor | None = None  # which of these columns a token takes, in adaptive routers
     number_T: Tensor | None = None  # predicted number of choices, with gradient; each forward computes it anew
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
@@ -252,7 +252,7 @@ class RoutingCache:
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """Returns the index of each choice column's group. The columns are all true experts, then all null, all identity and
-    all constant experts, each by group. True experts come first, to win ties in a stable sort."""
+    """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
+    all constant experts, each sorted by group. True experts come first, to win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

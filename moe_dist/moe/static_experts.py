@@ -1,7 +1,7 @@
-"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`): the numbers of rows stay on the device.
+"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The row counts stay on the device.
 
-Pairs of a group are consecutive: those of its experts in order, then padding. The grouped product reads the experts' rows
-from offsets on the device. Its results in the rows of padding are undefined and never used. Shape letters as in
+Pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads the experts'
+rows from offsets on the device. Its results in the rows of padding are undefined and never used. Shape letters as in
 `experts.py`; P is the number of places for a group's pairs.
 """
 
@@ -33,8 +33,8 @@ from moe_dist.placement.roles import group_module
 
 class StaticStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Any, activate: Activation = silu_product) -> Tensor:
-        """Applies each expert to its block of consecutive rows. `counts` is `counts_X` and `end_X` of the
-        plan, cut to the group's slots."""
+        """Applies each expert to its block of consecutive rows. `counts` has `counts_X` and `end_X` of the plan for the
+        group's slots."""
         for_gate_PD, for_up_PD = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
         room, device, dtype = for_gate_PD.shape[0], for_gate_PD.device, for_gate_PD.dtype
         counts_e, end_e = counts

@@ -58,7 +58,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     Args:
         top_k: K. A token of a group with fewer choices has absent pairs.
-        deterministic: If true, a run repeats bit for bit.
+        deterministic: If true, two equal runs give the same bits.
     """
 
     LIBRARY = "DeepEP"
@@ -103,8 +103,8 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # contains the counts of the first dispatch, so nothing syncs
-        # Layout and number of SMs must be those of the first dispatch; DeepEP does not take them from the handle.
+        handle = plan.arrival.handle  # has the counts of the first dispatch, so this call does not sync
+        # Layout and number of SMs must be as in the first dispatch, because DeepEP does not take them from the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

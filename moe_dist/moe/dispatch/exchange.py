@@ -6,9 +6,9 @@
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
 The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
-that stay on this rank are copied while the other rows are in flight. With torch's `kernels` they are also added to the sums
-then; Triton's add all rows at once. The hierarchical dispatcher chains two exchanges: the rows that arrive from the first
-are the table of the second.
+that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add them to the sums during
+this time; Triton's kernels add all rows at once. The hierarchical dispatcher chains two exchanges: the rows that arrive
+from the first are the table of the second.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
 of the table, D hidden size, N weights of (token, expert) pairs, P taken (not absent) pairs of this rank's tokens (to other
@@ -103,8 +103,8 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. `keep_buffers`: keep the send buffers [S, D] for the next layer. `kernels` sum
-    the returned rows."""
+    """Exchanges rows over one process group. With `keep_buffers` the send buffers [S, D] are kept for the next layer.
+    `kernels` sum the returned rows."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
         self.all_to_all, self.kernels = all_to_all, kernels
@@ -175,7 +175,7 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read it
+        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read the buffer
         return self.rows_RD
 
 

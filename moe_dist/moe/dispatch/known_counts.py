@@ -47,7 +47,7 @@ class KnownCountsPlan(AllToAllPlan):
 class _Order:
     """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
     computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` are the
-    pairs of each arrived row: one each."""
+    pairs of each arrived row, one pair per row."""
 
     splits: Splits
     expert_N: Tensor
@@ -158,8 +158,8 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     Args:
         known: Dispatcher for assignments with `counts_WE`.
         general: Dispatcher for assignments without `counts_WE`, over the same ranks.
-        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token that chose several of
-            them is then sent to that rank once for each.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token with several experts on a
+            rank is then sent to the rank once for each of these experts.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -183,7 +183,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Returns whether every rank holds at most one expert of each group. A token's experts are all of one group, so it then
-    has at most one pair per rank."""
+    """Returns whether every rank holds at most one expert of each group. A token's experts belong to one group, so the
+    token then has at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

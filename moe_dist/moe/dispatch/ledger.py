@@ -1,5 +1,5 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers are of one rank. Rows and pairs are of forward alone, bytes also of backward.
+choices. All numbers belong to one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of

@@ -64,7 +64,7 @@ class _Tables:
         place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W if absent.
         bin_E: Position of each expert in the order of (place of its rank, slot); E if absent.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
-        one: The number 1.
+        one: int64, the number 1.
     """
 
     place_E: Tensor
@@ -193,7 +193,7 @@ class Planner:
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         expert_N, token_N = assignments.expert_N, assignments.token_N
-        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # the index -1 of absent pairs means the last
+        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # absent pairs have the index -1, the last entry
         run_N = place_N
         if chunks > 1:
             chunk_N, own_N = token_N // length, place_N == size - 1
@@ -206,7 +206,7 @@ class Planner:
             bin_N = bin_N.masked_fill(absent_N, chunks * self.placement.num_experts)
             run_N = run_N.masked_fill(absent_N, chunks * size)
         cell_N = torch.add(token_N, run_N, alpha=length)
-        # the last run has the cells of absent pairs, whose numbers nobody reads
+        # the last run has the cells of absent pairs; its numbers are never read
         present = torch.zeros((chunks * size + 1) * length, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
         index = present.view(-1, length).cumsum(1, dtype=torch.int32)
         pair_counts = torch.zeros(chunks * self.placement.num_experts + 1, dtype=torch.int64, device=cell_N.device)
@@ -256,8 +256,9 @@ class Planner:
 
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
-        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival less
-        that in the order of slots, and the place of the source rank's first row. All come from the host by one copy."""
+        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival
+        minus its place in the order of slots, and the place of the source rank's first row. All come from the host by one
+        copy."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
@@ -346,11 +347,11 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of(length_X: np.ndarray) -> np.ndarray:
-    """Returns the sums of the lengths before each."""
+    """Returns the start of each block: the sum of the lengths before the block."""
     return length_X.cumsum() - length_X
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces of the given sizes, in lists like those of `sizes`."""
+    """Cuts `items` into consecutive pieces of the given sizes, in nested lists like `sizes`."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

@@ -1,4 +1,4 @@
-"""Expert Threshold: an expert takes each token whose score exceeds the expert's running threshold, in training too (arXiv
+"""Expert Threshold: an expert takes each token whose score exceeds the expert's running threshold, also in training (arXiv
 2603.11535).
 
     s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
@@ -65,8 +65,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         self.warmup_steps = warmup_steps
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose, as in training: by thresholds, but by competition in the first steps and where `noncausal`
-        asks for it. The competition runs in each case, because it finds the k-th largest scores."""
+        """Lets experts choose by thresholds, but in the first steps and with `noncausal` by competition. The competition
+        always runs, because it finds the k-th largest scores."""
         choice = super()._experts_choose(logits_TE, group_T, cache)
         if not self.training:
             return choice

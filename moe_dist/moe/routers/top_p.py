@@ -30,7 +30,7 @@ class TopPRouter(AdaptiveRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        normalise: `none`: weights are probabilities, as published. `true_chosen`: they sum to `scale` over the taken
+        normalise: `none`: weights are probabilities, as published. `true_chosen`: weights sum to `scale` over the taken
             columns that are not null.
     """
 
