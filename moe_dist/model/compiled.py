@@ -1,9 +1,9 @@
 """Compiles the dense parts of a transformer by torch.compile: norms, projections with rotation, dense and shared FFNs, and
-output layer with cross entropy. Attention itself is compiled anyway on CUDA (`attention.attend`).
+output layer with cross entropy. Attention itself is always compiled on CUDA (`attention.attend`).
 
-Routers, exchanges and experts stay as they are: they call collectives and kernels of this project. A compiled part has no
-graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled, because
-the shapes of training do not change, while those of evaluation and generation do.
+Routers, exchanges and experts stay uncompiled, because they call collectives and kernels of this project. A compiled part
+has no graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled,
+because the shapes of training do not change, while those of evaluation and generation do.
 """
 
 from collections.abc import Callable, Iterator

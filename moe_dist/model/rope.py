@@ -53,7 +53,8 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Keeps high frequencies and divides low ones by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to 23)."""
+    """Keeps high frequencies, divides low frequencies by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to
+    23)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -93,7 +94,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Divides frequencies of long waves by the factor and keeps those of short waves, with a ramp between (Llama 3.1)."""
+    """Divides low frequencies by the factor and keeps high frequencies, with a ramp between (Llama 3.1)."""
 
     factor: float
     original_max_position_embeddings: int

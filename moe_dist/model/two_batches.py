@@ -1,9 +1,9 @@
 """Runs a transformer's layers on the two halves of a micro-batch in turns, so that the exchanges of one half are in flight
-while the other computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
+while the other half computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
 
-Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Routing is
-by token, so the halves together route as the whole micro-batch does. Their reports are added up, so the losses are those of
-the whole micro-batch, too.
+Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Each token is
+routed alone, so two halves route as the whole micro-batch does. Their reports are added up, so the losses also equal the
+whole micro-batch's losses.
 """
 
 from collections.abc import Generator, Iterable, Sequence

@@ -85,7 +85,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
     """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
-    in the sum's dtype exists. The sum has the same bits as without slices, because the slices are added in order.
+    in the sum's dtype exists. Slices change no bit of the sum, because they are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)

@@ -58,7 +58,7 @@ def row_sum(
     """Returns `base`, or 0, plus the sums of rows, [M, D] in `dtype`.
 
     The items of row m are `order[first[m] : first[m + 1]]` and are added in this order. An item below the number of own
-    rows is an own row, any other item a received row. With `both`, each item is an own row and a received row.
+    rows is an own row, any other item a received row. With `both`, each item is both an own row and a received row.
     """
     num_rows, width = first.shape[0] - 1, own.shape[1]
     out = own.new_empty((num_rows, width), dtype=dtype)

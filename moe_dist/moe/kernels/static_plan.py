@@ -2,12 +2,13 @@
 
     place    pairs and rows for each rank, and the rows of each token
     pad      places of pairs and rows that stay empty
-    runs     runs of arriving pairs, and what did not fit
+    runs     runs of arriving pairs, and the numbers of rows and pairs beyond the room
     arrive   pairs computed here, in the order of slots
 
 `collect` of `plan.py` then finds the pairs of each row. `dispatch/static_planning.py` is the reference, and `static.py`
-says what padding is. A rank for which anything does not fit computes no pairs, so that no list points beyond a tensor; the
-step fails anyway. Shape letters are those of `static.py`, and as in `plan.py` K choices, E experts, B blocks of tokens.
+defines padding and room. If any rows or pairs of a rank do not fit, the rank computes no pairs, so that no list points
+beyond a tensor; the step fails anyway. Shape letters are those of `static.py`, and as in `plan.py` K choices, E experts, B
+blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -27,7 +28,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def room_at(first, w, mask):
-    """The pairs or rows for which the rank of a place has room."""
+    """Returns the number of pairs or rows for which the rank of a place has room."""
     return tl.load(first + w + 1, mask=mask, other=0) - tl.load(first + w, mask=mask, other=0)
 
 
@@ -74,9 +75,9 @@ def place_kernel(
         tl.store(index + at, tl.where(own, t.to(tl.int32), tl.where(sent, r, -1)), mask=(e >= 0) & fits)
     row_start = tl.load(first_row + place, mask=other, other=0).to(tl.int32)
     room = room_at(first_row, place, other).to(tl.int32)
-    sent = (has_place == 1) & (to_row < room[None, :])  # no own rows, for which the room is 0
+    sent = (has_place == 1) & (to_row < room[None, :])  # never true for own rows, whose room is 0
     tl.store(row + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=sent)
-    # the rows of each token, the own one first; all earlier tokens have an own one, too
+    # the rows of each token, the own row first; all earlier tokens have an own row, too
     begin = t.to(tl.int32) + tl.sum(tl.minimum(to_row, room[None, :]), 1)
     nth = tl.cumsum(sent.to(tl.int32), 1) - sent.to(tl.int32)
     tl.store(order + begin, t.to(tl.int32), mask=t < T)
@@ -237,8 +238,8 @@ def static_place(
     num_sent: int,
     num_rows: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists in which `static_pad` fills what is padding: `pair_P` of the plan, and of each of these pairs the index
-    of its row, int32 (of own pairs the token); `row_S` of the plan; and `items_of_rows` of its table.
+    """Returns lists whose padding `static_pad` fills: `pair_P` of the plan; the index of each of these pairs' rows, int32
+    (for own pairs the token); `row_S` of the plan; and `items_of_rows` of the plan's table.
 
     Args:
         expert, place, bin: See `plan_count`.
