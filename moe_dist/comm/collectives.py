@@ -146,8 +146,8 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
-    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker is told at the start and at
-    the wait."""
+    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker sees the start and the
+    wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

@@ -86,7 +86,7 @@ class CheckedAllToAll(AllToAll):
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS  # of the rows as they are before the exchange
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # checksums of the rows before the exchange
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)

@@ -52,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses work that calls collectives which are not tracked, such as FSDP2's. If the rank then neither enters nor
-        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses code that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
+        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:

@@ -32,7 +32,7 @@ class IndexHeader:
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
-    """Returns the paths <prefix>.idx and <prefix>.bin. Dots in the prefix stay."""
+    """Returns the paths <prefix>.idx and <prefix>.bin. Keeps dots in the prefix."""
     return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
 
 

@@ -24,7 +24,7 @@ class KubernetesSection(Section):
     """Names of PersistentVolumeClaims and the folders at which all pods mount them. All nodes must be able to write to the
     claim of the run folders (access mode ReadWriteMany)."""
     secrets: tuple[ObjectName, ...] = ()
-    """Names of Secrets. Each of their keys becomes an environment variable of the ranks."""
+    """Names of Secrets. Each key of a Secret becomes an environment variable of the ranks."""
     node_labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Labels that every node of a run must have, besides those of `placement.groups.<group>.node`."""
     gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Name of the GPU resource of a node.")

@@ -55,7 +55,7 @@ def translation(values: Any) -> tuple[Any, list[Rename]]:
 
 
 def new_key(key: str) -> str | None:
-    """Returns the dotted key in present names; None if no part of it has been renamed."""
+    """Returns the dotted key in present names; None if no part of the key has been renamed."""
     parts: list[str] = []
     for part in key.split("."):
         parts.append(KEYS.get(_below(_pattern(parts), part), part))

@@ -99,7 +99,8 @@ class BalanceSection(Section):
     null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
     scope: Literal["micro_batch", "step"] = "micro_batch"
     """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
-    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: both of a micro-batch."""
+    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of
+    one micro-batch."""
     null_weight: dict[GroupName, PositiveFloat] = Field(default_factory=dict)
     """By group: target load of a null expert, divided by the target load of a true expert (w); 1 for groups that are not
     named. A balanced router then takes k n / (n + m w) true experts per token."""
@@ -144,7 +145,7 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    """Cross entropy and what is added to it."""
+    """Cross entropy and the terms added to it."""
 
     balance: BalanceSection = Field(
         default_factory=BalanceSection, description="Load-balance loss of each layer and group."
@@ -217,10 +218,10 @@ class EvaluationSection(Section):
     ablate_experts: bool = True
     """At the end, also measure held-out loss with the experts' output set to zero."""
     checks: tuple[CheckName, ...] = ()
-    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below that of count
-    models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert,
-    few_drops (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the
-    last 100 steps. no_step_skipped: the number of skipped steps is 0."""
+    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below the loss of
+    count models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert, few_drops
+    (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the last 100
+    steps. no_step_skipped: the number of skipped steps is 0."""
 
 
 class CheckpointSection(Section):
@@ -254,8 +255,8 @@ class MonitorSection(Section):
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
     cost_table: bool = False
-    """At the end, show what the last 100 steps sent, and what other placements and methods would have sent for the same
-    choices."""
+    """At the end, show the rows and bytes that the last 100 steps sent, and that other placements and methods would have
+    sent for the same choices."""
     compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -279,7 +280,7 @@ class Config(Section):
     router_tuning: RouterTuningSection | None = None
     """Router tuning (RoMA). null: no router tuning."""
     engine: Annotated[AnyEngine, default_kind("moe_dist")] = Field(default_factory=OwnEngineSection)
-    """What computes the training steps: this project's own engine, or Megatron-Core."""
+    """The engine that computes the training steps: this project's own, or Megatron-Core."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     rank_balance: RankBalanceSection = Field(default_factory=RankBalanceSection)
@@ -316,5 +317,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the data's folder may move: digests check its content (config/split_files.py)
-    "router_tuning.data",  # may move, as data.path
+    "router_tuning.data",  # the folder may move, like data.path's
 )

@@ -7,8 +7,8 @@
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples that the run answered correctly come first, so that an index of these as neighbours covers the first rows of each
-array. This module imports no torch.
+Samples that the run answered correctly come first, so that an index of these samples covers the first rows of each array.
+This module imports no torch.
 """
 
 from collections.abc import Mapping

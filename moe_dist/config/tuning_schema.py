@@ -40,7 +40,8 @@ class RouterTuningSection(Section):
     layers: tuple[Count, ...] = ()
     """Indices of the layers whose routers are trained; overrides last_layers."""
     regulariser: Literal["manifold", "l2"] = "manifold"
-    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 its own before the first step."""
+    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
+    first step."""
     weight: NonNegative = 1.0
     """Coefficient of the regulariser (lambda; RoMA's paper gives no value, its code has 0.8). 0: cross entropy alone."""
     neighbours: NeighboursSection = Field(default_factory=NearestSection)

@@ -89,7 +89,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, so that one can count a rank's work."""
+    """Creates a default process group without peers, whose collectives do nothing, for counts of a rank's work."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]

@@ -15,8 +15,8 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-# Further measurements (looks) of a pair that looks slow: it is slow only if all of them find it slow. All pairs of a slow
-# node are slow, so each pair gets fewer looks the more there are, or a large cluster would exceed the job's time limit.
+# Further measurements (looks) of a pair that looks slow: the pair is slow only if all of them find it slow. All pairs of a
+# slow node are slow. With more such pairs each gets fewer looks, or a large cluster would exceed the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
@@ -104,7 +104,7 @@ class PairMeasurement:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is a barrier too
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is also a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:

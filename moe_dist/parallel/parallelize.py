@@ -5,7 +5,7 @@
 3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
-summed over the world, and those of experts over edp (ranks with the same experts). Router weights stay replicated plain
+summed over the world, and gradients of experts over edp (ranks with the same experts). Router weights stay replicated plain
 tensors, because FSDP2 would cast them to its compute dtype. `reduce_gradients` sums routers' gradients over the world after
 backward.
 """
@@ -70,7 +70,7 @@ class ParallelModel:
 
     @property
     def layer_ranks(self) -> dist.ProcessGroup | None:
-        """The ranks with the same layers as this one."""
+        """The ranks with the same layers as this rank."""
         return self.mesh.world
 
     @property
@@ -117,7 +117,7 @@ class ParallelModel:
 
     def _keep_gathered(self, *, until_next: bool) -> None:
         """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. With
-        `until_next` FSDP2 reduces no gradients: it adds up those of this rank in fp32."""
+        `until_next` FSDP2 reduces no gradients: it adds up this rank's gradients in fp32."""
         self._root.set_reshard_after_forward(False)
         self._root.set_reshard_after_backward(not until_next)
         self._root.set_requires_gradient_sync(not until_next)
@@ -143,9 +143,9 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     """Applies FSDP2 in place. Its units are each layer's attention, each MoE layer or FFN, and the model with all other
     parameters.
 
-    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
-    collective between the layer's two exchanges. A unit of the experts' own would run its reduce-scatter between the
-    exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
+    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no
+    collective between the layer's two exchanges. If the experts were a separate unit, its reduce-scatter would run between
+    the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
     plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
 
     Raises:
@@ -174,8 +174,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _gather_all(model: nn.Module, _inputs: Any) -> None:
-    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. No unit's own
-    hooks run then, so FSDP2 reduces gradients at the end of backward. So no collective comes between exchanges."""
+    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. The units' own
+    hooks then do not run, and FSDP2 reduces gradients at the end of backward, so no collective comes between exchanges."""
     assert isinstance(model, Transformer)
     for unit in model.modules() if model.in_halves else ():
         if isinstance(unit, FSDPModule):
@@ -184,7 +184,7 @@ def _gather_all(model: nn.Module, _inputs: Any) -> None:
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     """Shards expert stacks over edp by experts. If the edp size divides only the number of rows of each expert, shards by
-    these rows. Returns None if no expert is to be sharded.
+    these rows. Returns None if no expert must be sharded.
 
     Raises:
         ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.

@@ -38,8 +38,8 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without
-    those on the shared expert. An adapter that experts share counts for each of them."""
+    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without the
+    adapters of the shared expert. An adapter that experts share counts once for each of them."""
     dim, section = model.hidden_dim, model.moe.experts
     if not isinstance(section, AdaptedFFNExpertsSection):
         return 0
@@ -57,7 +57,7 @@ def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
 
 
 def _replicated_adapters(model: ModelSection) -> float:
-    """Returns the number of parameters of adapters on attention and shared expert, and of those that experts share."""
+    """Returns the number of parameters of adapters on attention and shared expert, and of adapters that experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
     if isinstance(section, AdaptedFFNExpertsSection):
         found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.shared else 0
@@ -147,7 +147,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns the mean number of parameters that a token uses, without those of other experts and of skipped layers.
+    """Returns the mean number of parameters that a token uses, without the experts and layers that it does not use.
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.

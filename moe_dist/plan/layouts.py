@@ -1,4 +1,4 @@
-"""Lists the layouts of a configuration on some GPUs. Imports no torch."""
+"""Lists the layouts of a configuration on a number of GPUs. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -74,7 +74,8 @@ def solve_with_copies(
     def filled(expert_P: np.ndarray, steps: int) -> Copied:
         return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
 
-    # Tries an expert's work summed over layers, and that in its heaviest layer; each with all free slots, and with parts.
+    # Orders the copies by the experts' work summed over layers, and by their work in the heaviest layer. Tries each order
+    # with all free slots, and with parts of them.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
@@ -86,7 +87,7 @@ def solve_with_copies(
 
 
 def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
-    """Returns the experts that get one more slot each, in the order in which they get it."""
+    """Returns the experts that get one more slot each, in the order of these slots."""
     copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
     for place in range(free):
         order[place] = (load_E / copies_E).argmax()
@@ -112,7 +113,7 @@ def _placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, st
 
 
 def improve(load_LE: np.ndarray, rank_E: np.ndarray, group_E: np.ndarray, ranks: int, *, steps: int = STEPS) -> np.ndarray:
-    """Returns ranks with a lower `pace`, by swaps of two experts of a group. So each rank keeps its number of experts of
+    """Returns ranks with a lower `pace`, by swaps of two experts of a group. Each rank thus keeps its number of experts of
     each group, and few experts move. Whole numbers as loads give the same result on every machine."""
     rank_E = rank_E.copy()
     _swap(load_LE.astype(float), rank_E, np.ones((len(rank_E), ranks), bool), group_E, steps)
@@ -148,7 +149,7 @@ def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarra
 def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group_S: np.ndarray, steps: int) -> None:
     """Swaps experts of the same group in `rank_S`, in place, to lower `pace`. Each step takes the expert that adds most to
     the loads of the busiest ranks, and swaps it with the expert or free slot that lowers `pace` most, if one does. Ends
-    after `steps` steps, or if all such experts were tried in vain."""
+    after `steps` steps, or when no expert of the busiest ranks lowers `pace`."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
     tried = np.zeros(len(rank_S), bool)  # items that were tried in vain since the last swap
