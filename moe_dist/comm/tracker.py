@@ -74,8 +74,8 @@ class CollectiveTracker:
     ) -> Iterator[None]:
         """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call returns before the collective has run. So the collective counts as unfinished until the stream has
-        passed it.
+        On CUDA the call returns before the collective has run. The collective thus counts as unfinished until the stream
+        has passed it.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())
@@ -103,7 +103,7 @@ class CollectiveTracker:
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
 
     def _remove_finished(self, *, all: bool) -> None:
-        """Removes the entries whose collectives the stream has passed: all of them if `all`, otherwise only those before
+        """Removes the entries whose collectives the stream has passed: all such entries if `all`, else only entries before
         the first collective that the stream has not passed."""
         for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
             if finished is not None and finished():

@@ -100,13 +100,13 @@ class Cluster(Section):
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """More options of sbatch, as --mem=0 or --reservation=x. They apply to every part of a job."""
+    """More options of sbatch, as --mem=0 or --reservation=x. These options apply to every part of a job."""
     srun_options: tuple[Option, ...] = ()
     """More options of the srun that starts the ranks, as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
     exclude: tuple[SiteName, ...] = ()
     """Nodes that no run uses: Slurm's names of nodes, or host names or addresses of Ray's nodes."""
     spare_nodes: Count = 0
-    """Nodes that a Slurm job requests beyond its plan. They replace nodes that were at fault in an earlier attempt."""
+    """Nodes that a Slurm job requests beyond its plan, to replace nodes that were at fault in an earlier attempt."""
     array_tasks: PositiveInt | None = None
     """Most tasks of a job array that run at the same time. null: no limit."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
@@ -145,8 +145,8 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else, or for 0 (no limit),
-        the empty text.
+        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else the empty text, as
+        for the limit 0 (no limit).
 
         Args:
             seconds: The time limit of an attempt; by default `time`.

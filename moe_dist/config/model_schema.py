@@ -179,7 +179,7 @@ class MixtureOfDepthsSection(Section):
     whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router
     decides, which is trained with the model."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running mean that gives the threshold; it averages over about 1 / (1 - decay) steps."""
+    """Decay per step of the running mean that gives the threshold; the mean covers about 1 / (1 - decay) steps."""
 
 
 class ModelSection(Section):

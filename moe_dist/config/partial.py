@@ -1,4 +1,4 @@
-"""Reads values into a schema even if they have faults, so that one error can report all faults.
+"""Reads values into a schema even if the values have faults, so that one error can report all faults.
 
 Each wrong value gives an error text, and is replaced by its default or by any valid value. The other values stay unchanged,
 so that later checks can test them. A run never starts with replaced values: `PartialConfig.checked` raises first.

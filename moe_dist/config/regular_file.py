@@ -16,7 +16,7 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
 
     Args:
         links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: a rename leaves no
-        link, so a link there was made by somebody else.
+            link, so another program or person made a link at this path.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.

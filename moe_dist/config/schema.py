@@ -48,8 +48,8 @@ class RunSection(Section):
     root: PathText = Field(default="runs", description="Folder that holds all runs.")
     seed: Count = Field(default=0, description="Seed of the initial weights, the data order and every other random draw.")
     group: Annotated[str, Field(pattern=UNIX_GROUP_PATTERN)] | None = None
-    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides what members
-    of the group may do. null does not change the group."""
+    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides the rights
+    of the group's members. null does not change the group."""
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
     this key."""
@@ -57,7 +57,8 @@ class RunSection(Section):
     """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
     expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. split_experts
-    cuts each expert of a mixture into finer ones. adapt puts new adapters on the unchanged model (train.only=adapters)."""
+    cuts each expert of a mixture into smaller experts. adapt puts new adapters on the unchanged model
+    (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
     Steps and learning rate still start at the beginning."""
@@ -290,9 +291,9 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected number of true experts per token, by expert group. This is the target of a controller or, without one,
-        the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true and m null
-        experts. Groups with neither a target nor a null weight are left out."""
+        """Expected number of true experts per token, by expert group. The number is the target of a controller or, without
+        a controller, the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true
+        and m null experts. Groups with neither a target nor a null weight are left out."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]

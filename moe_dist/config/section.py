@@ -65,7 +65,7 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Returns the violated rules between this section and others. Their keys are full paths, as `parallel.ep`."""
+        """Returns the violated rules between this section and others. The rules' keys are full paths, as `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
-    """Returns the end of an error text, with the one of `names` most similar to `name`; empty if none is similar."""
+    """Returns the end of an error text, with the name in `names` most similar to `name`; empty if none is similar."""
     close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -1,8 +1,8 @@
 """Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
 Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
-number. Here only `true` and `false` are booleans, JSON's numbers and `.inf` are numbers, and all else is text. Dates, sets
-and binary values are errors.
+number. This module reads only `true` and `false` as booleans, JSON's numbers and `.inf` as numbers, and all else as text.
+Dates, sets and binary values are errors.
 """
 
 import re

@@ -7,7 +7,7 @@ functions.
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
 restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile stay
-uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
+uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are CPU times.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ class DecoderLayer(TransformerLayer):
     """Megatron's TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
 
     Args:
-        submodules: The submodules of the layer's spec; None takes those of Megatron's decoder spec.
+        submodules: The submodules of the layer's spec; None takes the submodules of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
         watch: See `ExpertLayer`.
         options: Further arguments of Megatron's layer. All other arguments are also Megatron's.
@@ -51,7 +51,7 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # first, so that one error reports all problems
+        check(config, settings)  # checked first, so that one error reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)

@@ -120,8 +120,8 @@ class Gpt:
 
     Args:
         watch: Sees each MoE layer.
-        initial: Returns the whole initial value of a logical tensor, fp32 on the host. Its arguments are a part of the
-            model, the parameter's name in it, and the tensor's logical name and shape.
+        initial: Returns the whole initial value of a logical tensor, fp32 on the host. The arguments are a part of the
+            model, the parameter's name in this part, and the tensor's logical name and shape.
         decays: Returns, by logical name and shape, whether a tensor has weight decay.
 
     Attributes:
@@ -220,7 +220,7 @@ class Gpt:
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
 
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
-        """Returns the logical tensors of a parameter, or of a moment of it, of the part `chunk` of the model."""
+        """Returns the logical tensors of a parameter, or of a parameter's moment, in the part `chunk` of the model."""
         first, layers = self._first_layers[chunk], self.config.model.moe_layers
         return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
 
@@ -248,8 +248,8 @@ class Gpt:
                     setattr(parameter, NO_DECAY_ATTRIBUTE, not decays(piece.name, piece.shape))
 
     def optimizer(self) -> Any:
-        """Makes Megatron's optimizer of `chunks`; call it once. Its groups have their final weight decay, and the training
-        step sets their learning rate."""
+        """Makes Megatron's optimizer of `chunks`; call it once. The optimizer's parameter groups have their final weight
+        decay; the training step sets their learning rate."""
         section = self.config.optimizer
         settings = OptimizerConfig(
             optimizer="adam",

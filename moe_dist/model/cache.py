@@ -2,8 +2,8 @@
 
 An entry is the key, the value and the position of one token. Padding adds no entry, and neither does a token that skips the
 layer (mixture of depths), so the sequences of a batch may have different numbers of entries. Keys are stored after
-rotation. Latent attention stores the rotated part of the keys as key, and the latent as value; these are smaller than whole
-keys and values. Nothing here syncs with the host.
+rotation. Latent attention stores the rotated part of the keys as key, and the latent as value; the rotated part and the
+latent are smaller than whole keys and values. Nothing here syncs with the host.
 
 Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head width, C entries.
 """

@@ -62,8 +62,8 @@ class DepthRouter(ChoosingRouter):
     """Selects the tokens that one layer computes.
 
     `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), the running
-    `mean` and the number of `steps`. They have no gradient: each step and each calibration
-    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain them.
+    `mean` and the number of `steps`. The buffers have no gradient: each step and each calibration
+    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain the buffers.
 
     Args:
         hidden_dim: D, the hidden size.
@@ -115,11 +115,11 @@ class DepthRouter(ChoosingRouter):
         return sums.taken[None]
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
-        """Selects tokens among those that are not padding (`real_T`, bool).
+        """Selects tokens among the tokens that are not padding (`real_T`, bool).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` there are ceil(c T) slots,
-        and nothing syncs. Otherwise one host sync reads the number of selected tokens from the device. There is always at
-        least one slot, so that this rank takes part in the layer's collectives.
+        and nothing syncs. In all other cases one host sync reads the number of selected tokens from the device. There is
+        always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
         causal_T = self._causal(h_TD.detach(), logit_T.detach())  # else the auxiliary loss trains other weights
@@ -159,7 +159,7 @@ class DepthRouter(ChoosingRouter):
         """Returns x / rms(x) [T, D], and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else s would grow with the residual stream
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # without the norm s would grow with the residual stream
             # No matrix product, because its bits would depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 

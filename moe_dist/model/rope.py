@@ -37,8 +37,8 @@ class DynamicScaling:
     """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n tokens, more
     than the original length L; f is the factor.
 
-    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. Here each sequence has its
-    own n.
+    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. In this class each sequence
+    has its own n.
     """
 
     factor: float

@@ -19,8 +19,8 @@ def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, word
     """Returns `layers.token_losses(x W^T, labels)`, by tiles of `words` words for at most TILE_TOKENS tokens of one
     sequence. Backward computes the logits again.
 
-    The size of a tile depends neither on the number of sequences nor on the ranks. So a token has the same loss and
-    gradient in a batch of any number of sequences, to the last bit. Sums over tiles are fp32, whatever the dtype of x.
+    The size of a tile depends neither on the number of sequences nor on the ranks. A token thus has the same loss and
+    gradient, to the last bit, in a batch of any number of sequences. Sums over tiles are fp32, whatever the dtype of x.
 
     Args:
         weight_VD: Output weight, which is converted to the dtype of x.

@@ -173,12 +173,12 @@ class Transformer(nn.Module):
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
         document. Call it in evaluation mode.
 
-        Up to rounding, the logits equal those that `forward` computes for the whole sequences. The logits differ only with
-        `DynamicScaling` beyond its original length, because cached keys keep their first rotation.
+        Up to rounding, the logits equal the logits that `forward` computes for the whole sequences. The logits differ only
+        with `DynamicScaling` beyond its original length, because cached keys keep their first rotation.
 
         Args:
-            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. It adds no entry to the cache, and its
-                logits are meaningless.
+            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. Padding adds no entry to the cache, and
+                its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """

@@ -100,7 +100,7 @@ def grouped_swiglu(
 
 def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O] that multiplies each expert's rows with the expert's
-    matrix, by one grouped product. There must be a row."""
+    matrix, by one grouped product. At least one expert must have a row."""
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(device, non_blocking=True)  # does not sync
     empty = [expert for expert, count in enumerate(counts) if not count]
 
@@ -152,8 +152,8 @@ def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[i
 
 
 def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
-    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document what the
-    backward of the grouped product writes for an expert without rows."""
+    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document the
+    gradient that the grouped product's backward writes for an expert without rows."""
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
@@ -192,7 +192,7 @@ def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
 class ExpertStack(nn.Module):
     """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
 
-    Each forward pass converts weights whose dtype is not that of the rows, unless `keep_copies` keeps the converted copies.
+    Each forward pass converts weights of another dtype than the rows', unless `keep_copies` keeps the converted copies.
     """
 
     role = Role.EXPERT
@@ -256,8 +256,9 @@ class ExpertStack(nn.Module):
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts on this rank has a stack [0, F, D]. So all ranks have the same FSDP2 units and gather them in
-    the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all hung.
+    A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather them
+    in the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all
+    hung.
 
     Args:
         hidden_dim: D.

@@ -1,4 +1,4 @@
-"""Defines what router, dispatcher and training step pass to each other: assignments, sums, reports.
+"""Defines the records that router, dispatcher and training step pass to each other: assignments, sums, reports.
 
 Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
 pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
@@ -17,7 +17,7 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer on this rank. They are the only part of the routing that the dispatcher sees.
+    """The (token, expert) pairs of one layer on this rank. The dispatcher sees no other part of the routing.
 
     N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that the host knows shapes
     without a sync. A pair that no expert computes (a null choice, padding) therefore stays in the list as an absent pair.
@@ -145,8 +145,8 @@ class LayerReport(NamedTuple):
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: None if the three numbers above are known on the host. Else they are 0, and this int64 tensor has them, the
-            number of padding rows sent to other ranks, and the number of rows and pairs beyond the fixed sizes.
+        sent_5: None if the three numbers above are known on the host. Else these numbers are 0, and this int64 tensor has
+            them, the number of padding rows sent to other ranks, and the number of rows and pairs beyond the fixed sizes.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
             other layers.
@@ -186,7 +186,8 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index, among all tokens of the step, of a rank's first token. It is the same in every layout."""
+        """Returns the index, among all tokens of the step, of a rank's first token. The index is the same in every
+        layout."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 

@@ -1,8 +1,8 @@
 """The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The row counts stay on the device.
 
 Pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads the experts'
-rows from offsets on the device. Its results in the rows of padding are undefined and never used. Shape letters as in
-`experts.py`; P is the number of places for a group's pairs.
+rows from offsets on the device. The product's results in the rows of padding are undefined and never used. Shape letters as
+in `experts.py`; P is the number of places for a group's pairs.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ parameters get AdamW.
 
 NS is a Newton-Schulz iteration, which sends each singular value to about 1. The factor 0.2 sqrt(max(rows, columns)) gives
 updates the size of AdamW's, so that AdamW's learning rate and weight decay fit (Liu et al., arXiv 2502.16982, eq. 4).
-torch.optim.Muon computes the same for single matrices in bf16; it takes neither stacks of experts nor shards.
+torch.optim.Muon computes the same updates for single matrices in bf16, but takes neither stacks of experts nor shards.
 """
 
 import math
@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     at least 0.002 of the Frobenius norm end between 0.68 and 1.21. Computes in `dtype`."""
     x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(LEAST_NORM)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # so that x x^T has the smaller side
+    x = x.mT if tall else x  # transposed, so that x x^T is the smaller square matrix
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = A * x + (B * gram + C * gram @ gram) @ x

@@ -167,8 +167,8 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
 
     Args:
         parameters: Each parameter with its replicas: the number of ranks that hold the same part of its (already reduced)
-            gradient. This is the world size for a replicated dense parameter, the edp size for a replicated expert, 1 for a
-            shard.
+            gradient. The number is the world size for a replicated dense parameter, the edp size for a replicated expert, 1
+            for a shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))

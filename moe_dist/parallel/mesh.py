@@ -182,7 +182,7 @@ def destroy_world() -> None:
 
 
 def own_gpu(env: RankEnv) -> torch.device:
-    """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank, or the only
+    """Returns this rank's GPU, and makes it the current device. This is the GPU whose index is the local rank, or the only
     GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:

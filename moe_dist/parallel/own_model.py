@@ -1,7 +1,7 @@
 """Expert-parallel layers in a model of your own: their loss, gradients and full weights (docs/api.md).
 
-An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. So frameworks that average
-gradients over ranks, as DDP does, must leave experts out, and no rank has the weights or the gradient norm of all experts.
+An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. Frameworks that average
+gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

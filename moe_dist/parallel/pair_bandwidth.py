@@ -54,7 +54,7 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # else the connections of n (n - 1) / 2 groups would pile up
+            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would pile up
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []

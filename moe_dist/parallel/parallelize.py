@@ -79,8 +79,8 @@ class ParallelModel:
         return True
 
     def replicas(self, named: NamedParameter) -> int:
-        """Returns the number of ranks that hold the same part of a parameter (1 for a shard); gradient norms divide by
-        it."""
+        """Returns the number of ranks that hold the same part of a parameter (1 for a shard). Gradient norms divide by this
+        number."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role in EXPERTS else self.mesh.world_size
@@ -215,8 +215,8 @@ class _OrderedBuckets(DistributedDataParallel):
     """DDP whose buckets stay in one order, from the last parameter to the first, in which gradients become ready.
 
     Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
-    its bucket determines the order of its sum. So the first step after a resume would differ in the last bits from the same
-    step of a run without interruption.
+    its bucket determines the order of its sum. With plain DDP the first step after a resume would therefore differ in the
+    last bits from the same step of a run without interruption.
     """
 
     def _build_params_for_reducer(self) -> Any:

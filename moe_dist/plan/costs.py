@@ -125,7 +125,7 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # Several nodes of the dispatcher may be on one machine; then both hops stay inside the machine.
+            # If several nodes of the dispatcher are on one machine, both hops stay inside the machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)

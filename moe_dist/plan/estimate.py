@@ -187,7 +187,7 @@ class Planner:
         # With shared cores no collective is hidden: while it runs beside one rank's compute, another rank lacks a core.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
-            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice; it runs during the last backward
+            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice, during the last backward
         elif parallel.fsdp_gather == "step":
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:

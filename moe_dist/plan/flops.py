@@ -49,8 +49,8 @@ def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns those parameters of `expert_adapters` that only the ranks of their experts hold. An adapter that all
-    experts share is on every rank and is left out."""
+    """Returns the number of parameters in `expert_adapters` that only the ranks of the adapters' experts hold. An adapter
+    that all experts share is on every rank and is left out."""
     section = model.moe.experts
     shared = isinstance(section, AdaptedFFNExpertsSection) and section.shared
     return 0 if shared else expert_adapters(model, experts)
@@ -200,8 +200,8 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> float:
-    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. This is the mean
-    over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
+    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. The result is
+    the mean over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
     keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
     return 2 * model.attention.score_width(model) * keys
 
@@ -262,8 +262,8 @@ def model_flops_per_token(
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """Returns FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
-    The FLOPs of recomputation are an upper bound: they include the last product of a recomputed module, which backward
-    does not repeat.
+    The FLOPs of recomputation are an upper bound: these FLOPs include the last product of a recomputed module, which
+    backward does not repeat.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 

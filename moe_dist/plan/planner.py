@@ -109,7 +109,8 @@ def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) ->
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and mix. It chooses the pinned ranks itself."""
+    """Compares pinned and interleaved placement for the same groups, ranks and mix. The pinned ranks are chosen here, not
+    read from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:

@@ -14,7 +14,8 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.rates import Mark
 
-# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and what recomputation repeats.
+# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and repeated exchanges of
+# recomputation.
 EXCHANGES = {"none": 4, "experts": 4, "block": 5}
 DRAWS = 16  # micro-batches that are drawn from a trace
 

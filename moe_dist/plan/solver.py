@@ -1,8 +1,8 @@
 """Finds a placement that minimises the work of the busiest ranks for measured loads. Imports no torch.
 
 All layers share one map of experts to ranks. A step lasts as long as the sum over layers of the busiest rank's work, so
-this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB packs experts by
-it), then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
+this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB uses the rule),
+then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
 
 Shape letters: L layers, E experts, R ranks, P items with a slot each (experts, or their copies), S items and free slots.
 """
@@ -80,7 +80,7 @@ def solve_with_copies(
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
         for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
-            with suppress(ConfigError):  # raised if the ranks of a pinned group have no room for so many copies
+            with suppress(ConfigError):  # raised if the ranks of a pinned group have too few slots for these copies
                 tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))
     best = sorted(tried, key=lambda each: each.pace(load_LE, ranks))[:SWAPPED]
     return min([once, *(filled(each.expert_P, steps) for each in best)], key=lambda each: each.pace(load_LE, ranks))

@@ -117,7 +117,7 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
     """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
-    are more, inside its node and between nodes. Both are sent at the same time.
+    are more, inside its node and between nodes. Both amounts are sent at the same time.
 
     Args:
         ranks: Number of ranks of a node that take part.

@@ -36,7 +36,7 @@ class DispatchSection(Section):
 
 
 class KernelDispatchSection(DispatchSection):
-    """A dispatcher with the GPU kernels of another project. It sends rows in bf16. Its buffers have room for a fixed number
+    """A dispatcher with the GPU kernels of another project, which send rows in bf16 and whose buffers hold a fixed number
     of tokens."""
 
     kernels: ClassVar[str]

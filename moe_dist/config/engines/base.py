@@ -33,5 +33,5 @@ class EngineSection(Section):
         return parallel.edp
 
     def degrees_text(self) -> str:
-        """Degrees besides ep and edp, for a title; empty without any."""
+        """Degrees besides ep and edp, for a title; empty without such degrees."""
         return ""

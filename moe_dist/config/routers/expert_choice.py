@@ -28,7 +28,7 @@ class ExpertChoiceRouterSection(RouterSection):
     a running mean of the lowest score that it took in training. auxiliary: auxiliary routers, which a second stage trains
     (train.only). Required."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running means that give the thresholds; they average over about 1 / (1 - decay) steps."""
+    """Decay per step of the running means that give the thresholds; the means cover about 1 / (1 - decay) steps."""
 
     @property
     def has_auxiliary_routers(self) -> bool:

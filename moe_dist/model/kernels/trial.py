@@ -12,7 +12,7 @@ HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # more words than one block of a 
 
 
 def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that says what differs or failed. Compiles the
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
     kernels, and syncs."""
     return trial.why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 

@@ -16,9 +16,9 @@ top-p. The update then has a second term: the same expression with p instead of 
 the last step instead of the bracket. The bias is thus the sum of mu times each bracket, plus p times (last bracket - first
 bracket).
 
-mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. So the mean number of
-true experts per token converges to the target although each step is noisy (Robbins and Monro, 1951), even as the router
-learns.
+mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
+true experts per token therefore converges to the target although each step is noisy (Robbins and Monro, 1951), even as the
+router learns.
 """
 
 import math

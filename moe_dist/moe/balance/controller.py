@@ -2,8 +2,8 @@
 
 With the routers top_k, group_limited, top_p and threshold a selection bias changes only which columns a token chooses. With
 relu the bias is part of the logits, and with predicted_k part of the predicted number, so it also changes weights and
-gradients. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. So a rule that adds
-one number to all true experts' biases changes how many true experts a token takes.
+gradients. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. A rule that adds one
+number to all true experts' biases thus changes how many true experts a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
@@ -41,8 +41,8 @@ class Rule(Protocol):
 
 @runtime_checkable
 class RememberingRule(Protocol):
-    """A rule whose updates depend on what earlier steps counted, and not only on the number of steps. Checkpoints save
-    its state."""
+    """A rule whose updates depend on the counts of earlier steps, and not only on the number of steps. Checkpoints save the
+    rule's state."""
 
     def state(self) -> JsonValue: ...
 

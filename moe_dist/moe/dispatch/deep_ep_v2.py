@@ -3,7 +3,7 @@
 DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
 null choice is -1, so a token whose choices are all null goes to no rank. DeepEP is asked for its expanded layout: one row
 for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ from run to run,
-unless the buffer is made as deterministic; then DeepEP sorts the rows once more.
+unless a deterministic buffer is made, with which DeepEP sorts the rows once more.
 
 Memory: Q rows, the output y, DeepEP's buffer. The buffer is made for the number of tokens of the first plan; a plan with
 more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many tokens.

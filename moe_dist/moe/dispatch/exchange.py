@@ -111,14 +111,14 @@ class Exchange:
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. It is one autograd
-        node, with two collectives in forward and two in backward."""
+        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. The call is one
+        autograd node, with two collectives in forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
         """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of its rows, [M, D].
 
-        It is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
+        The call is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 

@@ -7,8 +7,8 @@ kernels require it inside an NVLink domain. All ranks must have equally many tok
 of 16.
 
 In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends the same
-except the maps. Its dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums these
-rows; the sending kernels do both (`fuse_...`). Memory: Q rows, the output y, and HybridEP's own buffer.
+except the maps. HybridEP's dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums
+these rows; the sending kernels do both (`fuse_...`). Memory: Q rows, the output y, and HybridEP's own buffer.
 
 Shape letters are those of `kernels`, and X = W E' slots of all ranks.
 """

@@ -30,7 +30,7 @@ class DispatchedRows:
 
 
 class PairLayout(Protocol):
-    """Says which rows each of this rank's experts computes. It is the part of a dispatch plan that the experts read.
+    """Says which rows each of this rank's experts computes. The experts read only this part of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.

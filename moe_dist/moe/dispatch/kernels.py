@@ -160,7 +160,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         return self.wire.comm_stats.start_to_host(torch.cat([(pairs_TW > 0).sum(0), pairs_TW.sum(0)]))
 
     def own_counts(self, counts: list[int]) -> tuple[int, ...]:
-        """Returns the numbers of pairs of this rank's experts, without those of slots that have no expert."""
+        """Returns the numbers of pairs of this rank's experts, without the slots that have no expert."""
         return tuple(counts[: len(self.placement.slots[self.wire.rank])])
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:

@@ -4,11 +4,11 @@ for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows these numbers before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice they depend on the routing. If each rank holds at most one expert of a group, no two pairs have the
-same (token, rank), and one row per (token, rank) would save nothing: then `KnownCountsFirst` prefers this dispatcher.
+same (token, rank), and one row per (token, rank) would save nothing: `KnownCountsFirst` then prefers this dispatcher.
 
 The number of rows that a rank sends is the sum of its row of `counts_WE` over the experts of other ranks. This number of
-rows is sent in dispatch and returned in combine, and as many gradients in backward. No row is padding. Shape letters: T
-tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
+rows is sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
+letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
 `dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all three. Every rank
 issues all these collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts alone. The

@@ -293,7 +293,7 @@ class Planner:
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
-        whole = self.chunks == 1 and not self.own_apart  # then the pairs are in this order already
+        whole = self.chunks == 1 and not self.own_apart  # true if the pairs are in this order already
         pairs = [pair_P] if whole else [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
         return pairs, [each.to(torch.int64) for each in indices]  # sent as int32

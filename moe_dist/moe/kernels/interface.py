@@ -1,9 +1,9 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
-`dispatch/rows.py` implements it by operations of torch, on any device. It is the reference of `triton_kernels.py`, which
-implements it by Triton kernels. Shape letters: T tokens, C columns of the router, K choices, G expert groups, N items with
-a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden size, F hidden width of
-experts, O own rows and S received rows of a table.
+`dispatch/rows.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements it by
+Triton kernels, whose reference is `dispatch/rows.py`. Shape letters: T tokens, C columns of the router, K choices, G expert
+groups, N items with a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden
+size, F hidden width of experts, O own rows and S received rows of a table.
 """
 
 from collections.abc import Callable
@@ -63,8 +63,8 @@ class TopK:
 
 
 class Choice(NamedTuple):
-    """Choices of T tokens, and sums over the tokens. The fields without a comment are those of `Assignments` and
-    `RouterSums` (moe/routing.py)."""
+    """Choices of T tokens, and sums over the tokens. `Assignments` and `RouterSums` (moe/routing.py) explain the fields
+    without a comment."""
 
     choice_TK: Tensor  # chosen columns, the best first
     token_N: Tensor

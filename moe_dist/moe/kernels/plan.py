@@ -231,7 +231,7 @@ def plan_place(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Returns lists of length N, filled up to a length that the host does not know: the pairs sorted by bin, int64; the
     index of each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
-    sorted by token, int32. Then the place of each token's first row in the last list, int32 [T + 1]."""
+    sorted by token, int32. Also returns the place of each token's first row in the last list, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))

@@ -188,7 +188,7 @@ def runs_kernel(
     tl.store(runs + 3 * X * W + 3 * W, tl.sum(pairs_H, 0))
     tl.store(counts_X + x, total_X, mask=slot)
     tl.store(end_X + x, tl.where(fit, end, 0).to(tl.int32), mask=slot)
-    # what this rank sends; the last place is this rank
+    # pairs and rows that this rank sends; the last place is this rank
     other = h < W - 1
     rows_W = tl.load(totals + h, mask=other, other=0).to(tl.int64)
     sent_W = tl.load(pairs_W + h, mask=source, other=0)
@@ -275,7 +275,8 @@ def static_pad(
     most: int,
 ) -> Iterator[Tensor]:
     """Fills lists of `static_place`, and returns the number of pairs for the rank of each place, int64 [W].
-    `num_pairs` is N, and `most` the largest of N and of the rooms for pairs and rows; `static_place` has the rest."""
+    `num_pairs` is N, and `most` the largest of N and of the rooms for pairs and rows. `static_place` has the other
+    arguments."""
     size, num_experts = first_row.shape[0], totals.shape[0] - first_row.shape[0]
     pairs_W = pair.new_empty(size)
     yield pairs_W

@@ -29,13 +29,13 @@ Results = list[tuple[str, Tensor]]
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that says what differs or failed. Compiles the
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
     kernels, and syncs."""
     return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
 def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
-    """Returns None if the results of kernels equal those of torch, else a text that says what differs or failed."""
+    """Returns None if the results of kernels equal torch's, else a text that names the difference or failure."""
     try:
         with device:  # the default device may be meta, on which models are built
             pairs = list(zip(ours(), torchs(), strict=True))

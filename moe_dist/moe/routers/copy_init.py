@@ -1,7 +1,7 @@
 """Adds null experts to a trained model without changing the model's outputs, as AdaMoE does to start from a trained MoE.
 
 The m = r n null rows of the router repeat its n true rows r times. Each true expert's logit thus equals those of r null
-experts, and the true expert wins the tie (`TopKRouter`). So a token chooses its best true expert and r null experts, then
+experts, and the true expert wins the tie (`TopKRouter`). A token thus chooses its best true expert and r null experts, then
 its second best true expert and r null experts, and so on. Imports no torch.
 """
 

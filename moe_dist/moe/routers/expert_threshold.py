@@ -5,7 +5,7 @@
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
 `thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as expert
-choice does. So the choice of training depends on earlier steps and on the token alone, and an expert takes about, but not
+choice does. A training step's choice thus depends only on earlier steps and on the token. An expert takes about, but not
 exactly, the share c of tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`), because m
 is not known yet. Evaluation takes m plus the correction of the last calibration. Training takes m alone, so that
 calibrations do not change the training.

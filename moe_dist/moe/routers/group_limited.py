@@ -7,8 +7,9 @@ GLM-4.5, Kimi K2).
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because these columns cost no traffic. They also have s and
-b. A null choice has no weight, and the sum in w_i leaves it out. Each modality's expert group has its own node groups.
+The limit does not apply to null, identity and constant columns, because these columns cost no traffic. These columns also
+have s and b. A null choice has no weight, and the sum in w_i leaves it out. Each modality's expert group has its own node
+groups.
 
 The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
 loss (equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape

@@ -205,7 +205,7 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Lets each chooser take the best ceil(c T) of the T competing tokens. Of equal tokens the earlier one wins.
+    """Lets each chooser take the best ceil(c T) of the T competing tokens. The earlier of two equal tokens wins.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
