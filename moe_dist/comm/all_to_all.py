@@ -123,7 +123,7 @@ class AllToAll:
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
         pending = Pending(self, layer, name, splits, received)
         if self.group is not None:
-            remote = sum(splits.send) - splits.send[self.rank]  # this rank's own slice stays here
+            remote = sum(splits.send) - splits.send[self.rank]  # this rank's own slice stays on this rank
             row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
             self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
             pending.issue(items.contiguous())  # copies only if the items are not contiguous

@@ -86,7 +86,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # here, because a run on one GPU has no watchdog that calls `oldest`
+                    self._remove_finished(all=False)  # because a run on one GPU has no watchdog that calls `oldest`
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
@@ -130,7 +130,7 @@ def track_collective(
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
     """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
-    import torch  # here, because login nodes without torch import this file
+    import torch  # imported here, because login nodes without torch import this file
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

@@ -211,8 +211,8 @@ class EvaluationSection(Section):
     """Held-out sequences of each source in the last evaluation."""
     calibration: Count = 4
     """Number of the last training micro-batches of each rank by which an evaluation sets the thresholds of
-    router.causal=threshold and mixture_of_depths.causal=threshold: on these, an expert or layer takes as many tokens as in
-    training. 0 uses the running means unchanged."""
+    router.causal=threshold and mixture_of_depths.causal=threshold: on these micro-batches, an expert or layer takes as many
+    tokens as in training. 0 uses the running means unchanged."""
     balance_efficiency: bool = True
     """Measure the throughput with real routing, divided by the throughput with evenly spread routing. Not measured with
     LoRA experts, because every rank holds all of them."""

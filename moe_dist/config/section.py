@@ -11,7 +11,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# With an upper bound, so that an absurd number is an error: memory grows with the numbers of experts, ranks and layers.
+# The upper bound makes absurd numbers an error, because memory grows with the numbers of experts, ranks and layers.
 Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 # Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.

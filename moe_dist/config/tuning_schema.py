@@ -50,7 +50,8 @@ class RouterTuningSection(Section):
     """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value, its
     code has 0.4). Embeddings have length 1, so distances lie between 0 and 2."""
     filter_by_success: bool = True
-    """true: only samples that the run answers correctly can be neighbours. false: all samples can (an ablation)."""
+    """true: only samples that the run answers correctly can be neighbours. false: all samples can be neighbours (an
+    ablation)."""
     random_neighbours: bool = False
     """Take k random samples instead of the k nearest (an ablation)."""
     refresh_every: PositiveInt | None = None

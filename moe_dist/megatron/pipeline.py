@@ -19,7 +19,7 @@ from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
 from moe_dist.moe.routing import NO_REQUEST, RoutingRequest
 
-COLLECTIVES = "Megatron's pipeline or gradient sums"  # the watchdog does not see these
+COLLECTIVES = "Megatron's pipeline or gradient sums"  # names the collectives that the watchdog does not see
 NO_LABEL = -100  # a position that adds no loss has a label below 0
 
 

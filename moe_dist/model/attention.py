@@ -29,7 +29,7 @@ class FlexMask:
     blocks: BlockMask
 
 
-COMPILED_SHAPES = 64  # most shapes for which a function is compiled
+COMPILED_SHAPES = 64  # largest number of shapes for which a function is compiled
 # A mask that is a Tensor is dense: bool [B, 1, S, S], true where a query may attend to a key, S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
@@ -86,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # because eager mode would make S x S scores
     return flex(q, k, v, block_mask=mask.blocks, **options)
 
 
@@ -129,7 +129,7 @@ class CausalAttention(nn.Module, ABC):
         """Adds the tokens marked by `taken_BN` to the cache. The N new tokens of each sequence then attend to the cache.
         The output of an unmarked token is finite but meaningless."""
         q, key, value = self._project(x_BND, rotary)
-        cache.append(key, value, positions_BN, taken_BN)  # before attention, so that each new token sees itself
+        cache.append(key, value, positions_BN, taken_BN)  # appended before attention, so that each new token sees itself
         key, value, visible = cache.entries(positions_BN, taken_BN)
         return self._attend(q, key, value, visible, None)
 

@@ -52,7 +52,7 @@ class LayerCache:
         if self._seen > self.capacity:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
-        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # fixed shapes, so no sync
+        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # shapes are fixed, so this does not sync
         at = place_BN[:, None, :, None]
         self.keys.scatter_(2, at.expand_as(key_BHNd), key_BHNd)
         self.values.scatter_(2, at.expand_as(value_BHNd), value_BHNd)

@@ -64,7 +64,7 @@ class _TiledLosses(torch.autograd.Function):
                 error_Nv = F.linear(x_BSD[tile], part_vD).to(dtype).sub_(log_z_BS[tile][:, None]).exp_()  # probabilities
                 error_Nv.scatter_(
                     1, column_N1, error_Nv.gather(1, column_N1) - inside_N1.to(dtype)
-                )  # subtracts 1 in the label's column
+                )  # subtracts 1 from the label's probability
                 error_Nv = error_Nv.mul_(scale_BS[tile][:, None]).to(x_BSD.dtype)
                 x_gradient[tile] += error_Nv @ part_vD
                 if weight_gradient is not None:

@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         return self.args.two_batch_overlap and torch.is_grad_enabled()
 
     def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[Any, AttentionMask]:
-        """Returns a mask for each window, made once for all layers of the window; a dense mask takes B x S^2 bytes."""
+        """Returns a mask for each window, made once for all layers with this window. A dense mask takes B x S^2 bytes."""
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
         return {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
 
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.args.tie_embeddings else self.output.weight
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] below are the largest activation
+        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] of the next lines are the largest activation
         return F.linear(x_BSD, self._output.to(x_BSD.dtype))
 
     def _losses(self, x_BSD: Tensor, labels_BS: Tensor, teacher: TeacherOutput | None) -> Tensor:

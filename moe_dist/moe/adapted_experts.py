@@ -47,7 +47,7 @@ class AdaptedStack(ExpertStack):
     """The experts of one group on this rank, with adapters. The adapters of all experts are stacked, `<target>_a` [e, r, I]
     and `<target>_b` [e, O, r]. A shared adapter is `adapters.<target>.a` [r, I] and `.b` [O, r]."""
 
-    biases: ClassVar[Sequence[str]] = ()  # names of the experts' biases, [e, O] each
+    biases: ClassVar[Sequence[str]] = ()  # names of the experts' bias parameters, [e, O] each
 
     def __init__(
         self,

@@ -144,7 +144,7 @@ class LoRAExperts(nn.Module):
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = weight_N.index_select(0, plan.pair_Q)  # not weight_N[pair_Q], whose backward sorts on CUDA
+        weight_Q = weight_N.index_select(0, plan.pair_Q)  # instead of weight_N[pair_Q], whose backward sorts on CUDA
         weight_Q = expert_weights(weight_Q, self._weight) * self._scale  # applied to r numbers per pair, not O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]

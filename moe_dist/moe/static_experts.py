@@ -42,7 +42,7 @@ class StaticStack(ExpertStack):
             return for_gate_PD
         if device.type == "cpu" and (not room or why_not_grouped(dtype, device, self.widths)):
             gate, up, down = (self.weight(name, dtype) for name in ("gate", "up", "down"))
-            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # on the host, so no sync
+            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # the tensor is on the CPU, so this does not sync
             y_QD = loop_swiglu(x_QD, gate, up, down, rows, activate)
             return F.pad(y_QD, (0, 0, 0, room - y_QD.shape[0]))
         gate, up, down = self.grouped_weights(dtype)
@@ -59,7 +59,7 @@ class _Product:
 
     def __call__(self, x_PI: Tensor, weight_eOI: Tensor) -> Tensor:
         weight_eOI = weight_eOI.view_as(weight_eOI)  # a view, because a hook on the parameter would stay
-        if weight_eOI.requires_grad:  # torch does not document the gradient of an expert without rows
+        if weight_eOI.requires_grad:  # because torch does not document the gradient of an expert without rows
             weight_eOI.register_hook(lambda gradient: gradient.masked_fill(self.empty_e11, 0.0))
         y_PO = F.grouped_mm(x_PI, weight_eOI.transpose(-2, -1), offs=self.offsets)
         if y_PO.requires_grad:

@@ -82,7 +82,7 @@ def make_optimizer(
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    # the reason why Apex cannot be used, or None
+    # text with the reason why Apex cannot be used, or None
     obstacle = (
         "its moments are fp32; set optimizer.moments=fp32" if moments == "bf16" else _apex_obstacle(apex_adam, parameters)
     )
@@ -177,7 +177,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device: no sync
+    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that nothing syncs
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32

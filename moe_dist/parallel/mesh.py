@@ -23,7 +23,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)  # long enough for the slowest rank's write
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the slowest rank takes to write a checkpoint
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
@@ -114,7 +114,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs its mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # created also for one rank, because FSDP2 needs its mesh
     backend = "fake" if dist.get_backend() == "fake" else "gloo"
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(

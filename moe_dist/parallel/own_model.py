@@ -237,7 +237,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     shapes differ."""
     own = dict(state)
     for path, _, experts, planner in _expert_stacks(model):
-        if path in state and len(state[path]) == experts.num_experts:  # else load_state_dict reports the shape
+        if path in state and len(state[path]) == experts.num_experts:  # otherwise load_state_dict reports the wrong shape
             local = planner.placement.local_experts(planner.wire.rank, experts)
             own[path] = state[path][[expert - experts.first_expert for expert in local]]
     for name, mine in model.state_dict().items():

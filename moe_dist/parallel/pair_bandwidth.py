@@ -125,7 +125,7 @@ class PairMeasurement:
 
 
 def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
-    collective()  # opens connections
+    collective()  # the first call opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
     dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # so that all ranks repeat equally often

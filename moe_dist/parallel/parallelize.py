@@ -108,7 +108,7 @@ class ParallelModel:
             for stack in self._stacks if last else ():
                 stack.keep_copies(False)  # the optimizer, or a load after an error, changes the weights next
             if self._once and last:
-                self._root.set_reshard_after_forward(True)  # else an evaluation would leave all parameters gathered
+                self._root.set_reshard_after_forward(True)  # otherwise an evaluation would leave all parameters gathered
 
     @property
     def _root(self) -> FSDPModule:
@@ -166,7 +166,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)  # last, because the model takes the parameters that no unit has
+    fully_shard(model, **options)  # sharded last, because the model takes the parameters that no unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum instead of an average
@@ -232,7 +232,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # now, so that the first step uses the buckets of later steps
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the buckets of later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

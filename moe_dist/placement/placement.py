@@ -111,7 +111,7 @@ class ExpertPlacement:
         """Returns the number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property  # each layer's dispatch plan reads it
+    @cached_property  # cached, because each layer's dispatch plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
         """Returns the rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())

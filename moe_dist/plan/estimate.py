@@ -168,8 +168,8 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns the seconds that sums, gathers and the optimizer add to a step: where no compute covers them, and by
-        slowing the compute that runs at the same time."""
+        """Returns the seconds that sums, gathers and the optimizer add to a step: seconds that no compute covers, and
+        seconds by which they slow simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)

@@ -152,7 +152,7 @@ def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group
     after `steps` steps, or when no expert of the busiest ranks lowers `pace`."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
-    tried = np.zeros(len(rank_S), bool)  # items that were tried in vain since the last swap
+    tried = np.zeros(len(rank_S), bool)  # items that were tried without success since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)
         # The load that each expert adds to the busiest ranks: its load in the layers whose busiest rank holds the expert.

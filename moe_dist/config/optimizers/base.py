@@ -44,7 +44,7 @@ class OptimizerSection(Section):
 
     kind: Any
 
-    orthogonal: ClassVar[bool] = False  # true if matrices have only the first of AdamW's two moments
+    orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
     betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")

@@ -136,7 +136,7 @@ class AdaptiveRouterSection(RouterSection):
     """The base of routers in which the number of columns depends on the token, at most the group's top_k. Only controllers
     with a target may change their selection biases, because these biases set how many columns a token takes."""
 
-    least_columns: ClassVar[int] = 0  # number of columns that each token takes at least
+    least_columns: ClassVar[int] = 0  # least number of columns that each token takes
 
     @property
     def has_selection_bias(self) -> bool:

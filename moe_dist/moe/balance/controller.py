@@ -74,7 +74,7 @@ class BiasController:
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1, self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update without tokens
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update where the group has no tokens
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
                         bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place, because it is the model's buffer

@@ -165,7 +165,7 @@ class DispatchSend:
         torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of these rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
-        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while remote rows are in flight
+        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # runs while remote rows are in flight
 
     def wait_weights(self) -> Tensor:
         """Returns the weights [Q] in the order in which the experts use the pairs."""
@@ -189,7 +189,7 @@ class CombineReceive:
         name = COMBINE_ROWS
         if grad_weight_Q is not None:
             name, num_own = DISPATCH_ROWS + BACKWARD, plan.pair_P.shape[0] - plan.num_remote_pairs
-            if plan.order_Q is not None:  # back to the order of arrival
+            if plan.order_Q is not None:  # sorts the gradients back to the order of arrival
                 grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
             self.own_weight = grad_weight_Q[:num_own]
             self.weights = exchange.start(grad_weight_Q[num_own:], plan, DISPATCH_WEIGHTS + BACKWARD, back=True)

@@ -193,7 +193,7 @@ class EndDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()  # issued first, so waited for first
+        weight_Q = send.wait_weights()  # waits for the weights first, because they were issued first
         return chain.new_empty(0), send.wait(), weight_Q
 
     @staticmethod

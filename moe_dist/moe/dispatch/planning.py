@@ -232,9 +232,9 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy, so one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both costs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # a list of arrays [C, X], one per rank, because X depends on the rank's number of slots
+        # a list with an array [C, X] per rank, because X depends on the rank's number of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -296,7 +296,7 @@ class Planner:
         whole = self.chunks == 1 and not self.own_apart  # true if the pairs are in this order already
         pairs = [pair_P] if whole else [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]  # sent as int32
+        return pairs, [each.to(torch.int64) for each in indices]  # indices are sent as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: Counts, num_tokens: int

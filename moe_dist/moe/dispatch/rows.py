@@ -39,7 +39,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
         ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not save_for_backward, because the plan keeps the index
-        return table_TD.index_select(0, index_Q)  # faster on the host than table[index]
+        return table_TD.index_select(0, index_Q)  # index_select is faster on the host than table[index]
 
     @staticmethod
     @once_differentiable
@@ -154,8 +154,8 @@ class TorchKernels:
         if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
             sum_MD = own_OD.new_zeros((index.num_rows, own_OD.shape[1]), dtype=dtype)
         else:
-            sum_MD = base_MD.to(dtype, copy=True)  # copied, because the caller keeps its tensor
-        add_rows(sum_MD, row_O, own_OD)  # while remote rows are in flight
+            sum_MD = base_MD.to(dtype, copy=True)  # a copy, because the caller keeps its tensor
+        add_rows(sum_MD, row_O, own_OD)  # runs while remote rows are in flight
         return add_rows(sum_MD, row_S, wait()).to(own_OD.dtype)
 
 

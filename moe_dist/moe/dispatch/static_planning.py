@@ -208,7 +208,8 @@ class StaticPlanner(Planner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X`, `end_X`, and the number of pairs of each group beyond the room [G]."""
+        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and the number of each group's pairs beyond the room
+        [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
         padding_G = (fixed.computed_G - total_G).clamp_min(0)

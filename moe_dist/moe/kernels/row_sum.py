@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dist.moe.kernels.operation import block_of, launch, operation
 
 
-@triton.jit(do_not_specialize=["num_own"])  # else some values would each compile a kernel
+@triton.jit(do_not_specialize=["num_own"])  # otherwise some values would each compile a kernel
 def row_sum_kernel(
     own,
     received,

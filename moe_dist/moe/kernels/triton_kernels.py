@@ -70,8 +70,8 @@ class TritonKernels:
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
-        # Own rows are summed after the received rows have arrived: a separate pass would write and read M more rows than
-        # one kernel.
+        # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M more
+        # rows than one kernel.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 

@@ -80,7 +80,7 @@ class GroupLimitedRouter(TopKRouter):
         earlier of two equal node groups wins."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk defines no order of ties
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 

@@ -163,7 +163,7 @@ class SelectionScope:
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
             logits_TE[token_T] = local_TE
-            for group in self.shares:  # each token is on one rank, so every bit stays
+            for group in self.shares:  # each token is on one rank, so the sum adds only zeros and keeps every bit
                 sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -178,7 +178,7 @@ class SelectionScope:
         """Returns the logits of the scope's tokens [U, E], by one all-gather if the scope has several ranks."""
         if self.group is None:
             return logits_TE
-        longest = max(lengths)  # all-gather needs equal sizes
+        longest = max(lengths)  # all-gather needs equal sizes on all ranks
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
         gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # [S T, E] on every rank

@@ -235,7 +235,7 @@ class TopKRouter(nn.Module):
                     num_rows = group.num_experts
                     slices = [rows] if rows.shape[0] == num_rows else rows.split(num_rows)  # backward of a split copies
                     products = [F.linear(h_TD, slice_nD) for slice_nD in slices]
-                    single = (kind, self.null_logit) == ("null", "single")  # one logit for all null columns
+                    single = (kind, self.null_logit) == ("null", "single")  # true if all null columns share one logit
                     parts += [products[0].expand(-1, count)] if single else products
         logits_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.logit_bias:
@@ -272,7 +272,7 @@ class TopKRouter(nn.Module):
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device: no sync
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
@@ -284,7 +284,7 @@ class TopKRouter(nn.Module):
         column_TK = cache.choice_TK
         valid_TK = self._valid(group_T)
         true_TK = valid_TK & (column_TK < self.num_experts)
-        null_TK = valid_TK ^ true_TK  # all other valid choices
+        null_TK = valid_TK ^ true_TK  # all valid choices that are not true
         if self.num_zero_computation:
             null_TK = null_TK & (column_TK < self.first_zero_computation)
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
