@@ -110,7 +110,7 @@ class MoESection(Section):
     shared_ffn_dim: Count = 0
     """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
-    """Multiply the shared expert's output by a learned sigmoid gate, one number per token (Qwen2-MoE)."""
+    """Multiply the shared expert's output by a learned sigmoid gate with one number per token (Qwen2-MoE)."""
     shortcut: bool = False
     """Add the routed experts' output to the output of the next layer, which must be dense, instead of their own layer's
     output (LongCat-Flash). The output of the shared expert stays in its own layer."""
@@ -176,8 +176,8 @@ class MixtureOfDepthsSection(Section):
     world exchange one score per token in each mixture-of-depths layer."""
     causal: Literal["threshold", "auxiliary"] = "auxiliary"
     """Selection in evaluation and generation, which must not depend on later tokens. threshold: a layer computes tokens
-    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router
-    decides, which is trained with the model."""
+    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router,
+    which is trained with the model, decides."""
     threshold_decay: Decay = 0.99
     """Decay per step of the running mean that gives the threshold; the mean covers about 1 / (1 - decay) steps."""
 

@@ -82,7 +82,7 @@ class ParallelSection(Section):
     operation without a repeatable kernel is an error. A CPU run always repeats."""
     start_seconds: PositiveFloat = 1800.0
     """Seconds that a rank waits at a start for missing ranks: nodes start at different times, containers and imports may
-    take long, and rank 0 may wait 90 s for an earlier attempt to end. Every 30 s the log names the missing ranks."""
+    take long, and rank 0 may wait 90 s for an earlier attempt to end. The log names the missing ranks every 30 s."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
     """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the

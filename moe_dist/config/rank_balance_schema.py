@@ -30,13 +30,13 @@ class ReplicatingSection(Section):
     loads of the second half. Replicas are refused unless they would save, in as many further steps, more than the exchanges
     of their weights cost."""
     slots: PositiveInt = 1
-    """Most replicas on a rank in a layer. Their weights take memory from forward to backward."""
+    """Most replicas on a rank in a layer. The replicas' weights take memory from forward to backward."""
     flops_per_byte: PositiveFloat = 10000.0
     """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 
 
 class RankBalanceSection(Section):
-    """Levers that keep the ranks equally busy during the run. They change no loss beyond rounding."""
+    """Levers that keep the ranks equally busy during the run. The levers change no loss beyond rounding."""
 
     dealing: bool = False
     """Deal the sequences of a step to the ranks so that the ranks' expected costs are equal: attention by the square of the

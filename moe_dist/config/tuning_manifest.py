@@ -1,4 +1,5 @@
-"""Reads and checks the folder of samples for router tuning. It has S samples, routed in L layers of C router columns.
+"""Reads and checks the folder of samples for router tuning. The folder has S samples, routed in L layers of C router
+columns.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
     tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer

@@ -26,10 +26,10 @@ class ModelArgs:
         moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
         rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
-        rope_dim: Number of values of each head that RoPE rotates, the first ones; None: all of them.
+        rope_dim: Number of first values of each head that RoPE rotates; None: all values.
         rope_pairs: Which values rotate together: i and i + rope_dim / 2 (`halves`), or 2 i and 2 i + 1 (`adjacent`).
-        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. Empty:
-            no layer has a window.
+        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. If the
+            tuple is empty, no layer has a window.
         qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.

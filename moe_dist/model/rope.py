@@ -1,8 +1,8 @@
 """Frequencies of rotary positions (RoFormer, arXiv 2104.09864), and their scalings for longer sequences.
 
-A scaling takes the head width d, the base and the positions int64 [B, S] (0 for padding). It returns the frequencies, fp32
-[d / 2] or [B, 1, 1, d / 2] with a row for each sequence, and a factor of cosines and sines. Shape letters: B sequences, S
-positions.
+A scaling takes the head width d, the base and the positions int64 [B, S] (0 for padding). The scaling returns the
+frequencies, fp32 [d / 2] or [B, 1, 1, d / 2] with a row for each sequence, and a factor of cosines and sines. Shape
+letters: B sequences, S positions.
 """
 
 import math

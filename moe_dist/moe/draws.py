@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` without keeping its activations: backward computes them again. It saves no random state, because
-    every random number of a layer depends only on its name."""
+    """Calls `function` without keeping its activations: backward computes them again. The call saves no random state,
+    because every random number of a layer depends only on its name."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

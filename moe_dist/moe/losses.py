@@ -74,7 +74,7 @@ def balance_terms(
     load.
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
-    other columns (Z). With w = 1 and equal loads of all columns the loss is 1, as in ZEDA's paper. The other kinds then
+    remaining columns (Z). With w = 1 and equal loads of all columns the loss is 1, as in ZEDA's paper. The other kinds then
     have the value k, the number of choices per token:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))

@@ -19,7 +19,7 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 class Assignments(NamedTuple):
     """The (token, expert) pairs of one layer on this rank. The dispatcher sees no other part of the routing.
 
-    N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that the host knows shapes
+    N, the number of pairs, does not depend on the routing (N = T x K for token choice), so that the host knows shapes
     without a sync. A pair that no expert computes (a null choice, padding) therefore stays in the list as an absent pair.
     All other pairs are called taken; no taken pair occurs twice.
 
@@ -138,7 +138,8 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks find its tensors.
+    """The report that an MoE layer returns beside its output. The report is a NamedTuple, so that FSDP2's hooks find its
+    tensors.
 
     Attributes:
         sums: Sums of the router over this rank's tokens.
@@ -172,7 +173,7 @@ class GlobalBatchInfo:
     """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
 
     Attributes:
-        step: Optimizer step, counted from 0. It is part of the names of random numbers.
+        step: Optimizer step, counted from 0. The step is part of the names of random numbers.
         first_token: Index of the micro-batch's first token among all tokens of the step.
         rank: Global rank of this process. Ranks that share sequences count as one rank here and below.
         tokens_W: Number of tokens of each rank of the world, padding included.
@@ -199,7 +200,7 @@ class RoutingRequest:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
         token_T: int64, index of each token in its micro-batch; None if the tokens are in this order.
-        experts_off: If true, routed experts add 0 to the output. They and their collectives still run.
+        experts_off: If true, routed experts add 0 to the output. The experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
             starts the sum of routing counts there.

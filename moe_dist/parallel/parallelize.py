@@ -140,7 +140,7 @@ def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place. Its units are each layer's attention, each MoE layer or FFN, and the model with all other
+    """Applies FSDP2 in place. The units are each layer's attention, each MoE layer or FFN, and the model with all other
     parameters.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no

@@ -217,7 +217,7 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
 
-    Backward ends at the first tuned layer, the one nearest to the input. In that layer, the router computes its weights'
+    Backward ends at the first tuned layer, which is nearest to the input. In that layer, the router computes its weights'
     gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights together.
     In the layers after it, a product with a frozen weight computes only its input's gradient, which costs as much as
     forward. Attention scores are products of two activations and compute both gradients.

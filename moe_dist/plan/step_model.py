@@ -1,7 +1,7 @@
 """Simulates a micro-batch on the ranks of an EP group, as a queue of events. Imports no torch.
 
 A rank has two streams, COMPUTE and WIRE. Each stream runs its events in the order of the queue. An event starts when its
-stream is free and the events that it waits for have ended. An exchange starts when all ranks have come to it, so the
+stream is free and the events that it waits for have ended. An exchange starts when all ranks have reached it, so the
 slowest rank sets the pace. Seconds of an event differ between ranks and between draws of the routing.
 
 Shape letters: S draws of the routing, R ranks of an EP group.

@@ -57,7 +57,7 @@ NEEDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 class MegatronEngineSection(EngineSection):
     """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
-    size is parallel.ep x parallel.edp as always. Experts are sharded over the ranks of a pipeline stage."""
+    size is parallel.ep x parallel.edp, as with the own engine. Experts are sharded over the ranks of a pipeline stage."""
 
     kind: Literal["megatron"] = "megatron"
     tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")

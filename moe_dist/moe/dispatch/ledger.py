@@ -10,7 +10,7 @@ rank:
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
     rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
-    rows_null_remapped  one row per taken pair, and one per null choice, as if sent to a true expert
+    rows_null_remapped  rows_per_pair, and one row per null choice, as if a true expert took it
     rows_bound          the most that any choices of these tokens send if each token sends one row to a rank: its top_k, or
                         the ranks of the node groups that it may use (`ExpertPlacement.most_rows`, without replicas)
 

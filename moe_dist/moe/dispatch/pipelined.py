@@ -109,7 +109,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         y_parts = []
         chain: Any = StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
-            if index + 1 < len(flights):  # the next chunk is in flight while this one is computed
+            if index + 1 < len(flights):  # the next chunk is in flight while this chunk is computed
                 chain = StartDispatch.apply(chain, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 chain, here_TD, here_N = _Gate.apply(chain, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]

@@ -33,7 +33,8 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. Their rows are the tokens.
+    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. The row of a pair is its
+    token.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.

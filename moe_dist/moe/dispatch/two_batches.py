@@ -1,10 +1,10 @@
 """Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
 
-`steps` is a generator. It yields when an exchange has been issued and all further computation needs the result. The caller
-then runs the other half up to that half's next exchange (`moe_dist.model.two_batches`). `pipelined` defines the autograd
-nodes. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order: every rank
-issues the same collectives in the same order. The order for halves A and B; each line is computed while the exchanges of
-the line before are in flight:
+`steps` is a generator, which yields when an exchange has been issued and all further computation needs the result. The
+caller then runs the other half up to that half's next exchange (`moe_dist.model.two_batches`). `pipelined` defines the
+autograd nodes. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order: every
+rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the exchanges
+of the line before are in flight:
 
     forward     A  attention, router                    StartDispatch
                 B  attention, router                    StartDispatch
@@ -35,8 +35,8 @@ class Chain:
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches as `AllToAllDispatcher`. Its `run` dispatches whole micro-batches, as in evaluation; `steps` dispatches
-    one half."""
+    """Dispatches as `AllToAllDispatcher`. The method `run` dispatches whole micro-batches, as in evaluation; `steps`
+    dispatches one half."""
 
     def steps(
         self,

@@ -1,4 +1,5 @@
-"""Triton kernels that plan an exchange of fixed sizes, for token choice. They follow `count` and `scan` of `plan.py`:
+"""Triton kernels that plan an exchange of fixed sizes, for token choice. These kernels run after `count` and `scan` of
+`plan.py`:
 
     place    pairs and rows for each rank, and the rows of each token
     pad      places of pairs and rows that stay empty

@@ -1,6 +1,6 @@
 """Base class of the routers that take a number of experts that depends on the token, at most the group's `top_k`.
 
-    T(x) = the first columns of the token by score, those that the router's rule keeps
+    T(x) = the first columns of the token by score, as far as the router's rule keeps them
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
 
 A choice that the rule does not keep becomes an absent pair, like a null choice. The rule of each router sees one token
@@ -27,7 +27,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class AdaptiveRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, to as many columns as `_kept` says.
+    """Routes T tokens, each inside its expert group, to the columns that `_kept` marks.
 
     Args:
         hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`.

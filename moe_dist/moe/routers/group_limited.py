@@ -37,7 +37,8 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups in each modality group. It must divide each modality group's number of true experts.
+        n_group: Number of node groups in each modality group. This number must divide each modality group's number of true
+            experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.

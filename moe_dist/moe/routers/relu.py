@@ -8,7 +8,7 @@ A column with the logit 0 has the weight 0, so the output is a continuous functi
 are positive. b is the selection bias of a controller. ReMoE controls the number of experts by the coefficient of an L1 loss
 instead: it multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
 too few. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the balance
-loss takes r, not normalised, as probabilities. Its coefficient follows `loss.balance.schedule`. The reported entropy is the
+loss takes r, not normalised, as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy is the
 entropy of r / sum(r).
 
 A token may take no expert. A null column that is taken adds 0 and only uses up one of the top_k places. Shape
