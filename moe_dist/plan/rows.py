@@ -26,7 +26,7 @@ class Load:
 
     Attributes:
         inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
-        nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
+            nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
         sent_inside, sent_between: Rows that a rank sends, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
         pairs, own: Pairs that the rank computes, and among them the pairs of its own tokens.

@@ -32,7 +32,7 @@ def solve(
         load_LE: Work of each expert in each layer.
         slots_R: Most experts of each rank, as its memory allows.
         allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
-        allows all.
+            allows all.
 
     Raises:
         ConfigError: the slots cannot hold the experts.
