@@ -14,8 +14,8 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items that this rank sends to, and receives from, each rank of the process group. For rows the entry of
-    this rank itself is 0 (`split_sizes`), for metadata it need not be."""
+    """Numbers of items that this rank sends to, and receives from, each rank of the process group. The entry of this rank
+    itself is 0 for rows (`split_sizes`), but may be above 0 for metadata."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -70,7 +70,8 @@ class Pending:
 
     def _tracked(self) -> AbstractContextManager[None]:
         """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call it: a group's first
-        collective may wait for other ranks in `issue` already. Between the two the watchdog sees no collective."""
+        collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog sees no
+        collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -122,7 +123,7 @@ class AllToAll:
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
         pending = Pending(self, layer, name, splits, received)
         if self.group is not None:
-            remote = sum(splits.send) - splits.send[self.rank]  # this rank's own slice stays here
+            remote = sum(splits.send) - splits.send[self.rank]  # this rank's own slice stays on this rank
             row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
             self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
             pending.issue(items.contiguous())  # copies only if the items are not contiguous

@@ -27,8 +27,8 @@ class CommStats:
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
         seconds: On CPU, the time that the host spent in calls of collectives and in waits for them; on CUDA, the time that
             the stream waited for them, which `drain` adds. While a collective runs beside computation, no time is counted.
-        events: None, or a list that records what happens, in order: the name of each collective at its call, "wait <name>"
-            at its wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
+        events: None, or a list that records events in order: the name of each collective at its call, "wait <name>" at its
+            wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
     """
 
     payload_bytes: int = 0
@@ -107,7 +107,8 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the stream's waiting times on CUDA to `seconds`. It syncs, so call it only once per step, at the end."""
+        """Adds the stream's waiting times on CUDA to `seconds`. Syncs with the device, so call `drain` only once per step,
+        at the end."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3
@@ -146,8 +147,8 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
-    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker is told at the start and at
-    the wait."""
+    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker sees the start and the
+    wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

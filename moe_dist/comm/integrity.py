@@ -11,8 +11,9 @@ each times an odd 15-bit weight, so that a changed word changes the term. The pl
 its slice, its source rank and its destination rank, so that lost, doubled or swapped rows are found. Shape letters: N rows,
 B bytes of a row, W words.
 
-The rank that finds an error raises, and enters no other collective. Its exit closes its connections, and the launcher ends
-the other ranks. The ranks do not vote on the error, because after a damaged exchange no collective can be trusted.
+The rank that finds an error raises, and enters no other collective. The rank's exit closes its connections, and the
+launcher ends the other ranks. The ranks do not vote on the error, because after a damaged exchange no collective can be
+trusted.
 """
 
 import math
@@ -34,7 +35,7 @@ MAX_ROW_BYTES = 4 << 16  # with larger rows the content term, up to words x 2^31
 
 
 def content_sums(rows: Tensor) -> Tensor:
-    """Returns each row's content term, int64 [N]. It is exact, so all devices agree. Rows may have any shape or dtype.
+    """Returns each row's content term, int64 [N]. All devices compute the same integer. Rows may have any shape or dtype.
 
     The sums cost about two passes over the rows, and 8 bytes of memory per 32-bit word.
     """
@@ -86,7 +87,7 @@ class CheckedAllToAll(AllToAll):
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS  # of the rows as they are before the exchange
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # checksums of the rows before the exchange
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)

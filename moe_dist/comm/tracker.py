@@ -52,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses work that calls collectives which are not tracked, such as FSDP2's. If the rank then neither enters nor
-        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses code that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
+        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -74,8 +74,8 @@ class CollectiveTracker:
     ) -> Iterator[None]:
         """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call returns before the collective has run. So the collective counts as unfinished until the stream has
-        passed it.
+        On CUDA the call returns before the collective has run. The collective thus counts as unfinished until the stream
+        has passed it.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())
@@ -86,7 +86,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # here, because a run on one GPU has no watchdog that calls `oldest`
+                    self._remove_finished(all=False)  # because a run on one GPU has no watchdog that calls `oldest`
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
@@ -103,7 +103,7 @@ class CollectiveTracker:
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
 
     def _remove_finished(self, *, all: bool) -> None:
-        """Removes the entries whose collectives the stream has passed: all of them if `all`, otherwise only those before
+        """Removes the entries whose collectives the stream has passed: all such entries if `all`, else only entries before
         the first collective that the stream has not passed."""
         for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
             if finished is not None and finished():
@@ -130,7 +130,7 @@ def track_collective(
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
     """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
-    import torch  # here, because login nodes without torch import this file
+    import torch  # imported here, because login nodes without torch import this file
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

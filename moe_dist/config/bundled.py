@@ -7,21 +7,21 @@ from pathlib import Path
 
 from moe_dist import __version__
 
-VERSION = __version__  # version of this package; other rooms import it from here
+VERSION = __version__  # version of this package; other modules import it from this file
 _NEAR = 0.75  # least similarity (difflib's ratio) of a name that an error text proposes
 
 
 def source_root() -> Path:
-    """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone it is the clone itself. An
-    installed package has copies of them in its folder `bundled`."""
+    """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone this is the clone itself. An
+    installed package has copies of these folders in its folder `bundled`."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent
 
 
 def find_config(path: str | Path) -> Path:
-    """Finds the configuration file `path`, whose .yaml may be omitted, in the current folder, in `source_root()` or in
-    configs/ there. Returns `path` itself if there is no such file."""
+    """Finds the configuration file `path`, whose .yaml may be omitted, in the current folder, in `source_root()` or in its
+    folder configs/. Returns `path` itself if there is no such file."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]

@@ -4,7 +4,8 @@ settings, so a run may continue at another site.
     configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
-are quoted. But `prelude` is shell code, so a cluster file can do all that a script can: read it before you use it."""
+are quoted. `prelude` is shell code, with which a cluster file can do everything that a script can: read the file before you
+    use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -99,15 +100,15 @@ class Cluster(Section):
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """More options of sbatch, as --mem=0 or --reservation=x. They apply to every part of a job."""
+    """More options of sbatch, as --mem=0 or --reservation=x. These options apply to every part of a job."""
     srun_options: tuple[Option, ...] = ()
     """More options of the srun that starts the ranks, as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
     exclude: tuple[SiteName, ...] = ()
     """Nodes that no run uses: Slurm's names of nodes, or host names or addresses of Ray's nodes."""
     spare_nodes: Count = 0
-    """Nodes that a Slurm job requests beyond its plan. They replace nodes that were at fault in an earlier attempt."""
+    """Nodes that a Slurm job requests beyond its plan, to replace nodes that were at fault in an earlier attempt."""
     array_tasks: PositiveInt | None = None
-    """Tasks of an array that run at the same time. null: no limit."""
+    """Most tasks of a job array that run at the same time. null: no limit."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
@@ -139,13 +140,13 @@ class Cluster(Section):
 
     @property
     def network_variables(self) -> dict[str, str]:
-        """Environment variables for NCCL and gloo: those of the key `nccl`, and the network interface for both."""
+        """Environment variables for NCCL and gloo: the variables of the key `nccl`, and the network interface for both."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else, or for 0 (no limit),
-        the empty text.
+        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else the empty text, as
+        for the limit 0 (no limit).
 
         Args:
             seconds: The time limit of an attempt; by default `time`.

@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """Returns type, default and meaning of a key; for a section, of each key in it; for the key '', of each section.
+    """Returns type, default and meaning of a key, of each key of a section, or (for the key '') of each section.
 
     Raises:
         ConfigError: the key does not exist; the message names the most similar key.

@@ -32,7 +32,7 @@ class IndexHeader:
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
-    """Returns the paths <prefix>.idx and <prefix>.bin. Dots in the prefix stay."""
+    """Returns the paths <prefix>.idx and <prefix>.bin. Keeps dots in the prefix."""
     return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
 
 
@@ -78,7 +78,7 @@ def read_index_header(prefix: Path) -> IndexHeader:
 
 def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
     """Returns the largest token id in <prefix>.bin. Reads a file of at most `max_bytes` whole (about a second per GiB if
-    it is in the page cache). Of a larger file it reads only evenly spaced blocks, `max_bytes` in all.
+    it is in the page cache). From a larger file this function reads only evenly spaced blocks, `max_bytes` in all.
 
     Raises:
         DataError: as `read_index_header`; or the ids are not integers, or an id is negative.

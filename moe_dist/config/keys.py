@@ -121,8 +121,8 @@ def _all_paths(root: type[BaseModel]) -> list[str]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """Returns the schema's key most similar to the unknown key `path`: in the same section if one is similar, else with the
-    same name in another section, else any similar key; None without one."""
+    """Returns the schema's key most similar to the unknown key `path`: a similar key of the same section, else a key with
+    the same name in another section, else any similar key; None if no key is similar."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}

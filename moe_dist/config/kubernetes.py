@@ -24,9 +24,9 @@ class KubernetesSection(Section):
     """Names of PersistentVolumeClaims and the folders at which all pods mount them. All nodes must be able to write to the
     claim of the run folders (access mode ReadWriteMany)."""
     secrets: tuple[ObjectName, ...] = ()
-    """Names of Secrets. Each of their keys becomes an environment variable of the ranks."""
+    """Names of Secrets. Each key of a Secret becomes an environment variable of the ranks."""
     node_labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
-    """Labels that every node of a run must have, besides those of `placement.groups.<group>.node`."""
+    """Labels that every node of a run must have, besides the labels in `placement.groups.<group>.node`."""
     gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Name of the GPU resource of a node.")
     domain_label: LabelKey | None = None
     """Label whose value is equal on all nodes of an interconnect domain, as nvidia.com/gpu.clique. Needed if an EP group

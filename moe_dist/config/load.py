@@ -31,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: YAML file, or its name as in `find_config`.
-        overrides: `key=value` with a dotted key; the value is read as YAML. Later ones win.
+        overrides: `key=value` with a dotted key; the value is read as YAML. A later override of a key wins.
 
     Raises:
         ConfigError: lists every fault of the file and the overrides.
@@ -45,7 +45,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # runs write this file by renames, which leave no link
+    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so it is never a link
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 

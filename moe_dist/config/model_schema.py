@@ -104,17 +104,16 @@ class MoESection(Section):
     capacity: CapacitySection | None = None
     """Bound of the (token, expert) pairs of each expert in training. null: no bound."""
     balance: tuple[AnyController, ...] = ()
-    """Controllers of the router's selection bias, at most one of each kind. The bias changes by the sum of their
-    changes."""
+    """Controllers of the router's selection bias, at most one of each kind. The changes of all controllers are added up."""
     every: PositiveInt = Field(default=1, description="Every n-th layer is an MoE layer; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
     shared_ffn_dim: Count = 0
     """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
-    """Multiply the shared expert's output by a learned sigmoid gate, one number per token (Qwen2-MoE)."""
+    """Multiply the shared expert's output by a learned sigmoid gate with one number per token (Qwen2-MoE)."""
     shortcut: bool = False
-    """Add the routed experts' output not to the output of their own layer, but to that of the next layer, which must be
-    dense (LongCat-Flash). The output of the shared expert stays in its own layer."""
+    """Add the routed experts' output to the output of the next layer, which must be dense, instead of their own layer's
+    output (LongCat-Flash). The output of the shared expert stays in its own layer."""
 
     def violations(self) -> Iterator[Violation]:
         if self.shared_gate and not self.shared_ffn_dim:
@@ -177,10 +176,10 @@ class MixtureOfDepthsSection(Section):
     world exchange one score per token in each mixture-of-depths layer."""
     causal: Literal["threshold", "auxiliary"] = "auxiliary"
     """Selection in evaluation and generation, which must not depend on later tokens. threshold: a layer computes tokens
-    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router
-    decides, which is trained with the model."""
+    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router,
+    which is trained with the model, decides."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running mean that gives the threshold; it averages over about 1 / (1 - decay) steps."""
+    """Decay per step of the running mean that gives the threshold; the mean covers about 1 / (1 - decay) steps."""
 
 
 class ModelSection(Section):
@@ -201,10 +200,10 @@ class ModelSection(Section):
     )
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     rope_scaling: AnyRopeScaling | None = None
-    """Change of the rotary frequencies for sequences longer than those of pretraining. null: no change."""
+    """Change of the rotary frequencies for sequences that are longer than in pretraining. null: no change."""
     rope_dim: PositiveInt | None = None
-    """Number of values of a head that RoPE rotates: the first ones, with attention.kind=latent the last ones. null: all of
-    them."""
+    """Number of values of a head that RoPE rotates: the first values, with attention.kind=latent the last. null: all
+    values."""
     rope_pairs: Literal["halves", "adjacent"] = "halves"
     """Values of a head that rotate together. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1 (Ernie
     4.5)."""
@@ -263,7 +262,7 @@ class ModelSection(Section):
 
     @property
     def largest_dropout(self) -> float:
-        """Largest dropout of all adapters; 0 without any."""
+        """Largest dropout of all adapters; 0 without adapters."""
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
     def violations(self) -> Iterator[Violation]:

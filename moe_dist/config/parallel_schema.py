@@ -49,8 +49,8 @@ class ParallelSection(Section):
     less, but keeps all parameters that a rank computes with (in the compute data type) and their gradients (in fp32) from
     the first micro-batch to the last."""
     recompute: Literal["none", "experts", "block"] = "none"
-    """Activations that backward computes again. experts: those of the experts' FFNs; no exchange is repeated. block: those
-    of attention and MoE layers; the dispatch exchange is repeated, but not the routing."""
+    """Activations that backward computes again. experts: activations of the experts' FFNs; no exchange is repeated. block:
+    activations of attention and MoE layers; the dispatch exchange is repeated, but not the routing."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Data type of the computation. Master weights and gradient sums are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA if there is a GPU.")
@@ -59,12 +59,12 @@ class ParallelSection(Section):
     recomputation in backward. null: no bound."""
     expert_gemm: Literal["auto", "grouped", "loop"] = "auto"
     """Matrix products of the experts: torch's grouped GEMM, or a loop over experts. auto takes grouped where the widths
-    allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
+    allow it and grouped is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
     kernels: KernelsSection = KernelsSection()
     """Kernels around the experts' matrix products."""
     compile: bool = False
-    """Compile norms, projections, dense and shared FFNs and the cross entropy by torch.compile. Fuses their operations, and
-    compiles for a minute at the start. Attention is compiled on CUDA in any case."""
+    """Compile norms, projections, dense and shared FFNs and the cross entropy by torch.compile. This fuses their
+    operations, and takes a minute at the start. Attention is compiled on CUDA in any case."""
     loss_words: PositiveInt | None = None
     """Words of the vocabulary whose logits the loss computes at once, for the tokens of one sequence. If the vocabulary has
     more words, backward computes all logits again (docs/parallelism.md). null: all words of a vocabulary up to 65,536, else
@@ -75,14 +75,14 @@ class ParallelSection(Section):
     dispatch: Annotated[AnyDispatch, default_kind("all_to_all")] = Field(default_factory=AllToAllDispatchSection)
     """Exchange that brings rows to the ranks of their experts and back."""
     two_batch_overlap: bool = False
-    """Cut each micro-batch of training into halves, and exchange the rows of one half while the other is computed. Needs an
-    even train.micro_batch and dispatch.kind=all_to_all (docs/parallelism.md)."""
+    """Cut each micro-batch of training into halves, and exchange the rows of one half while the other half is computed.
+    Needs an even train.micro_batch and dispatch.kind=all_to_all (docs/parallelism.md)."""
     deterministic: bool = False
     """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
     operation without a repeatable kernel is an error. A CPU run always repeats."""
     start_seconds: PositiveFloat = 1800.0
     """Seconds that a rank waits at a start for missing ranks: nodes start at different times, containers and imports may
-    take long, and rank 0 may wait 90 s for an earlier attempt to end. Every 30 s the log names the missing ranks."""
+    take long, and rank 0 may wait 90 s for an earlier attempt to end. The log names the missing ranks every 30 s."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
     """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the
@@ -97,7 +97,7 @@ class ParallelSection(Section):
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
     def loss_words_of(self, vocab_size: int) -> int | None:
-        """Returns the number of words whose logits the loss computes at once; None if it computes those of all words."""
+        """Returns the number of words whose logits the loss computes at once; None if it computes all logits at once."""
         words = self.loss_words or (LOSS_WORDS if vocab_size > WHOLE_VOCABULARY else vocab_size)
         return words if words < vocab_size else None
 
@@ -241,7 +241,8 @@ class InterleavedSection(Section):
 
 
 class PinnedSection(Section):
-    """Each expert group has its own ranks. Ranks that no group names are divided among the other groups, by their load."""
+    """Each expert group has its own ranks. Ranks that no group names are divided among the other groups, in proportion to
+    the groups' loads."""
 
     policy: Literal["pinned"] = "pinned"
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")

@@ -1,4 +1,4 @@
-"""Reads values into a schema even if they have faults, so that one error can report all faults.
+"""Reads values into a schema even if the values have faults, so that one error can report all faults.
 
 Each wrong value gives an error text, and is replaced by its default or by any valid value. The other values stay unchanged,
 so that later checks can test them. A run never starts with replaced values: `PartialConfig.checked` raises first.
@@ -42,7 +42,7 @@ class PartialConfig(Generic[S]):
 
     value: S | None  # the section, with wrong values replaced; None if it stayed invalid
     problems: tuple[str, ...]  # an error text for each fault of a single key, but none for a violated rule between keys
-    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` drops rules that compare these
+    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` drops violations about these paths
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
         """Returns the error texts of `violations`, except violations that compare a replaced value."""

@@ -17,7 +17,7 @@ class MovingSection(Section):
     """Steps between two decisions. A move is chosen by the loads of the first half of these steps, and judged by the loads
     of the second half."""
     payback_steps: PositiveInt = 100
-    """Largest number of steps in which a move must save its cost; else the move is refused."""
+    """A move is refused unless it saves its cost within this number of steps."""
     flops_per_byte: PositiveFloat = 10000.0
     """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 
@@ -26,20 +26,20 @@ class ReplicatingSection(Section):
     """Give hot experts slots on further ranks of an EP group, in single layers and for a while."""
 
     every: Annotated[int, Field(ge=2)] = 20
-    """Steps between two decisions. The loads of the first half of these steps find replicas, those of the second half judge
-    them. Replicas that would not save more than the exchanges of their weights cost, in as many further steps, are
-    refused."""
+    """Steps between two decisions. Replicas are chosen by the loads of the first half of these steps, and judged by the
+    loads of the second half. Replicas are refused unless they would save, in as many further steps, more than the exchanges
+    of their weights cost."""
     slots: PositiveInt = 1
-    """Most replicas on a rank in a layer. Their weights take memory from forward to backward."""
+    """Most replicas on a rank in a layer. The replicas' weights take memory from forward to backward."""
     flops_per_byte: PositiveFloat = 10000.0
     """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 
 
 class RankBalanceSection(Section):
-    """Levers that keep the ranks equally busy during the run. They change no loss beyond rounding."""
+    """Levers that keep the ranks equally busy during the run. The levers change no loss beyond rounding."""
 
     dealing: bool = False
-    """Deal the sequences of a step to the ranks so that their expected costs are equal: attention by the square of the
+    """Deal the sequences of a step to the ranks so that the ranks' expected costs are equal: attention by the square of the
     documents' lengths, experts by modality and share of null choices. A sequence stays in its micro-batch if a balance or z
     loss of one micro-batch is on (loss.balance.scope=micro_batch)."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class IrregularFileError(OSError):
-    """A path leads to no regular file, to one that is too large, or through a symbolic link that is not followed."""
+    """A path leads to no regular file, to a file that is too large, or through a symbolic link that is not followed."""
 
 
 def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
@@ -16,7 +16,7 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
 
     Args:
         links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: a rename leaves no
-        link, so a link there was made by somebody else.
+            link, so another program or person made a link at this path.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.
@@ -28,7 +28,7 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
         if error.errno == errno.ELOOP and not links:
             raise IrregularFileError(errno.EINVAL, "is a symbolic link", str(path)) from error
         raise
-    mode = os.fstat(descriptor).st_mode  # asked of the open file, because `path` may name another file by now
+    mode = os.fstat(descriptor).st_mode  # mode of the open file, because `path` may name another file by now
     if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)

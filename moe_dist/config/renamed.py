@@ -55,7 +55,7 @@ def translation(values: Any) -> tuple[Any, list[Rename]]:
 
 
 def new_key(key: str) -> str | None:
-    """Returns the dotted key in present names; None if no part of it has been renamed."""
+    """Returns the dotted key in present names; None if no part of the key has been renamed."""
     parts: list[str] = []
     for part in key.split("."):
         parts.append(KEYS.get(_below(_pattern(parts), part), part))
@@ -77,7 +77,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
     for name, item in value.items():
         today = KEYS.get(_below(pattern, name), name)
         if today != name and today in value:
-            today = name  # both names are there: the former name stays, and is reported as an unknown key
+            today = name  # both names exist: the former name stays, and is reported as an unknown key
         if today != name:
             renames.append(Rename(_below(old, name), _below(new, today)))
         found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)

@@ -48,8 +48,8 @@ class RunSection(Section):
     root: PathText = Field(default="runs", description="Folder that holds all runs.")
     seed: Count = Field(default=0, description="Seed of the initial weights, the data order and every other random draw.")
     group: Annotated[str, Field(pattern=UNIX_GROUP_PATTERN)] | None = None
-    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides what members
-    of the group may do. null does not change the group."""
+    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides the rights
+    of the group's members. null does not change the group."""
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
     this key."""
@@ -57,7 +57,8 @@ class RunSection(Section):
     """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
     expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. split_experts
-    cuts each expert of a mixture into finer ones. adapt puts new adapters on the unchanged model (train.only=adapters)."""
+    cuts each expert of a mixture into smaller experts. adapt puts new adapters on the unchanged model
+    (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
     Steps and learning rate still start at the beginning."""
@@ -99,7 +100,8 @@ class BalanceSection(Section):
     null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
     scope: Literal["micro_batch", "step"] = "micro_batch"
     """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
-    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: both of a micro-batch."""
+    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of
+    one micro-batch."""
     null_weight: dict[GroupName, PositiveFloat] = Field(default_factory=dict)
     """By group: target load of a null expert, divided by the target load of a true expert (w); 1 for groups that are not
     named. A balanced router then takes k n / (n + m w) true experts per token."""
@@ -144,7 +146,7 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    """Cross entropy and what is added to it."""
+    """Cross entropy and the terms added to it."""
 
     balance: BalanceSection = Field(
         default_factory=BalanceSection, description="Load-balance loss of each layer and group."
@@ -209,18 +211,18 @@ class EvaluationSection(Section):
     """Held-out sequences of each source in the last evaluation."""
     calibration: Count = 4
     """Number of the last training micro-batches of each rank by which an evaluation sets the thresholds of
-    router.causal=threshold and mixture_of_depths.causal=threshold: on these, an expert or layer takes as many tokens as in
-    training. 0 uses the running means unchanged."""
+    router.causal=threshold and mixture_of_depths.causal=threshold: on these micro-batches, an expert or layer takes as many
+    tokens as in training. 0 uses the running means unchanged."""
     balance_efficiency: bool = True
     """Measure the throughput with real routing, divided by the throughput with evenly spread routing. Not measured with
     LoRA experts, because every rank holds all of them."""
     ablate_experts: bool = True
     """At the end, also measure held-out loss with the experts' output set to zero."""
     checks: tuple[CheckName, ...] = ()
-    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below that of count
-    models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert,
-    few_drops (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the
-    last 100 steps. no_step_skipped: the number of skipped steps is 0."""
+    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below the loss of
+    count models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert, few_drops
+    (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the last 100
+    steps. no_step_skipped: the number of skipped steps is 0."""
 
 
 class CheckpointSection(Section):
@@ -254,8 +256,8 @@ class MonitorSection(Section):
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
     cost_table: bool = False
-    """At the end, show what the last 100 steps sent, and what other placements and methods would have sent for the same
-    choices."""
+    """At the end, show the rows and bytes that the last 100 steps sent, and that other placements and methods would have
+    sent for the same choices."""
     compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -279,7 +281,7 @@ class Config(Section):
     router_tuning: RouterTuningSection | None = None
     """Router tuning (RoMA). null: no router tuning."""
     engine: Annotated[AnyEngine, default_kind("moe_dist")] = Field(default_factory=OwnEngineSection)
-    """What computes the training steps: this project's own engine, or Megatron-Core."""
+    """The engine that computes the training steps: this project's own, or Megatron-Core."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     rank_balance: RankBalanceSection = Field(default_factory=RankBalanceSection)
@@ -289,9 +291,9 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected number of true experts per token, by expert group. This is the target of a controller or, without one,
-        the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true and m null
-        experts. Groups with neither a target nor a null weight are left out."""
+        """Expected number of true experts per token, by expert group. The number is the target of a controller or, without
+        a controller, the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true
+        and m null experts. Groups with neither a target nor a null weight are left out."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]
@@ -316,5 +318,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the data's folder may move: digests check its content (config/split_files.py)
-    "router_tuning.data",  # may move, as data.path
+    "router_tuning.data",  # the folder may move, like data.path's
 )

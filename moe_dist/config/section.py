@@ -11,7 +11,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# With an upper bound, so that an absurd number is an error: memory grows with the numbers of experts, ranks and layers.
+# The upper bound makes absurd numbers an error, because memory grows with the numbers of experts, ranks and layers.
 Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 # Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.
@@ -65,7 +65,7 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Returns the violated rules between this section and others. Their keys are full paths, as `parallel.ep`."""
+        """Returns the violated rules between this section and others. The rules' keys are full paths, as `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
-    """Returns the end of an error text, with the one of `names` most similar to `name`; empty if none is similar."""
+    """Returns the end of an error text, with the name in `names` most similar to `name`; empty if none is similar."""
     close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

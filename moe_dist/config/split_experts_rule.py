@@ -2,8 +2,8 @@
 
 Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices, a token takes all m copies of
 the k columns that it took before, because on a tie the first columns win. A softmax over m times as many columns gives each
-column 1 / m of the probability, and weights divided by their sum become 1 / m of what they were. So `scale` must become m
-times as large. If weights are the sigmoids themselves, `scale` stays. Imports no torch.
+column 1 / m of the probability, and weights divided by their sum become 1 / m of their former values. So `scale` must
+become m times as large. If weights are the sigmoids themselves, `scale` stays. Imports no torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,8 +40,8 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def parts_of_experts(config: WholeConfig, source: Mapping[str, object]) -> dict[str, int]:
-    """Returns m for each group, from the numbers of true experts here and in the checkpoint's configuration `source`; 0 if
-    one is no multiple of the other."""
+    """Returns m for each group, from the numbers of true experts in `config` and in the checkpoint's configuration
+    `source`; 0 if the first number is no multiple of the second."""
     old = _old_groups(source)
     parts = {}
     for name, group in config.model.moe.groups.items():

@@ -92,7 +92,7 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     """Returns size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
-    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. So the digests may stay the same
+    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digests may thus stay the same
     if some tokens in a .bin above 4 MiB change, but no sequence length.
 
     Raises:
@@ -122,7 +122,8 @@ def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> li
 
 
 def sampled_digest(path: Path) -> str:
-    """Returns size and SHA-256 of a file; of a file above 4 MiB, only of 4 MiB in evenly spaced blocks. Raises OSError."""
+    """Returns size and SHA-256 of a file; for a file above 4 MiB, the SHA-256 of 4 MiB in evenly spaced blocks. Raises
+    OSError."""
     size = path.stat().st_size
     if size <= _BLOCKS * _BLOCK_BYTES:
         return _whole_digest(path)

@@ -1,9 +1,9 @@
 """Checks the rule `split` of `run.init_rules`, by which the experts of a group are the parts of one dense FFN.
 
-The model starts as the dense model if a token takes all n experts of its group, each with the weight 1. So every router row
-starts at 0. Then all columns have the same score, true experts precede the others on ties, and the weights of `top_k`
-choices are scale / N for a number N that follows from the router. `scale` must be N. If N is a power of two, 1 / N and
-scale / N are exact in any floating-point format, so that the weights are exactly 1. Imports no torch."""
+The model starts as the dense model if a token takes all n experts of its group, each with the weight 1. Every router row
+therefore starts at 0. All columns then have the same score, true experts precede all others on ties, and the weights of
+`top_k` choices are scale / N for a number N that follows from the router. `scale` must be N. If N is a power of two, 1 / N
+and scale / N are exact in any floating-point format, so that the weights are exactly 1. Imports no torch."""
 
 from collections.abc import Iterator
 

@@ -39,7 +39,7 @@ class TraceSection(Section):
 
     every: PositiveInt = Field(default=1, description="Steps between two traced steps.")
     tokens: PositiveInt | None = None
-    """Largest number of tokens that each rank traces in a step: those of its first sequences. null: all tokens."""
+    """Largest number of tokens that each rank traces in a step, from its first sequences on. null: all tokens."""
     weights: bool = Field(default=True, description="Also store the weight of each choice.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -62,7 +62,7 @@ class ComputeMapSection(Section):
 
 def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
     """Yields the violations of a section `key` that needs the chosen experts of every token in every layer. `off` is the
-    value that turns it off."""
+    value that turns the section off."""
     for other, problem in untraceable(config):
         yield Violation((key, other), f"{key}: {problem}; set {key} to {off}")
 

@@ -1,4 +1,5 @@
-"""Reads and checks the folder of samples for router tuning. It has S samples, routed in L layers of C router columns.
+"""Reads and checks the folder of samples for router tuning. The folder has S samples, routed in L layers of C router
+columns.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
     tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer
@@ -7,8 +8,8 @@
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples that the run answered correctly come first, so that an index of these as neighbours covers the first rows of each
-array. This module imports no torch.
+Samples that the run answered correctly come first, so that an index of these samples covers the first rows of each array.
+This module imports no torch.
 """
 
 from collections.abc import Mapping

@@ -40,7 +40,8 @@ class RouterTuningSection(Section):
     layers: tuple[Count, ...] = ()
     """Indices of the layers whose routers are trained; overrides last_layers."""
     regulariser: Literal["manifold", "l2"] = "manifold"
-    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 its own before the first step."""
+    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
+    first step."""
     weight: NonNegative = 1.0
     """Coefficient of the regulariser (lambda; RoMA's paper gives no value, its code has 0.8). 0: cross entropy alone."""
     neighbours: NeighboursSection = Field(default_factory=NearestSection)
@@ -49,7 +50,8 @@ class RouterTuningSection(Section):
     """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value, its
     code has 0.4). Embeddings have length 1, so distances lie between 0 and 2."""
     filter_by_success: bool = True
-    """true: only samples that the run answers correctly can be neighbours. false: all samples can (an ablation)."""
+    """true: only samples that the run answers correctly can be neighbours. false: all samples can be neighbours (an
+    ablation)."""
     random_neighbours: bool = False
     """Take k random samples instead of the k nearest (an ablation)."""
     refresh_every: PositiveInt | None = None

@@ -1,8 +1,8 @@
 """Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
 Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
-number. Here only `true` and `false` are booleans, JSON's numbers and `.inf` are numbers, and all else is text. Dates, sets
-and binary values are errors.
+number. This module reads only `true` and `false` as booleans, JSON's numbers and `.inf` as numbers, and all else as text.
+Dates, sets and binary values are errors.
 """
 
 import re
@@ -14,12 +14,12 @@ import yaml
 
 from moe_dist.config.regular_file import read_regular
 
-MAX_YAML_BYTES = 1 << 18  # size of the largest file that is read
+MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
 # Most values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us for a value, so a
 # text is read or refused within a second. The largest configurations have some hundred values, and a list of their ranks.
 MAX_VALUES = 20_000
-MAX_REPEATED = 50  # most duplicate keys that are named
-MAX_DEPTH = 32  # deepest nesting that is read; the deeper a value is, the longer PyYAML takes for it
+MAX_REPEATED = 50  # most duplicate keys that an error names
+MAX_DEPTH = 32  # deepest nesting that is read, because PyYAML takes longer for deeper values
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -103,7 +103,7 @@ def _require(fits: bool, problem: str) -> None:
 def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     """Counts the values in a node, aliases in full. The count is above MAX_VALUES if the node contains itself."""
     if node not in counts:
-        counts[node] = MAX_VALUES + 1  # returned if the node is met again inside itself
+        counts[node] = MAX_VALUES + 1  # the result if the node contains itself
         inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
         counts[node] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_values_in(each, counts) for each in inner)
     return counts[node]

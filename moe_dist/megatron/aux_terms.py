@@ -1,7 +1,8 @@
 """Adds balance and z losses in Megatron: Megatron's scaler adds their gradients in backward, its tracker logs the values.
 
 As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-Each layer sums its counts by one all-reduce of a few integers, only with gradients enabled, so once in full recompute.
+Each layer sums its counts by one all-reduce of a few integers, but only with gradients enabled: full recompute thus sums
+them only once.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class AuxTerms:
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
         """Returns `y` with the same values; its backward also adds the gradients of both losses. Costs one all-reduce,
         unless both coefficients are 0."""
-        if not (self.balance or self.z) or not torch.is_grad_enabled():  # off also in the first forward of full recompute
+        if not (self.balance or self.z) or not torch.is_grad_enabled():  # as in the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
         counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]

@@ -1,4 +1,4 @@
-"""Attention inside Megatron's SelfAttention: of documents in a sequence, on a CPU too, and over context-parallel ranks.
+"""Attention for Megatron's SelfAttention: inside each document of a sequence, also on CPU, and over context-parallel ranks.
 
 Megatron's argument `attention_mask` carries a mask of `moe_dist.model.attention`. Shape letters: s positions on this rank,
 S of the whole sequence, B sequences, H query heads, d head width.
@@ -17,9 +17,9 @@ from moe_dist.model.attention import AttentionMask, attend, dense_mask, make_mas
 
 
 def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Returns the positions of a sequence that a context-parallel rank has, int64 [length / cp_size]: the pieces `cp_rank`
-    and, from the end, `cp_rank` of 2 x cp_size pieces, as Megatron's rotary embedding divides them. So all ranks have
-    equally many pairs of query and key."""
+    """Returns the positions of a sequence that a context-parallel rank has, int64 [length / cp_size]. As in Megatron's
+    rotary embedding, the sequence is cut into 2 x cp_size pieces; the rank has piece `cp_rank` from the start and piece
+    `cp_rank` from the end. All ranks thus have equally many pairs of query and key."""
     if cp_size == 1:
         return torch.arange(length)
     pieces = torch.arange(length).chunk(2 * cp_size)

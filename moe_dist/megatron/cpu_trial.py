@@ -7,7 +7,7 @@ functions.
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
 restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile stay
-uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are those of a CPU.
+uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are CPU times.
 """
 
 import contextlib
@@ -67,14 +67,14 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
             options["device"] = CPU
-        options.pop("pin_memory", None)  # there is no other memory to copy to
+        options.pop("pin_memory", None)  # the CPU has no other memory to copy to
         return make(*arguments, **options)
 
     return constructor
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Stands in for `torch.compile`: returns the function uncompiled or, without a function, a decorator that does."""
+    """Replaces `torch.compile`: returns the function uncompiled or, without a function, a decorator that does so."""
     return function or (lambda decorated: decorated)
 
 
@@ -89,7 +89,8 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Converts split sizes to numpy if asked. Megatron's own `maybe_move_tensor_to_cpu` does not convert CPU tensors."""
+    """Converts split sizes to numpy if `as_numpy` is true. Megatron's `maybe_move_tensor_to_cpu` converts no CPU
+    tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

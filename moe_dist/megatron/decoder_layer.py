@@ -32,10 +32,10 @@ class DecoderLayer(TransformerLayer):
     """Megatron's TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
 
     Args:
-        submodules: The submodules of the layer's spec; None takes those of Megatron's decoder spec.
+        submodules: The submodules of the layer's spec; None takes the submodules of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
         watch: See `ExpertLayer`.
-        options: Further arguments of Megatron's layer. Arguments not listed here are also those of Megatron's layer.
+        options: Further arguments of Megatron's layer. All other arguments are also Megatron's.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # first, so that one error reports all problems
+        check(config, settings)  # checked first, so that one error reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
@@ -60,10 +60,10 @@ class DecoderLayer(TransformerLayer):
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # replaced below: Megatron would pass process groups only to its own MoE layer
+            parts.mlp = IdentityOp  # replaced below, because Megatron would pass process groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron takes the layer for a dense one; `ExpertLayer` recomputes by itself
+            self.recompute_mlp = False  # Megatron takes the layer for a dense layer; `ExpertLayer` itself recomputes
             shared = _shared_expert(stock, config, groups)
             number = self.layer_number
             self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared, watch=watch)

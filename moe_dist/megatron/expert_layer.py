@@ -51,8 +51,8 @@ class ExpertLayer(MegatronModule):
         layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
         watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's reports;
-            the caller sets the weights. None: the layer adds the terms of Megatron's configuration, counts its bytes, and
-            draws its weights.
+            the caller then sets the weights. If None, the layer itself adds the auxiliary terms of Megatron's
+            configuration, counts bytes, and draws the weights.
     """
 
     group_of_modality_M: Tensor
@@ -100,7 +100,7 @@ class ExpertLayer(MegatronModule):
             num_layers=config.num_layers,
             record=tracker(),
         )
-        if watch is None:  # else the caller sets all weights
+        if watch is None:  # otherwise the caller sets all weights
             _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
@@ -230,7 +230,7 @@ def _initialise(
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):  # saves only the host's random state, as Megatron manages that of devices
+    with torch.random.fork_rng(devices=[]):  # saves only the host's random state; Megatron manages the devices' states
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         initialiser(drawn)

@@ -1,7 +1,7 @@
 """Makes Megatron's GPTModel, DDP and optimizer from the configuration of a run (engine.kind=megatron).
 
-Weights and steps equal those of this project's own engine: the same values drawn by logical name, the same decay, the loss
-of a step summed over ranks and micro-batches (Megatron's per-token loss, whose division is left out).
+Weights and steps equal the own engine's: weights are drawn by logical name, the weight decay is the same, and a step's loss
+is summed over ranks and micro-batches (Megatron's per-token loss without its division).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # this and the width only count FLOPs in Megatron
+        moe_router_topk=first.top_k,  # Megatron uses this and the width only to count FLOPs
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
@@ -93,7 +93,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         use_cpu_initialization=engine.cpu_trial,
         recompute_granularity=granularity,
         recompute_modules=modules,
-        moe_grouped_gemm=modules is not None,  # Megatron asks for it with moe_act; the layer does not read it
+        moe_grouped_gemm=modules is not None,  # Megatron requires this with moe_act; the layer does not read it
         calculate_per_token_loss=True,  # Megatron adds up losses over ranks and micro-batches
         finalize_model_grads_func=_finalise,  # does not divide losses by Megatron's token count
     )
@@ -116,13 +116,13 @@ def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSetting
 
 
 class Gpt:
-    """The parts of the model on this rank: one, or with an interleaved pipeline several (chunks), in Megatron's DDP.
+    """The parts (chunks) of the model on this rank, in Megatron's DDP: several with an interleaved pipeline, else one.
 
     Args:
         watch: Sees each MoE layer.
-        initial: Returns the whole initial value of a logical tensor, fp32 on the host. Its arguments are a part of the
-            model, the parameter's name in it, and the tensor's logical name and shape.
-        decays: Tells by logical name and shape whether weight decay shrinks a tensor.
+        initial: Returns the whole initial value of a logical tensor, fp32 on the host. The arguments are a part of the
+            model, the parameter's name in this part, and the tensor's logical name and shape.
+        decays: Returns, by logical name and shape, whether a tensor has weight decay.
 
     Attributes:
         chunks: The parts, wrapped for data parallelism, in the order of their layers.
@@ -220,7 +220,7 @@ class Gpt:
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
 
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
-        """Returns the logical tensors of a parameter, or of a moment of it, of the part `chunk` of the model."""
+        """Returns the logical tensors of a parameter, or of a parameter's moment, in the part `chunk` of the model."""
         first, layers = self._first_layers[chunk], self.config.model.moe_layers
         return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
 
@@ -238,7 +238,7 @@ class Gpt:
         initial: Initial,
         decays: Callable[[str, tuple[int, ...]], bool],
     ) -> None:
-        """Sets every weight, and marks those that do not decay."""
+        """Sets every weight, and marks weights without weight decay."""
         place = self.place
         for chunk, model in enumerate(models):
             for name, parameter in model.named_parameters():
@@ -248,8 +248,8 @@ class Gpt:
                     setattr(parameter, NO_DECAY_ATTRIBUTE, not decays(piece.name, piece.shape))
 
     def optimizer(self) -> Any:
-        """Makes Megatron's optimizer of `chunks`; call it once. Its groups have their final weight decay, and the training
-        step sets their learning rate."""
+        """Makes Megatron's optimizer of `chunks`; call it once. The optimizer's parameter groups have their final weight
+        decay; the training step sets their learning rate."""
         section = self.config.optimizer
         settings = OptimizerConfig(
             optimizer="adam",

@@ -31,14 +31,14 @@ class LayerWatch:
         tracker: Tracks the collectives of all layers for the watchdog.
         make_router: Makes the router of the layer with an index.
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
-        dispatcher: That of all layers.
+        dispatcher: The dispatcher of all layers.
 
     Attributes:
-        coefficients: Those of the step; None in evaluation.
+        coefficients: Coefficients of the step's auxiliary terms; None in evaluation.
         routers: The router of each MoE layer of this rank, by index of the layer.
-        request: What the routers get with the current micro-batch.
-        chosen: For each micro-batch by number and each layer: index of each token in the micro-batch [T], and choices. Has
-            the micro-batches whose request asks for choices.
+        request: The request that routers get with the current micro-batch.
+        chosen: By micro-batch number and layer, the index of each token in the micro-batch [T], and the choices. Has only
+            micro-batches whose request asks for choices.
         static: Whether exchanges have fixed sizes, so that the host does not know the numbers of rows.
         every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. `Gpt` sets it.
     """
@@ -76,7 +76,7 @@ class LayerWatch:
         """Begins the forward of a micro-batch in one part of the model.
 
         Args:
-            number: Of the micro-batch in the step.
+            number: Number of the micro-batch in the step.
             share: Weight of the micro-batch in the step, 0-d.
             request: Has the index in the micro-batch of each token of this rank.
         """
@@ -94,7 +94,7 @@ class LayerWatch:
         if aux is None or not (aux.balance or aux.z):
             return y_TD
         columns = len(sums.choices_C)
-        # As in this project's own engine a rank divides its sums by counts of the micro-batch over all ranks.
+        # As in this project's own engine, a rank divides its sums by the micro-batch's counts over all ranks.
         local = torch.cat([sums.choices_C, sums.tokens_G]).to(torch.float64)
         counts = sum_over(local, self.every_rank, name=ROUTING_COUNTS, tracker=self.tracker)[None]
         choices_LC, tokens_LG = counts[:, :columns], counts[:, columns:]

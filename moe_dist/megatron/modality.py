@@ -37,7 +37,7 @@ def groups_of_rank(
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
     Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings.
-    Otherwise the mask has the whole sequence, and this function takes the rank's slice. Nothing is communicated.
+    In all other cases the mask has the whole sequence, and this function takes the rank's slice. Nothing is communicated.
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.

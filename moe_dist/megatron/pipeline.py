@@ -19,23 +19,24 @@ from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
 from moe_dist.moe.routing import NO_REQUEST, RoutingRequest
 
-COLLECTIVES = "Megatron's pipeline or gradient sums"  # the watchdog does not see these
+COLLECTIVES = "Megatron's pipeline or gradient sums"  # names the collectives that the watchdog does not see
 NO_LABEL = -100  # a position that adds no loss has a label below 0
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Tensors but `share` are [B, S]."""
+    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. All tensors except `share` are [B,
+    S]."""
 
     tokens_BS: Tensor
     documents_BS: Tensor
     group_BS: Tensor  # expert group of each token, -1 for padding
     labels_BS: Tensor
-    share: Tensor  # weight of its auxiliary terms in the step
+    share: Tensor  # weight of the micro-batch's auxiliary terms in the step
     request: RoutingRequest = NO_REQUEST
 
 
 class Pipeline:
-    """Forward and backward of micro-batches on all pipeline stages together. Collective over all ranks."""
+    """Runs forward and backward of micro-batches on all pipeline stages. Each run is collective over all ranks."""
 
     def __init__(self, gpt: Gpt, watch: LayerWatch) -> None:
         self._gpt, self._watch = gpt, watch
@@ -44,7 +45,7 @@ class Pipeline:
         self._forward_backward = get_forward_backward_func()
 
     def columns(self, length: int) -> Tensor:
-        """Positions of a sequence of `length` that this rank has."""
+        """Returns the positions, in a sequence of `length` tokens, that this rank has."""
         return positions_of_rank(length, self.cp_rank, self.cp_size)
 
     def _tokens(self, columns: Tensor, sequences: int, length: int) -> Tensor:
@@ -62,7 +63,7 @@ class Pipeline:
 
         Returns:
             On the last stage, for each micro-batch the cross entropy of each label at this rank's positions, [B, s], 0
-            where there is none. On other stages nothing.
+            without a label. On other stages an empty list.
         """
         losses: dict[int, Tensor] = {}
         batches, count, tracker = self._filled(batches), len(batches), self._watch.tracker
@@ -102,7 +103,7 @@ class Pipeline:
         return [losses[at] for at in range(count)] if losses else []
 
     def _filled(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """Adds micro-batches of padding up to a multiple of the stages, as the interleaved schedule needs."""
+        """Adds micro-batches of padding up to a multiple of the number of stages, as the interleaved schedule needs."""
         if len(self._gpt.chunks) == 1:
             return batches
         blank = batches[0]._replace(

@@ -16,7 +16,7 @@ def model_parallel(
     Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x CP x DP. On exit the groups are removed,
     and Megatron's tracker of MoE losses is emptied.
     """
-    from megatron.core import parallel_state  # here, because a CPU trial replaces names before Megatron is imported
+    from megatron.core import parallel_state  # imported here, because a CPU trial first replaces names
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from moe_dist.megatron.versions import clear_tracker

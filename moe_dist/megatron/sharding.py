@@ -5,7 +5,7 @@
 
 `sharded_offsets` places a layer's tensor in one tensor of all layers, which Megatron stores with a first axis for layers. A
 rank's stack of experts is one parameter: a factory splits the stack into experts before saving, and stacks loaded experts
-again; it treats the optimizer's states alike.
+again. The factory treats the optimizer's states in the same way.
 """
 
 from typing import Any

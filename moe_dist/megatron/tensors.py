@@ -34,10 +34,10 @@ class Piece:
 
     Attributes:
         name: Logical name.
-        view: The part, sharing the memory of the local tensor. Its elements are those of `shape` in order, but its shape
-            may have more dimensions.
+        view: The part, sharing the memory of the local tensor. It has the elements of `shape` in order, but may have more
+            dimensions.
         shape: Shape of this rank's part of the logical tensor.
-        dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has all of it.
+        dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.
         expert: True for a tensor of one expert, which the ranks with the same experts hold.
     """
 
@@ -119,7 +119,8 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
 
 
 def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
-    """Megatron has the rows of a key-value head's queries, then its key, then its value, head after head."""
+    """Cuts Megatron's joined matrix, which has for each key-value head the rows of the queries, then of the key, then of
+    the value."""
     heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
     split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
     parts = split.split([place.queries_per_kv, 1, 1], dim=1)

@@ -50,5 +50,5 @@ def shared_expert_module(stock: Any, **options: Any) -> Any:
 
 
 def plain_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers that Megatron's optimizer is made of: that of dense parameters, then that of experts."""
+    """Returns the parts of Megatron's optimizer: the optimizer of dense parameters, then the optimizer of experts."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))

@@ -1,1 +1,1 @@
-"""The transformer, written as for one device: of its parts only routers and MoE layers issue collectives."""
+"""The transformer, written as for one device: only routers and MoE layers issue collectives."""

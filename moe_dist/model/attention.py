@@ -1,5 +1,5 @@
-"""Causal attention, and its grouped-query kind (`latent_attention.py` has another). Tokens attend only inside their
-document, even if several documents share a sequence.
+"""The base class of causal attention, and grouped-query attention (`latent_attention.py` has another form). Tokens attend
+only inside their document, even if several documents share a sequence.
 
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
@@ -29,7 +29,7 @@ class FlexMask:
     blocks: BlockMask
 
 
-COMPILED_SHAPES = 64  # most shapes for which a function is compiled
+COMPILED_SHAPES = 64  # largest number of shapes for which a function is compiled
 # A mask that is a Tensor is dense: bool [B, 1, S, S], true where a query may attend to a key, S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
@@ -45,7 +45,8 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Returns `dense_mask` as a block mask. Is compiled on CUDA, because eager mode would make the dense mask first."""
+    """Returns `dense_mask` as a block mask. The function is compiled on CUDA, because eager mode would make the dense mask
+    first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -72,8 +73,9 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # torch compiles each shape anew, with and without gradient. The shapes are that of whole sequences and, with mixture of
-    # depths, up to 8 in evaluation. Beyond its limit (8 by default) it runs flex attention uncompiled, with S x S scores.
+    # torch compiles each shape anew, with and without gradient. A run has the shape of whole sequences and, with mixture of
+    # depths, up to 8 more in evaluation. Beyond a limit (8 by default) torch runs flex attention uncompiled, with S x S
+    # scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
@@ -84,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # because eager mode would make S x S scores
     return flex(q, k, v, block_mask=mask.blocks, **options)
 
 
@@ -124,10 +126,10 @@ class CausalAttention(nn.Module, ABC):
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Adds the tokens marked by `taken_BN` to the cache, and attends from the N new tokens of each sequence to the
-        cache. The output of an unmarked token is finite but meaningless."""
+        """Adds the tokens marked by `taken_BN` to the cache. The N new tokens of each sequence then attend to the cache.
+        The output of an unmarked token is finite but meaningless."""
         q, key, value = self._project(x_BND, rotary)
-        cache.append(key, value, positions_BN, taken_BN)  # before attention, so that each new token sees itself
+        cache.append(key, value, positions_BN, taken_BN)  # appended before attention, so that each new token sees itself
         key, value, visible = cache.entries(positions_BN, taken_BN)
         return self._attend(q, key, value, visible, None)
 

@@ -2,8 +2,8 @@
 
 An entry is the key, the value and the position of one token. Padding adds no entry, and neither does a token that skips the
 layer (mixture of depths), so the sequences of a batch may have different numbers of entries. Keys are stored after
-rotation. Latent attention stores the rotated part of its keys as key, and the latent as value; both are smaller than its
-keys and values. Nothing here syncs with the host.
+rotation. Latent attention stores the rotated part of the keys as key, and the latent as value; the rotated part and the
+latent are smaller than whole keys and values. Nothing here syncs with the host.
 
 Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head width, C entries.
 """
@@ -32,15 +32,15 @@ class LayerCache:
         device: torch.device,
         window: int | None = None,
     ) -> None:
-        # The extra last place takes the writes of unmarked tokens and is never visible. Buffers start at 0, because a NaN
-        # in an unused place would make attention NaN although the mask excludes the place.
+        # Unmarked tokens are written to the extra last place, which is never visible. Buffers start at 0, because a NaN in
+        # an unused place would make attention NaN although the mask excludes the place.
         self.keys, self.values = (
             torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device) for heads, width in entry
         )
         self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity, self.window = capacity, window
-        self._seen = 0  # tokens passed to `append` so far: at least the number of entries, and known without a sync
+        self._seen = 0  # tokens passed to `append` so far: an upper bound of the number of entries, known without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
         """Adds the entries of the tokens that `taken_BN` marks.
@@ -52,7 +52,7 @@ class LayerCache:
         if self._seen > self.capacity:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
-        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # fixed shapes, so no sync
+        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # shapes are fixed, so this does not sync
         at = place_BN[:, None, :, None]
         self.keys.scatter_(2, at.expand_as(key_BHNd), key_BHNd)
         self.values.scatter_(2, at.expand_as(value_BHNd), value_BHNd)

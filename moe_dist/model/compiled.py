@@ -1,9 +1,9 @@
 """Compiles the dense parts of a transformer by torch.compile: norms, projections with rotation, dense and shared FFNs, and
-output layer with cross entropy. Attention itself is compiled anyway on CUDA (`attention.attend`).
+output layer with cross entropy. Attention itself is always compiled on CUDA (`attention.attend`).
 
-Routers, exchanges and experts stay as they are: they call collectives and kernels of this project. A compiled part has no
-graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled, because
-the shapes of training do not change, while those of evaluation and generation do.
+Routers, exchanges and experts stay uncompiled, because they call collectives and kernels of this project. A compiled part
+has no graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled,
+because the shapes of training do not change, while the shapes of evaluation and generation do.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def dense_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
 
 
 def compile_dense(model: Transformer) -> None:
-    """Replaces the dense parts in place, before FSDP2 or DDP wraps the model. They are compiled at their first use."""
+    """Replaces the dense parts in place, before FSDP2 or DDP wraps the model. Each part is compiled at its first use."""
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     for module, name in dense_parts(model):
         setattr(module, name, _compiled_with_gradient(getattr(module, name)))

@@ -1,13 +1,13 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, Kimi K2, LongCat-Flash).
 
-    c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; without a latent of queries W_q h
+    c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; without a query latent, W_q h
     [c, k'] = W_kvd h,   [k_i, v_i] = W_kvu norm(c)
     o_i = softmax over the tokens that may be seen of (<q_i, k_i> + <R q'_i, R k'>) scale  times  v_i
 
 With scaled latents, norm(x) is sqrt(D / width of x) times the norm (LongCat-Flash, arXiv 2509.01322, section 2.3.1).
 
-R rotates by the position. All heads have the same rotated part k' of the keys, so a cache keeps R k' and norm(c) of a
-token; each step of generation multiplies all kept latents by W_kvu again.
+R rotates by the position. All heads share the rotated part k' of the keys. A cache keeps R k' and norm(c) of each token,
+and each step of generation multiplies all kept latents by W_kvu again.
 
 Shape letters: B sequences, S positions, D hidden size, H heads, d width of a query, r its rotated part, c the latent.
 """
@@ -22,7 +22,7 @@ from moe_dist.model.layers import ModelArgs, Projection, RMSNorm
 from moe_dist.model.rope import YarnScaling
 from moe_dist.moe.routing import GlobalBatchInfo
 
-EPS = 1e-6  # of the latents' norms in transformers, whatever rms_norm_eps is
+EPS = 1e-6  # eps of the latents' norms, as in transformers, which ignores rms_norm_eps here
 
 
 class ScaledRMSNorm(RMSNorm):

@@ -26,10 +26,10 @@ class ModelArgs:
         moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
         rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
-        rope_dim: Number of values of each head that RoPE rotates, the first ones; None: all of them.
-        rope_pairs: Which values rotate together: `halves` i and i + rope_dim / 2, `adjacent` 2 i and 2 i + 1.
-        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. Empty:
-            no layer has a window.
+        rope_dim: Number of first values of each head that RoPE rotates; None: all values.
+        rope_pairs: Which values rotate together: i and i + rope_dim / 2 (`halves`), or 2 i and 2 i + 1 (`adjacent`).
+        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. If the
+            tuple is empty, no layer has a window.
         qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
@@ -147,8 +147,8 @@ def rotary_table(
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
-    """Rotates pairs of each head's values by the token's angles. A table of r / 2 angles rotates the first r values, and
-    the others stay. `halves` pairs i with i + r / 2, as Llama checkpoints need; `adjacent` pairs 2 i with 2 i + 1."""
+    """Rotates pairs of each head's values by the token's angles. A table of r / 2 angles rotates the first r values; the
+    other values stay. `halves` pairs i with i + r / 2, as Llama checkpoints need; `adjacent` pairs 2 i with 2 i + 1."""
     width = 2 * table[0].shape[-1]
     if width < x_BHSd.shape[-1]:
         return torch.cat([rotate(x_BHSd[..., :width], table, pairs), x_BHSd[..., width:]], dim=-1)

@@ -1,5 +1,5 @@
-"""Mixture of depths: a layer computes some of the tokens, and the others skip the layer (Raposo et al. 2024, arXiv
-2404.02258; MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
+"""Mixture of depths: a layer computes some tokens, and all others skip the layer (Raposo et al. 2024, arXiv 2404.02258;
+MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
 
     s = <w, x / rms(x)>
     select a share c of the selection scope's tokens (rounded up), those of largest s; the earlier of equal tokens wins
@@ -46,7 +46,7 @@ class Chosen(NamedTuple):
     """The tokens that a layer computes, in the order of this rank's tokens.
 
     Attributes:
-        index_C: int64, index of the token in each slot; 0 if the slot is empty.
+        index_C: int64, index of the token in each slot (place of a computed token); 0 if the slot is empty.
         full_C: bool, true if the slot has a token.
         weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
         sums: Sums of the router, for the layer's report.
@@ -62,8 +62,8 @@ class DepthRouter(ChoosingRouter):
     """Selects the tokens that one layer computes.
 
     `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), the running
-    `mean` and the number of `steps`. They have no gradient: each step and each calibration
-    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain them.
+    `mean` and the number of `steps`. The buffers have no gradient: each step and each calibration
+    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain the buffers.
 
     Args:
         hidden_dim: D, the hidden size.
@@ -115,14 +115,14 @@ class DepthRouter(ChoosingRouter):
         return sums.taken[None]
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
-        """Selects tokens among those that are not padding (`real_T`, bool).
+        """Selects tokens among the tokens that are not padding (`real_T`, bool).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` there are ceil(c T) slots,
-        and nothing syncs. Otherwise one host sync reads the number of selected tokens from the device. There is always at
-        least one slot, so that this rank takes part in the layer's collectives.
+        and nothing syncs. In all other cases one host sync reads the number of selected tokens from the device. There is
+        always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # else the auxiliary loss would train other weights
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # else the auxiliary loss trains other weights
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
@@ -130,7 +130,7 @@ class DepthRouter(ChoosingRouter):
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # in the scope `rank` the number of tokens bounds C
+            if choice.order_TE is not None:  # in the scope `rank` the number of tokens gives a bound of C without a sync
                 slots = capacity_of_tokens(self.capacity, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -159,7 +159,7 @@ class DepthRouter(ChoosingRouter):
         """Returns x / rms(x) [T, D], and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # else s would grow with the residual stream
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # without the norm s would grow with the residual stream
             # No matrix product, because its bits would depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
@@ -170,7 +170,8 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without one."""
+        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without that
+        router."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")

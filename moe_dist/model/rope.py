@@ -1,8 +1,8 @@
 """Frequencies of rotary positions (RoFormer, arXiv 2104.09864), and their scalings for longer sequences.
 
-A scaling takes the head width d, the base and the positions int64 [B, S] (0 for padding). It returns the frequencies, fp32
-[d / 2] or [B, 1, 1, d / 2] with a row for each sequence, and a factor of cosines and sines. Shape letters: B sequences, S
-positions.
+A scaling takes the head width d, the base and the positions int64 [B, S] (0 for padding). The scaling returns the
+frequencies, fp32 [d / 2] or [B, 1, 1, d / 2] with a row for each sequence, and a factor of cosines and sines. Shape
+letters: B sequences, S positions.
 """
 
 import math
@@ -37,8 +37,8 @@ class DynamicScaling:
     """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n tokens, more
     than the original length L; f is the factor.
 
-    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. Here each sequence has its
-    own n.
+    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. In this class each sequence
+    has its own n.
     """
 
     factor: float
@@ -53,7 +53,8 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Keeps high frequencies and divides low ones by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to 23)."""
+    """Keeps high frequencies, divides low frequencies by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to
+    23)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -93,7 +94,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Divides frequencies of long waves by the factor and keeps those of short waves, with a ramp between (Llama 3.1)."""
+    """Divides low frequencies by the factor and keeps high frequencies, with a ramp between (Llama 3.1)."""
 
     factor: float
     original_max_position_embeddings: int

@@ -19,8 +19,8 @@ def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, word
     """Returns `layers.token_losses(x W^T, labels)`, by tiles of `words` words for at most TILE_TOKENS tokens of one
     sequence. Backward computes the logits again.
 
-    The size of a tile depends neither on the number of sequences nor on the ranks. So a token has the same loss and
-    gradient in a batch of any number of sequences, to the last bit. Sums over tiles are fp32, whatever the dtype of x.
+    The size of a tile depends neither on the number of sequences nor on the ranks. A token thus has the same loss and
+    gradient, to the last bit, in a batch of any number of sequences. Sums over tiles are fp32, whatever the dtype of x.
 
     Args:
         weight_VD: Output weight, which is converted to the dtype of x.
@@ -64,7 +64,7 @@ class _TiledLosses(torch.autograd.Function):
                 error_Nv = F.linear(x_BSD[tile], part_vD).to(dtype).sub_(log_z_BS[tile][:, None]).exp_()  # probabilities
                 error_Nv.scatter_(
                     1, column_N1, error_Nv.gather(1, column_N1) - inside_N1.to(dtype)
-                )  # subtracts 1 in the label's column
+                )  # subtracts 1 from the label's probability
                 error_Nv = error_Nv.mul_(scale_BS[tile][:, None]).to(x_BSD.dtype)
                 x_gradient[tile] += error_Nv @ part_vD
                 if weight_gradient is not None:
@@ -87,7 +87,8 @@ def _tiles(labels_BS: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _columns(labels_N: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
-    """Returns the labels' columns among `words` words from `first` on, and whether they are there: [N, 1] each."""
+    """Returns the labels' columns among `words` words from `first` on, and whether each label is one of these words: [N, 1]
+    each."""
     column_N = labels_N - first
     inside_N = (column_N >= 0) & (column_N < words) & (labels_N >= 0)
     return column_N.clamp(0, words - 1)[:, None], inside_N[:, None]

@@ -35,7 +35,8 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Holds attention, and an MoE layer or a dense FFN. With `mixture_of_depths` it computes only selected tokens."""
+    """Holds attention, and an MoE layer or a dense FFN. With `mixture_of_depths` the layer computes only selected
+    tokens."""
 
     def __init__(
         self,
@@ -117,8 +118,8 @@ class Transformer(nn.Module):
             documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
             group_BS: int64 expert group of each token, -1 for padding.
             request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
-            labels_BS: int64. With labels, the cross entropies [B, S] in fp32 are returned in place of the logits. They are
-                computed inside forward, because FSDP2 gathers the output weight only there.
+            labels_BS: int64. With labels, forward returns the cross entropies [B, S] in fp32 instead of the logits. They
+                are computed inside forward, because FSDP2 gathers the output weight only there.
             teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
         """
         rotary = self._rotary(positions_BS, group_BS)
@@ -140,7 +141,7 @@ class Transformer(nn.Module):
         return self.args.two_batch_overlap and torch.is_grad_enabled()
 
     def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[Any, AttentionMask]:
-        """Returns a mask for each window, made once for all layers of the window; a dense mask takes B x S^2 bytes."""
+        """Returns a mask for each window, made once for all layers with this window. A dense mask takes B x S^2 bytes."""
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
         return {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
 
@@ -172,12 +173,12 @@ class Transformer(nn.Module):
         """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
         document. Call it in evaluation mode.
 
-        Up to rounding, the logits equal those that `forward` computes for the whole sequences. They differ only with
-        `DynamicScaling` beyond its original length, because cached keys stay as they were rotated.
+        Up to rounding, the logits equal the logits that `forward` computes for the whole sequences. The logits differ only
+        with `DynamicScaling` beyond its original length, because cached keys keep their first rotation.
 
         Args:
-            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. It adds no entry to the cache, and its
-                logits are meaningless.
+            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. Padding adds no entry to the cache, and
+                its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
             cache: From `make_cache`.
         """
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.args.tie_embeddings else self.output.weight
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] below are the largest activation
+        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] of the next lines are the largest activation
         return F.linear(x_BSD, self._output.to(x_BSD.dtype))
 
     def _losses(self, x_BSD: Tensor, labels_BS: Tensor, teacher: TeacherOutput | None) -> Tensor:

@@ -1,9 +1,9 @@
 """Runs a transformer's layers on the two halves of a micro-batch in turns, so that the exchanges of one half are in flight
-while the other computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
+while the other half computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
 
-Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Routing is
-by token, so the halves together route as the whole micro-batch does. Their reports are added up, so the losses are those of
-the whole micro-batch, too.
+Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Each token is
+routed alone, so two halves route as the whole micro-batch does. The halves' reports are added up, so the losses also equal
+the whole micro-batch's losses.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -48,8 +48,8 @@ def _steps(
     request: RoutingRequest,
     chain: Chain,
 ) -> Generator[None, None, tuple[Tensor, list[LayerReport]]]:
-    """Runs all layers on one half. It calls each module's `forward` directly, because FSDP2's hooks of a module would
-    gather and reduce between the exchanges of the other half. ParallelModel gathers all parameters before the layers."""
+    """Runs all layers on one half. Calls each module's `forward` directly, because FSDP2's hooks of a module would gather
+    and reduce between the exchanges of the other half. ParallelModel gathers all parameters before the layers."""
     reports = []
     for layer in layers:
         x_BSD = x_BSD + layer.attention.forward(x_BSD, rotary, masks[layer.window])

@@ -1,5 +1,5 @@
-"""FFN experts with biases and a clamped SwiGLU (`clamped_experts.py`) of a frozen base, with the LoRA adapters of
-`adapted_experts.py`. An adapter's output is added before the clamps.
+"""Adds the LoRA adapters of `adapted_experts.py` to frozen FFN experts with biases and a clamped SwiGLU
+(`clamped_experts.py`). The outputs of the adapters of gate and up are added before the clamps.
 
 Shape letters: Q (token, expert) pairs computed here, D hidden size, F hidden width, e experts of a group on this rank.
 """
@@ -18,7 +18,7 @@ from moe_dist.moe.kernels.interface import RowKernels
 
 
 class AdaptedClampedStack(AdaptedStack):
-    """The experts of one group on this rank: those of `ClampedStack`, with the adapters of `AdaptedStack`."""
+    """The experts of one group on this rank, as in `ClampedStack`, with the adapters of `AdaptedStack`."""
 
     biases: ClassVar[Sequence[str]] = ("gate_bias", "up_bias", "down_bias")
     initial_values: ClassVar = ClampedStack.initial_values
@@ -32,7 +32,7 @@ class AdaptedClampedStack(AdaptedStack):
             self.register_parameter(name, nn.Parameter(torch.empty(num_local, width)))
 
     def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
-        """As `AdaptedStack.forward`, with the clamped activation in place of `activate`."""
+        """Does the same as `AdaptedStack.forward`, but uses the clamped activation instead of `activate`."""
         return super().forward(x_QD, counts, self._activate)
 
     def _activate(self, gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
@@ -41,8 +41,8 @@ class AdaptedClampedStack(AdaptedStack):
 
 
 class AdaptedClampedExperts(AdaptedExperts):
-    """All true (not null) experts of this rank, one `AdaptedClampedStack` per group. The kernels are always torch's,
-    as in `ClampedExperts`."""
+    """All true (not null) experts of this rank, one `AdaptedClampedStack` per group. Ignores the argument `kernels` and
+    uses torch's, as `ClampedExperts` does."""
 
     stack: ClassVar[type[AdaptedStack]] = AdaptedClampedStack
 

@@ -3,8 +3,8 @@
     [gate; up]' x = [gate; up] x + (alpha / r) B A x        A [r, D], B [2 F, r]
     down' h       = down h       + (alpha / r) B A h        A [r, F], B [D, r]
 
-Each expert has its own A and B, on its rank; or all experts of a group share one A and B, which every rank holds. Backward
-computes no product for the gradient of a frozen matrix.
+Either each expert has its own A and B, on the expert's rank, or all experts of a group share one A and B, which every rank
+holds. Backward computes no product for the gradient of a frozen matrix.
 
 Shape letters: Q (token, expert) pairs computed here, D hidden size, F hidden width, e experts of a group on this rank, r
 rank, I inputs and O outputs of a matrix.
@@ -40,14 +40,14 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role
 
 TARGETS = ("gate_up", "down")
-Product = Callable[[Tensor, Tensor], Tensor]  # x [Q, I], weights -> y [Q, O]; one matrix, or for each row its expert's
+Product = Callable[[Tensor, Tensor], Tensor]  # (x [Q, I], weights [O, I] or [e, O, I]) -> y [Q, O]
 
 
 class AdaptedStack(ExpertStack):
     """The experts of one group on this rank, with adapters. The adapters of all experts are stacked, `<target>_a` [e, r, I]
     and `<target>_b` [e, O, r]. A shared adapter is `adapters.<target>.a` [r, I] and `.b` [O, r]."""
 
-    biases: ClassVar[Sequence[str]] = ()  # names of the experts' biases, [e, O] each
+    biases: ClassVar[Sequence[str]] = ()  # names of the experts' bias parameters, [e, O] each
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class AdaptedStack(ExpertStack):
         widths = {"gate_up": (hidden_dim, 2 * ffn_dim), "down": (ffn_dim, hidden_dim)}
         self._scale, self._rank, self._targets = alpha / rank, rank, tuple(targets)
         self.adapters = nn.ModuleDict({each: Adapter(*widths[each], rank) for each in targets}) if shared else None
-        self.roles: dict[str, Role] = {}  # by name, for parameters whose role is not the stack's
+        self.roles: dict[str, Role] = {}  # role, by name, of each parameter whose role differs from the stack's
         for target in () if shared else targets:
             inputs, outputs = widths[target]
             self.register_parameter(f"{target}_a", nn.Parameter(torch.empty(num_local, rank, inputs)))
@@ -75,7 +75,7 @@ class AdaptedStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
         """Applies each adapted expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
-        if not counts:  # as in `ExpertStack`; every rank holds a shared adapter, whose gradient must be zero, not None
+        if not counts:  # every rank holds a shared adapter, so the adapter's gradient must be zero here, not None
             return (
                 for_gate_QD + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else for_gate_QD
             )
@@ -142,8 +142,8 @@ class AdaptedExperts(Experts):
         super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack, kernels=kernels)
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """See `Experts.forward`. Rows that come from frozen layers need no gradient, but are made to require one here, so
-        that all ranks, also those without experts, issue the exchange of combine's backward."""
+        """See `Experts.forward`. Makes rows from frozen layers require a gradient, so that all ranks, also ranks without
+        experts, issue the exchange of combine's backward."""
         rows_RD = dispatched.rows_RD
         if torch.is_grad_enabled() and not rows_RD.requires_grad:
             dispatched = replace(dispatched, rows_RD=rows_RD.detach().requires_grad_())

@@ -53,7 +53,7 @@ class ClampedStack(ExpertStack):
         gemm = choose_gemm(self.gemm, dtype=dtype, device=device, widths=self.widths, num_experts=len(counts))
         if gemm is grouped_swiglu and sum(counts):
             product, runs = grouped_product(counts, device), [sum(counts)]
-        else:  # a tensor per expert, as in `AdaptedStack`: the last bits of a sigmoid depend on the size of its tensor
+        else:  # one tensor per expert, because the last bits of a sigmoid depend on the tensor's size
             product, runs = partial(_looped, counts=counts), list(counts)
 
         def affine(x: Tensor, name: str) -> Tensor:
@@ -82,9 +82,9 @@ def _looped(x_QI: Tensor, weight_eOI: Tensor, *, counts: Sequence[int]) -> Tenso
 
 
 class ClampedExperts(Experts):
-    """All true (not null) experts of this rank, one `ClampedStack` per group. For arguments see `Experts`, and for `alpha`
-    and `limit` the top of this file. The kernels are always torch's, which multiply the routing weight into the experts'
-    outputs, bias included."""
+    """All true (not null) experts of this rank, one `ClampedStack` per group. For arguments see `Experts`; the top of this
+    file defines `alpha` and `limit`. Ignores the argument `kernels` and uses torch's, which multiply each expert's output,
+    bias included, by the routing weight."""
 
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,

@@ -1,4 +1,4 @@
-"""Draws random numbers that depend only on a name (integers such as seed and step), so recomputation draws the same ones.
+"""Draws random numbers that depend only on a name (integers such as seed and step), so recomputation draws equal numbers.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
 state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a torch
@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` without keeping its activations: backward computes them again. It saves no random state, because
-    every random number of a layer depends only on its name."""
+    """Calls `function` without keeping its activations: backward computes them again. The call saves no random state,
+    because every random number of a layer depends only on its name."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -33,7 +33,7 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
     bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # a temporary int64 [T, E]
-    # (24-bit integer + 0.5) / 2^24 is never 0 or 1 and exact in fp64, so it is the same number on all devices.
+    # (24-bit integer + 0.5) / 2^24 is never 0 or 1, and fp64 holds it exactly, so all devices draw the same number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
 

@@ -1,8 +1,8 @@
 """The true (not null) experts of this rank: SwiGLU FFNs. The weights of each expert group are stacked in one tensor, and
 rows come sorted by slot (the expert's place on this rank).
 
-Shape letters: Q (token, expert) pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e number
-of a group's experts on this rank.
+Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
+e number of a group's experts on this rank.
 
 Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`, with the same contract:
 
@@ -11,9 +11,9 @@ Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
 order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
 of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
-slice of rows, by default silu(gate) * up. `grouped_swiglu` also takes one stack for both, [e, 2 F, D], and None for `up`:
-one product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal values, one for
-the product with gate and one for the product with up, so that each product has a gradient of its own.
+slice of rows, by default silu(gate) * up. `grouped_swiglu` also takes gate and up as one stack [e, 2 F, D], with None for
+`up`: one product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal values,
+one for the product with gate and one for the product with up, so that each product has a gradient of its own.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
@@ -39,7 +39,7 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
-Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # the top of this file explains this and the next line
+Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # the top of this file explains `Activation` and `Inputs`
 Inputs = Tensor | tuple[Tensor, Tensor]
 StackedSwiGLU = Callable[[Inputs, Tensor, Tensor, Tensor, Sequence[int], Activation], Tensor]
 RunStack = Callable[[Inputs, Sequence[int], Activation], Tensor]
@@ -53,12 +53,13 @@ def silu_product(gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
 
 
 def rows_between(x: Tensor, start: int, end: int) -> Tensor:
-    """Returns x[start:end]; x itself if these are all rows, because the gradient of a slice is a copy."""
+    """Returns x[start:end], or x itself if this range has all rows, because the backward of a slice copies the gradient."""
     return x if (start, end) == (0, x.shape[0]) else x[start:end]
 
 
 def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows for gate and for up: the same tensor twice if x is one tensor, whose gradient is then one sum."""
+    """Returns the rows for gate and for up: the same tensor twice if x is one tensor, so that one sum gives the
+    gradient."""
     first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
     cut = rows_between(first, start, end)
     return cut, cut if second is first else rows_between(second, start, end)
@@ -99,7 +100,7 @@ def grouped_swiglu(
 
 def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O] that multiplies each expert's rows with the expert's
-    matrix, by one grouped product. There must be a row."""
+    matrix, by one grouped product. At least one expert must have a row."""
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(device, non_blocking=True)  # does not sync
     empty = [expert for expert, count in enumerate(counts) if not count]
 
@@ -151,8 +152,8 @@ def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[i
 
 
 def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
-    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document what the
-    backward of the grouped product writes for an expert without rows."""
+    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document the
+    gradient that the grouped product's backward writes for an expert without rows."""
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
@@ -191,7 +192,7 @@ def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
 class ExpertStack(nn.Module):
     """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
 
-    Each forward pass converts weights whose dtype is not that of the rows, unless `keep_copies` keeps the converted copies.
+    Each forward pass converts weights of another dtype than the rows', unless `keep_copies` keeps the converted copies.
     """
 
     role = Role.EXPERT
@@ -203,7 +204,7 @@ class ExpertStack(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
-        self._copies: dict[str, Tensor] | None = None  # by weight, in the rows' dtype; None if copies are not kept
+        self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
 
     def keep_copies(self, keep: bool) -> None:
         """Starts to keep converted weights for further forward passes, or drops them. Kept copies take 2 bytes per bf16
@@ -221,7 +222,8 @@ class ExpertStack(nn.Module):
         return _WorkingCopy.apply(copy, weight)  # pyright: ignore[reportReturnType]
 
     def _gate_up(self, copies: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Returns the weights of gate and up as one stack [e, 2 F, D]; its copy costs no more than copies of the two."""
+        """Returns the weights of gate and up as one stack [e, 2 F, D]. Copying the stack costs as much as copying gate and
+        up."""
         copy, width = copies.get("gate_up"), self.widths[1]
         if copy is None or copy.dtype != dtype:
             copy = self.gate.detach().new_empty((self.gate.shape[0], 2 * width, self.gate.shape[2]), dtype=dtype)
@@ -233,7 +235,8 @@ class ExpertStack(nn.Module):
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. The ranks that share this stack hold no expert of this group either, so all skip it.
+            # without a gradient. The ranks that share this stack hold no expert of this group either, so all of them skip
+            # the stack.
             return inputs_between(x_QD, 0, 0)[0]
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
@@ -253,8 +256,9 @@ class ExpertStack(nn.Module):
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts on this rank has a stack [0, F, D]. So all ranks have the same FSDP2 units and gather them in
-    the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all hung.
+    A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather them
+    in the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all
+    hung.
 
     Args:
         hidden_dim: D.
@@ -294,8 +298,8 @@ class Experts(nn.Module):
     def _run(
         self, dispatched: DispatchedRows, plan: PairLayout, stacks: Sequence[tuple[int, RunStack]], *, recompute: bool
     ) -> Tensor:
-        """See `forward`. `stacks` computes this rank's slots: for the number of slots of each stack a function with the
-        arguments of `ExpertStack.forward`."""
+        """See `forward`. `stacks` has, for each stack of this rank, the number of slots and a function with the arguments
+        of `ExpertStack.forward`."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
@@ -340,7 +344,7 @@ class Experts(nn.Module):
             activate = partial(self._activate, rows_between(weight_Q, at, end))
             outputs.append(stack(inputs_between(inputs, at, end), group_counts, activate))
             at, slot = end, slot + num_local
-        y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # the copy of a cat costs as much as the gather
+        y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # a cat copies as many bytes as the gather
         return self.kernels.sum_pairs(y_QD, weight_Q, index, dtype)
 
     def _activate(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:

@@ -1,4 +1,5 @@
-"""The mixture-of-experts layer: it runs norm, router, dispatch, experts, combine. The forward sets no module attribute."""
+"""The mixture-of-experts layer, which runs norm, router, dispatch, experts and combine. Forward sets no module
+attribute."""
 
 from collections.abc import Generator
 from functools import partial
@@ -99,7 +100,8 @@ class MoELayer(nn.Module):
         return partial(self.experts, recompute=self.recompute == "experts")
 
     def normed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the normed input for the experts and for the router. A kernel may make both, the second one in fp32."""
+        """Returns the normed input for the experts and for the router. A kernel may make both tensors in one pass; the
+        router's tensor is then fp32."""
         h_TD = self.norm(x_TD)
         return h_TD, h_TD
 

@@ -9,7 +9,7 @@ the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
-    published           w_e = 1, as in the paper's public code. The task's loss then gives the router no gradient
+    published           w_e = 1, as in the paper's public code. The router then gets no gradient from the task's loss
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
 assignments, Q of them taken (not absent), E experts of all groups, n experts of one group, I inputs and O outputs of a
@@ -144,7 +144,7 @@ class LoRAExperts(nn.Module):
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = weight_N.index_select(0, plan.pair_Q)  # not weight_N[pair_Q], whose backward sorts on CUDA
+        weight_Q = weight_N.index_select(0, plan.pair_Q)  # instead of weight_N[pair_Q], whose backward sorts on CUDA
         weight_Q = expert_weights(weight_Q, self._weight) * self._scale  # applied to r numbers per pair, not O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
@@ -197,7 +197,7 @@ class LoRALayer(nn.Module):
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
-        # x_TD.requires_grad would not do here: if the base model is frozen, the first LoRA layer's input needs no gradient.
+        # Does not test x_TD.requires_grad: if the base model is frozen, the first LoRA layer's input needs no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)

@@ -45,7 +45,7 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    @cache  # every layer of Megatron's model calls this in each forward, and the host would wait for the copy of each table
+    @cache  # each layer of Megatron's model calls `on` in each forward; without a cache the host would wait for every copy
     def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
@@ -70,27 +70,28 @@ def balance_terms(
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
     mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced in
-    the same way; those of constant experts are kept, because each has its own vector. `vanilla` replaces no load.
+    the same way. Loads of constant columns are kept, because each constant expert has its own vector. `vanilla` replaces no
+    load.
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
-    other columns (Z). With w = 1 and equal loads of all columns its value is 1, as in ZEDA's paper; the other kinds then
-    have the value k, the choices per token:
+    remaining columns (Z). With w = 1 and equal loads of all columns the loss is 1, as in ZEDA's paper. The other kinds then
+    have the value k, the number of choices per token:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    `weighted` (MoE++, arXiv 2410.07348) divides the loads of all null, identity and constant columns by w, each by itself;
+    `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, without a mean.
     MoE++'s tau is 1 / w.
 
     The null weight w is ZEDA's: the loss drives the load of a null column to w times the load of a true column. A token
-    then takes k n / (n + m w) true experts, with m null columns; for `weighted` and `null_split` m counts all columns that
-    are not true.
+    then takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of null columns
+    (for `weighted` and `null_split`, of all columns that are not true).
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
         choices_LC: Number of choices of each column over all ranks.
         tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
-        load_tokens_LG: Number of tokens that made `choices_LC`, if these are not the tokens of the probabilities.
+        load_tokens_LG: Number of tokens that made `choices_LC`, if other tokens made `prob_LC`.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
@@ -165,5 +166,5 @@ def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
     """Returns this rank's share of each layer's router z-loss [L], with coefficient 1. The loss is the mean over tokens of
-    logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` is of all ranks."""
+    logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` counts all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

@@ -40,7 +40,7 @@ class Replay:
             of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
         ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing`) of this rank's tokens, padding included. As
             in a trace, -1 is no choice, and -2 - c is a pair of column c that a capacity dropped. Exactly these pairs are
-            dropped again. The first columns are the true experts, so the ids of other systems fit, too.
+            dropped again. True experts have the first columns, so expert ids of other systems are valid, too.
         group_T: Expert group of each token, -1 for padding; None if all tokens are of group 0.
         source: Name of the record in errors, for example its file.
 
@@ -95,10 +95,10 @@ def replayable_routers(model: nn.Module) -> list[TopKRouter]:
     """Returns the routers of the model's MoE layers, in order.
 
     Raises:
-        ConfigError: the model has none, or one whose choice is not that of `TopKRouter`.
+        ConfigError: the model has no MoE layer, or a router that does not choose as `TopKRouter` does.
     """
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer | LoRALayer)]
-    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also those of mixture of depths
+    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also in mixture of depths
     others += [router for router in routers if not _keeps_choices(router)]
     if others or not routers:
         found = f"a router of class {type(others[0]).__name__}" if others else "no MoE layer"

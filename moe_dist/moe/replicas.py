@@ -1,8 +1,8 @@
-"""Computes replicas of experts (`placement/replicas.py`), whose weights come from the experts' own slots in each forward.
+"""Computes replicas of experts (`placement/replicas.py`). Each forward fetches their weights from the experts' own slots.
 
-So there is no second set of weights to keep equal: in backward the gradients of the replicas go back to the own slots,
-which add them to theirs, and the optimizer, the gradient norm and checkpoints see each expert once. The exchange of weights
-is part of the autograd graph between dispatch and experts, so that every rank issues its collectives in the same order.
+No second set of weights must be kept equal: backward sends the gradients of replicas to the own slots and adds them there,
+and the optimizer, the gradient norm and checkpoints see each expert once. The exchange of weights is part of the autograd
+graph between dispatch and experts, so that every rank issues its collectives in the same order.
 
 The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
 
@@ -31,12 +31,12 @@ TENSORS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Route:
-    """The way of one group's weights in one layer, for one rank.
+    """Says which weights of one group's experts one rank sends and receives, in one layer.
 
     Attributes:
         group: Name of the group.
-        send: Slots in this rank's stack of the experts that it sends, in the order of their ranks. An expert may be sent to
-            several ranks.
+        send: Slots (in this rank's stack) of the experts whose weights are sent, in the order of the destination ranks. An
+            expert may be sent to several ranks.
         splits: Numbers of experts to and from each rank.
     """
 
@@ -76,16 +76,16 @@ class ReplicaWeights:
 
 
 class ExpertsWithReplicas(Experts):
-    """FFN experts of this rank, and in layers with replicas those of this rank. For arguments see `Experts`.
+    """FFN experts of this rank and, in layers with replicas, the replicas on this rank. For arguments see `Experts`.
 
     Attributes:
-        replicas: Brings the weights of this rank's replicas; None for a layer without any.
+        replicas: Brings the weights of this rank's replicas; None for a layer without replicas.
     """
 
     replicas: ReplicaWeights | None = None
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """See `Experts.forward`. The rows of replicas come behind those of the rank's own slots."""
+        """See `Experts.forward`. The rows of replicas come after the rows of the rank's own slots."""
         found = self.replicas
         if found is None:
             return super().forward(dispatched, plan, recompute=recompute)
@@ -116,8 +116,8 @@ def _run(
 
 class _Fetch(torch.autograd.Function):
     """Forward sends the weights of experts to the ranks of their replicas, one exchange for each group; backward sends the
-    gradients back. The rows [R, D] pass through unchanged: so backward runs on every rank, behind the experts' and before
-    that of dispatch."""
+    gradients back. The rows [R, D] pass through unchanged, so that this node's backward runs on every rank, after the
+    backward of the experts and before the backward of dispatch."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, replicas: ReplicaWeights, *weights: Tensor) -> Any:
@@ -128,7 +128,7 @@ class _Fetch(torch.autograd.Function):
             arrived = replicas.wire.exchange(sent, route.splits, name=REPLICAS, layer=replicas.layer)
             shapes = [each.shape[1:] for each in three]
             pieces = arrived.split([shape.numel() for shape in shapes], dim=1)
-            # contiguous, as all other stacks that the grouped product gets
+            # contiguous, like all other stacks that the grouped product gets
             found += [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
         return rows_RD.view_as(rows_RD), *found
 
@@ -136,7 +136,7 @@ class _Fetch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         replicas, found = ctx.replicas, list[Tensor | None]()
-        if not any(ctx.needs_input_grad[2:]):  # frozen experts, on all ranks alike
+        if not any(ctx.needs_input_grad[2:]):  # the experts are frozen, on all ranks
             return grad_RD, None, *(None for _ in ctx.weights)
         for route, weights, three in zip(replicas.routes, *map(_of_groups, (ctx.weights, gradients)), strict=True):
             sent = torch.cat([each.flatten(1) for each in three], dim=1)
@@ -148,7 +148,7 @@ class _Fetch(torch.autograd.Function):
 
 
 def _of_groups(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Cuts a list of all groups' tensors into those of each group."""
+    """Cuts a list of all groups' tensors into one list per group."""
     return [tensors[at : at + len(TENSORS)] for at in range(0, len(tensors), len(TENSORS))]
 
 
@@ -158,11 +158,11 @@ def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _with(weight: Tensor, gradient: Tensor, slots: Sequence[int]) -> Tensor | None:
-    """Returns a gradient of the stack `weight` with the gradients of its replicas; adds in place to the one that it has
-    already, as `experts._WorkingCopy`."""
+    """Returns a gradient of the stack `weight` from the gradients of its replicas. If the stack has a gradient already,
+    adds to it in place and returns None, as `experts._WorkingCopy` does."""
     if not slots or not weight.requires_grad:
         return None
     total = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    for slot, each in zip(slots, gradient, strict=True):  # in a fixed order, since an expert may stand there twice
+    for slot, each in zip(slots, gradient, strict=True):  # in a fixed order, because `slots` may name an expert twice
         total[slot] += each.view_as(total[slot]).to(total.dtype)
     return total if weight.grad is None else None

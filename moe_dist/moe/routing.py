@@ -1,4 +1,4 @@
-"""Defines what router, dispatcher and training step pass to each other: assignments, sums, reports.
+"""Defines the records that router, dispatcher and training step pass to each other: assignments, sums, reports.
 
 Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
 pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
@@ -17,9 +17,9 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer on this rank. They are the only part of the routing that the dispatcher sees.
+    """The (token, expert) pairs of one layer on this rank. The dispatcher sees no other part of the routing.
 
-    N, the number of pairs, does not depend on the routing (it is T x K for token choice), so that the host knows shapes
+    N, the number of pairs, does not depend on the routing (N = T x K for token choice), so that the host knows shapes
     without a sync. A pair that no expert computes (a null choice, padding) therefore stays in the list as an absent pair.
     All other pairs are called taken; no taken pair occurs twice.
 
@@ -138,17 +138,18 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks find its tensors.
+    """The report that an MoE layer returns beside its output. The report is a NamedTuple, so that FSDP2's hooks find its
+    tensors.
 
     Attributes:
         sums: Sums of the router over this rank's tokens.
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: None if the three numbers above are known on the host. Else they are 0, and this int64 tensor has them, the
-            padding rows sent to other ranks, and how many rows and pairs found no room.
+        sent_5: None if the three numbers above are known on the host. Else these numbers are 0, and this int64 tensor has
+            them, the number of padding rows sent to other ranks, and the number of rows and pairs beyond the fixed sizes.
         depth: Sums of a mixture-of-depths layer; None in other layers.
-        members_G: int64, number of tokens of each group in a mixture-of-depths layer, those it skips included; None in
+        members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
             other layers.
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
@@ -172,7 +173,7 @@ class GlobalBatchInfo:
     """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
 
     Attributes:
-        step: Optimizer step, counted from 0. It is part of the names of random numbers.
+        step: Optimizer step, counted from 0. The step is part of the names of random numbers.
         first_token: Index of the micro-batch's first token among all tokens of the step.
         rank: Global rank of this process. Ranks that share sequences count as one rank here and below.
         tokens_W: Number of tokens of each rank of the world, padding included.
@@ -186,7 +187,8 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index, among all tokens of the step, of a rank's first token. It is the same in every layout."""
+        """Returns the index, among all tokens of the step, of a rank's first token. The index is the same in every
+        layout."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
@@ -198,7 +200,7 @@ class RoutingRequest:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
         token_T: int64, index of each token in its micro-batch; None if the tokens are in this order.
-        experts_off: If true, routed experts add 0 to the output. They and their collectives still run.
+        experts_off: If true, routed experts add 0 to the output. The experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
             starts the sum of routing counts there.
@@ -223,8 +225,8 @@ class ExpertsChoice(NamedTuple):
         taken_TE: bool, true if the expert takes this rank's token.
         order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
             ranks.
-        kth_score_E: For each expert the k-th largest score, without noise, in the selection scope, where it takes k tokens;
-            0 if it takes none or, by its capacity, all tokens of its group.
+        kth_score_E: For each expert, which takes k tokens, the k-th largest score without noise in the selection scope; 0
+            if the expert takes no token or, by its capacity, all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -235,12 +237,12 @@ class ExpertsChoice(NamedTuple):
 @dataclass
 class RoutingCache:
     """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
-    the recomputed forward reads them. It must not decide again: recomputed logits may differ in the last bits, and another
-    choice would change the sizes that this rank sends.
+    the recomputed forward reads them. The recomputed forward must not decide again: recomputed logits may differ in the
+    last bits, and another choice would change the sizes that this rank sends.
     """
 
     choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
-    kept_TK: Tensor | None = None  # which of them a token takes, where their number depends on the token
+    kept_TK: Tensor | None = None  # which of these columns a token takes, in adaptive routers
     number_T: Tensor | None = None  # predicted number of choices, with gradient; each forward computes it anew
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
@@ -252,7 +254,7 @@ class RoutingCache:
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """Returns the index of each choice column's group. The columns are all true experts, then all null, all identity and
-    all constant experts, each by group. True experts come first, to win ties in a stable sort."""
+    """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
+    all constant experts, each sorted by group. True experts come first, to win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

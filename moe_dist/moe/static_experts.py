@@ -1,8 +1,8 @@
-"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`): the numbers of rows stay on the device.
+"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The row counts stay on the device.
 
-Pairs of a group are consecutive: those of its experts in order, then padding. The grouped product reads the experts' rows
-from offsets on the device. Its results in the rows of padding are undefined and never used. Shape letters as in
-`experts.py`; P is the number of places for a group's pairs.
+Pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads the experts'
+rows from offsets on the device. The product's results in the rows of padding are undefined and never used. Shape letters as
+in `experts.py`; P is the number of places for a group's pairs.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ from moe_dist.placement.roles import group_module
 
 class StaticStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Any, activate: Activation = silu_product) -> Tensor:
-        """Applies each expert to its block of consecutive rows. `counts` is `counts_X` and `end_X` of the
-        plan, cut to the group's slots."""
+        """Applies each expert to its block of consecutive rows. `counts` has `counts_X` and `end_X` of the plan for the
+        group's slots."""
         for_gate_PD, for_up_PD = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
         room, device, dtype = for_gate_PD.shape[0], for_gate_PD.device, for_gate_PD.dtype
         counts_e, end_e = counts
@@ -42,7 +42,7 @@ class StaticStack(ExpertStack):
             return for_gate_PD
         if device.type == "cpu" and (not room or why_not_grouped(dtype, device, self.widths)):
             gate, up, down = (self.weight(name, dtype) for name in ("gate", "up", "down"))
-            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # on the host, so no sync
+            rows = end_e.diff(prepend=end_e.new_zeros(1)).tolist()  # the tensor is on the CPU, so this does not sync
             y_QD = loop_swiglu(x_QD, gate, up, down, rows, activate)
             return F.pad(y_QD, (0, 0, 0, room - y_QD.shape[0]))
         gate, up, down = self.grouped_weights(dtype)
@@ -59,7 +59,7 @@ class _Product:
 
     def __call__(self, x_PI: Tensor, weight_eOI: Tensor) -> Tensor:
         weight_eOI = weight_eOI.view_as(weight_eOI)  # a view, because a hook on the parameter would stay
-        if weight_eOI.requires_grad:  # torch does not document the gradient of an expert without rows
+        if weight_eOI.requires_grad:  # because torch does not document the gradient of an expert without rows
             weight_eOI.register_hook(lambda gradient: gradient.masked_fill(self.empty_e11, 0.0))
         y_PO = F.grouped_mm(x_PI, weight_eOI.transpose(-2, -1), offs=self.offsets)
         if y_PO.requires_grad:

@@ -1,4 +1,4 @@
-"""Zero-computation experts: identity and constant experts, computed on the token's own rank without dispatch.
+"""Computes zero-computation experts (identity and constant experts) on the token's own rank, without dispatch.
 
     identity  E(x) = x                                          (LongCat-Flash, arXiv 2509.01322; MoE++'s copy expert)
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned

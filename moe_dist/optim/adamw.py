@@ -2,9 +2,9 @@
 
 A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest value. Rounding is element by
 element and draws no random numbers, so a moment has the same bits on any layout. Rounding loses changes of less than 2^-9
-of the moment. A moment whose gradient has become 0 shrinks by the share 1 - beta in a step, which must be more than this,
-so the configuration allows betas up to 0.99. (Stochastic rounding would allow larger betas, at the cost of a random number
-for each element, drawn by its global index.)
+of the moment. A moment whose gradient has become 0 shrinks by the share 1 - beta in a step. This share must exceed 2^-9, so
+the configuration allows betas up to 0.99. (Stochastic rounding would allow larger betas, at the cost of a random number for
+each element, drawn by its global index.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +22,10 @@ Moments = Literal["fp32", "bf16"]
 
 
 class AdamW(torch.optim.AdamW):
-    """Takes parameter groups from `split_parameters`. Its `step` skips those with the key "moments", which Muon updates.
+    """Takes parameter groups from `split_parameters`. Its `step` skips groups with the key "moments", which Muon updates.
 
     Attributes:
-        moment_dtype: Dtype of moments; None: that of the parameter.
+        moment_dtype: Dtype of moments; None: the parameter's dtype.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ def add_moments(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) 
 
 
 def moment_dtype(optimizer: Optimizer) -> torch.dtype | None:
-    """Returns the dtype of all moments; None if each has its parameter's."""
+    """Returns the dtype of all moments; None if each moment has its parameter's dtype."""
     return getattr(optimizer, "moment_dtype", None)
 
 

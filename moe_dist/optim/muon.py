@@ -5,7 +5,7 @@ parameters get AdamW.
 
 NS is a Newton-Schulz iteration, which sends each singular value to about 1. The factor 0.2 sqrt(max(rows, columns)) gives
 updates the size of AdamW's, so that AdamW's learning rate and weight decay fit (Liu et al., arXiv 2502.16982, eq. 4).
-torch.optim.Muon computes the same for single matrices in bf16; it takes neither stacks of experts nor shards.
+torch.optim.Muon computes the same updates for single matrices in bf16, but takes neither stacks of experts nor shards.
 """
 
 import math
@@ -20,17 +20,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moe_dist.optim.adamw import AdamW, Moments, add_moments, local
 from moe_dist.optim.optimizer import MATRIX_MOMENTS
 
-A, B, C = 3.4445, -4.7750, 2.0315  # of one iteration s -> A s + B s^3 + C s^5 of a singular value s
+A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of one iteration s -> A s + B s^3 + C s^5 of a singular value s
 ITERATIONS = 5
 LEAST_NORM = 1e-7  # a smaller matrix is treated as nearly zero, and its update stays small
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns Newton-Schulz iterations of a matrix, or of each matrix of a stack, [..., rows, columns]. Singular values of
+    """Applies Newton-Schulz iterations to a matrix, or to each matrix of a stack, [..., rows, columns]. Singular values of
     at least 0.002 of the Frobenius norm end between 0.68 and 1.21. Computes in `dtype`."""
     x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(LEAST_NORM)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # so that x x^T has the smaller side
+    x = x.mT if tall else x  # transposed, so that x x^T is the smaller square matrix
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = A * x + (B * gram + C * gram @ gram) @ x

@@ -22,7 +22,7 @@ from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by
 from moe_dist.placement.roles import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
 MATRIX_MOMENTS = MOMENTS[:1]  # the moment of matrices under an optimizer that orthogonalises them
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # nor do vectors of any role decay
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role do not decay either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
@@ -44,7 +44,7 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
     """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order. Groups whose parameters
     have only MATRIX_MOMENTS (see `moments_of`) also have the key "moments".
 
-    A fused kernel needs parameters of one kind. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
+    A fused kernel needs tensors of one type. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
     the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters and
     parameters that are empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS stays, because the
     gather of the matrix needs all its ranks.
@@ -82,7 +82,7 @@ def make_optimizer(
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    # the reason why Apex cannot be used, or None
+    # text with the reason why Apex cannot be used, or None
     obstacle = (
         "its moments are fp32; set optimizer.moments=fp32" if moments == "bf16" else _apex_obstacle(apex_adam, parameters)
     )
@@ -155,7 +155,7 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns this rank's part of each gradient as a plain tensor, without a copy. Skips parameters without one."""
+    """Returns this rank's part of each gradient as a plain tensor, without a copy. Skips parameters without a gradient."""
     gradients = (parameter.grad for parameter in parameters)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
 
@@ -167,7 +167,8 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
 
     Args:
         parameters: Each parameter with its replicas: the number of ranks that hold the same part of its (already reduced)
-            gradient. It is all ranks for a replicated dense parameter, the edp size for a replicated expert, 1 for a shard.
+            gradient. The number is the world size for a replicated dense parameter, the edp size for a replicated expert, 1
+            for a shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -176,7 +177,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device: no sync
+    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that nothing syncs
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32

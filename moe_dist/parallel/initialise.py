@@ -38,11 +38,13 @@ def initialise(
 def initial_value(
     model: nn.Module, path: str, name: str, shape: tuple[int, ...], *, seed: int, std: float, num_layers: int
 ) -> Tensor:
-    """Returns the whole (not sharded) initial value of a logical tensor, fp32 on the host. It is the same for every engine.
+    """Returns the whole (not sharded) initial value of a logical tensor, fp32 on the host. The value is the same for every
+    engine.
 
     Args:
-        path: Name in `model` of the parameter that holds the tensor, alone or with others. Its module can set a constant.
-        name: Logical name, with the index of an expert. It decides the value if the module does not.
+        path: Name in `model` of the parameter that holds the tensor, alone or with others. The module of this parameter can
+            set a constant.
+        name: Logical name, with the index of an expert. The name decides the value if the module sets no constant.
         shape: Shape of the logical tensor.
     """
     owner, _, leaf = path.rpartition(".")

@@ -23,7 +23,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)  # long enough for the slowest rank's write
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the slowest rank takes to write a checkpoint
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
@@ -89,7 +89,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, so that one can count a rank's work."""
+    """Creates a default process group without peers, whose collectives do nothing, for counts of a rank's work."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]
@@ -114,7 +114,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs its mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # created also for one rank, because FSDP2 needs its mesh
     backend = "fake" if dist.get_backend() == "fake" else "gloo"
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
@@ -182,7 +182,7 @@ def destroy_world() -> None:
 
 
 def own_gpu(env: RankEnv) -> torch.device:
-    """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank, or the only
+    """Returns this rank's GPU, and makes it the current device. This is the GPU whose index is the local rank, or the only
     GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:

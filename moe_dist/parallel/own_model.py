@@ -1,7 +1,7 @@
 """Expert-parallel layers in a model of your own: their loss, gradients and full weights (docs/api.md).
 
-An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. So frameworks that average
-gradients over ranks, as DDP does, must leave experts out, and no rank has the weights or the gradient norm of all experts.
+An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. Frameworks that average
+gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,9 +56,9 @@ def build_moe_layer(
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
 
     Raises:
-        ConfigError: `placement` is one of other groups.
+        ConfigError: `placement` is for other groups.
         ValueError: in forward, x or group has another shape, or (checked on CPUs only, because a GPU would have to sync) a
-            group index is neither -1 nor that of a group.
+            group index is neither -1 nor the index of a group.
     """
     wire = AllToAll(ep_group, CommStats())
     groups = _numbered(groups)
@@ -121,7 +121,7 @@ def balance_loss(
     summed over layers. The shares of all ranks add up to the loss. Costs one small all-reduce.
 
     Args:
-        reports: The report that a layer returned, or those of several layers with equal groups.
+        reports: The report that a layer returned, or the reports of several layers with equal groups.
         groups: The layers' expert groups.
         group: Process group of all ranks that train the model; None for one process.
         averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). The share is then
@@ -164,7 +164,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
         return
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        # A rank whose tokens did not use a parameter has no gradient, and the others may have one.
+        # A rank whose tokens did not use a parameter has no gradient of it, but other ranks may have one.
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in same]
         used = torch.tensor([each.grad is not None for each in same], dtype=dtype).to(same[0].device)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), used])
@@ -237,11 +237,11 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     shapes differ."""
     own = dict(state)
     for path, _, experts, planner in _expert_stacks(model):
-        if path in state and len(state[path]) == experts.num_experts:  # else load_state_dict reports the shape
+        if path in state and len(state[path]) == experts.num_experts:  # otherwise load_state_dict reports the wrong shape
             local = planner.placement.local_experts(planner.wire.rank, experts)
             own[path] = state[path][[expert - experts.first_expert for expert in local]]
     for name, mine in model.state_dict().items():
-        if isinstance(mine, DTensor) and name in own:  # of FSDP2
+        if isinstance(mine, DTensor) and name in own:  # sharded by FSDP2
             own[name] = distribute_tensor(own[name], mine.device_mesh, mine.placements)
     model.load_state_dict(own)
 

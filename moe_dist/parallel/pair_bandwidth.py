@@ -15,8 +15,8 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-# Further measurements (looks) of a pair that looks slow: it is slow only if all of them find it slow. All pairs of a slow
-# node are slow, so each pair gets fewer looks the more there are, or a large cluster would exceed the job's time limit.
+# Further measurements (looks) of a pair that looks slow: the pair is slow only if all of them find it slow. All pairs of a
+# slow node are slow. With more such pairs each gets fewer looks, or a large cluster would exceed the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
@@ -54,7 +54,7 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # else the connections of n (n - 1) / 2 groups would pile up
+            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would pile up
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
@@ -104,7 +104,7 @@ class PairMeasurement:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is a barrier too
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is also a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
@@ -125,7 +125,7 @@ class PairMeasurement:
 
 
 def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
-    collective()  # opens connections
+    collective()  # the first call opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
     dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # so that all ranks repeat equally often

@@ -5,7 +5,7 @@
 3. FSDP2 or DDP: last, because it needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
-summed over the world, and those of experts over edp (ranks with the same experts). Router weights stay replicated plain
+summed over the world, and gradients of experts over edp (ranks with the same experts). Router weights stay replicated plain
 tensors, because FSDP2 would cast them to its compute dtype. `reduce_gradients` sums routers' gradients over the world after
 backward.
 """
@@ -70,7 +70,7 @@ class ParallelModel:
 
     @property
     def layer_ranks(self) -> dist.ProcessGroup | None:
-        """The ranks with the same layers as this one."""
+        """The ranks with the same layers as this rank."""
         return self.mesh.world
 
     @property
@@ -79,8 +79,8 @@ class ParallelModel:
         return True
 
     def replicas(self, named: NamedParameter) -> int:
-        """Returns the number of ranks that hold the same part of a parameter (1 for a shard); gradient norms divide by
-        it."""
+        """Returns the number of ranks that hold the same part of a parameter (1 for a shard). Gradient norms divide by this
+        number."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role in EXPERTS else self.mesh.world_size
@@ -108,7 +108,7 @@ class ParallelModel:
             for stack in self._stacks if last else ():
                 stack.keep_copies(False)  # the optimizer, or a load after an error, changes the weights next
             if self._once and last:
-                self._root.set_reshard_after_forward(True)  # else an evaluation would leave all parameters gathered
+                self._root.set_reshard_after_forward(True)  # otherwise an evaluation would leave all parameters gathered
 
     @property
     def _root(self) -> FSDPModule:
@@ -117,7 +117,7 @@ class ParallelModel:
 
     def _keep_gathered(self, *, until_next: bool) -> None:
         """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. With
-        `until_next` FSDP2 reduces no gradients: it adds up those of this rank in fp32."""
+        `until_next` FSDP2 reduces no gradients: it adds up this rank's gradients in fp32."""
         self._root.set_reshard_after_forward(False)
         self._root.set_reshard_after_backward(not until_next)
         self._root.set_requires_gradient_sync(not until_next)
@@ -140,12 +140,12 @@ def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place. Its units are each layer's attention, each MoE layer or FFN, and the model with all other
+    """Applies FSDP2 in place. The units are each layer's attention, each MoE layer or FFN, and the model with all other
     parameters.
 
-    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. So FSDP2 runs no
-    collective between the layer's two exchanges. A unit of the experts' own would run its reduce-scatter between the
-    exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
+    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no
+    collective between the layer's two exchanges. If the experts were a separate unit, its reduce-scatter would run between
+    the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
     plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
 
     Raises:
@@ -166,7 +166,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)  # last, because the model takes the parameters that no unit has
+    fully_shard(model, **options)  # sharded last, because the model takes the parameters that no unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum instead of an average
@@ -174,8 +174,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _gather_all(model: nn.Module, _inputs: Any) -> None:
-    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. No unit's own
-    hooks run then, so FSDP2 reduces gradients at the end of backward. So no collective comes between exchanges."""
+    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. The units' own
+    hooks then do not run, and FSDP2 reduces gradients at the end of backward, so no collective comes between exchanges."""
     assert isinstance(model, Transformer)
     for unit in model.modules() if model.in_halves else ():
         if isinstance(unit, FSDPModule):
@@ -184,7 +184,7 @@ def _gather_all(model: nn.Module, _inputs: Any) -> None:
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     """Shards expert stacks over edp by experts. If the edp size divides only the number of rows of each expert, shards by
-    these rows. Returns None if no expert is to be sharded.
+    these rows. Returns None if no expert must be sharded.
 
     Raises:
         ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
@@ -215,8 +215,8 @@ class _OrderedBuckets(DistributedDataParallel):
     """DDP whose buckets stay in one order, from the last parameter to the first, in which gradients become ready.
 
     Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
-    its bucket determines the order of its sum. So the first step after a resume would differ in the last bits from the same
-    step of a run without interruption.
+    its bucket determines the order of its sum. With plain DDP the first step after a resume would therefore differ in the
+    last bits from the same step of a run without interruption.
     """
 
     def _build_params_for_reducer(self) -> Any:
@@ -232,7 +232,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # now, so that the first step uses the buckets of later steps
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the buckets of later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

@@ -77,7 +77,7 @@ class Mailbox:
         """Returns the messages that came since the last call. If there are none, this costs one request to the store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
-        here = [number for number in due if self._store.check([str(number)])]  # the poster may have died before `set`
+        here = [number for number in due if self._store.check([str(number)])]  # a poster may have died before `set`
         self._due = [number for number in due if number not in here]
         return [self._store.get(str(number)).decode() for number in here]
 
@@ -103,7 +103,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
                 wait.pause(ranks_text(missing))
     except MoeDistError as error:
         start.set("go", json.dumps([error.exit_code, *error.problems]))
-        time.sleep(5 * POLL_SECONDS)  # the other ranks read the decision before the store ends
+        time.sleep(5 * POLL_SECONDS)  # gives the other ranks time to read the decision before the store ends
         raise
     finally:
         if several_nodes:
@@ -124,7 +124,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, error.exit_code, problem]))
     if problem:
         raise error(problem)
-    patience = wait.again()  # rank 0 decides: it may wait for a later rank, or stop all
+    patience = wait.again()  # rank 0 decides whether to wait longer for a rank or to stop all ranks
     while not start.check(["go"]):
         patience.pause("the ranks that rank 0 waits for; its log names them")
     code, *problems = json.loads(start.get("go"))

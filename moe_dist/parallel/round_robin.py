@@ -25,7 +25,7 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
     an odd number of nodes, one node pauses in each round."""
     if num_nodes < 2:
         return []
-    circle = list(range(num_nodes + num_nodes % 2))  # with a dummy node if the number is odd
+    circle = list(range(num_nodes + num_nodes % 2))  # adds a dummy node if the number is odd
     rounds = []
     for _ in range(len(circle) - 1):
         half = len(circle) // 2

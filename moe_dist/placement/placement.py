@@ -91,14 +91,15 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Spreads the experts of every group evenly over all ranks. If a group does not divide evenly, some ranks get one
-        expert more. The extra experts of the next group go to the ranks after these, so that ranks stay balanced."""
+        """Spreads the experts of every group evenly over all ranks. If a group's experts do not divide evenly, some ranks
+        get one more expert. The extra experts of the next group go to the ranks after these, so that ranks stay
+        balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
             for part, experts in enumerate(even_runs(group.experts, num_ranks)):
                 slots[(offset + part) % num_ranks].extend(experts)
-            offset += group.num_experts  # the next group starts at the rank where this one ended
+            offset += group.num_experts  # the next group starts at the rank where this group ended
         return cls(tuple(groups), tuple(map(tuple, slots)))
 
     @property
@@ -110,7 +111,7 @@ class ExpertPlacement:
         """Returns the number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property  # each layer's dispatch plan reads it
+    @cached_property  # cached, because each layer's dispatch plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
         """Returns the rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
@@ -141,7 +142,7 @@ class ExpertPlacement:
 
     def most_rows(self, rank: int, group: ExpertGroup) -> int:
         """Returns the most other ranks on which a token of `rank` can have experts in one layer: at most top_k in token
-        choice, and at most the ranks of the node groups that it may use."""
+        choice, and at most the ranks of the node groups that the token may use."""
         away = [
             {self.rank_of_expert[expert] for expert in part} - {rank}
             for part in even_runs(group.experts, group.node_groups)

@@ -1,8 +1,8 @@
 """Replicas: in single layers a hot expert has, beside its own slot, slots on other ranks for a while.
 
-A rank sends its tokens to the replica on the rank itself if there is one. The ranks without a replica take turns. So each
-rank knows the slot of its tokens without an exchange, and about as many tokens reach each slot of an expert, because the
-tokens of all ranks are drawn from the same data.
+A rank sends its tokens to the replica on the rank itself if there is one. The ranks without a replica take the slots in
+turns. Each rank thus knows the slots of its tokens without an exchange. The slots of an expert get about equally many
+tokens, because the tokens of all ranks are drawn from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -28,7 +28,7 @@ class Replica(NamedTuple):
 @dataclass(frozen=True)
 class PlacementWithReplicas(ExpertPlacement):
     """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
-    saved. `replicas` has those of each layer, sorted; all other layers have none.
+    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty.
 
     Raises:
         ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or not on other ranks.
@@ -74,12 +74,12 @@ class PlacementWithReplicas(ExpertPlacement):
         return found
 
     def hosts(self, layer: int) -> dict[int, list[int]]:
-        """Returns the ranks of each expert with replicas: those of the replicas, then that of its own slot."""
+        """Returns the ranks of each expert with replicas: the replicas' ranks, then the rank of the own slot."""
         return hosts_of(self.replicas[layer], self.rank_of_expert)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """See `ExpertPlacement.by_rank`. Of an expert with replicas each rank gets the share that its slot serves if all
-        ranks have equally many of the pairs: an expected number."""
+        """See `ExpertPlacement.by_rank`. Of an expert with replicas each rank gets the share that its slot is expected to
+        serve: the share if all ranks have equally many of the pairs."""
         found_LR = super().by_rank(pairs_LE).astype(np.float64)
         for layer in range(len(self.replicas)):
             for expert, hosts in self.hosts(layer).items():
@@ -94,7 +94,8 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas, its own rank last, so that it serves the fewest other ranks."""
+    """Returns the ranks of each expert with replicas. The expert's own rank is last, so that it serves the fewest other
+    ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -102,7 +103,8 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the host of the slot that serves it: itself, or the hosts in turns."""
+    """Returns for each source rank the rank of the slot that serves it: itself if it has a slot, else the hosts in
+    turns."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -70,7 +70,7 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Returns the name of an expert group's child module. Its prefix keeps a group's name apart from attributes' names."""
+    """Returns the name of an expert group's child module. A prefix keeps group names apart from attribute names."""
     return f"{_GROUP}{name}"
 
 

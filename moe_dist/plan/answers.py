@@ -23,8 +23,8 @@ WORDS = {
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best ones of other choices, such as another EP size, on as
-    many GPUs."""
+    """Yields sentences that compare the best layout with the best layouts under other choices, such as another EP size, on
+    equally many GPUs."""
     same = [each for each in fitting if each.gpus == best.gpus]
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
@@ -67,7 +67,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
     groups = expert_groups(config.model.moe)
     name, other, gains = groups[1].modalities[0], groups[0].modalities[0], []
     shares = np.arange(0.05, 1.0, 0.05).round(2)
-    # A pinned placement is made once, for the mix of the data, since a run cannot change it when the mix drifts.
+    # A pinned placement is made once, for the data's token mix, because a run cannot change it when the mix drifts.
     sections = Placements(config, planner.token_mix).of(config.parallel.ep)
     for share in shares:
         mix = {name: round(1e6 * share), other: round(1e6 * (1 - share))}
@@ -91,7 +91,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
 
 
 def is_interleaved(placement: ExpertPlacement) -> bool:
-    """Whether a placement is the interleaved one under another name, as with one expert on each rank."""
+    """Returns whether a placement equals the interleaved placement, as with one expert on each rank."""
     return placement.slots == ExpertPlacement.interleaved(placement.groups, placement.num_ranks).slots
 
 

@@ -1,7 +1,7 @@
 """Seconds of the parts of a micro-batch on one rank, by FLOPs, bytes and the rates of a machine. Imports no torch.
 
 Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a product, plus bytes at the copy rate. On a GPU the
-host launches operations while the GPU computes, so the longer of the two times counts. On a CPU they are added.
+host launches operations while the GPU computes, so the longer of the two times counts. On a CPU the two times are added.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (
 class Launches:
     """Numbers of operations that the host launches in forward, in the order of the fields: in attention; in norm, router
     and plan of an MoE layer; in each of the two packings of rows; for the experts of one piece (rows that are computed at
-    once); and for each expert of it."""
+    once); and for each expert of a piece."""
 
     attention: int
     router: int
@@ -54,15 +54,15 @@ class Costs:
         self.launches = LAUNCHES["cpu" if rates.cores else "cuda"]
 
     def _seconds(self, scale: float, flop: Any, rate: Any, num_bytes: Any, launches: Any = 0) -> Any:
-        """Seconds of compute, multiplied by the fitted factor `scale`, together with those of the launches."""
+        """Returns seconds of compute, multiplied by the fitted factor `scale`, combined with the seconds of launches."""
         compute = scale * (flop / rate + num_bytes / self.rates.copy_rate)
         host = self.rates.scale.launch * launches * self.rates.launch
         return compute + host if self.rates.cores else np.maximum(compute, host)
 
     @property
     def backward(self) -> float:
-        """Seconds of backward over seconds of forward. In backward, a product with a frozen weight takes one product, any
-        other takes two."""
+        """Ratio of seconds of backward to seconds of forward. Backward computes one product for a product with a frozen
+        weight, else two."""
         return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
@@ -125,7 +125,7 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # Several nodes of the dispatcher may be on one machine; then both hops stay inside the machine.
+            # If several nodes of the dispatcher are on one machine, both hops stay inside the machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)

@@ -1,7 +1,7 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Sums and gathers over data-parallel ranks run while the exchanges leave the wire free; what does not fit into that time
-prolongs the step. The estimate assumes that EP groups wait for each other in each micro-batch.
+Sums and gathers over data-parallel ranks run while the exchanges leave the wire free; the rest of their time prolongs the
+step. The estimate assumes that EP groups wait for each other in each micro-batch.
 """
 
 import math
@@ -32,13 +32,13 @@ class Estimate:
     Attributes:
         config: The configuration with this layout.
         seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and
-            syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers, and sums,
-            gathers and optimizer.
-        wire: Seconds of a step in which the rank that sends most exchanges rows, also those that compute covers.
+            syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers, and the time
+            of sums, gathers and optimizer.
+        wire: Seconds of a step in which the rank that sends most rows exchanges them, seconds that compute covers included.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
         memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
-        mark, rows_mark: How sure the time is, and how sure bytes and memory are; see `moe_dist.plan.rates.MARKS`.
+        mark, rows_mark: Certainty of the time, and certainty of bytes and memory; see `moe_dist.plan.rates.MARKS`.
     """
 
     config: Config
@@ -76,10 +76,10 @@ class Estimate:
 
 
 class Planner:
-    """Estimates layouts; what several layouts share is computed once.
+    """Estimates layouts; loads, times and memory that several layouts share are computed once.
 
     Args:
-        source: Where rows come from.
+        source: Source of the loads: expected loads, or a trace.
         most_bytes: Memory of a rank.
     """
 
@@ -143,7 +143,7 @@ class Planner:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of them.
+        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of these cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -168,8 +168,8 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns the seconds that sums, gathers and the optimizer add to a step: where no compute covers them, and by
-        slowing the compute that runs at the same time."""
+        """Returns the seconds that sums, gathers and the optimizer add to a step: seconds that no compute covers, and
+        seconds by which they slow simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
@@ -187,7 +187,7 @@ class Planner:
         # With shared cores no collective is hidden: while it runs beside one rank's compute, another rank lacks a core.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
-            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice; it runs during the last backward
+            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice, during the last backward
         elif parallel.fsdp_gather == "step":
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
@@ -225,7 +225,8 @@ class Planner:
 
 def _linear_memory(config: Config, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns for each rank the coefficients of its memory, which is linear in rows and pairs, three times [R]: bytes
-    without rows, bytes for a row per token, bytes for a pair per token. Computed once for ranks with as many experts."""
+    without rows, bytes for a row per token, bytes for a pair per token. Ranks with equally many experts share one
+    result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank in range(placement.num_ranks):

@@ -38,8 +38,8 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without
-    those on the shared expert. An adapter that experts share counts for each of them."""
+    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without the
+    adapters of the shared expert. An adapter that experts share counts once for each of them."""
     dim, section = model.hidden_dim, model.moe.experts
     if not isinstance(section, AdaptedFFNExpertsSection):
         return 0
@@ -49,15 +49,15 @@ def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns those parameters of `expert_adapters` that only the ranks of their experts hold. An adapter that all
-    experts share is on every rank and is left out."""
+    """Returns the number of parameters in `expert_adapters` that only the ranks of the adapters' experts hold. An adapter
+    that all experts share is on every rank and is left out."""
     section = model.moe.experts
     shared = isinstance(section, AdaptedFFNExpertsSection) and section.shared
     return 0 if shared else expert_adapters(model, experts)
 
 
 def _replicated_adapters(model: ModelSection) -> float:
-    """Returns the number of parameters of adapters on attention and shared expert, and of those that experts share."""
+    """Returns the number of parameters of adapters on attention and shared expert, and of adapters that experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
     if isinstance(section, AdaptedFFNExpertsSection):
         found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.shared else 0
@@ -147,7 +147,7 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns the mean number of parameters that a token uses, without those of other experts and of skipped layers.
+    """Returns the mean number of parameters that a token uses, without the experts and layers that it does not use.
 
     Args:
         experts_per_token: Mean number of true experts that a token takes, by group.
@@ -200,8 +200,8 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> float:
-    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. This is the mean
-    over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
+    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. The result is
+    the mean over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
     keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
     return 2 * model.attention.score_width(model) * keys
 
@@ -217,7 +217,7 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
 
-    Backward ends at the first tuned layer, the one nearest to the input. In that layer, the router computes its weights'
+    Backward ends at the first tuned layer, which is nearest to the input. In that layer, the router computes its weights'
     gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights together.
     In the layers after it, a product with a frozen weight computes only its input's gradient, which costs as much as
     forward. Attention scores are products of two activations and compute both gradients.
@@ -262,8 +262,8 @@ def model_flops_per_token(
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """Returns FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
-    The FLOPs of recomputation are an upper bound: they include the last product of a recomputed module, which backward
-    does not repeat.
+    The FLOPs of recomputation are an upper bound: these FLOPs include the last product of a recomputed module, which
+    backward does not repeat.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
 

@@ -83,7 +83,7 @@ def _engine_violations(config: Config) -> list[Violation]:
 
 
 def _kernel_violations(config: Config) -> list[Violation]:
-    """Checks for parallel.kernels.kind=triton: a device, and the package triton, unless torch is missing here too."""
+    """Checks for parallel.kernels.kind=triton: a device, and the package triton, unless torch is missing, too."""
     key = "parallel.kernels.kind"
     if config.parallel.kernels.kind != "triton":
         return []
@@ -104,7 +104,7 @@ def _kernel_violations(config: Config) -> list[Violation]:
 
 
 def installed(module: str) -> bool:
-    """Returns whether a module is there, without importing the package that it is in."""
+    """Returns whether a module is installed, without importing its package."""
     package, *inside = module.split(".")
     spec = importlib.util.find_spec(package)
     if spec is None or not inside:

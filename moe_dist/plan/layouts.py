@@ -1,4 +1,4 @@
-"""Lists the layouts of a configuration on some GPUs. Imports no torch."""
+"""Lists the layouts of a configuration on a number of GPUs. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -45,7 +45,7 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                                 "fsdp_gather": gather,
                                 "recompute": recompute,
                                 "dispatch": dispatch,
-                                "two_batch_overlap": False,  # refuses other dispatchers, and is not timed
+                                "two_batch_overlap": False,  # needs all_to_all, and the planner does not time it
                             }
                         )
                         for size in micro:
@@ -99,4 +99,4 @@ class Placements:
             try:
                 yield section, make_placement(section, groups, num_ranks=ep, token_mix=self._mix)
             except ConfigError:
-                continue  # pinned needs a rank for each group
+                continue  # a pinned placement needs a rank for each group

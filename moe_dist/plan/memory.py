@@ -17,8 +17,8 @@ per token, of `a` bytes each (2 in bf16, 4 in fp32):
                 or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
                                                                 sequence v, and 8 v bytes in fp32
 
-With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less; of attention and output not
-with `parallel.compile`, because torch fuses these parts itself:
+With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less. With `parallel.compile` only the
+line MoE holds, because torch fuses attention and output itself:
 
     attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
                                                                 the projections before the rotation
@@ -54,13 +54,14 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank by their use; those of activations are an estimate."""
+    """Bytes on one rank by their use; the bytes of activations are an estimate."""
 
     parameters: float  # fp32 master weights; gradients are fp32 too
-    gradients: float  # fp32 gradients; with fsdp_gather=step also those of gathered parameters
+    gradients: float  # fp32 gradients; with fsdp_gather=step also gradients of gathered parameters
     optimizer: float
     # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
-    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them. Also those of replicas.
+    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them. Includes weights of
+    # replicas.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -74,7 +75,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     """Estimates the memory of the rank at position `rank` of an EP group.
 
     Args:
-    rows, pairs: Expected rows that the rank receives, and (token, expert) pairs that it computes, per token of its own.
+        rows, pairs: Expected rows that the rank receives, and (token, expert) pairs that it computes, per own token.
     """
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
@@ -96,7 +97,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
-    over all ranks, and experts with their own adapters over the edp ranks, which hold the same experts. Routers are not
+    over all ranks, and experts with adapters of their own over the edp ranks, which hold the same experts. Routers are not
     sharded."""
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
     experts = parts.experts + own_adapters(config.model, held_experts(placement, rank))
@@ -132,8 +133,8 @@ class Trained(NamedTuple):
 
 
 def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
-    """Returns what a rank trains that holds `experts_held` experts of each group, and their adapters: everything, only
-    adapters and routers, or some routers."""
+    """Returns the trained parameters of a rank with `experts_held` experts of each group, and their adapters: all
+    parameters, only adapters and routers, or some routers."""
     if config.router_tuning is not None:
         return Trained(tuned_parameters(config), 0.0, 0.0)
     parts, own = parameters(config.model, experts_held=experts_held), own_adapters(config.model, experts_held)

@@ -26,7 +26,7 @@ def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
     """Returns the demand of each position in an EP group. Only one group can make demands on a rank's node, because only
-    pinned groups make them, and these share no rank."""
+    pinned groups make demands, and pinned groups share no rank."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -82,7 +82,7 @@ def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
-    places: first on nodes with ranks of their own EP group, then on other ones, and last on new nodes."""
+    places: first on nodes with ranks of their own EP group, then on other used nodes, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

@@ -5,7 +5,7 @@
     gradients    fp32, of all these weights
     optimizer    two moments in fp32; with engine.distributed_optimizer a share of them and of the fp32 weights: of experts
                  1 / (edp / pp), of all others 1 / (dp cp)
-    activations  those of `moe_dist.plan.memory` for the layers of a stage and the tokens of a rank, times the micro-batches
+    activations  as in `moe_dist.plan.memory`, for the layers of a stage and the tokens of a rank, times the micro-batches
                  that the first stage holds at once: pp, or pp + (pp - 1) / vpp if interleaved
 
 All pipeline stages are taken to have equally many MoE layers.
@@ -20,7 +20,7 @@ from moe_dist.plan.memory import FP32, ITEMSIZE, RankMemory, held_experts, layer
 
 
 def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Returns the memory of the rank at position `rank` of an EP group; the arguments are those of `rank_memory`."""
+    """Returns the memory of the rank at position `rank` of an EP group, with the arguments of `rank_memory`."""
     engine: Any = config.engine
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
@@ -32,12 +32,12 @@ def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows:
     shards = (ranks * engine.cp, parallel.edp // engine.pp) if engine.distributed_optimizer else (1, 1)
     updated = dense / shards[0] + experts / shards[1]
     held = dense + experts
-    half = itemsize < FP32  # if true, the optimizer has fp32 weights besides the bf16 weights that are computed with
+    half = itemsize < FP32  # if true, the optimizer has fp32 weights besides the bf16 weights of the computation
     micro_batches = config.train.global_batch // (config.train.micro_batch * ranks)
     at_once = min(micro_batches, engine.pp + (engine.pp - 1) / engine.vpp if engine.vpp > 1 else engine.pp)
     tokens = config.train.micro_batch * config.data.seq_len / (engine.tp * engine.cp)
     layers = layer_bytes_per_token(config, rows, pairs) / engine.pp
-    # The first stage holds the most micro-batches, but the last has the output.
+    # The first stage holds the most micro-batches, but the last stage has the output.
     output = output_bytes_per_token(config) if engine.pp == 1 else 0.0
     return RankMemory(
         parameters=(updated if half else held) * FP32,

@@ -26,18 +26,19 @@ class PlacementPlan:
 
     name: str  # placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; x 6 D: its forward FLOPs
+    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; times 6 D: forward FLOPs
     remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Returns mean load / maximum load of the ranks: the throughput is at most this share of that with equal loads."""
+        """Returns mean load / maximum load of the ranks. The throughput is at most this share of the throughput under equal
+        loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
         """Returns the rows per token that ranks send to other ranks. A row has D x itemsize bytes, and is sent four times:
-        in dispatch, in combine, and in the backward of each."""
+        in dispatch, in combine, and in the backward of both."""
         return sum(self.remote_R)
 
 
@@ -108,7 +109,8 @@ def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) ->
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and mix. It chooses the pinned ranks itself."""
+    """Compares pinned and interleaved placement for the same groups, ranks and mix. The pinned ranks are chosen here, not
+    read from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:

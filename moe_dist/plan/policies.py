@@ -69,8 +69,8 @@ def replicated_placement(groups: Groups) -> ExpertPlacement:
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Returns the work of an expert group: tokens x expected true experts per token x `ffn_dim`. The tokens are those of
-    the group's modalities in `token_mix`; 1 if `token_mix` has no tokens."""
+    """Returns the work of an expert group: tokens x expected true experts per token x `ffn_dim`. `token_mix` gives the
+    tokens of the group's modalities; a mix without tokens counts as 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -78,7 +78,7 @@ def group_load(group: ExpertGroup, token_mix: Mix) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the ranks of each group: those that the section names, or else a part of the other ranks.
+    """Returns the ranks of each group: the ranks that the section names, else a part of the remaining ranks.
 
     Raises:
         ConfigError: lists every fault.
@@ -131,7 +131,8 @@ def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
     """Returns the number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work
     gets one more, and so on.
 
-    This minimises the busiest rank's work. Once every group has as many ranks as experts, further ranks get no experts.
+    This rule minimises the busiest rank's work. Once every group has as many ranks as experts, further ranks get no
+    experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)

@@ -26,8 +26,8 @@ def fullest_rank(
 def _expected(
     config: Config, placement: ExpertPlacement, plan: PlacementPlan, rank: int, token_mix: Mapping[str, int]
 ) -> memory.RankMemory:
-    """Returns the memory of the EP rank `rank`. `plan` has rows per token of the whole EP group; here they are converted
-    to rows and (token, expert) pairs per token of each rank."""
+    """Returns the memory of the EP rank `rank`. `plan` has rows per token of the whole EP group, which this function
+    converts to rows and (token, expert) pairs per token of each rank."""
     ranks, groups = placement.num_ranks, placement.groups
     shares = group_shares(groups, token_mix)
     held = [len(placement.local_experts(rank, group)) / group.num_experts for group in groups]

@@ -21,7 +21,7 @@ MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the sur
 
 
 def weakest(*marks: Mark) -> Mark:
-    """Returns the least sure of the marks: that of a number which is computed from all of them."""
+    """Returns the least sure of the marks, which is the mark of a number computed from all marked numbers."""
     return max(marks, key=MARKS.index)
 
 
@@ -129,7 +129,7 @@ PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
     """Returns rates from data sheets. The shares of the peaks that programs reach are assumed, not measured: 0.71 of the
-    FLOP/s for large products, 0.56 for those of experts, 0.4 for attention, 0.8 of the memory's rate and 0.73 of links.
+    FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of links.
 
     Args:
         peak: Dense FLOP/s in bf16; None if it is not known.

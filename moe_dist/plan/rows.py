@@ -14,7 +14,8 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.rates import Mark
 
-# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and what recomputation repeats.
+# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and repeated exchanges of
+# recomputation.
 EXCHANGES = {"none": 4, "experts": 4, "block": 5}
 DRAWS = 16  # micro-batches that are drawn from a trace
 
@@ -25,12 +26,12 @@ class Load:
 
     Attributes:
         inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
-        nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
+            nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
         sent_inside, sent_between: Rows that a rank sends, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
-        pairs, own: Pairs that the rank computes, and those of its own tokens.
+        pairs, own: Pairs that the rank computes, and among them the pairs of its own tokens.
         work: Sum of the FFN widths of the pairs.
-        spread: Standard deviation over micro-batches of a rank's rows and of its pairs, of their mean over layers, [2, R].
+        spread: Standard deviation over micro-batches of a rank's mean rows and mean pairs per layer, [2, R].
     """
 
     inside: np.ndarray
@@ -47,8 +48,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Wire:
-    """Which rows a dispatcher sends: `node` ranks share a node; `hops` is 2 if a node gets each token once; `each_pair` is
-    True if each pair is a row."""
+    """Says which rows a dispatcher sends. `node` ranks share a node; `hops` is 2 if each token is sent once to a node;
+    `each_pair` is True if each pair is a row."""
 
     node: int
     hops: int = 1
@@ -135,7 +136,7 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
     far_RN = np.where(node_R[:, None] == np.arange(nodes_RN.shape[1]), 0.0, nodes_RN)
     nodes, local = nodes_RN.shape[1], np.arange(ranks) % wire.node
     arrived_R, forward_R, taken_R = np.zeros(ranks), near_RR.sum(1), near_RR.sum(0)
-    for rank in range(ranks):  # a row from another node comes by the rank with the sender's place in its node
+    for rank in range(ranks):  # a row from another node comes by the rank at the sender's place in the receiving node
         sources = [node * wire.node + local[rank] for node in range(nodes) if node != node_R[rank]]
         arrived_R[rank] = far_RN[sources, node_R[rank]].sum()
         on_R = same_RR[rank] & (np.arange(ranks) != rank)

@@ -1,8 +1,8 @@
 """Finds a placement that minimises the work of the busiest ranks for measured loads. Imports no torch.
 
 All layers share one map of experts to ranks. A step lasts as long as the sum over layers of the busiest rank's work, so
-this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB packs experts by
-it), then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
+this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB uses the rule),
+then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
 
 Shape letters: L layers, E experts, R ranks, P items with a slot each (experts, or their copies), S items and free slots.
 """
@@ -32,7 +32,7 @@ def solve(
         load_LE: Work of each expert in each layer.
         slots_R: Most experts of each rank, as its memory allows.
         allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
-        allows all.
+            allows all.
 
     Raises:
         ConfigError: the slots cannot hold the experts.
@@ -74,19 +74,20 @@ def solve_with_copies(
     def filled(expert_P: np.ndarray, steps: int) -> Copied:
         return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
 
-    # Tries an expert's work summed over layers, and that in its heaviest layer; each with all free slots, and with parts.
+    # Orders the copies by the experts' work summed over layers, and by their work in the heaviest layer. Tries each order
+    # with all free slots, and with parts of them.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
         for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
-            with suppress(ConfigError):  # raised if the ranks of a pinned group have no room for so many copies
+            with suppress(ConfigError):  # raised if the ranks of a pinned group have too few slots for these copies
                 tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))
     best = sorted(tried, key=lambda each: each.pace(load_LE, ranks))[:SWAPPED]
     return min([once, *(filled(each.expert_P, steps) for each in best)], key=lambda each: each.pace(load_LE, ranks))
 
 
 def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
-    """Returns the experts that get one more slot each, in the order in which they get it."""
+    """Returns the experts that get one more slot each, in the order of these slots."""
     copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
     for place in range(free):
         order[place] = (load_E / copies_E).argmax()
@@ -112,7 +113,7 @@ def _placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, st
 
 
 def improve(load_LE: np.ndarray, rank_E: np.ndarray, group_E: np.ndarray, ranks: int, *, steps: int = STEPS) -> np.ndarray:
-    """Returns ranks with a lower `pace`, by swaps of two experts of a group. So each rank keeps its number of experts of
+    """Returns ranks with a lower `pace`, by swaps of two experts of a group. Each rank thus keeps its number of experts of
     each group, and few experts move. Whole numbers as loads give the same result on every machine."""
     rank_E = rank_E.copy()
     _swap(load_LE.astype(float), rank_E, np.ones((len(rank_E), ranks), bool), group_E, steps)
@@ -148,10 +149,10 @@ def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarra
 def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group_S: np.ndarray, steps: int) -> None:
     """Swaps experts of the same group in `rank_S`, in place, to lower `pace`. Each step takes the expert that adds most to
     the loads of the busiest ranks, and swaps it with the expert or free slot that lowers `pace` most, if one does. Ends
-    after `steps` steps, or if all such experts were tried in vain."""
+    after `steps` steps, or when no expert of the busiest ranks lowers `pace`."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
-    tried = np.zeros(len(rank_S), bool)  # items that were tried in vain since the last swap
+    tried = np.zeros(len(rank_S), bool)  # items that were tried without success since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)
         # The load that each expert adds to the busiest ranks: its load in the layers whose busiest rank holds the expert.

@@ -1,7 +1,7 @@
 """Simulates a micro-batch on the ranks of an EP group, as a queue of events. Imports no torch.
 
 A rank has two streams, COMPUTE and WIRE. Each stream runs its events in the order of the queue. An event starts when its
-stream is free and the events that it waits for have ended. An exchange starts when all ranks have come to it, so the
+stream is free and the events that it waits for have ended. An exchange starts when all ranks have reached it, so the
 slowest rank sets the pace. Seconds of an event differ between ranks and between draws of the routing.
 
 Shape letters: S draws of the routing, R ranks of an EP group.
@@ -47,7 +47,7 @@ class Played:
     Attributes:
         seconds_S: Seconds until the last rank has finished.
         busy_SR: Seconds in which each rank computes, or waits for a host sync.
-        wire_S: Seconds in which the rank with most to send exchanges.
+        wire_S: Seconds in which the rank that sends most exchanges rows.
     """
 
     seconds_S: np.ndarray
@@ -108,15 +108,16 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
 
 
 def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
-    """Returns the mean time until the slowest of `groups` EP groups is done: of the longest of so many independent draws.
-    The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) / S)^groups."""
+    """Returns the mean time until the slowest of `groups` EP groups is done: the mean longest of `groups` independent
+    draws. The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) /
+    S)^groups."""
     share = (np.arange(len(seconds_S) + 1) / len(seconds_S)) ** groups
     return float(np.sort(seconds_S) @ np.diff(share))
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
     """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
-    are more, inside its node and between nodes. Both are sent at the same time.
+    are more, inside its node and between nodes. Both amounts are sent at the same time.
 
     Args:
         ranks: Number of ranks of a node that take part.
@@ -154,8 +155,9 @@ class LayerCost:
         pack: Packing of rows before an exchange, and summing after it.
         counts: Exchange of row counts and indices; 0 if there is none.
         sync: Host sync that reads the split sizes.
-        weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if rows bring them along.
-        hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same. Empty with one rank.
+        weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if the weights are sent
+            with the rows.
+        hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same time. Empty with one rank.
     """
 
     dense: Seconds = 0.0
@@ -169,7 +171,7 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # seconds of backward over forward: a product has two products in backward, if its weight has a gradient
+BACKWARD = 2.0  # seconds of backward / forward: a product has two products in backward, if its weight has a gradient
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ class Order:
     """The order of exchanges and products in a layer; see parallel.dispatch and parallel.recompute.
 
     Attributes:
-        backward: Seconds of backward over those of forward.
-        again: Seconds of a repeated forward over those of the first.
+        backward: Seconds of backward / seconds of forward.
+        again: Seconds of a repeated forward / seconds of the first forward.
     """
 
     overlap: bool = False
@@ -194,7 +196,7 @@ def micro_batch(
     """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward.
 
     Args:
-        backward: Costs of the layers in backward, before the factor `order.backward`; None: those of forward.
+        backward: Costs of the layers in backward, before the factor `order.backward`; None: the costs of forward.
     """
     queue = Queue()
     last: tuple[int, ...] = ()
@@ -210,7 +212,7 @@ def micro_batch(
 
 def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
     """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
-    each half runs up to its next exchange, and then the other half runs. Costs are those of one half."""
+    each half runs up to its next exchange, and then the other half runs. All costs are of one half."""
     queue = Queue()
     last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
     last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)

@@ -1,4 +1,4 @@
-"""Says in a few lines what a run trains, on what, and where to follow it. Imports no torch."""
+"""Describes a run in a few lines: model, ranks, data, and commands that show the run. Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,8 @@ def _kinds(group: ExpertGroup) -> str:
 
 
 def per_token(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what `moe_dist.plan.flops` needs: each group's expected true experts of a token, and its share of tokens."""
+    """Returns arguments for `moe_dist.plan.flops`: each group's expected true experts per token, and its share of
+    tokens."""
     names = [group.name for group in groups]
     shares = dict(zip(names, group_shares(groups, token_mix), strict=True))
     return {"experts_per_token": flops.expected_experts(groups), "token_share": shares}

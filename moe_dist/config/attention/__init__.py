@@ -1,1 +1,1 @@
-"""The kinds of attention, one file each: keys, rules, and what the projections cost."""
+"""The kinds of attention, one file each: keys, rules, and costs of the projections."""

@@ -1,4 +1,4 @@
-"""The base class of the sections of attention. Their methods take the section `model`, which has the sizes of all kinds."""
+"""The base class of the sections of attention. The methods take the section `model`, which has the sizes of all kinds."""
 
 from abc import abstractmethod
 from collections.abc import Iterable

@@ -9,7 +9,7 @@ from moe_dist.config.section import Violation
 
 class LatentAttentionSection(AttentionSection):
     """Multi-head latent attention (DeepSeek-V3): queries, keys and values come from narrow latents. The last
-    model.rope_dim values of a head's query and key are rotated by RoPE; in keys all heads share them."""
+    model.rope_dim values of a head's query and key are rotated by RoPE; all heads share the rotated values of a key."""
 
     kind: Literal["latent"] = "latent"
     q_rank: PositiveInt | None = Field(

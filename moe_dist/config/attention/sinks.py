@@ -5,8 +5,8 @@ from moe_dist.config.attention.grouped_query import GroupedQuerySection
 
 
 class SinkAttentionSection(GroupedQuerySection):
-    """Grouped-query attention with a sink in each head: a learned score in the softmax besides the scores of tokens, to
-    which no value belongs (gpt-oss)."""
+    """Grouped-query attention with a sink in each head: a learned score that joins the tokens' scores in the softmax, but
+    has no value (gpt-oss)."""
 
     kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -19,12 +19,12 @@ class ActiveExpertsSection(ControllerSection):
     """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
     ramp_steps: Count = 0
     """Steps in which the target moves in a straight line from all true experts of the group (at most top_k) to `target`, so
-    that a trained model gives them up slowly."""
+    that a trained model gives up true experts slowly."""
     schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
     """Pairs (first step, factor of the targets). [[0, 2.0], [1000, 1.0]] doubles the targets in the first 1,000 steps."""
     proportional: NonNegative = 0.0
-    """Factor of the last error (target - load) in a bias, besides `rate`, the factor of the sum of all errors: the
-    controller is then a proportional-integral one (DTop-p)."""
+    """Factor of the last error (target - load) in a bias; `rate` is the factor of the sum of all errors. Above 0 the
+    controller is proportional-integral (DTop-p)."""
     per: Literal["group", "expert"] = "group"
     """group changes the biases of all true experts of a group by the same amount. expert changes each bias by that expert's
     own load, which also balances the experts."""
@@ -51,7 +51,7 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any, router: Any) -> str:
-    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if it can."""
+    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if it can reach it."""
     others = group.num_null + group.num_zero_computation
     least, most = router.active_range(group)
     if least == most == group.top_k and not others:

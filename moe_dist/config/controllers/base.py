@@ -5,11 +5,12 @@ from moe_dist.config.section import Section
 
 
 class ControllerSection(Section):
-    """A controller: after each step it changes the router's selection biases, depending on the experts' loads in it."""
+    """A controller: after each step it changes the router's selection biases, depending on the experts' loads in this
+    step."""
 
     kind: Any
 
     @property
     def targets(self) -> Mapping[str, float]:
-        """By expert group, the mean number of true experts (not null or zero-computation ones) per token to aim at."""
+        """Target of the mean number of true experts (not null or zero-computation) per token, by expert group."""
         return {}

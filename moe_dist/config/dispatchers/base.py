@@ -17,7 +17,7 @@ class DispatchSection(Section):
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed, with dots inside packages
     source: ClassVar[str] = ""  # the project that these modules come from
-    static: ClassVar[bool] = False  # whether exchanges have fixed sizes; the host then never learns the numbers of rows
+    static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
 
     @property
@@ -36,7 +36,7 @@ class DispatchSection(Section):
 
 
 class KernelDispatchSection(DispatchSection):
-    """A dispatcher with the GPU kernels of another project. It sends rows in bf16. Its buffers have room for a fixed number
+    """A dispatcher with the GPU kernels of another project, which send rows in bf16 and whose buffers hold a fixed number
     of tokens."""
 
     kernels: ClassVar[str]

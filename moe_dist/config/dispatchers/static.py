@@ -8,14 +8,15 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class StaticDispatchSection(DispatchSection):
-    """Send rows in exchanges of fixed sizes, padded, without a host sync. More rows than there is room for end the run."""
+    """Send rows in exchanges of fixed sizes, padded, without a host sync. More rows than the fixed sizes allow end the
+    run."""
 
     static: ClassVar[bool] = True
 
     kind: Literal["static"] = "static"
     room: float = Field(default=1.5, ge=1.0, allow_inf_nan=False)
     """Number of rows and of (token, expert) pairs for which each rank has room, as a multiple of the number under even
-    loads: all modalities have equally many tokens, and all experts of a group take equally many."""
+    loads: all modalities have equally many tokens, and all experts of a group take equally many tokens."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel, model = config.parallel, config.model

@@ -18,7 +18,7 @@ class EngineSection(Section):
     source: ClassVar[str] = ""  # how to install them
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
-    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; else see tools.plan.LISTS
+    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; else `tools.plan.LISTS` applies
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
         """Number of ranks, or sets of ranks, that read different sequences."""
@@ -33,5 +33,5 @@ class EngineSection(Section):
         return parallel.edp
 
     def degrees_text(self) -> str:
-        """Degrees besides ep and edp, for a title; empty without any."""
+        """Degrees besides ep and edp, for a title; empty without such degrees."""
         return ""

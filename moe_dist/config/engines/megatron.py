@@ -1,4 +1,4 @@
-"""The engine of Megatron-Core, and everything that it cannot express."""
+"""The section of the engine Megatron-Core, and rules for settings that this engine does not support."""
 
 import json
 from collections.abc import Iterator
@@ -57,13 +57,13 @@ NEEDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 class MegatronEngineSection(EngineSection):
     """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
-    size is parallel.ep x parallel.edp as always. Experts are sharded over the ranks of a pipeline stage."""
+    size is parallel.ep x parallel.edp, as with the own engine. Experts are sharded over the ranks of a pipeline stage."""
 
     kind: Literal["megatron"] = "megatron"
     tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")
     pp: Ranks = Field(default=1, description="Pipeline stages.")
     vpp: PositiveInt = 1
-    """Parts of the model on each pipeline stage. Above 1 the schedule interleaves them, which shortens the idle time."""
+    """Parts of the model on each pipeline stage. Above 1 the schedule interleaves these parts, which shortens idle time."""
     cp: Ranks = Field(default=1, description="Ranks that share the positions of a sequence.")
     distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel ranks."""
@@ -171,7 +171,7 @@ class MegatronEngineSection(EngineSection):
 
 
 def _least_factor(together: int, ep: int) -> int:
-    """The least number that `edp` must be a multiple of so that `together` divides ep x edp."""
+    """Returns the smallest number that must divide `edp` so that `together` divides ep x edp."""
     return next(edp for edp in range(1, together + 1) if ep * edp % together == 0)
 
 

@@ -9,7 +9,7 @@ class ExpertsSection(Section):
     kind: Any
 
     replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
-    adapts_ffns: ClassVar[bool] = False  # true if experts are those of run.init_from, frozen, with adapters
+    adapts_ffns: ClassVar[bool] = False  # true if experts are the frozen experts of run.init_from, with adapters
     over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over one FFN per layer, from run.init_from
 
     def num_biases(self, hidden_dim: int, ffn_dim: int) -> int:

@@ -19,7 +19,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     targets: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
-    """Matrices with an adapter. gate and up together have one, as they are one matrix in transformers."""
+    """Matrices with an adapter. gate and up share one adapter, because they are one matrix in transformers."""
     shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
     shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
 

@@ -32,8 +32,8 @@ class WsdSchedule(Section):
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
-# For moments in bf16. In a step without a gradient a moment is multiplied by beta. Rounding to bf16 undoes a change of less
-# than 0.2 to 0.4 %; this beta changes it by 1 %.
+# Largest beta for moments in bf16. A step without a gradient multiplies a moment by beta. Rounding to bf16 undoes a change
+# of less than 0.2 to 0.4 %; this beta changes the moment by 1 %.
 LARGEST_BETA = 0.99
 
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple
@@ -44,7 +44,7 @@ class OptimizerSection(Section):
 
     kind: Any
 
-    orthogonal: ClassVar[bool] = False  # true if matrices have only the first of AdamW's two moments
+    orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
     betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
@@ -52,7 +52,7 @@ class OptimizerSection(Section):
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay. Norms, embeddings and routers have none."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm: larger gradients are scaled down to it. null disables clipping."""
+    """Largest global gradient norm: larger gradients are scaled down to this norm. null disables clipping."""
     schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
     """Learning rate as a function of the step."""
 

@@ -8,7 +8,7 @@ from moe_dist.config.section import Section
 
 
 class RopeScalingSection(Section):
-    """A change of the rotary frequencies for sequences longer than those of pretraining. The keys have the names of
+    """A change of the rotary frequencies for sequences that are longer than in pretraining. The keys have the names of
     transformers' `rope_parameters`."""
 
     kind: Any

@@ -8,7 +8,7 @@ from moe_dist.config.section import Violation
 
 
 class Llama3RopeSection(RopeScalingSection):
-    """Divide low frequencies by the factor, keep high ones (Llama 3.1, arXiv 2407.21783)."""
+    """Divide low frequencies by the factor, and keep high frequencies (Llama 3.1, arXiv 2407.21783)."""
 
     kind: Literal["llama3"] = "llama3"
     original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")

@@ -6,7 +6,7 @@ from moe_dist.config.rope.base import RopeScalingSection
 
 
 class YarnRopeSection(RopeScalingSection):
-    """Divide low frequencies by the factor, keep high ones, and scale cosines and sines (YaRN, arXiv 2309.00071)."""
+    """Divide low frequencies by the factor, keep high frequencies, and scale cosines and sines (YaRN, arXiv 2309.00071)."""
 
     null_is_default: ClassVar[frozenset[str]] = frozenset(
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")

@@ -76,12 +76,12 @@ class RouterSection(Section):
 
     def equal_share(self, group: Any) -> int | None:
         """Returns N such that scale / N is the weight of each true expert of a group if all scores are equal and a token
-        takes all true experts; None if a token would not take all of them."""
+        takes all true experts; None if a token would not take all true experts."""
         return None
 
     def growth_of_scale(self, parts: int) -> int | None:
-        """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that these
-        together have the weight of the one column; None if tokens would then take other columns."""
+        """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that the equal
+        columns together have the weight of the one column; None if tokens would then take other columns."""
         return None
 
     @property
@@ -100,7 +100,7 @@ class RouterSection(Section):
         return None
 
     def active_range(self, group: Any) -> tuple[float, float]:
-        """Returns the least and the largest mean number of true experts per token to which a controller can move it."""
+        """Returns the least and the largest mean number of true experts per token that a controller can reach."""
         others = group.num_null + group.num_zero_computation
         most = min(group.top_k, group.num_experts)
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
@@ -110,7 +110,7 @@ class RouterSection(Section):
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
-        """Says why a token's routing in evaluation depends on later tokens, with a fix; empty if it does not."""
+        """Says why a token's routing in evaluation depends on later tokens, with a fix; empty if routing is causal."""
         return ""
 
     def keywords(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class AdaptiveRouterSection(RouterSection):
     """The base of routers in which the number of columns depends on the token, at most the group's top_k. Only controllers
     with a target may change their selection biases, because these biases set how many columns a token takes."""
 
-    least_columns: ClassVar[int] = 0  # number of columns that each token takes at least
+    least_columns: ClassVar[int] = 0  # least number of columns that each token takes
 
     @property
     def has_selection_bias(self) -> bool:

@@ -11,7 +11,7 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # null experts are useless here: a token may be taken by no expert
+    only_true_experts: ClassVar[bool] = True  # null experts are useless, because a token may have no expert anyway
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: Share | None = None
@@ -28,7 +28,7 @@ class ExpertChoiceRouterSection(RouterSection):
     a running mean of the lowest score that it took in training. auxiliary: auxiliary routers, which a second stage trains
     (train.only). Required."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running means that give the thresholds; they average over about 1 / (1 - decay) steps."""
+    """Decay per step of the running means that give the thresholds; the means cover about 1 / (1 - decay) steps."""
 
     @property
     def has_auxiliary_routers(self) -> bool:
@@ -120,8 +120,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """With mixture of depths, refuses noise and scopes of several ranks, because which tokens reach the experts is known
-    only inside the layer."""
+    """With mixture of depths, refuses noise and scopes of several ranks, because only the layer knows which tokens reach
+    the experts."""
     if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
         return
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"

@@ -7,14 +7,15 @@ from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 
 
 class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
-    """Each expert takes the tokens whose score exceeds its running threshold, in training too (Expert Threshold)."""
+    """Each expert takes the tokens whose score exceeds its running threshold, also in training (Expert Threshold)."""
 
     # Fields are frozen, so that a narrower type is sound.
     kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Routing in evaluation: by the same thresholds, after a calibration (evaluation.calibration)."""
     warmup_steps: PositiveInt = 100
-    """First steps, in which experts choose by competition. A run with fewer steps does so to its end."""
+    """First steps, in which experts choose by competition. In a run with fewer steps, experts choose by competition to the
+    end."""
 
     def counts_unknown(self) -> str:
         return f"with {self.name} they depend on the thresholds; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"

@@ -24,7 +24,8 @@ class GroupLimitedRouterSection(RouterSection):
     the sigmoids themselves."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight (routed_scaling_factor).")
     selection_bias: bool = True
-    """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance moves it."""
+    """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance changes the
+    bias."""
 
     @property
     def node_limit(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ class TopPRouterSection(AdaptiveRouterSection):
 
     kind: Literal["top_p"] = "top_p"
     p: Share = 0.4
-    """Sum of probabilities at which a token has enough columns. model.moe.balance moves it in each layer and group."""
+    """Sum of probabilities at which a token has enough columns. model.moe.balance changes it for each layer and group."""
     normalise: Literal["true_chosen", "none"] = "none"
     """Routing weights. none: the probabilities. true_chosen: the probabilities of the taken columns without null experts,
     divided by their sum."""

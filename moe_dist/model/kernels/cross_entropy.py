@@ -4,7 +4,7 @@ copy of the logits is written.
     loss = log z - x[label],   log z = log sum over V of exp(x)
     dx = dloss (exp(x - log z) - [v = label])
 
-A negative label has loss 0 and gradients 0. Labels must be below V, or the token's loss and gradients are NaN. Shape
+A negative label has loss 0 and gradients 0. With a label of V or more the token's loss and gradients are NaN. Shape
 letters: T tokens, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""The interface of the kernels of dense parts. `TORCH` is operations of torch, on any device, and the reference of
+"""The interface of the kernels of dense parts. `TORCH` uses operations of torch, on any device, and is the reference of
 `triton_kernels.TRITON`."""
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from moe_dist.model.layers import norm_for_router, project, rms_norm, rotate, to
 
 
 class DenseKernels(NamedTuple):
-    """Functions with the arguments, results and gradients of those of `layers` with the same names.
+    """Functions with the arguments, results and gradients of the functions in `layers` with the same names.
 
     `norm_and_rotate` takes queries or keys [B, S, H, d], weight [d] or [H d] and eps of their norm, and table and pairs of
-    `rotate`. It returns the result of `rms_norm` and then `rotate`, [B, H, S, d]; or None, and then the caller calls these
-    two.
+    `rotate`. It returns the result of `rms_norm` and then `rotate`, [B, H, S, d], or None if the caller must call these two
+    functions.
     """
 
     rotate: Callable[..., Tensor] = rotate

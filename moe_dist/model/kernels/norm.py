@@ -20,7 +20,7 @@ from moe_dist.moe.kernels.operation import launch, operation
 
 TILE = 1024  # values that a program of 4 warps has in registers at once, for rows of at most this width
 LARGEST = 8192  # widest row whose values a program keeps in registers
-PROGRAMS = 512  # of backward, about 4 for each multiprocessor of an H100
+PROGRAMS = 512  # programs of the backward kernel, about 4 for each multiprocessor of an H100
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def rms_norm_backward_kernel(
 
 @operation("rms_norm(Tensor x, Tensor weight, float eps, bool wide) -> Tensor[]")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Iterator[list[Tensor]]:
-    """Returns y [M, D] for x [M, D] and weights [D], and with `wide` the same in fp32."""
+    """Returns y [M, D] for x [M, D] and weights [D], and with `wide` also y in fp32."""
     out, (rows, width) = [torch.empty_like(x)], x.shape
     if wide:
         out.append(torch.empty_like(x, dtype=torch.float32))
@@ -90,8 +90,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Iterator[list
 def rms_norm_backward(
     grad: Tensor, grad_wide: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns dx [M, D], and sums over the rows of each program, fp32 [P, D], whose sum is dw. With `grad_wide`, fp32
-    [M, D], dy is the sum of both."""
+    """Returns dx [M, D], and sums over the rows of each program, fp32 [P, D], whose sum is dw. With `grad_wide`, fp32 [M,
+    D], dy is `grad` + `grad_wide`."""
     (rows, width), sizes = x.shape, blocks(x.shape[1])
     tiles = triton.cdiv(rows, sizes["ROWS"])
     steps = triton.cdiv(tiles, PROGRAMS)

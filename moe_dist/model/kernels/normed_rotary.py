@@ -20,8 +20,8 @@ from moe_dist.moe.kernels.operation import launch, operation
 
 @triton.jit
 def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """For all pairs of rotated values: the index of the first value inside a token, whether the pair exists, and its
-    number."""
+    """Returns, for all pairs of rotated values, the index of the first value inside a token, whether the pair exists, and
+    the pair's number."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head * D + pair * STEP, (head < H) & (pair < D // 2), pair
@@ -95,7 +95,7 @@ def normed_rotary_backward_kernel(
     second_total = tl.zeros((HEADS, PAIRS), tl.float32)
     for step in range(steps):
         t = tl.program_id(0).to(tl.int64) * steps + step
-        live = t + tl.zeros_like(pair) < T  # a block, because the interpreter has no scalar masks
+        live = t + tl.zeros_like(pair) < T  # a block, because Triton's interpreter has no scalar masks
         mask = here & live
         start = t * H * D + at
         c = tl.load(cos + t * (D // 2) + pair, mask=live & (pair < D // 2), other=0.0)
@@ -152,7 +152,7 @@ def normed_rotary_backward(
 
 
 def sizes(x: Tensor, weight: Tensor, adjacent: bool) -> dict[str, int]:
-    """Returns the compile-time constants of both kernels, and the number of warps: as many as give each thread at most 8
+    """Returns the compile-time constants of both kernels, and the number of warps, with which each thread has at most 8
     pairs of values."""
     _, heads, width = x.shape
     blocks = {"HEADS": triton.next_power_of_2(heads), "PAIRS": triton.next_power_of_2(width // 2)}

@@ -43,7 +43,7 @@ def rotate_kernel(
     second = tl.load(x + at + FAR, mask=mask).to(tl.float32)
     tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
     tl.store(out + at + FAR, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
-    if 2 * HALF < D:  # values that stay
+    if 2 * HALF < D:  # the values that do not rotate
         column = 2 * HALF + tl.arange(0, REST)[None, :]
         kept = inside & (column < D)
         tl.store(out + head * D + column, tl.load(x + head * D + column, mask=kept), mask=kept)
@@ -64,5 +64,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, back: bool) -> I
 
 
 def layout(half: int, adjacent: bool) -> dict[str, int]:
-    """The distances between the first values of two pairs, and between the two values of a pair, of `half` pairs."""
+    """Returns, for `half` pairs, the distance between the first values of two pairs, and between the two values of a
+    pair."""
     return {"STEP": 2, "FAR": 1} if adjacent else {"STEP": 1, "FAR": half}

@@ -12,14 +12,14 @@ HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # more words than one block of a 
 
 
 def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that says what differs or failed. Compiles the
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
     kernels, and syncs."""
     return trial.why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
 def _results(kernels: DenseKernels, dtype: torch.dtype) -> Results:
     x_BHSd = random(20, 2, HEADS, LENGTH, WIDTH).to(dtype).requires_grad_()
-    table = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH - 8, 1e4)  # 8 values of a head stay
+    table = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH - 8, 1e4)  # 8 values of a head are not rotated
     turned = [kernels.rotate(x_BHSd, table), kernels.rotate(x_BHSd, table, "adjacent")]
     torch.stack([each.float().square().sum() for each in turned]).dot(torch.tensor([1.0, 2.0])).backward()
     logits_BSV = (4 * random(21, 2, 7, WORDS)).to(dtype).requires_grad_()
@@ -46,7 +46,7 @@ def _results(kernels: DenseKernels, dtype: torch.dtype) -> Results:
 
 
 def _normed_and_rotated(kernels: DenseKernels, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Queries normed over all heads, and over each head."""
+    """Returns queries normed over all heads, and over each head."""
     table, found = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH, 1e4), {}
     for words, width in (("all heads", HEADS * WIDTH), ("each head", WIDTH)):
         x_BSHd, weight = random(24, 2, LENGTH, HEADS, WIDTH).to(dtype).requires_grad_(), random(25, width).requires_grad_()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
-    # The projections write [B, S, H, d], and flex attention's output has the same layout. So nothing is copied on the way.
+    # Nothing is copied, because the projections write [B, S, H, d] and flex attention's output has the same layout.
     batch, _, length, _ = x_BHSd.shape
     cos, sin = _per_token(table, batch, length)
     return _Rotate.apply(x_BHSd.transpose(1, 2), cos, sin, pairs == "adjacent").transpose(1, 2)  # pyright: ignore
@@ -40,7 +40,7 @@ def _norm_and_rotate(
 
 
 def _per_token(table: tuple[Tensor, Tensor], batch: int, length: int) -> Iterator[Tensor]:
-    """Cosines and sines [B S, r / 2]; the table may have one sequence for all."""
+    """Yields cosines and sines [B S, r / 2]. The table may have one sequence for all B."""
     return (each.expand(batch, 1, length, -1).flatten(0, 2) for each in table)
 
 
@@ -134,9 +134,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """Products of one normed x. In backward each product adds its gradient of the normed x to those of the products before,
-    so that no separate pass adds gradients. Backward computes the norm again, so that autograd keeps x and not the normed
-    x."""
+    """Multiplies one normed x by several weights. In backward each product adds its gradient of the normed x to the sum of
+    the products before, so that no separate pass adds gradients. Backward computes the norm again, so that autograd keeps
+    only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:

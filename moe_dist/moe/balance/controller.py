@@ -1,9 +1,9 @@
 """Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
 
 With the routers top_k, group_limited, top_p and threshold a selection bias changes only which columns a token chooses. With
-relu it is part of the logits, and with predicted_k it is part of the predicted number, so it changes weights and gradients,
-too. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. So a rule that adds one
-number to all true experts' biases changes how many true experts a token takes.
+relu the bias is part of the logits, and with predicted_k part of the predicted number, so it also changes weights and
+gradients. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. A rule that adds one
+number to all true experts' biases thus changes how many true experts a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
@@ -28,11 +28,12 @@ class Gate(Protocol):
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """Returns what to add to a group's biases after a step, float64 [L, n]; None if the rule is not for this group.
+        """Returns the change of a group's biases after a step, float64 [L, n]; None if the rule is not for this group.
 
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
-            tokens_L1: float64, number of the group's tokens over all ranks. Where it is 0, the result is not used.
+            tokens_L1: float64, number of the group's tokens over all ranks. Where this number is 0, the returned change is
+                not used.
             step: Number of updates before this update.
         """
         ...
@@ -40,8 +41,8 @@ class Rule(Protocol):
 
 @runtime_checkable
 class RememberingRule(Protocol):
-    """A rule whose updates depend on what earlier steps counted, and not only on the number of steps. Checkpoints save
-    its state."""
+    """A rule whose updates depend on the counts of earlier steps, and not only on the number of steps. Checkpoints save the
+    rule's state."""
 
     def state(self) -> JsonValue: ...
 
@@ -49,7 +50,8 @@ class RememberingRule(Protocol):
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are of all ranks.
+    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because the counts cover all
+    ranks.
 
     Args:
         gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
@@ -72,7 +74,7 @@ class BiasController:
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1, self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update without tokens
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update where the group has no tokens
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
                         bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place, because it is the model's buffer

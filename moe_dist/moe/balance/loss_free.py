@@ -21,7 +21,7 @@ class LossFree:
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
         """See `moe_dist.moe.balance.controller.Rule`."""
-        # compares n c_i with the sum of c, which are integers, because rounding the mean could flip a sign
+        # compares n c_i with the sum of c; both are integers, while rounding a mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
             sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # keeps the mean bias

@@ -1,10 +1,10 @@
 """Keeps the load of each choice column over a whole step, for the balance loss of the next step.
 
 The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on how
-the step is cut into micro-batches, and a micro-batch of few kinds of tokens is balanced within itself (Qiu et al., arXiv
-2501.11873, who count the loads over all micro-batches of a step so far). The loads have no gradient, so those of the step
-before serve as well: they are known before the first forward, and the loss is then a plain sum over the step's tokens, so
-that micro-batch size, accumulation and number of ranks change nothing but rounding.
+the step is cut into micro-batches, and a micro-batch with few types of tokens is balanced within itself (Qiu et al., arXiv
+2501.11873, count the loads over all micro-batches of a step so far). Loads have no gradient, so this class takes the loads
+of the step before, which are known before the first forward. The loss is then a plain sum over the step's tokens:
+micro-batch size, accumulation and number of ranks change only its rounding.
 
 Shape letters: L MoE layers, G expert groups, C choice columns.
 """

@@ -1,9 +1,9 @@
 """Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent there once. That rank sums the experts' weighted outputs (in fp32, rounded
-once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a collective. Shape letters: T
-tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent to other ranks, O rows that
-stay, R = O + rows received, Q pairs computed here.
+A token with three experts on one rank is sent to that rank once. The rank sums the experts' weighted outputs (in fp32,
+rounded once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a collective. Shape
+letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent to other ranks, O
+rows that stay, R = O + rows received, Q pairs computed here.
 
 Forward has five collectives. The method `plan` exchanges counts, then the row index of each pair (integers; recompute does
 not repeat them). `dispatch` sends pair weights and rows in one autograd node. `combine` sends rows back. Backward sends the
@@ -17,9 +17,9 @@ S rows are a buffer that all layers share, the R rows live until the experts hav
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
 slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, the bound has the
 bytes of a slice in its place. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's
-tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels it is 20 bytes for each of the N
-pairs, absent ones included, because the lists are made before their lengths are known, 20 for each of the Q pairs, and 4
-for each row into which others are summed.
+tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the plan has 20 bytes for each
+of the N pairs (absent pairs included, because the lists are made before their lengths are known), 20 for each of the Q
+pairs, and 4 for each row into which others are summed.
 """
 
 from functools import partial
@@ -39,8 +39,8 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. It never receives more than (ep
-            - 1) x T rows: all tokens of the other ranks of the EP group.
+        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
+            (ep - 1) x T rows: all tokens of the other ranks of the EP group.
         kernels: Functions that sum the rows of a token. Triton's also make the plans of token choice.
     """
 

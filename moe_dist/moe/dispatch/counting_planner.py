@@ -1,5 +1,5 @@
 """Makes the plans of `all_to_all` for token choice by Triton kernels that count (`kernels/plan.py`), instead of about 40
-operations of torch. `planning.py` is the reference, and gives the same plans. Shape letters are those of `planning.py`.
+operations of torch. `planning.py` is the reference. It gives the same plans and has the shape letters.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Makes the plans of `static` for token choice by Triton kernels that count (`kernels/static_plan.py`), instead of about
-100 operations of torch. `static_planning.py` is the reference. It gives the same plans where everything fits; otherwise
-only `sent_5` is the same. `static.py` has the shape letters.
+100 operations of torch. `static_planning.py` is the reference. Both modules make the same plans if all rows and pairs fit;
+otherwise only `sent_5` is the same. `static.py` has the shape letters.
 """
 
 from moe_dist.comm.names import PAIR_ROWS

@@ -3,7 +3,7 @@
 DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
 null choice is -1, so a token whose choices are all null goes to no rank. DeepEP is asked for its expanded layout: one row
 for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ from run to run,
-unless the buffer is made as deterministic; then DeepEP sorts the rows once more.
+unless a deterministic buffer is made, with which DeepEP sorts the rows once more.
 
 Memory: Q rows, the output y, DeepEP's buffer. The buffer is made for the number of tokens of the first plan; a plan with
 more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many tokens.
@@ -58,7 +58,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     Args:
         top_k: K. A token of a group with fewer choices has absent pairs.
-        deterministic: If true, a run repeats bit for bit.
+        deterministic: If true, two equal runs give the same bits.
     """
 
     LIBRARY = "DeepEP"
@@ -103,8 +103,8 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # contains the counts of the first dispatch, so nothing syncs
-        # Layout and number of SMs must be those of the first dispatch; DeepEP does not take them from the handle.
+        handle = plan.arrival.handle  # has the counts of the first dispatch, so this call does not sync
+        # Layout and number of SMs must be as in the first dispatch, because DeepEP does not take them from the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

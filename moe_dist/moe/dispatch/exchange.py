@@ -6,9 +6,9 @@
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
 The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
-that stay on this rank are copied while the other rows are in flight. With torch's `kernels` they are also added to the sums
-then; Triton's add all rows at once. The hierarchical dispatcher chains two exchanges: the rows that arrive from the first
-are the table of the second.
+that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add them to the sums during
+this time; Triton's kernels add all rows at once. The hierarchical dispatcher chains two exchanges: the rows that arrive
+from the first are the table of the second.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
 of the table, D hidden size, N weights of (token, expert) pairs, P taken (not absent) pairs of this rank's tokens (to other
@@ -103,22 +103,22 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. `keep_buffers`: keep the send buffers [S, D] for the next layer. `kernels` sum
-    the returned rows."""
+    """Exchanges rows over one process group. With `keep_buffers` the send buffers [S, D] are kept for the next layer.
+    `kernels` sum the returned rows."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
         self.all_to_all, self.kernels = all_to_all, kernels
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. It is one autograd
-        node, with two collectives in forward and two in backward."""
+        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. The call is one
+        autograd node, with two collectives in forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
         """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of its rows, [M, D].
 
-        It is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
+        The call is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
@@ -165,7 +165,7 @@ class DispatchSend:
         torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of these rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
-        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while remote rows are in flight
+        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # runs while remote rows are in flight
 
     def wait_weights(self) -> Tensor:
         """Returns the weights [Q] in the order in which the experts use the pairs."""
@@ -175,7 +175,7 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read it
+        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read the buffer
         return self.rows_RD
 
 
@@ -189,7 +189,7 @@ class CombineReceive:
         name = COMBINE_ROWS
         if grad_weight_Q is not None:
             name, num_own = DISPATCH_ROWS + BACKWARD, plan.pair_P.shape[0] - plan.num_remote_pairs
-            if plan.order_Q is not None:  # back to the order of arrival
+            if plan.order_Q is not None:  # sorts the gradients back to the order of arrival
                 grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
             self.own_weight = grad_weight_Q[:num_own]
             self.weights = exchange.start(grad_weight_Q[num_own:], plan, DISPATCH_WEIGHTS + BACKWARD, back=True)

@@ -38,7 +38,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
 
     Args:
         placement: The map of experts to EP positions.
-        inter: All-to-all over one rank of each node, the one at this rank's position in its node, in the order of nodes.
+        inter: All-to-all over the ranks at this rank's position in their nodes, one rank per node, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
         max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never

@@ -141,10 +141,10 @@ class NodePlanner:
         """Plans the hop inside the node. `code_A` has the codes of the middle table's pairs, sorted by row."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs come last, and stay
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs come last, and are not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
-        num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows is M
+        num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # `num_rows` is M
         first_A = _changes(place_A[order_A] * num_rows + row_A)
         row_S, row_O = compact(row_A, first_A, sum(rows.send) + sizes.intra.own_rows).tensor_split([sum(rows.send)])
         code_Q = self._exchange_codes(self.intra, sizes.intra.pairs, slot_A, first_A, INTRA, inter.layer)
@@ -171,7 +171,7 @@ class NodePlanner:
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
         """Sends the codes of pairs in one hop. Returns the codes of pairs that stay here, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
-        ids = code_P[:num_out].to(torch.int32)  # int32 halves the bytes
+        ids = code_P[:num_out].to(torch.int32)  # int32 instead of int64 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 

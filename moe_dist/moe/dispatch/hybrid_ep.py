@@ -3,11 +3,12 @@
 HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
 null choice sets no bool. HybridEP could take expert ids instead, but these cannot express null choices, because it scatters
 the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the
-kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be one of 16.
+kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be a multiple
+of 16.
 
 In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends the same
-except the maps. Its dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums them
-again; both do so in the kernel that sends (`fuse_...`). Memory: Q rows, the output y, and HybridEP's own buffer.
+except the maps. HybridEP's dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums
+these rows; the sending kernels do both (`fuse_...`). Memory: Q rows, the output y, and HybridEP's own buffer.
 
 Shape letters are those of `kernels`, and X = W E' slots of all ranks.
 """
@@ -30,7 +31,7 @@ _ARRIVED = 3  # index in HybridEP's handle of the number of arrived rows, int32 
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns HybridEP's map, bool [T, X], and each pair's index in the flattened map, [N]: T X if absent."""
+    """Returns HybridEP's map, bool [T, X], and each pair's index in the flattened map, [N]; T X for an absent pair."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)
@@ -104,7 +105,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
             num_of_experts_per_rank=self.numbers.slots_per_rank,
             fuse_permute_dispatch=True,
         )
-        # Both counts are in host memory: HybridEP has waited for them.
+        # Both counts are in host memory, because HybridEP has waited for them.
         return rows_QD, Arrival(handle, weight_Q, int(handle[_ARRIVED]), self.own_counts(counts_E.tolist()))
 
     def dispatch_again(self, rows_TD: Tensor, plan: HybridEPPlan) -> Tensor:

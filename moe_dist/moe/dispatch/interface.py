@@ -20,8 +20,8 @@ from moe_dist.moe.routing import Assignments
 @dataclass(frozen=True)
 class DispatchedRows:
     """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
-    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them. With `sorted_pairs` row i is that of pair i, so
-    that R = Q."""
+    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them. If `sorted_pairs` is true, row i belongs to pair i,
+    and R = Q."""
 
     rows_RD: Tensor
     weight_Q: Tensor
@@ -30,7 +30,7 @@ class DispatchedRows:
 
 
 class PairLayout(Protocol):
-    """Says which rows each of this rank's experts computes. It is the part of a dispatch plan that the experts read.
+    """Says which rows each of this rank's experts computes. The experts read only this part of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.
@@ -59,7 +59,7 @@ class SentCounts(NamedTuple):
 
 class SentOnDevice(NamedTuple):
     """Replaces `SentCounts` where the numbers are on the device only, in `sent_5` (see `LayerReport` in moe/routing.py).
-    The other numbers here are 0."""
+    The other numbers of this record are 0."""
 
     rows_remote: int
     pairs: int
@@ -106,8 +106,8 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the sums of routed experts' outputs, y [T, D], 0 for tokens without an expert, and the shared expert's
-        output.
+        """Returns the sums of routed experts' outputs, y [T, D], 0 for tokens without an expert, and the output of the
+        shared expert.
 
         Args:
             experts: Computes, for each dispatched row, the weighted sum of its experts' outputs: [R, D].

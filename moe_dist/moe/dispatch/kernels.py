@@ -5,8 +5,8 @@ arrived row for each of its pairs, and sort these pairs by slot, so the experts 
 combine sums the weighted outputs of a token's pairs on their rank, and then over ranks. Four things differ from
 `all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
 kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows`
-cannot be checked before. The first dispatch returns a handle, the library's record of the routes of all rows, which the
-kernels need in combine, backward and recompute.
+cannot be checked before the allocation. The first dispatch returns a handle, the library's record of the routes of all
+rows, which the kernels need in combine, backward and recompute.
 
 A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. The counts of the traffic
 ledger (module `ledger`) have then arrived, too.
@@ -142,7 +142,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     Args:
         wire: The EP group's all-to-all. Only its group, rank and statistics are used, not its exchanges.
         hidden_dim: D, the hidden size.
-        multiple: The number of slots of a rank is rounded up to a multiple of this.
+        multiple: The number of slots of a rank is rounded up to a multiple of this number.
     """
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
@@ -160,7 +160,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         return self.wire.comm_stats.start_to_host(torch.cat([(pairs_TW > 0).sum(0), pairs_TW.sum(0)]))
 
     def own_counts(self, counts: list[int]) -> tuple[int, ...]:
-        """Returns the numbers of pairs of this rank's experts, without those of slots that have no expert."""
+        """Returns the numbers of pairs of this rank's experts, without the slots that have no expert."""
         return tuple(counts[: len(self.placement.slots[self.wire.rank])])
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:
@@ -177,8 +177,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Tensor, Arrival]:
-        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] and the rest. Host sync: the
-        kernels wait for the number of arriving rows."""
+        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] and an `Arrival`. Host sync:
+        the host waits for the number of arriving rows."""
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
@@ -215,7 +215,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
             return self.reduce(rows_QD, plan, weight_Q)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Counts the bytes of rows and weights sent to other ranks. It leaves out what the kernels' protocol adds."""
+        """Counts the bytes of rows and weights sent to other ranks. The count leaves out the bytes that the kernels'
+        protocol adds."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:

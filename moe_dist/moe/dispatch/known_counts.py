@@ -4,11 +4,11 @@ for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows these numbers before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice they depend on the routing. If each rank holds at most one expert of a group, no two pairs have the
-same (token, rank), and one row per (token, rank) would save nothing: then `KnownCountsFirst` prefers this dispatcher.
+same (token, rank), and one row per (token, rank) would save nothing: `KnownCountsFirst` then prefers this dispatcher.
 
 The number of rows that a rank sends is the sum of its row of `counts_WE` over the experts of other ranks. This number of
-rows is sent in dispatch and returned in combine, and as many gradients in backward. No row is padding. Shape letters: T
-tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
+rows is sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
+letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
 `dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all three. Every rank
 issues all these collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts alone. The
@@ -47,7 +47,7 @@ class KnownCountsPlan(AllToAllPlan):
 class _Order:
     """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
     computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` are the
-    pairs of each arrived row: one each."""
+    pairs of each arrived row, one pair per row."""
 
     splits: Splits
     expert_N: Tensor
@@ -158,8 +158,8 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     Args:
         known: Dispatcher for assignments with `counts_WE`.
         general: Dispatcher for assignments without `counts_WE`, over the same ranks.
-        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token that chose several of
-            them is then sent to that rank once for each.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token with several experts on a
+            rank is then sent to the rank once for each of these experts.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -183,7 +183,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Returns whether every rank holds at most one expert of each group. A token's experts are all of one group, so it then
-    has at most one pair per rank."""
+    """Returns whether every rank holds at most one expert of each group. A token's experts belong to one group, so the
+    token then has at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

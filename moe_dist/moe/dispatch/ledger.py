@@ -1,5 +1,5 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers are of one rank. Rows and pairs are of forward alone, bytes also of backward.
+choices. All numbers belong to one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of
@@ -10,7 +10,7 @@ rank:
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
     rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
-    rows_null_remapped  one row per taken pair, and one per null choice, as if sent to a true expert
+    rows_null_remapped  rows_per_pair, and one row per null choice, as if a true expert took it
     rows_bound          the most that any choices of these tokens send if each token sends one row to a rank: its top_k, or
                         the ranks of the node groups that it may use (`ExpertPlacement.most_rows`, without replicas)
 

@@ -1,9 +1,10 @@
-"""Runs experts while exchanges are in flight, in forward and backward: on own rows first (`overlap`), by chunks, or both.
+"""Runs experts while exchanges are in flight, in forward and backward: first on own rows (`overlap`), or by chunks of
+tokens, or both.
 
 Each exchange has two autograd nodes: Start issues the exchange and End waits for it; in backward End issues the reverse
 exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so that
 backward runs the nodes in exactly the reverse order. Every rank then issues the same collectives in the same order,
-whatever else autograd runs in between. The order with two chunks; (o) marks what only `overlap` does here:
+whatever else autograd runs in between. The order with two chunks; (o) marks the steps that only `overlap` takes:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -62,7 +63,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
     Args:
         placement, wire, max_receive_rows, kernels: See `AllToAllDispatcher`.
         overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. Experts
-            then run once more, on fewer rows each time.
+            then run one time more, each time on fewer rows.
         chunks: Number of ranges of tokens. Each range is sent while the experts compute the range before it.
     """
 
@@ -108,7 +109,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         y_parts = []
         chain: Any = StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
-            if index + 1 < len(flights):  # the next chunk is in flight while this one is computed
+            if index + 1 < len(flights):  # the next chunk is in flight while this chunk is computed
                 chain = StartDispatch.apply(chain, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 chain, here_TD, here_N = _Gate.apply(chain, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
@@ -140,7 +141,7 @@ class Flight:
 
     def sent(self) -> DispatchSend:
         """Returns the exchange that `send` started, and drops the reference to it."""
-        sent, self._sent = self._sent, None  # so that the rows are freed after use
+        sent, self._sent = self._sent, None  # drops the reference, so that the rows are freed after use
         assert sent is not None
         return sent
 
@@ -173,8 +174,8 @@ class StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """Returns its arguments. Its backward runs after the backward of all that is computed from its output, and before the
-    backward of StartDispatch, so that backward too overlaps this computation with the exchange."""
+    """Returns its arguments. Its backward runs after the backward of everything computed from its output, and before the
+    backward of StartDispatch, so that backward also overlaps this computation with the exchange."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -192,7 +193,7 @@ class EndDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()  # issued first, so waited for first
+        weight_Q = send.wait_weights()  # waits for the weights first, because they were issued first
         return chain.new_empty(0), send.wait(), weight_Q
 
     @staticmethod

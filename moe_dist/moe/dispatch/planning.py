@@ -33,7 +33,8 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. Their rows are the tokens.
+    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. The row of a pair is its
+    token.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -64,7 +65,7 @@ class _Tables:
         place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W if absent.
         bin_E: Position of each expert in the order of (place of its rank, slot); E if absent.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
-        one: The number 1.
+        one: int64, the number 1.
     """
 
     place_E: Tensor
@@ -193,7 +194,7 @@ class Planner:
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         expert_N, token_N = assignments.expert_N, assignments.token_N
-        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # the index -1 of absent pairs means the last
+        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # absent pairs have the index -1, the last entry
         run_N = place_N
         if chunks > 1:
             chunk_N, own_N = token_N // length, place_N == size - 1
@@ -206,7 +207,7 @@ class Planner:
             bin_N = bin_N.masked_fill(absent_N, chunks * self.placement.num_experts)
             run_N = run_N.masked_fill(absent_N, chunks * size)
         cell_N = torch.add(token_N, run_N, alpha=length)
-        # the last run has the cells of absent pairs, whose numbers nobody reads
+        # the last run has the cells of absent pairs; its numbers are never read
         present = torch.zeros((chunks * size + 1) * length, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
         index = present.view(-1, length).cumsum(1, dtype=torch.int32)
         pair_counts = torch.zeros(chunks * self.placement.num_experts + 1, dtype=torch.int64, device=cell_N.device)
@@ -232,9 +233,9 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy, so one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both costs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # a list of arrays [C, X], one per rank, because X depends on the rank's number of slots
+        # a list with an array [C, X] per rank, because X depends on the rank's number of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -256,8 +257,9 @@ class Planner:
 
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
-        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival less
-        that in the order of slots, and the place of the source rank's first row. All come from the host by one copy."""
+        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival
+        minus its place in the order of slots, and the place of the source rank's first row. All come from the host by one
+        copy."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
@@ -292,10 +294,10 @@ class Planner:
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
-        whole = self.chunks == 1 and not self.own_apart  # then the pairs are in this order already
+        whole = self.chunks == 1 and not self.own_apart  # true if the pairs are in this order already
         pairs = [pair_P] if whole else [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]  # sent as int32
+        return pairs, [each.to(torch.int64) for each in indices]  # indices are sent as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: Counts, num_tokens: int
@@ -346,11 +348,11 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of(length_X: np.ndarray) -> np.ndarray:
-    """Returns the sums of the lengths before each."""
+    """Returns the start of each block: the sum of the lengths before the block."""
     return length_X.cumsum() - length_X
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces of the given sizes, in lists like those of `sizes`."""
+    """Cuts `items` into consecutive pieces of the given sizes, in nested lists like `sizes`."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

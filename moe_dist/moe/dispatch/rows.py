@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.kernels.interface import RowIndex
 
-SLICE_BYTES = 16 << 20  # bytes of the slices in which rows are converted on the host: they stay in the cache
-CUDA_SLICE_BYTES = 256 << 20  # on CUDA, where each slice costs two launches, and memory allows large slices
+SLICE_BYTES = 16 << 20  # bytes of the slices in which the host converts rows: a slice stays in the CPU's cache
+CUDA_SLICE_BYTES = 256 << 20  # on CUDA each slice costs two launches, and memory allows large slices
 
 
 def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns gate and up [Q, F], which without `up_QF` are the halves of one tensor."""
+    """Returns gate and up [Q, F], which are the two halves of `gate_QF` if `up_QF` is None."""
     if up_QF is not None:
         return gate_QF, up_QF
     first, second = gate_QF.chunk(2, dim=-1)
@@ -38,8 +38,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not save_for_backward: the plan keeps the index
-        return table_TD.index_select(0, index_Q)  # faster on the host than table[index]
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not save_for_backward, because the plan keeps the index
+        return table_TD.index_select(0, index_Q)  # index_select is faster on the host than table[index]
 
     @staticmethod
     @once_differentiable
@@ -85,7 +85,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
     """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
-    in the sum's dtype exists. The sum has the same bits as without slices, because the slices are added in order.
+    in the sum's dtype exists. Slices change no bit of the sum, because they are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -119,13 +119,14 @@ def _device_order(short_N: Tensor) -> Tensor:
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
-    kept = items_N.new_empty(num_kept + 1)  # one element more, which takes the items that are not kept
+    kept = items_N.new_empty(num_kept + 1)  # one more element, for the items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
 
 
 class TorchKernels:
-    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. Routers choose without them."""
+    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. Routers choose without these
+    kernels."""
 
     has_choose = False
     has_plan = False
@@ -153,8 +154,8 @@ class TorchKernels:
         if base_MD is None:  # the fp32 sum takes M x D x 4 bytes in addition to bf16 rows
             sum_MD = own_OD.new_zeros((index.num_rows, own_OD.shape[1]), dtype=dtype)
         else:
-            sum_MD = base_MD.to(dtype, copy=True)  # copied, because the caller keeps its tensor
-        add_rows(sum_MD, row_O, own_OD)  # while remote rows are in flight
+            sum_MD = base_MD.to(dtype, copy=True)  # a copy, because the caller keeps its tensor
+        add_rows(sum_MD, row_O, own_OD)  # runs while remote rows are in flight
         return add_rows(sum_MD, row_S, wait()).to(own_OD.dtype)
 
 

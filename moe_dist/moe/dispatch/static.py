@@ -1,16 +1,16 @@
-"""Sends rows as `all_to_all` does, in exchanges of fixed sizes: no size is read on the host, so a layer has no host sync,
-and a CUDA graph can capture it.
+"""Sends rows as `all_to_all` does, in exchanges of fixed sizes. The host reads no size, so a layer has no host sync, and a
+CUDA graph can capture the layer.
 
-A rank has room for a fixed number of rows and of (token, expert) pairs to each other rank, and for a fixed number of pairs
-of each expert group that it computes. What the room does not need is padding: it is sent and received, but belongs to no
-token and to no expert. What the room does not hold is counted on the device as overflow, and ends the run: the training
-step raises before it changes a weight, and a forward without gradient asserts on the device.
+A rank has places for a fixed number of rows and of (token, expert) pairs to each other rank, and for a fixed number of
+pairs of each expert group that it computes; these numbers are called the room. Padding fills unused places: it is sent and
+received, but belongs to no token and no expert. Rows and pairs beyond the room are counted on the device as overflow, and
+end the run: the training step raises before it changes a weight, and a forward without gradient asserts on the device.
 
-Padding needs no masks, because each list of things has one more entry, which nobody reads. A padding row is a copy of row T
-of the table, which is zero and has no token; a padding pair has the weight N, which is 0. Where experts compute, padding
-pairs take row T, a row of zeros. So uninitialised outputs of padding, even nan, reach no value and no gradient.
+Padding needs no masks, because each list has one more entry, which is never read. A padding row is a copy of row T of the
+table, which is zero and has no token; a padding pair has the weight N, which is 0. As input of experts, padding pairs take
+row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no gradient.
 
-Own rows are all rows of the table. The number of tokens may differ between ranks, the room may not.
+The own rows are all rows of the table. The number of tokens may differ between ranks; the room must be equal.
 
 Shape letters: T tokens on this rank, D hidden size, M = T + 1 rows of the table, N (token, expert) pairs (absent pairs
 included), W ranks, G expert groups, X slots (experts) of this rank, H ranks (the own rank, then the other ranks in order),
@@ -36,7 +36,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
     """Dispatches and combines over one EP group in exchanges of fixed sizes.
 
     Args:
-        room: The same on all ranks.
+        room: The numbers of places for rows and pairs, the same on all ranks.
         placement, wire, kernels: See `AllToAllDispatcher`.
     """
 
@@ -53,7 +53,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:
         plan = self.planner.static_plan(assignments, num_tokens, layer)
-        if not torch.is_grad_enabled():  # nobody reads the counts; on CUDA the host does not wait for the assertion
+        if not torch.is_grad_enabled():  # the caller reads no counts here; on CUDA the host does not wait for the assertion
             torch._assert_async(plan.sent_5[-1] == 0, OVERFLOW)  # pyright: ignore[reportPrivateImportUsage]
         return plan
 

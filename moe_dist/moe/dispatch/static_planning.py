@@ -1,4 +1,4 @@
-"""Makes the plans of exchanges of fixed sizes. `static.py` says what the room is, and has the shape letters."""
+"""Makes the plans of exchanges of fixed sizes. `static.py` defines the room and has the shape letters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-KEPT_SIZES = 8  # numbers of tokens whose tables are kept: training's, and those of evaluation
+KEPT_SIZES = 8  # most numbers of tokens (of training and evaluation) whose tables are cached
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StaticRoom:
 
 @dataclass(frozen=True)
 class PaddedIndex(RowIndex):
-    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves these out."""
+    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves these items out."""
 
     padding: int = 0
 
@@ -61,7 +61,7 @@ class StaticPlan(ExchangePlan):
         row_of_pair_Q: int64, row in [0, R) of each pair computed here; T for padding.
         room_G: Number of pairs of each group, padding included.
         counts_X: int64, number of pairs of each slot.
-        end_X: int32, the pairs of the slot and of earlier ones of its group, at most as many as there is room.
+        end_X: int32, number of pairs of the slot and of the earlier slots of its group, at most the group's room.
         sent_5: See `LayerReport`.
         table_items, row_items: See `AllToAllPlan`.
     """
@@ -91,12 +91,13 @@ class StaticPlan(ExchangePlan):
 
 @dataclass(frozen=True)
 class _Places:
-    """The places of all lists for one number of tokens, on the device. They depend on the room alone.
+    """The places in all lists for one number of tokens, on the device. These places depend on the room alone.
 
     Attributes:
-        place_J, nth_J: Place of the destination (other ranks in order, then this rank), and number among its pairs.
+        place_J, nth_J: Destination's place in the order of sending (other ranks, then this rank), and the pair's number
+            among the destination's pairs.
         most_rows_J: Rows that the destination has room for.
-        row_J: Place among the S rows of the destination's first row. (Of own pairs nobody reads it.)
+        row_J: Place among the S rows of the destination's first row; not used for own pairs.
         row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
         first_H: Place in the order of arrival of the first pair from each rank.
         token_O: The row of the table of each own row.
@@ -121,10 +122,10 @@ class _Fixed:
         first_bin: Bin of the first expert of each place, then E.
         source_H: Ranks in the order of arrival.
         group_X: Group of each slot.
-        run_order: Place of each run's length among those of (slot, source rank), then those of each group's padding. Runs
+        run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
             are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-        first_row_W, first_pair_W: Rows and pairs before those of each place; the own rank is last.
+        first_row_W, first_pair_W: Rows and pairs before the first one of each place; the own rank is last.
     """
 
     first_bin: Tensor
@@ -207,7 +208,8 @@ class StaticPlanner(Planner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X`, `end_X`, and the number of pairs of each group beyond the room [G]."""
+        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and the number of each group's pairs beyond the room
+        [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
         padding_G = (fixed.computed_G - total_G).clamp_min(0)

@@ -1,10 +1,10 @@
 """Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
 
-`steps` is a generator. It yields to its caller whenever an exchange has been issued and nothing is left to compute without
-it, and the caller then runs the other half up to its next exchange (`moe_dist.model.two_batches`). The autograd nodes are
-those of `pipelined`. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order:
-every rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the
-exchanges of the line before are in flight:
+`steps` is a generator, which yields when an exchange has been issued and all further computation needs the result. The
+caller then runs the other half up to that half's next exchange (`moe_dist.model.two_batches`). `pipelined` defines the
+autograd nodes. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order: every
+rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the exchanges
+of the line before are in flight:
 
     forward     A  attention, router                    StartDispatch
                 B  attention, router                    StartDispatch
@@ -13,7 +13,7 @@ exchanges of the line before are in flight:
                 A  EndCombine, next layer's attention   StartDispatch
     backward    the same in reverse: End issues the gradients, Start waits for them
 
-Memory in rows of D elements: R and S of both halves together are those of the whole micro-batch, as in `all_to_all`.
+Memory is as in `all_to_all`: the R and S rows of both halves together are the rows of the whole micro-batch.
 """
 
 from collections.abc import Generator
@@ -35,8 +35,8 @@ class Chain:
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches as `AllToAllDispatcher`. Its `run` dispatches whole micro-batches, as in evaluation; `steps` dispatches
-    one half."""
+    """Dispatches as `AllToAllDispatcher`. The method `run` dispatches whole micro-batches, as in evaluation; `steps`
+    dispatches one half."""
 
     def steps(
         self,

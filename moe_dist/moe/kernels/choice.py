@@ -14,7 +14,8 @@ KernelKind = Literal["auto", "torch", "triton"]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and for `auto` on CUDA the reason if these are not Triton's. `auto` tries them first (`trial`).
+    """Returns the kernels, and for `auto` on CUDA the reason if they are not Triton's. `auto` first tries Triton's kernels
+    (`trial`).
 
     Raises:
         ValueError: kind is `triton`, and `why_not_triton` returns a reason.
@@ -34,7 +35,7 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns the reason why the Triton kernels cannot be used, or None if they can. A CPU can use Triton's interpreter."""
+    """Returns the reason why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:

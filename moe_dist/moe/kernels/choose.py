@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.operation import launch, operation
 
-AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax: all, or chosen ones
+AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax: all or chosen columns
 ELEMENTS = 1024  # logits that one program has in registers
 
 
@@ -192,7 +192,7 @@ def choose(
     scale: float,
     among: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns the chosen columns, best first, each pair's token, and its expert, -1 without one: int64 [T, K]; the weights
+    """Returns the chosen columns, best first, each pair's token, and its expert (-1 if absent): int64 [T, K]; the weights
     [T, K]; and the sums of each block, [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z, entropies.
 
     Args:
@@ -232,8 +232,8 @@ def choose_backward(
     scale: float,
     among: int,
 ) -> Iterator[Tensor]:
-    """Returns the gradient of the logits, [T, C], from those of the weights [T, K], of the sums of probabilities [C], and
-    of the sums of squares of z [G]."""
+    """Returns the gradient of the logits, [T, C], from the gradients of the weights [T, K], of the sums of probabilities
+    [C], and of the sums of squares of z [G]."""
     (num_tokens, num_columns), num_choices = logits.shape, choice.shape[1]
     out, blocks = logits.new_empty(logits.shape), _blocks(num_columns, num_choices)
     yield out

@@ -1,11 +1,11 @@
 """Triton kernels for expert choice, around one sort of the logits.
 
-    candidates  logits of the tokens of each expert's group, -inf elsewhere; and the numbers of these tokens
+    candidates  logits of the tokens of each expert's group, -inf for other tokens; and the number of these tokens
     take        from the sorted tokens: which tokens each expert takes, and its k-th largest score
     sums        scores, entropies and counts of the layer's report
 
-`routers/selection.py` and `routers/expert_choice.py` have their references. Each program writes its own sums, so that
-nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of tokens.
+`routers/selection.py` and `routers/expert_choice.py` have the reference of each kernel. Each program writes its own sums,
+so that nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -25,7 +25,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @triton.jit
 def tokens_and_experts(group_T, group_of_expert, T, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A block's tokens and experts, the group of each token, and which tokens are of which expert's group."""
+    """Returns a block's tokens and experts, the group of each token, and whether the token and the expert share a group."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     group = tl.load(group_T + row, mask=row < T, other=-1).to(tl.int32)
@@ -157,7 +157,7 @@ def choice_take(
     yield taken, kth_score
     inputs = (logits, order, order_of_scores, capacity, candidates, taken, kth_score, num_tokens)
     grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # one block without tokens, for the scores
-    # No fused multiply-add, so that the number of tokens is the host's to the last bit (`capacity_of_tokens`).
+    # No fused multiply-add, so that this kernel computes the same number of tokens as the host (`capacity_of_tokens`).
     launch(take_kernel, grid, *inputs, E=num_experts, **blocks, enable_fp_fusion=False)
 
 

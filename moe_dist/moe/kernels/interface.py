@@ -1,9 +1,9 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
-`dispatch/rows.py` implements it by operations of torch, on any device. It is the reference of `triton_kernels.py`, which
-implements it by Triton kernels. Shape letters: T tokens, C columns of the router, K choices, G expert groups, N items with
-a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden size, F hidden width of
-experts, O own rows and S received rows of a table.
+`dispatch/rows.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements it by
+Triton kernels, whose reference is `dispatch/rows.py`. Shape letters: T tokens, C columns of the router, K choices, G expert
+groups, N items with a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden
+size, F hidden width of experts, O own rows and S received rows of a table.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Items = tuple[Tensor, Tensor]  # see `RowIndex.items_of_rows`
 @dataclass(frozen=True)
 class RowIndex:
     """Gives each of N items one of `num_rows` rows. `parts` are int64 tensors, whose concatenation has length N. `items`
-    are the `items_of_rows`, if they are known. With `in_order` item i has row i, so there is nothing to gather or sum."""
+    are the `items_of_rows`, if known. With `in_order` item i has row i, so nothing must be gathered or summed."""
 
     parts: tuple[Tensor, ...]
     num_rows: int
@@ -29,7 +29,7 @@ class RowIndex:
 
     @cached_property
     def items_of_rows(self) -> Items:
-        """The items sorted by row [N], and the place of each row's first item in this order, int32 [num_rows + 1].
+        """Returns the items sorted by row [N], and the place of each row's first item in this order, int32 [num_rows + 1].
 
         The items of a row keep their order, so a sum over them always adds in the same order. Costs a sort, unless the
         items are known, but no sync.
@@ -44,7 +44,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class TopK:
-    """How tokens choose columns: the first `num_true` are true experts, all others null.
+    """Says how tokens choose columns, of which the first `num_true` are true experts and all others null.
 
     Attributes:
         group_of_column_C: int64, group of each column.
@@ -63,8 +63,8 @@ class TopK:
 
 
 class Choice(NamedTuple):
-    """Choices of T tokens, and sums over the tokens. The fields without a comment are those of `Assignments` and
-    `RouterSums` (moe/routing.py)."""
+    """Choices of T tokens, and sums over the tokens. `Assignments` and `RouterSums` (moe/routing.py) explain the fields
+    without a comment."""
 
     choice_TK: Tensor  # chosen columns, the best first
     token_N: Tensor
@@ -77,7 +77,7 @@ class Choice(NamedTuple):
 
 
 class ExpertsTables(NamedTuple):
-    """How experts choose tokens: int64 group and float64 capacity of each expert, [E], and the number of groups."""
+    """Says how experts choose tokens: int64 group and float64 capacity of each expert, [E], and the number of groups."""
 
     group_E: Tensor
     capacity_E: Tensor
@@ -85,7 +85,7 @@ class ExpertsTables(NamedTuple):
 
 
 class ExpertsSums(NamedTuple):
-    """Sums over T tokens in expert choice; the fields are those of `RouterSums` and `ChoiceSums`."""
+    """Sums over T tokens in expert choice. `RouterSums` and `ChoiceSums` (moe/routing.py) explain the fields."""
 
     choices_E: Tensor
     tokens_G: Tensor
@@ -96,7 +96,7 @@ class ExpertsSums(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """`swiglu` and `sum_pairs` together multiply the output of each pair by its weight; which one does so is their choice.
+    """The arithmetic on rows. Either `swiglu` or `sum_pairs` multiplies the output of each pair by the pair's weight.
 
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
 
@@ -138,7 +138,8 @@ class RowKernels(Protocol):
         ...
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
-        """Returns for each row the sum of its pairs' outputs, [R, D] in `dtype`, weighted if `swiglu` did not do so."""
+        """Returns for each row the sum of its pairs' outputs, [R, D] in `dtype`, weighted if `swiglu` applied no
+        weights."""
         ...
 
     def sum_rows(
@@ -149,6 +150,6 @@ class RowKernels(Protocol):
 
         Args:
             wait: Waits for the received rows, and returns them: [S, D].
-            index: Rows of the table in two parts, those of the own and those of the received rows.
+            index: Table row of each own row (first part) and of each received row (second part).
         """
         ...

@@ -1,7 +1,7 @@
 """Registers functions that launch Triton kernels as operations of torch.
 
-On real tensors an operation launches its kernel; on fake tensors it only makes the result. So a count of kernels without a
-GPU sees the operation as one kernel.
+On real tensors an operation launches its kernel; on fake tensors it only makes the result. A count of kernels without a GPU
+thus counts the operation as one kernel.
 """
 
 from collections.abc import Callable, Iterator

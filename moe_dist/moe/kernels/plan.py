@@ -6,9 +6,9 @@
     arrive   pairs computed here, from the order of arrival to that of slots
     collect  the pairs of each row that arrived, by binary search, since a run's rows ascend
 
-`dispatch/planning.py` is their reference. It defines the places of ranks and the bins of experts. Shape letters: T tokens,
-K choices, N = T x K pairs, W ranks, E experts, B blocks of tokens, X runs of arriving pairs (of one slot and source rank),
-H source ranks (the own one first), Q pairs computed here, R rows that arrived.
+`dispatch/planning.py` is the reference of these kernels, and defines the places of ranks and the bins of experts. Shape
+letters: T tokens, K choices, N = T x K pairs, W ranks, E experts, B blocks of tokens, X runs of arriving pairs (of one slot
+and source rank), H source ranks (the own one first), Q pairs computed here, R rows that arrived.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -29,7 +29,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def members(expert, place_E, bin_E, T, K: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, PLACES: tl.constexpr):
-    """Which ranks and experts each token of this program takes, as 0 and 1."""
+    """Returns which ranks and experts each token of this program takes, as 0 and 1."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place, bin = tl.arange(0, PLACES), tl.arange(0, BINS)
     has_place = tl.zeros((ROWS, PLACES), tl.int32)
@@ -126,7 +126,7 @@ def place_kernel(
         tl.store(index + at, row, mask=e >= 0)
     taken = has_place == 1
     tl.store(token + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=taken)
-    # the rows of each token, the own one first, whose numbers are lower, too
+    # the rows of each token, the own row first: own rows also have lower numbers
     own = place == W - 1
     has_own = tl.sum(tl.where(own[None, :], has_place, 0), 1)
     num_own = tl.sum(tl.where(own, length, 0), 0)
@@ -142,7 +142,7 @@ def place_kernel(
 
 @triton.jit
 def index_at(own, arrived, num_own, at, mask):
-    """The row indices of pairs in the order of arrival, those of own pairs first."""
+    """Returns the row indices of pairs in the order of arrival, own pairs first."""
     mine = tl.load(own + at, mask=mask & (at < num_own), other=0)
     return mine + tl.load(arrived + at - num_own, mask=mask & (at >= num_own), other=0)
 
@@ -229,9 +229,9 @@ def plan_scan(counts: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor, 
 def plan_place(
     expert: Tensor, place: Tensor, bin: Tensor, starts: Tensor, totals: Tensor, num_ranks: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists of length N, of which the host does not know how much is filled: the pairs sorted by bin, int64; the
-    index of each one's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
-    sorted by token, int32. Then the place of each token's first row in the last list, int32 [T + 1]."""
+    """Returns lists of length N, filled up to a length that the host does not know: the pairs sorted by bin, int64; the
+    index of each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
+    sorted by token, int32. Also returns the place of each token's first row in the last list, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))

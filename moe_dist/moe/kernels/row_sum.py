@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dist.moe.kernels.operation import block_of, launch, operation
 
 
-@triton.jit(do_not_specialize=["num_own"])  # else some values would each compile a kernel
+@triton.jit(do_not_specialize=["num_own"])  # otherwise some values would each compile a kernel
 def row_sum_kernel(
     own,
     received,
@@ -58,7 +58,7 @@ def row_sum(
     """Returns `base`, or 0, plus the sums of rows, [M, D] in `dtype`.
 
     The items of row m are `order[first[m] : first[m + 1]]` and are added in this order. An item below the number of own
-    rows is an own row, any other item a received row. With `both`, each item is an own row and a received row.
+    rows is an own row, any other item a received row. With `both`, each item is both an own row and a received row.
     """
     num_rows, width = first.shape[0] - 1, own.shape[1]
     out = own.new_empty((num_rows, width), dtype=dtype)

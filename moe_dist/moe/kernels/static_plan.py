@@ -1,13 +1,15 @@
-"""Triton kernels that plan an exchange of fixed sizes, for token choice. They follow `count` and `scan` of `plan.py`:
+"""Triton kernels that plan an exchange of fixed sizes, for token choice. These kernels run after `count` and `scan` of
+`plan.py`:
 
     place    pairs and rows for each rank, and the rows of each token
     pad      places of pairs and rows that stay empty
-    runs     runs of arriving pairs, and what did not fit
+    runs     runs of arriving pairs, and the numbers of rows and pairs beyond the room
     arrive   pairs computed here, in the order of slots
 
 `collect` of `plan.py` then finds the pairs of each row. `dispatch/static_planning.py` is the reference, and `static.py`
-says what padding is. A rank for which anything does not fit computes no pairs, so that no list points beyond a tensor; the
-step fails anyway. Shape letters are those of `static.py`, and as in `plan.py` K choices, E experts, B blocks of tokens.
+defines padding and room. If any rows or pairs of a rank do not fit, the rank computes no pairs, so that no list points
+beyond a tensor; the step fails anyway. Shape letters are those of `static.py`, and as in `plan.py` K choices, E experts, B
+blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -27,7 +29,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def room_at(first, w, mask):
-    """The pairs or rows for which the rank of a place has room."""
+    """Returns the number of pairs or rows for which the rank of a place has room."""
     return tl.load(first + w + 1, mask=mask, other=0) - tl.load(first + w, mask=mask, other=0)
 
 
@@ -74,9 +76,9 @@ def place_kernel(
         tl.store(index + at, tl.where(own, t.to(tl.int32), tl.where(sent, r, -1)), mask=(e >= 0) & fits)
     row_start = tl.load(first_row + place, mask=other, other=0).to(tl.int32)
     room = room_at(first_row, place, other).to(tl.int32)
-    sent = (has_place == 1) & (to_row < room[None, :])  # no own rows, for which the room is 0
+    sent = (has_place == 1) & (to_row < room[None, :])  # never true for own rows, whose room is 0
     tl.store(row + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=sent)
-    # the rows of each token, the own one first; all earlier tokens have an own one, too
+    # the rows of each token, the own row first; all earlier tokens have an own row, too
     begin = t.to(tl.int32) + tl.sum(tl.minimum(to_row, room[None, :]), 1)
     nth = tl.cumsum(sent.to(tl.int32), 1) - sent.to(tl.int32)
     tl.store(order + begin, t.to(tl.int32), mask=t < T)
@@ -187,7 +189,7 @@ def runs_kernel(
     tl.store(runs + 3 * X * W + 3 * W, tl.sum(pairs_H, 0))
     tl.store(counts_X + x, total_X, mask=slot)
     tl.store(end_X + x, tl.where(fit, end, 0).to(tl.int32), mask=slot)
-    # what this rank sends; the last place is this rank
+    # pairs and rows that this rank sends; the last place is this rank
     other = h < W - 1
     rows_W = tl.load(totals + h, mask=other, other=0).to(tl.int64)
     sent_W = tl.load(pairs_W + h, mask=source, other=0)
@@ -237,8 +239,8 @@ def static_place(
     num_sent: int,
     num_rows: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists in which `static_pad` fills what is padding: `pair_P` of the plan, and of each of these pairs the index
-    of its row, int32 (of own pairs the token); `row_S` of the plan; and `items_of_rows` of its table.
+    """Returns lists whose padding `static_pad` fills: `pair_P` of the plan; the index of each of these pairs' rows, int32
+    (for own pairs the token); `row_S` of the plan; and `items_of_rows` of the plan's table.
 
     Args:
         expert, place, bin: See `plan_count`.
@@ -274,7 +276,8 @@ def static_pad(
     most: int,
 ) -> Iterator[Tensor]:
     """Fills lists of `static_place`, and returns the number of pairs for the rank of each place, int64 [W].
-    `num_pairs` is N, and `most` the largest of N and of the rooms for pairs and rows; `static_place` has the rest."""
+    `num_pairs` is N, and `most` the largest of N and of the rooms for pairs and rows. `static_place` has the other
+    arguments."""
     size, num_experts = first_row.shape[0], totals.shape[0] - first_row.shape[0]
     pairs_W = pair.new_empty(size)
     yield pairs_W

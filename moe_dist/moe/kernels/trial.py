@@ -1,4 +1,4 @@
-"""Tries kernels on a device before a run uses them: compares values and gradients of small tensors with those of torch.
+"""Tries kernels on a device before a run uses them: compares the values and gradients of small tensors with torch's.
 
 Shape letters are those of `interface`.
 """
@@ -24,18 +24,18 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # wider than one block of a kernel
 GROUPS = (ExpertGroup("one", 12, 4, 3, WIDTH, 0, ("one",)), ExpertGroup("other", 6, 2, 2, WIDTH, 12, ("other",)))
 NORMALISE: tuple[Normalise, ...] = ("none", "true_chosen")
-MOST = 0.02  # norm of a difference over the norm of the result; bf16 rounds a value by up to 0.004 of it
+MOST = 0.02  # norm of a difference / norm of the result; bf16 changes a value by at most 0.4 %
 Results = list[tuple[str, Tensor]]
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that says what differs or failed. Compiles the
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
     kernels, and syncs."""
     return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
 def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
-    """Returns None if the results of kernels equal those of torch, else a text that says what differs or failed."""
+    """Returns None if the results of kernels equal torch's, else a text that names the difference or failure."""
     try:
         with device:  # the default device may be meta, on which models are built
             pairs = list(zip(ours(), torchs(), strict=True))
@@ -56,7 +56,7 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """The plans of a layer on one rank, so no row is sent: three experts for a token, some of them null."""
+    """The plans of a layer on one rank, which sends no row: three experts for a token, some of them null."""
     group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
@@ -84,7 +84,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
-    """One expert on all pairs, with its gradients; and sums of base, own and received rows. Some rows have no pair."""
+    """Applies one expert to all pairs, with gradients, and sums base, own and received rows. Some rows have no pair."""
     row_Q = torch.arange(PAIRS) * 7 % (ROWS - 3)
     shapes = ((ROWS, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (ROWS, HIDDEN))
     rows_RD, gate, up, down, grad_RD = (random(n, *each).to(dtype) for n, each in enumerate(shapes))

@@ -1,6 +1,7 @@
 """The arithmetic on rows by Triton kernels. `interface.py` documents the methods and the shape letters.
 
-Each sum adds in a fixed order, in fp32 registers. Gathering and summing are each other's gradients.
+Each sum adds in a fixed order, in fp32 registers. The backward of gathering is summing, and the backward of summing is
+gathering.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
-    """Weights are applied by `swiglu`, so that backward needs neither the experts' outputs nor a pass over them."""
+    """`swiglu` applies the weights, so that backward needs neither the experts' outputs nor a pass over them."""
 
     has_choose = True
     has_plan = True
@@ -69,8 +70,8 @@ class TritonKernels:
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
-        # Own rows are summed after the received rows have arrived: a separate pass would write and read M more rows than
-        # one kernel.
+        # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M more
+        # rows than one kernel.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 
@@ -91,7 +92,7 @@ class _Choose(torch.autograd.Function):
         counts = counts.to(torch.int64)  # exact, because fp32 has all integers to 2^24
         token_N, expert_N = token_TK.flatten(), expert_TK.flatten()
         ctx.mark_non_differentiable(chosen_TK, token_N, expert_N, counts, entropy_G)
-        ctx.set_materialize_grads(False)  # else backward would make zeros for each integer tensor
+        ctx.set_materialize_grads(False)  # otherwise backward would make zeros for each integer tensor
         # copies, because FSDP2 warns of a module that returns views with gradients
         return chosen_TK, token_N, expert_N, weight_TK.flatten(), counts, prob_C.clone(), square_G.clone(), entropy_G
 
@@ -99,7 +100,7 @@ class _Choose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits_TC, group_T, group_of_column_C, top_k_G, chosen_TK = ctx.saved_tensors
-        # a gradient is None without a loss that uses the weights or the sum
+        # a gradient is None if no loss uses the weights or the sum
         shapes = ((chosen_TK.numel(),), (logits_TC.shape[1],), (len(top_k_G) - 1,))
         found = zip((grads[3], grads[5], grads[6]), shapes, strict=True)
         given = [logits_TC.new_zeros(shape) if each is None else each for each, shape in found]
@@ -111,7 +112,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         ctx.index = index  # not save_for_backward: the plan keeps the index
-        ctx.set_materialize_grads(False)  # one product for gate and up uses one of the two
+        ctx.set_materialize_grads(False)  # a joint product for gate and up uses only one of the two outputs
         x_QD = gather_rows(rows_RD, index.parts[0], rows_RD.dtype)
         return x_QD, x_QD.detach()
 

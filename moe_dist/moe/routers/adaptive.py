@@ -1,12 +1,12 @@
-"""Base of the routers with which the number of experts depends on the token, up to the group's `top_k`.
+"""Base class of the routers that take a number of experts that depends on the token, at most the group's `top_k`.
 
-    T(x) = the first columns of the token by score, those that the router's rule keeps
+    T(x) = the first columns of the token by score, as far as the router's rule keeps them
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
 
-A choice that the rule does not keep is an absent pair, as a null choice is. The rule of each router sees one token alone,
-so evaluation is causal. A recomputed forward keeps the same choices.
+A choice that the rule does not keep becomes an absent pair, like a null choice. The rule of each router sees one token
+alone, so evaluation is causal. A recomputed forward keeps the same choices.
 
-Load controllers (`moe_dist.moe.balance`) hold the mean number of true experts per token. For this each column has a
+Load controllers (`moe_dist.moe.balance`) hold the mean number of true experts per token. For this purpose each column has a
 selection bias. The mean bias of a group's true columns is called the budget shift: it changes the number of columns that
 tokens take. In `top_p` and `predicted_k` only the deviations from the budget shift change the order of the columns; in
 `relu` and `threshold` the whole bias of a column moves the column's threshold.
@@ -27,7 +27,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class AdaptiveRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, to as many columns as `_kept` says.
+    """Routes T tokens, each inside its expert group, to the columns that `_kept` marks.
 
     Args:
         hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`.

@@ -21,11 +21,12 @@ class Capacity:
 
     Attributes:
         factor: An expert takes at most ceil(factor * k T / columns) pairs, where T is the number of its group's tokens in
-            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 this is the load
-            of each expert if choices spread evenly.
-        drop: `probability` drops the expert's pairs of least probability; of equal ones it keeps the earlier token.
-            `position` drops the pairs of the last tokens.
-        scope: The tokens among which an expert's pairs are counted (the selection scope): those of one rank's micro-batch.
+            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 this number is
+            the load of each expert if choices spread evenly.
+        drop: `probability` drops the expert's pairs of least probability; of two equally probable pairs it drops the later
+            token's. `position` drops the pairs of the last tokens.
+        scope: The selection scope, whose tokens' pairs are counted for each expert. `rank`: the tokens of one rank's
+            micro-batch.
     """
 
     factor: float

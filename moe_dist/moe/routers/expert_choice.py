@@ -1,4 +1,4 @@
-"""Expert choice: experts choose their tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
+"""Expert choice: experts choose tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
 
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
@@ -6,7 +6,7 @@
 This choice depends on later tokens, so only training uses it (`selection`). Evaluation uses one of two causal rules:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a later run trains W_1, W_2
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a second run trains W_1, W_2
 
 Under either rule the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D
 hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
@@ -86,7 +86,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         seed, layer: Parts of the name of each noise value, beside step, token and expert.
         known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
             no host sync.
-        kernels: If they have `experts_choose`, they make the choice in a scope of one rank, and the sums.
+        kernels: If they have `experts_choose`, they compute the router's sums, and in a scope of one rank also the choice.
     """
 
     group_of_expert_E: Tensor
@@ -283,7 +283,7 @@ def _experts_sums(
     inside_TE = group_T[:, None] == tables.group_E
     member_TG = group_T[:, None] == torch.arange(tables.num_groups, device=group_T.device)
     score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
-    # Scores are divided by their sum, so that their entropy is comparable with that of a softmax.
+    # Scores are divided by their sum, so that the entropy is comparable with a softmax's entropy.
     shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
     entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
     idle_T = ~taken_TE.any(-1)
@@ -299,5 +299,5 @@ def _experts_sums(
 
 
 def capacity_of_group(group: ExpertGroup) -> float:
-    """Returns a group's c: its `capacity`, or else the value with which a token has `top_k` experts on average."""
+    """Returns a group's c: its `capacity`, or else the value that gives a token `top_k` experts on average."""
     return group.capacity if group.capacity is not None else group.top_k / group.num_experts

@@ -7,8 +7,9 @@ GLM-4.5, Kimi K2).
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because these cost no traffic. They too have s and b. A
-null choice has no weight, and the sum in w_i leaves it out. Each modality's expert group has its own node groups.
+The limit does not apply to null, identity and constant columns, because these columns cost no traffic. These columns also
+have s and b. A null choice has no weight, and the sum in w_i leaves it out. Each modality's expert group has its own node
+groups.
 
 The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
 loss (equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
@@ -36,7 +37,8 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups in each modality group. It must divide each modality group's number of true experts.
+        n_group: Number of node groups in each modality group. This number must divide each modality group's number of true
+            experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
@@ -79,7 +81,7 @@ class GroupLimitedRouter(TopKRouter):
         earlier of two equal node groups wins."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk defines no order of ties
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 

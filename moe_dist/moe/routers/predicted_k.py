@@ -4,10 +4,10 @@
     m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
     w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
 
-Ada-K draws a whole k and trains its predictor by policy gradient. Here the last column's weight has the rest of k(x) as
-its factor, like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u gets a gradient from the loss.
-With the softmax over all columns the output is a continuous function of k(x). With the softmax over T(x) all weights change
-when a column is added. b is the budget shift of `adaptive`.
+Ada-K draws a whole k and trains its predictor by policy gradient. In this router the last column's weight has the rest of
+k(x) as its factor, like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u gets a gradient from
+the loss. With the softmax over all columns the output is a continuous function of k(x). With the softmax over T(x) all
+weights change when a column is added. b is the budget shift of `adaptive`.
 
 Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
 """

@@ -4,12 +4,12 @@
     T(x) = the columns with r_i > 0, at most the top_k largest
     w_i  = scale r_i
 
-Where a column's logit is 0 its weight is 0, so the output is a continuous function of x and of W while at most top_k logits
+A column with the logit 0 has the weight 0, so the output is a continuous function of x and of W while at most top_k logits
 are positive. b is the selection bias of a controller. ReMoE controls the number of experts by the coefficient of an L1 loss
-instead: it multiplies the coefficient by 1.2 after each step with too many experts and divides it after each with too few.
-That loss, with its load f_i, is the balance loss `vanilla` of this router up to the factor k, because the "probabilities"
-of the balance loss are r, not normalised; here its coefficient follows `loss.balance.schedule`. The reported entropy is of
-r divided by its sum.
+instead: it multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
+too few. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the balance
+loss takes r, not normalised, as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy is the
+entropy of r / sum(r).
 
 A token may take no expert. A null column that is taken adds 0 and only uses up one of the top_k places. Shape
 letters: T tokens, D hidden size, C columns, K choices.

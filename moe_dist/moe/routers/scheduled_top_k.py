@@ -7,8 +7,8 @@ integer L this is plain top-k.
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws random numbers too, so that the mean is L as in training. It has no step; its tokens are numbered inside
-their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers too, so that the mean is L as in training. Evaluation has no step and numbers the tokens
+inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math

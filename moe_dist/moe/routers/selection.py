@@ -6,9 +6,9 @@ The tokens of one selection scope compete:
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-In the scopes ep_group and world, one all-gather per layer and forward gathers the logits. Every rank of the scope issues
-it; recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
-ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, because their logits are bit-identical. The
+In the scopes ep_group and world, one all-gather per layer and forward gathers the logits on every rank of the scope.
+Recomputation does not repeat the all-gather. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S -
+1 other ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, because their logits are bit-identical. The
 selection costs no host sync.
 
 The selection of a token depends on later tokens, so only training uses it. Evaluation decides for each token alone, by a
@@ -116,7 +116,7 @@ class SelectionScope:
         ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list. Ranks that
             share sequences count as one rank, as in `GlobalBatchInfo`.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: They count the all-gather's bytes, and show the running all-gather to the watchdog.
+        comm_stats, tracker: Count the all-gather's bytes, and show the running all-gather to the watchdog.
         shares: Process groups of the ranks that share sequences: each rank has some of the tokens of a micro-batch.
     """
 
@@ -130,8 +130,8 @@ class SelectionScope:
     shares: tuple[dist.ProcessGroup, ...] = ()
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """Returns the number of tokens of each rank's micro-batch; `num_tokens` are on this rank. Without
-        `batch_info` (evaluation, mixture of depths) all have the same number."""
+        """Returns the number of tokens of each rank's micro-batch; `num_tokens` are on this rank. Without `batch_info`
+        (evaluation, mixture of depths) all ranks have equally many tokens."""
         own = num_tokens * math.prod(group.size() for group in self.shares)
         lengths = [own if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
         assert lengths[self.own] == own, f"{own} tokens here, {lengths} were announced"
@@ -163,7 +163,7 @@ class SelectionScope:
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
             logits_TE[token_T] = local_TE
-            for group in self.shares:  # each token is on one rank, so every bit stays
+            for group in self.shares:  # each token is on one rank, so the sum adds only zeros and keeps every bit
                 sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -178,7 +178,7 @@ class SelectionScope:
         """Returns the logits of the scope's tokens [U, E], by one all-gather if the scope has several ranks."""
         if self.group is None:
             return logits_TE
-        longest = max(lengths)  # all-gather needs equal sizes
+        longest = max(lengths)  # all-gather needs equal sizes on all ranks
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
         gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # [S T, E] on every rank
@@ -196,7 +196,8 @@ def capacity_of_tokens(capacity: float, tokens: int) -> int:
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """Does the same as `capacity_of_tokens`, for tensors: int64. The results are equal, because both compute in float64."""
+    """Does the same as `capacity_of_tokens` for tensors, int64. The results are equal, because both functions use
+    float64."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -204,7 +205,7 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Lets each chooser take the best ceil(c T) of the T competing tokens. Of equal tokens the earlier one wins.
+    """Lets each chooser take the best ceil(c T) of the T competing tokens. The earlier of two equal tokens wins.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
@@ -260,7 +261,8 @@ def counted_pairs(
 
 @lru_cache(maxsize=KEPT)
 def _expert_of_pairs(counts_E: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns each expert as often as its count says, int64 [N]. All layers of a micro-batch use one result."""
+    """Returns the expert of each pair, int64 [N]: each expert is repeated by its count. All layers of a micro-batch use one
+    result."""
     return from_host(np.repeat(np.arange(len(counts_E)), counts_E), torch.int64, device)
 
 
@@ -275,8 +277,8 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
     """Returns T x K (token, expert) pairs sorted by token: the K experts of the token's group, or ABSENT for an expert that
     does not take the token.
 
-    K is the number of experts of the largest group. A smaller list might not hold all pairs: a threshold does not limit how
-    many tokens an expert takes, nor does a scope of several ranks limit how many it takes from one rank.
+    K is the number of experts of the largest group. A smaller list might not hold all pairs: a threshold does not limit the
+    number of tokens of an expert, and a scope of several ranks does not limit an expert's number of tokens from one rank.
 
     Args:
         columns_TK: int64, the experts of each token's group, then ABSENT up to K; all ABSENT for padding.

@@ -9,8 +9,8 @@ b is the selection bias of a controller; with b = 0 the rule is the published on
 function as if it were the identity: the derivative of w_i by s_i - c_i is scale / number where the column is taken, and 0
 elsewhere, as in the authors' DeepSpeed code. DynMoE also has a temperature that divides G, losses for diverse and small
 router rows and for the mean of the gates, and a number of experts that changes during training; and in evaluation a token
-without experts takes its best expert. None of these is implemented here; the last would change the number of experts in
-evaluation.
+without experts takes its best expert. None of these is implemented here. DynMoE's rule for tokens without experts would
+change the number of experts in evaluation.
 
 The balance loss and the entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
 choices.

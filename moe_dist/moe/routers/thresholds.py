@@ -1,8 +1,9 @@
 """Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
-A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean m of the k-th
-largest score in its selection scopes, plus a correction d. q is the mean of the k-th largest score over the scopes of a
-step, weighted by their numbers of tokens. w is the weight of the step: 1 / number of steps at first, later 1 - decay.
+A chooser is an expert (expert choice) or a layer (mixture of depths). The threshold c of a chooser is the running mean m of
+the k-th largest score in the chooser's selection scopes, plus a correction d. q is the mean of the k-th largest score over
+the scopes of a step, weighted by their numbers of tokens. w is the weight of the step: 1 / number of steps at first, later
+1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d

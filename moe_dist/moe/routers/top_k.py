@@ -1,5 +1,5 @@
 """Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233). Without
-null experts (m = 0) it is plain top-k.
+null experts (m = 0) this is plain top-k.
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); y = 0 if A is empty
@@ -35,10 +35,11 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if it has such experts.
+    """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
-    number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one for each true expert.
+    number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one number for each true
+    expert.
     """
 
     role = Role.ROUTER
@@ -58,9 +59,9 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
-        """Sets all rows to 0, so that all columns get the same score. Biases of null columns become stairs, -step, -2 step
-        and so on: if the biases of all true experts fall by r steps, a token drops r of them, and not all at once.
-        Returns the number of rows."""
+        """Sets all rows to 0, so that all columns get the same score. The biases of null columns become -step, -2 step and
+        so on. If the biases of all true experts then fall by r times `step`, a token drops r true experts instead of all at
+        once. Returns the number of rows."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -93,16 +94,17 @@ class TopKRouter(nn.Module):
         hidden_dim: D, the hidden size.
         groups: All expert groups, in logical order.
         normalise: The columns over which weights are a softmax. `true_chosen`: the token's choices that are not null
-            (AdaMoE). `all_chosen`: all its choices. `true_all`: all columns that are not null. `none`: all columns.
+            (AdaMoE). `all_chosen`: all choices of the token. `true_all`: all columns that are not null. `none`: all
+            columns.
         scale: Factor of every weight.
-        null_logit: `each`: every null column has its own row. `single`: all null columns share one row; its logit is a
+        null_logit: `each`: every null column has its own row. `single`: all null columns share one row, whose logit is a
             threshold, learned as a function of the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases
             of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
         logit_bias: If true, each true expert's logit has a learned bias. Groups must then have true experts only.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
-        kernels: If they have `choose`, they compute all that follows the logits, unless the router has a selection bias,
+        kernels: If they have `choose`, they compute everything after the logits, unless the router has a selection bias,
             capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
     """
 
@@ -200,7 +202,7 @@ class TopKRouter(nn.Module):
         return Routing(assignments, sums, free_TF, prob_AC, recorded)
 
     def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
-        """Returns whether `kernels.choose` computes what this router and caller want."""
+        """Returns whether `kernels.choose` supports this router's options and the caller's request."""
         rare = self.selection_bias or self.num_zero_computation or self.normalise == "true_all"
         limited = self.capacity is not None and self.training
         probed = cache.probe_tokens_A is not None
@@ -233,7 +235,7 @@ class TopKRouter(nn.Module):
                     num_rows = group.num_experts
                     slices = [rows] if rows.shape[0] == num_rows else rows.split(num_rows)  # backward of a split copies
                     products = [F.linear(h_TD, slice_nD) for slice_nD in slices]
-                    single = (kind, self.null_logit) == ("null", "single")  # one logit for all null columns
+                    single = (kind, self.null_logit) == ("null", "single")  # true if all null columns share one logit
                     parts += [products[0].expand(-1, count)] if single else products
         logits_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.logit_bias:
@@ -270,7 +272,7 @@ class TopKRouter(nn.Module):
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device: no sync
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
@@ -282,7 +284,7 @@ class TopKRouter(nn.Module):
         column_TK = cache.choice_TK
         valid_TK = self._valid(group_T)
         true_TK = valid_TK & (column_TK < self.num_experts)
-        null_TK = valid_TK ^ true_TK  # all other valid choices
+        null_TK = valid_TK ^ true_TK  # all valid choices that are not true
         if self.num_zero_computation:
             null_TK = null_TK & (column_TK < self.first_zero_computation)
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
@@ -362,7 +364,7 @@ class TopKRouter(nn.Module):
 
 @torch.no_grad()
 def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenColumns:
-    """The choices in the encoding of `ChosenColumns`."""
+    """Returns the choices in the encoding of `ChosenColumns`."""
     dropped_TK = chosen.true_TK & ~taken_TK
     column_TK = torch.where(dropped_TK, -2 - chosen.column_TK, chosen.column_TK)
     column_TK = torch.where(chosen.valid_TK, column_TK, ABSENT)

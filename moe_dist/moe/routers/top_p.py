@@ -6,9 +6,9 @@
 
 b is the budget shift of `adaptive`, by which a controller moves p per layer and group so that the mean number of true
 experts is its target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral controller and
-learns a norm of the logits in each layer. Here each layer has its own p, which the controller `active_experts` moves; with
-its key `proportional` it is a proportional-integral controller, too. Huang et al. also add the entropy of q to the loss;
-here the controller holds the number of experts, and the entropy is not in the loss.
+learns a norm of the logits in each layer. In this router each layer has its own p, which the controller `active_experts`
+moves; with the key `proportional` this controller is proportional-integral, too. Huang et al. also add the entropy of q to
+the loss; in this project the controller holds the number of experts, and the entropy is not in the loss.
 
 Shape letters: T tokens, C columns, K choices.
 """
@@ -30,7 +30,7 @@ class TopPRouter(AdaptiveRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        normalise: `none`: weights are probabilities, as published. `true_chosen`: they sum to `scale` over the taken
+        normalise: `none`: weights are probabilities, as published. `true_chosen`: weights sum to `scale` over the taken
             columns that are not null.
     """
 
