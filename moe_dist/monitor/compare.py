@@ -35,7 +35,7 @@ def first_difference(
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
-        rtol: Numbers may differ by this share of the larger number; 0 compares exactly.
+        rtol: Numbers, also those in lists, may differ by this share of the larger number; 0 compares exactly.
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
@@ -65,6 +65,8 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float) ->
 
 
 def _close(a: Any, b: Any, rtol: float) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_close(one, other, rtol) for one, other in zip(a, b, strict=True))
     numbers = isinstance(a, int | float) and isinstance(b, int | float)
     return numbers and not isinstance(a, bool) and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
 
