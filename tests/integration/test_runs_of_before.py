@@ -48,7 +48,7 @@ def places(run: Path) -> list[str]:
 
 
 def rounding() -> float:
-    """0 where the bits must agree: with torch, kernels and CPU vendor of then, because MKL's kernels depend on the vendor."""
+    """0 where the bits must agree: with torch, kernels and CPU vendor of then. MKL's kernels depend on the vendor."""
     written = json.loads((WRITTEN / "written_with.json").read_text())
     vendor = re.search(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
     here = {

@@ -41,10 +41,10 @@ def test_the_first_step_and_its_keys_are_found() -> None:
 
 def test_a_tolerance_holds_for_each_number_of_a_list() -> None:
     other = copy.deepcopy(RUN)
-    other[3]["arrays"]["choices_LC"] = [[3, 4 + 1e-9], *RUN[3]["arrays"]["choices_LC"][1:]]
+    other[3]["arrays"]["choices_LC"] = [[1, 2 + 1e-9], [3, 4]]
     assert first_difference(RUN, other)[0] is not None
     assert first_difference(RUN, other, rtol=1e-6) == (None, len(RUN))
-    other[3]["arrays"]["choices_LC"][0] = [3]
+    other[3]["arrays"]["choices_LC"][0] = [1]
     assert first_difference(RUN, other, rtol=1e-6)[0] is not None, "a list of another length"
 
 
