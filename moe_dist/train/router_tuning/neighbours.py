@@ -52,7 +52,7 @@ class NeighbourIndex:
         similarity: float | None = None,
         random_seed: int | None = None,
     ) -> None:
-        from sklearn.neighbors import NearestNeighbors  # imported here, because the import takes a second
+        from sklearn.neighbors import NearestNeighbors  # imported late, because the import takes a second
 
         assert (k is None) != (similarity is None), "k or a similarity"
         assert k is None or k < members, "preflight checks k"
