@@ -60,7 +60,7 @@ class CollectiveStatus:
         reports = [0] * self.world_size  # this rank sets only its own entry, so the sum has every rank's status
         if error is not None:
             reports[self.rank] = _report(error)
-        codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, with or without an error
+        codes = self.add(reports, f"checkpoint vote to {name}")  # the only collective of a phase, also after an error
         if error is not None:
             raise error
         if any(codes):
@@ -75,8 +75,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. Its class is that of the lowest failed rank's
-    error if that is in the table below, else MoeDistError."""
+    """Returns the error that a rank without a failure raises. Its class is the error class of the lowest failed rank if the
+    table below has that class, else MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]
