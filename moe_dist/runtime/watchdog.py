@@ -23,7 +23,7 @@ from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import ranks_text
 
-POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
+POLLS = 20  # polls per time limit, so that a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
 SETTLE_POLLS = 3  # poll intervals during which peers write their reports
 
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def place(self) -> str:
-        """The collective, for a message."""
+        """Returns a text that names the collective."""
         if self.collective is None:
             return "no collective"
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
@@ -105,8 +105,8 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     """Finds the ranks that the others wait for.
 
     The culprits are the ranks without a report; else the ranks outside any collective; else the ranks that have entered
-    fewer collectives than others (all ranks issue the same collectives in the same order). Of the waiting ranks, the one
-    with the fewest entered collectives waits for the culprits directly.
+    fewer collectives than others (all ranks issue the same collectives in the same order). Among the waiting ranks, the
+    rank that has entered the fewest collectives waits directly for the culprits.
 
     Args:
         reports: At least one report must come from a rank inside a collective.
@@ -203,7 +203,7 @@ class Watchdog:
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # names no culprit: the peers' writes may have failed for the same reason
+        except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective"
