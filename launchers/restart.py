@@ -1,4 +1,4 @@
-"""Decides whether an attempt that ended is restarted from the last checkpoint, by one rule for local, Slurm and Ray. Pure
+"""Decides whether a run is restarted from the last checkpoint after an attempt, by one rule for local, Slurm and Ray. Pure
 functions of the earlier attempts."""
 
 import re
@@ -30,8 +30,8 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or only that of its first step, in which a stop came: the time
-        limit is then too short."""
+        """True if the attempt committed no later checkpoint, or only the checkpoint of its first step, in which a stop came
+        because the time limit is too short."""
         return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 
