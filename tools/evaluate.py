@@ -112,7 +112,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     if named:
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager()  # reads the index of all tasks, which takes seconds
+        known = TaskManager()  # takes seconds to read the index of all tasks
         if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"

@@ -75,8 +75,8 @@ class Resumable:
     """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
 
     Args:
-        controllers: Objects, by name, whose state is saved too; by default the controllers of `training`. levers: The
-        levers of the run, by name. A lever's state, if it has one, is saved, and restored if a checkpoint has it.
+        controllers: Objects, by name, whose state is saved too; by default the controllers of `training`.
+        levers: The levers of the run, by name. A lever's state, if any, is saved, and restored if a checkpoint has it.
         report_save: Function that rank 0 calls after each save with the seconds that it took.
 
     Attributes:

@@ -2,10 +2,10 @@
 
     manifest.json    written by rank 0 before the first step: layers, columns, placement, modalities, configuration
     rank_R.tokens    one `TOKEN` for each traced token
-    rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first rank_R.weights   float16 [tokens, L, K], the
-    routing weights; only with `Manifest.weights` rank_R.losses    float16 [tokens], loss of the prediction at the token in
-    nats, nan without a label; with `Manifest.losses` rank_R.index     one `ENTRY` for each step, written after the step's
-    tokens; tokens without an entry do not count
+    rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first
+    rank_R.weights   float16 [tokens, L, K], the routing weights; only with `Manifest.weights`
+    rank_R.losses    float16 [tokens], loss (nats) of the prediction at the token, or nan; only with `Manifest.losses`
+    rank_R.index     one `ENTRY` for each step, written after the step's tokens; tokens without an entry do not count
 
 The column of a true expert is its logical id; the null, identity and constant experts of all groups have the next columns.
 The id of a dropped pair of column c is -2 - c; -1 is no choice (a group with k < K). All numbers are little-endian.
