@@ -261,7 +261,7 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths of a run by their keys, without those that are null."""
+    """Returns the paths of a run by their keys; omits keys with null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 

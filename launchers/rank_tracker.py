@@ -80,7 +80,7 @@ class RankTracker:
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:
         self.codes: dict[int, int] = {}
         self._num_ranks, self._timeouts, self._say = num_ranks, timeouts, say
-        self._failed: list[int] = []  # ranks in the order of failure, without those that the launcher killed
+        self._failed: list[int] = []  # ranks in the order of failure, except ranks that the launcher killed
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")

@@ -75,4 +75,4 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """A rank received other data than its peer sent to it. `parallel.check_exchanges` finds such errors."""
+    """A rank received other data than another rank sent. `parallel.check_exchanges` finds such errors."""

@@ -155,7 +155,7 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
-    """Fits seconds = latency + bytes / rate, where bytes are those that a rank sends; minimises relative errors."""
+    """Fits seconds = latency + bytes sent by a rank / rate; minimises relative errors."""
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()

@@ -93,7 +93,7 @@ def main(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run here."""
+    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run."""
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
@@ -156,7 +156,7 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
-    """Writes the results to a new numbered file beside earlier ones."""
+    """Writes the results to a new numbered file beside earlier files."""
     number = 1
     while True:
         path = folder / f"step_{step}_{number}.json"

@@ -32,7 +32,7 @@ class Part:
         name: Name of the part, unique in the run.
         nodes: The nodes, ordered by index.
         labels: Labels that the nodes must have.
-        domain: Number of the interconnect domain in which the nodes must be; None if the nodes may be anywhere.
+        domain: Number of the set of nodes that must share an interconnect domain; None if the nodes may be anywhere.
     """
 
     name: str

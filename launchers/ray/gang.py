@@ -79,7 +79,7 @@ class Gang:
             ConfigError: one of the `paths` does not exist on a node.
             StoppedError: a stop signal came before all actors had answered.
         """
-        if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
+        if not self._group.wait(READY_SECONDS):  # another job may have taken the chosen nodes
             raise LostError("another job has taken the chosen nodes")
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={WAIT: 1})(RankActor)  # pyright: ignore
         size = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
@@ -300,7 +300,7 @@ def _start_problems(faults: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
-    """Returns the nodes that accept a connection now, the head last, without those whose host name or address is in
+    """Returns the nodes that accept a connection now, the head last, except nodes whose host name or address is in
     `exclude`. Tests the connections, because Ray itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [

@@ -21,7 +21,7 @@ class RayNode:
     Attributes:
         node_id: Ray's id of the node.
         address, port: Address and port of the node's raylet.
-        labels: All labels, including those that Ray sets.
+        labels: All labels, including labels that Ray sets.
         total: Amount of each resource.
         free: Amount of each resource that is not in use.
     """
@@ -89,7 +89,7 @@ def assign(
     too small or too few for the planned nodes, but have resources for all ranks, distributes the ranks again.
 
     Args:
-        nodes: Live nodes; earlier ones are preferred.
+        nodes: Live nodes; earlier nodes are preferred.
         bundle: Resources of one rank.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
         most: Largest number of ranks of a node if the ranks are distributed again; None for no limit.
@@ -101,7 +101,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # counts resources in use as available: a wait cannot supply more
+    found = chosen("total")  # counts resources in use as available, because a wait can free them
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])

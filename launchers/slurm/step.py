@@ -225,7 +225,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.name)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted since this attempt began
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted after this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
             for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after the end of this job

@@ -54,10 +54,10 @@ class CollectiveStatus:
         except (OSError, SafetensorError) as cause:
             error = kind(f"checkpoint in {self._place}: cannot {name} on rank {self.rank}: {cause}")
             error.__cause__ = cause  # keeps the traceback of the file system error
-        # Every error must reach the all-reduce below: a rank that raised here would leave its peers waiting.
+        # Every error must reach the all-reduce below, because a rank that raised at once would leave other ranks waiting.
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size  # this rank sets only its own entry, so the sum has every rank's status
+        reports = [0] * self.world_size  # a rank sets only its own entry; the sum has every rank's status
         if error is not None:
             reports[self.rank] = _report(error)
         codes = self.add(reports, f"checkpoint vote to {name}")  # the only collective of a phase, also after an error

@@ -1,4 +1,5 @@
-"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports those that can."""
+"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports loadable
+tensors."""
 
 import math
 import re
@@ -111,7 +112,7 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """The parameters of a checkpoint that were loaded, and those that were not.
+    """The parameters of a checkpoint that were loaded, and the parameters that were not loaded.
 
     Attributes:
         folder: Folder of the checkpoint.

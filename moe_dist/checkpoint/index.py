@@ -38,7 +38,7 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor; shape and fingerprint are those of the whole tensor."""
+    """One logical tensor, with the shape and the fingerprint of the whole tensor."""
 
     dtype: str  # a key of ITEMSIZE
     shape: tuple[NonNegativeInt, ...]
@@ -61,7 +61,7 @@ class Cut:
 
     def of(self, entry: Entry) -> Entry:
         """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order, some of them
-        empty. The fingerprint stays that of the whole tensor."""
+        empty. Keeps the fingerprint of the whole tensor."""
         dim, chunks = self.dim, []
         for chunk in entry.chunks:
             first = max(0, chunk.offsets[dim] - self.start)
@@ -129,7 +129,7 @@ class StateFile(StoredModel):
 
 
 def shard_file(number: int) -> str:
-    """Returns the name of shard file `number`. An index has numbers, not names, so it cannot name a file elsewhere."""
+    """Returns the name of shard file `number`. Because an index has numbers, not names, it cannot name a file elsewhere."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -232,7 +232,7 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """Raised if a checkpoint differs from what was saved. `file_problems` lists the differences."""
+    """Raised if a checkpoint differs from the saved one. `file_problems` lists the differences."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

@@ -249,7 +249,7 @@ class CheckpointManager:
         """Returns the bytes that all ranks write in total, the save's id, and whether the step is committed already. Costs
         one all-reduce."""
         first = self._status.rank == 0
-        # For the save's id and the flag all ranks but rank 0 add zeros, so both sums are rank 0's values.
+        # For the save's id and the flag all ranks but rank 0 add 0, so that both sums are rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)

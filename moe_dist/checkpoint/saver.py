@@ -1,8 +1,8 @@
 """Saves asynchronously: the training copies the state between two steps, and continues while a thread writes the copy.
 
 - The thread's collectives use a Gloo process group of their own. Gloo matches the calls of different ranks by their order
-  in the group, so on a shared group a call of the thread could be matched with a call of the training. All ranks run the
-  same phases of a save, and exchange a status after each, so no rank waits for a failed rank.
+  in the group; on a shared group a call of the thread could therefore match a call of the training. All ranks run the same
+  phases of a save, and exchange a status after each phase, so that no rank waits for a failed rank.
 - At most one save runs at a time; the next save waits until the previous one has ended.
 - A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
   Before a run ends or stops, it waits for its last save.

@@ -99,7 +99,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # checked here, because safetensors does not notice bytes after the last tensor
+    if size > shard.size:  # because safetensors does not notice bytes after the last tensor
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 

@@ -4,7 +4,7 @@
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; of Muon's matrices only exp_avg
 
-Every tensor shares the memory of its parameter or moment, so a load into the tensors changes the model and the optimizer.
+Because every tensor shares the memory of its parameter or moment, a load into the tensors changes model and optimizer.
 """
 
 import zlib
@@ -53,8 +53,8 @@ class LocalShard:
     """A logical tensor on this rank, whole or as a shard."""
 
     tensor: Tensor  # a DTensor if it is sharded, else a plain tensor
-    copies: int  # number of ranks with the same data as this rank, this rank included
-    position: int  # this rank's index among those ranks
+    copies: int  # number of ranks with the same data, this rank included
+    position: int  # this rank's index among the ranks with the same data
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def capture(
     if optimizer is not None:
         materialise_moments(optimizer)  # creates zero moments before the first step, so that any state has all moments
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        # A parameter without elements on this rank has no moments here, but may have some on other ranks.
+        # A parameter without elements on this rank has no moments on this rank, but may have moments on other ranks.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
         for moment, named in _by_moment(model, orthogonal=getattr(optimizer, "orthogonal", False)).items():
             like = {name: p for name, p in trained.items() if name in named}

@@ -24,7 +24,7 @@ _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """Returns what can be read of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
+    """Returns the readable parts of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
 
     Args:
         specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments

@@ -69,7 +69,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)
         weight_K = np.bincount(nearest_P, weights=counts_P, minlength=codes)
-        # The sums are integers below 2^53, so bincount's float64 sums are exact.
+        # bincount's float64 sums are exact, because they are integers below 2^53.
         sums_VK = np.stack([np.bincount(nearest_P, weights=values_P, minlength=codes) for values_P in weighted_VP])
         entries_KV = np.rint(sums_VK / np.maximum(weight_K, 1)).T.astype(np.uint8)
         unused = np.flatnonzero(weight_K == 0)

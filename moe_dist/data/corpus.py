@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from moe_dist.errors import DataError
 
 Skip = Callable[[DataError], None]  # called with the reason if an input cannot be read; leaves the input out if it returns
-VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place means scale and shift
+VARIATIONS = ("place", "flip", "background")  # possible differences between copies of a picture; place is scale and shift
 Item = TypeVar("Item")
 
 
@@ -88,7 +88,7 @@ class Recipe:
     codes: int = 512  # entries of the codebook
     # path of a tokenizer.json from `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
-    chat_template: str | None = None  # path of a chat template to use; None takes the one of the Hugging Face folder
+    chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ

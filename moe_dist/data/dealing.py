@@ -89,7 +89,7 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # the row with the largest difference is first; among equal rows the one with the lowest number
+    heapq.heapify(rows)  # first the row with the largest difference, of equal rows the row with the lowest number
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)

@@ -161,6 +161,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron warns if Transformer Engine or Apex is missing; neither is used here
+        warnings.simplefilter("ignore")  # Megatron warns of missing packages, which the builder does not use
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

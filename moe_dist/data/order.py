@@ -28,7 +28,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Packing:
-    """The pieces in each sequence: those of sequence q are piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
+    """The pieces in each sequence: sequence q has the pieces piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
     piece_P: np.ndarray  # int64, indices of the pieces, each exactly once
     first_Q: np.ndarray  # int64 [Q + 1]

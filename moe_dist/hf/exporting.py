@@ -57,7 +57,7 @@ class Exported:
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and fields of config.json were copied
     merged: bool = False  # LoRA adapters were merged into their base
-    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or for a wanted form
+    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the user chose the form
 
 
 def export_model(
@@ -246,7 +246,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
-    """Returns the values of a section that determine what the model computes, in one form for all equivalent sections."""
+    """Returns the values of a section that determine the model's function, equal for all equivalent sections."""
     dense, experts = len(section.moe_layers) < section.num_layers, section.moe.experts
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
     return {

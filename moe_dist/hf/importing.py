@@ -57,7 +57,7 @@ class Imported:
     kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
-    left_out: Sequence[str]  # tensors that do not affect the logits, such as those of multi-token prediction
+    left_out: Sequence[str]  # tensors that do not affect the logits, as in multi-token prediction
     converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
 
 

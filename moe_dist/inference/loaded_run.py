@@ -71,7 +71,7 @@ def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPl
     """Returns the placement of the ranks that saved the checkpoint in `folder`.
 
     Raises:
-        DataError: state.json places other experts than those of `groups`.
+        DataError: state.json places other experts than the experts of `groups`.
     """
     slots = open_checkpoint(folder).state.placement.get("slots")
     try:

@@ -40,7 +40,7 @@ class Scale:
         to_unit: Maps numbers to [0, 1].
         ticks: Numbers that are written beside the colour bar.
         write: Formats a number as a short text.
-        caption: A line under the title that says what the numbers are.
+        caption: A line under the title that explains the numbers.
         zero: Colour of exact zeros; None for no special colour.
     """
 
@@ -204,7 +204,7 @@ def _short(value: float) -> str:
 
 @lru_cache(maxsize=8)  # cached, because a picture writes thousands of labels in a few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow contains this font, so no font file of the system is needed
+    return ImageFont.load_default(size)  # Pillow's own font, which needs no font file of the system
 
 
 def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:

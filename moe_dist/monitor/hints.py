@@ -16,8 +16,8 @@ from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks together have this many times the mean rank's work
-LOSS_RISE = 1.05  # the loss has risen if its mean is above this many times that of the previous window
-LOSS_FALL = 0.99  # the loss has fallen if its mean is below this many times that of the first window
+LOSS_RISE = 1.05  # the loss has risen if its mean / mean in the previous window is above this
+LOSS_FALL = 0.99  # the loss has fallen if its mean / mean in the first window is below this
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
 SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed that median by this: smaller differences are noise
 SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the previous steps

@@ -269,7 +269,7 @@ class GroupChoices(NamedTuple):
 
 
 def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list[GroupChoices]:
-    """Splits `choices_LC` by group; the column order is that of `moe_dist.moe.routing.group_columns`."""
+    """Splits `choices_LC`, with columns in the order of `moe_dist.moe.routing.group_columns`, by group."""
     counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups]
     by_kind = [count for kind in zip(*counts, strict=True) for count in kind]
     parts = np.split(choices_LC, np.cumsum(by_kind)[:-1], axis=1)
@@ -350,7 +350,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
 
     def saved(rows: int) -> float | None:
-        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
+        if row_bytes is None:  # without sent rows the bytes per row are unknown
             return None if rows else 0.0
         return (rows - ours) * row_bytes
 

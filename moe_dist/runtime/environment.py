@@ -15,7 +15,7 @@ RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to t
 ALONE = "tcp://127.0.0.1:0"  # init method of a single process, with any free port
 THREADS = "OMP_NUM_THREADS"
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OTHER_NAMES = (  # mpirun may itself run in tasks of srun, so srun comes last
+_OTHER_NAMES = (  # srun comes last, because mpirun may itself run in tasks of srun
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),  # SLURM_GTIDS lists the ranks of the node
@@ -140,7 +140,7 @@ def _init_method(env: Mapping[str, str], world_size: int) -> str:
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # with tcp:// rank 0 would open a second store beside the one of torchrun's agent
+        return "env://"  # with tcp:// rank 0 would open a second store beside torchrun's store
     return ALONE if world_size == 1 else ""
 
 

@@ -135,7 +135,7 @@ class Lease:
         self._beats += 1
         # Errors are ignored, because `check` reports a lost file, and a full disk still lets the same bytes be overwritten.
         with self._closing, contextlib.suppress(OSError):
-            beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so a reader never sees a mix of two heartbeats
+            beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so that a reader never sees a mix of two heartbeats
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:

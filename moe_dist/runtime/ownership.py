@@ -1,7 +1,7 @@
 """Checks the owner of a run folder, because only the owner may write a run. A Unix group may share the files.
 
-The check prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
-(docs/security.md).
+The check prevents accidents, not attacks, because a user with write permission on the folder has the same power as its
+owner (docs/security.md).
 """
 
 import contextlib

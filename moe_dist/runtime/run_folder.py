@@ -156,7 +156,7 @@ class RunFolder:
             if owner := other_owner(self.path):
                 raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
             lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-            try:  # the lease was free, so no attempt is writing
+            try:  # no attempt is writing, because the lease was free
                 taken = {entry.name for entry in self.path.parent.iterdir()}
                 name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
                 old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted

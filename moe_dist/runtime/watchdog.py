@@ -25,7 +25,7 @@ from moe_dist.runtime.rendezvous import ranks_text
 
 POLLS = 20  # polls per time limit, so that a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
-SETTLE_POLLS = 3  # poll intervals during which peers write their reports
+SETTLE_POLLS = 3  # poll intervals during which other ranks write their reports
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                due = self._late() or self._folder.exists()  # costs one stat; the folder exists once a peer has reported
+                due = self._late() or self._folder.exists()  # costs one stat; the folder exists after a rank's report
             except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
@@ -199,9 +199,9 @@ class Watchdog:
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Atomic, because peers may read it at the same time.
+            # Atomic, because other ranks may read the file at the same time.
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
-            time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
+            time.sleep(self._poll * SETTLE_POLLS)  # until the other ranks have written their reports
             reports = read_reports(self._folder)
         except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"

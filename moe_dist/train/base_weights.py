@@ -1,6 +1,6 @@
 """Loads the base: the frozen model to which LoRA adapters are added. A new run loads the base from `run.init_from` (with
 `run.init_rules: [adapt]`). A resumed run loads it from the folder that the run's checkpoint names, and refuses a base whose
-content hash differs from the one in the checkpoint.
+content hash differs from the hash in the checkpoint.
 
 An adapter adds the product of two matrices A and B to a weight, and B starts as 0. Before the first step the model
 therefore computes the same function as the base. The logits of both are bit-equal only in batches without padding. A base

@@ -22,7 +22,7 @@ def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
 def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     """Returns the costs of this run's sequences.
 
-    The number of true experts per token is the one that a load controller or the weight of the null experts sets, or else
+    The number of true experts per token is the number that a load controller or the weight of null experts sets, or else
     the expected number under uniform routing.
     """
     model, groups = config.model, expert_groups(config.model.moe)

@@ -10,7 +10,8 @@ from moe_dist.train.build_dispatch import DispatchParts
 
 
 def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: PlacementWithReplicas) -> None:
-    """Replaces the replicas in all MoE layers by those of `placement`. All ranks call the function between two steps."""
+    """Gives all MoE layers the replicas of `placement` instead of their present replicas. All ranks call the function
+    between two steps."""
     mesh, layers = parallel.mesh, parallel.model.moe_modules()
     # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for them.
     wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)

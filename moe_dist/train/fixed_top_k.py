@@ -1,4 +1,4 @@
-"""Compares a run's held-out loss with that of a fixed top-k, whose figures are in configs/fixed_top_k.json."""
+"""Compares a run's held-out loss with the loss of a run with fixed top-k, whose figures are in configs/fixed_top_k.json."""
 
 import json
 from collections.abc import Mapping

@@ -51,7 +51,7 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
 
 
 def labels_by_modality(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Returns the number of labels of each modality, without those that are IGNORED: float64 [M]."""
+    """Returns the number of labels of each modality, without IGNORED labels: float64 [M]."""
     return _labels_of_modalities(labels_BS, modality_BS, num_modalities).sum(0, dtype=torch.float64)
 
 
@@ -144,7 +144,7 @@ def depth_statistics(
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host. They become int64, except those in FRACTIONAL."""
+    """Copies counts to the host. All fields become int64, except the fields in FRACTIONAL."""
     return counts_from(torch.cat([part.flatten() for part in counts]).cpu().numpy(), counts)  # one sync for all fields
 
 

@@ -60,7 +60,7 @@ class PipelineModel:
         for layer, (token_T, chosen) in self.watch.chosen[number].items():
             column_TLK[token_T, layers.index(layer)] = chosen.column_TK.to(column_TLK.dtype)
             weight_TLK[token_T, layers.index(layer)] = chosen.weight_TK.to(weight_TLK.dtype)
-        for tensor in (column_TLK, weight_TLK):  # only one rank adds a value other than 0, so every bit stays
+        for tensor in (column_TLK, weight_TLK):  # every bit stays, because only one rank adds a value other than 0
             for group in (groups.tp, groups.cp, groups.pp):
                 sum_over(tensor, group if group.size() > 1 else None, name=TRACED_CHOICES, tracker=self.watch.tracker)
         parts = zip(column_TLK.to(torch.int16).unbind(1), weight_TLK.to(torch.float16).unbind(1), strict=True)

@@ -29,8 +29,8 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches, which may differ from those of the traced run. The
-    replay finds tokens by sequence and position, so that another number of ranks or placement replays the same step.
+    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's. The replay
+    finds tokens by sequence and position, so that another number of ranks or placement replays the same step.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).

@@ -259,7 +259,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     """Returns the `position` of another run's checkpoint, at which a new run goes on in the same stream of sequences.
 
-    The data set, the section `data` and the seed determine the stream, so they must be equal in both runs.
+    The data set, the section `data` and the seed must be equal in both runs, because they determine the stream.
 
     Raises:
         ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.

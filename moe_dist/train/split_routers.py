@@ -14,7 +14,7 @@ from moe_dist.placement.roles import Role, logical_name, role_of_name
 @torch.no_grad()
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
-    experts gets each row and bias m times, equal ones next to each other. Returns the number of filled router rows. Every
+    experts gets each row and bias m times in succession. Returns the number of filled router rows. Every
     rank reads the checkpoint.
 
     Args:

@@ -159,7 +159,7 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Returns the reasons, besides those of `_misfits`, why the model computes another function than the checkpoint's
+    """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
     model. Without such reasons both compute the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]

@@ -327,7 +327,7 @@ class TrainingStep:
 
     def _clear(self) -> None:
         """Forgets the gradients."""
-        # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
+        # `optimizer.zero_grad` would leave the gradients of parameters that it lacks: frozen, or empty on this rank.
         self.parallel.model.zero_grad(set_to_none=True)
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:

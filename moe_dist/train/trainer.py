@@ -61,7 +61,7 @@ class Trainer:
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
-        progress: The counters of the run, at first those of the loaded checkpoint.
+        progress: The counters of the run, which begin as in the loaded checkpoint.
         profile: Returns a context manager for the step with a given number (the first step is 1).
         watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
         levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).

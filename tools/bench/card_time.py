@@ -85,7 +85,7 @@ class CardTime:
 
 
 def card_rates(card: str) -> Rates:
-    """Returns the rates of a card by its data sheet, in nodes like those of `CLUSTER`.
+    """Returns the rates of a card by its data sheet, in nodes of the kind of `CLUSTER`.
 
     Raises:
         ConfigError: from `published_rates`.

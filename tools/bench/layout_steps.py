@@ -2,7 +2,7 @@
 
 The processes of each number of ranks stay alive, and wait on a pipe while other processes work. A round therefore visits
 all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
-`visits.jsonl`; visits in this file are not repeated. The time of a step is that of `Trainer`, without record and sinks. The
+`visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
 learning rate is 0, so that routing is equal in all rounds.
 """
 
@@ -114,7 +114,7 @@ class Visit:
 
     Attributes:
         seconds, cpu: Wall time and CPU time of each timed step.
-        sent: Payload bytes of all ranks in the traced step, and those between nodes; empty after round 0.
+        sent: Payload bytes of all ranks in the traced step, in all and between nodes; empty after round 0.
         memory: Bytes of all tensors of the layout at their peak in its second step; 0 after its first visit.
     """
 

@@ -58,7 +58,7 @@ class LiveMemory:
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Follows storages that are resized, such as those of gathered parameters."""
+        """Follows storages that are resized, as for gathered parameters."""
         real = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, num_bytes: int) -> None:

@@ -23,7 +23,7 @@ class Effort:
     """The numbers of repeats of a measurement, and its seed."""
 
     rounds: int = 20  # timed rounds; each runs every contender once
-    warmup: int = 3  # untimed rounds before the timed ones
+    warmup: int = 3  # untimed rounds before the timed rounds
     seed: int = 0  # seed of routing, rows, and order of contenders in a round
 
 

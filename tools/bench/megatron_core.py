@@ -164,7 +164,7 @@ class MegatronMoE(nn.Module):
         assignments, sums, *_ = router(h_TD, group_T)
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
-        pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync, but here all is on the CPU
+        pairs = int((expert_TK != ABSENT).sum())  # would sync with a CUDA device, but the bench runs on the CPU
         if self.remapped:
             expert_TK = self._remapped(expert_TK, group_T)
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)

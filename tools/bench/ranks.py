@@ -108,7 +108,7 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
         destroy_world()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # a normal exit would wait for peers that may hang in a collective
+        os._exit(1)  # a normal exit would wait for ranks that may hang in a collective
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:

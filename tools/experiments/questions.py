@@ -127,7 +127,7 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing ones.
+    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing samples.
 
     Raises:
         DataError: the tool failed and printed the reason, or the existing samples were made with other options.

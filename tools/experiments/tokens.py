@@ -193,7 +193,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Counts a batch's documents with scored tokens, and those of them whose labels are all the most likely tokens."""
+    """Returns the numbers of a batch's documents with scored tokens, and of such documents with only right tokens."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)

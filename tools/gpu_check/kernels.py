@@ -48,7 +48,7 @@ def kernels(job: CheckJob) -> list[Reading]:
 
 
 def _against_torch(triton: RowKernels, run: Any, shape: tuple[int, int, int], device: Any, dtype: torch.dtype) -> float:
-    """Returns the largest relative difference between results and gradients of `run` and those of torch in float64."""
+    """Returns the largest relative difference, in results and gradients of `run`, from torch in float64."""
     num_pairs, num_rows, width = shape
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, max(1, num_rows), (num_pairs,), generator=generator)

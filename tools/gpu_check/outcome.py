@@ -105,5 +105,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
+        """Reads the values of `as_json`; text such as "inf" becomes a number again."""
         return TypeAdapter(cls).validate_python(values)

@@ -1,7 +1,7 @@
 """Measures rates of the card, and the times of kernels, products and layers divided by the least times that these rates
 allow.
 
-Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs with null ones, D hidden size, F hidden width of experts,
+Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs and null choices, D hidden size, F hidden width of experts,
 E experts, K choices of a token.
 """
 

@@ -63,8 +63,8 @@ class Special(NamedTuple):
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
-    """Returns for each expert the token ids that characterise the expert most, those with the largest count x log(lift), a
-    term of its tokens' log-likelihood. Omits ids that the expert takes fewer than `least_count` times."""
+    """Returns for each expert the token ids that characterise the expert most, by the largest count x log(lift), a term of
+    its tokens' log-likelihood. Omits ids that the expert takes fewer than `least_count` times."""
     ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
     found = []
     for taken_T in taken_Tn.T:

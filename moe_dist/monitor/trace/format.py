@@ -51,7 +51,7 @@ class Manifest:
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         configuration: The run's configuration.
         losses: Whether losses were written.
-        split: `training`, or `held-out` for the trace of a trained run, whose only step is that of the checkpoint.
+        split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """
 
     attempt: int

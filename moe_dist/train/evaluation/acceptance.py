@@ -1,5 +1,5 @@
-"""Compares the held-out losses of a finished run with those of unigram and bigram models of its training tokens, and its
-routing with expected values. Pure functions."""
+"""Compares the held-out losses of a finished run with the losses of unigram and bigram models of its training tokens, and
+its routing with expected values. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 

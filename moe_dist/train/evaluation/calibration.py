@@ -30,7 +30,7 @@ HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolut
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """Returns the routers with thresholds, in layer order: first those of MoE layers, then those of mixture of depths."""
+    """Returns the routers with thresholds, in layer order: first MoE routers, then mixture-of-depths routers."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 

@@ -68,7 +68,7 @@ class Chosen:
 
     layers: tuple[int, ...]  # indices of these layers among all layers
     places: tuple[int, ...]  # indices of these layers among the MoE layers
-    stored: tuple[int, ...]  # indices of these layers among those whose routing the folder of samples contains
+    stored: tuple[int, ...]  # indices of these layers among the layers whose routing is in the folder of samples
 
 
 class RouterTuning:
@@ -129,7 +129,7 @@ class RouterTuning:
         return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """Adds to the loss what this rank's micro-batch contributes to the manifold term."""
+        """Adds to the loss the share of this rank's micro-batch in the manifold term."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
