@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Shell exit code of the rank that failed first; without a failure, the largest exit code of all ranks."""
+        """Returns the shell exit code of the rank that failed first; without a failure, the largest code of all ranks."""
         if self.aborted:
             return ABORTED
         shell_codes = [128 - code if code < 0 else code for code in self.codes]

@@ -45,7 +45,7 @@ def committed_step(checkpoints: Path) -> int:
 
 
 def is_final(code: int) -> bool:
-    """True for an exit code that rules out a restart: success, stopped on request, or an error that would repeat."""
+    """Returns whether an exit code rules out a restart: success, stopped on request, or an error that would repeat."""
     return code in FINAL
 
 

@@ -140,7 +140,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """True if a folder is a run folder."""
+    """Returns whether a folder is a run folder."""
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 

@@ -155,7 +155,7 @@ def _start(
 
 
 def is_stopped(pid: int) -> bool:
-    """True if SIGSTOP has suspended a process; False if /proc does not show the process."""
+    """Returns whether SIGSTOP has suspended a process; False if /proc does not show the process."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False

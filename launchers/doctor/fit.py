@@ -43,7 +43,7 @@ class Want:
 
     @property
     def who(self) -> str:
-        """The subject and verb of a message, such as 'ranks 0-3 need'."""
+        """Returns the subject and verb of a message, such as 'ranks 0-3 need'."""
         return f"ranks {self.ranks} need" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} needs"
 
     def has_traits(self, offer: Offer) -> bool:

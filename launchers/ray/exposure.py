@@ -34,7 +34,7 @@ def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str
 
 
 def asks_for_token() -> bool:
-    """True if the connected Ray requires a token."""
+    """Returns whether the connected Ray requires a token."""
     try:
         from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore
     except ImportError:  # an older Ray without tokens

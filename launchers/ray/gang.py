@@ -331,7 +331,7 @@ def last_line(error: RayError) -> str:
 
 
 def takes_connections(node: RayNode) -> bool:
-    """True if the raylet of a node accepts a connection."""
+    """Returns whether the raylet of a node accepts a connection."""
     with contextlib.suppress(OSError):
         socket.create_connection((node.address, node.port), CONNECT_SECONDS).close()
         return True

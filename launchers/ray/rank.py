@@ -114,7 +114,7 @@ class RankActor:
         self._tell(f"{number.name}\n".encode())
 
     def frozen(self) -> bool:
-        """True if SIGSTOP has suspended the rank."""
+        """Returns whether SIGSTOP has suspended the rank."""
         return self._pid is not None and is_stopped(self._pid)
 
     def _tell(self, line: bytes) -> None:

@@ -312,7 +312,7 @@ class CheckpointManager:
         self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """True if `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
+        """Returns whether `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
         except (OSError, DataError):  # `latest` names no readable checkpoint; the commit will replace it

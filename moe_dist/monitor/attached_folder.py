@@ -235,7 +235,7 @@ class ChoiceWriter:
         self._sequences = 0  # number of sequences in this rank's traced steps
 
     def due(self, step: int) -> bool:
-        """Whether `step` (from 1) is traced."""
+        """Returns whether `step` (counted from 1) is traced."""
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:

@@ -149,7 +149,7 @@ def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
 
 
 def counts_from(flat: np.ndarray, counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """The counts whose fields, flattened and joined, are `flat`, with the shapes of `counts`."""
+    """Cuts `flat`, the flattened and joined fields of counts, into fields with the shapes of `counts`."""
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()

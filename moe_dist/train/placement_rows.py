@@ -40,7 +40,7 @@ class PlacementRows:
         self._rows_P = torch.zeros(len(tables), dtype=torch.int64, device=device)
 
     def due(self, number: int) -> bool:
-        """Whether step `number` (0-based) is counted."""
+        """Returns whether step `number` (0-based) is counted."""
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:

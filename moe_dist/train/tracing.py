@@ -89,7 +89,7 @@ class StepTracer:
         self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids and weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
-        """Whether step `number` (0-based) is traced."""
+        """Returns whether step `number` (0-based) is traced."""
         return number % self._every == 0
 
     def add(self, batch: Batch, reports: Sequence[LayerReport], losses_BS: Tensor | None = None) -> None:

@@ -241,7 +241,7 @@ class Study(Part):
 
     @property
     def reference(self) -> str | None:
-        """The arm against which eta is measured."""
+        """Returns the arm against which eta is measured."""
         return self.measure.curve.of if self.measure.curve is not None else None
 
     @model_validator(mode="after")

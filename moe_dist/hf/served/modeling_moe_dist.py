@@ -108,7 +108,8 @@ class MoeDistAttention(nn.Module):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
     def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, taken=None, **kwargs):
-        """`taken` [batch, tokens]: in a mixture-of-depths layer, true for the tokens that the layer computes."""
+        """Returns output and attention weights. `taken` [batch, tokens] is true for tokens that a mixture-of-depths layer
+        computes."""
         query, key, value = self.project(hidden_states, position_embeddings)
         if taken is not None:
             # An additional channel of queries and keys hides the tokens that skip the layer, with any cache and attention.
@@ -302,7 +303,7 @@ class MoeDistRouter(nn.Module):
         return torch.ones_like(chosen, dtype=logits.dtype)
 
     def weights(self, logits, chosen, counted):
-        """`counted`: true for choices that the token takes, unless they are null."""
+        """Returns the weights before scaling. `counted` is true for choices that the token takes, except null choices."""
         if self.normalise == "none":
             return self.scores(logits).gather(1, chosen)
         if self.normalise == "true_all":
